@@ -1,0 +1,43 @@
+# Two commands do everything: `make bench` (the main job) and `make test`. Both set up .venv first, once.
+.DEFAULT_GOAL := help
+PYTHON ?= python3
+PY := .venv/bin/python
+READY := .venv/.ready
+
+# A folder of real data and models, used by the tests that want one; they skip, saying so, without it.
+ifneq ($(wildcard ../shared/data),)
+export FASTLN_DATA ?= ../shared
+endif
+
+.PHONY: help setup test test-all lint format bench clean
+
+help:  ## this list
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 14
+
+setup: $(READY)  ## .venv with everything, from the pinned constraints
+
+$(READY): pyproject.toml constraints.txt
+	test -x $(PY) || $(PYTHON) -m venv .venv
+	.venv/bin/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	touch $@
+
+bench: $(READY)  ## compare the methods on the embedded data and models: runs/quick
+	.venv/bin/fastln bench --suite quick --out runs/quick --overwrite
+
+test: lint  ## lint, then the tests that run in CI
+	$(PY) -m pytest -n 2 -q
+
+test-all: lint  ## lint, then every test, the exhaustive sweeps included
+	$(PY) -m pytest -n 2 -q -m "slow or not slow"
+
+lint: $(READY)  ## ruff (lint and format) and mypy
+	.venv/bin/ruff check .
+	.venv/bin/ruff format --check .
+	.venv/bin/mypy
+
+format: $(READY)  ## let ruff rewrite what it can
+	.venv/bin/ruff check --fix .
+	.venv/bin/ruff format .
+
+clean:  ## remove what setup and the runs made
+	rm -rf .venv runs
