@@ -5,12 +5,15 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from fastln.errors import FastLNError
 
 MAX_PIXELS = 1 << 26
 """The largest image that is decoded, 8192 x 8192; below Pillow's own limit, at which it would only warn."""
+
+FORMATS = ("BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP")
+"""What is decoded, whatever a file is called: Pillow would hand others, such as EPS, to programs outside."""
 
 
 def read_image(path: Path) -> Image.Image:
@@ -31,10 +34,12 @@ def read_image(path: Path) -> Image.Image:
             `MAX_PIXELS` pixels. The message names it.
     """
     try:
-        with Image.open(path) as image:
+        with Image.open(path, formats=FORMATS) as image:
             if image.width * image.height > MAX_PIXELS:
                 raise ValueError(f"{image.width} x {image.height} pixels, more than the {MAX_PIXELS} that are decoded")
             return _to_rgb(ImageOps.exif_transpose(image))
+    except UnidentifiedImageError as error:
+        raise FastLNError(f"{path}: this is no image of a known format ({', '.join(FORMATS)})") from error
     except Exception as error:  # Pillow's decoders raise almost anything on a damaged file
         raise FastLNError(f"{path}: cannot read this image: {error}") from error
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
@@ -47,7 +48,7 @@ class RowChecker:
                     raise BadRowError(f"an object with named fields is needed, this is {_shown(row)}")
                 parsed.append(parse(row))
             except BadRowError as problem:
-                name = f" (qid {row['qid']})" if isinstance(row, dict) and "qid" in row else ""
+                name = f" (qid {_shown(row['qid'])})" if isinstance(row, dict) and "qid" in row else ""
                 self._problems.append(f"{file}: row {index}{name}: {problem}")
         return parsed
 
@@ -64,11 +65,11 @@ class RowChecker:
             inside = path.is_relative_to(self._root)
             present = path.is_file()
         except (OSError, RuntimeError, ValueError) as error:  # too long, a loop of links, a zero byte
-            raise BadRowError(f"image {name!r}: {error}") from error
+            raise BadRowError(f"image {_shown(name)}: {error}") from error
         if not inside:
-            raise BadRowError(f"image {name!r} leads outside the folder {self._images}")
+            raise BadRowError(f"image {_shown(name)} leads outside the folder {self._images}")
         if not present:
-            raise BadRowError(f"image {name!r} is missing in {self._images}")
+            raise BadRowError(f"image {_shown(name)} is missing in {self._images}")
         self.paths[name] = path
 
     def raise_problems(self) -> None:
@@ -85,13 +86,17 @@ def text(row: dict[str, Any], field: str) -> str:
     """Give a field that must be a text other than blanks, without the blanks around it.
 
     Raises:
-        BadRowError: The field is missing, no text, or empty.
+        BadRowError: The field is missing, no text, no Unicode, or empty.
     """
     value = _value(row, field)
     if not isinstance(value, str):
         raise BadRowError(f"field {field!r} must be a text, not {_shown(value)}")
     if not value.strip():
         raise BadRowError(f"field {field!r} is empty")
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:  # JSON can spell what is no character, and no tokenizer would take it
+        raise BadRowError(f"field {field!r} holds half of a surrogate pair: {_shown(value)}") from error
     return value.strip()
 
 
@@ -102,7 +107,7 @@ def text_or_number(row: dict[str, Any], field: str) -> str:
         BadRowError: The field is missing, of another type, or empty.
     """
     value = _value(row, field)
-    if isinstance(value, int | float) and not isinstance(value, bool):
+    if isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value):
         return str(value)
     return text(row, field)
 
@@ -115,7 +120,7 @@ def choice(row: dict[str, Any], field: str, choices: dict[str, T]) -> T:
     """
     value = text(row, field)
     if value not in choices:
-        raise BadRowError(f"field {field!r} is {value!r}, which is none of {', '.join(choices)}")
+        raise BadRowError(f"field {field!r} is {_shown(value)}, which is none of {', '.join(choices)}")
     return choices[value]
 
 

@@ -1,0 +1,111 @@
+"""Image files of every kind to RGB, and those that cannot be read."""
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from fastln.data import images
+from fastln.errors import FastLNError
+
+
+def read(path):
+    return np.asarray(images.read_image(path))
+
+
+@pytest.mark.parametrize(
+    ("values", "grey"),
+    [
+        ([0, 257, 32768, 65535], [0, 1, 128, 255]),
+        ([0, 2048, 4095, 16], [0, 128, 255, 1]),  # 12 bits
+        ([0, 1, 200, 255], [0, 1, 200, 255]),
+    ],
+)
+def test_deep_grey_is_scaled_by_its_bits(tmp_path, values, grey):
+    Image.fromarray(np.array([values], np.uint16)).save(tmp_path / "deep.png")
+    assert Image.open(tmp_path / "deep.png").mode.startswith("I")
+    np.testing.assert_array_equal(read(tmp_path / "deep.png"), np.array([grey] * 3).T[None])
+
+
+def test_signed_grey_starts_at_its_lowest_value(tmp_path):
+    Image.fromarray(np.array([[-1024, 0, 3071]], np.int32)).save(tmp_path / "signed.tif")
+    assert read(tmp_path / "signed.tif")[0, :, 0].tolist() == [0, 64, 255]
+
+
+def test_palette_and_transparency(tmp_path):
+    palette = Image.new("P", (2, 1))
+    palette.putpalette([10, 20, 30, 200, 100, 50])
+    palette.putpixel((1, 0), 1)
+    palette.save(tmp_path / "palette.png")
+    assert read(tmp_path / "palette.png").tolist() == [[[10, 20, 30], [200, 100, 50]]]
+    palette.save(tmp_path / "clear.png", transparency=0)
+    assert read(tmp_path / "clear.png").tolist() == [[[0, 0, 0], [200, 100, 50]]]
+    Image.new("RGBA", (1, 1), (255, 255, 255, 0)).save(tmp_path / "rgba.png")
+    assert read(tmp_path / "rgba.png").tolist() == [[[0, 0, 0]]]
+
+
+@pytest.mark.parametrize(("mode", "colour"), [("L", 9), ("1", 1), ("CMYK", (0, 0, 0, 0))])
+def test_other_modes(tmp_path, mode, colour):
+    Image.new(mode, (3, 2), colour).save(tmp_path / "image.tif")
+    assert read(tmp_path / "image.tif").shape == (2, 3, 3)
+    assert (read(tmp_path / "image.tif") == {"L": 9}.get(mode, 255)).all()
+
+
+def test_stored_orientation_is_applied(tmp_path):
+    image = Image.new("L", (8, 4))
+    exif = image.getexif()
+    exif[0x0112] = 6  # a quarter turn
+    image.save(tmp_path / "turned.jpg", exif=exif)
+    assert images.read_image(tmp_path / "turned.jpg").size == (4, 8)
+
+
+def damaged(path):
+    noise = np.random.default_rng(0).integers(0, 256, (64, 64), dtype=np.uint8)
+    Image.fromarray(noise).save(path)
+    path.write_bytes(path.read_bytes()[:1500])
+
+
+def empty(path):
+    path.write_bytes(b"")
+
+
+def postscript(path):
+    path.write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\nshowpage\n")
+
+
+def floating(path):
+    Image.fromarray(np.zeros((2, 2), np.float32)).save(path, format="TIFF")
+
+
+def folder(path):
+    path.mkdir()
+
+
+def gone(path):
+    pass
+
+
+@pytest.mark.parametrize(
+    ("name", "make", "reason"),
+    [
+        ("cut.jpg", damaged, "truncated"),
+        ("cut.png", damaged, "truncated"),
+        ("empty.png", empty, "no image of a known format"),
+        ("eps.png", postscript, "no image of a known format"),
+        ("float.tif", floating, "floating-point pixels"),
+        ("folder.png", folder, "cannot read"),
+        ("gone.png", gone, "cannot read"),
+    ],
+)
+def test_an_unreadable_image_is_named(tmp_path, name, make, reason):
+    make(tmp_path / name)
+    with pytest.raises(FastLNError) as caught:
+        images.read_image(tmp_path / name)
+    assert str(caught.value).startswith(f"{tmp_path / name}: ")
+    assert reason in str(caught.value)
+
+
+@pytest.mark.parametrize("side", [8193, 20000])  # beyond our limit, and beyond the one at which Pillow raises
+def test_a_huge_image_is_refused_before_it_is_decoded(tmp_path, side):
+    Image.new("1", (side, side)).save(tmp_path / "huge.png")
+    with pytest.raises(FastLNError, match=r"huge\.png: cannot read .* pixels"):
+        images.read_image(tmp_path / "huge.png")
