@@ -1,0 +1,149 @@
+"""The command line: fastln bench | train | eval | doctor."""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from fastln.errors import FastLNError
+
+app = typer.Typer(
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    help="Tune the norms of a transformer fast, and compare that with the other methods.",
+)
+
+Data = Annotated[str, typer.Option(help="'phantom' (embedded, synthetic) or a dataset's folder.")]
+Model = Annotated[
+    str,
+    typer.Option(help="'dual', 'dual:VISION,TEXT', 'blip', 'blip:SOURCE', or a folder that `fastln train` wrote."),
+]
+DType = Annotated[str, typer.Option(help="float32, bfloat16, or auto: bfloat16 where the hardware has units for it.")]
+Device = Annotated[str, typer.Option(help="cpu, cuda or auto.")]
+
+
+@app.command()
+def bench(
+    out: Annotated[Path, typer.Option(help="Folder for results.json, results.md and results.png.")] = Path(
+        "runs/bench"
+    ),
+    suite: Annotated[str, typer.Option(help="A suite's name or YAML file; options below overrule it.")] = "",
+    data: Annotated[str | None, typer.Option(help="'phantom' or a dataset's folder.")] = None,
+    model: Annotated[list[str] | None, typer.Option(help="A model, as `fastln train --model`; repeatable.")] = None,
+    method: Annotated[list[str] | None, typer.Option(help="METHOD/ENGINE, e.g. layernorm/peft; repeatable.")] = None,
+    batch_size: Annotated[int | None, typer.Option(min=1, help="Questions per step.")] = None,
+    rounds: Annotated[int | None, typer.Option(min=1, help="How often each method has its turn.")] = None,
+    steps: Annotated[int | None, typer.Option(min=1, help="Timed steps per turn.")] = None,
+    epochs: Annotated[
+        int | None, typer.Option(min=0, help="Epochs of training before answers are counted; 0: not counted.")
+    ] = None,
+    dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or auto.")] = None,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda or auto.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Of weights, batches and dropout.")] = None,
+    overwrite: Annotated[bool, typer.Option(help="Replace an earlier run in the folder.")] = False,
+) -> None:
+    """Compare methods: speed, memory and answers, each in a process of its own, in interleaved rounds."""
+    from fastln.bench.runner import run_suite
+    from fastln.bench.suite import load_suite
+
+    overrides = {
+        "data": data,
+        "models": model or None,
+        "methods": method or None,
+        "batch_size": batch_size,
+        "rounds": rounds,
+        "steps": steps,
+        "epochs": epochs,
+        "dtype": dtype,
+        "device": device,
+        "seed": seed,
+    }
+    name = suite or ("quick" if data is None and model is None else "real")
+    rows = run_suite(load_suite(name, overrides), out, overwrite=overwrite, argv=sys.argv)
+    if all(row.error for row in rows):
+        raise typer.Exit(1)
+
+
+@app.command()
+def train(
+    out: Annotated[Path, typer.Option(help="Folder for the trained model and its log.")],
+    data: Data = "phantom",
+    model: Model = "dual",
+    method: Annotated[str, typer.Option(help="What trains: layernorm, lora, bitfit, full or head.")] = "layernorm",
+    engine: Annotated[str | None, typer.Option(help="fastln, torch or peft; the method's best by default.")] = None,
+    epochs: Annotated[int, typer.Option(min=1)] = 10,
+    batch_size: Annotated[int, typer.Option(min=1, help="Questions per step.")] = 32,
+    learning_rate: Annotated[float | None, typer.Option(help="The method's own by default.")] = None,
+    head_learning_rate: Annotated[float | None, typer.Option(help="Of a task head that starts random.")] = None,
+    questions_per_image: Annotated[
+        int, typer.Option(min=1, help="Questions on one image in a batch, which share its vision pass.")
+    ] = 4,
+    validation: Annotated[float, typer.Option(min=0, max=0.5, help="Share of training questions held out.")] = 0.0,
+    dtype: DType = "auto",
+    device: Device = "auto",
+    seed: Annotated[int, typer.Option(help="Of the head's weights, the batches and dropout.")] = 0,
+    resume: Annotated[bool, typer.Option(help="Continue from the last checkpoint in the folder.")] = False,
+    overwrite: Annotated[bool, typer.Option(help="Replace an earlier run in the folder.")] = False,
+) -> None:
+    """Tune a model, save it and count its right answers on the test questions."""
+    from fastln.training.run import TrainRun, run_training
+    from fastln.training.trainer import TrainConfig
+
+    config = TrainConfig(
+        method=method,
+        epochs=epochs,
+        batch_size=batch_size,
+        learning_rate=learning_rate,
+        head_learning_rate=head_learning_rate,
+        questions_per_image=questions_per_image,
+        seed=seed,
+    )
+    run = TrainRun(data, model, engine, config, validation=validation, dtype=dtype, device=device)
+    run_training(run, out, resume=resume, overwrite=overwrite)
+
+
+@app.command("eval")
+def evaluate(
+    model: Annotated[str, typer.Argument(help="A folder that `fastln train` wrote, or any --model of it.")],
+    data: Data = "phantom",
+    split: Annotated[str, typer.Option(help="train or test.")] = "test",
+    batch_size: Annotated[int, typer.Option(min=1)] = 64,
+    dtype: DType = "auto",
+    device: Device = "auto",
+    predictions: Annotated[Path | None, typer.Option(help="Write every answer to this JSON Lines file.")] = None,
+) -> None:
+    """Count a model's right answers: all, closed, open."""
+    from fastln.training.run import run_evaluation
+
+    run_evaluation(model, data, split, batch_size=batch_size, dtype=dtype, device=device, predictions=predictions)
+
+
+@app.command()
+def doctor(
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Say what this machine has, and which backend each operation will use and why."""
+    from fastln.doctor import examine, render
+
+    findings = examine()
+    typer.echo(json.dumps(findings, indent=2) if as_json else render(findings))
+
+
+def main() -> None:
+    """Run the command line; a user's error is one line on stderr and exit status 2."""
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    logging.getLogger("httpx").setLevel(logging.WARNING)
+    try:
+        app(standalone_mode=True)
+    except FastLNError as error:
+        typer.echo(f"error: {error}", err=True)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        typer.echo("interrupted", err=True)
+        sys.exit(130)

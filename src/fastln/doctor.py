@@ -1,0 +1,71 @@
+"""What this machine has, and which backend each operation will use and why."""
+
+from __future__ import annotations
+
+import os
+import platform
+import shutil
+from typing import Any
+
+import psutil
+import torch
+
+from fastln.machine import cpu_flags, cpu_model, has_bfloat16_units, package_version, settle_device
+from fastln.ops.backends import OPERATIONS, resolve
+
+PACKAGES = ("fastln", "torch", "triton", "transformers", "peft", "accelerate", "flash-attn", "liger-kernel")
+WIDE = ("avx2", "avx512f", "avx512_bf16", "amx_bf16", "asimd", "sve", "bf16")
+
+
+def examine() -> dict[str, Any]:
+    """Look at the machine.
+
+    Returns:
+        `packages` (version or None), `machine`, and `operations`: for each operation the backend that "auto" gives
+        on the device that "auto" gives, and why.
+    """
+    device = settle_device("auto")
+    compiler = shutil.which(os.environ.get("CXX", "c++")) or shutil.which("g++") or shutil.which("clang++")
+    flags = cpu_flags()
+    choices = {operation: resolve(operation, device, "auto") for operation in OPERATIONS}
+    return {
+        "packages": {package: package_version(package) for package in PACKAGES},
+        "machine": {
+            "python": platform.python_version(),
+            "system": f"{platform.system()} {platform.release()} {platform.machine()}",
+            "cpu": cpu_model(),
+            "cpu_vectors": [flag for flag in WIDE if flag in flags],
+            "threads": torch.get_num_threads(),
+            "memory_gib": round(psutil.virtual_memory().total / 2**30, 1),
+            "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+            "bfloat16_units": has_bfloat16_units(device),
+            "compiler": compiler,
+            "device": str(device),
+        },
+        "operations": {
+            operation: {"backend": choice.backend, "reason": choice.reason} for operation, choice in choices.items()
+        },
+    }
+
+
+def render(findings: dict[str, Any]) -> str:
+    """Write what `examine` found for a person."""
+    machine = findings["machine"]
+    lines = ["packages"]
+    lines += [f"  {name:14} {version or 'not installed'}" for name, version in findings["packages"].items()]
+    lines += [
+        "machine",
+        f"  {'system':14} {machine['system']}, Python {machine['python']}",
+        f"  {'cpu':14} {machine['cpu']}, {machine['threads']} threads, {machine['memory_gib']} GiB",
+        f"  {'vectors':14} {' '.join(machine['cpu_vectors']) or 'none known'}",
+        f"  {'gpu':14} {machine['gpu'] or 'none'}",
+        f"  {'bfloat16':14} "
+        + ("in hardware" if machine["bfloat16_units"] else "emulated: dtype auto means float32 here"),
+        f"  {'compiler':14} {machine['compiler'] or 'none: nothing of fastln needs one'}",
+        f"operations on {machine['device']}",
+    ]
+    lines += [
+        f"  {operation:14} {choice['backend']}: {choice['reason']}"
+        for operation, choice in findings["operations"].items()
+    ]
+    return "\n".join(lines)

@@ -1,0 +1,81 @@
+"""The models that fastln trains out of the box, each as a `VQATask`."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from fastln.errors import FastLNError
+from fastln.models import blip_task, dual_task
+from fastln.models.dual_encoder import MODEL_TYPE, DualEncoder, DualEncoderConfig
+from fastln.models.sources import check_source
+from fastln.models.task import VQATask
+
+if TYPE_CHECKING:
+    from fastln.data import VQADataset
+
+__all__ = ["DualEncoder", "DualEncoderConfig", "VQATask", "load_task"]
+
+SPECS = """dual (embedded, random weights), dual:VISION,TEXT (two directories or hub names), \
+blip (embedded, random weights), blip:SOURCE (a directory, a hub name or a configuration's .json file), \
+or a directory that fastln train wrote"""
+
+
+def load_task(
+    spec: str,
+    train_data: VQADataset,
+    *,
+    dtype: torch.dtype = torch.float32,
+    seed: int = 0,
+    device: torch.device | str = "cpu",
+) -> VQATask:
+    """Load the model that `spec` names.
+
+    Args:
+        spec: `dual`, `dual:VISION,TEXT`, `blip`, `blip:SOURCE`, or a directory that `fastln train` wrote.
+        train_data: makes the answer vocabulary of a new dual encoder and the tokenizer of a bare configuration.
+        dtype: of the parameters.
+        seed: of everything that starts random.
+        device: where the model goes.
+
+    Raises:
+        FastLNError: if `spec` is none of these, or what it names cannot be loaded.
+    """
+    task = _load(spec, train_data, dtype, seed)
+    task.model.to(device)
+    return task
+
+
+def _load(spec: str, train_data: VQADataset, dtype: torch.dtype, seed: int) -> VQATask:
+    kind, _, rest = spec.partition(":")
+    if spec == "dual":
+        return dual_task.embedded(train_data, dtype, seed)
+    if spec == "blip":
+        return blip_task.from_config(blip_task.embedded_config(), train_data, dtype, seed, name="blip")
+    if kind == "dual":
+        sources = [source.strip() for source in rest.split(",")]
+        if len(sources) != 2 or not all(sources):
+            raise FastLNError(f"model {spec!r}: after 'dual:' stand two sources, VISION,TEXT, with one comma between")
+        return dual_task.from_towers(*sources, train_data, dtype, seed)
+    if kind == "blip":
+        return blip_task.from_source(rest, train_data, dtype, seed)
+    if not Path(spec).is_dir():
+        raise FastLNError(f"model {spec!r}: no such directory and no known form; valid: {SPECS}")
+    check_source(spec)
+    model_type = _model_type(Path(spec) / "config.json")
+    if model_type == MODEL_TYPE:
+        return dual_task.from_saved(spec, dtype)
+    if model_type == "blip":
+        return blip_task.from_source(spec, train_data, dtype, seed)
+    raise FastLNError(f"{spec}: model_type is {model_type!r}; a directory must hold {MODEL_TYPE!r} or 'blip'")
+
+
+def _model_type(path: Path) -> str | None:
+    try:
+        config = json.loads(path.read_text())
+    except json.JSONDecodeError as error:
+        raise FastLNError(f"{path}: not JSON: line {error.lineno}, column {error.colno}: {error.msg}") from None
+    return config.get("model_type") if isinstance(config, dict) else None

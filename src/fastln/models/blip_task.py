@@ -1,0 +1,134 @@
+"""Questions for BLIP-VQA, which writes its answer: from a directory, a hub name or a bare configuration."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+from transformers import AutoTokenizer, BlipConfig, BlipForQuestionAnswering
+
+from fastln.errors import FastLNError
+from fastln.models.images import ImagePixels
+from fastln.models.sources import check_source, loading
+from fastln.models.task import VQATask
+from fastln.models.tokens import word_tokenizer
+
+if TYPE_CHECKING:
+    from fastln.data import Sample, VQADataset
+
+MAX_ANSWER_TOKENS = 16
+
+
+class BlipTask(VQATask):
+    """Generates the answer of each question."""
+
+    model: BlipForQuestionAnswering
+    head = ("text_decoder.cls",)
+
+    def collate(self, samples: list[Sample], dataset: VQADataset) -> dict[str, Tensor]:
+        """Return pixel_values (batch, ...), question tokens, decoder tokens and labels (batch, n_answer_tokens)."""
+        pixels = torch.stack([self.images(dataset, sample.image) for sample in samples])
+        config = self.model.config.text_config
+        # What the decoder reads: its start token, the answer, the end token, padding; what it must say next: the same.
+        answers = self.tokenizer([sample.answer for sample in samples], add_special_tokens=False)["input_ids"]
+        rows = [[config.bos_token_id, *tokens[: MAX_ANSWER_TOKENS - 2], config.sep_token_id] for tokens in answers]
+        longest = max(map(len, rows))
+        decoder = torch.tensor([row + [config.pad_token_id] * (longest - len(row)) for row in rows])
+        mask = torch.tensor([[1] * len(row) + [0] * (longest - len(row)) for row in rows])
+        batch = {
+            "pixel_values": pixels,
+            "decoder_input_ids": decoder,
+            "decoder_attention_mask": mask,
+            "labels": decoder.masked_fill(mask == 0, -100),
+        }
+        batch = {name: tensor.to(self.device) for name, tensor in batch.items()}
+        return batch | self.tokenize([sample.question for sample in samples])
+
+    def answers(self, batch: dict[str, Tensor]) -> list[str]:
+        """Return the greedily generated answer of each question."""
+        tokens = self.model.generate(
+            **{name: batch[name] for name in ("pixel_values", "input_ids", "attention_mask")},
+            max_new_tokens=MAX_ANSWER_TOKENS,
+            do_sample=False,
+            num_beams=1,
+        )
+        # The start token stands first and is not the tokenizer's to know.
+        return self.tokenizer.batch_decode(tokens[:, 1:], skip_special_tokens=True)
+
+
+def embedded_config() -> BlipConfig:
+    """Return the configuration of the embedded small BLIP: width 384, 6 vision, 4 encoder and 4 decoder layers."""
+    return BlipConfig(
+        vision_config={
+            "hidden_size": 384,
+            "intermediate_size": 1536,
+            "num_hidden_layers": 6,
+            "num_attention_heads": 6,
+            "image_size": 128,
+            "patch_size": 16,
+            "initializer_range": 0.02,
+        },
+        text_config={
+            "vocab_size": 1024,
+            "hidden_size": 384,
+            "intermediate_size": 1536,
+            "num_hidden_layers": 4,
+            "num_attention_heads": 6,
+            "max_position_embeddings": 64,
+            "bos_token_id": 1022,
+            "sep_token_id": 102,
+            "eos_token_id": 102,
+        },
+    )
+
+
+def from_config(config: BlipConfig, train_data: VQADataset, dtype: torch.dtype, seed: int, name: str) -> BlipTask:
+    """Build BLIP-VQA with random weights; its tokenizer is made of the training data's words."""
+    text = config.text_config
+    texts = [text for sample in train_data.samples for text in (sample.question, sample.answer)]
+    tokenizer = word_tokenizer(
+        texts, text.vocab_size, pad_id=text.pad_token_id, sep_id=text.sep_token_id, taken=(text.bos_token_id,)
+    )
+    torch.manual_seed(seed)
+    model = BlipForQuestionAnswering(config).to(dtype)
+    images = ImagePixels.plain(config.vision_config.image_size, dtype)
+    return BlipTask(model, tokenizer, images, name=name, random_weights=True)
+
+
+def from_source(source: str, train_data: VQADataset, dtype: torch.dtype, seed: int) -> BlipTask:
+    """Load BLIP-VQA.
+
+    Args:
+        source: a directory, a hub name, a directory with config.json and no weights, or a configuration's .json file.
+        train_data: makes the tokenizer where `source` is a bare configuration.
+        dtype: of the parameters.
+        seed: of the initial weights of a bare configuration.
+
+    Raises:
+        FastLNError: if there is nothing to load, or it is not BLIP.
+    """
+    path = Path(source)
+    bare = path if path.suffix == ".json" else path / "config.json"
+    if path.suffix == ".json" or (path.is_dir() and bare.is_file() and not _has_weights(path)):
+        with loading(source):
+            config = BlipConfig.from_json_file(bare)
+        if config.model_type != "blip":
+            raise FastLNError(f"{bare}: model_type is {config.model_type!r}, not 'blip'")
+        return from_config(config, train_data, dtype, seed, name=f"blip:{path.stem}")
+    check_source(source)
+    with loading(source):
+        model, report = BlipForQuestionAnswering.from_pretrained(source, dtype=dtype, output_loading_info=True)
+        tokenizer = AutoTokenizer.from_pretrained(source)
+    if report["missing_keys"]:
+        missing = sorted(report["missing_keys"])
+        raise FastLNError(
+            f"{source}: the checkpoint lacks {len(missing)} tensors of BLIP-VQA, for example {missing[0]}"
+        )
+    images = ImagePixels.of_directory(source, model.config.vision_config.image_size, dtype)
+    return BlipTask(model, tokenizer, images, name=f"blip:{path.name}", random_weights=False)
+
+
+def _has_weights(directory: Path) -> bool:
+    return any(directory.glob("*.safetensors")) or any(directory.glob("*.bin"))

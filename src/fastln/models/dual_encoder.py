@@ -1,0 +1,160 @@
+"""The dual encoder: any transformers vision encoder beside any text encoder, a small fusion head over both."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModel, PreTrainedConfig, PreTrainedModel
+from transformers.modeling_outputs import SequenceClassifierOutput
+
+MODEL_TYPE = "fastln-dual-encoder"
+
+
+class DualEncoderConfig(PreTrainedConfig):
+    """Configuration of `DualEncoder`.
+
+    Attributes:
+        vision_config: the vision encoder's configuration.
+        text_config: the text encoder's configuration.
+        answers: the answer vocabulary; the model classifies over it.
+        head_hidden_size: width of the fusion head.
+        head_dropout: dropout probability inside the fusion head.
+    """
+
+    model_type = MODEL_TYPE
+    sub_configs = {"vision_config": AutoConfig, "text_config": AutoConfig}  # noqa: RUF012
+
+    vision_config: Any = None
+    text_config: Any = None
+    answers: Any = None
+    head_hidden_size: int = 512
+    head_dropout: float = 0.2
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        self.vision_config = _as_config(self.vision_config)
+        self.text_config = _as_config(self.text_config)
+        super().__post_init__(**kwargs)
+
+
+def _as_config(value: Any) -> PreTrainedConfig:
+    if isinstance(value, PreTrainedConfig):
+        return value
+    fields = dict(value) if value else {"model_type": "bert"}
+    return AutoConfig.for_model(**fields)
+
+
+class FusionHead(nn.Module):
+    """Two projected feature vectors and their product, classified by a two-layer perceptron."""
+
+    def __init__(self, vision_size: int, text_size: int, config: DualEncoderConfig) -> None:
+        super().__init__()
+        width = config.head_hidden_size
+        self.vision_proj = nn.Linear(vision_size, width)
+        self.text_proj = nn.Linear(text_size, width)
+        self.hidden = nn.Linear(3 * width, width)
+        self.classifier = nn.Linear(width, len(config.answers))
+        self.activation = nn.GELU()
+        self.dropout = nn.Dropout(config.head_dropout)
+
+    def forward(self, vision: Tensor, text: Tensor) -> Tensor:
+        """Return logits (batch, n_answers) from features (batch, vision_size) and (batch, text_size)."""
+        vision = self.activation(self.vision_proj(vision))
+        text = self.activation(self.text_proj(text))
+        fused = self.dropout(torch.cat([vision, text, vision * text], dim=-1))
+        return self.classifier(self.dropout(self.activation(self.hidden(fused))))
+
+
+class DualEncoder(PreTrainedModel):
+    """A vision encoder and a text encoder whose pooled features a fusion head classifies over an answer vocabulary."""
+
+    config: DualEncoderConfig
+    config_class = DualEncoderConfig
+    base_model_prefix = "dual_encoder"
+    accepts_loss_kwargs = False
+    main_input_name = "pixel_values"
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_attention_backend = True
+
+    def __init__(
+        self,
+        config: DualEncoderConfig,
+        vision: PreTrainedModel | None = None,
+        text: PreTrainedModel | None = None,
+    ) -> None:
+        """Build the model, around given encoders where there are any.
+
+        Args:
+            config: the whole model's configuration.
+            vision: a loaded vision encoder; built from `config.vision_config` by default.
+            text: a loaded text encoder; built from `config.text_config` by default.
+        """
+        super().__init__(config)
+        self.vision = AutoModel.from_config(config.vision_config) if vision is None else vision
+        self.text = AutoModel.from_config(config.text_config) if text is None else text
+        # One configuration object per tower, so that what is switched on the whole reaches the part.
+        self.config.vision_config = self.vision.config
+        self.config.text_config = self.text.config
+        # A BERT pooler is not on the way to the answer: features are the mean over tokens.
+        if getattr(self.text, "pooler", None) is not None:
+            self.text.pooler = None
+        self.head = FusionHead(2 * config.vision_config.hidden_size, config.text_config.hidden_size, config)
+        self.post_init()
+
+    def _init_weights(self, module: nn.Module) -> None:
+        # The towers initialise (or load) themselves; the head keeps torch's own initialisation.
+        if isinstance(module, FusionHead):
+            for child in module.children():
+                if isinstance(child, nn.Linear):
+                    child.reset_parameters()
+
+    def vision_features(self, pixel_values: Tensor) -> Tensor:
+        """Return (n_images, 2 * hidden) from (n_images, 3, height, width): the pooled output beside the token mean."""
+        outputs = self.vision(pixel_values=pixel_values)
+        mean = outputs.last_hidden_state.mean(dim=1)
+        pooled = getattr(outputs, "pooler_output", None)
+        return torch.cat([mean if pooled is None else pooled, mean], dim=-1)
+
+    def text_features(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        """Return (batch, hidden): the mean of the last hidden states over the tokens that are not padding."""
+        hidden = self.text(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
+        keep = attention_mask.unsqueeze(-1).to(hidden.dtype)
+        return (hidden * keep).sum(dim=1) / keep.sum(dim=1).clamp(min=1)
+
+    def forward(
+        self,
+        pixel_values: Tensor,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        image_index: Tensor | None = None,
+        labels: Tensor | None = None,
+        **kwargs: Any,
+    ) -> SequenceClassifierOutput:
+        """Classify each question's answer.
+
+        Args:
+            pixel_values: (n_images, 3, height, width).
+            input_ids: (batch, n_tokens), the questions.
+            attention_mask: (batch, n_tokens), 1 for tokens and 0 for padding.
+            image_index: (batch,), each question's row in `pixel_values`, so that questions on one image share its
+                vision pass; by default there is one image per question.
+            labels: (batch,), indices into `config.answers`; -100 for an answer that is not in the vocabulary.
+            **kwargs: what a trainer adds (for example `num_items_in_batch`); not used.
+
+        Returns:
+            `loss` (None without labels) and `logits` (batch, n_answers).
+        """
+        vision = self.vision_features(pixel_values)
+        if image_index is not None:
+            vision = vision[image_index]
+        logits = self.head(vision, self.text_features(input_ids, attention_mask))
+        loss = None
+        if labels is not None:
+            loss = nn.functional.cross_entropy(logits.float(), labels, ignore_index=-100)
+        return SequenceClassifierOutput(loss=loss, logits=logits)
+
+
+AutoConfig.register(MODEL_TYPE, DualEncoderConfig, exist_ok=True)
+AutoModel.register(DualEncoderConfig, DualEncoder, exist_ok=True)

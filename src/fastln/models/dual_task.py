@@ -1,0 +1,157 @@
+"""Questions for the dual encoder: from two pretrained towers, a saved model, or the embedded configuration."""
+
+from __future__ import annotations
+
+import copy
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+from transformers import AutoConfig, AutoModel, AutoTokenizer, BertConfig, PreTrainedModel, ViTConfig
+
+from fastln.data.answers import AnswerVocabulary
+from fastln.errors import FastLNError
+from fastln.models.dual_encoder import DualEncoder, DualEncoderConfig
+from fastln.models.images import ImagePixels
+from fastln.models.sources import check_source, loading
+from fastln.models.task import VQATask
+from fastln.models.tokens import word_tokenizer
+
+if TYPE_CHECKING:
+    from fastln.data import Sample, VQADataset
+
+HEAD = ("head",)
+
+
+class DualEncoderTask(VQATask):
+    """Classifies the answer of each question; questions on the same image share its vision pass."""
+
+    model: DualEncoder
+    head = HEAD
+
+    def collate(self, samples: list[Sample], dataset: VQADataset) -> dict[str, Tensor]:
+        """Return pixel_values (n_images, ...), image_index, input_ids, attention_mask and labels (batch,)."""
+        rows = {key: row for row, key in enumerate(dict.fromkeys(sample.image for sample in samples))}
+        vocabulary = self.vocabulary
+        return {
+            "pixel_values": torch.stack([self.images(dataset, key) for key in rows]).to(self.device),
+            "image_index": torch.tensor([rows[sample.image] for sample in samples], device=self.device),
+            **self.tokenize([sample.question for sample in samples]),
+            "labels": torch.tensor([vocabulary.index(sample.answer) for sample in samples], device=self.device),
+        }
+
+    def answers(self, batch: dict[str, Tensor]) -> list[str]:
+        """Return the most likely answer of each question."""
+        with torch.no_grad():
+            logits = self.model(**batch).logits
+        return [self.vocabulary[index] for index in logits.argmax(dim=-1).tolist()]
+
+    @property
+    def vocabulary(self) -> AnswerVocabulary:
+        """The answers that the model chooses from."""
+        return AnswerVocabulary(self.model.config.answers)
+
+
+def embedded(train_data: VQADataset, dtype: torch.dtype, seed: int) -> DualEncoderTask:
+    """Build a small dual encoder (ViT and BERT, width 384) with random weights."""
+    questions = [sample.question for sample in train_data.samples]
+    tokenizer = word_tokenizer(questions, 1024)
+    vision = ViTConfig(
+        hidden_size=384,
+        num_hidden_layers=6,
+        num_attention_heads=6,
+        intermediate_size=1536,
+        image_size=128,
+        patch_size=16,
+    )
+    text = BertConfig(
+        vocab_size=1024,
+        hidden_size=384,
+        num_hidden_layers=4,
+        num_attention_heads=6,
+        intermediate_size=1536,
+        max_position_embeddings=64,
+    )
+    config = DualEncoderConfig(
+        vision_config=vision,
+        text_config=text,
+        answers=_answers(train_data),
+    )
+    torch.manual_seed(seed)
+    model = DualEncoder(config).to(dtype)
+    return DualEncoderTask(
+        model,
+        tokenizer,
+        ImagePixels.plain(vision.image_size, dtype),
+        name="dual",
+        random_weights=True,
+        random_head=HEAD,
+    )
+
+
+def from_towers(
+    vision: str, text: str, train_data: VQADataset, dtype: torch.dtype, seed: int, image_size: int | None = None
+) -> DualEncoderTask:
+    """Join two pretrained encoders under a head that starts random.
+
+    Args:
+        vision: directory or hub name of the vision encoder (or of a model that has one, such as CLIP).
+        text: directory or hub name of the text encoder.
+        train_data: its answers are the answer vocabulary.
+        dtype: of the parameters.
+        seed: of the head's initial weights.
+        image_size: edge length in pixels; the vision encoder's own preprocessing by default.
+
+    Raises:
+        FastLNError: if a directory holds no model, or a hub name cannot be had.
+    """
+    vision_model = _tower(vision, "vision_config", dtype)
+    text_model = _tower(text, "text_config", dtype)
+    with loading(text):
+        tokenizer = AutoTokenizer.from_pretrained(text)
+    # Copies, for a model under construction clears the attention implementation of its sub-configurations.
+    config = DualEncoderConfig(
+        vision_config=copy.deepcopy(vision_model.config),
+        text_config=copy.deepcopy(text_model.config),
+        answers=_answers(train_data),
+    )
+    torch.manual_seed(seed)
+    model = DualEncoder(config, vision_model, text_model).to(dtype)
+    names = [source.rstrip("/").rsplit("/", 1)[-1] for source in (vision, text)]
+    return DualEncoderTask(
+        model,
+        tokenizer,
+        ImagePixels.of_directory(vision, image_size, dtype),
+        name=f"dual:{names[0]},{names[1]}",
+        random_weights=False,
+        random_head=HEAD,
+    )
+
+
+def from_saved(directory: str, dtype: torch.dtype) -> DualEncoderTask:
+    """Load a dual encoder that `VQATask.save` wrote; its head is trained, so it starts random no more."""
+    with loading(directory):
+        model = DualEncoder.from_pretrained(directory, dtype=dtype)
+        tokenizer = AutoTokenizer.from_pretrained(directory)
+    return DualEncoderTask(
+        model, tokenizer, ImagePixels.of_directory(directory, None, dtype), name=directory, random_weights=False
+    )
+
+
+def _answers(train_data: VQADataset) -> list[str]:
+    return list(AnswerVocabulary.build(sample.answer for sample in train_data.samples))
+
+
+def _tower(source: str, part: str, dtype: torch.dtype) -> PreTrainedModel:
+    check_source(source)
+    with loading(source):
+        config = AutoConfig.from_pretrained(source)
+        config = getattr(config, part, config)
+        tower, report = AutoModel.from_pretrained(source, config=config, dtype=dtype, output_loading_info=True)
+    missing = sorted(name for name in report["missing_keys"] if "pooler" not in name)
+    if missing:
+        raise FastLNError(
+            f"{source}: the checkpoint lacks {len(missing)} tensors of its {part.split('_')[0]} encoder, "
+            f"for example {missing[0]}"
+        )
+    return tower

@@ -1,0 +1,42 @@
+"""Where models come from: directories, configuration files and hub names, and what to say when there is nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from fastln.errors import FastLNError
+
+
+def check_source(source: str) -> None:
+    """Check that `source` is a model's directory, or could be a hub name.
+
+    Raises:
+        FastLNError: if it is a directory without config.json, or looks like a path and is not there.
+    """
+    path = Path(source)
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise FastLNError(
+                f"{source}: there is no config.json in this directory; give a directory that save_pretrained wrote, "
+                "or a hub name"
+            )
+        return
+    if path.is_file():
+        raise FastLNError(f"{source}: this is a file; give the directory of a model, or a hub name")
+    if source.startswith((".", "/", "~")) or source.count("/") > 1 or not source:
+        raise FastLNError(f"{source or '(empty)'}: no such directory; give the directory of a model, or a hub name")
+
+
+@contextmanager
+def loading(source: str) -> Iterator[None]:
+    """Turn what transformers raises while loading `source` into one sentence that names it."""
+    try:
+        yield
+    except FastLNError:
+        raise
+    except (OSError, ValueError, KeyError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        hint = "" if Path(source).exists() else " (no such directory here, and the hub does not give it)"
+        raise FastLNError(f"{source}: cannot be loaded{hint}: {reason}") from error

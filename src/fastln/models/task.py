@@ -1,0 +1,81 @@
+"""A model together with what it takes to ask it questions about images."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+if TYPE_CHECKING:
+    from fastln.data import Sample, VQADataset
+    from fastln.models.images import ImagePixels
+
+MAX_QUESTION_TOKENS = 64
+
+
+class VQATask(ABC):
+    """Visual question answering with one model: batches in, loss or answers out.
+
+    Attributes:
+        model: the network; `model(**batch).loss` is what training minimises.
+        tokenizer: for the questions (and for generated answers).
+        images: from images to pixel values.
+        name: what tables call the model.
+        random_weights: whether the towers were built from a bare configuration, so that accuracy means nothing.
+        head: names of the modules that make up the task head.
+        random_head: those of them that start random and so train under every method.
+    """
+
+    head: tuple[str, ...]
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        images: ImagePixels,
+        *,
+        name: str,
+        random_weights: bool,
+        random_head: tuple[str, ...] = (),
+    ) -> None:
+        self.model = model
+        self.tokenizer = tokenizer
+        self.images = images
+        self.name = name
+        self.random_weights = random_weights
+        self.random_head = random_head
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model is."""
+        return self.model.device
+
+    @abstractmethod
+    def collate(self, samples: list[Sample], dataset: VQADataset) -> dict[str, Tensor]:
+        """Make the model's keyword arguments, labels included, of some samples of one dataset."""
+
+    @abstractmethod
+    def answers(self, batch: dict[str, Tensor]) -> list[str]:
+        """Return the model's answer to each question of a batch made by `collate`."""
+
+    def save(self, directory: Path) -> None:
+        """Write model, tokenizer and image preprocessing, so that `load_task(directory)` gives them again."""
+        self.model.save_pretrained(directory)
+        self.tokenizer.save_pretrained(directory)
+        self.images.processor.save_pretrained(directory)
+
+    def tokenize(self, texts: list[str]) -> dict[str, Tensor]:
+        """Return `input_ids` and `attention_mask`, (batch, longest), on the model's device."""
+        tokens = self.tokenizer(
+            texts,
+            padding="longest",
+            truncation=True,
+            max_length=MAX_QUESTION_TOKENS,
+            return_tensors="pt",
+            return_token_type_ids=False,
+        )
+        return {name: tokens[name].to(self.device) for name in ("input_ids", "attention_mask")}

@@ -1,0 +1,148 @@
+"""prepare() and restore(): make a model train its norms fast, and give it back."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from fastln.errors import FastLNError
+from fastln.families import find_norms, is_stock_layer_norm
+from fastln.families.attention import restore_attention, use_fast_attention
+from fastln.methods import get_method, select_parameters
+from fastln.modules import LayerNorm
+from fastln.ops.backends import resolve
+
+logger = logging.getLogger(__name__)
+
+ModelT = TypeVar("ModelT", bound=nn.Module)
+STATE = "_fastln_state"
+
+
+@dataclass
+class _Prepared:
+    """What restore() has to undo."""
+
+    dtypes: dict[str, torch.dtype] = field(default_factory=dict)
+    requires_grad: dict[str, bool] = field(default_factory=dict)
+    hooks: list[Any] = field(default_factory=list)
+    attention: Any = None
+
+
+def prepare(
+    model: ModelT,
+    method: str = "layernorm",
+    *,
+    scope: str | Iterable[str] | None = None,
+    also: Iterable[str] = (),
+    backend: str = "auto",
+) -> ModelT:
+    """Choose what trains and put fastln's modules in place of the stock ones, in place.
+
+    `state_dict()` keeps its keys and shapes. The parameters of trained norms become float32 whatever the model's
+    dtype: at bfloat16 a step of 1e-4 on a weight of 1.0 rounds to nothing.
+
+    Args:
+        model: any transformers model (any `nn.Module` whose norms are LayerNorms or RMSNorms).
+        method: a name from `fastln.methods.METHODS`.
+        scope: the sub-models to tune (`vision`, `text`, `decoder`, `projector`); all by default.
+        also: names of further modules that train whole, such as a task head that starts random.
+        backend: `auto`, `triton`, `cpu` or `reference`.
+
+    Returns:
+        The same model.
+
+    Raises:
+        FastLNError: if the model is prepared already, or for an unknown method, scope or backend.
+    """
+    if hasattr(model, STATE):
+        raise FastLNError("this model is prepared already; call fastln.restore(model) first")
+    chosen, _ = get_method(method)
+    trained = select_parameters(model, chosen, scope, also)
+    device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
+    resolve("layer_norm", device, backend)
+
+    state = _Prepared()
+    for name, parameter in model.named_parameters():
+        state.requires_grad[name] = parameter.requires_grad
+        parameter.requires_grad_(name in trained)
+    slow: list[str] = []
+    for name, norm in list(find_norms(model)):
+        own = {f"{name}.{part}": parameter for part, parameter in norm.named_parameters(recurse=False)}
+        for full_name, parameter in own.items():
+            if parameter.requires_grad:
+                state.dtypes[full_name] = parameter.dtype
+                parameter.data = parameter.data.float()
+        if is_stock_layer_norm(norm):
+            _replace(model, name, LayerNorm.standing_in(norm, backend))
+        elif any(parameter.requires_grad for parameter in own.values()):
+            slow.append(f"{name} ({type(norm).__name__})")
+            state.hooks.append(norm.register_forward_hook(_in_the_input_dtype))
+    if slow:
+        logger.info("tuned with their stock code, for fastln has no fast form of them: %s", ", ".join(slow))
+    state.attention = use_fast_attention(model)
+    setattr(model, STATE, state)
+    return model
+
+
+def restore(model: ModelT) -> ModelT:
+    """Put the stock modules back, in place; the tuned values stay, in the model's own dtype.
+
+    Args:
+        model: a model that went through `prepare`.
+
+    Returns:
+        The same model.
+
+    Raises:
+        FastLNError: if the model is not prepared.
+    """
+    state: _Prepared | None = getattr(model, STATE, None)
+    if state is None:
+        raise FastLNError("this model is not prepared; there is nothing to restore")
+    for name, module in list(model.named_modules()):
+        if isinstance(module, LayerNorm):
+            _replace(model, name, module.stock())
+    for hook in state.hooks:
+        hook.remove()
+    for name, parameter in model.named_parameters():
+        if name in state.dtypes:
+            parameter.data = parameter.data.to(state.dtypes[name])
+        parameter.requires_grad_(state.requires_grad[name])
+        parameter.grad = None
+    restore_attention(model, state.attention)
+    delattr(model, STATE)
+    return model
+
+
+def check_norm_gradients(model: nn.Module) -> None:
+    """Check, after a backward pass, that every trained norm received its gradients.
+
+    Raises:
+        FastLNError: naming the norms that did not.
+    """
+    silent = [
+        f"{name}.{part}"
+        for name, norm in find_norms(model)
+        for part, parameter in norm.named_parameters(recurse=False)
+        if parameter.requires_grad and parameter.grad is None
+    ]
+    if silent:
+        raise FastLNError(
+            f"{len(silent)} trained norm parameters received no gradient, for the loss does not depend on them: "
+            f"{', '.join(silent[:5])}{', ...' if len(silent) > 5 else ''}; leave them out with `scope`"
+        )
+
+
+def _in_the_input_dtype(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
+    # A float32 weight promotes what stock code returns; the rest of the model expects its own dtype.
+    return output.to(args[0].dtype)
+
+
+def _replace(model: nn.Module, name: str, module: nn.Module) -> None:
+    parent, _, own = name.rpartition(".")
+    setattr(model.get_submodule(parent), own, module)

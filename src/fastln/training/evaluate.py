@@ -1,0 +1,50 @@
+"""Ask a model every question of a dataset and count the right answers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from torch import nn
+from tqdm import tqdm
+
+from fastln.data import VQADataset
+from fastln.metrics import Accuracy, accuracy
+from fastln.models import VQATask
+
+
+def predict(task: VQATask, dataset: VQADataset, *, batch_size: int = 64, progress: bool = False) -> list[str]:
+    """Return the model's answer to every question, in the dataset's order.
+
+    Args:
+        task: the model.
+        dataset: the questions.
+        batch_size: questions per batch; questions on one image go together, so that its vision pass is shared.
+        progress: whether to show a progress bar on stderr.
+    """
+    order = sorted(range(len(dataset)), key=lambda index: dataset.samples[index].image)
+    predictions = [""] * len(order)
+    batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
+    with evaluating(task.model):
+        for batch in tqdm(batches, desc=f"eval {dataset.split}", unit="batch", disable=not progress):
+            answers = task.answers(task.collate([dataset.samples[index] for index in batch], dataset))
+            for index, answer in zip(batch, answers, strict=True):
+                predictions[index] = answer
+    return predictions
+
+
+def evaluate(task: VQATask, dataset: VQADataset, *, batch_size: int = 64, progress: bool = False) -> Accuracy:
+    """Return the exact-match accuracy over all, closed and open questions; see `predict` for the arguments."""
+    predictions = predict(task, dataset, batch_size=batch_size, progress=progress)
+    return accuracy(predictions, dataset.samples)
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Put `model` in evaluation mode, and back in the mode it was in."""
+    training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(training)

@@ -1,0 +1,159 @@
+"""AdamW with float32 copies of low-precision parameters, and its groups for tuning norms."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+from typing import Any, overload
+
+import torch
+from torch import Tensor, nn
+
+from fastln.families import find_norms
+from fastln.methods import HEAD_LEARNING_RATE, get_method
+
+WEIGHT_DECAY = 0.01
+
+
+class MasterAdamW(torch.optim.Optimizer):
+    """AdamW (Loshchilov and Hutter, arXiv 1711.05101) whose state and arithmetic are float32 for every parameter.
+
+    A parameter of lower precision has a float32 copy in the optimizer's state; the copy takes the steps, and the
+    parameter is that copy rounded. So a step too small for bfloat16 is not lost but adds up.
+
+    Args:
+        params: parameters or parameter groups.
+        lr: learning rate.
+        betas: decay of the two moments.
+        eps: added to the root of the second moment.
+        weight_decay: decoupled.
+    """
+
+    def __init__(
+        self,
+        params: Any,
+        lr: float = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = WEIGHT_DECAY,
+    ) -> None:
+        super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
+
+    @overload
+    def step(self, closure: None = None) -> None: ...
+
+    @overload
+    def step(self, closure: Callable[[], float]) -> float: ...
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:
+        """Take one step; parameters without a gradient stay.
+
+        Args:
+            closure: recomputes the loss, as torch's optimizers allow.
+
+        Returns:
+            What `closure` returned.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            self._step_group(group)
+        return loss
+
+    def _step_group(self, group: dict[str, Any]) -> None:
+        parameters = [parameter for parameter in group["params"] if parameter.grad is not None]
+        if not parameters:
+            return
+        states = [self._state_of(parameter) for parameter in parameters]
+        masters = [state.get("master", parameter) for state, parameter in zip(states, parameters, strict=True)]
+        grads = [parameter.grad.float() for parameter in parameters]
+        first = [state["exp_avg"] for state in states]
+        second = [state["exp_avg_sq"] for state in states]
+        beta1, beta2 = group["betas"]
+        # A parameter without a gradient keeps its count, so counts may differ within a group.
+        sizes, roots = [], []
+        for state in states:
+            state["step"] += 1
+            sizes.append(-group["lr"] / (1 - beta1 ** state["step"]))
+            roots.append(math.sqrt(1 - beta2 ** state["step"]))
+        if group["weight_decay"]:
+            torch._foreach_mul_(masters, 1 - group["lr"] * group["weight_decay"])
+        torch._foreach_lerp_(first, grads, 1 - beta1)
+        torch._foreach_mul_(second, beta2)
+        torch._foreach_addcmul_(second, grads, grads, 1 - beta2)
+        denominators = torch._foreach_sqrt(second)
+        torch._foreach_div_(denominators, roots)
+        torch._foreach_add_(denominators, group["eps"])
+        torch._foreach_addcdiv_(masters, first, denominators, sizes)
+        for state, parameter in zip(states, parameters, strict=True):
+            if "master" in state:
+                parameter.copy_(state["master"])
+
+    def _state_of(self, parameter: Tensor) -> dict[str, Any]:
+        state = self.state[parameter]
+        if not state:
+            state["step"] = 0
+            state["exp_avg"] = torch.zeros_like(parameter, dtype=torch.float32)
+            state["exp_avg_sq"] = torch.zeros_like(parameter, dtype=torch.float32)
+            if parameter.dtype != torch.float32:
+                state["master"] = parameter.detach().float()
+        return state
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load what `state_dict()` gave, in float32: the base class would round it to the parameters' dtype."""
+        super().load_state_dict(state_dict)
+        parameters = [parameter for group in self.param_groups for parameter in group["params"]]
+        ids = [index for group in state_dict["param_groups"] for index in group["params"]]
+        for index, parameter in zip(ids, parameters, strict=True):
+            for name, value in state_dict["state"].get(index, {}).items():
+                if isinstance(value, Tensor):
+                    self.state[parameter][name] = value.to(parameter.device, torch.float32, copy=True)
+
+
+def parameter_groups(
+    model: nn.Module,
+    method: str,
+    head: Iterable[str],
+    *,
+    learning_rate: float | None = None,
+    head_learning_rate: float | None = None,
+    weight_decay: float = WEIGHT_DECAY,
+) -> list[dict[str, Any]]:
+    """Group the parameters that train: the method's own and the task head's, each with and without weight decay.
+
+    Norms and biases never decay: pulling γ towards 0 undoes the pretrained model.
+
+    Args:
+        model: the module to train.
+        method: a name from `fastln.methods.METHODS`; gives the default rate.
+        head: names of the task head's modules (peft's wrappers around them are recognised).
+        learning_rate: of the method's own parameters; for method `head`, of the head.
+        head_learning_rate: of the task head under the other methods.
+        weight_decay: of what decays.
+
+    Returns:
+        Parameter groups for an optimizer, empty ones left out.
+    """
+    own_rate = get_method(method)[0].learning_rate if learning_rate is None else learning_rate
+    head_rate = HEAD_LEARNING_RATE if head_learning_rate is None else head_learning_rate
+    if method == "head":
+        head_rate = own_rate
+    norms = {id(parameter) for _, norm in find_norms(model) for parameter in norm.parameters(recurse=False)}
+    marks = tuple(f".{name}." for name in head)
+    groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            in_head = any(mark in f".{name}" for mark in marks)
+            decays = parameter.dim() > 1 and id(parameter) not in norms
+            groups.setdefault((in_head, decays), []).append(parameter)
+    return [
+        {
+            "params": parameters,
+            "lr": head_rate if in_head else own_rate,
+            "weight_decay": weight_decay if decays else 0.0,
+        }
+        for (in_head, decays), parameters in groups.items()
+    ]

@@ -1,0 +1,190 @@
+"""fastln train and fastln eval: from options to a folder with a model in it."""
+
+from __future__ import annotations
+
+import json
+import logging
+import shutil
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from fastln.data import VQADataset, load_dataset
+from fastln.data.answers import normalise_answer
+from fastln.engines import apply_method, finish
+from fastln.errors import FastLNError
+from fastln.machine import settle_device, settle_dtype
+from fastln.methods import count_parameters, get_method
+from fastln.metrics import Accuracy, accuracy
+from fastln.models import VQATask, load_task
+from fastln.training.evaluate import evaluate, predict
+from fastln.training.trainer import TrainConfig, TrainResult, train_task
+
+logger = logging.getLogger(__name__)
+
+RECORD = "run.json"
+MODEL = "model"
+CHECKPOINTS = "checkpoints"
+
+
+@dataclass(frozen=True)
+class TrainRun:
+    """One training run: what `fastln train` was asked for.
+
+    Attributes:
+        data: "phantom" or a dataset's folder.
+        model: as `fastln.models.load_task` takes it.
+        engine: who runs the method; the method's first where None.
+        config: how to train.
+        validation: share of the training questions held out and scored beside the test questions.
+        dtype: "float32", "bfloat16" or "auto".
+        device: "cpu", "cuda" or "auto".
+    """
+
+    data: str
+    model: str
+    engine: str | None
+    config: TrainConfig
+    validation: float = 0.0
+    dtype: str = "auto"
+    device: str = "auto"
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What came of a run: `test` and `validation` accuracy (None where nothing was held out), and the training."""
+
+    test: Accuracy
+    validation: Accuracy | None
+    training: TrainResult
+    trainable_parameters: int
+    total_parameters: int
+
+
+def run_training(run: TrainRun, out: Path, *, resume: bool = False, overwrite: bool = False) -> Outcome:
+    """Train, save to `out/model`, score, and write what happened to `out/run.json`.
+
+    Args:
+        run: what to do.
+        out: a new or empty folder, or the one of the run to resume.
+        resume: continue from the last checkpoint in `out`.
+        overwrite: delete an earlier run in `out` first.
+
+    Raises:
+        FastLNError: for anything in `run` that cannot be had as given, or an `out` that already holds a run.
+    """
+    method, engine = get_method(run.config.method, run.engine)
+    device = settle_device(run.device)
+    dtype = settle_dtype(run.dtype, device)
+    _claim(out, resume=resume, overwrite=overwrite)
+    data = load_dataset(run.data, "train", validation_fraction=run.validation)
+    task = load_task(run.model, data, dtype=dtype, seed=run.config.seed, device=device)
+    model = apply_method(task, method.name, engine)
+    trainable, total = count_parameters(model)
+    logger.info(
+        "%s by %s on %s: %s of %s parameters train (%.3f%%), %d questions%s",
+        method.name,
+        engine,
+        task.name,
+        f"{trainable:,}",
+        f"{total:,}",
+        100 * trainable / total,
+        len(data),
+        " (synthetic)" if data.synthetic else "",
+    )
+    _write(out / RECORD, {"run": asdict(run), "engine": engine, "dtype": str(dtype), "finished": False})
+    result = train_task(task, model, data, run.config, checkpoints=out / CHECKPOINTS, resume=resume)
+    finish(task, model)
+    task.save(out / MODEL)
+    validation = None
+    if run.validation:
+        held_out = load_dataset(run.data, "validation", validation_fraction=run.validation)
+        validation = evaluate(task, held_out, progress=True)
+    test = evaluate(task, load_dataset(run.data, "test"), progress=True)
+    outcome = Outcome(test, validation, result, trainable, total)
+    _write(
+        out / RECORD,
+        {"run": asdict(run), "engine": engine, "dtype": str(dtype), "finished": True, **asdict(outcome)},
+    )
+    _report(task, data, "test", test)
+    logger.info("the model is in %s; score it again with: fastln eval %s --data %s", out / MODEL, out / MODEL, run.data)
+    return outcome
+
+
+def run_evaluation(
+    model: str,
+    data: str,
+    split: str,
+    *,
+    batch_size: int = 64,
+    dtype: str = "auto",
+    device: str = "auto",
+    predictions: Path | None = None,
+) -> Accuracy:
+    """Score a saved model and print the result.
+
+    Args:
+        model: as `fastln.models.load_task` takes it; the output folder of `fastln train` will do too.
+        data: "phantom" or a dataset's folder.
+        split: "train" or "test".
+        batch_size: questions per batch.
+        dtype: "float32", "bfloat16" or "auto".
+        device: "cpu", "cuda" or "auto".
+        predictions: JSON Lines file for every question with its answer and the model's.
+
+    Raises:
+        FastLNError: for anything that cannot be had as given.
+    """
+    place = settle_device(device)
+    dataset = load_dataset(data, split)
+    saved = Path(model) / MODEL
+    source = str(saved) if (saved / "config.json").is_file() else model
+    task = load_task(source, load_dataset(data, "train"), dtype=settle_dtype(dtype, place), device=place)
+    answers = predict(task, dataset, batch_size=batch_size, progress=True)
+    if predictions is not None:
+        with predictions.open("w") as file:
+            for sample, answer in zip(dataset.samples, answers, strict=True):
+                file.write(json.dumps(asdict(sample) | {"prediction": normalise_answer(answer)}) + "\n")
+    score = accuracy(answers, dataset.samples)
+    _report(task, dataset, split, score)
+    return score
+
+
+def _report(task: VQATask, data: VQADataset, split: str, score: Accuracy) -> None:
+    notes = []
+    if task.random_weights:
+        notes.append("towers of random weights: the figure says nothing about the method")
+    if data.synthetic:
+        notes.append("synthetic data")
+    parts = [
+        f"{name} {'-' if percent is None else f'{percent:.1f}%'} of {count}"
+        for name, percent, count in (
+            ("all", score.all, score.n_all),
+            ("closed", score.closed, score.n_closed),
+            ("open", score.open, score.n_open),
+        )
+    ]
+    remark = f" ({'; '.join(notes)})" if notes else ""
+    print(f"{data.name} {split}: exact match: {', '.join(parts)}{remark}")
+
+
+def _claim(out: Path, *, resume: bool, overwrite: bool) -> None:
+    if resume and overwrite:
+        raise FastLNError("--resume and --overwrite exclude each other")
+    if out.exists() and not out.is_dir():
+        raise FastLNError(f"{out}: is a file; give a folder")
+    if resume:
+        return
+    if overwrite:
+        for name in (MODEL, CHECKPOINTS):
+            shutil.rmtree(out / name, ignore_errors=True)
+        (out / RECORD).unlink(missing_ok=True)
+    elif out.is_dir() and any(out.iterdir()):
+        raise FastLNError(f"{out}: already holds a run; give another folder, or --resume or --overwrite")
+    (out / CHECKPOINTS).mkdir(parents=True, exist_ok=True)
+
+
+def _write(path: Path, record: dict[str, object]) -> None:
+    # Written beside and renamed, so that no reader ever finds half a file.
+    beside = path.with_suffix(".tmp")
+    beside.write_text(json.dumps(record, indent=1, default=str) + "\n")
+    beside.replace(path)
