@@ -1,0 +1,1 @@
+"""Operations for CPU tensors, in plain PyTorch: tensors in, tensors out."""
