@@ -50,7 +50,7 @@ def test_rows_become_samples(tmp_path):
         Sample("1", "a.png", "How many ribs?", "12", False),
         Sample("x7", "a.png", "Is there a mass?", "yes", True),
     ]
-    assert (data.split, data.synthetic, data.name) == ("train", False, f"VQA-RAD ({tmp_path})")
+    assert (data.split, data.synthetic, data.name) == ("train", False, "vqa-rad")
     assert (len(data), data[1].id) == (2, "x7")
     assert data.image("a.png").mode == "RGB"
 

@@ -66,7 +66,7 @@ def load_dataset(spec: str, split: str, *, validation_fraction: float = 0.0) -> 
         samples = [s for s in source.splits["train"] if _set_aside(s, validation_fraction) == wanted]
     if not samples:
         set_aside = f" with validation_fraction {validation_fraction}" if split != "test" else ""
-        raise FastLNError(f"{source.name}: the {split} split holds no question{set_aside}")
+        raise FastLNError(f"{spec}: the {split} split holds no question{set_aside}")
     return VQADataset(source, split, samples)
 
 

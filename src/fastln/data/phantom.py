@@ -241,7 +241,7 @@ class _View:
         draw: Draws the anatomy.
         lesion: The grey of a lesion.
         radius: Smallest and largest radius of a lesion.
-        noise: Largest of the numbers that four of make up a pixel's noise.
+        noise: Half the range of each of the four numbers whose sum is the noise of a pixel.
         left: Where a lesion on the patient's left may stand, far enough apart not to touch.
         right: The same for the right.
     """

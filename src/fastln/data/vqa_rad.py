@@ -74,7 +74,7 @@ def read(folder: Path) -> Source:
         len(rows.paths),
     )
     return Source(
-        name=f"VQA-RAD ({folder})",
+        name="vqa-rad",
         synthetic=False,
         splits={"train": train, "test": splits["test"]},
         image=functools.partial(_image, rows.paths),
