@@ -195,7 +195,7 @@ def _backward_block(
     for start in range(0, n_queries, rows):
         stop = min(start + rows, n_queries)
         r = stop - start
-        seen = min(stop, n_keys) if causal else n_keys
+        seen = min(stop, n_keys) if causal and not one_pass else n_keys
         q_rows, dout_rows = q[:, :, start:stop], dout[:, :, start:stop]
 
         q_wide = work.get("q_wide", (*heads, r, dim + 1), wide)
@@ -253,7 +253,7 @@ def _hide_future(scores: Tensor, start: int) -> None:
 
 def _add_product(total: Tensor, a: Tensor, b: Tensor, one_pass: bool, alpha: float = 1.0) -> None:
     """total = alpha a b where this is the only block of rows, total += alpha a b where it is one of several."""
-    if one_pass and total.is_contiguous():
+    if one_pass:
         torch.baddbmm(total, a, b, beta=0, alpha=alpha, out=total)
     else:
         total.add_(torch.bmm(a, b), alpha=alpha)

@@ -1,0 +1,184 @@
+import json
+
+import pytest
+import torch
+from transformers import (
+    BertConfig,
+    BertModel,
+    BlipConfig,
+    BlipForQuestionAnswering,
+    CLIPConfig,
+    CLIPModel,
+    Dinov2Config,
+    Dinov2Model,
+    LlamaConfig,
+    LlamaForCausalLM,
+    ViTConfig,
+    ViTModel,
+)
+
+from fastln.families import attention as families
+from fastln.families.attention import restore_attention, use_fast_attention
+
+TEXT = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48, "vocab_size": 50}
+VISION = {
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "intermediate_size": 48,
+    "image_size": 24,
+    "patch_size": 8,
+}
+
+
+def make(family):
+    """A tiny random bf16 model in training mode without dropout, and inputs with padding where it takes text."""
+    torch.manual_seed(0)
+    pixels = torch.randn(2, 3, 24, 24, dtype=torch.bfloat16)
+    ids = torch.randint(0, 50, (2, 11))
+    padding = torch.ones(2, 11, dtype=torch.long)
+    padding[1, 7:] = 0
+    no_dropout = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+    if family == "dinov2":
+        model, inputs = Dinov2Model(Dinov2Config(**VISION, mlp_ratio=2)), {"pixel_values": pixels}
+    elif family == "vit":
+        model, inputs = ViTModel(ViTConfig(**VISION)), {"pixel_values": pixels}
+    elif family == "bert":
+        model = BertModel(BertConfig(**TEXT, **no_dropout))
+        inputs = {"input_ids": ids, "attention_mask": padding}
+    elif family == "clip":
+        text = TEXT | {"bos_token_id": 0, "eos_token_id": 49, "pad_token_id": 1}
+        model = CLIPModel(CLIPConfig(text_config=text, vision_config=VISION, projection_dim=16))
+        inputs = {"input_ids": ids, "attention_mask": padding, "pixel_values": pixels, "return_loss": True}
+    else:
+        model = LlamaForCausalLM(LlamaConfig(**TEXT, num_key_value_heads=2))
+        inputs = {"input_ids": ids, "labels": ids}
+        if family == "llama, padded":
+            inputs["attention_mask"] = padding
+    return model.to(torch.bfloat16).train(), inputs
+
+
+def step(model, inputs):
+    """The outputs that matter and every gradient, in float32."""
+    model.zero_grad()
+    output = model(**inputs)
+    loss = getattr(output, "loss", None)
+    loss = output.last_hidden_state.float().square().mean() if loss is None else loss
+    loss.backward()
+    grads = {name: p.grad.float().clone() for name, p in model.named_parameters() if p.grad is not None}
+    return loss.detach().float(), grads
+
+
+@pytest.mark.parametrize("family", ["dinov2", "vit", "bert", "clip", "llama", "llama, padded"])
+def test_same_numbers_as_sdpa(family, monkeypatch):
+    model, inputs = make(family)
+    exact = make(family)[0].float()
+    exact.load_state_dict(model.state_dict())
+    exact_inputs = {key: x.float() if torch.is_tensor(x) and x.is_floating_point() else x for key, x in inputs.items()}
+    _, truth = step(exact, exact_inputs)
+    loss, grads = step(model, inputs)
+
+    calls = []
+    serve = families.attention
+    monkeypatch.setattr(families, "attention", lambda *args, **options: calls.append(1) or serve(*args, **options))
+    changed = use_fast_attention(model)
+    fast_loss, fast_grads = step(model, inputs)
+    assert len(calls) == (4 if family == "clip" else 2)
+    torch.testing.assert_close(fast_loss, loss, rtol=0, atol=0)
+    assert fast_grads.keys() == grads.keys() == truth.keys()
+
+    def error(some):
+        return torch.stack([(some[name] - truth[name]).norm() for name in truth]).norm()
+
+    assert error(fast_grads) <= 1.2 * error(grads)
+
+    restore_attention(changed)
+    calls.clear()
+    _, restored_grads = step(model, inputs)
+    assert not calls
+    assert all(torch.equal(restored_grads[name], grads[name]) for name in grads)
+
+
+def test_every_sub_model_is_switched_and_restored():
+    model, _ = make("clip")
+    configs = [model.config, model.config.text_config, model.config.vision_config]
+    changed = use_fast_attention(model)
+    assert all(any(config is other for other in changed) for config in configs)
+    assert [config._attn_implementation for config in configs] == ["fastln"] * 3
+    assert use_fast_attention(model) == []
+    restore_attention(changed)
+    assert [config._attn_implementation for config in configs] == ["sdpa"] * 3
+
+
+def test_eager_stays_eager():
+    model, _ = make("clip")
+    model.set_attn_implementation({"text_config": "eager"})
+    use_fast_attention(model)
+    assert model.config.text_config._attn_implementation == "eager"
+    assert model.config.vision_config._attn_implementation == "fastln"
+
+
+def test_models_inside_another_module():
+    model = torch.nn.ModuleDict({"vision": make("vit")[0], "text": make("bert")[0]})
+    assert len(use_fast_attention(model)) == 2
+
+
+def test_own_attention_is_left_alone():
+    vision = VISION | {"num_attention_heads": 4}
+    text = TEXT | {"encoder_hidden_size": 32, "bos_token_id": 0, "eos_token_id": 1, "sep_token_id": 1}
+    model = BlipForQuestionAnswering(BlipConfig(text_config=text, vision_config=vision, projection_dim=16))
+    before = [model.config._attn_implementation, model.config.text_config._attn_implementation]
+    for config in use_fast_attention(model):
+        assert config not in (model.config.text_config, model.config.vision_config)
+    assert model.config.text_config._attn_implementation == before[1]
+
+
+def test_without_gradients_sdpa_serves(monkeypatch):
+    model, inputs = make("vit")
+    model.eval()
+    with torch.no_grad():
+        expected = model(**inputs).last_hidden_state
+        use_fast_attention(model)
+        monkeypatch.setattr(families, "attention", None)
+        assert torch.equal(model(**inputs).last_hidden_state, expected)
+
+
+def test_dropout_in_attention_is_sdpa_s(monkeypatch):
+    model, inputs = make("bert")
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.2
+    results = []
+    for switch in (False, True):
+        if switch:
+            use_fast_attention(model)
+        torch.manual_seed(1)
+        results.append(step(model, inputs))
+    assert torch.equal(results[0][0], results[1][0])
+
+
+def test_asking_for_attentions_does_what_sdpa_does():
+    model, inputs = make("vit")
+    expected = model(**inputs, output_attentions=True)
+    use_fast_attention(model)
+    output = model(**inputs, output_attentions=True)
+    assert (output.attentions is None) == (expected.attentions is None)
+    assert torch.equal(output.last_hidden_state, expected.last_hidden_state)
+
+
+def test_the_name_is_not_saved(tmp_path):
+    model, _ = make("clip")
+    use_fast_attention(model)
+    model.save_pretrained(tmp_path)
+    assert "fastln" not in (tmp_path / "config.json").read_text()
+    assert "fastln" not in json.dumps(model.config.to_dict(), default=str)
+    assert CLIPModel.from_pretrained(tmp_path).config.text_config._attn_implementation == "sdpa"
+
+
+def test_generation_with_a_cache():
+    model, inputs = make("llama")
+    model.eval()
+    prompt = inputs["input_ids"][:, :5]
+    expected = model.generate(prompt, max_new_tokens=4, do_sample=False)
+    use_fast_attention(model)
+    assert torch.equal(model.generate(prompt, max_new_tokens=4, do_sample=False), expected)
