@@ -1,0 +1,87 @@
+"""Call a function in a fresh process and get its result back, whatever becomes of the process."""
+
+import multiprocessing
+import os
+import signal
+import tempfile
+import traceback
+from collections.abc import Callable
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any, TypeVar
+
+from fastln.bench.results import Failure
+from fastln.errors import FastLNError
+
+Result = TypeVar("Result")
+
+# The server imports this once (seconds); every process is then a fork of it (milliseconds) that shares nothing with
+# the other runs: no allocator state, no autotuning, no threads, for importing starts none.
+_PRELOAD = ["fastln.bench.worker"]
+
+
+def call(function: Callable[..., Result], *arguments: Any, timeout_seconds: float) -> Result | Failure:
+    """Call `function` (importable by name) in a process of its own.
+
+    Args:
+        function: What to call; it and its arguments and its result must pickle.
+        arguments: Its arguments.
+        timeout_seconds: The process is killed when it has not answered by then.
+
+    Returns:
+        What the function returned, or a Failure: it raised, died (by a signal, or for want of memory), or took too
+        long. What it printed is shown only in a Failure of a process that died.
+    """
+    # An NVML question does not wake the GPU, so that processes forked after it can still use it.
+    os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(_PRELOAD)
+    with tempfile.TemporaryDirectory(prefix="fastln-bench-") as folder:
+        log = Path(folder) / "log.txt"
+        receiver, sender = context.Pipe(duplex=False)
+        process = context.Process(target=_child, args=(sender, log, function, arguments), daemon=True)
+        process.start()
+        sender.close()  # so that the end of the process is the end of the pipe
+        try:
+            if not receiver.poll(timeout_seconds):
+                return Failure(f"stopped: not done after {timeout_seconds:g} s (timeout_seconds)")
+            answer = receiver.recv()
+            process.join(timeout=60)
+            return answer
+        except EOFError:
+            process.join()
+            return Failure(_death(process.exitcode, log))
+        finally:
+            process.kill()
+            process.join()
+            receiver.close()
+
+
+def _child(sender: Connection, log: Path, function: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, which then ends this process
+    with log.open("w") as stream:
+        os.dup2(stream.fileno(), 1)
+        os.dup2(stream.fileno(), 2)
+    try:
+        answer = function(*arguments)
+    except FastLNError as error:
+        answer = Failure(str(error), user_error=True)
+    except Exception as error:
+        answer = Failure(_last_words(error))
+    sender.send(answer)
+
+
+def _last_words(error: Exception) -> str:
+    message = traceback.format_exception_only(error)[-1].strip()
+    frames = traceback.extract_tb(error.__traceback__)[-4:]
+    return "\n".join([message, *(f"  at {frame.filename}:{frame.lineno} in {frame.name}" for frame in frames)])
+
+
+def _death(exitcode: int | None, log: Path) -> str:
+    if exitcode is not None and exitcode < 0:
+        hint = " (out of memory?)" if -exitcode == signal.SIGKILL else f" ({signal.strsignal(-exitcode)})"
+        text = f"killed by signal {-exitcode}{hint}"
+    else:
+        text = f"the process ended with status {exitcode} before it had a result"
+    last = log.read_text(errors="replace").strip().splitlines()[-5:] if log.exists() else []
+    return "\n".join([text, *(f"  {line}" for line in last)])

@@ -1,0 +1,128 @@
+"""Throughput against peak memory, one panel per model, one labelled point per method and engine."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.text import Annotation
+from matplotlib.transforms import Bbox
+
+from fastln.bench.results import Row
+
+# Okabe and Ito's colours, which the colour-blind tell apart.
+_COLOURS = ("#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+_MARKERS = {"fastln": "*", "peft": "s", "torch": "o"}
+_OFFSETS = [  # of a label from its point, in points, the nearest first
+    (x * radius, y * radius)
+    for radius in (9, 16, 24, 34, 46, 60)
+    for x, y in ((1, 0), (-1, 0), (0, 1), (0, -1), (1, 1), (-1, 1), (1, -1), (-1, -1))
+]
+
+
+def draw(rows: Sequence[Row], path: Path) -> None:
+    """Write the picture as PNG.
+
+    Args:
+        rows: Those without a measurement are left out.
+        path: Where to.
+    """
+    models = list(dict.fromkeys(row.model for row in rows))
+    methods = list(dict.fromkeys(row.method for row in rows))
+    colours = {method: _COLOURS[index % len(_COLOURS)] for index, method in enumerate(methods)}
+    figure = Figure(figsize=(6.4 * len(models), 4.8), layout="constrained")
+    FigureCanvasAgg(figure)
+    panels = figure.subplots(1, len(models), squeeze=False)[0]
+    points = []
+    for axes, model in zip(panels, models, strict=True):
+        measured = [row for row in rows if row.model == model and row.step_seconds is not None]
+        points.append([_point(row, colours[row.method]) for row in measured])
+        _panel(axes, model, points[-1])
+    figure.suptitle(_title(rows), fontsize=10)
+    figure.canvas.draw()  # settles the layout, which the labels then follow
+    figure.set_layout_engine("none")
+    for axes, own in zip(panels, points, strict=True):
+        _place_labels(axes, own)
+    figure.savefig(path, dpi=150)
+
+
+@dataclass(frozen=True, slots=True)
+class _Point:
+    x: float
+    y: float
+    label: str
+    colour: str
+    marker: str
+
+
+def _point(row: Row, colour: str) -> _Point:
+    memory, throughput = row.peak_memory_bytes or 0, row.samples_per_second or 0
+    return _Point(memory / 2**20, throughput, f"{row.method} ({row.engine})", colour, _MARKERS.get(row.engine, "o"))
+
+
+def _title(rows: Sequence[Row]) -> str:
+    origin = rows[0].provenance
+    machine = origin["machine"]
+    data = next((row.provenance["data"] for row in rows if row.provenance["data"]), None)
+    where = machine["gpu"] if rows[0].device == "cuda" else f"{machine['cpu']}, {machine['threads']} threads"
+    what = origin["suite"]["data"] if data is None else data["name"] + (" (SYNTHETIC)" if data["synthetic"] else "")
+    return f"Measured: {where}; {rows[0].dtype}, batches of {rows[0].batch_size}; {what}"
+
+
+def _panel(axes: Axes, model: str, points: Sequence[_Point]) -> None:
+    axes.set_title(model)
+    axes.set_xlabel("peak memory, MiB (left is better)")
+    axes.set_ylabel("samples per second (up is better)")
+    axes.grid(alpha=0.3, linewidth=0.6)
+    axes.set_axisbelow(True)
+    axes.margins(0.22, 0.15)
+    for point in points:
+        size = 13 if point.marker == "*" else 8
+        axes.plot(point.x, point.y, point.marker, color=point.colour, markersize=size, markeredgecolor="white")
+    if not points:
+        axes.text(0.5, 0.5, "every run failed", ha="center", transform=axes.transAxes)
+
+
+def _place_labels(axes: Axes, points: Sequence[_Point]) -> None:
+    """Put each label at the nearest place where it covers no point and no label placed before it."""
+    canvas = axes.figure.canvas
+    assert isinstance(canvas, FigureCanvasAgg)
+    renderer = canvas.get_renderer()
+    centres = [axes.transData.transform((point.x, point.y)) for point in points]
+    taken = [Bbox.from_extents(x - 7, y - 7, x + 7, y + 7) for x, y in centres]
+    frame = axes.get_window_extent()
+
+    def overlap(box: Bbox) -> float:
+        inside = frame.x0 < box.x0 and box.x1 < frame.x1 and frame.y0 < box.y0 and box.y1 < frame.y1
+        return sum(_overlap(box, other) for other in taken) + (0 if inside else 1e6)
+
+    for point in points:
+        note = axes.annotate(
+            point.label, (point.x, point.y), (0, 0), textcoords="offset points", fontsize=9, color=point.colour
+        )
+
+        def box_at(offset: tuple[float, float], note: Annotation = note) -> Bbox:
+            x, y = offset
+            note.set(
+                position=offset,
+                ha="left" if x > 0 else "right" if x < 0 else "center",
+                va="bottom" if y > 0 else "top" if y < 0 else "center",
+            )
+            return note.get_window_extent(renderer)
+
+        best = min(_OFFSETS, key=lambda offset: overlap(box_at(offset)))
+        box = box_at(best)
+        taken.append(box)
+        if max(map(abs, best)) > 12:  # far from its point: a line leads back
+            x, y = axes.transData.transform((point.x, point.y))
+            end = axes.transData.inverted().transform((np.clip(x, box.x0, box.x1), np.clip(y, box.y0, box.y1)))
+            axes.plot((point.x, end[0]), (point.y, end[1]), color=point.colour, linewidth=0.7, zorder=1)
+
+
+def _overlap(one: Bbox, other: Bbox) -> float:
+    width = min(one.x1, other.x1) - max(one.x0, other.x0)
+    height = min(one.y1, other.y1) - max(one.y0, other.y0)
+    return max(width, 0) * max(height, 0)

@@ -1,0 +1,70 @@
+"""What is running now, on stderr: a bar on a terminal, one line per run in a log."""
+
+import time
+from types import TracebackType
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.progress import Progress as Bar
+
+
+class Progress:
+    """Tells how far a suite is. A context manager; `begin` and `end` bracket each run.
+
+    Args:
+        total: The number of runs ahead.
+        console: Where to write; stderr by default.
+    """
+
+    def __init__(self, total: int, console: Console | None = None):
+        self._console = console or Console(stderr=True, highlight=False)
+        self._bar = Bar(
+            SpinnerColumn(),
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            console=self._console,
+            disable=not self._console.is_terminal,
+        )
+        self._task = self._bar.add_task("starting", total=total)
+        self._total = total
+        self._done = 0
+        self._label = ""
+        self._since = 0.0
+
+    def __enter__(self) -> "Progress":
+        self._bar.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._bar.stop()
+
+    def begin(self, label: str) -> None:
+        """A run starts."""
+        self._label, self._since = label, time.monotonic()
+        self._bar.update(self._task, description=label)
+        if not self._console.is_terminal:
+            # Before the run, so that a log shows what hangs.
+            self._print(f"[{self._done + 1:>{len(str(self._total))}}/{self._total}] {label} ... ", end="")
+
+    def end(self, result: str) -> None:
+        """The run is over; `result` is what came of it, in a few words."""
+        took = f"{result} ({time.monotonic() - self._since:.1f} s)"
+        self._print(f"{self._label}: {took}" if self._console.is_terminal else took)
+        self._done += 1
+        self._bar.update(self._task, completed=self._done)
+
+    def add(self, runs: int) -> None:
+        """More runs lie ahead than was known."""
+        self._total += runs
+        self._bar.update(self._task, total=self._total)
+
+    def drop(self, runs: int) -> None:
+        """Fewer runs lie ahead than was known."""
+        self.add(-runs)
+
+    def _print(self, text: str, end: str = "\n") -> None:
+        self._console.print(text, end=end, markup=False, soft_wrap=True)

@@ -1,0 +1,181 @@
+"""Rows for people: a table on the terminal, the same in Markdown, and a picture of throughput against memory."""
+
+import shlex
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.table import Table
+
+from fastln.bench.picture import draw
+from fastln.bench.results import Row
+
+TABLE = "results.md"
+PICTURE = "results.png"
+FILES = (TABLE, PICTURE)
+
+BASELINE = ("layernorm", "torch")
+
+_COLUMNS = (
+    "method (engine)",
+    "step s (range)",
+    "speed (range)",
+    "samples (per s)",
+    "peak (MiB)",
+    "saved (MiB)",
+    "trained (%)",
+    "last loss",
+    "accuracy % (closed, open)",
+)
+_WIDE = 150  # columns of a terminal; on a narrower one, what stands in brackets goes into a second line
+
+
+@dataclass(frozen=True, slots=True)
+class ModelTable:
+    """What is told about one model: `cells` has a line per row, an entry per column."""
+
+    model: str
+    cells: tuple[tuple[str, ...], ...]
+    notes: tuple[str, ...]  # errors and why accuracies are missing
+
+
+def write(rows: Sequence[Row], folder: Path) -> None:
+    """Write `results.md` and `results.png` into `folder`."""
+    (folder / TABLE).write_text(to_markdown(rows))
+    draw(rows, folder / PICTURE)
+
+
+def show(rows: Sequence[Row], console: Console | None = None) -> None:
+    """Print the table; to stdout by default."""
+    console = console or Console()
+    for line in _header(rows):
+        console.print(line, markup=False, highlight=False, soft_wrap=True)
+    for table in tables(rows):
+        grid = Table(title=table.model, title_justify="left", box=SIMPLE_HEAD, show_edge=False, padding=0)
+        fold = _two_lines if console.width < _WIDE else str
+        for index, column in enumerate(_COLUMNS):
+            grid.add_column(fold(column), justify="right" if index else "left", overflow="fold")
+        for cells in table.cells:
+            grid.add_row(*map(fold, cells))
+        console.print(grid)
+        for note in table.notes:
+            console.print(note, markup=False, highlight=False, soft_wrap=True)
+
+
+def _two_lines(cell: str) -> str:
+    return cell.replace(" (", "\n").removesuffix(")")
+
+
+def to_markdown(rows: Sequence[Row]) -> str:
+    """The table as Markdown."""
+    parts = ["\n\n".join(_header(rows))]
+    for table in tables(rows):
+        rule = ("---", *["---:"] * (len(_COLUMNS) - 1))
+        grid = "\n".join(f"| {' | '.join(line)} |" for line in (_COLUMNS, rule, *table.cells))
+        notes = "\n".join(f"- {_escape(note)}" for note in table.notes)
+        parts.append(f"## {table.model}\n\n{grid}" + (f"\n\n{notes}" if notes else ""))
+    return "\n\n".join(parts) + "\n"
+
+
+def tables(rows: Sequence[Row]) -> list[ModelTable]:
+    """Group the rows by model, in their order, and write out the cells."""
+    result = []
+    for model in dict.fromkeys(row.model for row in rows):
+        group = [row for row in rows if row.model == model]
+        base = next((row for row in group if (row.method, row.engine) == BASELINE), None)
+        errors = [f"{label(row)} failed: {row.error}" for row in group if row.error]
+        reasons: dict[str, list[str]] = {}
+        for row in group:
+            if row.accuracy_note and not row.error:
+                reasons.setdefault(row.accuracy_note, []).append(label(row))
+        notes = [
+            f"Accuracy{' of ' + ', '.join(names) if len(reasons) > 1 else ''}: {reason}."
+            for reason, names in reasons.items()
+        ]
+        result.append(ModelTable(model, tuple(_cells(row, base) for row in group), (*errors, *notes)))
+    return result
+
+
+def label(row: Row) -> str:
+    """How a row is called: its method, with the engine in brackets."""
+    return f"{row.method} ({row.engine})"
+
+
+def speedups(row: Row, base: Row | None) -> list[float]:
+    """How many times as fast as `base` a row was, in each round that both ended well."""
+    if base is None:
+        return []
+    return [theirs / ours for ours, theirs in zip(row.step_seconds_by_round, base.step_seconds_by_round, strict=False)]
+
+
+def _cells(row: Row, base: Row | None) -> tuple[str, ...]:
+    if row.step_seconds is None:
+        return (label(row), "failed", *["–"] * (len(_COLUMNS) - 2))
+    return (
+        label(row),
+        _spread(row.step_seconds_by_round, ".3f", row.step_seconds),
+        _spread(speedups(row, base), ".2f"),
+        _number(row.samples_per_second, ".1f"),
+        _number(row.peak_memory_bytes, ",.0f", 2**20),
+        _number(row.saved_activation_bytes, ",.1f", 2**20),
+        _trained(row),
+        _number(row.final_loss, ".4f"),
+        _accuracy(row.accuracy),
+    )
+
+
+def _spread(values: Sequence[float], form: str, middle: float | None = None) -> str:
+    if not values:
+        return "–"
+    middle = median(values) if middle is None else middle
+    return f"{middle:{form}} ({min(values):{form}}–{max(values):{form}})"
+
+
+def _number(value: float | None, form: str, unit: float = 1) -> str:
+    return "–" if value is None else f"{value / unit:{form}}"
+
+
+def _trained(row: Row) -> str:
+    if row.trainable_parameters is None or not row.total_parameters:
+        return "–"
+    return f"{row.trainable_parameters:,} ({100 * row.trainable_parameters / row.total_parameters:.3g}%)"
+
+
+def _accuracy(accuracy: dict[str, float | None] | None) -> str:
+    if accuracy is None:
+        return "–"
+    overall, closed, open_ = (_number(accuracy[part], ".1f") for part in ("all", "closed", "open"))
+    return f"{overall} ({closed}, {open_})"
+
+
+def _escape(text: str) -> str:
+    return text.replace("\n", "\n  ").replace("|", "\\|")
+
+
+def _header(rows: Sequence[Row]) -> list[str]:
+    """Paragraphs that say what is shown, on what machine, and by which command."""
+    row = rows[0]
+    origin = row.provenance
+    suite, machine, versions = origin["suite"], origin["machine"], origin["versions"]
+    data = next((row.provenance["data"] for row in rows if row.provenance["data"]), None)
+    kinds = sorted({row.provenance["memory"] for row in rows if row.provenance["memory"]})
+    gpu = f", {machine['gpu']}" if machine["gpu"] else ""
+    argv = list(origin["argv"])
+    command = shlex.join([Path(argv[0]).name, *argv[1:]]) if argv else "not recorded"
+    data_text = suite["data"] if data is None else data["name"] + (" (SYNTHETIC)" if data["synthetic"] else "")
+    return [
+        f"*Measured*, suite {suite['name']}, {origin['started']}. Command: `{command}`",
+        f"Machine: {machine['cpu']}, {machine['cores']} cores, {machine['threads']} threads, "
+        f"{machine['memory_bytes'] / 2**30:.0f} GiB{gpu}, {machine['kernel']}; device {row.device}, {row.dtype}. "
+        + ", ".join(f"{name} {version}" for name, version in versions.items())
+        + f", commit {origin['commit'] or 'unknown'}.",
+        f"Data: {data_text}; batches of {row.batch_size}, seed {origin['seed']}. "
+        f"Every run in a process of its own, {suite['rounds']} interleaved rounds of {suite['steps']} timed steps "
+        f"after {suite['warmup_steps']} for warm-up; a step is data loading, forward, backward and optimizer.",
+        f"Step seconds: the median of all timed steps (range of the rounds' medians). Speed: how many times as fast as "
+        f"{BASELINE[0]} ({BASELINE[1]}), which is plain unfreezing, in the same round: median over the rounds (range). "
+        f"Peak: {', '.join(kinds) or 'not measured'}. Saved: what autograd keeps for backward.",
+    ]

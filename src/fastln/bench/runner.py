@@ -1,0 +1,204 @@
+"""Run a suite: interleaved rounds, one process per run, results on disk after every one of them."""
+
+import dataclasses
+import itertools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from statistics import median
+from typing import Any, TypeVar
+
+from fastln.bench import isolate, report
+from fastln.bench.progress import Progress
+from fastln.bench.provenance import settle
+from fastln.bench.results import Checked, Failure, Job, Quality, Row, Steps, make_row, write_rows
+from fastln.bench.suite import Suite
+from fastln.bench.worker import work
+from fastln.errors import FastLNError
+
+Worker = Callable[[Job], Checked | Steps | Quality]
+Expected = TypeVar("Expected", Checked, Steps, Quality)
+
+RESULTS = "results.json"
+
+
+def run_suite(
+    suite: Suite, out: Path, *, overwrite: bool = False, argv: Sequence[str] = (), worker: Worker = work
+) -> list[Row]:
+    """Run every method of a suite on every model and write what came out.
+
+    All methods run once per round (A B C, A B C, ...), each in a fresh process, so that a machine that drifts hits
+    all of them alike; then, if the suite has epochs, each trains once and its answers are counted. A run that fails
+    is a row with its error and is not tried again. `results.json` is complete after every run; `results.md` and
+    `results.png` are written at the end, also when the user interrupts.
+
+    Args:
+        suite: From `fastln.bench.suite.load_suite`.
+        out: A folder, made if need be.
+        overwrite: Replace an earlier run's files in `out`; other files there are left alone.
+        argv: The command that this is, for the record.
+        worker: What a process does with its job; it must be importable by name.
+
+    Returns:
+        One row per model and method, in the suite's order. Nothing was measured where `step_seconds` is None.
+
+    Raises:
+        FastLNError: `out` holds a run already, or is no folder; the data or a model cannot be loaded as given.
+        KeyboardInterrupt: After what is there was written.
+    """
+    _prepare(out, overwrite)
+    started = _now()
+    with Progress(total=len(suite.models) + len(suite.models) * len(suite.methods) * suite.rounds) as progress:
+        settled = isolate.call(settle, suite.device, suite.dtype, timeout_seconds=suite.timeout_seconds)
+        if isinstance(settled, Failure):
+            raise FastLNError(settled.text) if settled.user_error else RuntimeError(settled.text)
+        device, dtype, origin = settled
+        suite = dataclasses.replace(suite, device=device, dtype=dtype)
+        origin |= {
+            "seed": suite.seed,
+            "argv": list(argv),
+            "suite": dataclasses.asdict(suite) | {"models": list(suite.models), "methods": list(suite.methods)},
+            "started": started,
+        }
+        table = _Table(suite, origin, out / RESULTS)
+        try:
+            _run(suite, worker, table, progress)
+        finally:
+            rows = table.write()
+            if rows:
+                report.write(rows, out)
+    return rows
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")
+
+
+def _prepare(out: Path, overwrite: bool) -> None:
+    if out.exists() and not out.is_dir():
+        raise FastLNError(f"{out}: is a file; --out takes a folder")
+    ours = [out / name for name in (RESULTS, *report.FILES)]
+    present = [path for path in ours if path.exists()]
+    if present and not overwrite:
+        raise FastLNError(f"{out}: already holds a run ({present[0].name}): give another folder, or overwrite it")
+    for path in present:
+        path.unlink()
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise FastLNError(f"{out}: cannot make the folder: {error.strerror}") from error
+
+
+@dataclass
+class _Entry:
+    """What is known so far about one method on one model."""
+
+    job: Job
+    rounds: list[Steps] = field(default_factory=list)
+    quality: Quality | None = None
+    error: str | None = None
+
+    @property
+    def begun(self) -> bool:
+        return bool(self.rounds or self.error)
+
+
+class _Table:
+    """The rows in the making, in the suite's order."""
+
+    def __init__(self, suite: Suite, origin: dict[str, Any], path: Path):
+        self.entries = [
+            _Entry(Job(suite, "speed", model, method, engine))
+            for model, (method, engine) in itertools.product(suite.models, suite.pairs)
+        ]
+        self.checked: dict[str, Checked] = {}
+        self._origin = origin
+        self._path = path
+
+    def write(self) -> list[Row]:
+        rows = [self._row(entry) for entry in self.entries if entry.begun]
+        write_rows(rows, self._path)
+        return rows
+
+    def _row(self, entry: _Entry) -> Row:
+        checked = self.checked.get(entry.job.model)
+        provenance = self._origin | {
+            "data": {"name": checked.data_name, "synthetic": checked.synthetic} if checked else None,
+            "finished": _now(),
+        }
+        accuracy = entry.quality.accuracy if entry.quality else None
+        note = _accuracy_note(entry, checked)
+        return make_row(entry.job, entry.rounds, accuracy, note, entry.error, provenance)
+
+
+def accuracy_means_nothing(suite: Suite, checked: Checked | None) -> str | None:
+    """Why a model's answers are not worth counting, or None if they are."""
+    if checked and checked.random_weights:
+        return "random weights: accuracy means nothing"
+    if checked and checked.synthetic:
+        return "synthetic data: accuracy means nothing"
+    if suite.epochs == 0:
+        return "not trained (epochs: 0)"
+    return None
+
+
+def _accuracy_note(entry: _Entry, checked: Checked | None) -> str | None:
+    if reason := accuracy_means_nothing(entry.job.suite, checked):
+        return reason
+    if entry.quality:
+        return f"test split, after {entry.job.suite.epochs} epochs"
+    return "failed" if entry.error else "not measured yet"
+
+
+def _run(suite: Suite, worker: Worker, table: _Table, progress: Progress) -> None:
+    for model in suite.models:
+        checked = _call(worker, Job(suite, "check", model), Checked, progress)
+        if isinstance(checked, Checked):
+            table.checked[model] = checked
+        elif checked.user_error:
+            raise FastLNError(checked.text)  # all of this model's runs would fail alike, so say it at once
+    for number in range(1, suite.rounds + 1):
+        for entry in table.entries:
+            if entry.error is None:
+                steps = _call(worker, dataclasses.replace(entry.job, round=number), Steps, progress)
+                if isinstance(steps, Steps):
+                    entry.rounds.append(steps)
+                else:
+                    entry.error = f"round {number}: {steps.text}"
+                    progress.drop(suite.rounds - number)
+                table.write()
+    worthy = [entry for entry in table.entries if _worth_training(entry, suite, table)]
+    progress.add(len(worthy))
+    for entry in worthy:
+        quality = _call(worker, dataclasses.replace(entry.job, kind="quality"), Quality, progress)
+        if isinstance(quality, Quality):
+            entry.quality = quality
+        else:
+            entry.error = f"quality: {quality.text}"
+        table.write()
+
+
+def _worth_training(entry: _Entry, suite: Suite, table: _Table) -> bool:
+    return entry.error is None and accuracy_means_nothing(suite, table.checked.get(entry.job.model)) is None
+
+
+def _call(worker: Worker, job: Job, expected: type[Expected], progress: Progress) -> Expected | Failure:
+    progress.begin(str(job))
+    outcome = isolate.call(worker, job, timeout_seconds=job.suite.timeout_seconds)
+    progress.end(_brief(outcome))
+    if isinstance(outcome, expected | Failure):
+        return outcome
+    raise TypeError(f"{job}: the worker returned {type(outcome).__name__}, not {expected.__name__}")
+
+
+def _brief(outcome: Checked | Steps | Quality | Failure) -> str:
+    match outcome:
+        case Checked():
+            return f"{outcome.model_name} on {outcome.data_name}"
+        case Steps():
+            return f"{median(outcome.step_seconds):.3f} s a step"
+        case Quality():
+            return f"{outcome.accuracy['all']:.1f}% right"
+        case Failure():
+            return "FAILED: " + outcome.text.splitlines()[0]

@@ -1,0 +1,126 @@
+"""What one process of the suite does: build a model, apply a method, and time its steps or count its answers."""
+
+import dataclasses
+import itertools
+import time
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor, nn
+
+from fastln.bench.accounting import SavedActivations, peak_bytes, reset_peak
+from fastln.bench.results import Checked, Job, Quality, Steps
+from fastln.data import ImageGroupedBatches, VQADataset, load_dataset
+from fastln.engines import apply_method
+from fastln.errors import FastLNError
+from fastln.methods import count_parameters
+from fastln.models import VQATask, load_task
+from fastln.training import TrainConfig, build_optimizer, evaluate, train_task
+
+
+def work(job: Job) -> Checked | Steps | Quality:
+    """Do one job; called in a process of its own.
+
+    Raises:
+        FastLNError: The data, the model or the method cannot be had as given.
+    """
+    data = load_dataset(job.suite.data, "train")
+    task = load_task(
+        job.model, data, dtype=getattr(torch, job.suite.dtype), seed=job.suite.seed, device=job.suite.device
+    )
+    if job.kind == "check":
+        return Checked(task.name, task.random_weights, data.name, data.synthetic)
+    _, total = count_parameters(task.model)
+    model = apply_method(task, job.method, job.engine)
+    if job.kind == "quality":
+        return _quality(job, task, model, data)
+    return _steps(job, task, model, data, total)
+
+
+def _steps(job: Job, task: VQATask, model: nn.Module, data: VQADataset, total_parameters: int) -> Steps:
+    suite = job.suite
+    device = torch.device(suite.device)
+    batches = _batches(job, task, data)
+    optimizer = build_optimizer(model, task, _config(job))
+    model.train()
+    torch.manual_seed(suite.seed)  # dropout: the same for methods that draw alike
+    memory_kind = reset_peak(device)
+
+    def step() -> Tensor:
+        loss = model(**next(batches)).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        return loss.detach()
+
+    for _ in range(suite.warmup_steps):
+        step()
+    saved = _saved_bytes(model, next(batches)) if job.round == 1 else None
+    seconds, loss = [], torch.tensor(0.0)
+    for _ in range(suite.steps):
+        elapsed, loss = _timed(step, device)
+        seconds.append(elapsed)
+    return Steps(
+        step_seconds=tuple(seconds),
+        peak_memory_bytes=peak_bytes(device),
+        memory_kind=memory_kind,
+        saved_activation_bytes=saved,
+        trainable_parameters=count_parameters(model)[0],
+        total_parameters=total_parameters,
+        final_loss=float(loss),
+    )
+
+
+def _timed(step: Callable[[], Tensor], device: torch.device) -> tuple[float, Tensor]:
+    _synchronize(device)
+    start = time.perf_counter()
+    loss = step()
+    _synchronize(device)
+    return time.perf_counter() - start, loss
+
+
+def _synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def _saved_bytes(model: nn.Module, batch: dict[str, Tensor]) -> int:
+    with SavedActivations(model) as saved:
+        output = model(**batch)
+    del output
+    return saved.bytes
+
+
+def _batches(job: Job, task: VQATask, data: VQADataset) -> Iterator[dict[str, Tensor]]:
+    """Endless full batches in an order that depends on the seed alone."""
+    suite = job.suite
+    sampler = ImageGroupedBatches(
+        data,
+        suite.batch_size,
+        seed=suite.seed,
+        questions_per_image=suite.questions_per_image,
+        drop_last=True,
+    )
+    if len(sampler) == 0:
+        raise FastLNError(f"batch_size {suite.batch_size}: {data.name} has no more than {len(data)} training questions")
+    for epoch in itertools.count():
+        sampler.set_epoch(epoch)
+        for indices in sampler:
+            yield task.collate([data[index] for index in indices], data)
+
+
+def _config(job: Job) -> TrainConfig:
+    suite = job.suite
+    return TrainConfig(
+        method=job.method,
+        epochs=max(suite.epochs, 1),
+        batch_size=suite.batch_size,
+        questions_per_image=suite.questions_per_image,
+        seed=suite.seed,
+    )
+
+
+def _quality(job: Job, task: VQATask, model: nn.Module, data: VQADataset) -> Quality:
+    train_task(task, model, data, _config(job), progress=False)
+    accuracy = evaluate(task, load_dataset(job.suite.data, "test"))
+    return Quality(dataclasses.asdict(accuracy))

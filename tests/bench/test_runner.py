@@ -1,0 +1,185 @@
+"""The runner, with workers that fail in every way there is."""
+
+import json
+import signal
+import threading
+
+import fake_workers
+import pytest
+
+from fastln.bench import isolate, runner
+from fastln.bench.results import Failure, read_rows
+from fastln.bench.runner import run_suite
+from fastln.bench.suite import Suite
+from fastln.errors import FastLNError
+
+
+def suite(**changes) -> Suite:
+    values = {
+        "name": "test",
+        "data": "phantom",
+        "models": ("one",),
+        "methods": ("layernorm/torch", "lora/peft", "full/torch"),
+        "batch_size": 4,
+        "dtype": "float32",
+        "device": "cpu",
+        "rounds": 2,
+    }
+    return Suite(**(values | changes))
+
+
+def by_method(rows):
+    return {row.method: row for row in rows}
+
+
+def test_rounds_are_interleaved(tmp_path, monkeypatch):
+    order = []
+
+    def call(worker, job, expected, progress):
+        order.append(str(job))
+        return worker(job)
+
+    monkeypatch.setattr(runner, "_call", call)
+    run_suite(suite(models=("one", "two"), epochs=1), tmp_path, worker=fake_workers.work)
+    once = [f"{model} {pair}" for model in ("one", "two") for pair in suite().methods]
+    rounds = [f"round {number}/2 {run}" for number in (1, 2) for run in once]
+    assert order == ["look at one", "look at two", *rounds, *(f"quality {run}" for run in once)]
+
+
+def test_every_call_has_a_process_of_its_own_without_threads_left_from_another():
+    found = [isolate.call(fake_workers.process, timeout_seconds=60) for _ in range(3)]
+    assert len({pid for pid, _ in found}) == 3
+    assert [threads for _, threads in found] == [1, 1, 1]
+
+
+def test_rows_hold_what_the_rounds_measured(tmp_path):
+    rows = run_suite(suite(), tmp_path, argv=["fastln", "bench"], worker=fake_workers.work)
+    assert [(row.method, row.engine) for row in rows] == [("layernorm", "torch"), ("lora", "peft"), ("full", "torch")]
+    row = rows[0]
+    assert row.step_seconds_all == pytest.approx((0.1, 0.2, 0.2, 0.4))
+    assert row.step_seconds == pytest.approx(0.2)
+    assert row.step_seconds_by_round == pytest.approx((0.15, 0.3))
+    assert row.samples_per_second == pytest.approx(20)
+    assert (row.peak_memory_bytes, row.saved_activation_bytes) == (1002, 100)
+    assert row.error is None
+    assert row.accuracy is None
+    assert row.accuracy_note == "not trained (epochs: 0)"
+    assert row.provenance["argv"] == ["fastln", "bench"]
+    assert row.provenance["data"] == {"name": "d", "synthetic": False}
+    assert row.provenance["memory"] == "process peak RSS"
+    assert set(row.provenance["versions"]) == {"python", "torch", "triton", "transformers", "peft", "fastln"}
+    assert {"cpu", "cores", "threads", "memory_bytes", "gpu", "kernel"} == set(row.provenance["machine"])
+    assert read_rows(tmp_path / "results.json") == rows
+    assert (tmp_path / "results.md").exists()
+    assert (tmp_path / "results.png").exists()
+
+
+def test_a_run_that_raises_is_a_row_and_is_not_tried_again(tmp_path):
+    rows = by_method(run_suite(suite(rounds=3, epochs=1), tmp_path, worker=fake_workers.raises_in_round_2))
+    row = rows["lora"]
+    assert row.error.startswith("round 2: RuntimeError: the mat is torn")
+    assert "fake_workers.py" in row.error
+    assert len(row.step_seconds_by_round) == 1
+    assert row.accuracy is None
+    assert row.accuracy_note == "failed"
+    assert len(rows["full"].step_seconds_by_round) == 3
+    assert rows["full"].accuracy["all"] == 50.0
+
+
+def test_a_killed_run_is_a_row(tmp_path):
+    rows = by_method(run_suite(suite(), tmp_path, worker=fake_workers.dies))
+    assert rows["full"].error == "round 1: killed by signal 9 (out of memory?)\n  last words"
+    assert rows["full"].step_seconds is None
+    assert rows["lora"].error is None
+
+
+def test_a_suite_of_which_nothing_ran_can_be_told(tmp_path):
+    rows = run_suite(suite(), tmp_path, worker=fake_workers.exits)
+    assert all(row.step_seconds is None for row in rows)
+    assert "status 7" in rows[0].error
+
+
+def test_a_run_that_hangs_is_stopped(tmp_path):
+    isolate.call(fake_workers.answer, None, timeout_seconds=60)  # the first call takes seconds: imports
+    rows = by_method(run_suite(suite(timeout_seconds=5, rounds=1), tmp_path, worker=fake_workers.hangs))
+    assert "not done after 5 s" in rows["full"].error
+    assert rows["lora"].error is None
+
+
+def test_quality_that_fails_keeps_the_speed(tmp_path):
+    rows = by_method(run_suite(suite(epochs=2), tmp_path, worker=fake_workers.quality_fails))
+    assert rows["lora"].error.startswith("quality: ValueError: diverged")
+    assert rows["lora"].step_seconds is not None
+    assert rows["lora"].accuracy is None
+    assert rows["full"].accuracy == {
+        "all": 50.0, "closed": 60.0, "open": 40.0, "n_all": 10, "n_closed": 5, "n_open": 5
+    }  # fmt: skip
+    assert rows["full"].accuracy_note == "test split, after 2 epochs"
+
+
+def test_random_weights_are_not_trained_for_their_accuracy(tmp_path):
+    rows = run_suite(suite(epochs=2, models=("random",)), tmp_path, worker=fake_workers.work)
+    assert {(row.accuracy, row.accuracy_note) for row in rows} == {(None, "random weights: accuracy means nothing")}
+
+
+def test_a_user_error_ends_the_suite_before_it_begins(tmp_path):
+    with pytest.raises(FastLNError, match="no model called one"):
+        run_suite(suite(), tmp_path, worker=fake_workers.user_error)
+    assert not list(tmp_path.glob("results.md"))
+
+
+def test_results_are_on_disk_after_every_run(tmp_path, monkeypatch):
+    seen = []
+
+    def stop_after_four(worker, job, expected, progress):
+        if len(seen) == 4:  # one check, then three of six runs
+            raise KeyboardInterrupt
+        seen.append(len(json.loads((tmp_path / "results.json").read_text())) if job.kind == "speed" and seen[1:] else 0)
+        return worker(job)
+
+    monkeypatch.setattr(runner, "_call", stop_after_four)
+    with pytest.raises(KeyboardInterrupt):
+        run_suite(suite(), tmp_path, worker=fake_workers.work)
+    assert seen == [0, 0, 1, 2]
+    assert len(read_rows(tmp_path / "results.json")) == 3
+    assert (tmp_path / "results.md").exists()
+
+
+def test_ctrl_c_ends_a_run_that_is_under_way():
+    main = threading.main_thread().ident
+    timer = threading.Timer(1, lambda: signal.pthread_kill(main, signal.SIGINT))
+    timer.start()
+    with pytest.raises(KeyboardInterrupt):
+        isolate.call(fake_workers.sleep, timeout_seconds=60)
+
+
+@pytest.mark.parametrize("name", ["results.json", "results.md", "results.png"])
+def test_a_folder_that_holds_a_run_is_left_alone(tmp_path, name):
+    (tmp_path / name).write_text("precious")
+    with pytest.raises(FastLNError, match="already holds a run"):
+        run_suite(suite(), tmp_path, worker=fake_workers.work)
+    assert (tmp_path / name).read_text() == "precious"
+
+
+def test_overwrite_replaces_the_bench_s_own_files_alone(tmp_path):
+    (tmp_path / "results.json").write_text("old")
+    (tmp_path / "notes.txt").write_text("mine")
+    run_suite(suite(rounds=1), tmp_path, overwrite=True, worker=fake_workers.work)
+    assert len(read_rows(tmp_path / "results.json")) == 3
+    assert (tmp_path / "notes.txt").read_text() == "mine"
+
+
+def test_a_file_is_no_folder(tmp_path):
+    (tmp_path / "out").write_text("")
+    with pytest.raises(FastLNError, match="is a file"):
+        run_suite(suite(), tmp_path / "out", worker=fake_workers.work)
+
+
+def test_an_answer_larger_than_a_pipe_arrives():
+    assert len(isolate.call(fake_workers.answer, b"x" * 10_000_000, timeout_seconds=60)) == 10_000_000
+
+
+def test_what_cannot_be_sent_back_is_a_failure():
+    answer = isolate.call(fake_workers.unpicklable, timeout_seconds=60)
+    assert isinstance(answer, Failure)
+    assert "pickle" in answer.text

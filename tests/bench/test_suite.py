@@ -1,0 +1,85 @@
+"""Suites: what comes with fastln, what a file may say, and what is said when it is wrong."""
+
+import pytest
+
+from fastln.bench.suite import load_suite, suite_names
+from fastln.errors import FastLNError
+
+GOOD = "data: phantom\nmodels: [dual]\nmethods: [layernorm/torch]\n"
+EVERY_PAIR = {
+    "layernorm/fastln",
+    "layernorm/peft",
+    "layernorm/torch",
+    "lora/peft",
+    "bitfit/torch",
+    "full/torch",
+    "head/torch",
+}
+
+
+def load(tmp_path, text, **overrides):
+    path = tmp_path / "mine.yaml"
+    path.write_text(text)
+    return load_suite(path, overrides)
+
+
+def test_quick_needs_nothing():
+    suite = load_suite("quick")
+    assert suite.name == "quick"
+    assert suite.data == "phantom"
+    assert suite.models == ("dual", "blip")
+    assert set(suite.methods) == EVERY_PAIR
+
+
+def test_real_takes_data_and_model_from_the_command_line():
+    suite = load_suite("real", {"data": "some/folder", "models": ["dual:a,b"], "epochs": None})
+    assert (suite.data, suite.models, suite.batch_size, suite.rounds, suite.epochs) == (
+        "some/folder", ("dual:a,b",), 32, 3, 3
+    )  # fmt: skip
+    assert set(suite.methods) == EVERY_PAIR
+    with pytest.raises(FastLNError, match="needs data, models"):
+        load_suite("real")
+
+
+def test_a_file_of_ones_own(tmp_path):
+    suite = load(tmp_path, GOOD + "rounds: 7\n", steps=9)
+    assert (suite.name, suite.rounds, suite.steps) == ("mine", 7, 9)
+    assert suite.pairs == [("layernorm", "torch")]
+
+
+def test_every_packaged_suite_is_listed():
+    assert suite_names() == ["quick", "real"]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (GOOD + "batchsize: 3\n", r"unknown key 'batchsize' \(did you mean 'batch_size'"),
+        (GOOD + "rounds: 0\n", "rounds must be a whole number of at least 1, not 0"),
+        (GOOD + "steps: 2.5\n", "steps must be a whole number"),
+        (GOOD + "seed: true\n", "seed must be a whole number"),
+        (GOOD + "dtype: bflot16\n", r"unknown dtype 'bflot16' \(did you mean 'bfloat16'.*auto, float32, bfloat16"),
+        (GOOD + "device: tpu\n", "unknown device 'tpu'.*auto, cpu, cuda"),
+        (GOOD + "timeout_seconds: 0\n", "timeout_seconds must be a positive number"),
+        ("data: phantom\nmodels: [dual]\nmethods: [layernrm/torch]\n", "did you mean 'layernorm/torch'.*lora/peft"),
+        ("data: phantom\nmodels: [dual]\nmethods: [lora/fastln]\n", "unknown method/engine 'lora/fastln'"),
+        ("data: phantom\nmodels: []\nmethods: [full/torch]\n", "models must be a list with at least one entry"),
+        ("data: phantom\nmodels: [dual, dual]\nmethods: [full/torch]\n", "models names the same entry twice"),
+        ("data: phantom\nmodels: dual\nmethods: [full/torch]\n", "models must be a list"),
+        ("data: phantom\n", "needs models, methods"),
+        ("- a\n- b\n", "a suite is a mapping"),
+        ("a: [1\n", "not valid YAML"),
+        ("a: !!python/object/apply:os.getcwd []\n", "not valid YAML"),
+    ],
+)
+def test_what_is_wrong_is_said_with_the_file(tmp_path, text, message):
+    with pytest.raises(FastLNError, match=message) as caught:
+        load(tmp_path, text)
+    assert "mine.yaml" in str(caught.value)
+
+
+def test_an_unknown_suite_is_answered_with_the_nearest():
+    with pytest.raises(FastLNError, match=r"no suite called 'quik' \(did you mean 'quick'.*quick, real"):
+        load_suite("quik")
+    with pytest.raises(FastLNError, match=r"nowhere\.yaml: cannot read"):
+        load_suite("nowhere.yaml")
