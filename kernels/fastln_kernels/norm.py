@@ -17,9 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastln_kernels import launch
-
-N_STATS = 3
-"""Rows of `stats`: the mean as the sum of two float32 (rounded, and what rounding left over), and 1 / deviation."""
+from fastln_kernels.reference import N_STATS
 
 
 @triton.jit
@@ -320,13 +318,13 @@ def layer_norm_forward(x: Tensor, weight: Tensor | None, bias: Tensor | None, ep
         eps: Added to the variance.
 
     Returns:
-        `y`, contiguous, shaped and typed like `x`; and `stats`, float32 `(3, n_rows)`: the rounded mean, its residual,
-        and `1 / sqrt(variance + eps)`.
+        `y`, contiguous, shaped and typed like `x`; and `stats`, float32 `(3, n_rows, 1)`: the rounded mean, its
+        residual, and `1 / sqrt(variance + eps)`.
     """
     n_rows, n_cols = x.shape
     x = _unit_columns(x)
     y = torch.empty((n_rows, n_cols), dtype=x.dtype, device=x.device)
-    stats = torch.empty((N_STATS, n_rows), dtype=torch.float32, device=x.device)
+    stats = torch.empty((N_STATS, n_rows, 1), dtype=torch.float32, device=x.device)
     if n_rows == 0:
         return y, stats
     tile = launch.row_tile(n_cols, x.element_size(), backward=False)

@@ -7,6 +7,9 @@ to the dtype of what they stand for.
 import torch
 from torch import Tensor
 
+N_STATS = 3
+"""Rows of `stats`, what the forward of a norm keeps of each of its rows."""
+
 
 def layer_norm_forward(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> tuple[Tensor, Tensor]:
     """Normalise each row, then scale and shift it.
@@ -21,8 +24,8 @@ def layer_norm_forward(x: Tensor, weight: Tensor | None, bias: Tensor | None, ep
         eps: Added to the variance.
 
     Returns:
-        `y`, shaped and typed like `x`; and `stats` `(3, n_rows)`, in the dtype of the arithmetic: the rounded mean, its
-        residual, and `1 / sqrt(variance + eps)`.
+        `y`, shaped and typed like `x`; and `stats` `(3, n_rows, 1)`, in the dtype of the arithmetic: the rounded mean,
+        its residual, and `1 / sqrt(variance + eps)`.
     """
     x_wide = x.to(_arithmetic(x))
     mean = x_wide.mean(-1, keepdim=True)
@@ -34,7 +37,7 @@ def layer_norm_forward(x: Tensor, weight: Tensor | None, bias: Tensor | None, ep
         y = y * weight
     if bias is not None:
         y = y + bias
-    return y.to(x.dtype), torch.cat((mean, residual, rstd), dim=-1).T.contiguous()
+    return y.to(x.dtype), torch.stack((mean, residual, rstd))
 
 
 def layer_norm_backward(
@@ -68,7 +71,7 @@ def layer_norm_backward(
     if need_dx or need_dweight:
         assert x is not None
         assert stats is not None
-        mean, residual, rstd = stats.unsqueeze(-1)
+        mean, residual, rstd = stats
         normed = (x.to(dy_wide.dtype) - mean - residual) * rstd
         if need_dx:
             dnormed = dy_wide if weight is None else dy_wide * weight

@@ -1,0 +1,22 @@
+"""What every test needs: Triton's interpreter, one thread a worker, the folder of real data."""
+
+import os
+
+# Before anything imports Triton, which looks at it when kernels are defined.
+os.environ.setdefault("TRITON_INTERPRET", "1")
+
+from pathlib import Path
+
+import pytest
+import torch
+
+if "PYTEST_XDIST_WORKER" in os.environ:
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def fastln_data() -> Path:
+    """The folder of real data and models that FASTLN_DATA names; without one the test is skipped."""
+    if "FASTLN_DATA" not in os.environ:
+        pytest.skip("FASTLN_DATA is not set: no folder of real data")
+    return Path(os.environ["FASTLN_DATA"])
