@@ -43,13 +43,6 @@ def exits(job: Job) -> Checked | Steps | Quality:
     return work(job)
 
 
-def hangs(job: Job) -> Checked | Steps | Quality:
-    """Take far too long, for one method."""
-    if job.method == "full" and job.kind == "speed":
-        time.sleep(600)
-    return work(job)
-
-
 def user_error(job: Job) -> Checked | Steps | Quality:
     """Find the model wanting."""
     raise FastLNError(f"no model called {job.model}")

@@ -99,11 +99,9 @@ def test_a_suite_of_which_nothing_ran_can_be_told(tmp_path):
     assert "status 7" in rows[0].error
 
 
-def test_a_run_that_hangs_is_stopped(tmp_path):
-    isolate.call(fake_workers.answer, None, timeout_seconds=60)  # the first call takes seconds: imports
-    rows = by_method(run_suite(suite(timeout_seconds=5, rounds=1), tmp_path, worker=fake_workers.hangs))
-    assert "not done after 5 s" in rows["full"].error
-    assert rows["lora"].error is None
+def test_a_run_that_hangs_is_stopped():
+    answer = isolate.call(fake_workers.sleep, timeout_seconds=1)
+    assert answer == Failure("stopped: not done after 1 s (timeout_seconds)")
 
 
 def test_quality_that_fails_keeps_the_speed(tmp_path):
@@ -125,7 +123,7 @@ def test_random_weights_are_not_trained_for_their_accuracy(tmp_path):
 def test_a_user_error_ends_the_suite_before_it_begins(tmp_path):
     with pytest.raises(FastLNError, match="no model called one"):
         run_suite(suite(), tmp_path, worker=fake_workers.user_error)
-    assert not list(tmp_path.glob("results.md"))
+    assert not list(tmp_path.iterdir())
 
 
 def test_results_are_on_disk_after_every_run(tmp_path, monkeypatch):
@@ -146,6 +144,7 @@ def test_results_are_on_disk_after_every_run(tmp_path, monkeypatch):
 
 
 def test_ctrl_c_ends_a_run_that_is_under_way():
+    isolate.call(fake_workers.answer, None, timeout_seconds=60)  # the first call takes seconds: imports
     main = threading.main_thread().ident
     timer = threading.Timer(1, lambda: signal.pthread_kill(main, signal.SIGINT))
     timer.start()

@@ -118,7 +118,8 @@ class _Table:
 
     def write(self) -> list[Row]:
         rows = [self._row(entry) for entry in self.entries if entry.begun]
-        write_rows(rows, self._path)
+        if rows:  # a suite that never began leaves nothing behind
+            write_rows(rows, self._path)
         return rows
 
     def _row(self, entry: _Entry) -> Row:
