@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import peft
+from peft.utils import ModulesToSaveWrapper
 from torch import nn
 
 from fastln.errors import FastLNError
@@ -59,6 +60,10 @@ def finish(task: VQATask, trained: nn.Module) -> None:
     """
     if isinstance(trained, peft.PeftModel):
         task.model = trained.merge_and_unload()
+        # For norms, peft leaves its wrappers around the further modules.
+        for name, module in list(task.model.named_modules()):
+            if isinstance(module, ModulesToSaveWrapper):
+                task.model.set_submodule(name, module.modules_to_save[module.active_adapter])
     elif hasattr(trained, STATE):
         restore(task.model)
 

@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedConfig
 
 from fastln.errors import FastLNError
 from fastln.families import find_norms, is_stock_layer_norm
@@ -30,7 +31,7 @@ class _Prepared:
     dtypes: dict[str, torch.dtype] = field(default_factory=dict)
     requires_grad: dict[str, bool] = field(default_factory=dict)
     hooks: list[Any] = field(default_factory=list)
-    attention: Any = None
+    attention: list[PreTrainedConfig] = field(default_factory=list)
 
 
 def prepare(
@@ -114,7 +115,7 @@ def restore(model: ModelT) -> ModelT:
             parameter.data = parameter.data.to(state.dtypes[name])
         parameter.requires_grad_(state.requires_grad[name])
         parameter.grad = None
-    restore_attention(model, state.attention)
+    restore_attention(state.attention)
     delattr(model, STATE)
     return model
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import TypeGuard
 
 from torch import nn
 
@@ -27,7 +28,7 @@ def is_norm(module: nn.Module) -> bool:
     )
 
 
-def is_stock_layer_norm(module: nn.Module) -> bool:
+def is_stock_layer_norm(module: nn.Module) -> TypeGuard[nn.LayerNorm]:
     """Whether `module` computes exactly what `torch.nn.LayerNorm` does over one dimension, so it can be swapped."""
     return (
         isinstance(module, nn.LayerNorm)

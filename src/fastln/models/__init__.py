@@ -56,10 +56,10 @@ def _load(spec: str, train_data: VQADataset, dtype: torch.dtype, seed: int) -> V
     if spec == "blip":
         return blip_task.from_config(blip_task.embedded_config(), train_data, dtype, seed, name="blip")
     if kind == "dual":
-        sources = [source.strip() for source in rest.split(",")]
-        if len(sources) != 2 or not all(sources):
+        vision, _, text = (source.strip() for source in rest.partition(","))
+        if not vision or not text or "," in text:
             raise FastLNError(f"model {spec!r}: after 'dual:' stand two sources, VISION,TEXT, with one comma between")
-        return dual_task.from_towers(*sources, train_data, dtype, seed)
+        return dual_task.from_towers(vision, text, train_data, dtype, seed)
     if kind == "blip":
         return blip_task.from_source(rest, train_data, dtype, seed)
     if not Path(spec).is_dir():

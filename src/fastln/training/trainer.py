@@ -83,18 +83,12 @@ class TaskTrainer(Trainer):
             model=model,
             train_dataset=data,
             data_collator=lambda samples: task.collate(samples, data),
+            optimizers=(build_optimizer(model, task, config), None),
             **kwargs,
         )
         # Losses are means over a batch; nothing is to be divided by a count of labels.
         self.model_accepts_loss_kwargs = False
-        self.task = task
         self.config = config
-
-    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
-        """Make the optimizer of the parameters that train."""
-        if self.optimizer is None:
-            self.optimizer = build_optimizer(self.model, self.task, self.config)
-        return self.optimizer
 
     def get_train_dataloader(self) -> DataLoader:
         """Batch the questions by image."""

@@ -1,0 +1,5 @@
+"""`python -m fastln`: the command line."""
+
+from fastln.cli import main
+
+main()

@@ -1,0 +1,200 @@
+"""prepare() and restore(): same numbers as the stock model, float32 trained norms, and everything put back."""
+
+import copy
+
+import pytest
+import tiny
+import torch
+from torch import nn
+from transformers import BertConfig, BertModel, LlamaConfig, LlamaModel
+
+import fastln
+from fastln.data import ImageGroupedBatches
+from fastln.engines import apply_method, finish
+from fastln.errors import FastLNError
+from fastln.methods import norm_parameters
+from fastln.modules import LayerNorm
+from fastln.prepare import check_norm_gradients
+from fastln.training import TrainConfig, build_optimizer
+
+
+def small_bert() -> BertModel:
+    torch.manual_seed(0)
+    return BertModel(BertConfig(**tiny.SIZES, vocab_size=64, max_position_embeddings=32), add_pooling_layer=False)
+
+
+def losses(task, engine, n_steps, data, learning_rate=1e-3):
+    model = apply_method(task, "layernorm", engine)
+    optimizer = build_optimizer(model, task, TrainConfig(learning_rate=learning_rate))
+    model.train()
+    found = []
+    sampler = ImageGroupedBatches(data, 8, seed=0)
+    while len(found) < n_steps:
+        for indices in sampler:
+            loss = model(**task.collate([data[index] for index in indices], data)).loss
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            found.append(loss.item())
+    return found[:n_steps]
+
+
+@pytest.mark.parametrize("kind", tiny.TASKS)
+def test_losses_equal_plain_unfreezing_for_20_steps(kind, tmp_path):
+    data = tiny.phantom()
+    stock = losses(tiny.TASKS[kind](tmp_path, data), "torch", 20, data, learning_rate=5e-3)
+    fast = losses(tiny.TASKS[kind](tmp_path, data), "fastln", 20, data, learning_rate=5e-3)
+    assert stock[-1] != pytest.approx(stock[0], rel=1e-2), "nothing was learnt, so nothing is compared"
+    assert fast == pytest.approx(stock, rel=1e-5)
+
+
+@pytest.mark.parametrize("kind", tiny.TASKS)
+def test_in_bfloat16_the_norms_move(kind, tmp_path):
+    data = tiny.phantom()
+    task = tiny.TASKS[kind](tmp_path, data, torch.bfloat16)
+    names = [name for name in norm_parameters(task.model) if name.endswith("weight")]
+    before = {name: task.model.get_parameter(name).detach().float().clone() for name in names}
+    losses(task, "fastln", 20, data)
+    moved = torch.cat([task.model.get_parameter(name).detach() != before[name] for name in names])
+    assert moved.float().mean() >= 0.99
+
+
+def test_in_bfloat16_the_stock_way_leaves_norms_where_they_are(tmp_path):
+    """Plain bfloat16 parameters under torch's own AdamW, at a rate that is usual elsewhere: γ = 1 swallows the step."""
+    data = tiny.phantom()
+    task = tiny.dual(tmp_path, data, torch.bfloat16)
+    model = apply_method(task, "layernorm", "torch")
+    weights = [parameter for name, parameter in model.named_parameters() if name in norm_parameters(model)]
+    weights = [weight for weight in weights if weight.requires_grad and bool((weight == 1).all())]
+    assert weights
+    optimizer = torch.optim.AdamW((p for p in model.parameters() if p.requires_grad), lr=1e-3, weight_decay=0.0)
+    batch = task.collate(data.samples[:8], data)
+    for _ in range(20):
+        model(**batch).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    moved = torch.cat([weight.detach() != 1 for weight in weights]).float().mean()
+    assert moved < 0.99
+
+
+def test_state_dict_keys_and_shapes_stay_and_restore_gives_stock_modules():
+    model = small_bert().to(torch.bfloat16)
+    shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
+    flags = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
+    implementation = model.config._attn_implementation
+    assert fastln.prepare(model) is model
+    assert {name: tensor.shape for name, tensor in model.state_dict().items()} == shapes
+    norms = [module for module in model.modules() if isinstance(module, nn.LayerNorm)]
+    assert norms
+    assert all(type(norm) is LayerNorm for norm in norms)
+    trained = {name: p.dtype for name, p in model.named_parameters() if p.requires_grad}
+    assert trained == dict.fromkeys(norm_parameters(model), torch.float32)
+    with torch.no_grad():
+        norms[0].weight.fill_(1.5)
+    assert fastln.restore(model) is model
+    norms = [module for module in model.modules() if isinstance(module, nn.LayerNorm)]
+    assert all(type(norm) is nn.LayerNorm for norm in norms)
+    assert norms[0].weight.dtype == torch.bfloat16
+    assert bool((norms[0].weight == 1.5).all())
+    assert {name: parameter.requires_grad for name, parameter in model.named_parameters()} == flags
+    assert model.config._attn_implementation == implementation
+
+
+def test_a_prepared_model_can_be_copied_and_the_copy_trains_alone():
+    model = fastln.prepare(small_bert())
+    twin = copy.deepcopy(model)
+    twin(input_ids=torch.ones(1, 4, dtype=torch.long)).last_hidden_state.square().sum().backward()
+    assert all(p.grad is not None for p in twin.parameters() if p.requires_grad)
+    assert all(p.grad is None for p in model.parameters())
+    fastln.restore(twin)
+    assert any(type(module) is LayerNorm for module in model.modules())
+
+
+def test_a_norm_without_a_fast_form_trains_with_its_stock_code(caplog):
+    torch.manual_seed(0)
+    model = LlamaModel(LlamaConfig(**tiny.SIZES, vocab_size=64)).to(torch.bfloat16)
+    tokens = torch.arange(8).view(1, 8)
+    stock = model(input_ids=tokens).last_hidden_state
+    with caplog.at_level("INFO"):
+        fastln.prepare(model)
+    assert "LlamaRMSNorm" in caplog.text
+    out = model(input_ids=tokens).last_hidden_state
+    assert out.dtype == torch.bfloat16
+    torch.testing.assert_close(out.float(), stock.float(), rtol=2e-2, atol=2e-2)
+    out.float().square().sum().backward()
+    grads = [parameter.grad for parameter in model.parameters() if parameter.requires_grad]
+    assert len(grads) == 5
+    assert all(grad is not None and grad.dtype == torch.float32 for grad in grads)
+    fastln.restore(model)
+    assert all(parameter.dtype == torch.bfloat16 for parameter in model.parameters())
+
+
+def test_scope_tunes_one_sub_model(tmp_path):
+    model = tiny.dual(tmp_path, tiny.phantom()).model
+    fastln.prepare(model, scope="vision")
+    trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+    assert trained == [name for name in norm_parameters(model) if name.startswith("vision.")]
+
+
+def test_bitfit_asks_a_norm_for_dbeta_alone():
+    model = fastln.prepare(small_bert(), "bitfit")
+    model(input_ids=torch.ones(1, 4, dtype=torch.long)).last_hidden_state.square().sum().backward()
+    norm = model.encoder.layer[0].output.LayerNorm
+    assert norm.weight.grad is None
+    assert norm.bias.grad is not None
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"method": "layernrm"}, "did you mean 'layernorm'"),
+        ({"method": "lora"}, "runs on engine 'peft' only"),
+        ({"scope": "visoin"}, "did you mean 'vision'"),
+        ({"scope": "decoder"}, "matches nothing in BertModel"),
+        ({"scope": ()}, "scope is empty"),
+        ({"backend": "cuda"}, "unknown backend 'cuda'"),
+    ],
+)
+def test_what_does_not_exist_is_named_and_leaves_the_model_alone(arguments, message):
+    model = small_bert()
+    with pytest.raises(FastLNError, match=message):
+        fastln.prepare(model, **arguments)
+    assert all(parameter.requires_grad for parameter in model.parameters())
+    assert not any(type(module) is LayerNorm for module in model.modules())
+
+
+def test_preparing_twice_and_restoring_nothing_are_errors():
+    model = small_bert()
+    with pytest.raises(FastLNError, match="not prepared"):
+        fastln.restore(model)
+    fastln.prepare(model)
+    with pytest.raises(FastLNError, match="prepared already"):
+        fastln.prepare(model)
+
+
+def test_a_trained_norm_without_a_gradient_is_named():
+    model = fastln.prepare(small_bert())
+    model.embeddings(torch.ones(1, 4, dtype=torch.long)).sum().backward()
+    with pytest.raises(FastLNError, match=r"encoder\.layer\.0\.attention\.output\.LayerNorm\.weight"):
+        check_norm_gradients(model)
+
+
+@pytest.mark.parametrize("method", ["layernorm/fastln", "layernorm/peft", "layernorm/torch", "lora/peft", "full/torch"])
+def test_finish_gives_a_stock_model_that_answers_as_the_trained_one(method, tmp_path):
+    data = tiny.phantom()
+    task = tiny.dual(tmp_path, data)
+    keys = set(task.model.state_dict())
+    trained = apply_method(task, *method.split("/"))
+    optimizer = build_optimizer(trained, task, TrainConfig(method=method.split("/")[0], learning_rate=1e-2))
+    batch = task.collate(data.samples[:8], data)
+    for _ in range(3):
+        trained(**batch).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    trained.eval()
+    with torch.no_grad():
+        expected = trained(**batch).logits
+        finish(task, trained)
+        task.model.eval()
+        assert set(task.model.state_dict()) == keys
+        torch.testing.assert_close(task.model(**batch).logits, expected, rtol=1e-4, atol=1e-5)
