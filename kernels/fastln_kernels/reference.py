@@ -24,8 +24,8 @@ def layer_norm_forward(x: Tensor, weight: Tensor | None, bias: Tensor | None, ep
         eps: Added to the variance.
 
     Returns:
-        `y`, shaped and typed like `x`; and `stats` `(3, n_rows, 1)`, in the dtype of the arithmetic: the rounded mean,
-        its residual, and `1 / sqrt(variance + eps)`.
+        `y`, contiguous, shaped and typed like `x`; and `stats` `(3, n_rows, 1)`, in the dtype of the arithmetic: the
+        rounded mean, its residual, and `1 / sqrt(variance + eps)`.
     """
     x_wide = x.to(_arithmetic(x))
     mean = x_wide.mean(-1, keepdim=True)
@@ -37,7 +37,7 @@ def layer_norm_forward(x: Tensor, weight: Tensor | None, bias: Tensor | None, ep
         y = y * weight
     if bias is not None:
         y = y + bias
-    return y.to(x.dtype), torch.stack((mean, residual, rstd))
+    return y.to(x.dtype).contiguous(), torch.stack((mean, residual, rstd))
 
 
 def layer_norm_backward(
@@ -76,7 +76,7 @@ def layer_norm_backward(
         if need_dx:
             dnormed = dy_wide if weight is None else dy_wide * weight
             along_normed = (dnormed * normed).mean(-1, keepdim=True)
-            dx = (rstd * (dnormed - dnormed.mean(-1, keepdim=True) - normed * along_normed)).to(x.dtype)
+            dx = (rstd * (dnormed - dnormed.mean(-1, keepdim=True) - normed * along_normed)).to(x.dtype).contiguous()
         if need_dweight:
             dweight = (dy_wide * normed).sum(0).to(grad_dtype)
     dbias = dy_wide.sum(0).to(grad_dtype) if need_dbias else None

@@ -94,6 +94,11 @@ def build(launch: Launch, target: GPUTarget) -> Any:
     return triton.compile(ASTSource(kernel, signature, constants, attributes), target=target, options=options)
 
 
+def specialises_on_rows(kernel: JITFunction) -> bool:
+    """Whether a new number of rows (or of partial sums) may compile the kernel anew."""
+    return not all(p.do_not_specialize for p in kernel.params if p.name in ("n_rows", "n_partials"))
+
+
 def read(binary: Any, target: GPUTarget) -> dict[str, int]:
     """Registers, spills and memory instructions of a compiled kernel."""
     if target.backend == "hip":
@@ -130,6 +135,7 @@ def figures(targets: list[str], n_cols: int, dtype: torch.dtype) -> list[dict[st
             "target": target,
             "kernel": launch[0].__name__,
             "for": name,
+            "specialises_on_rows": specialises_on_rows(launch[0]),
             **read(build(launch, TARGETS[target]), TARGETS[target]),
         }
         for name, launch in launches(n_cols, dtype)

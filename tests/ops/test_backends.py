@@ -1,0 +1,85 @@
+"""Which backend an operation runs on."""
+
+import builtins
+import importlib
+
+import pytest
+import torch
+
+from fastln.errors import FastLNError
+from fastln.ops import backends
+from fastln.ops.backends import BACKENDS, OPERATIONS, resolve
+
+CPU, CUDA = torch.device("cpu"), torch.device("cuda")
+
+
+@pytest.fixture(autouse=True)
+def _forget():
+    resolve.cache_clear()
+    yield
+    resolve.cache_clear()
+
+
+@pytest.fixture
+def no_triton(monkeypatch):
+    def import_module(name):
+        if name == "triton":
+            raise ImportError("No module named 'triton'")
+        return builtins.__import__(name)
+
+    monkeypatch.setattr(importlib, "import_module", import_module)
+
+
+@pytest.mark.parametrize("op", OPERATIONS)
+@pytest.mark.parametrize("device", [CPU, CUDA, torch.device("mps"), torch.device("meta")], ids=str)
+def test_auto_always_finds_one_and_says_why(op, device):
+    choice = resolve(op, device, "auto")
+    assert choice.backend in set(BACKENDS) - {"auto"}
+    assert choice.reason
+
+
+def test_auto_takes_the_fastest_of_the_device():
+    assert resolve("layer_norm", CPU, "auto").backend == "cpu"
+    assert resolve("layer_norm", CUDA, "auto").backend == "triton"
+    assert resolve("attention", CUDA, "auto").backend == "reference"
+
+
+def test_without_triton_auto_says_so(no_triton):
+    choice = resolve("layer_norm", CUDA, "auto")
+    assert choice.backend == "reference"
+    assert "No module named 'triton'" in choice.reason
+
+
+def test_without_triton_asking_for_it_fails(no_triton):
+    with pytest.raises(FastLNError, match="cannot be imported"):
+        resolve("layer_norm", CUDA, "triton")
+
+
+def test_triton_on_the_cpu_needs_the_interpreter(monkeypatch):
+    assert resolve("layer_norm", CPU, "triton").backend == "triton"
+    resolve.cache_clear()
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
+    with pytest.raises(FastLNError, match="TRITON_INTERPRET=1"):
+        resolve("layer_norm", CPU, "triton")
+
+
+def test_a_backend_that_the_operation_lacks_is_as_good_as_auto():
+    choice = resolve("attention", CPU, "triton")
+    assert choice.backend == resolve("attention", CPU, "auto").backend
+    assert "attention has no triton backend" in choice.reason
+
+
+def test_cpu_backend_on_a_gpu_fails():
+    with pytest.raises(FastLNError, match="CPU tensors only"):
+        resolve("layer_norm", CUDA, "cpu")
+
+
+def test_unknown_backend_lists_the_valid_ones():
+    with pytest.raises(FastLNError, match=r"did you mean 'triton'.*auto, triton, cpu, reference"):
+        resolve("layer_norm", CPU, "trition")
+
+
+def test_the_choice_is_made_once(monkeypatch):
+    resolve("layer_norm", CPU, "auto")
+    monkeypatch.setattr(backends, "_obstacle", None)
+    assert resolve("layer_norm", CPU, "auto").backend == "cpu"
