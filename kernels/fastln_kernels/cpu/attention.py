@@ -11,7 +11,7 @@ the scores of one block are all that exists at a time. Scores are held transpose
 the three products with P or dS need no transposition.
 
 ``bmm`` rounds its result to the inputs' type, so both subtractions happen inside it, in its float32 sums, by some more
-columns: ``[k, -1] [scale q, lse]^T`` is log P transposed, and ``[v, -1] [dout, delta]^T`` is dP - delta. What is rounded
+columns: ``[k, -1] [scale q, lse]^T`` is log P transposed and ``[v, -1] [dout, delta]^T`` is dP - delta. What is rounded
 is then small where it matters: the exponents of the keys that a query attends to (see `_exponent_shift`) and the
 differences that make dS. Against float64, bf16 gradients are off by 0.4 to 0.7% (relative RMSE, scores of deviation 0.3
 to 5), torch's flash backward by 0.3 to 0.5%, eager attention by 0.8 to 3%.
@@ -133,10 +133,9 @@ def attention_backward(
             torch.baddbmm(p, k_wide, q_wide.mT, beta=0, alpha=scale, out=p)
             if mask is not None:
                 _apply_mask(p_buffer[used], mask[block])
-            if causal:
-                hidden = torch.ones(n_keys, n_queries, dtype=torch.bool, device=q.device).tril_(-1)
-                p.masked_fill_(hidden, -torch.inf)
             p.exp_()  # 2**shift P
+            if causal:
+                p.triu_()
 
             dout_buffer[used][..., :dim].copy_(dout[block])
             if dv is not None:
@@ -167,7 +166,7 @@ def _exponent_shift(n_keys: int) -> int:
     (all attended alike) and 1; centring the exponents near the first, 8 / n, gave the smallest worst error over scores
     of deviation 0.3 to 5. A power of two leaves P's own rounding as it is, and is taken out after the products.
     """
-    return round(math.log2(n_keys)) - 3
+    return max(0, round(math.log2(n_keys)) - 3)
 
 
 def _write_columns(columns: Tensor, values: Tensor) -> None:

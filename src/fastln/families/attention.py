@@ -46,12 +46,14 @@ def fast_attention_forward(
     Returns:
         The output (B, Sq, H, D), contiguous, and None for the attention weights.
     """
-    if _uses_more_than(kwargs) or not uses_blocked(query, key, value, attention_mask, dropout):
-        return sdpa_attention_forward(module, query, key, value, attention_mask, dropout, scaling, is_causal, **kwargs)
     if is_causal is None:
         is_causal = getattr(module, "is_causal", True)
     n_queries = query.shape[2]
     causal = is_causal and attention_mask is None and n_queries > 1
+    if _uses_more_than(kwargs) or not uses_blocked(
+        query, key, value, causal=causal, mask=attention_mask, dropout=dropout
+    ):
+        return sdpa_attention_forward(module, query, key, value, attention_mask, dropout, scaling, is_causal, **kwargs)
     if causal:  # an empty static cache is longer than the queries
         key, value = key[:, :, :n_queries], value[:, :, :n_queries]
     out = attention(query, key, value, scale=scaling, causal=causal, mask=attention_mask)

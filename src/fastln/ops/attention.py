@@ -1,8 +1,9 @@
 """Attention whose bf16 backward on CPU runs as batched matrix products.
 
-The blocked backward serves where it is faster, by measurement: 16-bit CPU tensors that need a gradient. Everything else
-(float32 and float64, accelerators, dropout, no gradient wanted) goes to torch's own
-`scaled_dot_product_attention`, whose forward pass the blocked path uses too.
+The blocked backward serves where it is faster, by measurement: 16-bit CPU tensors that need a gradient, up to about a
+thousand tokens (seven hundred causal ones, of which torch skips half). Everything else (float32 and float64,
+accelerators, dropout, longer sequences, no gradient wanted) goes to torch's own `scaled_dot_product_attention`, whose
+forward pass the blocked path uses too.
 """
 
 from typing import Any
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from fastln_kernels.cpu.attention import attention_backward, attention_forward
+from fastln_kernels.cpu.attention import BLOCK_SCORES, attention_backward, attention_forward
 
 
 def attention(
@@ -40,7 +41,7 @@ def attention(
     Returns:
         (B, H, Sq, Dv). A row with every key masked is 0, and sends no gradient back.
     """
-    if not uses_blocked(q, k, v, mask, dropout):
+    if not uses_blocked(q, k, v, causal=causal, mask=mask, dropout=dropout):
         return F.scaled_dot_product_attention(
             q, k, v, mask, dropout, causal, scale=scale, enable_gqa=q.shape[1] != k.shape[1]
         )
@@ -50,19 +51,19 @@ def attention(
     return torch.ops.fastln.attention(q, k, v, mask, q.shape[-1] ** -0.5 if scale is None else scale, causal)[0]
 
 
-def uses_blocked(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout: float) -> bool:
-    """Whether `attention` would take the blocked path for these arguments rather than torch's own attention."""
+def uses_blocked(q: Tensor, k: Tensor, v: Tensor, *, causal: bool, mask: Tensor | None, dropout: float) -> bool:
+    """Whether `attention` takes the blocked path for these arguments rather than torch's own attention."""
     return (
-        q.device.type == "cpu"
-        and q.dtype in (torch.bfloat16, torch.float16)
-        and dropout == 0.0
+        q.dtype in (torch.bfloat16, torch.float16)
+        and q.device.type == "cpu"
         and torch.is_grad_enabled()
         and (q.requires_grad or k.requires_grad or v.requires_grad)
+        and dropout == 0.0
         and (mask is None or not mask.requires_grad)
         and q.dim() == 4
         and q.shape[-1] == v.shape[-1]
-        and q.numel() > 0
-        and k.numel() > 0
+        and 0 < q.shape[2] * k.shape[2] <= (BLOCK_SCORES // 2 if causal else BLOCK_SCORES)
+        and q.shape[0] * q.shape[-1] > 0
     )
 
 
