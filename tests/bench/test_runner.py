@@ -53,9 +53,10 @@ def test_every_call_has_a_process_of_its_own_without_threads_left_from_another()
 
 
 def test_rows_hold_what_the_rounds_measured(tmp_path):
-    rows = run_suite(suite(), tmp_path, argv=["fastln", "bench"], worker=fake_workers.work)
+    rows = run_suite(suite(), tmp_path, argv=["/somewhere/bin/fastln", "bench"], worker=fake_workers.work)
     assert [(row.method, row.engine) for row in rows] == [("layernorm", "torch"), ("lora", "peft"), ("full", "torch")]
     row = rows[0]
+    assert row.model == "one in full"
     assert row.step_seconds_all == pytest.approx((0.1, 0.2, 0.2, 0.4))
     assert row.step_seconds == pytest.approx(0.2)
     assert row.step_seconds_by_round == pytest.approx((0.15, 0.3))
@@ -113,6 +114,11 @@ def test_quality_that_fails_keeps_the_speed(tmp_path):
         "all": 50.0, "closed": 60.0, "open": 40.0, "n_all": 10, "n_closed": 5, "n_open": 5
     }  # fmt: skip
     assert rows["full"].accuracy_note == "test split, after 2 epochs"
+
+
+def test_models_of_one_name_are_told_apart(tmp_path):
+    rows = run_suite(suite(models=("a/m", "b/m"), rounds=1), tmp_path, worker=fake_workers.same_name)
+    assert [row.model for row in rows] == ["a/m"] * 3 + ["b/m"] * 3
 
 
 def test_random_weights_are_not_trained_for_their_accuracy(tmp_path):

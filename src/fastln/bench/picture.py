@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from matplotlib.text import Annotation
 from matplotlib.transforms import Bbox
 
-from fastln.bench.results import Row
+from fastln.bench.results import Row, data_name
 
 # Okabe and Ito's colours, which the colour-blind tell apart.
 _COLOURS = ("#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
@@ -64,12 +64,9 @@ def _point(row: Row, colour: str) -> _Point:
 
 
 def _title(rows: Sequence[Row]) -> str:
-    origin = rows[0].provenance
-    machine = origin["machine"]
-    data = next((row.provenance["data"] for row in rows if row.provenance["data"]), None)
+    machine = rows[0].provenance["machine"]
     where = machine["gpu"] if rows[0].device == "cuda" else f"{machine['cpu']}, {machine['threads']} threads"
-    what = origin["suite"]["data"] if data is None else data["name"] + (" (SYNTHETIC)" if data["synthetic"] else "")
-    return f"Measured: {where}; {rows[0].dtype}, batches of {rows[0].batch_size}; {what}"
+    return f"Measured: {where}; {rows[0].dtype}, batches of {rows[0].batch_size}; {data_name(rows)}"
 
 
 def _panel(axes: Axes, model: str, points: Sequence[_Point]) -> None:

@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from fastln.bench.picture import draw
-from fastln.bench.results import Row
+from fastln.bench.results import Row, data_name
 
 TABLE = "results.md"
 PICTURE = "results.png"
@@ -116,7 +116,7 @@ def _cells(row: Row, base: Row | None) -> tuple[str, ...]:
         return (label(row), "failed", *["–"] * (len(_COLUMNS) - 2))
     return (
         label(row),
-        _spread(row.step_seconds_by_round, ".3f", row.step_seconds),
+        _spread(row.step_seconds_by_round, "#.3g", row.step_seconds),
         _spread(speedups(row, base), ".2f"),
         _number(row.samples_per_second, ".1f"),
         _number(row.peak_memory_bytes, ",.0f", 2**20),
@@ -160,19 +160,16 @@ def _header(rows: Sequence[Row]) -> list[str]:
     row = rows[0]
     origin = row.provenance
     suite, machine, versions = origin["suite"], origin["machine"], origin["versions"]
-    data = next((row.provenance["data"] for row in rows if row.provenance["data"]), None)
     kinds = sorted({row.provenance["memory"] for row in rows if row.provenance["memory"]})
     gpu = f", {machine['gpu']}" if machine["gpu"] else ""
-    argv = list(origin["argv"])
-    command = shlex.join([Path(argv[0]).name, *argv[1:]]) if argv else "not recorded"
-    data_text = suite["data"] if data is None else data["name"] + (" (SYNTHETIC)" if data["synthetic"] else "")
+    command = f"`{shlex.join(origin['argv'])}`" if origin["argv"] else "not recorded"
     return [
-        f"*Measured*, suite {suite['name']}, {origin['started']}. Command: `{command}`",
+        f"*Measured*, suite {suite['name']}, {origin['started']}. Command: {command}",
         f"Machine: {machine['cpu']}, {machine['cores']} cores, {machine['threads']} threads, "
         f"{machine['memory_bytes'] / 2**30:.0f} GiB{gpu}, {machine['kernel']}; device {row.device}, {row.dtype}. "
         + ", ".join(f"{name} {version}" for name, version in versions.items())
         + f", commit {origin['commit'] or 'unknown'}.",
-        f"Data: {data_text}; batches of {row.batch_size}, seed {origin['seed']}. "
+        f"Data: {data_name(rows)}; batches of {row.batch_size}, seed {origin['seed']}. "
         f"Every run in a process of its own, {suite['rounds']} interleaved rounds of {suite['steps']} timed steps "
         f"after {suite['warmup_steps']} for warm-up; a step is data loading, forward, backward and optimizer.",
         f"Step seconds: the median of all timed steps (range of the rounds' medians). Speed: how many times as fast as "

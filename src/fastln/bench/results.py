@@ -84,7 +84,7 @@ class Row:
 
     method: str
     engine: str
-    model: str
+    model: str  # its name; the specification is in provenance.suite.models
     dtype: str
     device: str
     batch_size: int
@@ -109,20 +109,31 @@ class Row:
 
 def make_row(
     job: Job,
+    model: str,
     rounds: Sequence[Steps],
     accuracy: dict[str, float | None] | None,
     accuracy_note: str | None,
     error: str | None,
     provenance: dict[str, Any],
 ) -> Row:
-    """Put together what the rounds of one method measured; `rounds` is empty where none ended well."""
+    """Put together what the rounds of one method measured.
+
+    Args:
+        job: Of any round.
+        model: What the model is called; `job.model` is how it was asked for.
+        rounds: Those that ended well, from the first on.
+        accuracy: From the quality run, where there was one.
+        accuracy_note: See `Row`.
+        error: What went wrong, and in which round.
+        provenance: As every row of the suite has it.
+    """
     seconds = tuple(second for steps in rounds for second in steps.step_seconds)
     middle = median(seconds) if seconds else None
     saved = [steps.saved_activation_bytes for steps in rounds if steps.saved_activation_bytes is not None]
     return Row(
         method=job.method,
         engine=job.engine,
-        model=job.model,
+        model=model,
         dtype=job.suite.dtype,
         device=job.suite.device,
         batch_size=job.suite.batch_size,
@@ -140,6 +151,15 @@ def make_row(
         error=error,
         provenance=provenance | {"memory": rounds[0].memory_kind if rounds else None},
     )
+
+
+def data_name(rows: Sequence[Row]) -> str:
+    """What the rows' data are called, marked where they are synthetic."""
+    data = next((row.provenance["data"] for row in rows if row.provenance["data"]), None)
+    if data is None:
+        return rows[0].provenance["suite"]["data"]
+    marked = "synthetic" in data["name"].lower() or not data["synthetic"]
+    return data["name"] if marked else f"{data['name']} (synthetic)"
 
 
 def write_rows(rows: Sequence[Row], path: Path) -> None:

@@ -57,7 +57,7 @@ def run_suite(
         suite = dataclasses.replace(suite, device=device, dtype=dtype)
         origin |= {
             "seed": suite.seed,
-            "argv": list(argv),
+            "argv": [Path(argv[0]).name, *argv[1:]] if argv else [],
             "suite": dataclasses.asdict(suite) | {"models": list(suite.models), "methods": list(suite.methods)},
             "started": started,
         }
@@ -122,6 +122,11 @@ class _Table:
             write_rows(rows, self._path)
         return rows
 
+    def _name(self, spec: str) -> str:
+        names = [checked.model_name for checked in self.checked.values()]
+        own = self.checked[spec].model_name if spec in self.checked else spec
+        return own if names.count(own) == 1 else spec  # two folders can have one name
+
     def _row(self, entry: _Entry) -> Row:
         checked = self.checked.get(entry.job.model)
         provenance = self._origin | {
@@ -130,7 +135,7 @@ class _Table:
         }
         accuracy = entry.quality.accuracy if entry.quality else None
         note = _accuracy_note(entry, checked)
-        return make_row(entry.job, entry.rounds, accuracy, note, entry.error, provenance)
+        return make_row(entry.job, self._name(entry.job.model), entry.rounds, accuracy, note, entry.error, provenance)
 
 
 def accuracy_means_nothing(suite: Suite, checked: Checked | None) -> str | None:

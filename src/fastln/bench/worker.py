@@ -30,15 +30,13 @@ def work(job: Job) -> Checked | Steps | Quality:
     )
     if job.kind == "check":
         return Checked(task.name, task.random_weights, data.name, data.synthetic)
+    return _steps(job, task, data) if job.kind == "speed" else _quality(job, task, data)
+
+
+def _steps(job: Job, task: VQATask, data: VQADataset) -> Steps:
+    suite = job.suite
     _, total = count_parameters(task.model)
     model = apply_method(task, job.method, job.engine)
-    if job.kind == "quality":
-        return _quality(job, task, model, data)
-    return _steps(job, task, model, data, total)
-
-
-def _steps(job: Job, task: VQATask, model: nn.Module, data: VQADataset, total_parameters: int) -> Steps:
-    suite = job.suite
     device = torch.device(suite.device)
     batches = _batches(job, task, data)
     optimizer = build_optimizer(model, task, _config(job))
@@ -55,7 +53,8 @@ def _steps(job: Job, task: VQATask, model: nn.Module, data: VQADataset, total_pa
 
     for _ in range(suite.warmup_steps):
         step()
-    saved = _saved_bytes(model, next(batches)) if job.round == 1 else None
+    # A batch from an iterator of its own, so that every round times the same ones.
+    saved = _saved_bytes(model, next(_batches(job, task, data))) if job.round == 1 else None
     seconds, loss = [], torch.tensor(0.0)
     for _ in range(suite.steps):
         elapsed, loss = _timed(step, device)
@@ -66,7 +65,7 @@ def _steps(job: Job, task: VQATask, model: nn.Module, data: VQADataset, total_pa
         memory_kind=memory_kind,
         saved_activation_bytes=saved,
         trainable_parameters=count_parameters(model)[0],
-        total_parameters=total_parameters,
+        total_parameters=total,
         final_loss=float(loss),
     )
 
@@ -120,7 +119,7 @@ def _config(job: Job) -> TrainConfig:
     )
 
 
-def _quality(job: Job, task: VQATask, model: nn.Module, data: VQADataset) -> Quality:
-    train_task(task, model, data, _config(job), progress=False)
+def _quality(job: Job, task: VQATask, data: VQADataset) -> Quality:
+    train_task(task, data, _config(job), engine=job.engine, progress=False)
     accuracy = evaluate(task, load_dataset(job.suite.data, "test"))
     return Quality(dataclasses.asdict(accuracy))
