@@ -8,7 +8,7 @@ import fake_workers
 import pytest
 
 from fastln.bench import isolate, runner
-from fastln.bench.results import Failure, read_rows
+from fastln.bench.results import Failure, Job, read_rows
 from fastln.bench.runner import run_suite
 from fastln.bench.suite import Suite
 from fastln.errors import FastLNError
@@ -44,6 +44,11 @@ def test_rounds_are_interleaved(tmp_path, monkeypatch):
     once = [f"{model} {pair}" for model in ("one", "two") for pair in suite().methods]
     rounds = [f"round {number}/2 {run}" for number in (1, 2) for run in once]
     assert order == ["look at one", "look at two", *rounds, *(f"quality {run}" for run in once)]
+
+
+def test_progress_names_folders_by_their_last_names():
+    job = Job(suite(), "speed", "dual:/a/b/dino,../c/bert", "lora", "peft", 2)
+    assert str(job) == "round 2/2 dual:dino,bert lora/peft"
 
 
 def test_every_call_has_a_process_of_its_own_without_threads_left_from_another():

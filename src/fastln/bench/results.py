@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,7 +31,8 @@ class Job:
 
     def __str__(self) -> str:
         what = {"check": "look at", "speed": f"round {self.round}/{self.suite.rounds}", "quality": "quality"}
-        return " ".join(filter(None, (what[self.kind], self.model, self.pair)))
+        model = re.sub(r"[^:,]*/", "", self.model)  # folders by their last names
+        return " ".join(filter(None, (what[self.kind], model, self.pair)))
 
     @property
     def pair(self) -> str:
