@@ -158,10 +158,11 @@ def backward_kernel(
         rows = (tile * ROWS + tl.arange(0, ROWS)).to(tl.int64)
         in_rows = rows < n_rows
         inside = in_rows[:, None] & in_cols[None, :]
+        # Zeros in dy beyond the width keep those columns out of every sum.
         dy = tl.load(dy_ptr + rows[:, None] * dy_stride + cols[None, :], mask=inside, other=0.0).to(tl.float32)
         x = tl.load(x_ptr + rows[:, None] * x_stride + cols[None, :], mask=inside, other=0.0).to(tl.float32)
         mean, residual, rstd = _load_stats(stats_ptr, rows, n_rows, in_rows)
-        normed = tl.where(in_cols[None, :], (x - mean[:, None] - residual[:, None]) * rstd[:, None], 0.0)
+        normed = (x - mean[:, None] - residual[:, None]) * rstd[:, None]
         dnormed = dy
         if HAS_WEIGHT:
             dnormed = dy * weight[None, :]
@@ -209,7 +210,7 @@ def backward_dx_wide_kernel(
         if HAS_WEIGHT:
             dnormed *= tl.load(weight_ptr + start + cols, mask=in_cols, other=0.0).to(tl.float32)
         x = tl.load(x_row + start + cols, mask=in_cols, other=0.0).to(tl.float32)
-        normed = tl.where(in_cols, (x - mean - residual) * rstd, 0.0)
+        normed = (x - mean - residual) * rstd
         with_normed += dnormed * normed
         with_ones += dnormed
     along_normed = tl.sum(with_normed, axis=0) / N_COLS

@@ -157,6 +157,7 @@ def test_every_shape_and_subset(n_cols, n_rows, dtype):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1200)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_width_65536(dtype):
     check(*inputs(3, 65536, dtype), SUBSETS)
