@@ -64,7 +64,7 @@ def table(chosen: dict[str, list[Record]], tried: dict[str, list[Record]]) -> st
         accuracies = [spread([result["test"][part] for result in results]) for part in ("all", "closed", "open")]
         minutes = spread([result["training"]["seconds"] / 60 for result in results])
         cells = [method, results[0]["engine"], f"{results[0]['rate']:.1e} ({rates})", *accuracies, str(len(results))]
-        cells += [f"{results[0]['trainable_parameters']:,}", minutes]
+        cells += [f"{results[0]['training']['trainable_parameters']:,}", minutes]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
@@ -75,7 +75,7 @@ def main() -> None:
     parser.add_argument("--model", required=True)
     parser.add_argument("--out", type=Path, default=Path("runs/quality"))
     parser.add_argument("--methods", nargs="+", choices=list(METHODS), default=list(METHODS))
-    parser.add_argument("--epochs", type=int, default=8)
+    parser.add_argument("--epochs", type=int, default=4)
     parser.add_argument("--questions-per-image", type=int, default=16)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--jobs", type=int, default=1, help="runs at once")

@@ -49,6 +49,7 @@ def bench(
     overwrite: Annotated[bool, typer.Option(help="Replace an earlier run in the folder.")] = False,
 ) -> None:
     """Compare methods: speed, memory and answers, each in a process of its own, in interleaved rounds."""
+    from fastln.bench.report import show
     from fastln.bench.runner import run_suite
     from fastln.bench.suite import load_suite
 
@@ -66,7 +67,8 @@ def bench(
     }
     name = suite or ("quick" if data is None and model is None else "real")
     rows = run_suite(load_suite(name, overrides), out, overwrite=overwrite, argv=sys.argv)
-    if all(row.error for row in rows):
+    show(rows)
+    if all(row.step_seconds is None for row in rows):
         raise typer.Exit(1)
 
 
@@ -78,12 +80,15 @@ def train(
     method: Annotated[str, typer.Option(help="What trains: layernorm, lora, bitfit, full or head.")] = "layernorm",
     engine: Annotated[str | None, typer.Option(help="fastln, torch or peft; the method's best by default.")] = None,
     epochs: Annotated[int, typer.Option(min=1)] = 10,
+    head_epochs: Annotated[
+        int, typer.Option(min=0, help="Epochs before those, that train a head which starts random alone.")
+    ] = 20,
     batch_size: Annotated[int, typer.Option(min=1, help="Questions per step.")] = 32,
     learning_rate: Annotated[float | None, typer.Option(help="The method's own by default.")] = None,
     head_learning_rate: Annotated[float | None, typer.Option(help="Of a task head that starts random.")] = None,
     questions_per_image: Annotated[
         int, typer.Option(min=1, help="Questions on one image in a batch, which share its vision pass.")
-    ] = 4,
+    ] = 16,
     validation: Annotated[float, typer.Option(min=0, max=0.5, help="Share of training questions held out.")] = 0.0,
     dtype: DType = "auto",
     device: Device = "auto",
@@ -98,6 +103,7 @@ def train(
     config = TrainConfig(
         method=method,
         epochs=epochs,
+        head_epochs=head_epochs,
         batch_size=batch_size,
         learning_rate=learning_rate,
         head_learning_rate=head_learning_rate,

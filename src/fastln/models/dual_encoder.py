@@ -29,7 +29,7 @@ class DualEncoderConfig(PreTrainedConfig):
     vision_config: Any = None
     text_config: Any = None
     answers: Any = None
-    head_hidden_size: int = 512
+    head_hidden_size: int = 1024
     head_dropout: float = 0.2
 
     def __post_init__(self, **kwargs: Any) -> None:
@@ -46,24 +46,19 @@ def _as_config(value: Any) -> PreTrainedConfig:
 
 
 class FusionHead(nn.Module):
-    """Two projected feature vectors and their product, classified by a two-layer perceptron."""
+    """A two-layer perceptron over the features of both towers."""
 
-    def __init__(self, vision_size: int, text_size: int, config: DualEncoderConfig) -> None:
+    def __init__(self, n_features: int, config: DualEncoderConfig) -> None:
         super().__init__()
-        width = config.head_hidden_size
-        self.vision_proj = nn.Linear(vision_size, width)
-        self.text_proj = nn.Linear(text_size, width)
-        self.hidden = nn.Linear(3 * width, width)
-        self.classifier = nn.Linear(width, len(config.answers))
+        self.hidden = nn.Linear(n_features, config.head_hidden_size)
+        self.classifier = nn.Linear(config.head_hidden_size, len(config.answers))
         self.activation = nn.GELU()
         self.dropout = nn.Dropout(config.head_dropout)
 
     def forward(self, vision: Tensor, text: Tensor) -> Tensor:
-        """Return logits (batch, n_answers) from features (batch, vision_size) and (batch, text_size)."""
-        vision = self.activation(self.vision_proj(vision))
-        text = self.activation(self.text_proj(text))
-        fused = self.dropout(torch.cat([vision, text, vision * text], dim=-1))
-        return self.classifier(self.dropout(self.activation(self.hidden(fused))))
+        """Return logits (batch, n_answers) from features (batch, 2 * vision_size) and (batch, text_size)."""
+        features = self.dropout(torch.cat([vision, text], dim=-1))
+        return self.classifier(self.dropout(self.activation(self.hidden(features))))
 
 
 class DualEncoder(PreTrainedModel):
@@ -100,7 +95,7 @@ class DualEncoder(PreTrainedModel):
         # A BERT pooler is not on the way to the answer: features are the mean over tokens.
         if getattr(self.text, "pooler", None) is not None:
             self.text.pooler = None
-        self.head = FusionHead(2 * config.vision_config.hidden_size, config.text_config.hidden_size, config)
+        self.head = FusionHead(2 * config.vision_config.hidden_size + config.text_config.hidden_size, config)
         self.post_init()
 
     def _init_weights(self, module: nn.Module) -> None:
@@ -115,13 +110,13 @@ class DualEncoder(PreTrainedModel):
         outputs = self.vision(pixel_values=pixel_values)
         mean = outputs.last_hidden_state.mean(dim=1)
         pooled = getattr(outputs, "pooler_output", None)
-        return torch.cat([mean if pooled is None else pooled, mean], dim=-1)
+        return torch.cat([_standardised(mean if pooled is None else pooled), _standardised(mean)], dim=-1)
 
     def text_features(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         """Return (batch, hidden): the mean of the last hidden states over the tokens that are not padding."""
         hidden = self.text(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
         keep = attention_mask.unsqueeze(-1).to(hidden.dtype)
-        return (hidden * keep).sum(dim=1) / keep.sum(dim=1).clamp(min=1)
+        return _standardised((hidden * keep).sum(dim=1) / keep.sum(dim=1).clamp(min=1))
 
     def forward(
         self,
@@ -154,6 +149,11 @@ class DualEncoder(PreTrainedModel):
         if labels is not None:
             loss = nn.functional.cross_entropy(logits.float(), labels, ignore_index=-100)
         return SequenceClassifierOutput(loss=loss, logits=logits)
+
+
+def _standardised(features: Tensor) -> Tensor:
+    # The towers' scales differ by an order of magnitude; without this the head hears the louder one.
+    return nn.functional.layer_norm(features, features.shape[-1:])
 
 
 AutoConfig.register(MODEL_TYPE, DualEncoderConfig, exist_ok=True)

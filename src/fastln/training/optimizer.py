@@ -8,6 +8,8 @@ from typing import Any, overload
 
 import torch
 from torch import Tensor, nn
+from torch.optim.lr_scheduler import LambdaLR
+from transformers import get_cosine_schedule_with_warmup
 
 from fastln.families import find_norms
 from fastln.methods import HEAD_LEARNING_RATE, get_method
@@ -111,6 +113,11 @@ class MasterAdamW(torch.optim.Optimizer):
             for name, value in state_dict["state"].get(index, {}).items():
                 if isinstance(value, Tensor):
                     self.state[parameter][name] = value.to(parameter.device, torch.float32, copy=True)
+
+
+def cosine_schedule(optimizer: torch.optim.Optimizer, n_steps: int, warmup: float) -> LambdaLR:
+    """Return the schedule that raises the rates over a share `warmup` of the steps and then lets them fall to 0."""
+    return get_cosine_schedule_with_warmup(optimizer, math.ceil(warmup * n_steps), n_steps)
 
 
 def parameter_groups(

@@ -1,11 +1,15 @@
-"""A progress bar for training that shows the loss, where transformers' own prints a line per step."""
+"""What is seen and kept of a training run while it goes: a progress bar, and the loss of every step."""
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from fastln.errors import FastLNError
 
 
 class ProgressBar(TrainerCallback):
@@ -39,3 +43,26 @@ class ProgressBar(TrainerCallback):
     ) -> None:
         """Close the bar."""
         self.bar.close()
+
+
+class StepLog(TrainerCallback):
+    """Keeps every step's loss; appends it to a file where there is one; stops at a loss that is no number."""
+
+    def __init__(self, path: Path | None) -> None:
+        self.losses: list[float] = []
+        self.path = path
+
+    def on_log(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: Any = None, **kwargs: Any
+    ) -> None:
+        """Keep the loss of the step that was taken."""
+        if not logs or "loss" not in logs:
+            return
+        loss = float(logs["loss"])
+        if loss != loss:
+            raise FastLNError(f"the loss is not a number at step {state.global_step}; try a lower learning rate")
+        self.losses.append(loss)
+        if self.path is not None:
+            with self.path.open("a") as file:
+                row = {"step": state.global_step, "epoch": state.epoch, "loss": loss, "lr": logs.get("learning_rate")}
+                file.write(json.dumps(row) + "\n")

@@ -10,10 +10,9 @@ from pathlib import Path
 
 from fastln.data import VQADataset, load_dataset
 from fastln.data.answers import normalise_answer
-from fastln.engines import apply_method, finish
 from fastln.errors import FastLNError
 from fastln.machine import settle_device, settle_dtype
-from fastln.methods import count_parameters, get_method
+from fastln.methods import get_method
 from fastln.metrics import Accuracy, accuracy
 from fastln.models import VQATask, load_task
 from fastln.training.evaluate import evaluate, predict
@@ -56,8 +55,6 @@ class Outcome:
     test: Accuracy
     validation: Accuracy | None
     training: TrainResult
-    trainable_parameters: int
-    total_parameters: int
 
 
 def run_training(run: TrainRun, out: Path, *, resume: bool = False, overwrite: bool = False) -> Outcome:
@@ -78,29 +75,23 @@ def run_training(run: TrainRun, out: Path, *, resume: bool = False, overwrite: b
     _claim(out, resume=resume, overwrite=overwrite)
     data = load_dataset(run.data, "train", validation_fraction=run.validation)
     task = load_task(run.model, data, dtype=dtype, seed=run.config.seed, device=device)
-    model = apply_method(task, method.name, engine)
-    trainable, total = count_parameters(model)
-    logger.info(
-        "%s by %s on %s: %s of %s parameters train (%.3f%%), %d questions%s",
-        method.name,
-        engine,
-        task.name,
-        f"{trainable:,}",
-        f"{total:,}",
-        100 * trainable / total,
-        len(data),
-        " (synthetic)" if data.synthetic else "",
-    )
+    logger.info("%s by %s on %s (%s), %d questions of %s", method.name, engine, task.name, dtype, len(data), data.name)
     _write(out / RECORD, {"run": asdict(run), "engine": engine, "dtype": str(dtype), "finished": False})
-    result = train_task(task, model, data, run.config, checkpoints=out / CHECKPOINTS, resume=resume)
-    finish(task, model)
+    result = train_task(task, data, run.config, engine=engine, checkpoints=out / CHECKPOINTS, resume=resume)
+    logger.info(
+        "%s of %s parameters trained (%.3f%%) in %.0f s",
+        f"{result.trainable_parameters:,}",
+        f"{result.total_parameters:,}",
+        100 * result.trainable_parameters / result.total_parameters,
+        result.seconds,
+    )
     task.save(out / MODEL)
     validation = None
     if run.validation:
         held_out = load_dataset(run.data, "validation", validation_fraction=run.validation)
         validation = evaluate(task, held_out, progress=True)
     test = evaluate(task, load_dataset(run.data, "test"), progress=True)
-    outcome = Outcome(test, validation, result, trainable, total)
+    outcome = Outcome(test, validation, result)
     _write(
         out / RECORD,
         {"run": asdict(run), "engine": engine, "dtype": str(dtype), "finished": True, **asdict(outcome)},

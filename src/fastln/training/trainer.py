@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import math
 import tempfile
 import time
 from dataclasses import dataclass
@@ -12,14 +12,18 @@ from typing import Any
 import torch
 from torch import nn
 from torch.utils.data import DataLoader
-from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
 from fastln.data import ImageGroupedBatches, VQADataset
+from fastln.engines import apply_method, finish
 from fastln.errors import FastLNError
+from fastln.methods import HEAD_LEARNING_RATE, count_parameters
 from fastln.models import VQATask
+from fastln.models.dual_task import DualEncoderTask
 from fastln.prepare import check_norm_gradients
-from fastln.training.optimizer import WEIGHT_DECAY, MasterAdamW, parameter_groups
-from fastln.training.progress import ProgressBar
+from fastln.training.head import train_head
+from fastln.training.optimizer import WEIGHT_DECAY, MasterAdamW, cosine_schedule, parameter_groups
+from fastln.training.progress import ProgressBar, StepLog
 
 
 @dataclass(frozen=True)
@@ -29,6 +33,8 @@ class TrainConfig:
     Attributes:
         method: a name from `fastln.methods.METHODS`; sets the learning rate and its groups.
         epochs: passes over the training questions.
+        head_epochs: passes that train a head which starts random, alone and on the frozen towers' features, before
+            the method's own epochs; under method `head` they are all there is to train, and `epochs` are added to them.
         batch_size: questions per step.
         learning_rate: of the method's own parameters; the method's default where None.
         head_learning_rate: of a task head under the other methods; `HEAD_LEARNING_RATE` where None.
@@ -41,17 +47,18 @@ class TrainConfig:
 
     method: str = "layernorm"
     epochs: int = 10
+    head_epochs: int = 20
     batch_size: int = 32
     learning_rate: float | None = None
     head_learning_rate: float | None = None
     weight_decay: float = WEIGHT_DECAY
     warmup: float = 0.05
     max_grad_norm: float = 1.0
-    questions_per_image: int = 4
+    questions_per_image: int = 16
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name, least in (("epochs", 1), ("batch_size", 1), ("questions_per_image", 1)):
+        for name, least in (("epochs", 1), ("head_epochs", 0), ("batch_size", 1), ("questions_per_image", 1)):
             if getattr(self, name) < least:
                 raise FastLNError(f"{name} is {getattr(self, name)}; it must be at least {least}")
         for name in ("learning_rate", "head_learning_rate"):
@@ -66,24 +73,28 @@ class TrainResult:
 
     Attributes:
         losses: the loss of every step (of those that this call took, where a run was resumed).
-        seconds: wall-clock time of the training loop.
-        steps: optimizer steps.
+        seconds: wall-clock time of training.
+        trainable_parameters: how many parameters the method trained.
+        total_parameters: how many the model had under the method.
     """
 
     losses: list[float]
     seconds: float
-    steps: int
+    trainable_parameters: int
+    total_parameters: int
 
 
 class TaskTrainer(Trainer):
     """transformers' Trainer over a `VQATask`: image-grouped batches, float32 optimizer state, gradient check."""
 
     def __init__(self, task: VQATask, model: nn.Module, data: VQADataset, config: TrainConfig, **kwargs: Any) -> None:
+        optimizer = build_optimizer(model, task, config)
+        n_steps = config.epochs * math.ceil(len(data) / config.batch_size)
         super().__init__(
             model=model,
             train_dataset=data,
             data_collator=lambda samples: task.collate(samples, data),
-            optimizers=(build_optimizer(model, task, config), None),
+            optimizers=(optimizer, cosine_schedule(optimizer, n_steps, config.warmup)),
             **kwargs,
         )
         # Losses are means over a batch; nothing is to be divided by a count of labels.
@@ -109,28 +120,6 @@ class TaskTrainer(Trainer):
         return loss
 
 
-class _StepLog(TrainerCallback):
-    """Keeps every step's loss; appends it to a file where there is one; stops at a loss that is no number."""
-
-    def __init__(self, path: Path | None) -> None:
-        self.losses: list[float] = []
-        self.path = path
-
-    def on_log(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: Any = None, **kwargs: Any
-    ) -> None:
-        if not logs or "loss" not in logs:
-            return
-        loss = float(logs["loss"])
-        if loss != loss:
-            raise FastLNError(f"the loss is not a number at step {state.global_step}; try a lower learning rate")
-        self.losses.append(loss)
-        if self.path is not None:
-            with self.path.open("a") as file:
-                row = {"step": state.global_step, "epoch": state.epoch, "loss": loss, "lr": logs.get("learning_rate")}
-                file.write(json.dumps(row) + "\n")
-
-
 def build_optimizer(model: nn.Module, task: VQATask, config: TrainConfig) -> MasterAdamW:
     """Return the optimizer of everything in `model` that trains, at the rates of `config`."""
     groups = parameter_groups(
@@ -146,21 +135,24 @@ def build_optimizer(model: nn.Module, task: VQATask, config: TrainConfig) -> Mas
 
 def train_task(
     task: VQATask,
-    model: nn.Module,
     data: VQADataset,
     config: TrainConfig,
     *,
+    engine: str | None = None,
     checkpoints: Path | None = None,
     resume: bool = False,
     progress: bool = True,
 ) -> TrainResult:
-    """Train, from the start or from the last checkpoint.
+    """Train a task's model with one method, from the start or from the last checkpoint.
+
+    A dual encoder's head that starts random is trained first, alone; see `fastln.training.head.train_head`. Afterwards
+    `task.model` is a stock model with the trained values in it, in its own dtype.
 
     Args:
-        task: makes the batches.
-        model: what `fastln.engines.apply_method` returned for it.
+        task: the model, and what makes its batches.
         data: the training questions.
         config: how to train.
+        engine: who runs the method; the method's first by default.
         checkpoints: folder for a checkpoint after each epoch (the last is kept) and for `log.jsonl`; none by default.
         resume: continue from the last checkpoint in that folder.
         progress: whether to show a progress bar.
@@ -170,13 +162,44 @@ def train_task(
     """
     if resume and (checkpoints is None or not any(checkpoints.glob("checkpoint-*"))):
         raise FastLNError(f"{checkpoints}: there is no checkpoint to resume from")
+    start = time.perf_counter()
+    # The towers of a dual encoder stand still as long as nothing but its head learns.
+    head_alone = config.method == "head" and isinstance(task, DualEncoderTask)
+    losses: list[float] = []
+    if isinstance(task, DualEncoderTask) and (head_alone or (task.random_head and not resume)):
+        epochs = config.head_epochs + (config.epochs if head_alone else 0)
+        losses = train_head(
+            task,
+            data,
+            epochs=epochs,
+            batch_size=config.batch_size,
+            learning_rate=(config.learning_rate if head_alone else config.head_learning_rate) or HEAD_LEARNING_RATE,
+            weight_decay=config.weight_decay,
+            warmup=config.warmup,
+            seed=config.seed,
+        )
+    model = apply_method(task, config.method, engine)
+    counts = count_parameters(model)
+    if not head_alone:
+        losses += _train_method(task, model, data, config, checkpoints, resume, progress)
+    finish(task, model)
+    return TrainResult(losses, time.perf_counter() - start, *counts)
+
+
+def _train_method(
+    task: VQATask,
+    model: nn.Module,
+    data: VQADataset,
+    config: TrainConfig,
+    checkpoints: Path | None,
+    resume: bool,
+    progress: bool,
+) -> list[float]:
     with tempfile.TemporaryDirectory() as scratch:
         arguments = TrainingArguments(
             output_dir=str(checkpoints or scratch),
             num_train_epochs=config.epochs,
             per_device_train_batch_size=config.batch_size,
-            warmup_steps=config.warmup,
-            lr_scheduler_type="cosine",
             max_grad_norm=config.max_grad_norm,
             seed=config.seed,
             save_strategy="epoch" if checkpoints else "no",
@@ -184,19 +207,15 @@ def train_task(
             logging_steps=1,
             logging_nan_inf_filter=False,
             report_to="none",
-            disable_tqdm=not progress,
+            disable_tqdm=True,  # ours shows the same without a line per step
             remove_unused_columns=False,
             dataloader_pin_memory=False,
             use_cpu=task.device.type == "cpu",
         )
-        log = _StepLog(checkpoints / "log.jsonl" if checkpoints else None)
-        trainer = TaskTrainer(task, model, data, config, args=arguments, callbacks=[log])
-        for callback in list(trainer.callback_handler.callbacks):
-            if type(callback).__name__ in ("ProgressCallback", "PrinterCallback"):
-                trainer.remove_callback(callback)
-        if progress:
-            trainer.add_callback(ProgressBar())
+        log = StepLog(checkpoints / "log.jsonl" if checkpoints else None)
+        callbacks: list[TrainerCallback] = [log, *([ProgressBar()] if progress else [])]
+        trainer = TaskTrainer(task, model, data, config, args=arguments, callbacks=callbacks)
+        trainer.remove_callback(PrinterCallback)
         model.train()
-        start = time.perf_counter()
-        output = trainer.train(resume_from_checkpoint=resume or None)
-        return TrainResult(log.losses, time.perf_counter() - start, output.global_step)
+        trainer.train(resume_from_checkpoint=resume or None)
+        return log.losses

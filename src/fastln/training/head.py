@@ -1,0 +1,84 @@
+"""Training a task head on the features of frozen towers, which are computed once."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from fastln.data import ImageGroupedBatches, VQADataset
+from fastln.data.answers import UNKNOWN
+from fastln.models.dual_task import DualEncoderTask
+from fastln.training.evaluate import evaluating
+from fastln.training.optimizer import MasterAdamW, cosine_schedule
+
+
+def train_head(
+    task: DualEncoderTask,
+    data: VQADataset,
+    *,
+    epochs: int,
+    batch_size: int,
+    learning_rate: float,
+    weight_decay: float,
+    warmup: float,
+    seed: int,
+) -> list[float]:
+    """Train the fusion head alone; the towers run once over the data, in evaluation mode, and stay as they are.
+
+    Tuning a pretrained tower under a head that is still random first spoils the tower (Kumar et al., arXiv
+    2202.10054); and while only the head learns, the towers' features are the same in every epoch.
+
+    Args:
+        task: the dual encoder.
+        data: the training questions.
+        epochs: passes over them.
+        batch_size: questions per step.
+        learning_rate: at its highest.
+        weight_decay: of the head's matrices.
+        warmup: share of the steps over which the rate rises, before it falls along a cosine.
+        seed: of the order and of dropout.
+
+    Returns:
+        The loss of every step.
+    """
+    head = task.model.head
+    vision, rows, text, labels = _features(task, data)
+    matrices = [parameter for parameter in head.parameters() if parameter.dim() > 1]
+    vectors = [parameter for parameter in head.parameters() if parameter.dim() == 1]
+    optimizer = MasterAdamW(
+        [{"params": matrices, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}],
+        lr=learning_rate,
+    )
+    batches = ImageGroupedBatches(data, batch_size, seed=seed)
+    schedule = cosine_schedule(optimizer, epochs * len(batches), warmup)
+    torch.manual_seed(seed)
+    head.train()
+    losses = []
+    for epoch in range(epochs):
+        batches.set_epoch(epoch)
+        for indices in batches:
+            logits = head(vision[rows[indices]], text[indices])
+            loss = nn.functional.cross_entropy(logits.float(), labels[indices], ignore_index=UNKNOWN)
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            schedule.step()
+            losses.append(loss.item())
+    return losses
+
+
+def _features(task: DualEncoderTask, data: VQADataset, batch_size: int = 64) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return vision features by image, each question's row in them, text features and labels by question."""
+    keys = list(dict.fromkeys(sample.image for sample in data.samples))
+    row_of = {key: row for row, key in enumerate(keys)}
+    vision, text = [], []
+    with torch.no_grad(), evaluating(task.model):
+        for start in range(0, len(keys), batch_size):
+            pixels = torch.stack([task.images(data, key) for key in keys[start : start + batch_size]])
+            vision.append(task.model.vision_features(pixels.to(task.device)))
+        for start in range(0, len(data), batch_size):
+            questions = [sample.question for sample in data.samples[start : start + batch_size]]
+            text.append(task.model.text_features(**task.tokenize(questions)))
+    rows = torch.tensor([row_of[sample.image] for sample in data.samples], device=task.device)
+    labels = torch.tensor([task.vocabulary.index(sample.answer) for sample in data.samples], device=task.device)
+    return torch.cat(vision), rows, torch.cat(text), labels
