@@ -126,7 +126,8 @@ def from_source(source: str, train_data: VQADataset, dtype: torch.dtype, seed: i
         raise FastLNError(
             f"{source}: the checkpoint lacks {len(missing)} tensors of BLIP-VQA, for example {missing[0]}"
         )
-    images = ImagePixels.of_directory(source, model.config.vision_config.image_size, dtype)
+    vision = model.config.vision_config
+    images = ImagePixels.of_directory(source, vision, dtype, vision.image_size)
     return BlipTask(model, tokenizer, images, name=f"blip:{path.name}", random_weights=False)
 
 

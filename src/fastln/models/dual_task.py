@@ -89,9 +89,7 @@ def embedded(train_data: VQADataset, dtype: torch.dtype, seed: int) -> DualEncod
     )
 
 
-def from_towers(
-    vision: str, text: str, train_data: VQADataset, dtype: torch.dtype, seed: int, image_size: int | None = None
-) -> DualEncoderTask:
+def from_towers(vision: str, text: str, train_data: VQADataset, dtype: torch.dtype, seed: int) -> DualEncoderTask:
     """Join two pretrained encoders under a head that starts random.
 
     Args:
@@ -100,7 +98,6 @@ def from_towers(
         train_data: its answers are the answer vocabulary.
         dtype: of the parameters.
         seed: of the head's initial weights.
-        image_size: edge length in pixels; the vision encoder's own preprocessing by default.
 
     Raises:
         FastLNError: if a directory holds no model, or a hub name cannot be had.
@@ -121,7 +118,7 @@ def from_towers(
     return DualEncoderTask(
         model,
         tokenizer,
-        ImagePixels.of_directory(vision, image_size, dtype),
+        ImagePixels.of_directory(vision, vision_model.config, dtype),
         name=f"dual:{names[0]},{names[1]}",
         random_weights=False,
         random_head=HEAD,
@@ -133,9 +130,8 @@ def from_saved(directory: str, dtype: torch.dtype) -> DualEncoderTask:
     with loading(directory):
         model = DualEncoder.from_pretrained(directory, dtype=dtype)
         tokenizer = AutoTokenizer.from_pretrained(directory)
-    return DualEncoderTask(
-        model, tokenizer, ImagePixels.of_directory(directory, None, dtype), name=directory, random_weights=False
-    )
+    images = ImagePixels.of_directory(directory, model.config.vision_config, dtype)
+    return DualEncoderTask(model, tokenizer, images, name=directory, random_weights=False)
 
 
 def _answers(train_data: VQADataset) -> list[str]:

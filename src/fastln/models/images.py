@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from transformers import AutoImageProcessor, ViTImageProcessorPil
+from transformers import AutoImageProcessor, PreTrainedConfig, ViTImageProcessorPil
 
 if TYPE_CHECKING:
     from fastln.data import VQADataset
@@ -41,12 +41,21 @@ class ImagePixels:
         self._kept: dict[tuple[str, str], Tensor] = {}
 
     @classmethod
-    def of_directory(cls, directory: str, image_size: int | None, dtype: torch.dtype) -> ImagePixels:
-        """Read the preprocessing beside a model (directory or hub name); plain normalisation where there is none."""
+    def of_directory(
+        cls, directory: str, config: PreTrainedConfig, dtype: torch.dtype, image_size: int | None = None
+    ) -> ImagePixels:
+        """Read the preprocessing beside a model; where there is none, plain, to the size in its configuration.
+
+        Args:
+            directory: a directory or hub name.
+            config: of the vision encoder.
+            dtype: of the pixel values.
+            image_size: edge length in pixels; what the preprocessing says by default.
+        """
         try:
             processor = AutoImageProcessor.from_pretrained(directory)
         except (OSError, ValueError):
-            return cls.plain(image_size or 224, dtype)
+            return cls.plain(image_size or config.image_size, dtype)
         return cls(processor, image_size, dtype)
 
     @classmethod

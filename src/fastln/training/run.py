@@ -16,7 +16,7 @@ from fastln.methods import get_method
 from fastln.metrics import Accuracy, accuracy
 from fastln.models import VQATask, load_task
 from fastln.training.evaluate import evaluate, predict
-from fastln.training.trainer import TrainConfig, TrainResult, train_task
+from fastln.training.trainer import TrainConfig, TrainResult, has_checkpoint, train_task
 
 logger = logging.getLogger(__name__)
 
@@ -72,10 +72,12 @@ def run_training(run: TrainRun, out: Path, *, resume: bool = False, overwrite: b
     method, engine = get_method(run.config.method, run.engine)
     device = settle_device(run.device)
     dtype = settle_dtype(run.dtype, device)
-    _claim(out, resume=resume, overwrite=overwrite)
+    _check_folder(out, resume=resume, overwrite=overwrite)
     data = load_dataset(run.data, "train", validation_fraction=run.validation)
     task = load_task(run.model, data, dtype=dtype, seed=run.config.seed, device=device)
     logger.info("%s by %s on %s (%s), %d questions of %s", method.name, engine, task.name, dtype, len(data), data.name)
+    if not resume:
+        _clear(out)
     _write(out / RECORD, {"run": asdict(run), "engine": engine, "dtype": str(dtype), "finished": False})
     result = train_task(task, data, run.config, engine=engine, checkpoints=out / CHECKPOINTS, resume=resume)
     logger.info(
@@ -158,19 +160,22 @@ def _report(task: VQATask, data: VQADataset, split: str, score: Accuracy) -> Non
     print(f"{data.name} {split}: exact match: {', '.join(parts)}{remark}")
 
 
-def _claim(out: Path, *, resume: bool, overwrite: bool) -> None:
+def _check_folder(out: Path, *, resume: bool, overwrite: bool) -> None:
     if resume and overwrite:
         raise FastLNError("--resume and --overwrite exclude each other")
     if out.exists() and not out.is_dir():
         raise FastLNError(f"{out}: is a file; give a folder")
-    if resume:
-        return
-    if overwrite:
-        for name in (MODEL, CHECKPOINTS):
-            shutil.rmtree(out / name, ignore_errors=True)
-        (out / RECORD).unlink(missing_ok=True)
-    elif out.is_dir() and any(out.iterdir()):
+    if resume and not has_checkpoint(out / CHECKPOINTS):
+        raise FastLNError(f"{out}: there is no checkpoint to resume from")
+    if not resume and not overwrite and out.is_dir() and any(out.iterdir()):
         raise FastLNError(f"{out}: already holds a run; give another folder, or --resume or --overwrite")
+
+
+def _clear(out: Path) -> None:
+    """Make the folder, without what an earlier run wrote to it; whatever else is in it stays."""
+    for name in (MODEL, CHECKPOINTS):
+        shutil.rmtree(out / name, ignore_errors=True)
+    (out / RECORD).unlink(missing_ok=True)
     (out / CHECKPOINTS).mkdir(parents=True, exist_ok=True)
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.utils.data import DataLoader
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
@@ -24,6 +25,8 @@ from fastln.prepare import check_norm_gradients
 from fastln.training.head import train_head
 from fastln.training.optimizer import WEIGHT_DECAY, MasterAdamW, cosine_schedule, parameter_groups
 from fastln.training.progress import ProgressBar, StepLog
+
+TRAINED = "trained.safetensors"
 
 
 @dataclass(frozen=True)
@@ -85,7 +88,11 @@ class TrainResult:
 
 
 class TaskTrainer(Trainer):
-    """transformers' Trainer over a `VQATask`: image-grouped batches, float32 optimizer state, gradient check."""
+    """transformers' Trainer over a `VQATask`: image-grouped batches, float32 optimizer state, gradient check.
+
+    A checkpoint holds the parameters that train, under the names they have in the module that trains: the frozen ones
+    are wherever the model came from. (transformers' own saves some encoders under other names than it resumes from.)
+    """
 
     def __init__(self, task: VQATask, model: nn.Module, data: VQADataset, config: TrainConfig, **kwargs: Any) -> None:
         optimizer = build_optimizer(model, task, config)
@@ -112,12 +119,41 @@ class TaskTrainer(Trainer):
         loader = DataLoader(self.train_dataset, batch_sampler=batches, collate_fn=self.data_collator)
         return self.accelerator.prepare(loader)
 
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Write the parameters that train to `output_dir`/trained.safetensors."""
+        folder = Path(output_dir or self.args.output_dir)
+        folder.mkdir(parents=True, exist_ok=True)
+        trained = {name: parameter.detach() for name, parameter in _trained(self.model).items()}
+        save_file(trained, folder / TRAINED)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        path = Path(resume_from_checkpoint) / TRAINED
+        saved = load_file(path)
+        trained = _trained(self.model)
+        if saved.keys() != trained.keys():
+            odd = sorted(saved.keys() ^ trained.keys())
+            raise FastLNError(
+                f"{path}: it is of another run: {len(odd)} names differ from what trains now, for example {odd[0]}"
+            )
+        with torch.no_grad():
+            for name, parameter in trained.items():
+                parameter.copy_(saved[name])
+
     def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         """Take one step; the first one checks that every trained norm has its gradient."""
         loss = super().training_step(*args, **kwargs)
         if self.state.global_step == 0:
             check_norm_gradients(self.model)
         return loss
+
+
+def has_checkpoint(folder: Path | None) -> bool:
+    """Whether there is a checkpoint to resume from in `folder`."""
+    return folder is not None and any(folder.glob("checkpoint-*"))
+
+
+def _trained(model: nn.Module) -> dict[str, nn.Parameter]:
+    return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
 
 
 def build_optimizer(model: nn.Module, task: VQATask, config: TrainConfig) -> MasterAdamW:
@@ -160,7 +196,7 @@ def train_task(
     Raises:
         FastLNError: if a trained norm gets no gradient, the loss turns NaN, or there is no checkpoint to resume from.
     """
-    if resume and (checkpoints is None or not any(checkpoints.glob("checkpoint-*"))):
+    if resume and not has_checkpoint(checkpoints):
         raise FastLNError(f"{checkpoints}: there is no checkpoint to resume from")
     start = time.perf_counter()
     # The towers of a dual encoder stand still as long as nothing but its head learns.

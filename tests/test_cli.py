@@ -1,0 +1,67 @@
+"""The command line as a person meets it: one line of error, exit status 2, no traceback."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+from fastln import cli
+
+
+def fastln(*arguments, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["fastln", *map(str, arguments)])
+    with pytest.raises(SystemExit) as caught:
+        cli.main()
+    return caught.value.code, capsys.readouterr()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["train", "--out", "{tmp}/o", "--method", "layernrm"], "did you mean 'layernorm'"),
+        (["train", "--out", "{tmp}/o", "--method", "lora", "--engine", "torch"], "(valid: peft)"),
+        (["train", "--out", "{tmp}/o", "--data", "{tmp}/nowhere"], "nowhere"),
+        (["train", "--out", "{tmp}/o", "--model", "{tmp}"], "there is no config.json"),
+        (["train", "--out", "{tmp}/o", "--dtype", "float8"], "unknown dtype 'float8' (valid: auto, float32"),
+        (["eval", "{tmp}/nowhere"], "nowhere"),
+        (["eval", "dual", "--split", "tset"], "tset"),
+        (["bench", "--suite", "qick"], "did you mean 'quick'"),
+        (["bench", "--method", "layernorm/pft"], "layernorm/peft"),
+        (["bench", "--out", "{tmp}/full"], "already"),
+    ],
+)
+def test_a_users_error_is_one_line_and_status_2(arguments, message, tmp_path, monkeypatch, capsys):
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "results.json").write_text("[]")
+    arguments = [argument.format(tmp=tmp_path) for argument in arguments]
+    code, output = fastln(*arguments, monkeypatch=monkeypatch, capsys=capsys)
+    assert code == 2
+    line = output.err.strip().splitlines()[-1]
+    assert line.startswith("error: ")
+    assert message in line
+    assert "Traceback" not in output.err
+    assert not (tmp_path / "o").exists(), "an error leaves nothing behind"
+
+
+def test_an_option_of_the_wrong_kind_is_status_2(monkeypatch, capsys):
+    code, output = fastln("train", "--out", "x", "--epochs", "many", monkeypatch=monkeypatch, capsys=capsys)
+    assert code == 2
+    assert "--epochs" in output.err
+
+
+def test_doctor_names_a_backend_and_a_reason_for_each_operation(monkeypatch, capsys):
+    code, output = fastln("doctor", "--json", monkeypatch=monkeypatch, capsys=capsys)
+    assert code == 0
+    findings = json.loads(output.out)
+    assert set(findings["operations"]) == {"layer_norm", "attention"}
+    assert all(choice["backend"] and choice["reason"] for choice in findings["operations"].values())
+    assert findings["packages"]["torch"]
+    code, output = fastln("doctor", monkeypatch=monkeypatch, capsys=capsys)
+    assert "layer_norm" in output.out
+    assert findings["machine"]["cpu"] in output.out
+
+
+def test_transformers_imports_from_the_repository_root():
+    """transformers looks for a package called `kernels`; the folder of that name must not pass for it."""
+    subprocess.run([sys.executable, "-c", "import transformers, transformers.integrations"], check=True)

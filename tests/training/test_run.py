@@ -1,0 +1,164 @@
+"""fastln train and fastln eval: what lands in the folder, resuming, and what bad options get."""
+
+import json
+
+import pytest
+import tiny
+import torch
+from safetensors.torch import load_file
+
+from fastln.data import VQADataset, load_dataset
+from fastln.errors import FastLNError
+from fastln.training import TrainConfig, evaluate, train_task
+from fastln.training import run as run_module
+from fastln.training.head import train_head
+from fastln.training.run import TrainRun, run_evaluation, run_training
+
+
+@pytest.fixture
+def few(monkeypatch) -> None:
+    """Make every split of the phantom small."""
+
+    def load(spec: str, split: str, *, validation_fraction: float = 0.0) -> VQADataset:
+        data = load_dataset(spec, split, validation_fraction=validation_fraction)
+        data.samples = data.samples[:24]
+        return data
+
+    monkeypatch.setattr(run_module, "load_dataset", load)
+
+
+def spec(folder):
+    tiny.towers(folder, tiny.phantom().samples)
+    return f"dual:{folder / 'vision'},{folder / 'text'}"
+
+
+CONFIG = TrainConfig(epochs=2, head_epochs=2, batch_size=8)
+
+
+@pytest.mark.usefixtures("few")
+@pytest.mark.parametrize("method", ["layernorm", "lora", "head"])
+def test_train_then_eval(method, tmp_path, capsys):
+    run = TrainRun("phantom", spec(tmp_path), None, TrainConfig(method, epochs=1, head_epochs=1), validation=0.2)
+    outcome = run_training(run, tmp_path / "out")
+    record = json.loads((tmp_path / "out" / "run.json").read_text())
+    assert record["finished"]
+    assert record["test"]["n_all"] == 24
+    assert record["test"]["all"] == outcome.test.all
+    assert record["validation"]["n_all"] > 0
+    assert "synthetic" in capsys.readouterr().out
+    predictions = tmp_path / "predictions.jsonl"
+    score = run_evaluation(str(tmp_path / "out"), "phantom", "test", predictions=predictions)
+    assert score == outcome.test
+    rows = [json.loads(line) for line in predictions.read_text().splitlines()]
+    assert len(rows) == 24
+    right = sum(row["prediction"] == row["answer"].lower() for row in rows)
+    assert 100 * right / 24 == pytest.approx(score.all)
+
+
+def test_training_lowers_the_loss_and_moves_only_norms_and_head(tmp_path):
+    data = tiny.phantom()
+    task = tiny.dual(tmp_path, data)
+    before = {name: tensor.clone() for name, tensor in task.model.state_dict().items()}
+    result = train_task(task, data, TrainConfig(epochs=6, head_epochs=3, batch_size=8), progress=False)
+    assert sum(result.losses[-6:]) < 0.8 * sum(result.losses[:6])
+    changed = {name for name, tensor in task.model.state_dict().items() if not torch.equal(tensor, before[name])}
+    norms = {name for name in before if "norm" in name.lower()}
+    head = {name for name in before if name.startswith("head.")}
+    assert changed == norms | head
+
+
+def test_the_head_trains_on_the_features_that_the_model_computes(tmp_path):
+    data = tiny.phantom()
+    task = tiny.dual(tmp_path, data)
+    task.model.eval()
+    with torch.no_grad():
+        expected = [task.model(**task.collate([data[i] for i in range(j, j + 8)], data)).loss for j in range(0, 48, 8)]
+    settings = {"batch_size": 48, "learning_rate": 1e-3, "weight_decay": 0.0, "warmup": 0.0, "seed": 0}
+    first, *_, last = train_head(task, data, epochs=20, **settings)
+    assert first == pytest.approx(torch.stack(expected).mean().item(), rel=1e-4)
+    assert last < first
+    assert not any(parameter.grad is not None for parameter in task.model.vision.parameters())
+
+
+@pytest.mark.parametrize("kind", tiny.TASKS)
+def test_a_stopped_run_resumes_to_the_same_weights(kind, tmp_path):
+    data = tiny.phantom(24)
+
+    def fresh():
+        return tiny.TASKS[kind](tmp_path / kind if kind == "blip" else tmp_path, data)
+
+    straight = fresh()
+    train_task(straight, data, CONFIG, checkpoints=tmp_path / "a", progress=False)
+
+    class StoppedError(Exception):
+        pass
+
+    stopped = fresh()
+    steps = 0
+
+    def stop_in_the_second_epoch(module, arguments):
+        nonlocal steps
+        steps += module.training
+        if steps > 4:
+            raise StoppedError
+
+    embeddings = stopped.model.get_submodule("text.embeddings" if kind == "dual" else "text_encoder.embeddings")
+    # The head's own epochs run the towers in evaluation mode and do not count.
+    handle = embeddings.register_forward_pre_hook(stop_in_the_second_epoch)
+    with pytest.raises(StoppedError):
+        train_task(stopped, data, CONFIG, checkpoints=tmp_path / "b", progress=False)
+    handle.remove()
+    resumed = fresh()
+    train_task(resumed, data, CONFIG, checkpoints=tmp_path / "b", resume=True, progress=False)
+    for name, tensor in straight.model.state_dict().items():
+        assert torch.equal(tensor, resumed.model.state_dict()[name]), name
+    log = [json.loads(line)["step"] for line in (tmp_path / "a" / "log.jsonl").read_text().splitlines()]
+    assert log == list(range(1, 7))
+
+
+@pytest.mark.usefixtures("few")
+def test_the_saved_file_holds_the_stock_keys(tmp_path):
+    source = spec(tmp_path)
+    run_training(TrainRun("phantom", source, "peft", CONFIG), tmp_path / "peft")
+    run_training(TrainRun("phantom", source, "fastln", CONFIG), tmp_path / "fastln")
+    keys = [set(load_file(tmp_path / engine / "model" / "model.safetensors")) for engine in ("peft", "fastln")]
+    assert keys[0] == keys[1]
+
+
+@pytest.mark.usefixtures("few")
+def test_an_output_folder_that_holds_a_run_is_kept(tmp_path):
+    run = TrainRun("phantom", spec(tmp_path), None, CONFIG)
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "run.json").write_text("mine")
+    with pytest.raises(FastLNError, match="already holds a run"):
+        run_training(run, out)
+    assert (out / "run.json").read_text() == "mine"
+    with pytest.raises(FastLNError, match="no checkpoint to resume from"):
+        run_training(run, out, resume=True)
+    with pytest.raises(FastLNError, match="exclude each other"):
+        run_training(run, out, resume=True, overwrite=True)
+
+
+def test_options_out_of_range_are_named():
+    with pytest.raises(FastLNError, match="epochs is 0; it must be at least 1"):
+        TrainConfig(epochs=0)
+    with pytest.raises(FastLNError, match="learning_rate is -1; it must be greater than 0"):
+        TrainConfig(learning_rate=-1)
+
+
+def test_a_loss_that_is_no_number_stops_the_run(tmp_path):
+    data = tiny.phantom(24)
+    task = tiny.dual(tmp_path, data)
+    with torch.no_grad():
+        task.model.vision.layernorm.weight.fill_(float("nan"))
+    with pytest.raises(FastLNError, match="the loss is not a number at step 1"):
+        train_task(task, data, CONFIG, progress=False)
+
+
+def test_evaluation_leaves_the_mode_as_it_was(tmp_path):
+    data = tiny.phantom(8)
+    task = tiny.dual(tmp_path, data)
+    task.model.train()
+    evaluate(task, data)
+    assert task.model.training
