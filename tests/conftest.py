@@ -19,4 +19,4 @@ def fastln_data() -> Path:
     """The folder of real data and models that FASTLN_DATA names; without one the test is skipped."""
     if "FASTLN_DATA" not in os.environ:
         pytest.skip("FASTLN_DATA is not set: no folder of real data")
-    return Path(os.environ["FASTLN_DATA"])
+    return Path(os.environ["FASTLN_DATA"]).resolve()

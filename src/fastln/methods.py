@@ -54,9 +54,9 @@ METHODS: dict[str, Method] = {
     for method in (
         Method("layernorm", "γ and β of every norm", ("fastln", "peft", "torch"), 1e-3, norm_parameters),
         Method("lora", "low-rank updates (r 8) of the query and value projections", ("peft",), 5e-4, None),
-        Method("bitfit", "every bias", ("torch", "fastln"), 1e-3, _biases),
-        Method("full", "every parameter", ("torch", "fastln"), 5e-5, _everything),
-        Method("head", "nothing but the task head", ("torch", "fastln"), 1e-3, _nothing),
+        Method("bitfit", "every bias", ("fastln", "torch"), 1e-3, _biases),
+        Method("full", "every parameter", ("fastln", "torch"), 5e-5, _everything),
+        Method("head", "nothing but the task head", ("fastln", "torch"), 1e-3, _nothing),
     )
 }
 HEAD_LEARNING_RATE = 1e-3

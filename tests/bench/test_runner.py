@@ -154,7 +154,10 @@ def test_results_are_on_disk_after_every_run(tmp_path, monkeypatch):
     assert (tmp_path / "results.md").exists()
 
 
-def test_ctrl_c_ends_a_run_that_is_under_way():
+def test_ctrl_c_ends_a_run_that_is_under_way(request):
+    # A shell that starts the tests in the background has them ignore the signal.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    request.addfinalizer(lambda: signal.signal(signal.SIGINT, before))
     isolate.call(fake_workers.answer, None, timeout_seconds=60)  # the first call takes seconds: imports
     main = threading.main_thread().ident
     timer = threading.Timer(1, lambda: signal.pthread_kill(main, signal.SIGINT))
