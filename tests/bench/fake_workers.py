@@ -1,12 +1,11 @@
 """Workers for the runner's tests; importable by name, as a worker in another process must be."""
 
+import dataclasses
+import math
 import os
 import signal
 import time
 
-import torch
-
-from fastln.bench.accounting import peak_bytes, reset_peak
 from fastln.bench.results import Checked, Job, Quality, Steps
 from fastln.errors import FastLNError
 
@@ -16,7 +15,9 @@ def work(job: Job) -> Checked | Steps | Quality:
     if job.kind == "check":
         return Checked(f"{job.model} in full", random_weights=job.model == "random", data_name="d", synthetic=False)
     if job.kind == "quality":
-        return Quality({"all": 50.0, "closed": 60.0, "open": 40.0, "n_all": 10, "n_closed": 5, "n_open": 5})
+        accuracy = {"all": 50.0, "closed": 60.0, "open": 40.0, "n_all": 10, "n_closed": 5, "n_open": 5}
+        head_alone = job.method == "head"
+        return Quality(accuracy, job.suite.head_epochs, epochs=0 if head_alone else job.suite.epochs)
     saved = 100 if job.round == 1 else None
     return Steps((0.1 * job.round, 0.2 * job.round), 1000 + job.round, "process peak RSS", saved, 10, 1000, 1.5)
 
@@ -53,6 +54,12 @@ def user_error(job: Job) -> Checked | Steps | Quality:
     raise FastLNError(f"no model called {job.model}")
 
 
+def diverges(job: Job) -> Checked | Steps | Quality:
+    """End with a loss that is no number."""
+    outcome = work(job)
+    return dataclasses.replace(outcome, final_loss=math.nan) if isinstance(outcome, Steps) else outcome
+
+
 def quality_fails(job: Job) -> Checked | Steps | Quality:
     """Measure steps, fail to train."""
     if job.kind == "quality" and job.method == "lora":
@@ -78,14 +85,3 @@ def sleep() -> None:
 def process() -> tuple[int, int]:
     """Return this process's number, and how many threads it began with."""
     return os.getpid(), len(os.listdir("/proc/self/task"))
-
-
-def peaks() -> tuple[int, int, int]:
-    """Return the peak memory before, with, and after 256 MiB that live for a moment."""
-    cpu = torch.device("cpu")
-    reset_peak(cpu)
-    before = peak_bytes(cpu)
-    torch.ones(64 * 2**20)
-    during = peak_bytes(cpu)
-    reset_peak(cpu)
-    return before, during, peak_bytes(cpu)

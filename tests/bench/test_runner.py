@@ -118,7 +118,26 @@ def test_quality_that_fails_keeps_the_speed(tmp_path):
     assert rows["full"].accuracy == {
         "all": 50.0, "closed": 60.0, "open": 40.0, "n_all": 10, "n_closed": 5, "n_open": 5
     }  # fmt: skip
-    assert rows["full"].accuracy_note == "test split, after 2 epochs"
+
+
+@pytest.mark.parametrize(
+    ("method", "head_epochs", "epochs", "note"),
+    [
+        ("full", 0, 2, "test split, after 2 epochs"),
+        ("full", 5, 1, "test split, after 5 epochs of the head alone and 1 epoch of all that trains"),
+        ("head", 6, 1, "test split, after 6 epochs of the head alone"),
+    ],
+)
+def test_the_note_on_accuracy_tells_the_whole_training(method, head_epochs, epochs, note, tmp_path):
+    one = suite(methods=(f"{method}/torch",), head_epochs=head_epochs, epochs=epochs, rounds=1)
+    assert run_suite(one, tmp_path, worker=fake_workers.work)[0].accuracy_note == note
+
+
+def test_a_loss_that_is_no_number_is_null(tmp_path):
+    rows = run_suite(suite(rounds=1), tmp_path, worker=fake_workers.diverges)
+    assert [row.final_loss for row in rows] == [None] * 3
+    assert "NaN" not in (tmp_path / "results.json").read_text()
+    assert read_rows(tmp_path / "results.json") == rows
 
 
 def test_models_of_one_name_are_told_apart(tmp_path):
@@ -133,7 +152,7 @@ def test_random_weights_are_not_trained_for_their_accuracy(tmp_path):
 
 def test_a_user_error_ends_the_suite_before_it_begins(tmp_path):
     with pytest.raises(FastLNError, match="no model called one"):
-        run_suite(suite(), tmp_path, worker=fake_workers.user_error)
+        run_suite(suite(), tmp_path / "out", worker=fake_workers.user_error)
     assert not list(tmp_path.iterdir())
 
 
@@ -163,7 +182,7 @@ def test_ctrl_c_ends_a_run_that_is_under_way(request):
     timer = threading.Timer(1, lambda: signal.pthread_kill(main, signal.SIGINT))
     timer.start()
     with pytest.raises(KeyboardInterrupt):
-        isolate.call(fake_workers.sleep, timeout_seconds=60)
+        isolate.call(fake_workers.sleep, timeout_seconds=10)
 
 
 @pytest.mark.parametrize("name", ["results.json", "results.md", "results.png"])
@@ -180,6 +199,14 @@ def test_overwrite_replaces_the_bench_s_own_files_alone(tmp_path):
     run_suite(suite(rounds=1), tmp_path, overwrite=True, worker=fake_workers.work)
     assert len(read_rows(tmp_path / "results.json")) == 3
     assert (tmp_path / "notes.txt").read_text() == "mine"
+
+
+def test_overwrite_keeps_the_earlier_run_when_the_new_one_cannot_begin(tmp_path):
+    for name in ("results.json", "results.md", "results.png"):
+        (tmp_path / name).write_text("precious")
+    with pytest.raises(FastLNError, match="no model called one"):
+        run_suite(suite(), tmp_path, overwrite=True, worker=fake_workers.user_error)
+    assert [path.read_text() for path in tmp_path.iterdir()] == ["precious"] * 3
 
 
 def test_a_file_is_no_folder(tmp_path):

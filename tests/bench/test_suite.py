@@ -4,6 +4,7 @@ import pytest
 
 from fastln.bench.suite import load_suite, suite_names
 from fastln.errors import FastLNError
+from fastln.training import TrainConfig
 
 GOOD = "data: phantom\nmodels: [dual]\nmethods: [layernorm/torch]\n"
 EVERY_PAIR = {
@@ -32,10 +33,9 @@ def test_quick_needs_nothing():
 
 
 def test_real_takes_data_and_model_from_the_command_line():
-    suite = load_suite("real", {"data": "some/folder", "models": ["dual:a,b"], "epochs": None})
-    assert (suite.data, suite.models, suite.batch_size, suite.rounds, suite.epochs) == (
-        "some/folder", ("dual:a,b",), 32, 3, 3
-    )  # fmt: skip
+    suite = load_suite("real", {"data": "some/folder", "models": ["dual:a,b"], "steps": None})
+    assert (suite.data, suite.models, suite.steps) == ("some/folder", ("dual:a,b",), 3)
+    assert suite.epochs > 0
     assert set(suite.methods) == EVERY_PAIR
     with pytest.raises(FastLNError, match="needs data, models"):
         load_suite("real")
@@ -45,6 +45,15 @@ def test_a_file_of_ones_own(tmp_path):
     suite = load(tmp_path, GOOD + "rounds: 7\n", steps=9)
     assert (suite.name, suite.rounds, suite.steps) == ("mine", 7, 9)
     assert suite.pairs == [("layernorm", "torch")]
+
+
+def test_head_epochs_are_those_of_training_unless_the_suite_says(tmp_path):
+    assert load(tmp_path, GOOD).head_epochs == TrainConfig().head_epochs
+    assert load(tmp_path, GOOD + "head_epochs: 0\n").head_epochs == 0
+
+
+def test_a_name_that_yaml_takes_for_a_date_is_text(tmp_path):
+    assert load(tmp_path, GOOD + "name: 2026-01-31\n").name == "2026-01-31"
 
 
 def test_every_packaged_suite_is_listed():
@@ -58,9 +67,13 @@ def test_every_packaged_suite_is_listed():
         (GOOD + "rounds: 0\n", "rounds must be a whole number of at least 1, not 0"),
         (GOOD + "steps: 2.5\n", "steps must be a whole number"),
         (GOOD + "seed: true\n", "seed must be a whole number"),
+        (GOOD + "seed: 4294967296\n", r"seed must be less than 2\*\*32 \(4294967296\), not 4294967296"),
+        (GOOD + "seed: -1\n", "seed must be a whole number of at least 0"),
+        (GOOD + "head_epochs: -1\n", "head_epochs must be a whole number of at least 0"),
         (GOOD + "dtype: bflot16\n", r"unknown dtype 'bflot16' \(did you mean 'bfloat16'.*auto, float32, bfloat16"),
         (GOOD + "device: tpu\n", "unknown device 'tpu'.*auto, cpu, cuda"),
         (GOOD + "timeout_seconds: 0\n", "timeout_seconds must be a positive number"),
+        (GOOD + "timeout_seconds: .inf\n", "timeout_seconds must be a positive number"),
         ("data: phantom\nmodels: [dual]\nmethods: [layernrm/torch]\n", "did you mean 'layernorm/torch'.*lora/peft"),
         ("data: phantom\nmodels: [dual]\nmethods: [lora/fastln]\n", "unknown method/engine 'lora/fastln'"),
         ("data: phantom\nmodels: []\nmethods: [full/torch]\n", "models must be a list with at least one entry"),

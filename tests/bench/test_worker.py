@@ -1,6 +1,7 @@
 """The worker on the embedded models: every method, measured for real, in a few steps."""
 
 import dataclasses
+import itertools
 import math
 
 import pytest
@@ -10,10 +11,12 @@ from fastln.bench import worker
 from fastln.bench.results import Job, Quality, Steps, read_rows
 from fastln.bench.runner import run_suite
 from fastln.bench.suite import load_suite
-from fastln.data import load_dataset
+from fastln.data import ImageGroupedBatches, VQADataset, load_dataset
 from fastln.errors import FastLNError
+from fastln.methods import METHODS
+from fastln.training import trainer
 
-TINY = {"batch_size": 4, "rounds": 1, "warmup_steps": 0, "steps": 2, "device": "cpu"}
+TINY = {"batch_size": 2, "questions_per_image": 2, "rounds": 1, "warmup_steps": 0, "steps": 2, "device": "cpu"}
 
 
 @pytest.fixture(autouse=True)
@@ -29,10 +32,16 @@ def job(kind="speed", method="layernorm", engine="torch", model="dual", number=1
     return Job(dataclasses.replace(suite, **changes), kind, model, method, engine, number)
 
 
-def test_the_quick_suite_end_to_end(tmp_path):
-    suite = load_suite("quick", TINY)
-    rows = run_suite(suite, tmp_path)
-    assert [row.error for row in rows] == [None] * 14
+QUICK = load_suite("quick").methods
+
+
+# On the second model a few: its runs take longer, and the engines are the same.
+@pytest.mark.parametrize(
+    ("model", "methods"), [("dual", QUICK), ("blip", ("layernorm/fastln", "layernorm/peft", "full/torch"))]
+)
+def test_the_quick_suite_end_to_end(model, methods, tmp_path):
+    rows = run_suite(load_suite("quick", TINY | {"models": [model], "methods": methods}), tmp_path)
+    assert [row.error for row in rows] == [None] * len(methods)
     assert read_rows(tmp_path / "results.json") == rows
     for row in rows:
         assert len(row.step_seconds_all) == 2
@@ -41,20 +50,21 @@ def test_the_quick_suite_end_to_end(tmp_path):
         assert row.accuracy is None
         assert "means nothing" in row.accuracy_note
         assert row.provenance["data"]["synthetic"] is True
-    for model in ("dual", "blip"):
-        found = {f"{row.method}/{row.engine}": row for row in rows if row.model == model}
-        assert len({row.total_parameters for row in found.values()}) == 1
-        trained = {name: row.trainable_parameters for name, row in found.items()}
-        assert trained["full/torch"] == found["full/torch"].total_parameters
-        assert trained["layernorm/torch"] == trained["layernorm/peft"] == trained["layernorm/fastln"]
-        assert trained["layernorm/torch"] < 0.1 * trained["full/torch"]
-        saved = {name: row.saved_activation_bytes for name, row in found.items()}
-        assert 0 < saved["head/torch"] < saved["layernorm/torch"] < saved["full/torch"]
+    found = {f"{row.method}/{row.engine}": row for row in rows}
+    assert len({row.total_parameters for row in rows}) == 1
+    trained = {name: row.trainable_parameters for name, row in found.items()}
+    assert trained["full/torch"] == found["full/torch"].total_parameters
+    assert len({row.trainable_parameters for row in rows if row.method == "layernorm"}) == 1
+    assert trained["layernorm/fastln"] < 0.1 * trained["full/torch"]
+    saved = {name: row.saved_activation_bytes for name, row in found.items()}
+    assert 0 < saved["layernorm/fastln"] < saved["full/torch"]
+    if model == "dual":
+        assert saved["head/torch"] < saved["layernorm/torch"] < saved["full/torch"]
 
 
 def test_engines_of_one_method_see_the_same_batches_and_the_same_loss():
-    losses = [worker.work(job(engine=engine)).final_loss for engine in ("torch", "peft")]
-    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+    base, *others = [worker.work(job(engine=engine)).final_loss for engine in METHODS["layernorm"].engines]
+    assert others == pytest.approx([base] * 2, rel=1e-5)
 
 
 def test_activations_are_counted_in_the_first_round_alone():
@@ -66,10 +76,29 @@ def test_activations_are_counted_in_the_first_round_alone():
 
 def test_quality_trains_and_asks_the_test_questions(monkeypatch):
     monkeypatch.setattr(worker, "load_dataset", _eight_questions)
-    quality = worker.work(job("quality", method="head", epochs=1))
+    quality = worker.work(job("quality", method="head", epochs=1, head_epochs=1))
     assert isinstance(quality, Quality)
     assert quality.accuracy["n_all"] == 8
     assert 0 <= quality.accuracy["all"] <= 100
+
+
+@pytest.mark.parametrize(("method", "head_epochs", "epochs"), [("layernorm", 2, 1), ("head", 3, 0)])
+def test_quality_tells_the_epochs_that_were_trained(method, head_epochs, epochs, monkeypatch):
+    trained = {"alone": 0, "together": 0}
+
+    def alone(*arguments, epochs, **options):
+        trained["alone"] = epochs
+        return []
+
+    def together(task, model, data, config, *arguments):
+        trained["together"] = config.epochs
+        return []
+
+    monkeypatch.setattr(worker, "load_dataset", _eight_questions)
+    monkeypatch.setattr(trainer, "train_head", alone)
+    monkeypatch.setattr(trainer, "_train_method", together)
+    quality = worker.work(job("quality", method=method, epochs=1, head_epochs=2))
+    assert (quality.head_epochs, quality.epochs) == (trained["alone"], trained["together"]) == (head_epochs, epochs)
 
 
 def _eight_questions(spec, split):
@@ -80,4 +109,23 @@ def _eight_questions(spec, split):
 
 def test_a_batch_larger_than_the_data_is_a_user_error():
     with pytest.raises(FastLNError, match="batch_size 100000"):
-        worker.work(job(batch_size=100_000))
+        worker.work(job("check", batch_size=100_000))
+
+
+def test_an_image_that_cannot_be_read_is_found_before_the_rounds(monkeypatch):
+    # The last of those that the rounds will read.
+    data = load_dataset("phantom", "train")
+    last = list(itertools.islice(ImageGroupedBatches(data, 4, seed=0, questions_per_image=4, drop_last=True), 3))[-1]
+    bad = {data[index].image for index in last}
+    read = VQADataset.image
+
+    def image(self, key):
+        if key in bad:
+            raise FastLNError(f"{key}: cannot be decoded")
+        return read(self, key)
+
+    monkeypatch.setattr(VQADataset, "image", image)
+    sizes = {"batch_size": 4, "questions_per_image": 4, "warmup_steps": 1}
+    worker.work(job("check", **sizes, steps=1))
+    with pytest.raises(FastLNError, match="cannot be decoded"):
+        worker.work(job("check", **sizes, steps=2))

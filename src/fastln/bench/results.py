@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import os
 import re
 from collections.abc import Sequence
@@ -17,12 +18,12 @@ from fastln.bench.suite import Suite
 class Job:
     """One run in a process of its own.
 
-    `kind` says what it does: "check" loads the data and the model (once per model, before the rounds), "speed"
-    measures steps (once per method and round), "quality" trains and counts right answers (once per method, at the
-    end).
+    `kind` says what it does: "check" loads the data and the model and makes the batches of a round (once per model,
+    before the rounds), "speed" measures steps (once per method and round), "quality" trains and counts right answers
+    (once per method, at the end).
     """
 
-    suite: Suite  # device and dtype settled, never "auto", for "speed" and "quality"
+    suite: Suite  # device and dtype settled, never "auto"
     kind: Literal["check", "speed", "quality"]
     model: str
     method: str = ""
@@ -70,6 +71,8 @@ class Quality:
     accuracy: dict[
         str, float | None
     ]  # percent for all, closed, open (None: no such questions); counts n_all, n_closed, n_open
+    head_epochs: int  # of the head alone, first
+    epochs: int  # of all that the method trains, then
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,7 +101,7 @@ class Row:
     saved_activation_bytes: int | None
     trainable_parameters: int | None
     total_parameters: int | None
-    final_loss: float | None  # of the last timed step; same batches for all
+    final_loss: float | None  # of the last timed step; same batches for all; None also where it is not finite
     accuracy: dict[str, float | None] | None
     accuracy_note: str | None  # why there is none, or how it came about
     error: str | None
@@ -147,7 +150,7 @@ def make_row(
         saved_activation_bytes=saved[0] if saved else None,
         trainable_parameters=rounds[0].trainable_parameters if rounds else None,
         total_parameters=rounds[0].total_parameters if rounds else None,
-        final_loss=rounds[0].final_loss if rounds else None,
+        final_loss=rounds[0].final_loss if rounds and math.isfinite(rounds[0].final_loss) else None,
         accuracy=accuracy,
         accuracy_note=accuracy_note,
         error=error,
@@ -167,7 +170,7 @@ def data_name(rows: Sequence[Row]) -> str:
 def write_rows(rows: Sequence[Row], path: Path) -> None:
     """Write the rows as JSON; a reader sees the old file or the new one, never a part."""
     part = path.with_name(path.name + ".part")
-    part.write_text(json.dumps([row.to_dict() for row in rows], indent=1) + "\n")
+    part.write_text(json.dumps([row.to_dict() for row in rows], indent=1, allow_nan=False) + "\n")
     os.replace(part, path)
 
 

@@ -36,7 +36,8 @@ def run_suite(
     Args:
         suite: From `fastln.bench.suite.load_suite`.
         out: A folder, made if need be.
-        overwrite: Replace an earlier run's files in `out`; other files there are left alone.
+        overwrite: Replace an earlier run's files in `out`, once data and models have proved good; other files there
+            are left alone.
         argv: The command that this is, for the record.
         worker: What a process does with its job; it must be importable by name.
 
@@ -44,10 +45,11 @@ def run_suite(
         One row per model and method, in the suite's order. Nothing was measured where `step_seconds` is None.
 
     Raises:
-        FastLNError: `out` holds a run already, or is no folder; the data or a model cannot be loaded as given.
+        FastLNError: `out` holds a run already, or is no folder; the data or a model cannot be loaded as given, or make
+            no batches of the size. Nothing was written then.
         KeyboardInterrupt: After what is there was written.
     """
-    _prepare(out, overwrite)
+    _refuse(out, overwrite)
     started = _now()
     with Progress(total=len(suite.models) + len(suite.models) * len(suite.methods) * suite.rounds) as progress:
         settled = isolate.call(settle, suite.device, suite.dtype, timeout_seconds=suite.timeout_seconds)
@@ -62,6 +64,8 @@ def run_suite(
             "started": started,
         }
         table = _Table(suite, origin, out / RESULTS)
+        _check(suite, worker, table, progress)
+        _make_room(out)
         try:
             _run(suite, worker, table, progress)
         finally:
@@ -75,19 +79,25 @@ def _now() -> str:
     return datetime.now(UTC).isoformat(timespec="seconds")
 
 
-def _prepare(out: Path, overwrite: bool) -> None:
+def _refuse(out: Path, overwrite: bool) -> None:
     if out.exists() and not out.is_dir():
         raise FastLNError(f"{out}: is a file; --out takes a folder")
-    ours = [out / name for name in (RESULTS, *report.FILES)]
-    present = [path for path in ours if path.exists()]
+    present = [path for path in _files(out) if path.exists()]
     if present and not overwrite:
         raise FastLNError(f"{out}: already holds a run ({present[0].name}): give another folder, or overwrite it")
-    for path in present:
-        path.unlink()
+
+
+def _make_room(out: Path) -> None:
     try:
         out.mkdir(parents=True, exist_ok=True)
+        for path in _files(out):
+            path.unlink(missing_ok=True)
     except OSError as error:
-        raise FastLNError(f"{out}: cannot make the folder: {error.strerror}") from error
+        raise FastLNError(f"{out}: cannot make room for the results: {error.strerror}") from error
+
+
+def _files(out: Path) -> list[Path]:
+    return [out / name for name in (RESULTS, *report.FILES)]
 
 
 @dataclass
@@ -153,17 +163,27 @@ def _accuracy_note(entry: _Entry, checked: Checked | None) -> str | None:
     if reason := accuracy_means_nothing(entry.job.suite, checked):
         return reason
     if entry.quality:
-        return f"test split, after {entry.job.suite.epochs} epochs"
+        return f"test split, after {_training(entry.quality)}"
     return "failed" if entry.error else "not measured yet"
 
 
-def _run(suite: Suite, worker: Worker, table: _Table, progress: Progress) -> None:
+def _training(quality: Quality) -> str:
+    head, whole = (f"{epochs} epoch{'' if epochs == 1 else 's'}" for epochs in (quality.head_epochs, quality.epochs))
+    if not quality.head_epochs:
+        return whole
+    return f"{head} of the head alone" + (f" and {whole} of all that trains" if quality.epochs else "")
+
+
+def _check(suite: Suite, worker: Worker, table: _Table, progress: Progress) -> None:
     for model in suite.models:
         checked = _call(worker, Job(suite, "check", model), Checked, progress)
         if isinstance(checked, Checked):
             table.checked[model] = checked
         elif checked.user_error:
             raise FastLNError(checked.text)  # all of this model's runs would fail alike, so say it at once
+
+
+def _run(suite: Suite, worker: Worker, table: _Table, progress: Progress) -> None:
     for number in range(1, suite.rounds + 1):
         for entry in table.entries:
             if entry.error is None:

@@ -1,6 +1,7 @@
 """What a suite of runs consists of, read from YAML and checked before anything is launched."""
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from difflib import get_close_matches
@@ -14,6 +15,12 @@ from fastln.errors import FastLNError
 
 DTYPES = ("auto", "float32", "bfloat16")
 DEVICES = ("auto", "cpu", "cuda")
+
+
+def _head_epochs() -> int:
+    from fastln.training import TrainConfig  # here, since it brings torch and transformers with it
+
+    return TrainConfig.head_epochs
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,6 +42,7 @@ class Suite:
     warmup_steps: int = 2
     steps: int = 5  # timed, in each round
     epochs: int = 0  # of training before the answers are counted; 0: accuracy is not measured
+    head_epochs: int = dataclasses.field(default_factory=_head_epochs)  # before those, of a random head alone
     seed: int = 0
     timeout_seconds: float = 3600.0  # for one run; a run that takes longer is a row with an error
 
@@ -107,7 +115,7 @@ def _checked(values: dict[str, Any], where: str) -> Suite:
     missing = [
         field.name
         for field in dataclasses.fields(Suite)
-        if field.default is dataclasses.MISSING and field.name not in values
+        if field.default is field.default_factory is dataclasses.MISSING and field.name not in values
     ]
     if missing:
         raise FastLNError(f"{where}: needs {', '.join(missing)}")
@@ -117,13 +125,15 @@ def _checked(values: dict[str, Any], where: str) -> Suite:
         values[key] = tuple(str(entry) for entry in values[key])
         if len(set(values[key])) < len(values[key]):
             raise FastLNError(f"{where}: {key} names the same entry twice: {', '.join(values[key])}")
-    values["data"] = str(values["data"])
+    values["name"], values["data"] = str(values["name"]), str(values["data"])
     for key, smallest in _SMALLEST.items():
         value = values.get(key, smallest)
         if not isinstance(value, int) or isinstance(value, bool) or value < smallest:
             raise FastLNError(f"{where}: {key} must be a whole number of at least {smallest}, not {value!r}")
+    if values.get("seed", 0) >= 2**32:  # transformers.set_seed, by way of numpy, takes no larger one
+        raise FastLNError(f"{where}: seed must be less than 2**32 ({2**32}), not {values['seed']}")
     timeout = values.get("timeout_seconds", 1)
-    if not isinstance(timeout, int | float) or isinstance(timeout, bool) or not timeout > 0:
+    if not isinstance(timeout, int | float) or isinstance(timeout, bool) or not 0 < timeout < math.inf:
         raise FastLNError(f"{where}: timeout_seconds must be a positive number of seconds, not {timeout!r}")
     for key, choices in (("dtype", DTYPES), ("device", DEVICES)):
         value = values.get(key, "auto")
@@ -141,6 +151,7 @@ _SMALLEST = {
     "warmup_steps": 0,
     "steps": 1,
     "epochs": 0,
+    "head_epochs": 0,
     "seed": 0,
 }
 

@@ -15,6 +15,7 @@ from fastln.engines import apply_method
 from fastln.errors import FastLNError
 from fastln.methods import count_parameters
 from fastln.models import VQATask, load_task
+from fastln.models.dual_task import DualEncoderTask
 from fastln.training import TrainConfig, build_optimizer, evaluate, train_task
 
 
@@ -22,15 +23,25 @@ def work(job: Job) -> Checked | Steps | Quality:
     """Do one job; called in a process of its own.
 
     Raises:
-        FastLNError: The data, the model or the method cannot be had as given.
+        FastLNError: The data, the model or the method cannot be had as given, or there are too few questions for a
+            batch, or an image of one cannot be read.
     """
     data = load_dataset(job.suite.data, "train")
     task = load_task(
         job.model, data, dtype=getattr(torch, job.suite.dtype), seed=job.suite.seed, device=job.suite.device
     )
     if job.kind == "check":
-        return Checked(task.name, task.random_weights, data.name, data.synthetic)
+        return _check(job, task, data)
     return _steps(job, task, data) if job.kind == "speed" else _quality(job, task, data)
+
+
+def _check(job: Job, task: VQATask, data: VQADataset) -> Checked:
+    suite = job.suite
+    for _ in itertools.islice(_batches(job, task, data), suite.warmup_steps + suite.steps):
+        pass  # reads every image that the rounds will
+    if suite.epochs:
+        load_dataset(suite.data, "test")
+    return Checked(task.name, task.random_weights, data.name, data.synthetic)
 
 
 def _steps(job: Job, task: VQATask, data: VQADataset) -> Steps:
@@ -113,6 +124,7 @@ def _config(job: Job) -> TrainConfig:
     return TrainConfig(
         method=job.method,
         epochs=max(suite.epochs, 1),
+        head_epochs=suite.head_epochs,
         batch_size=suite.batch_size,
         questions_per_image=suite.questions_per_image,
         seed=suite.seed,
@@ -120,6 +132,17 @@ def _config(job: Job) -> TrainConfig:
 
 
 def _quality(job: Job, task: VQATask, data: VQADataset) -> Quality:
-    train_task(task, data, _config(job), engine=job.engine, progress=False)
+    config = _config(job)
+    head_epochs, epochs = _epochs(task, config)
+    train_task(task, data, config, engine=job.engine, progress=False)
     accuracy = evaluate(task, load_dataset(job.suite.data, "test"))
-    return Quality(dataclasses.asdict(accuracy))
+    return Quality(dataclasses.asdict(accuracy), head_epochs, epochs)
+
+
+def _epochs(task: VQATask, config: TrainConfig) -> tuple[int, int]:
+    """How many epochs `train_task` will train the head alone, and then all that the method trains."""
+    if not isinstance(task, DualEncoderTask):
+        return 0, config.epochs
+    if config.method == "head":
+        return config.head_epochs + config.epochs, 0
+    return config.head_epochs if task.random_head else 0, config.epochs
