@@ -5,11 +5,12 @@ of rows is a run-time argument that is never specialised on, so that no new leng
 Sums over rows go through float32 partials, one per program, which one kernel adds up in a fixed order, so that two runs
 on one machine give the same bits.
 
-`x` and `dy` may have any row stride; columns that are not contiguous are copied first.
+`x` and `dy` may have any row stride; columns, weights and biases that are not contiguous are copied first.
 """
 
 # mypy: allow-untyped-defs
 import contextlib
+from typing import TypeVar
 
 import torch
 import triton
@@ -18,6 +19,8 @@ from torch import Tensor
 
 from fastln_kernels import launch
 from fastln_kernels.reference import N_STATS
+
+TensorT = TypeVar("TensorT", Tensor, Tensor | None)
 
 
 @triton.jit
@@ -314,7 +317,7 @@ def layer_norm_forward(x: Tensor, weight: Tensor | None, bias: Tensor | None, ep
 
     Args:
         x: `(n_rows, n_cols)`, float32, bfloat16 or float16; any number of rows, none included.
-        weight: `(n_cols,)`, contiguous, of any of these dtypes, or None for ones.
+        weight: `(n_cols,)`, of any of these dtypes, or None for ones.
         bias: `(n_cols,)`, likewise, or None for zeros.
         eps: Added to the variance.
 
@@ -323,7 +326,7 @@ def layer_norm_forward(x: Tensor, weight: Tensor | None, bias: Tensor | None, ep
         residual, and `1 / sqrt(variance + eps)`.
     """
     n_rows, n_cols = x.shape
-    x = _unit_columns(x)
+    x, weight, bias = _unit_columns(x), _unit_columns(weight), _unit_columns(bias)
     y = torch.empty((n_rows, n_cols), dtype=x.dtype, device=x.device)
     stats = torch.empty((N_STATS, n_rows, 1), dtype=torch.float32, device=x.device)
     if n_rows == 0:
@@ -382,8 +385,7 @@ def layer_norm_backward(
     if n_rows == 0:
         return dx, dweight, dbias
 
-    dy = _unit_columns(dy)
-    x = x if x is None else _unit_columns(x)
+    dy, x, weight = _unit_columns(dy), _unit_columns(x), _unit_columns(weight)
     strides = (dy.stride(0), 0 if x is None else x.stride(0))
     narrow = n_cols <= launch.MAX_ROW_TILE
     row_tile = launch.row_tile(n_cols, dy.element_size(), backward=True)
@@ -441,8 +443,8 @@ def _options(tile: launch.Tile) -> dict[str, int | bool]:
     return {"num_warps": tile.warps, "enable_fp_fusion": True}
 
 
-def _unit_columns(x: Tensor) -> Tensor:
-    return x if x.stride(1) == 1 or x.shape[1] == 1 else x.contiguous()
+def _unit_columns(x: TensorT) -> TensorT:
+    return x if x is None or x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
 
 
 def _current(device: torch.device) -> contextlib.AbstractContextManager[object]:

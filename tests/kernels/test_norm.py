@@ -193,6 +193,15 @@ def test_expanded_rows():
     check(x[:1].expand(6, 64), dy[:1, :1].expand(6, 64), weight, bias, [(True, True, True)])
 
 
+@pytest.mark.parametrize("n_cols", [64, launch.MAX_ROW_TILE + 8])
+@pytest.mark.parametrize("strided", ["weight", "bias"])
+def test_strided_weight_and_bias(strided, n_cols):
+    x, dy, weight, bias = inputs(3, n_cols, torch.float32)
+    views = {"weight": weight, "bias": bias}
+    views[strided] = torch.stack((views[strided], torch.full((n_cols,), math.nan)), dim=1)[:, 0]
+    check(x, dy, views["weight"], views["bias"], [(True, True, True)])
+
+
 @pytest.mark.parametrize("n_cols", [768, launch.MAX_ROW_TILE + 1000])
 @pytest.mark.parametrize("kernels", [norm, reference], ids=["triton", "reference"])
 def test_mean_1e4_with_deviation_1_is_right_to_1e_minus_5(kernels, n_cols):

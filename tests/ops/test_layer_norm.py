@@ -118,6 +118,17 @@ def test_strides(backend):
             torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_strided_weight_and_bias(backend):
+    x, *vectors = leaves()
+    wide = [torch.stack((v.detach(), v.detach() + 3), dim=1).requires_grad_() for v in vectors]
+    views = (x, wide[0][:, 0], wide[1][:, 1])
+    y, grads = gradients(lambda *t: ops.layer_norm(*t, backend=backend), views)
+    want_y, want = gradients(stock, views)
+    for got, wanted in zip((y, *grads), (want_y, *want), strict=True):
+        torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-5)
+
+
 def kept(function):
     """What `function` keeps for backward, by way of the hooks that every accounting uses."""
     packed = []
