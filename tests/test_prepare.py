@@ -1,6 +1,7 @@
 """prepare() and restore(): same numbers as the stock model, float32 trained norms, and everything put back."""
 
 import copy
+import pickle
 
 import pytest
 import tiny
@@ -108,6 +109,73 @@ def test_a_prepared_model_can_be_copied_and_the_copy_trains_alone():
     assert all(p.grad is None for p in model.parameters())
     fastln.restore(twin)
     assert any(type(module) is LayerNorm for module in model.modules())
+
+
+class MarkedNorm(nn.LayerNorm):
+    """A subclass with a method of its own and LayerNorm's forward."""
+
+    def name(self):
+        return self.mark
+
+
+def marked() -> nn.ModuleDict:
+    """Two names for one norm in bfloat16, with an attribute and a hook that doubles what comes out."""
+    norm = MarkedNorm(8)
+    norm.mark = "first"
+    norm.register_forward_hook(_twice)
+    return nn.ModuleDict({"norm": norm, "other": nn.Linear(8, 8), "again": norm}).to(torch.bfloat16)
+
+
+def _twice(module, args, output):
+    return 2 * output
+
+
+def test_restore_gives_the_very_modules_back():
+    model = marked()
+    norm, weight, attributes = model["norm"], model["norm"].weight, set(vars(model["norm"]))
+    fastln.prepare(model)
+    assert isinstance(norm, LayerNorm)
+    model.eval()
+    fastln.restore(model)
+    assert model["norm"] is model["again"] is norm
+    assert type(norm) is MarkedNorm
+    assert set(vars(norm)) == attributes
+    assert norm.name() == "first"
+    assert norm.weight is weight
+    assert not norm.training
+
+
+def test_hooks_fire_on_prepared_norms():
+    model = marked()
+    x = torch.randn(4, 8, dtype=torch.bfloat16)
+    stock = model["norm"](x)
+    fastln.prepare(model)
+    torch.testing.assert_close(model["norm"](x), stock)
+    fastln.restore(model)
+    assert torch.equal(model["norm"](x), stock)
+
+
+@pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))], ids=["copy", "pickle"])
+def test_a_duplicate_restores_to_its_own_parameters(duplicate):
+    model = fastln.prepare(marked())
+    twin = duplicate(model)
+    weight = twin["norm"].weight
+    with torch.no_grad():
+        weight.fill_(1.5)
+    fastln.restore(twin)
+    assert type(twin["norm"]) is MarkedNorm
+    assert twin["norm"].weight is weight
+    assert twin["norm"].name() == "first"
+    assert bool((model["norm"].weight == 1).all())
+    assert isinstance(model["norm"], LayerNorm)
+
+
+@pytest.mark.parametrize(("backend", "attention"), [("auto", "fastln"), ("cpu", "fastln"), ("reference", "sdpa")])
+def test_backend_reaches_attention(backend, attention):
+    model = fastln.prepare(small_bert(), backend=backend)
+    assert model.config._attn_implementation == attention
+    fastln.restore(model)
+    assert model.config._attn_implementation == "sdpa"
 
 
 def test_a_norm_without_a_fast_form_trains_with_its_stock_code(caplog):

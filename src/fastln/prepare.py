@@ -42,17 +42,18 @@ def prepare(
     also: Iterable[str] = (),
     backend: str = "auto",
 ) -> ModelT:
-    """Choose what trains and put fastln's modules in place of the stock ones, in place.
+    """Choose what trains and have fastln compute its norms and attention, in place.
 
-    `state_dict()` keeps its keys and shapes. The parameters of trained norms become float32 whatever the model's
-    dtype: at bfloat16 a step of 1e-4 on a weight of 1.0 rounds to nothing.
+    Modules stay the objects that they are, with their hooks and attributes, and `state_dict()` keeps its keys and
+    shapes. The parameters of trained norms become float32 whatever the model's dtype: at bfloat16 a step of 1e-4 on a
+    weight of 1.0 rounds to nothing.
 
     Args:
         model: any transformers model (any `nn.Module` whose norms are LayerNorms or RMSNorms).
         method: a name from `fastln.methods.METHODS`.
         scope: the sub-models to tune (`vision`, `text`, `decoder`, `projector`); all by default.
         also: names of further modules that train whole, such as a task head that starts random.
-        backend: `auto`, `triton`, `cpu` or `reference`.
+        backend: `auto`, `triton`, `cpu` or `reference`, of norms and attention.
 
     Returns:
         The same model.
@@ -72,26 +73,27 @@ def prepare(
         state.requires_grad[name] = parameter.requires_grad
         parameter.requires_grad_(name in trained)
     slow: list[str] = []
-    for name, norm in list(find_norms(model)):
+    for name, norm in find_norms(model):
         own = {f"{name}.{part}": parameter for part, parameter in norm.named_parameters(recurse=False)}
         for full_name, parameter in own.items():
             if parameter.requires_grad:
                 state.dtypes[full_name] = parameter.dtype
                 parameter.data = parameter.data.float()
         if is_stock_layer_norm(norm):
-            _replace(model, name, LayerNorm.standing_in(norm, backend))
+            LayerNorm.from_stock(norm, backend)
         elif any(parameter.requires_grad for parameter in own.values()):
             slow.append(f"{name} ({type(norm).__name__})")
             state.hooks.append(norm.register_forward_hook(_in_the_input_dtype))
     if slow:
         logger.info("tuned with their stock code, for fastln has no fast form of them: %s", ", ".join(slow))
-    state.attention = use_fast_attention(model)
+    if resolve("attention", device, backend).backend == "cpu":
+        state.attention = use_fast_attention(model)
     setattr(model, STATE, state)
     return model
 
 
 def restore(model: ModelT) -> ModelT:
-    """Put the stock modules back, in place; the tuned values stay, in the model's own dtype.
+    """Give the modules their stock code back, in place; the tuned values stay, in the model's own dtype.
 
     Args:
         model: a model that went through `prepare`.
@@ -105,9 +107,9 @@ def restore(model: ModelT) -> ModelT:
     state: _Prepared | None = getattr(model, STATE, None)
     if state is None:
         raise FastLNError("this model is not prepared; there is nothing to restore")
-    for name, module in list(model.named_modules()):
+    for module in model.modules():
         if isinstance(module, LayerNorm):
-            _replace(model, name, module.stock())
+            LayerNorm.to_stock(module)
     for hook in state.hooks:
         hook.remove()
     for name, parameter in model.named_parameters():
@@ -142,8 +144,3 @@ def check_norm_gradients(model: nn.Module) -> None:
 def _in_the_input_dtype(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
     # A float32 weight promotes what stock code returns; the rest of the model expects its own dtype.
     return output.to(args[0].dtype)
-
-
-def _replace(model: nn.Module, name: str, module: nn.Module) -> None:
-    parent, _, own = name.rpartition(".")
-    setattr(model.get_submodule(parent), own, module)

@@ -11,6 +11,8 @@ from transformers import (
     CLIPModel,
     Dinov2Config,
     Dinov2Model,
+    FalconConfig,
+    FalconModel,
     LlamaConfig,
     LlamaForCausalLM,
     ViTConfig,
@@ -124,13 +126,20 @@ def test_models_inside_another_module():
 
 
 def test_own_attention_is_left_alone():
-    vision = VISION | {"num_attention_heads": 4}
+    falcon = FalconModel(FalconConfig(hidden_size=32, num_hidden_layers=1, num_attention_heads=2, vocab_size=20))
+    assert falcon.config._attn_implementation == "sdpa"
+    assert use_fast_attention(falcon) == []
+    assert falcon.config._attn_implementation == "sdpa"
+
+
+def test_nothing_of_blip_is_switched():
     text = TEXT | {"encoder_hidden_size": 32, "bos_token_id": 0, "eos_token_id": 1, "sep_token_id": 1}
-    model = BlipForQuestionAnswering(BlipConfig(text_config=text, vision_config=vision, projection_dim=16))
-    before = [model.config._attn_implementation, model.config.text_config._attn_implementation]
-    for config in use_fast_attention(model):
-        assert config not in (model.config.text_config, model.config.vision_config)
-    assert model.config.text_config._attn_implementation == before[1]
+    model = BlipForQuestionAnswering(BlipConfig(text_config=text, vision_config=VISION, projection_dim=16))
+    configs = (model.config, model.config.text_config, model.config.vision_config)
+    for config in configs:
+        config._attn_implementation_internal = "sdpa"  # the name alone must not do
+    assert use_fast_attention(model) == []
+    assert [config._attn_implementation for config in configs] == ["sdpa"] * 3
 
 
 def test_without_gradients_sdpa_serves(monkeypatch):

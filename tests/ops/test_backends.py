@@ -44,6 +44,12 @@ def test_auto_takes_the_fastest_of_the_device():
     assert resolve("attention", CUDA, "auto").backend == "reference"
 
 
+def test_attention_says_when_its_blocks_serve_and_what_serves_otherwise():
+    reason = resolve("attention", CPU, "auto").reason
+    for part in ("16-bit", "without attention dropout", "1,024 tokens", "scaled_dot_product_attention otherwise"):
+        assert part in reason
+
+
 def test_without_triton_auto_says_so(no_triton):
     choice = resolve("layer_norm", CUDA, "auto")
     assert choice.backend == "reference"

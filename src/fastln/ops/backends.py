@@ -2,12 +2,14 @@
 
 import functools
 import importlib
+import math
 from dataclasses import dataclass
 from difflib import get_close_matches
 
 import torch
 
 from fastln.errors import FastLNError
+from fastln_kernels.cpu.attention import BLOCK_SCORES
 
 BACKENDS = ("auto", "triton", "cpu", "reference")
 """What may be asked for; `auto` takes the best that the device has."""
@@ -20,7 +22,11 @@ _IMPLEMENTATIONS: dict[str, dict[str, str]] = {
         "reference": "plain PyTorch",
     },
     "attention": {
-        "cpu": "torch's matrix products, in blocks",
+        "cpu": (
+            "backward in blocks of matrix products for 16-bit dtypes, without attention dropout, up to "
+            f"{math.isqrt(BLOCK_SCORES):,} tokens ({math.isqrt(BLOCK_SCORES // 2)} causal ones), and torch's "
+            "scaled_dot_product_attention otherwise"
+        ),
         "reference": "torch's scaled_dot_product_attention",
     },
 }
