@@ -43,3 +43,10 @@ def test_vocabulary_by_frequency_then_text():
 def test_an_empty_vocabulary_is_refused():
     with pytest.raises(FastLNError, match="answer vocabulary is empty"):
         AnswerVocabulary.build([])
+
+
+def test_an_empty_answer_is_refused():
+    with pytest.raises(FastLNError, match=r"answer 1 of the answer vocabulary.*''"):
+        AnswerVocabulary(["yes", ""])
+    with pytest.raises(FastLNError, match=r"answer 1 of the answer vocabulary.*''"):
+        AnswerVocabulary.build(["yes", "yes", "?!"])

@@ -30,13 +30,18 @@ class AnswerVocabulary:
         answers: Normalised answers, all different, in the order of their indices.
 
     Raises:
-        FastLNError: `answers` is empty.
+        FastLNError: `answers` is empty, or one of them is.
     """
 
     def __init__(self, answers: Iterable[str]) -> None:
         self._answers = tuple(answers)
         if not self._answers:
             raise FastLNError("the answer vocabulary is empty: the training data holds no answer to learn")
+        if "" in self._answers:
+            raise FastLNError(
+                f"answer {self._answers.index('')} of the answer vocabulary, counted from 0, is the empty text ''; "
+                "an answer must hold more than blanks and punctuation"
+            )
         self._indices = {answer: index for index, answer in enumerate(self._answers)}
 
     @classmethod
@@ -44,7 +49,7 @@ class AnswerVocabulary:
         """Collect the vocabulary of training answers: normalised, the most frequent first, ties by their text.
 
         Raises:
-            FastLNError: There are no answers.
+            FastLNError: There are no answers, or normalising leaves nothing of one.
         """
         counts = Counter(normalise_answer(answer) for answer in answers)
         return cls(sorted(counts, key=lambda answer: (-counts[answer], answer)))

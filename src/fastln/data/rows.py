@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
+from fastln.data.answers import normalise_answer
 from fastln.errors import FastLNError
 
 T = TypeVar("T")
@@ -110,6 +111,18 @@ def text_or_number(row: dict[str, Any], field: str) -> str:
     if isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value):
         return str(value)
     return text(row, field)
+
+
+def answer(row: dict[str, Any], field: str) -> str:
+    """Give a text or number of which something is left when it is normalised, as text.
+
+    Raises:
+        BadRowError: The field is missing, of another type, empty, or nothing but punctuation.
+    """
+    value = text_or_number(row, field)
+    if not normalise_answer(value):
+        raise BadRowError(f"field {field!r} is {_shown(value)}, of which normalising leaves nothing")
+    return value
 
 
 def choice(row: dict[str, Any], field: str, choices: dict[str, T]) -> T:

@@ -25,7 +25,7 @@ from PIL import Image
 from fastln.data.answers import normalise_answer
 from fastln.data.dataset import Sample, Source
 from fastln.data.images import read_image
-from fastln.data.rows import RowChecker, choice, text, text_or_number
+from fastln.data.rows import RowChecker, answer, choice, text, text_or_number
 from fastln.errors import FastLNError
 
 LAYOUT = "trainset.json and testset.json, or 'VQA_RAD Dataset Public.json' (VQA-RAD)"
@@ -113,7 +113,7 @@ def _sample(row: dict[str, Any], qid: str, question: str, rows: RowChecker) -> S
         id=qid,
         image=name,
         question=" ".join(question.split()),
-        answer=text_or_number(row, "answer"),
+        answer=answer(row, "answer"),
         closed=choice(row, "answer_type", _ANSWER_TYPES),
     )
 
