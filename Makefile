@@ -5,7 +5,7 @@ PY := .venv/bin/python
 READY := .venv/.ready
 
 # A folder of real data and models, used by the tests that want one; they skip, saying so, without it.
-ifneq ($(wildcard ../shared/data),)
+ifneq ($(wildcard ../shared/data/vqa-rad),)
 export FASTLN_DATA ?= ../shared
 endif
 
@@ -17,7 +17,7 @@ help:  ## this list
 setup: $(READY)  ## .venv with everything, from the pinned constraints
 
 $(READY): pyproject.toml constraints.txt
-	test -x $(PY) || $(PYTHON) -m venv .venv
+	test -x .venv/bin/pip || $(PYTHON) -m venv --clear .venv
 	.venv/bin/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
 	touch $@
 

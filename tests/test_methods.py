@@ -28,7 +28,7 @@ def test_counts_of_the_published_small_model():
     fastln.prepare(model)
     n_trained, n_total = count_parameters(model)
     assert n_trained == 153_600
-    assert n_total == 361_481_532 or round(n_total / 1e6, 2) == 361.48
+    assert round(n_total / 1e6, 2) == 361.48
 
 
 @pytest.mark.parametrize("kind", tiny.TASKS)
@@ -46,9 +46,9 @@ def test_every_engine_trains_as_many_parameters(kind, method, tmp_path):
 @pytest.mark.parametrize("method", METHODS)
 def test_a_head_that_starts_random_trains_under_every_method(method, tmp_path):
     task = tiny.dual(tmp_path, tiny.phantom())
-    n_head = count_parameters(task.model.head)[1]
+    n_head = count_parameters(task.model.fusion_head)[1]
     apply_method(task, method)
-    assert count_parameters(task.model.head)[0] == n_head
+    assert count_parameters(task.model.fusion_head)[0] == n_head
 
 
 def test_selections(tmp_path):
@@ -57,7 +57,7 @@ def test_selections(tmp_path):
     def selection(method):
         task = tiny.dual(tmp_path, data)
         apply_method(task, method, "torch")
-        return {name for name in trained(task) if not name.startswith("head.")}
+        return {name for name in trained(task) if not name.startswith("fusion_head.")}
 
     everything = selection("full")
     norms = set(norm_parameters(tiny.dual(tmp_path, data).model))
@@ -74,3 +74,9 @@ def test_unknown_names_list_the_valid_ones():
         get_method("lra")
     with pytest.raises(FastLNError, match=r"does not run on engine 'fastln' \(valid: peft\)"):
         get_method("lora", "fastln")
+
+
+def test_a_module_to_train_also_must_exist(tmp_path):
+    model = tiny.dual(tmp_path, tiny.phantom()).model
+    with pytest.raises(FastLNError, match="there is no module 'fusion_haed' with parameters"):
+        fastln.prepare(model, also=["fusion_haed"])

@@ -38,7 +38,7 @@ def dual(folder: Path, data: VQADataset, dtype: torch.dtype = torch.float32, see
     if not vision.exists():
         towers(folder, data.samples)
     task = load_task(f"dual:{vision},{text}", data, dtype=dtype, seed=seed)
-    task.model.head.dropout.p = 0.0
+    task.model.fusion_head.dropout.p = 0.0
     return task
 
 

@@ -49,6 +49,7 @@ def _nothing(model: nn.Module) -> list[str]:
     return []
 
 
+HEAD_LEARNING_RATE = 1e-3
 METHODS: dict[str, Method] = {
     method.name: method
     for method in (
@@ -56,10 +57,9 @@ METHODS: dict[str, Method] = {
         Method("lora", "low-rank updates (r 8) of the query and value projections", ("peft",), 5e-4, None),
         Method("bitfit", "every bias", ("fastln", "torch"), 1e-3, _biases),
         Method("full", "every parameter", ("fastln", "torch"), 5e-5, _everything),
-        Method("head", "nothing but the task head", ("fastln", "torch"), 1e-3, _nothing),
+        Method("head", "nothing but the task head", ("fastln", "torch"), HEAD_LEARNING_RATE, _nothing),
     )
 }
-HEAD_LEARNING_RATE = 1e-3
 LORA_RANK = 8
 LORA_TARGETS = re.compile(r"(^|\.)(query|value|q_proj|v_proj|q_lin|v_lin|qkv|c_attn|query_key_value)$")
 
@@ -97,7 +97,8 @@ def select_parameters(
         also: names of modules that train whatever the method (a task head that starts random).
 
     Raises:
-        FastLNError: if the method is peft's, the scope is unknown, or nothing of the method is inside the scope.
+        FastLNError: if the method is peft's, the scope is unknown, nothing of the method is inside the scope, or a
+            module of `also` does not exist.
     """
     if method.select is None:
         raise FastLNError(f"method {method.name!r} runs on engine 'peft' only")
@@ -106,7 +107,12 @@ def select_parameters(
     if not chosen and method.select is not _nothing:
         where = "the model" if scope is None else f"scope {scope!r}"
         raise FastLNError(f"method {method.name!r} matches nothing in {where} of {type(model).__name__}")
-    return chosen | {name for name, _ in model.named_parameters() if name.startswith(tuple(f"{m}." for m in also))}
+    for module in also:
+        inside = {name for name, _ in model.named_parameters() if name.startswith(f"{module}.")}
+        if not inside:
+            raise FastLNError(f"there is no module {module!r} with parameters in {type(model).__name__}, to train also")
+        chosen |= inside
+    return chosen
 
 
 def count_parameters(model: nn.Module) -> tuple[int, int]:

@@ -63,7 +63,7 @@ def test_training_lowers_the_loss_and_moves_only_norms_and_head(tmp_path):
     assert sum(result.losses[-6:]) < 0.8 * sum(result.losses[:6])
     changed = {name for name, tensor in task.model.state_dict().items() if not torch.equal(tensor, before[name])}
     norms = {name for name in before if "norm" in name.lower()}
-    head = {name for name in before if name.startswith("head.")}
+    head = {name for name in before if name.startswith("fusion_head.")}
     assert changed == norms | head
 
 
@@ -73,8 +73,15 @@ def test_the_head_trains_on_the_features_that_the_model_computes(tmp_path):
     task.model.eval()
     with torch.no_grad():
         expected = [task.model(**task.collate([data[i] for i in range(j, j + 8)], data)).loss for j in range(0, 48, 8)]
-    settings = {"batch_size": 48, "learning_rate": 1e-3, "weight_decay": 0.0, "warmup": 0.0, "seed": 0}
-    first, *_, last = train_head(task, data, epochs=20, **settings)
+    settings = {
+        "batch_size": 48,
+        "learning_rate": 1e-3,
+        "weight_decay": 0.0,
+        "warmup": 0.0,
+        "max_grad_norm": 1.0,
+        "seed": 0,
+    }
+    first, *_, last = train_head(task, data, epochs=20, seed=0, **settings)
     assert first == pytest.approx(torch.stack(expected).mean().item(), rel=1e-4)
     assert last < first
     assert not any(parameter.grad is not None for parameter in task.model.vision.parameters())
@@ -140,20 +147,57 @@ def test_an_output_folder_that_holds_a_run_is_kept(tmp_path):
         run_training(run, out, resume=True, overwrite=True)
 
 
+@pytest.mark.usefixtures("few")
+def test_resuming_with_other_options_is_refused(tmp_path):
+    source = spec(tmp_path)
+    run_training(TrainRun("phantom", source, None, CONFIG), tmp_path / "out")
+    record = (tmp_path / "out" / "run.json").read_text()
+    with pytest.raises(FastLNError, match="the run to resume had data 'phantom', not 'elsewhere'"):
+        run_training(TrainRun("elsewhere", source, None, CONFIG), tmp_path / "out", resume=True)
+    assert (tmp_path / "out" / "run.json").read_text() == record
+
+
+def test_a_checkpoint_of_another_method_is_refused(tmp_path):
+    data = tiny.phantom(24)
+    train_task(tiny.dual(tmp_path, data), data, CONFIG, checkpoints=tmp_path / "a", progress=False)
+    with pytest.raises(FastLNError, match="it is of another run"):
+        train_task(
+            tiny.dual(tmp_path, data),
+            data,
+            TrainConfig("bitfit", epochs=2, batch_size=8),
+            checkpoints=tmp_path / "a",
+            resume=True,
+            progress=False,
+        )
+
+
+def test_where_nothing_can_be_written_is_named(tmp_path):
+    (tmp_path / "file").write_text("")
+    data_and_model = ("phantom", spec(tmp_path))
+    with pytest.raises(FastLNError, match="file/out: cannot be written to"):
+        run_training(TrainRun(*data_and_model, None, CONFIG), tmp_path / "file" / "out")
+    with pytest.raises(FastLNError, match="the folder for the predictions does not exist"):
+        run_evaluation("dual", "phantom", "test", predictions=tmp_path / "no" / "such")
+
+
 def test_options_out_of_range_are_named():
+    with pytest.raises(FastLNError, match="seed is -1; it must be from 0"):
+        TrainConfig(seed=-1)
     with pytest.raises(FastLNError, match="epochs is 0; it must be at least 1"):
         TrainConfig(epochs=0)
     with pytest.raises(FastLNError, match="learning_rate is -1; it must be greater than 0"):
         TrainConfig(learning_rate=-1)
 
 
-def test_a_loss_that_is_no_number_stops_the_run(tmp_path):
+@pytest.mark.parametrize("method", ["layernorm", "head"])
+@pytest.mark.parametrize("head_epochs", [0, 2])
+def test_a_loss_that_is_no_number_stops_the_run(method, head_epochs, tmp_path):
     data = tiny.phantom(24)
     task = tiny.dual(tmp_path, data)
     with torch.no_grad():
         task.model.vision.layernorm.weight.fill_(float("nan"))
     with pytest.raises(FastLNError, match="the loss is not a number at step 1"):
-        train_task(task, data, CONFIG, progress=False)
+        train_task(task, data, TrainConfig(method, epochs=1, head_epochs=head_epochs, batch_size=8), progress=False)
 
 
 def test_evaluation_leaves_the_mode_as_it_was(tmp_path):

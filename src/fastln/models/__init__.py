@@ -67,7 +67,7 @@ def _load(spec: str, train_data: VQADataset, dtype: torch.dtype, seed: int) -> V
     check_source(spec)
     model_type = _model_type(Path(spec) / "config.json")
     if model_type == MODEL_TYPE:
-        return dual_task.from_saved(spec, dtype)
+        return dual_task.from_saved(spec, train_data, dtype)
     if model_type == "blip":
         return blip_task.from_source(spec, train_data, dtype, seed)
     raise FastLNError(f"{spec}: model_type is {model_type!r}; a directory must hold {MODEL_TYPE!r} or 'blip'")

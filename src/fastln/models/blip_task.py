@@ -11,7 +11,7 @@ from transformers import AutoTokenizer, BlipConfig, BlipForQuestionAnswering
 
 from fastln.errors import FastLNError
 from fastln.models.images import ImagePixels
-from fastln.models.sources import check_source, loading
+from fastln.models.sources import check_source, loading, refuse_missing
 from fastln.models.task import VQATask
 from fastln.models.tokens import word_tokenizer
 
@@ -92,9 +92,10 @@ def from_config(config: BlipConfig, train_data: VQADataset, dtype: torch.dtype, 
         texts, text.vocab_size, pad_id=text.pad_token_id, sep_id=text.sep_token_id, taken=(text.bos_token_id,)
     )
     torch.manual_seed(seed)
+    config.random_weights = True
     model = BlipForQuestionAnswering(config).to(dtype)
     images = ImagePixels.plain(config.vision_config.image_size, dtype)
-    return BlipTask(model, tokenizer, images, name=name, random_weights=True)
+    return BlipTask(model, tokenizer, images, name=name)
 
 
 def from_source(source: str, train_data: VQADataset, dtype: torch.dtype, seed: int) -> BlipTask:
@@ -114,21 +115,17 @@ def from_source(source: str, train_data: VQADataset, dtype: torch.dtype, seed: i
     if path.suffix == ".json" or (path.is_dir() and bare.is_file() and not _has_weights(path)):
         with loading(source):
             config = BlipConfig.from_json_file(bare)
-        if config.model_type != "blip":
-            raise FastLNError(f"{bare}: model_type is {config.model_type!r}, not 'blip'")
-        return from_config(config, train_data, dtype, seed, name=f"blip:{path.stem}")
+            if config.model_type != "blip":
+                raise FastLNError(f"{bare}: model_type is {config.model_type!r}, not 'blip'")
+            return from_config(config, train_data, dtype, seed, name=f"blip:{path.stem}")
     check_source(source)
     with loading(source):
         model, report = BlipForQuestionAnswering.from_pretrained(source, dtype=dtype, output_loading_info=True)
         tokenizer = AutoTokenizer.from_pretrained(source)
-    if report["missing_keys"]:
-        missing = sorted(report["missing_keys"])
-        raise FastLNError(
-            f"{source}: the checkpoint lacks {len(missing)} tensors of BLIP-VQA, for example {missing[0]}"
-        )
+    refuse_missing(source, "BLIP-VQA", report["missing_keys"])
     vision = model.config.vision_config
     images = ImagePixels.of_directory(source, vision, dtype, vision.image_size)
-    return BlipTask(model, tokenizer, images, name=f"blip:{path.name}", random_weights=False)
+    return BlipTask(model, tokenizer, images, name=f"blip:{path.name}")
 
 
 def _has_weights(directory: Path) -> bool:

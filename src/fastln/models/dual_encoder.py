@@ -9,6 +9,9 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, PreTrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import SequenceClassifierOutput
 
+from fastln.data.answers import UNKNOWN, AnswerVocabulary
+from fastln.errors import FastLNError
+
 MODEL_TYPE = "fastln-dual-encoder"
 
 
@@ -21,6 +24,8 @@ class DualEncoderConfig(PreTrainedConfig):
         answers: the answer vocabulary; the model classifies over it.
         head_hidden_size: width of the fusion head.
         head_dropout: dropout probability inside the fusion head.
+        vision_pooler: whether the vision encoder's own pooler is pretrained; one that is not is left out.
+        random_weights: whether the encoders never saw data, so that accuracy means nothing.
     """
 
     model_type = MODEL_TYPE
@@ -31,6 +36,8 @@ class DualEncoderConfig(PreTrainedConfig):
     answers: Any = None
     head_hidden_size: int = 1024
     head_dropout: float = 0.2
+    vision_pooler: bool = True
+    random_weights: bool = False
 
     def __post_init__(self, **kwargs: Any) -> None:
         self.vision_config = _as_config(self.vision_config)
@@ -87,15 +94,24 @@ class DualEncoder(PreTrainedModel):
             text: a loaded text encoder; built from `config.text_config` by default.
         """
         super().__init__(config)
+        for part in (config.vision_config, config.text_config):
+            if not isinstance(getattr(part, "hidden_size", None), int):
+                raise FastLNError(
+                    f"an encoder of type {part.model_type!r} has no hidden_size: it must give a sequence "
+                    "of tokens of one width"
+                )
+        AnswerVocabulary(config.answers or [])
         self.vision = AutoModel.from_config(config.vision_config) if vision is None else vision
         self.text = AutoModel.from_config(config.text_config) if text is None else text
         # One configuration object per tower, so that what is switched on the whole reaches the part.
         self.config.vision_config = self.vision.config
         self.config.text_config = self.text.config
+        if not config.vision_pooler:
+            self.vision.pooler = None
         # A BERT pooler is not on the way to the answer: features are the mean over tokens.
         if getattr(self.text, "pooler", None) is not None:
             self.text.pooler = None
-        self.head = FusionHead(2 * config.vision_config.hidden_size + config.text_config.hidden_size, config)
+        self.fusion_head = FusionHead(2 * config.vision_config.hidden_size + config.text_config.hidden_size, config)
         self.post_init()
 
     def _init_weights(self, module: nn.Module) -> None:
@@ -144,11 +160,17 @@ class DualEncoder(PreTrainedModel):
         vision = self.vision_features(pixel_values)
         if image_index is not None:
             vision = vision[image_index]
-        logits = self.head(vision, self.text_features(input_ids, attention_mask))
+        logits = self.fusion_head(vision, self.text_features(input_ids, attention_mask))
         loss = None
         if labels is not None:
-            loss = nn.functional.cross_entropy(logits.float(), labels, ignore_index=-100)
+            loss = answer_loss(logits, labels)
         return SequenceClassifierOutput(loss=loss, logits=logits)
+
+
+def answer_loss(logits: Tensor, labels: Tensor) -> Tensor:
+    """Return the mean cross-entropy of logits (batch, n_answers) over the labels (batch,) that are answers; or 0."""
+    total = nn.functional.cross_entropy(logits.float(), labels, ignore_index=UNKNOWN, reduction="sum")
+    return total / (labels != UNKNOWN).sum().clamp(min=1)
 
 
 def _standardised(features: Tensor) -> Tensor:

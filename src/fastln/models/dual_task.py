@@ -9,18 +9,18 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig, AutoModel, AutoTokenizer, BertConfig, PreTrainedModel, ViTConfig
 
-from fastln.data.answers import AnswerVocabulary
+from fastln.data.answers import UNKNOWN, AnswerVocabulary
 from fastln.errors import FastLNError
 from fastln.models.dual_encoder import DualEncoder, DualEncoderConfig
 from fastln.models.images import ImagePixels
-from fastln.models.sources import check_source, loading
+from fastln.models.sources import check_source, loading, refuse_missing
 from fastln.models.task import VQATask
 from fastln.models.tokens import word_tokenizer
 
 if TYPE_CHECKING:
     from fastln.data import Sample, VQADataset
 
-HEAD = ("head",)
+HEAD = ("fusion_head",)  # a name that no encoder has
 
 
 class DualEncoderTask(VQATask):
@@ -76,6 +76,7 @@ def embedded(train_data: VQADataset, dtype: torch.dtype, seed: int) -> DualEncod
         vision_config=vision,
         text_config=text,
         answers=_answers(train_data),
+        random_weights=True,
     )
     torch.manual_seed(seed)
     model = DualEncoder(config).to(dtype)
@@ -84,7 +85,6 @@ def embedded(train_data: VQADataset, dtype: torch.dtype, seed: int) -> DualEncod
         tokenizer,
         ImagePixels.plain(vision.image_size, dtype),
         name="dual",
-        random_weights=True,
         random_head=HEAD,
     )
 
@@ -102,8 +102,8 @@ def from_towers(vision: str, text: str, train_data: VQADataset, dtype: torch.dty
     Raises:
         FastLNError: if a directory holds no model, or a hub name cannot be had.
     """
-    vision_model = _tower(vision, "vision_config", dtype)
-    text_model = _tower(text, "text_config", dtype)
+    vision_model, vision_pooler = _tower(vision, "vision_config", dtype)
+    text_model, _ = _tower(text, "text_config", dtype)
     with loading(text):
         tokenizer = AutoTokenizer.from_pretrained(text)
     # Copies, for a model under construction clears the attention implementation of its sub-configurations.
@@ -111,6 +111,7 @@ def from_towers(vision: str, text: str, train_data: VQADataset, dtype: torch.dty
         vision_config=copy.deepcopy(vision_model.config),
         text_config=copy.deepcopy(text_model.config),
         answers=_answers(train_data),
+        vision_pooler=vision_pooler,
     )
     torch.manual_seed(seed)
     model = DualEncoder(config, vision_model, text_model).to(dtype)
@@ -120,34 +121,41 @@ def from_towers(vision: str, text: str, train_data: VQADataset, dtype: torch.dty
         tokenizer,
         ImagePixels.of_directory(vision, vision_model.config, dtype),
         name=f"dual:{names[0]},{names[1]}",
-        random_weights=False,
         random_head=HEAD,
     )
 
 
-def from_saved(directory: str, dtype: torch.dtype) -> DualEncoderTask:
-    """Load a dual encoder that `VQATask.save` wrote; its head is trained, so it starts random no more."""
+def from_saved(directory: str, train_data: VQADataset, dtype: torch.dtype) -> DualEncoderTask:
+    """Load a dual encoder that `VQATask.save` wrote; its head is trained, so it starts random no more.
+
+    Raises:
+        FastLNError: if something is missing, or the model can say none of the data's answers.
+    """
     with loading(directory):
-        model = DualEncoder.from_pretrained(directory, dtype=dtype)
+        model, report = DualEncoder.from_pretrained(directory, dtype=dtype, output_loading_info=True)
         tokenizer = AutoTokenizer.from_pretrained(directory)
+    refuse_missing(directory, "dual encoder", report["missing_keys"])
     images = ImagePixels.of_directory(directory, model.config.vision_config, dtype)
-    return DualEncoderTask(model, tokenizer, images, name=directory, random_weights=False)
+    task = DualEncoderTask(model, tokenizer, images, name=directory)
+    if all(task.vocabulary.index(sample.answer) == UNKNOWN for sample in train_data.samples):
+        raise FastLNError(
+            f"{directory}: not one answer of {train_data.name} is among the {len(task.vocabulary)} that this model "
+            "chooses from"
+        )
+    return task
 
 
 def _answers(train_data: VQADataset) -> list[str]:
     return list(AnswerVocabulary.build(sample.answer for sample in train_data.samples))
 
 
-def _tower(source: str, part: str, dtype: torch.dtype) -> PreTrainedModel:
+def _tower(source: str, part: str, dtype: torch.dtype) -> tuple[PreTrainedModel, bool]:
+    """Return an encoder, and whether its pooler (if it has one) is pretrained."""
     check_source(source)
     with loading(source):
         config = AutoConfig.from_pretrained(source)
         config = getattr(config, part, config)
         tower, report = AutoModel.from_pretrained(source, config=config, dtype=dtype, output_loading_info=True)
-    missing = sorted(name for name in report["missing_keys"] if "pooler" not in name)
-    if missing:
-        raise FastLNError(
-            f"{source}: the checkpoint lacks {len(missing)} tensors of its {part.split('_')[0]} encoder, "
-            f"for example {missing[0]}"
-        )
-    return tower
+    missing = {name for name in report["missing_keys"] if not name.startswith("pooler.")}
+    refuse_missing(source, f"{part.split('_')[0]} encoder", missing)
+    return tower, len(missing) == len(report["missing_keys"])

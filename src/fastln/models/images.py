@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 from transformers import AutoImageProcessor, PreTrainedConfig, ViTImageProcessorPil
+
+from fastln.models.sources import loading
 
 if TYPE_CHECKING:
     from fastln.data import VQADataset
@@ -52,10 +55,10 @@ class ImagePixels:
             dtype: of the pixel values.
             image_size: edge length in pixels; what the preprocessing says by default.
         """
-        try:
-            processor = AutoImageProcessor.from_pretrained(directory)
-        except (OSError, ValueError):
+        if Path(directory).is_dir() and not (Path(directory) / "preprocessor_config.json").is_file():
             return cls.plain(image_size or config.image_size, dtype)
+        with loading(directory):
+            processor = AutoImageProcessor.from_pretrained(directory)
         return cls(processor, image_size, dtype)
 
     @classmethod

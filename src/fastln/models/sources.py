@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -31,12 +31,29 @@ def check_source(source: str) -> None:
 
 @contextmanager
 def loading(source: str) -> Iterator[None]:
-    """Turn what transformers raises while loading `source` into one sentence that names it."""
+    """Turn whatever transformers raises while loading `source` into one sentence that names it."""
     try:
         yield
     except FastLNError:
         raise
-    except (OSError, ValueError, KeyError) as error:
+    # Broken files and configurations surface as errors of many kinds, from safetensors' own to a plain TypeError.
+    except Exception as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         hint = "" if Path(source).exists() else " (no such directory here, and the hub does not give it)"
         raise FastLNError(f"{source}: cannot be loaded{hint}: {reason}") from error
+
+
+def refuse_missing(source: str, what: str, missing: Iterable[str]) -> None:
+    """Check that a checkpoint had everything.
+
+    Args:
+        source: where it came from.
+        what: what was loaded.
+        missing: names of the tensors that it lacked.
+
+    Raises:
+        FastLNError: if it lacked any.
+    """
+    names = sorted(missing)
+    if names:
+        raise FastLNError(f"{source}: the checkpoint lacks {len(names)} tensors of its {what}, for example {names[0]}")

@@ -25,7 +25,6 @@ class VQATask(ABC):
         tokenizer: for the questions (and for generated answers).
         images: from images to pixel values.
         name: what tables call the model.
-        random_weights: whether the towers were built from a bare configuration, so that accuracy means nothing.
         head: names of the modules that make up the task head.
         random_head: those of them that start random and so train under every method.
     """
@@ -39,20 +38,23 @@ class VQATask(ABC):
         images: ImagePixels,
         *,
         name: str,
-        random_weights: bool,
         random_head: tuple[str, ...] = (),
     ) -> None:
         self.model = model
         self.tokenizer = tokenizer
         self.images = images
         self.name = name
-        self.random_weights = random_weights
         self.random_head = random_head
 
     @property
     def device(self) -> torch.device:
         """Where the model is."""
         return self.model.device
+
+    @property
+    def random_weights(self) -> bool:
+        """Whether the model was built from a bare configuration, so that accuracy means nothing; saved with it."""
+        return bool(getattr(self.model.config, "random_weights", False))
 
     @abstractmethod
     def collate(self, samples: list[Sample], dataset: VQADataset) -> dict[str, Tensor]:

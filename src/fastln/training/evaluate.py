@@ -19,7 +19,7 @@ def predict(task: VQATask, dataset: VQADataset, *, batch_size: int = 64, progres
     Args:
         task: the model.
         dataset: the questions.
-        batch_size: questions per batch; questions on one image go together, so that its vision pass is shared.
+        batch_size: questions per batch; questions on one image go together, for models that share its vision pass.
         progress: whether to show a progress bar on stderr.
     """
     order = sorted(range(len(dataset)), key=lambda index: dataset.samples[index].image)

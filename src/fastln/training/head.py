@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
+from tqdm import tqdm
 
 from fastln.data import ImageGroupedBatches, VQADataset
-from fastln.data.answers import UNKNOWN
+from fastln.models.dual_encoder import answer_loss
 from fastln.models.dual_task import DualEncoderTask
 from fastln.training.evaluate import evaluating
 from fastln.training.optimizer import MasterAdamW, cosine_schedule
+from fastln.training.progress import check_loss
 
 
 def train_head(
@@ -21,7 +23,9 @@ def train_head(
     learning_rate: float,
     weight_decay: float,
     warmup: float,
+    max_grad_norm: float,
     seed: int,
+    progress: bool = False,
 ) -> list[float]:
     """Train the fusion head alone; the towers run once over the data, in evaluation mode, and stay as they are.
 
@@ -36,12 +40,17 @@ def train_head(
         learning_rate: at its highest.
         weight_decay: of the head's matrices.
         warmup: share of the steps over which the rate rises, before it falls along a cosine.
+        max_grad_norm: gradients are scaled down to this norm.
         seed: of the order and of dropout.
+        progress: whether to show a progress bar on stderr.
 
     Returns:
         The loss of every step.
+
+    Raises:
+        FastLNError: if the loss turns NaN.
     """
-    head = task.model.head
+    head = task.model.fusion_head
     vision, rows, text, labels = _features(task, data)
     matrices = [parameter for parameter in head.parameters() if parameter.dim() > 1]
     vectors = [parameter for parameter in head.parameters() if parameter.dim() == 1]
@@ -53,17 +62,17 @@ def train_head(
     schedule = cosine_schedule(optimizer, epochs * len(batches), warmup)
     torch.manual_seed(seed)
     head.train()
-    losses = []
-    for epoch in range(epochs):
+    losses: list[float] = []
+    for epoch in tqdm(range(epochs), desc="train the head", unit="epoch", disable=not progress):
         batches.set_epoch(epoch)
         for indices in batches:
-            logits = head(vision[rows[indices]], text[indices])
-            loss = nn.functional.cross_entropy(logits.float(), labels[indices], ignore_index=UNKNOWN)
+            loss = answer_loss(head(vision[rows[indices]], text[indices]), labels[indices])
             loss.backward()
+            nn.utils.clip_grad_norm_(head.parameters(), max_grad_norm)
             optimizer.step()
             optimizer.zero_grad()
             schedule.step()
-            losses.append(loss.item())
+            losses.append(check_loss(loss.item(), len(losses) + 1))
     return losses
 
 

@@ -15,6 +15,7 @@ from fastln.families import find_norms
 from fastln.methods import HEAD_LEARNING_RATE, get_method
 
 WEIGHT_DECAY = 0.01
+PEFT_PREFIX = "base_model.model."  # what peft's wrapper puts before every name
 
 
 class MasterAdamW(torch.optim.Optimizer):
@@ -149,11 +150,11 @@ def parameter_groups(
     if method == "head":
         head_rate = own_rate
     norms = {id(parameter) for _, norm in find_norms(model) for parameter in norm.parameters(recurse=False)}
-    marks = tuple(f".{name}." for name in head)
+    prefixes = tuple(f"{name}." for name in head)
     groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            in_head = any(mark in f".{name}" for mark in marks)
+            in_head = name.removeprefix(PEFT_PREFIX).startswith(prefixes)
             decays = parameter.dim() > 1 and id(parameter) not in norms
             groups.setdefault((in_head, decays), []).append(parameter)
     return [

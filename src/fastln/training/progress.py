@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,17 @@ from tqdm import tqdm
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from fastln.errors import FastLNError
+
+
+def check_loss(loss: float, step: int) -> float:
+    """Return `loss`.
+
+    Raises:
+        FastLNError: if it is not a number.
+    """
+    if math.isnan(loss):
+        raise FastLNError(f"the loss is not a number at step {step}; try a lower learning rate")
+    return loss
 
 
 class ProgressBar(TrainerCallback):
@@ -59,9 +71,7 @@ class StepLog(TrainerCallback):
         if not logs or "loss" not in logs:
             return
         loss = float(logs["loss"])
-        if loss != loss:
-            raise FastLNError(f"the loss is not a number at step {state.global_step}; try a lower learning rate")
-        self.losses.append(loss)
+        self.losses.append(check_loss(loss, state.global_step))
         if self.path is not None:
             with self.path.open("a") as file:
                 row = {"step": state.global_step, "epoch": state.epoch, "loss": loss, "lr": logs.get("learning_rate")}

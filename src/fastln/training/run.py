@@ -72,7 +72,7 @@ def run_training(run: TrainRun, out: Path, *, resume: bool = False, overwrite: b
     method, engine = get_method(run.config.method, run.engine)
     device = settle_device(run.device)
     dtype = settle_dtype(run.dtype, device)
-    _check_folder(out, resume=resume, overwrite=overwrite)
+    _check_folder(run, out, resume=resume, overwrite=overwrite)
     data = load_dataset(run.data, "train", validation_fraction=run.validation)
     task = load_task(run.model, data, dtype=dtype, seed=run.config.seed, device=device)
     logger.info("%s by %s on %s (%s), %d questions of %s", method.name, engine, task.name, dtype, len(data), data.name)
@@ -127,6 +127,8 @@ def run_evaluation(
     Raises:
         FastLNError: for anything that cannot be had as given.
     """
+    if predictions is not None and not predictions.absolute().parent.is_dir():
+        raise FastLNError(f"{predictions}: the folder for the predictions does not exist")
     place = settle_device(device)
     dataset = load_dataset(data, split)
     saved = Path(model) / MODEL
@@ -160,23 +162,39 @@ def _report(task: VQATask, data: VQADataset, split: str, score: Accuracy) -> Non
     print(f"{data.name} {split}: exact match: {', '.join(parts)}{remark}")
 
 
-def _check_folder(out: Path, *, resume: bool, overwrite: bool) -> None:
+def _check_folder(run: TrainRun, out: Path, *, resume: bool, overwrite: bool) -> None:
     if resume and overwrite:
         raise FastLNError("--resume and --overwrite exclude each other")
     if out.exists() and not out.is_dir():
         raise FastLNError(f"{out}: is a file; give a folder")
-    if resume and not has_checkpoint(out / CHECKPOINTS):
-        raise FastLNError(f"{out}: there is no checkpoint to resume from")
+    if resume:
+        if not has_checkpoint(out / CHECKPOINTS):
+            raise FastLNError(f"{out}: there is no checkpoint to resume from")
+        _check_same(run, out / RECORD)
     if not resume and not overwrite and out.is_dir() and any(out.iterdir()):
         raise FastLNError(f"{out}: already holds a run; give another folder, or --resume or --overwrite")
 
 
+def _check_same(run: TrainRun, record: Path) -> None:
+    try:
+        before = json.loads(record.read_text())["run"]
+    except (OSError, ValueError, KeyError, TypeError):
+        raise FastLNError(f"{record}: is no record of a run to resume") from None
+    now = asdict(run)
+    for name in now:
+        if before.get(name) != now[name]:
+            raise FastLNError(f"{record}: the run to resume had {name} {before.get(name)!r}, not {now[name]!r}")
+
+
 def _clear(out: Path) -> None:
     """Make the folder, without what an earlier run wrote to it; whatever else is in it stays."""
-    for name in (MODEL, CHECKPOINTS):
-        shutil.rmtree(out / name, ignore_errors=True)
-    (out / RECORD).unlink(missing_ok=True)
-    (out / CHECKPOINTS).mkdir(parents=True, exist_ok=True)
+    try:
+        for name in (MODEL, CHECKPOINTS):
+            shutil.rmtree(out / name, ignore_errors=True)
+        (out / RECORD).unlink(missing_ok=True)
+        (out / CHECKPOINTS).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise FastLNError(f"{out}: cannot be written to: {error}") from error
 
 
 def _write(path: Path, record: dict[str, object]) -> None:

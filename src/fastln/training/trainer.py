@@ -64,6 +64,8 @@ class TrainConfig:
         for name, least in (("epochs", 1), ("head_epochs", 0), ("batch_size", 1), ("questions_per_image", 1)):
             if getattr(self, name) < least:
                 raise FastLNError(f"{name} is {getattr(self, name)}; it must be at least {least}")
+        if not 0 <= self.seed < 2**32:
+            raise FastLNError(f"seed is {self.seed}; it must be from 0 to 2**32 - 1")
         for name in ("learning_rate", "head_learning_rate"):
             value = getattr(self, name)
             if value is not None and not value > 0:
@@ -212,7 +214,9 @@ def train_task(
             learning_rate=(config.learning_rate if head_alone else config.head_learning_rate) or HEAD_LEARNING_RATE,
             weight_decay=config.weight_decay,
             warmup=config.warmup,
+            max_grad_norm=config.max_grad_norm,
             seed=config.seed,
+            progress=progress,
         )
     model = apply_method(task, config.method, engine)
     counts = count_parameters(model)
@@ -248,6 +252,8 @@ def _train_method(
             dataloader_pin_memory=False,
             use_cpu=task.device.type == "cpu",
         )
+        # Several GPUs in one process would split images and questions differently; they are for torchrun.
+        arguments._n_gpu = min(arguments.n_gpu, 1)
         log = StepLog(checkpoints / "log.jsonl" if checkpoints else None)
         callbacks: list[TrainerCallback] = [log, *([ProgressBar()] if progress else [])]
         trainer = TaskTrainer(task, model, data, config, args=arguments, callbacks=callbacks)
