@@ -79,7 +79,6 @@ def test_the_head_trains_on_the_features_that_the_model_computes(tmp_path):
         "weight_decay": 0.0,
         "warmup": 0.0,
         "max_grad_norm": 1.0,
-        "seed": 0,
     }
     first, *_, last = train_head(task, data, epochs=20, seed=0, **settings)
     assert first == pytest.approx(torch.stack(expected).mean().item(), rel=1e-4)
