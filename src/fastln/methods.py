@@ -53,7 +53,7 @@ HEAD_LEARNING_RATE = 1e-3
 METHODS: dict[str, Method] = {
     method.name: method
     for method in (
-        Method("layernorm", "γ and β of every norm", ("fastln", "peft", "torch"), 1e-3, norm_parameters),
+        Method("layernorm", "γ and β of every norm", ("fastln", "peft", "torch"), 3e-3, norm_parameters),
         Method("lora", "low-rank updates (r 8) of the query and value projections", ("peft",), 5e-4, None),
         Method("bitfit", "every bias", ("fastln", "torch"), 1e-3, _biases),
         Method("full", "every parameter", ("fastln", "torch"), 5e-5, _everything),
