@@ -69,7 +69,7 @@ def test_rows_hold_what_the_rounds_measured(tmp_path):
     assert (row.peak_memory_bytes, row.saved_activation_bytes) == (1002, 100)
     assert row.error is None
     assert row.accuracy is None
-    assert row.accuracy_note == "not trained (epochs: 0)"
+    assert row.accuracy_note == "not counted (--epochs N trains each method first)"
     assert row.provenance["argv"] == ["fastln", "bench"]
     assert row.provenance["data"] == {"name": "d", "synthetic": False}
     assert row.provenance["memory"] == "process peak RSS"

@@ -155,7 +155,7 @@ def accuracy_means_nothing(suite: Suite, checked: Checked | None) -> str | None:
     if checked and checked.synthetic:
         return "synthetic data: accuracy means nothing"
     if suite.epochs == 0:
-        return "not trained (epochs: 0)"
+        return "not counted (--epochs N trains each method first)"
     return None
 
 
