@@ -80,3 +80,11 @@ def test_a_module_to_train_also_must_exist(tmp_path):
     model = tiny.dual(tmp_path, tiny.phantom()).model
     with pytest.raises(FastLNError, match="there is no module 'fusion_haed' with parameters"):
         fastln.prepare(model, also=["fusion_haed"])
+
+
+def test_a_method_that_trains_nothing_says_so(tmp_path):
+    model = tiny.dual(tmp_path, tiny.phantom()).model
+    with pytest.raises(FastLNError, match="name the task head's modules with `also`"):
+        fastln.prepare(model, "head")
+    fastln.prepare(model, "head", also="fusion_head")
+    assert count_parameters(model)[0] == count_parameters(model.fusion_head)[1]

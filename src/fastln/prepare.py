@@ -39,7 +39,7 @@ def prepare(
     method: str = "layernorm",
     *,
     scope: str | Iterable[str] | None = None,
-    also: Iterable[str] = (),
+    also: str | Iterable[str] = (),
     backend: str = "auto",
 ) -> ModelT:
     """Choose what trains and have fastln compute its norms and attention, in place.
@@ -64,7 +64,9 @@ def prepare(
     if hasattr(model, STATE):
         raise FastLNError("this model is prepared already; call fastln.restore(model) first")
     chosen, _ = get_method(method)
-    trained = select_parameters(model, chosen, scope, also)
+    trained = select_parameters(model, chosen, scope, (also,) if isinstance(also, str) else also)
+    if not trained:
+        raise FastLNError(f"method {method!r} trains nothing by itself; name the task head's modules with `also`")
     device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
     resolve("layer_norm", device, backend)
 
@@ -94,6 +96,9 @@ def prepare(
 
 def restore(model: ModelT) -> ModelT:
     """Give the modules their stock code back, in place; the tuned values stay, in the model's own dtype.
+
+    In a bfloat16 model that rounds them: a γ of 1.001 becomes 1. To keep every digit, take `state_dict()` first, or
+    turn the model to float32 before.
 
     Args:
         model: a model that went through `prepare`.

@@ -5,7 +5,7 @@ import json
 import pytest
 import tiny
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from fastln.data import VQADataset, load_dataset
 from fastln.errors import FastLNError
@@ -154,6 +154,33 @@ def test_resuming_with_other_options_is_refused(tmp_path):
     with pytest.raises(FastLNError, match="the run to resume had data 'phantom', not 'elsewhere'"):
         run_training(TrainRun("elsewhere", source, None, CONFIG), tmp_path / "out", resume=True)
     assert (tmp_path / "out" / "run.json").read_text() == record
+
+
+@pytest.mark.usefixtures("few")
+def test_a_run_that_came_to_nothing_can_be_started_again(tmp_path):
+    out = tmp_path / "out"
+    run = TrainRun("phantom", spec(tmp_path), None, TrainConfig(epochs=1, head_epochs=0, batch_size=8))
+    weights = tmp_path / "vision" / "model.safetensors"
+    good = load_file(weights)
+    broken = {name: tensor * float("nan") if tensor.is_floating_point() else tensor for name, tensor in good.items()}
+    save_file(broken, weights, metadata={"format": "pt"})
+    with pytest.raises(FastLNError, match="not a number"):
+        run_training(run, out)
+    with pytest.raises(FastLNError, match="did not finish"):
+        run_evaluation(str(out), "phantom", "test")
+    save_file(good, weights, metadata={"format": "pt"})
+    assert run_training(run, out).test.n_all == 24
+
+
+def test_lora_counts_the_model_and_not_its_copies(tmp_path):
+    data = tiny.phantom(24)
+    totals = {
+        method: train_task(
+            tiny.dual(tmp_path, data), data, TrainConfig(method, epochs=1, head_epochs=0), progress=False
+        )
+        for method in ("lora", "full")
+    }
+    assert totals["lora"].total_parameters == totals["full"].total_parameters == totals["full"].trainable_parameters
 
 
 def test_a_checkpoint_of_another_method_is_refused(tmp_path):

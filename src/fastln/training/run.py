@@ -7,6 +7,7 @@ import logging
 import shutil
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from fastln.data import VQADataset, load_dataset
 from fastln.data.answers import normalise_answer
@@ -79,7 +80,12 @@ def run_training(run: TrainRun, out: Path, *, resume: bool = False, overwrite: b
     if not resume:
         _clear(out)
     _write(out / RECORD, {"run": asdict(run), "engine": engine, "dtype": str(dtype), "finished": False})
-    result = train_task(task, data, run.config, engine=engine, checkpoints=out / CHECKPOINTS, resume=resume)
+    try:
+        result = train_task(task, data, run.config, engine=engine, checkpoints=out / CHECKPOINTS, resume=resume)
+    except KeyboardInterrupt:
+        if has_checkpoint(out / CHECKPOINTS):
+            logger.info("the same command with --resume continues from the last whole epoch")
+        raise
     logger.info(
         "%s of %s parameters trained (%.3f%%) in %.0f s",
         f"{result.trainable_parameters:,}",
@@ -98,7 +104,7 @@ def run_training(run: TrainRun, out: Path, *, resume: bool = False, overwrite: b
         out / RECORD,
         {"run": asdict(run), "engine": engine, "dtype": str(dtype), "finished": True, **asdict(outcome)},
     )
-    _report(task, data, "test", test)
+    _report(task, data, "test", test, trained=True)
     logger.info("the model is in %s; score it again with: fastln eval %s --data %s", out / MODEL, out / MODEL, run.data)
     return outcome
 
@@ -131,21 +137,32 @@ def run_evaluation(
         raise FastLNError(f"{predictions}: the folder for the predictions does not exist")
     place = settle_device(device)
     dataset = load_dataset(data, split)
-    saved = Path(model) / MODEL
-    source = str(saved) if (saved / "config.json").is_file() else model
-    task = load_task(source, load_dataset(data, "train"), dtype=settle_dtype(dtype, place), device=place)
+    source = _saved_model(Path(model)) or model
+    # A saved model brings its own vocabulary; a new one takes it from the training questions.
+    words_from = dataset if Path(source).is_dir() else load_dataset(data, "train")
+    task = load_task(source, words_from, dtype=settle_dtype(dtype, place), device=place)
     answers = predict(task, dataset, batch_size=batch_size, progress=True)
     if predictions is not None:
         with predictions.open("w") as file:
             for sample, answer in zip(dataset.samples, answers, strict=True):
                 file.write(json.dumps(asdict(sample) | {"prediction": normalise_answer(answer)}) + "\n")
     score = accuracy(answers, dataset.samples)
-    _report(task, dataset, split, score)
+    _report(task, dataset, split, score, trained=False)
     return score
 
 
-def _report(task: VQATask, data: VQADataset, split: str, score: Accuracy) -> None:
+def _saved_model(folder: Path) -> str | None:
+    if (folder / MODEL / "config.json").is_file():
+        return str(folder / MODEL)
+    if (folder / RECORD).is_file():
+        raise FastLNError(f"{folder}: this run did not finish, so there is no model yet; continue it with --resume")
+    return None
+
+
+def _report(task: VQATask, data: VQADataset, split: str, score: Accuracy, *, trained: bool) -> None:
     notes = []
+    if task.random_head and not trained:
+        notes.append("the task head was never trained: the figure is chance")
     if task.random_weights:
         notes.append("towers of random weights: the figure says nothing about the method")
     if data.synthetic:
@@ -171,19 +188,31 @@ def _check_folder(run: TrainRun, out: Path, *, resume: bool, overwrite: bool) ->
         if not has_checkpoint(out / CHECKPOINTS):
             raise FastLNError(f"{out}: there is no checkpoint to resume from")
         _check_same(run, out / RECORD)
-    if not resume and not overwrite and out.is_dir() and any(out.iterdir()):
+    if not resume and not overwrite and out.is_dir() and any(out.iterdir()) and not _came_to_nothing(out):
         raise FastLNError(f"{out}: already holds a run; give another folder, or --resume or --overwrite")
+
+
+def _came_to_nothing(out: Path) -> bool:
+    """Whether the run in `out` ended before its first checkpoint, so that nothing is lost by starting again."""
+    try:
+        finished = json.loads((out / RECORD).read_text())["finished"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+    return not finished and not has_checkpoint(out / CHECKPOINTS)
 
 
 def _check_same(run: TrainRun, record: Path) -> None:
     try:
-        before = json.loads(record.read_text())["run"]
+        before = _options(json.loads(record.read_text())["run"])
     except (OSError, ValueError, KeyError, TypeError):
         raise FastLNError(f"{record}: is no record of a run to resume") from None
-    now = asdict(run)
-    for name in now:
-        if before.get(name) != now[name]:
-            raise FastLNError(f"{record}: the run to resume had {name} {before.get(name)!r}, not {now[name]!r}")
+    for name, value in _options(asdict(run)).items():
+        if before.get(name) != value:
+            raise FastLNError(f"{record}: the run to resume had {name} {before.get(name)!r}, not {value!r}")
+
+
+def _options(run: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in run.items() if name != "config"} | run["config"]
 
 
 def _clear(out: Path) -> None:

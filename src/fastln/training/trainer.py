@@ -80,7 +80,7 @@ class TrainResult:
         losses: the loss of every step (of those that this call took, where a run was resumed).
         seconds: wall-clock time of training.
         trainable_parameters: how many parameters the method trained.
-        total_parameters: how many the model had under the method.
+        total_parameters: how many the model has.
     """
 
     losses: list[float]
@@ -218,12 +218,13 @@ def train_task(
             seed=config.seed,
             progress=progress,
         )
+    _, total = count_parameters(task.model)
     model = apply_method(task, config.method, engine)
-    counts = count_parameters(model)
+    trainable, _ = count_parameters(model)
     if not head_alone:
         losses += _train_method(task, model, data, config, checkpoints, resume, progress)
     finish(task, model)
-    return TrainResult(losses, time.perf_counter() - start, *counts)
+    return TrainResult(losses, time.perf_counter() - start, trainable, total)
 
 
 def _train_method(
