@@ -5,6 +5,7 @@ import subprocess
 import sys
 
 import pytest
+from PIL import Image
 
 from fastln import cli
 
@@ -42,6 +43,44 @@ def test_a_users_error_is_one_line_and_status_2(arguments, message, tmp_path, mo
     assert message in line
     assert "Traceback" not in output.err
     assert not (tmp_path / "o").exists(), "an error leaves nothing behind"
+
+
+QUESTION = {"qid": 1, "image_name": "a.png", "question": "Is it?", "answer": "yes", "answer_type": "CLOSED"}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"answer": None}, "trainset.json: row 1 (qid 2): field 'answer' must be a text, not null"),
+        ({"image_name": "gone.png"}, 'trainset.json: row 1 (qid 2): image "gone.png" is missing in'),
+        ({"image_name": "../a.png"}, 'trainset.json: row 1 (qid 2): image "../a.png" leads outside the folder'),
+        ({"image_name": "text.png"}, "text.png: this is no image of a known format"),
+        ("[{]", "trainset.json: line 1, column 3: not valid JSON"),
+        ("[]", "the train split holds no question"),
+    ],
+)
+def test_bad_data_is_told_with_its_file_and_row(change, message, tmp_path, monkeypatch, capsys):
+    Image.new("L", (4, 4)).save(tmp_path / "a.png")
+    (tmp_path / "images").mkdir()
+    Image.new("L", (4, 4)).save(tmp_path / "images" / "a.png")
+    (tmp_path / "images" / "text.png").write_text("no image")
+    rows = change if isinstance(change, str) else json.dumps([QUESTION, QUESTION | {"qid": 2} | change])
+    (tmp_path / "trainset.json").write_text(rows)
+    (tmp_path / "testset.json").write_text(json.dumps([QUESTION | {"qid": 3, "question": "Is it not?"}]))
+    arguments = ["train", "--out", tmp_path / "o", "--data", tmp_path, "--method", "head"]
+    code, output = fastln(*arguments, monkeypatch=monkeypatch, capsys=capsys)
+    assert code == 2
+    assert message in output.err
+    assert output.err.count("error: ") == 1
+    assert "Traceback" not in output.err
+
+
+def test_a_folder_that_holds_a_run_is_kept(tmp_path, monkeypatch, capsys):
+    (tmp_path / "run.json").write_text('{"finished": true}')
+    code, output = fastln("train", "--out", tmp_path, monkeypatch=monkeypatch, capsys=capsys)
+    assert code == 2
+    assert output.err.strip().splitlines()[-1].startswith(f"error: {tmp_path}: already holds a run; give another")
+    assert (tmp_path / "run.json").read_text() == '{"finished": true}'
 
 
 def test_an_option_of_the_wrong_kind_is_status_2(monkeypatch, capsys):

@@ -65,7 +65,8 @@ def load_dataset(spec: str, split: str, *, validation_fraction: float = 0.0) -> 
         wanted = split == "validation"
         samples = [s for s in source.splits["train"] if _set_aside(s, validation_fraction) == wanted]
     if not samples:
-        set_aside = f" with validation_fraction {validation_fraction}" if split != "test" else ""
+        matters = split == "validation" or (split == "train" and validation_fraction > 0)
+        set_aside = f" with validation_fraction {validation_fraction}" if matters else ""
         raise FastLNError(f"{spec}: the {split} split holds no question{set_aside}")
     return VQADataset(source, split, samples)
 
