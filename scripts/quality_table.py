@@ -1,8 +1,10 @@
 """Answer quality of every method at its best learning rate, as a Markdown table.
 
-For each method: one run per learning rate with the first seed, then further seeds at the best of them. Where the data
-has no validation split the rate is chosen on the test questions, for all methods alike, and the table shows what every
-rate gave. Finished runs are kept, so the script can be stopped and started again.
+For each method: a short run per learning rate on the questions about nine tenths of the training images, of which the
+best on the other tenth gives the rate; then runs of full length on all of them at that rate, one per seed, scored on
+the test questions.
+Runs that are there already, of the same recipe, are taken as they are, so the script can be stopped and started again,
+and the table shows all that lie in the folder.
 
     python scripts/quality_table.py --data DIR --model dual:VISION,TEXT --out runs/quality
 """
@@ -16,52 +18,67 @@ import shutil
 import statistics
 import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 from fastln.methods import METHODS
 
 RATES = (1, 10 / 3, 1 / 3)  # times the method's default
+VALIDATION = 0.1
 Record = dict[str, Any]
 
 
-def run(options: argparse.Namespace, method: str, rate: float, seed: int) -> Record:
-    folder = options.out / f"{method}-{rate:.1e}-seed{seed}"
+def run(options: argparse.Namespace, name: str, config: dict[str, Any], validation: float) -> Record:
+    """Return the record of a run with this configuration, which lies in the folder or is made now."""
+    folder = options.out / name
     record = folder / "run.json"
-    if not is_done(record, options):
+    wanted = {"data": options.data, "model": options.model, "validation": validation}
+    if not is_done(record, wanted, config):
         command = [sys.executable, "-m", "fastln", "train", "--overwrite", "--out", str(folder)]
-        command += ["--data", options.data, "--model", options.model, "--method", method]
-        command += ["--learning-rate", str(rate), "--seed", str(seed)]
-        command += ["--epochs", str(options.epochs)]
-        command += ["--questions-per-image", str(options.questions_per_image)]
-        command += ["--head-epochs", str(options.head_epochs)]
+        for option, value in (wanted | config).items():
+            command += [f"--{option.replace('_', '-')}", str(value)]
         folder.mkdir(parents=True, exist_ok=True)
         with (folder.parent / f"{folder.name}.log").open("w") as log:
             environment = os.environ | {"OMP_NUM_THREADS": str(options.threads)}
             subprocess.run(command, check=True, stdout=log, stderr=log, env=environment)
-        for name in ("model", "checkpoints"):
-            shutil.rmtree(folder / name, ignore_errors=True)
-    result: Record = json.loads(record.read_text()) | {"rate": rate, "seed": seed, "method": method}
-    print(f"{folder.name}: {result['test']['all']:.1f}% in {result['training']['seconds'] / 60:.1f} min", flush=True)
+        for part in ("model", "checkpoints"):
+            shutil.rmtree(folder / part, ignore_errors=True)
+    result: Record = json.loads(record.read_text())
+    scores = ", ".join(f"{split} {result[split]['all']:.1f}%" for split in ("validation", "test") if result[split])
+    print(f"{name}: {scores} in {result['training']['seconds'] / 60:.1f} min", flush=True)
     return result
 
 
-def is_done(record: Path, options: argparse.Namespace) -> bool:
+def is_done(record: Path, wanted: dict[str, Any], config: dict[str, Any]) -> bool:
     if not record.is_file():
         return False
     found: Record = json.loads(record.read_text())
-    config = found["run"]["config"]
-    asked = {name: getattr(options, name) for name in ("epochs", "head_epochs", "questions_per_image")}
-    return (
-        found["finished"]
-        and (found["run"]["data"], found["run"]["model"]) == (options.data, options.model)
-        and {name: config[name] for name in asked} == asked
-    )
+    run = {**found["run"], **found["run"]["config"]}
+    return found["finished"] and all(run[name] == value for name, value in (wanted | config).items())
 
 
-def best_rate(results: list[Record]) -> float:
-    return max(results, key=lambda result: result["test"]["all"])["rate"]
+def sweep(options: argparse.Namespace, method: str, pool: ThreadPoolExecutor) -> list[Future[Record]]:
+    """Start one short run per learning rate."""
+    recipe = {"method": method, "seed": 0, "epochs": options.sweep_epochs, "head_epochs": options.head_epochs}
+    rates = [METHODS[method].learning_rate * factor for factor in RATES]
+    return [
+        pool.submit(run, options, f"sweep-{method}-{rate:.1e}", recipe | {"learning_rate": rate}, VALIDATION)
+        for rate in rates
+    ]
+
+
+def train(options: argparse.Namespace, method: str, rate: float, pool: ThreadPoolExecutor) -> list[Future[Record]]:
+    """Start one run of full length per seed."""
+    recipe = {"method": method, "epochs": options.epochs, "head_epochs": options.head_epochs, "learning_rate": rate}
+    return [
+        pool.submit(run, options, f"{method}-{rate:.1e}-seed{seed}", recipe | {"seed": seed}, 0.0)
+        for seed in range(options.seeds)
+    ]
+
+
+def rate_of(result: Record) -> float:
+    return result["run"]["config"]["learning_rate"]
 
 
 def spread(values: list[float], digits: int = 1) -> str:
@@ -69,20 +86,30 @@ def spread(values: list[float], digits: int = 1) -> str:
     return mean if len(values) == 1 else f"{mean} ± {statistics.stdev(values):.{digits}f}"
 
 
-def table(chosen: dict[str, list[Record]], tried: dict[str, list[Record]]) -> str:
+def table(records: list[Record]) -> str:
+    """Render all runs of a folder: a line per method."""
     lines = [
-        "| method | engine | all %, by rate | best rate | all % | closed % | open % | seeds | trainable | minutes |",
+        "| method | engine | held-out %, by rate | rate | test % | closed % | open % | by seed | trainable | minutes |",
         "|---|---|---|---|---|---|---|---|---|---|",
     ]
-    for method, results in chosen.items():
-        rates = ", ".join(f"{result['rate']:.1e}: {result['test']['all']:.1f}" for result in tried[method])
-        accuracies = [spread([result["test"][part] for result in results]) for part in ("all", "closed", "open")]
-        minutes = spread([result["training"]["seconds"] / 60 for result in results])
-        best = f"{results[0]['rate']:.1e}"
-        cells = [method, results[0]["engine"], rates, best, *accuracies, str(len(results))]
-        cells += [f"{results[0]['training']['trainable_parameters']:,}", minutes]
+    for method in METHODS:
+        own = [record for record in records if record["run"]["config"]["method"] == method]
+        tried = sorted((record for record in own if record["validation"]), key=rate_of)
+        full = sorted((r for r in own if not r["validation"]), key=lambda record: record["run"]["config"]["seed"])
+        if not full:
+            continue
+        rates = ", ".join(f"{rate_of(record):.1e}: {record['validation']['all']:.1f}" for record in tried)
+        accuracies = [spread([record["test"][part] for record in full]) for part in ("all", "closed", "open")]
+        seeds = ", ".join(f"{record['test']['all']:.1f}" for record in full)
+        minutes = spread([record["training"]["seconds"] / 60 for record in full])
+        cells = [method, full[0]["engine"], rates, f"{rate_of(full[0]):.1e}", *accuracies, seeds]
+        cells += [f"{full[0]['training']['trainable_parameters']:,}", minutes]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
+
+
+def without_losses(record: Record) -> Record:
+    return record | {"training": {name: value for name, value in record["training"].items() if name != "losses"}}
 
 
 def main() -> None:
@@ -91,27 +118,26 @@ def main() -> None:
     parser.add_argument("--model", required=True)
     parser.add_argument("--out", type=Path, default=Path("runs/quality"))
     parser.add_argument("--methods", nargs="+", choices=list(METHODS), default=list(METHODS))
-    parser.add_argument("--epochs", type=int, default=3)
-    parser.add_argument("--head-epochs", type=int, default=20)
-    parser.add_argument("--questions-per-image", type=int, default=16)
+    parser.add_argument("--epochs", type=int, default=15)
+    parser.add_argument("--sweep-epochs", type=int, default=5)
+    parser.add_argument("--head-epochs", type=int, default=3)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--jobs", type=int, default=1, help="runs at once")
     parser.add_argument("--threads", type=int, default=os.cpu_count(), help="of each run")
     options = parser.parse_args()
     with ThreadPoolExecutor(options.jobs) as pool:
-        futures = {
-            method: [pool.submit(run, options, method, METHODS[method].learning_rate * factor, 0) for factor in RATES]
-            for method in options.methods
-        }
-        tried = {method: [future.result() for future in submitted] for method, submitted in futures.items()}
-        futures = {
-            method: [pool.submit(run, options, method, best_rate(results), seed) for seed in range(options.seeds)]
-            for method, results in tried.items()
-        }
-        chosen = {method: [future.result() for future in submitted] for method, submitted in futures.items()}
-    text = table(chosen, tried)
-    (options.out / "table.md").write_text(text + "\n")
-    print(text)
+        sweeps = {method: sweep(options, method, pool) for method in options.methods}
+        full: list[Future[Record]] = []
+        for method, futures in sweeps.items():
+            best = max((future.result() for future in futures), key=lambda record: record["validation"]["all"])
+            full += train(options, method, rate_of(best), pool)
+        for future in full:
+            future.result()
+    records = [json.loads(path.read_text()) for path in sorted(options.out.glob("*/run.json"))]
+    records = [without_losses(record) for record in records if record["finished"]]
+    (options.out / "results.json").write_text(json.dumps(records, indent=1) + "\n")
+    (options.out / "table.md").write_text(table(records) + "\n")
+    print(table(records))
 
 
 if __name__ == "__main__":

@@ -9,7 +9,6 @@ from difflib import get_close_matches
 from pathlib import Path
 
 from fastln.data import phantom, vqa_rad
-from fastln.data.answers import normalise_answer
 from fastln.data.dataset import SPLITS, Sample, Source, VQADataset
 from fastln.errors import FastLNError
 
@@ -36,13 +35,15 @@ READERS = (Reader(vqa_rad.LAYOUT, vqa_rad.recognises, vqa_rad.read),)
 def load_dataset(spec: str, split: str, *, validation_fraction: float = 0.0) -> VQADataset:
     """Load one split of a dataset.
 
-    A validation split is taken out of the training questions: about `validation_fraction` of them, by a hash of image
-    and normalised answer. The choice depends on nothing else, and rephrasings of one question stay on one side.
+    A validation split is taken out of the training questions: all those about some of the images, chosen by a hash of
+    the image's key alone. So rephrasings of one question stay on one side; and so do an image's answers, of which some
+    set aside would leave the others to be learnt as the answer to everything.
 
     Args:
         spec: `phantom`, the embedded synthetic data, or the folder of a dataset in one of the layouts in `READERS`.
         split: `train`, `validation` or `test`.
-        validation_fraction: Share of the training questions set aside, from 0 up to but not including 1.
+        validation_fraction: Share of the images whose training questions are set aside, from 0 up to but not
+            including 1.
 
     Returns:
         The questions of the split, at least one.
@@ -84,5 +85,5 @@ def _read_folder(spec: str) -> Source:
 
 
 def _set_aside(sample: Sample, fraction: float) -> bool:
-    digest = hashlib.sha256(f"{sample.image}\0{normalise_answer(sample.answer)}".encode()).digest()
+    digest = hashlib.sha256(sample.image.encode()).digest()
     return int.from_bytes(digest[:8], "big") < fraction * 2**64
