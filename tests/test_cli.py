@@ -8,6 +8,7 @@ import pytest
 from PIL import Image
 
 from fastln import cli
+from fastln.ops.backends import OPERATIONS
 
 
 def fastln(*arguments, monkeypatch, capsys):
@@ -93,7 +94,7 @@ def test_doctor_names_a_backend_and_a_reason_for_each_operation(monkeypatch, cap
     code, output = fastln("doctor", "--json", monkeypatch=monkeypatch, capsys=capsys)
     assert code == 0
     findings = json.loads(output.out)
-    assert set(findings["operations"]) == {"layer_norm", "attention"}
+    assert set(findings["operations"]) == set(OPERATIONS)
     assert all(choice["backend"] and choice["reason"] for choice in findings["operations"].values())
     assert findings["packages"]["torch"]
     code, output = fastln("doctor", monkeypatch=monkeypatch, capsys=capsys)

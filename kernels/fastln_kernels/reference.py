@@ -4,83 +4,240 @@ Arithmetic is float32 for float32, bfloat16 and float16 inputs and float64 for f
 to the dtype of what they stand for.
 """
 
+from dataclasses import dataclass
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
-N_STATS = 3
-"""Rows of `stats`, what the forward of a norm keeps of each of its rows."""
+
+@dataclass(frozen=True, slots=True)
+class NormKind:
+    """Which norm: `y = x_hat * (offset + weight) + bias`, with `x_hat = (x - mean) / sqrt(variance + eps)`.
+
+    Attributes:
+        eps: Added to the variance.
+        centre: Whether the mean is subtracted (LayerNorm) or taken for 0 (RMSNorm).
+        offset: Added to the weight: 1 where a weight of 0 stands for 1, as in Gemma.
+        round_normed: Whether x_hat is rounded to the dtype of `x` before the weight multiplies it, as in Llama.
+    """
+
+    eps: float
+    centre: bool = True
+    offset: float = 0.0
+    round_normed: bool = False
 
 
-def layer_norm_forward(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> tuple[Tensor, Tensor]:
-    """Normalise each row, then scale and shift it.
+class NormOutputs(NamedTuple):
+    """What `norm_forward` returns.
+
+    Attributes:
+        y: `(n_rows, n_cols)`, contiguous, in the dtype of `x`.
+        stream: `residual + dropout(x)`, likewise; None where it was not asked for.
+        normed: x_hat, likewise.
+        rstd: `(n_rows,)`, `1 / sqrt(variance + eps)`, in the dtype of the arithmetic.
+    """
+
+    y: Tensor
+    stream: Tensor | None
+    normed: Tensor | None
+    rstd: Tensor
+
+
+class NormGradients(NamedTuple):
+    """What `norm_backward` returns; None for what is not wanted.
+
+    Attributes:
+        dx: `(n_rows, n_cols)`, contiguous, in the dtype of `dy`.
+        dresidual: Likewise; the same tensor as `dx` where nothing was dropped.
+        dweight: `(n_cols,)`.
+        dbias: `(n_cols,)`.
+    """
+
+    dx: Tensor | None
+    dresidual: Tensor | None
+    dweight: Tensor | None
+    dbias: Tensor | None
+
+
+def norm_forward(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    kind: NormKind,
+    *,
+    residual: Tensor | None = None,
+    dropout: float = 0.0,
+    seed: Tensor | None = None,
+    want_stream: bool = False,
+    want_normed: bool = False,
+) -> NormOutputs:
+    """Normalise each row of `residual + dropout(x)`, then scale and shift it.
 
     The mean is rounded before it is subtracted, which costs a row with mean 1e4 and deviation 1 its fourth digit; so
     what the rounding left over, the mean of the differences, is subtracted too.
 
     Args:
         x: `(n_rows, n_cols)`, any strides; float32, bfloat16, float16 or float64.
-        weight: `(n_cols,)` or None for ones.
+        weight: `(n_cols,)` or None for ones (and no offset).
         bias: `(n_cols,)` or None for zeros.
-        eps: Added to the variance.
-
-    Returns:
-        `y`, contiguous, shaped and typed like `x`; and `stats` `(3, n_rows, 1)`, in the dtype of the arithmetic: the
-        rounded mean, its residual, and `1 / sqrt(variance + eps)`.
+        kind: Which norm.
+        residual: Shaped and typed like `x`, or None for zeros.
+        dropout: Probability of dropping an element of `x`; from 0 to below 1, in steps of 2^-16.
+        seed: `(1,)`, int64, of the numbers that decide which; None will do without dropout.
+        want_stream: Whether to return the sum, which is then rounded to the dtype of `x` before it is normalised.
+        want_normed: Whether to return x_hat.
     """
-    x_wide = x.to(_arithmetic(x))
-    mean = x_wide.mean(-1, keepdim=True)
-    residual = (x_wide - mean).mean(-1, keepdim=True)
-    centred = (x_wide - mean) - residual
-    rstd = (centred.square().mean(-1, keepdim=True) + eps).rsqrt()
-    y = centred * rstd
+    stream = x.to(_arithmetic(x))
+    if dropout:
+        stream = _dropped_out(stream, dropout, seed)
+    if residual is not None:
+        stream = stream + residual
+    rounded = stream.to(x.dtype).contiguous() if want_stream else None
+    if rounded is not None:
+        stream = rounded.to(stream.dtype)
+    if kind.centre:
+        stream = _centred(stream)
+    rstd = (stream.square().mean(-1) + kind.eps).rsqrt()
+    normed = stream * rstd[:, None]
+    y = _rounded_if(kind, normed, x.dtype)
     if weight is not None:
-        y = y * weight
+        y = y * (weight.to(y.dtype) + kind.offset)
     if bias is not None:
         y = y + bias
-    return y.to(x.dtype).contiguous(), torch.stack((mean, residual, rstd))
+    return NormOutputs(
+        y.to(x.dtype).contiguous(), rounded, normed.to(x.dtype).contiguous() if want_normed else None, rstd
+    )
 
 
-def layer_norm_backward(
+def norm_backward(
     dy: Tensor,
-    x: Tensor | None,
+    saved: Tensor | None,
     weight: Tensor | None,
-    stats: Tensor | None,
+    rstd: Tensor | None,
+    kind: NormKind,
     *,
-    need_dx: bool,
-    need_dweight: bool,
-    need_dbias: bool,
-    grad_dtype: torch.dtype,
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """Compute the wanted ones of the three gradients, and nothing else.
+    saved_is_normed: bool = False,
+    dstream: Tensor | None = None,
+    dropout: float = 0.0,
+    seed: Tensor | None = None,
+    need_dx: bool = False,
+    need_dresidual: bool = False,
+    need_dweight: bool = False,
+    need_dbias: bool = False,
+    grad_dtype: torch.dtype = torch.float32,
+) -> NormGradients:
+    """Compute the wanted ones of the gradients, and nothing else.
 
     Args:
         dy: `(n_rows, n_cols)`, the gradient of `y`.
-        x: As in the forward; None will do where only `dbias` is wanted.
-        weight: As in the forward; looked at for `dx` only.
-        stats: From the forward; None will do where `x` may be None.
+        saved: What was normalised, or x_hat; None will do where only `dbias` is wanted.
+        weight: As in the forward; looked at for `dx` and `dresidual` only.
+        rstd: From the forward; None will do where `saved` may be None.
+        kind: As in the forward.
+        saved_is_normed: Whether `saved` is x_hat.
+        dstream: `(n_rows, n_cols)`, the gradient that reached the returned sum by other ways, or None for none.
+        dropout: As in the forward.
+        seed: As in the forward; looked at for `dx` only.
         need_dx: Whether the gradient of `x` is wanted.
+        need_dresidual: Whether the gradient of `residual` is wanted.
         need_dweight: Whether the gradient of the weight is wanted.
         need_dbias: Whether the gradient of the bias is wanted.
         grad_dtype: The dtype of the parameters' gradients; they are summed in the dtype of the arithmetic.
-
-    Returns:
-        `dx` `(n_rows, n_cols)` in the dtype of `x`, `dweight` and `dbias` `(n_cols,)`; None for what is not wanted.
     """
     dy_wide = dy.to(_arithmetic(dy))
-    dx = dweight = None
-    if need_dx or need_dweight:
-        assert x is not None
-        assert stats is not None
-        mean, residual, rstd = stats
-        normed = (x.to(dy_wide.dtype) - mean - residual) * rstd
-        if need_dx:
-            dnormed = dy_wide if weight is None else dy_wide * weight
-            along_normed = (dnormed * normed).mean(-1, keepdim=True)
-            dx = (rstd * (dnormed - dnormed.mean(-1, keepdim=True) - normed * along_normed)).to(x.dtype).contiguous()
+    dx = dresidual = dweight = None
+    if need_dx or need_dresidual or need_dweight:
+        assert saved is not None
+        assert rstd is not None
+        rstd = rstd[:, None]
+        normed = saved.to(dy_wide.dtype)
+        if not saved_is_normed:
+            normed = (_centred(normed) if kind.centre else normed) * rstd
+        if need_dx or need_dresidual:
+            dnormed = dy_wide if weight is None else dy_wide * (weight.to(dy_wide.dtype) + kind.offset)
+            inner = dnormed - normed * (dnormed * normed).mean(-1, keepdim=True)
+            if kind.centre:
+                inner = inner - dnormed.mean(-1, keepdim=True)
+            inner = rstd * inner
+            if dstream is not None:
+                inner = inner + dstream
+            dresidual = inner.to(dy.dtype).contiguous()
+            dx = dresidual
+            if need_dx and dropout:
+                assert seed is not None
+                dx = (inner * dropout_keep(dy.shape[0], dy.shape[1], dropout, seed) * dropout_scale(dropout)).to(
+                    dy.dtype
+                )
         if need_dweight:
-            dweight = (dy_wide * normed).sum(0).to(grad_dtype)
+            dweight = (dy_wide * _rounded_if(kind, normed, dy.dtype)).sum(0).to(grad_dtype)
     dbias = dy_wide.sum(0).to(grad_dtype) if need_dbias else None
-    return dx, dweight, dbias
+    return NormGradients(dx if need_dx else None, dresidual if need_dresidual else None, dweight, dbias)
+
+
+DROPOUT_STEPS = 1 << 16
+"""Dropout compares 16 random bits with a threshold, so probabilities are multiples of one in this many."""
+
+
+def dropout_threshold(dropout: float) -> int:
+    """Return how many of the `DROPOUT_STEPS` random numbers mean that an element is dropped."""
+    return min(round(dropout * DROPOUT_STEPS), DROPOUT_STEPS - 1)
+
+
+def dropout_scale(dropout: float) -> float:
+    """Return what kept elements are multiplied by, so that the expected value stays."""
+    return DROPOUT_STEPS / (DROPOUT_STEPS - dropout_threshold(dropout))
+
+
+def dropout_keep(n_rows: int, n_cols: int, dropout: float, seed: Tensor) -> Tensor:
+    """Return which elements dropout keeps: `(n_rows, n_cols)`, bool, a function of seed, row and column alone.
+
+    One call of Philox-4x32-10 (Salmon et al., SC 2011) under the key `seed`, at the counter `(column // 8, row, row >>
+    32, 0)`, gives 128 random bits for 8 neighbouring columns. Column `8 g + j` takes 16 of them: of word `j // 2` the
+    low half where `j` is even, the high half where it is odd. It is kept where they make at least the threshold.
+    """
+    device = seed.device
+    groups = torch.arange((n_cols + 7) // 8, device=device)
+    rows = torch.arange(n_rows, device=device)[:, None]
+    zero = torch.zeros((), dtype=torch.int64, device=device)
+    words = _philox(groups, rows & _LOW, rows >> 32, zero, (seed & _LOW, (seed >> 32) & _LOW))
+    numbers = torch.stack([half for word in words for half in (word & 0xFFFF, word >> 16)], dim=-1)
+    return (numbers >= dropout_threshold(dropout)).flatten(1)[:, :n_cols]
+
+
+def _dropped_out(x: Tensor, dropout: float, seed: Tensor | None) -> Tensor:
+    assert seed is not None
+    return x * dropout_keep(x.shape[0], x.shape[1], dropout, seed) * dropout_scale(dropout)
+
+
+_LOW = 0xFFFFFFFF
+
+
+def _philox(c0: Tensor, c1: Tensor, c2: Tensor, c3: Tensor, key: tuple[Tensor, Tensor]) -> tuple[Tensor, ...]:
+    """Philox-4x32-10 in int64, each of whose numbers holds 32 bits."""
+    k0, k1 = key
+    for _ in range(10):
+        high_0, low_0 = _product(0xD2511F53, c0)
+        high_2, low_2 = _product(0xCD9E8D57, c2)
+        c0, c1, c2, c3 = high_2 ^ c1 ^ k0, low_2, high_0 ^ c3 ^ k1, low_0
+        k0, k1 = (k0 + 0x9E3779B9) & _LOW, (k1 + 0xBB67AE85) & _LOW
+    return torch.broadcast_tensors(c0, c1, c2, c3)
+
+
+def _product(factor: int, number: Tensor) -> tuple[Tensor, Tensor]:
+    """The high and the low 32 bits of a product of two numbers of 32 bits, without leaving 63."""
+    with_low, with_high = factor * (number & 0xFFFF), factor * (number >> 16)
+    upper = (with_low >> 16) + with_high
+    return upper >> 16, ((upper & 0xFFFF) << 16) | (with_low & 0xFFFF)
+
+
+def _centred(x: Tensor) -> Tensor:
+    centred = x - x.mean(-1, keepdim=True)
+    return centred - centred.mean(-1, keepdim=True)
+
+
+def _rounded_if(kind: NormKind, normed: Tensor, dtype: torch.dtype) -> Tensor:
+    return normed.to(dtype).to(normed.dtype) if kind.round_normed else normed
 
 
 def _arithmetic(x: Tensor) -> torch.dtype:

@@ -89,7 +89,9 @@ def train(
     questions_per_image: Annotated[
         int, typer.Option(min=1, help="Questions on one image in a batch, which share its vision pass.")
     ] = 16,
-    validation: Annotated[float, typer.Option(min=0, max=0.5, help="Share of the training images whose questions are held out.")] = 0.0,
+    validation: Annotated[
+        float, typer.Option(min=0, max=0.5, help="Share of the training images whose questions are held out.")
+    ] = 0.0,
     dtype: DType = "auto",
     device: Device = "auto",
     seed: Annotated[int, typer.Option(help="Of the head's weights, the batches and dropout.")] = 0,

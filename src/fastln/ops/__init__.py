@@ -1,6 +1,7 @@
 """The differentiable operations: here is decided what is kept for backward and which gradients are computed."""
 
 from fastln.ops.attention import attention
-from fastln.ops.layer_norm import layer_norm
+from fastln.ops.norm import dropout_add_norm, layer_norm, rms_norm
+from fastln_kernels.reference import NormKind
 
-__all__ = ["attention", "layer_norm"]
+__all__ = ["NormKind", "attention", "dropout_add_norm", "layer_norm", "rms_norm"]

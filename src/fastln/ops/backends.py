@@ -21,6 +21,8 @@ _IMPLEMENTATIONS: dict[str, dict[str, str]] = {
         "cpu": "torch's fused CPU kernel",
         "reference": "plain PyTorch",
     },
+    "rms_norm": {"triton": "fastln's Triton kernels", "reference": "plain PyTorch"},
+    "dropout_add_norm": {"triton": "fastln's Triton kernels", "reference": "plain PyTorch"},
     "attention": {
         "cpu": (
             "backward in blocks of matrix products for 16-bit dtypes, without attention dropout, up to "

@@ -35,7 +35,7 @@ class TrainRun:
         model: as `fastln.models.load_task` takes it.
         engine: who runs the method; the method's first where None.
         config: how to train.
-        validation: share of the training questions held out and scored beside the test questions.
+        validation: share of the training images whose questions are held out and scored beside the test questions.
         dtype: "float32", "bfloat16" or "auto".
         device: "cpu", "cuda" or "auto".
     """

@@ -1,6 +1,7 @@
-"""The layer_norm operation: values, what is kept for backward, which gradients are computed, torch's contracts."""
+"""The norm operations: values, what is kept for backward, which gradients are computed, torch's contracts."""
 
-import importlib
+import dataclasses
+import functools
 import itertools
 import subprocess
 import sys
@@ -11,14 +12,25 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from fastln import ops
 from fastln.errors import FastLNError
+from fastln.ops import NormKind
+from fastln_kernels import reference
 
-layer_norm_module = importlib.import_module("fastln.ops.layer_norm")  # the package's attribute is the function
-OPERATOR = torch.ops.fastln.layer_norm.default
-BACKWARD = torch.ops.fastln.layer_norm_backward.default
+norm_module = sys.modules["fastln.ops.norm"]
+OPERATOR = torch.ops.fastln.norm.default
+BACKWARD = torch.ops.fastln.norm_backward.default
 SUBSETS = [subset for subset in itertools.product((True, False), repeat=3) if any(subset)]
 TELLING = [(True, True, True), (True, False, False), (False, True, False), (False, False, True)]
 BACKENDS = ["triton", "cpu", "reference"]
 N_COLS = 24
+LAYER_NORM = NormKind(1e-5)
+LLAMA = NormKind(1e-6, centre=False, round_normed=True)
+GEMMA = NormKind(1e-6, centre=False, offset=1.0)
+KINDS = {"layer": LAYER_NORM, "llama": LLAMA, "gemma": GEMMA}
+
+
+def settings(backend, kind=LAYER_NORM, dropout=0.0, keep="x"):
+    """What the operators take after their tensors."""
+    return kind.eps, kind.centre, kind.offset, kind.round_normed, dropout, keep, backend
 
 
 def leaves(subset=(True, True, True), dtype=torch.float32, parameter_dtype=torch.float32, shape=(2, 5, N_COLS)):
@@ -129,6 +141,133 @@ def test_strided_weight_and_bias(backend):
         torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-5)
 
 
+def stock_norm(x, weight, bias, kind):
+    """The same in torch's own operations."""
+    weight = None if weight is None else weight + kind.offset
+    if kind.centre:
+        return torch.nn.functional.layer_norm(x, x.shape[-1:], weight, bias, kind.eps)
+    return torch.nn.functional.rms_norm(x, x.shape[-1:], weight, kind.eps) + (0 if bias is None else bias)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("kind", ["llama", "gemma"])
+def test_rms_norm(kind, dtype, backend):
+    kind, (x, weight, _) = KINDS[kind], leaves(dtype=dtype)
+
+    def ours(x, weight):
+        return ops.rms_norm(x, weight, kind.eps, kind.offset, round_normed=kind.round_normed, backend=backend)
+
+    y, grads = gradients(ours, (x, weight))
+    exact = [t.detach().double().requires_grad_() for t in (x, weight)]
+    want_y, want = gradients(lambda x, weight: stock_norm(x, weight, None, kind), exact)
+    for got, wanted, of in zip((y, *grads), (want_y, *want), (x, x, weight), strict=True):
+        assert got.dtype == of.dtype
+        epsilon = (1 + kind.round_normed) * torch.finfo(dtype).eps
+        torch.testing.assert_close(got.double(), wanted, rtol=max(2 * epsilon, 1e-5), atol=max(epsilon, 1e-5))
+
+
+@pytest.mark.parametrize("return_stream", [True, False], ids=["pre-norm", "post-norm"])
+@pytest.mark.parametrize("has_residual", [True, False])
+@pytest.mark.parametrize("dropout", [0.0, 0.25])
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_dropout_add_norm(backend, kind, dropout, has_residual, return_stream):
+    kind, (x, weight, bias) = KINDS[kind], leaves()
+    residual = torch.randn_like(x).requires_grad_() if has_residual else None
+    seed = torch.tensor([7])
+    keep = reference.dropout_keep(x[..., 0].numel(), N_COLS, dropout, seed).view_as(x)
+    keep = keep * reference.dropout_scale(dropout)
+
+    def outputs(y, stream):
+        return y + stream.sin() if return_stream else y
+
+    def ours(x, weight, bias, *residual):
+        result = ops.dropout_add_norm(
+            *(x, residual[0] if residual else None, weight, bias, kind),
+            dropout=dropout,
+            return_stream=return_stream,
+            seed=seed,
+            backend=backend,
+        )
+        return outputs(*result) if return_stream else result
+
+    def stock(x, weight, bias, *residual):
+        stream = x * keep + sum(residual)
+        return outputs(stock_norm(stream, weight, bias, kind), stream)
+
+    tensors = [x, weight, bias, *([residual] if has_residual else [])]
+    exact = [t.detach().double().requires_grad_() for t in tensors]
+    (y, grads), (want_y, want) = gradients(ours, tensors), gradients(stock, exact)
+    for got, wanted in zip((y, *grads), (want_y, *want), strict=True):
+        torch.testing.assert_close(got.double(), wanted, rtol=1e-4, atol=1e-5)
+
+
+def test_dropout_follows_torchs_generator():
+    x, weight, bias = leaves()
+    ys = []
+    for seed in (1, 1, 2):
+        torch.manual_seed(seed)
+        ys.append(ops.dropout_add_norm(x, None, weight, bias, LAYER_NORM, dropout=0.5))
+    assert torch.equal(ys[0], ys[1])
+    assert not torch.equal(ys[0], ys[2])
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_stream_alone_or_unused_has_its_gradient(backend):
+    tensors = leaves((True, True, True))
+
+    def ours(which, *t):
+        return ops.dropout_add_norm(t[0], t[0] * 2, *t[1:], LAYER_NORM, return_stream=True, backend=backend)[which]
+
+    for which in (0, 1):
+        used = tensors if which == 0 else tensors[:1]
+        got = torch.autograd.grad(ours(which, *tensors).sum(), used)
+        want = torch.autograd.grad((stock(tensors[0] * 3, *tensors[1:]) if which == 0 else tensors[0] * 3).sum(), used)
+        for gradient, wanted in zip(got, want, strict=True):
+            torch.testing.assert_close(gradient, wanted, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_prologue_keeps_one_tensor_of_rows_and_no_mask(backend):
+    x, weight, bias = leaves(dtype=torch.bfloat16)
+    residual = torch.randn_like(x).requires_grad_()
+    n_rows = x[..., 0].numel()
+    returned = []
+
+    def run(return_stream):
+        options = {"dropout": 0.1, "return_stream": return_stream, "backend": backend}
+        returned.append(ops.dropout_add_norm(x, residual, weight, bias, LAYER_NORM, **options))
+
+    for return_stream in (True, False):
+        tensors = kept(functools.partial(run, return_stream))
+        places = {t.data_ptr() for t in tensors}
+        assert sorted(t.numel() for t in tensors) == sorted([1, n_rows, N_COLS, x.numel()])
+        assert not {x.data_ptr(), residual.data_ptr()} & places
+        if return_stream:
+            _, stream = returned[0]
+            assert stream.data_ptr() in places
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_prologue_without_gradients_keeps_nothing(backend):
+    x, weight, bias = leaves((False, False, True))
+    arguments = (x, x, weight, bias, LAYER_NORM)
+    assert kept(lambda: ops.dropout_add_norm(*arguments, dropout=0.1, backend=backend)) == []
+    y = ops.dropout_add_norm(*arguments, dropout=0.1, backend=backend)
+    torch.testing.assert_close(torch.autograd.grad(y.sum(), bias)[0], torch.full((N_COLS,), 10.0))
+    with torch.no_grad():
+        torch.testing.assert_close(
+            ops.dropout_add_norm(*arguments, backend=backend), stock(2 * x, weight, bias), rtol=1e-4, atol=1e-5
+        )
+
+
+@pytest.mark.parametrize(("dropout", "residual"), [(1.0, None), (-0.1, None), (0.1, torch.zeros(2, 4))])
+def test_bad_prologues(dropout, residual):
+    with pytest.raises(FastLNError, match="must be"):
+        ops.dropout_add_norm(torch.zeros(3, 4), residual, None, None, LAYER_NORM, dropout=dropout)
+
+
 def kept(function):
     """What `function` keeps for backward, by way of the hooks that every accounting uses."""
     packed = []
@@ -148,7 +287,7 @@ def kept(function):
 def test_nothing_is_kept_that_no_wanted_gradient_needs(subset, backend, through_operator):
     x, weight, bias = leaves(subset)
     if through_operator:
-        tensors = kept(lambda: OPERATOR(x, weight, bias, 1e-5, backend))
+        tensors = kept(lambda: OPERATOR(x, weight, bias, None, None, *settings(backend)))
     else:
         tensors = kept(lambda: ops.layer_norm(x, weight, bias, backend=backend))
     need_dx, need_dweight, _ = subset
@@ -156,7 +295,7 @@ def test_nothing_is_kept_that_no_wanted_gradient_needs(subset, backend, through_
     assert (x.data_ptr() in storages) == (need_dx or need_dweight)
     assert (weight.data_ptr() in storages) == need_dx
     assert bias.data_ptr() not in storages
-    n_stats = layer_norm_module._load(backend).n_stats
+    n_stats = norm_module._load(backend).n_stats
     rest = sum(t.numel() for t in tensors if t.data_ptr() not in (x.data_ptr(), weight.data_ptr()))
     assert rest == (n_stats * x[..., 0].numel() if need_dx or need_dweight else 0)
 
@@ -169,16 +308,17 @@ def test_nothing_is_kept_without_grad_mode():
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("subset", SUBSETS, ids=str)
 def test_only_the_wanted_gradients_are_computed(subset, backend, monkeypatch):
-    implementation = layer_norm_module._load(backend)
+    implementation = norm_module._load(backend)
     asked, made = [], []
 
     def backward(*args, **flags):
         asked.append((flags["need_dx"], flags["need_dweight"], flags["need_dbias"]))
         grads = implementation.backward(*args, **flags)
-        made.append(tuple(grad is not None for grad in grads))
+        assert grads.dresidual is None or grads.dresidual is grads.dx
+        made.append(tuple(grad is not None for grad in (grads.dx, grads.dweight, grads.dbias)))
         return grads
 
-    monkeypatch.setattr(layer_norm_module, "_load", lambda _: implementation._replace(backward=backward))
+    monkeypatch.setattr(norm_module, "_load", lambda _: implementation._replace(backward=backward))
     gradients(lambda *t: ops.layer_norm(*t, backend=backend), leaves(subset))
     assert asked == made == [subset]
 
@@ -186,24 +326,66 @@ def test_only_the_wanted_gradients_are_computed(subset, backend, monkeypatch):
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("subset", TELLING, ids=str)
 def test_operator_passes_opcheck(subset, backend):
-    torch.library.opcheck(OPERATOR, (*leaves(subset), 1e-5, backend))
+    torch.library.opcheck(OPERATOR, (*leaves(subset), None, None, *settings(backend)))
+
+
+@pytest.mark.parametrize("keep", ["stream", "normed", "nothing"])
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dropout", [0.0, 0.25])
+def test_operator_with_a_prologue_passes_opcheck(dropout, backend, keep):
+    x, weight, bias = leaves((keep != "nothing",) * 2 + (True,))
+    residual = torch.randn_like(x).requires_grad_(x.requires_grad)
+    seed = torch.tensor([5]) if dropout else None
+    torch.library.opcheck(OPERATOR, (x, weight, bias, residual, seed, *settings(backend, LLAMA, dropout, keep)))
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("subset", TELLING, ids=str)
 def test_backward_operator_passes_opcheck(subset, backend):
     x, weight, bias = leaves((False, False, False), dtype=torch.bfloat16)
-    y, stats = OPERATOR(x, weight, bias, 1e-5, backend)
-    need_x = subset[0] or subset[1]
-    args = (x if need_x else None, weight if subset[0] else None, stats if need_x else None)
-    assert len(BACKWARD(y, *args, *subset, torch.float32, backend)) == sum(subset)
-    torch.library.opcheck(BACKWARD, (y, *args, *subset, torch.float32, backend))
+    y, _, stats = OPERATOR(x, weight, bias, None, None, *settings(backend))
+    need_dx, need_dweight, need_dbias = subset
+    need_x = need_dx or need_dweight
+    tensors = (y, None, x if need_x else None, weight if need_dx else None, None, stats if need_x else None)
+    args = (*tensors, need_dx, False, need_dweight, need_dbias, torch.float32, *settings(backend))
+    assert len(BACKWARD(*args)) == sum(subset)
+    torch.library.opcheck(BACKWARD, args)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dropout", [0.0, 0.25])
+def test_backward_operator_with_a_prologue_passes_opcheck(dropout, backend):
+    x, weight, bias = leaves((False, False, False), dtype=torch.bfloat16)
+    seed = torch.tensor([5]) if dropout else None
+    options = settings(backend, LLAMA, dropout, "stream")
+    y, stream, stats = OPERATOR(x, weight, bias, x, seed, *options)
+    args = (y, y, stream, weight, seed, stats, True, True, True, True, torch.float32, *options)
+    assert len(BACKWARD(*args)) == (4 if dropout else 3)
+    torch.library.opcheck(BACKWARD, args)
 
 
 @pytest.mark.parametrize("subset", SUBSETS, ids=str)
 def test_gradcheck(subset):
     tensors = [t.detach().double().requires_grad_(t.requires_grad) for t in leaves(subset, shape=(3, 5))]
     assert torch.autograd.gradcheck(lambda *t: ops.layer_norm(*t, backend="reference"), tensors)
+
+
+@pytest.mark.parametrize("return_stream", [True, False], ids=["pre-norm", "post-norm"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_gradcheck_of_a_prologue(kind, return_stream):
+    tensors = [t.detach().double().requires_grad_() for t in leaves(shape=(3, 5))]
+    tensors.append(torch.randn_like(tensors[0]).requires_grad_())
+
+    def function(x, weight, bias, residual):
+        return ops.dropout_add_norm(
+            *(x, residual, weight, bias, dataclasses.replace(KINDS[kind], round_normed=False)),
+            dropout=0.25,
+            seed=torch.tensor([1]),
+            return_stream=return_stream,
+            backend="reference",
+        )
+
+    assert torch.autograd.gradcheck(function, tensors)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -219,6 +401,20 @@ def test_compiled_whole_graph_equals_eager(subset, backend):
         want_y, want = gradients(function, tensors)
         for got, wanted in zip((y, *grads), (want_y, *want), strict=True):
             torch.testing.assert_close(got, wanted)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("return_stream", [True, False], ids=["pre-norm", "post-norm"])
+def test_a_compiled_prologue_equals_eager(return_stream, backend):
+    def function(x, weight, bias):
+        y = ops.dropout_add_norm(
+            *(x * 2, x, weight, bias, LLAMA), dropout=0.5, seed=seed, return_stream=return_stream, backend=backend
+        )
+        return y[0].sin() + y[1] if return_stream else y.sin()
+
+    seed = torch.tensor([3])
+    got = gradients(torch.compile(function, fullgraph=True, backend="aot_eager"), leaves())
+    torch.testing.assert_close(got, gradients(function, leaves()))
 
 
 @pytest.mark.slow
@@ -246,7 +442,7 @@ def test_meta_tensors():
 @pytest.mark.parametrize(
     ("x", "weight", "message"),
     [
-        (torch.zeros(3, 4), torch.ones(5), r"weight of layer_norm must be \(4,\).*\(5,\)"),
+        (torch.zeros(3, 4), torch.ones(5), r"weight of a norm must be \(4,\).*\(5,\)"),
         (torch.zeros(3, 4, dtype=torch.int64), None, "floating-point"),
         (torch.zeros(3, 0), None, "last dimension"),
         (torch.tensor(1.0), None, "last dimension"),

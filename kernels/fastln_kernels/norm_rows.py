@@ -1,0 +1,258 @@
+"""LayerNorm and RMSNorm of rows that fit into the registers (`launch.row_tile`).
+
+Pointers that are None leave out what they stand for, when the kernel is compiled.
+"""
+
+# mypy: allow-untyped-defs, disable-error-code="assignment"
+import triton
+import triton.language as tl
+
+from fastln_kernels.dropout import dropped_out
+from fastln_kernels.tiles import centred, load_tile, load_vector, mean_and_residual, store_tile
+
+
+@triton.jit
+def _summed(x, residual, seed, rows, cols, PIECES: tl.constexpr, THRESHOLD: tl.constexpr):
+    """Return the tile `residual + dropout(x)`, in float32; `residual` is empty where there is none."""
+    stream = ()
+    for k in tl.static_range(PIECES):
+        piece = x[k].to(tl.float32)
+        if THRESHOLD > 0:
+            piece = dropped_out(piece, seed, rows, k * cols.shape[0], THRESHOLD)
+        if len(residual) > 0:
+            piece += residual[k].to(tl.float32)
+        stream += (piece,)
+    return stream
+
+
+@triton.jit
+def _cast(tile, PIECES: tl.constexpr, dtype: tl.constexpr):
+    cast = ()
+    for k in tl.static_range(PIECES):
+        cast += (tile[k].to(dtype),)
+    return cast
+
+
+@triton.jit(do_not_specialize=["n_rows"])
+def forward_kernel(
+    x_ptr,
+    residual_ptr,
+    weight_ptr,
+    bias_ptr,
+    seed_ptr,
+    y_ptr,
+    stream_ptr,
+    normed_ptr,
+    rstd_ptr,
+    n_rows,
+    x_stride,
+    residual_stride,
+    eps,
+    N_COLS: tl.constexpr,
+    ROWS: tl.constexpr,
+    PIECE: tl.constexpr,
+    PIECES: tl.constexpr,
+    CENTRE: tl.constexpr,
+    OFFSET: tl.constexpr,
+    ROUND_NORMED: tl.constexpr,
+    THRESHOLD: tl.constexpr,
+):
+    """One tile of rows: read once, normalised in registers, written once."""
+    rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    in_rows = rows < n_rows
+    cols = tl.arange(0, PIECE)
+    dtype: tl.constexpr = y_ptr.dtype.element_ty
+
+    x = load_tile(x_ptr, rows, x_stride, in_rows, cols, N_COLS, PIECES)
+    if THRESHOLD > 0 or residual_ptr is not None or stream_ptr is not None:
+        residual = ()
+        if residual_ptr is not None:
+            residual = load_tile(residual_ptr, rows, residual_stride, in_rows, cols, N_COLS, PIECES)
+        seed = 0
+        if THRESHOLD > 0:
+            seed = tl.load(seed_ptr)
+        x = _summed(x, residual, seed, rows, cols, PIECES, THRESHOLD)
+        if stream_ptr is not None:
+            # What is normalised is what the next layers see, rounded.
+            x = _cast(x, PIECES, dtype)
+            store_tile(stream_ptr, x, rows, in_rows, cols, N_COLS, PIECES)
+
+    mean = tl.zeros((ROWS,), tl.float32)
+    residual_mean = tl.zeros((ROWS,), tl.float32)
+    if CENTRE:
+        mean, residual_mean = mean_and_residual(x, cols, N_COLS, PIECES)
+    squares = tl.zeros((ROWS, PIECE), tl.float32)
+    for k in tl.static_range(PIECES):
+        difference = centred(x, mean, k, cols, N_COLS)
+        squares += difference * difference
+    # About the rounded mean; rounding may take a constant row's variance just below zero.
+    variance = tl.maximum(tl.sum(squares, axis=1) / N_COLS - residual_mean * residual_mean, 0.0)
+    rstd = tl.rsqrt(variance + eps)
+    tl.store(rstd_ptr + rows, rstd, mask=in_rows)
+
+    if weight_ptr is not None:
+        weight = load_vector(weight_ptr, in_rows, cols, N_COLS, PIECES)
+    if bias_ptr is not None:
+        bias = load_vector(bias_ptr, in_rows, cols, N_COLS, PIECES)
+    y = ()
+    normed = ()
+    for k in tl.static_range(PIECES):
+        piece = (x[k].to(tl.float32) - mean[:, None] - residual_mean[:, None]) * rstd[:, None]
+        if normed_ptr is not None:
+            normed += (piece,)
+        if ROUND_NORMED:
+            piece = piece.to(dtype).to(tl.float32)
+        if weight_ptr is not None:
+            piece *= weight[k].to(tl.float32) + OFFSET
+        if bias_ptr is not None:
+            piece += bias[k].to(tl.float32)
+        y += (piece,)
+    store_tile(y_ptr, y, rows, in_rows, cols, N_COLS, PIECES)
+    if normed_ptr is not None:
+        store_tile(normed_ptr, normed, rows, in_rows, cols, N_COLS, PIECES)
+
+
+@triton.jit
+def _dnormed(dy, weight, k: tl.constexpr, OFFSET: tl.constexpr):
+    """Return piece `k` of the gradient of x_hat, in float32; `weight` is empty where there is none."""
+    dnormed = dy[k].to(tl.float32)
+    if len(weight) > 0:
+        dnormed *= weight[k].to(tl.float32) + OFFSET
+    return dnormed
+
+
+@triton.jit(do_not_specialize=["n_rows"])
+def backward_kernel(
+    dy_ptr,
+    saved_ptr,
+    weight_ptr,
+    rstd_ptr,
+    dstream_ptr,
+    seed_ptr,
+    dx_ptr,
+    dresidual_ptr,
+    dweight_ptr,
+    dbias_ptr,
+    means_ptr,
+    n_rows,
+    dy_stride,
+    saved_stride,
+    dstream_stride,
+    N_COLS: tl.constexpr,
+    ROWS: tl.constexpr,
+    PIECE: tl.constexpr,
+    PIECES: tl.constexpr,
+    CENTRE: tl.constexpr,
+    OFFSET: tl.constexpr,
+    ROUND_NORMED: tl.constexpr,
+    THRESHOLD: tl.constexpr,
+    SAVED_IS_NORMED: tl.constexpr,
+):
+    """Tiles of rows: dx and dresidual and, from the same loads, this program's partial sums of dweight and dbias.
+
+    Where the registers hold no sums, the rows' means, `(2, n_rows)`, are stored for the kernel that makes them.
+    """
+    program = tl.program_id(0)
+    cols = tl.arange(0, PIECE)
+    dtype: tl.constexpr = dy_ptr.dtype.element_ty
+    NEED_ROWS: tl.constexpr = dx_ptr is not None or dresidual_ptr is not None
+    NEED_NORMED: tl.constexpr = NEED_ROWS or dweight_ptr is not None
+    FIND_MEAN: tl.constexpr = NEED_NORMED and CENTRE and not SAVED_IS_NORMED
+
+    weight = ()
+    if NEED_ROWS and weight_ptr is not None:
+        weight = load_vector(weight_ptr, tl.arange(0, ROWS) >= 0, cols, N_COLS, PIECES)
+    if dx_ptr is not None and THRESHOLD > 0:
+        seed = tl.load(seed_ptr)
+    dweight = ()
+    dbias = ()
+    for _ in tl.static_range(PIECES):
+        if dweight_ptr is not None:
+            dweight += (tl.zeros((ROWS, PIECE), tl.float32),)
+        if dbias_ptr is not None:
+            dbias += (tl.zeros((ROWS, PIECE), tl.float32),)
+
+    for tile in range(program, tl.cdiv(n_rows, ROWS), tl.num_programs(0)):
+        rows = (tile * ROWS + tl.arange(0, ROWS)).to(tl.int64)
+        in_rows = rows < n_rows
+        # Zeros in dy beyond the width keep those columns out of every sum.
+        dy = load_tile(dy_ptr, rows, dy_stride, in_rows, cols, N_COLS, PIECES)
+        mean = tl.zeros((ROWS,), tl.float32)
+        residual_mean = tl.zeros((ROWS,), tl.float32)
+        along_ones = tl.zeros((ROWS,), tl.float32)
+        if NEED_NORMED:
+            saved = load_tile(saved_ptr, rows, saved_stride, in_rows, cols, N_COLS, PIECES)
+            rstd = tl.load(rstd_ptr + rows, mask=in_rows, other=0.0)
+            scale = rstd
+            if SAVED_IS_NORMED:
+                scale = tl.full((ROWS,), 1.0, tl.float32)
+        if dstream_ptr is not None:
+            dstream = load_tile(dstream_ptr, rows, dstream_stride, in_rows, cols, N_COLS, PIECES)
+
+        # What needs no mean comes first, so that both inputs are asked for before anything waits.
+        if dbias_ptr is not None:
+            new_dbias = ()
+            for k in tl.static_range(PIECES):
+                new_dbias += (dbias[k] + dy[k].to(tl.float32),)
+            dbias = new_dbias
+        if NEED_NORMED and CENTRE:
+            total = tl.zeros((ROWS, PIECE), tl.float32)
+            with_ones = tl.zeros((ROWS, PIECE), tl.float32)
+            for k in tl.static_range(PIECES):
+                if FIND_MEAN:
+                    total += saved[k].to(tl.float32)
+                if NEED_ROWS:
+                    with_ones += _dnormed(dy, weight, k, OFFSET)
+            if FIND_MEAN:
+                mean = tl.sum(total, axis=1) / N_COLS
+            if NEED_ROWS:
+                along_ones = tl.sum(with_ones, axis=1) / N_COLS
+        if FIND_MEAN or NEED_ROWS:
+            left = tl.zeros((ROWS, PIECE), tl.float32)
+            with_difference = tl.zeros((ROWS, PIECE), tl.float32)
+            for k in tl.static_range(PIECES):
+                difference = centred(saved, mean, k, cols, N_COLS)
+                if FIND_MEAN:
+                    left += difference
+                if NEED_ROWS:
+                    with_difference += difference * _dnormed(dy, weight, k, OFFSET)
+            if FIND_MEAN:
+                residual_mean = tl.sum(left, axis=1) / N_COLS
+                if means_ptr is not None:
+                    tl.store(means_ptr + rows, mean, mask=in_rows)
+                    tl.store(means_ptr + n_rows + rows, residual_mean, mask=in_rows)
+            if NEED_ROWS:
+                along_normed = (tl.sum(with_difference, axis=1) / N_COLS - residual_mean * along_ones) * scale
+
+        new_dweight = ()
+        dresidual = ()
+        dx = ()
+        for k in tl.static_range(PIECES):
+            if NEED_NORMED:
+                normed = (saved[k].to(tl.float32) - mean[:, None] - residual_mean[:, None]) * scale[:, None]
+            if NEED_ROWS:
+                dnormed = _dnormed(dy, weight, k, OFFSET)
+                inner = (dnormed - along_ones[:, None] - normed * along_normed[:, None]) * rstd[:, None]
+                if dstream_ptr is not None:
+                    inner += dstream[k].to(tl.float32)
+                dresidual += (inner,)
+                if dx_ptr is not None and THRESHOLD > 0:
+                    inner = dropped_out(inner, seed, rows, k * PIECE, THRESHOLD)
+                dx += (inner,)
+            if dweight_ptr is not None:
+                if ROUND_NORMED:
+                    normed = normed.to(dtype).to(tl.float32)
+                new_dweight += (dweight[k] + dy[k].to(tl.float32) * normed,)
+        if dresidual_ptr is not None:
+            store_tile(dresidual_ptr, dresidual, rows, in_rows, cols, N_COLS, PIECES)
+        if dx_ptr is not None:
+            store_tile(dx_ptr, dx, rows, in_rows, cols, N_COLS, PIECES)
+        dweight = new_dweight
+
+    at = program.to(tl.int64) * N_COLS + cols
+    for k in tl.static_range(PIECES):
+        in_cols = cols + k * PIECE < N_COLS
+        if dweight_ptr is not None:
+            tl.store(dweight_ptr + at + k * PIECE, tl.sum(dweight[k], axis=0), mask=in_cols)
+        if dbias_ptr is not None:
+            tl.store(dbias_ptr + at + k * PIECE, tl.sum(dbias[k], axis=0), mask=in_cols)

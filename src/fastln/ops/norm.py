@@ -1,0 +1,483 @@
+"""Norms, with or without dropout and a residual before them: the operator, its fake, its autograd formula.
+
+Decided here, and only here: which gradients are computed (those that an input asks for) and what is kept for them.
+
+| gradients wanted               | kept for backward                     |
+|--------------------------------|---------------------------------------|
+| none, or dbias                 | nothing                               |
+| dweight (+ dbias)              | the rows, their statistics            |
+| of x or residual (+ any)       | the rows, their statistics, the weight|
+
+The rows are `x` itself where nothing comes before the norm; the new residual stream where the caller gets that (it is
+there anyway); and x_hat where the caller gets the normed sum alone, so that the sum is never stored. The statistics are
+one float32 per row, and two where torch's CPU kernel computes. Dropout keeps its seed, eight bytes.
+
+Under `torch.compile` and whatever else must see operators (fake tensors, tracing, dispatch modes) the operator
+`fastln::norm` is called. In plain eager mode the way goes past the dispatcher to the same functions, which costs a
+fraction of the time per call; an operator written in Python costs several times what a small LayerNorm takes.
+"""
+
+import functools
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastln.errors import FastLNError
+from fastln.ops.backends import resolve
+from fastln_kernels import reference
+from fastln_kernels.reference import NormGradients, NormKind, NormOutputs
+
+_aten = torch.ops.aten
+_BLOCK_ROWS = 512
+
+
+class _Implementation(NamedTuple):
+    """A backend's pair of functions, with the signatures of `fastln_kernels.reference`.
+
+    Only its own `backward` reads what `forward` returns as `rstd`: `n_stats` numbers per row.
+    """
+
+    forward: Callable[..., NormOutputs]
+    backward: Callable[..., NormGradients]
+    n_stats: int = 1
+
+
+class _Settings(NamedTuple):
+    """What is not a tensor: arguments of the operator, in its order.
+
+    Attributes:
+        eps: as in `NormKind`.
+        centre: likewise.
+        offset: likewise.
+        round_normed: likewise.
+        dropout: probability.
+        keep: the rows that the backward will read: "x" where nothing comes before the norm; else "stream" or "normed",
+            which the forward returns beside `y`, or "nothing".
+        backend: a name from `fastln.ops.backends.BACKENDS`.
+    """
+
+    eps: float
+    centre: bool
+    offset: float
+    round_normed: bool
+    dropout: float
+    keep: str
+    backend: str
+
+    @property
+    def kind(self) -> NormKind:
+        return NormKind(self.eps, self.centre, self.offset, self.round_normed)
+
+
+def layer_norm(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float = 1e-5, *, backend: str = "auto"
+) -> Tensor:
+    """Normalise over the last dimension, then scale and shift; differentiable once.
+
+    Args:
+        x: `(..., n_cols)`, float32, bfloat16, float16 or float64.
+        weight: `(n_cols,)` or None for ones; any of these dtypes, `x`'s or not.
+        bias: `(n_cols,)` or None for zeros; likewise.
+        eps: Added to the variance.
+        backend: A name from `fastln.ops.backends.BACKENDS`.
+
+    Returns:
+        A contiguous tensor of the shape and dtype of `x`.
+
+    Raises:
+        FastLNError: If shapes or dtypes do not fit, or the backend is unknown or cannot run on the device of `x`.
+    """
+    return _norm(x, weight, bias, None, None, _Settings(eps, True, 0.0, False, 0.0, "x", backend))[0]
+
+
+def rms_norm(
+    x: Tensor,
+    weight: Tensor | None,
+    eps: float = 1e-6,
+    offset: float = 0.0,
+    *,
+    round_normed: bool = False,
+    backend: str = "auto",
+) -> Tensor:
+    """Divide by the root mean square over the last dimension, then scale; differentiable once.
+
+    Args:
+        x: `(..., n_cols)`, float32, bfloat16, float16 or float64.
+        weight: `(n_cols,)` or None for ones; any of these dtypes, `x`'s or not.
+        eps: Added to the mean square.
+        offset: Added to the weight, as 1 in Gemma.
+        round_normed: Whether the normed row is rounded to the dtype of `x` before it is scaled, as in Llama.
+        backend: A name from `fastln.ops.backends.BACKENDS`.
+
+    Returns:
+        A contiguous tensor of the shape and dtype of `x`.
+
+    Raises:
+        FastLNError: If shapes or dtypes do not fit, or the backend is unknown or cannot run on the device of `x`.
+    """
+    return _norm(x, weight, None, None, None, _Settings(eps, False, offset, round_normed, 0.0, "x", backend))[0]
+
+
+def dropout_add_norm(
+    x: Tensor,
+    residual: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    kind: NormKind,
+    *,
+    dropout: float = 0.0,
+    return_stream: bool = False,
+    seed: Tensor | None = None,
+    backend: str = "auto",
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Normalise `residual + dropout(x)` over the last dimension; differentiable once. No dropout mask is stored.
+
+    Args:
+        x: `(..., n_cols)`, float32, bfloat16, float16 or float64.
+        residual: Shaped and typed like `x`, or None for zeros.
+        weight: `(n_cols,)` or None for ones; any of these dtypes, `x`'s or not.
+        bias: `(n_cols,)` or None for zeros; likewise.
+        kind: Which norm.
+        dropout: Probability of dropping an element of `x`, from 0 to below 1; 0 outside of training.
+        return_stream: Whether to return the sum too, as a pre-norm block needs it.
+        seed: `(1,)`, int64, on the device of `x`; drawn from torch's generator by default.
+        backend: A name from `fastln.ops.backends.BACKENDS`.
+
+    Returns:
+        The normed sum, contiguous, of the shape and dtype of `x`; with `return_stream`, that and the sum.
+
+    Raises:
+        FastLNError: If shapes, dtypes or the probability do not fit, or the backend is unknown or cannot run on the
+            device of `x`.
+    """
+    if not 0 <= dropout < 1:
+        raise FastLNError(f"dropout is {dropout}; it must be from 0 to below 1")
+    if residual is not None and (residual.shape != x.shape or residual.dtype != x.dtype):
+        raise FastLNError(
+            f"the residual must be shaped and typed like x, {(*x.shape,)} {x.dtype}; "
+            f"it is {(*residual.shape,)} {residual.dtype}"
+        )
+    if dropout == 0:
+        seed = None
+        if residual is None:
+            y, _ = _norm(x, weight, bias, None, None, _Settings(*_fields(kind), 0.0, "x", backend))
+            return (y, x) if return_stream else y
+    elif seed is None:
+        seed = torch.randint(2**63 - 1, (1,), dtype=torch.int64, device=x.device)
+    # x_hat stands in for the sum in the backward; without one it is not stored.
+    keep = "stream" if return_stream else "normed" if _wants_gradient(x, residual, weight) else "nothing"
+    y, stream = _norm(x, weight, bias, residual, seed, _Settings(*_fields(kind), dropout, keep, backend))
+    return (y, stream) if return_stream else y
+
+
+def _fields(kind: NormKind) -> tuple[float, bool, float, bool]:
+    return kind.eps, kind.centre, kind.offset, kind.round_normed
+
+
+def _wants_gradient(*tensors: Tensor | None) -> bool:
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+
+
+def _norm(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    seed: Tensor | None,
+    settings: _Settings,
+) -> tuple[Tensor, Tensor]:
+    """Return `y` and what is kept (nothing, the stream or x_hat)."""
+    _check(x, weight, bias)
+    tensors = (x, weight, bias, residual, seed)
+    if torch.compiler.is_compiling() or type(x) is not Tensor or torch._C._len_torch_dispatch_stack():
+        return torch.ops.fastln.norm(*tensors, *settings)[:2]
+    if _wants_gradient(x, weight, bias, residual):
+        return _EagerNorm.apply(*tensors, settings)[:2]
+    return _forward(*tensors, *settings)[:2]
+
+
+def _check(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> None:
+    if not x.is_floating_point():
+        raise FastLNError(f"a norm takes floating-point tensors; x is {x.dtype}")
+    n_cols = x.shape[-1] if x.ndim else 0
+    if n_cols == 0:
+        raise FastLNError(f"a norm is over the last dimension, of one column or more; x is {(*x.shape,)}")
+    for name, parameter in (("weight", weight), ("bias", bias)):
+        if parameter is not None and parameter.shape != (n_cols,):
+            raise FastLNError(f"the {name} of a norm must be ({n_cols},), as wide as x; it is {(*parameter.shape,)}")
+
+
+def _rows(x: Tensor | None) -> Tensor | None:
+    return None if x is None else x.reshape(-1, x.shape[-1])
+
+
+def _forward(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, residual: Tensor | None, seed: Tensor | None, *settings: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    chosen = _Settings(*settings)
+    outputs = _implementation(x, chosen).forward(
+        x.reshape(-1, x.shape[-1]),
+        weight,
+        bias,
+        chosen.kind,
+        residual=_rows(residual),
+        dropout=chosen.dropout,
+        seed=seed,
+        want_stream=chosen.keep == "stream",
+        want_normed=chosen.keep == "normed",
+    )
+    kept = outputs.stream if outputs.normed is None else outputs.normed
+    return outputs.y.view(x.shape), x.new_empty(0) if kept is None else kept.view(x.shape), outputs.rstd
+
+
+def _backward(
+    dy: Tensor,
+    dstream: Tensor | None,
+    saved: Tensor | None,
+    weight: Tensor | None,
+    seed: Tensor | None,
+    stats: Tensor | None,
+    need_dx: bool,
+    need_dresidual: bool,
+    need_dweight: bool,
+    need_dbias: bool,
+    grad_dtype: torch.dtype,
+    *settings: Any,
+) -> list[Tensor]:
+    """Return the wanted gradients; where nothing was dropped, one tensor is that of both `x` and `residual`."""
+    chosen = _Settings(*settings)
+    one_of_two = need_dx and need_dresidual and not chosen.dropout
+    gradients = _implementation(dy, chosen).backward(
+        dy.reshape(-1, dy.shape[-1]),
+        _rows(saved),
+        weight,
+        stats,
+        chosen.kind,
+        saved_is_normed=chosen.keep == "normed",
+        dstream=_rows(dstream),
+        dropout=chosen.dropout,
+        seed=seed,
+        need_dx=need_dx,
+        need_dresidual=need_dresidual and not one_of_two,
+        need_dweight=need_dweight,
+        need_dbias=need_dbias,
+        grad_dtype=grad_dtype,
+    )
+    rows = [gradient.view(dy.shape) for gradient in gradients[:2] if gradient is not None]
+    return rows + [gradient for gradient in gradients[2:] if gradient is not None]
+
+
+class _Wanted(NamedTuple):
+    dx: bool
+    dresidual: bool
+    dweight: bool
+    dbias: bool
+
+
+def _keep(ctx: Any, tensors: tuple[Tensor | None, ...], settings: _Settings, kept: Tensor, stats: Tensor) -> None:
+    x, weight, bias, _, seed = tensors
+    need_dx, need_dweight, need_dbias, need_dresidual = ctx.needs_input_grad[:4]
+    need_input = need_dx or need_dresidual
+    need_rows = need_input or need_dweight
+    saved = x if settings.keep == "x" else kept
+    ctx.save_for_backward(
+        saved if need_rows else None,
+        weight if need_input else None,
+        seed if need_dx else None,
+        stats if need_rows else None,
+    )
+    ctx.wanted = _Wanted(need_dx, need_dresidual, need_dweight, need_dbias)
+    dtypes = [t.dtype for t, wanted in ((weight, need_dweight), (bias, need_dbias)) if t is not None and wanted]
+    # Where the two differ, autograd casts the one that is off.
+    ctx.grad_dtype = dtypes[0] if dtypes and dtypes[0] == dtypes[-1] else torch.float32
+    ctx.settings = settings
+    ctx.set_materialize_grads(False)
+    ctx.mark_non_differentiable(*([stats] if settings.keep == "stream" else [kept, stats]))
+
+
+def _gradients(
+    ctx: Any, dy: Tensor | None, dstream: Tensor | None, compute: Callable[..., Sequence[Tensor]]
+) -> tuple[Tensor | None, ...]:
+    """Return the gradients of x, weight, bias, residual and seed."""
+    if dy is None:
+        if dstream is None:
+            return (None,) * 5
+        dy = torch.zeros_like(dstream)
+    if torch.is_grad_enabled():
+        raise FastLNError("a norm is differentiable once: its backward cannot run with create_graph=True")
+    wanted: _Wanted = ctx.wanted
+    saved, weight, seed, stats = ctx.saved_tensors
+    need_rows = wanted.dx or wanted.dresidual
+    grads = iter(
+        compute(dy, dstream if need_rows else None, saved, weight, seed, stats, *wanted, ctx.grad_dtype, *ctx.settings)
+    )
+    dx = next(grads) if wanted.dx else None
+    one_of_two = wanted.dx and wanted.dresidual and not ctx.settings.dropout
+    dresidual = dx if one_of_two else next(grads) if wanted.dresidual else None
+    dweight, dbias = (next(grads) if want else None for want in (wanted.dweight, wanted.dbias))
+    return dx, dweight, dbias, dresidual, None
+
+
+class _EagerNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, *arguments: Any) -> tuple[Tensor, ...]:
+        *tensors, settings = arguments
+        y, kept, stats = _forward(*tensors, *settings)
+        _keep(ctx, tuple(tensors), settings, kept, stats)
+        return y, kept, stats
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor | None, dstream: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
+        return *_gradients(ctx, dy, dstream, _backward), None
+
+
+def _operation(settings: _Settings) -> str:
+    if settings.keep != "x":
+        return "dropout_add_norm"
+    return "layer_norm" if settings.centre else "rms_norm"
+
+
+def _implementation(x: Tensor, settings: _Settings) -> _Implementation:
+    name = resolve(_operation(settings), x.device, settings.backend).backend
+    if name == "triton" and x.dtype == torch.float64:
+        if settings.backend == "triton":
+            raise FastLNError("backend 'triton' computes in float32; use 'auto' or 'reference' for float64 tensors")
+        name = "reference"
+    return _load(name)
+
+
+@functools.cache
+def _load(backend: str) -> _Implementation:
+    if backend == "cpu":
+        return _Implementation(_cpu_forward, _cpu_backward, n_stats=2)
+    if backend == "triton":
+        # Where Triton does not exist, nothing but this line may miss it.
+        from fastln_kernels import norm
+
+        return _Implementation(norm.norm_forward, norm.norm_backward)
+    return _Implementation(reference.norm_forward, reference.norm_backward)
+
+
+def _cpu_forward(x: Tensor, weight: Tensor | None, bias: Tensor | None, kind: NormKind, **_: Any) -> NormOutputs:
+    """LayerNorm alone, by torch's own kernel."""
+    dtype = _arithmetic(x)
+    if weight is None and x.dtype != dtype:
+        # torch's CPU kernel rounds the statistics to the dtype of x, unless the weight is float32.
+        weight = _ones(x.shape[-1], dtype)
+    y, mean, rstd = _aten.native_layer_norm.default(x, x.shape[-1:], _cast(weight, dtype), _cast(bias, dtype), kind.eps)
+    return NormOutputs(y, None, None, torch.stack((mean, rstd)))
+
+
+def _cpu_backward(
+    dy: Tensor,
+    x: Tensor | None,
+    weight: Tensor | None,
+    stats: Tensor | None,
+    kind: NormKind,
+    *,
+    need_dx: bool,
+    need_dweight: bool,
+    need_dbias: bool,
+    grad_dtype: torch.dtype,
+    **_: Any,
+) -> NormGradients:
+    dtype = _arithmetic(dy)
+    if x is None or stats is None:
+        return NormGradients(None, None, None, dy.sum(0, dtype=dtype).to(grad_dtype))
+    mean, rstd = stats
+    n_rows, n_cols = x.shape
+    ones = _ones(n_cols, dtype)  # torch asks for parameters, if only for their shape
+    parameters = (ones if weight is None else _cast(weight, dtype), ones)
+    wanted = [need_dx, need_dweight, need_dbias]
+    torch_backward = _aten.native_layer_norm_backward.default
+    if n_rows and x.dtype != dtype and (need_dweight or need_dbias):
+        # Over a bfloat16 x torch sums the parameters' gradients in bfloat16: a few percent off at 1,000 rows. So the
+        # rows are cast to float32, a block at a time that stays in the cache.
+        dx = torch.empty_like(x, memory_format=torch.contiguous_format) if need_dx else None
+        sums: list[Tensor | None] = [None, None]
+        for rows in (slice(start, start + _BLOCK_ROWS) for start in range(0, n_rows, _BLOCK_ROWS)):
+            block = (dy[rows].to(dtype), x[rows].to(dtype), (n_cols,), mean[rows], rstd[rows])
+            block_dx, *block_sums = torch_backward(*block, *parameters, wanted)
+            if dx is not None:
+                dx[rows] = block_dx
+            sums = [b if a is None else a.add_(b) for a, b in zip(sums, block_sums, strict=True)]
+    else:
+        dx, *sums = torch_backward(dy, x, (n_cols,), mean, rstd, *parameters, wanted)
+    return NormGradients(dx, None, *(_cast(grad, grad_dtype) for grad in sums))
+
+
+def _cast(tensor: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    return tensor if tensor is None or tensor.dtype == dtype else tensor.to(dtype)
+
+
+@functools.cache
+def _ones(n_cols: int, dtype: torch.dtype) -> Tensor:
+    return torch.ones(n_cols, dtype=dtype)
+
+
+def _arithmetic(x: Tensor) -> torch.dtype:
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+def _fake_forward(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, residual: Tensor | None, seed: Tensor | None, *settings: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    chosen = _Settings(*settings)
+    n_stats, n_rows = _implementation(x, chosen).n_stats, math.prod(x.shape[:-1])
+    stats = x.new_empty((n_rows,) if n_stats == 1 else (n_stats, n_rows, 1), dtype=_arithmetic(x))
+    return x.new_empty(x.shape), x.new_empty(x.shape if chosen.keep in ("stream", "normed") else 0), stats
+
+
+def _fake_backward(
+    dy: Tensor,
+    dstream: Tensor | None,
+    saved: Tensor | None,
+    weight: Tensor | None,
+    seed: Tensor | None,
+    stats: Tensor | None,
+    need_dx: bool,
+    need_dresidual: bool,
+    need_dweight: bool,
+    need_dbias: bool,
+    grad_dtype: torch.dtype,
+    *settings: Any,
+) -> list[Tensor]:
+    n_rows = need_dx + need_dresidual
+    if n_rows == 2 and not _Settings(*settings).dropout:
+        n_rows = 1
+    rows = [dy.new_empty(dy.shape) for _ in range(n_rows)]
+    return rows + [dy.new_empty(dy.shape[-1:], dtype=grad_dtype) for _ in range(need_dweight + need_dbias)]
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+    _keep(ctx, inputs[:5], _Settings(*inputs[5:]), *output[1:])
+
+
+def _operator_gradients(ctx: Any, dy: Tensor | None, dstream: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
+    gradients = _gradients(ctx, dy, dstream, torch.ops.fastln.norm_backward)
+    return *gradients, *(None for _ in _Settings._fields)
+
+
+# Defined through `torch.library` and not its `custom_op`, whose wrapper doubles the time of a call.
+_SETTINGS = "float eps, bool centre, float offset, bool round_normed, float dropout, str keep, str backend"
+torch.library.define(
+    "fastln::norm",
+    f"(Tensor x, Tensor? weight, Tensor? bias, Tensor? residual, Tensor? seed, {_SETTINGS}) "
+    "-> (Tensor y, Tensor kept, Tensor stats)",
+    tags=torch.Tag.pt2_compliant_tag,
+)
+torch.library.impl("fastln::norm", "default", _forward)
+torch.library.register_fake("fastln::norm", _fake_forward)
+torch.library.register_autograd("fastln::norm", _operator_gradients, setup_context=_setup_context)
+
+torch.library.define(
+    "fastln::norm_backward",
+    "(Tensor dy, Tensor? dstream, Tensor? saved, Tensor? weight, Tensor? seed, Tensor? stats, bool need_dx, "
+    f"bool need_dresidual, bool need_dweight, bool need_dbias, ScalarType grad_dtype, {_SETTINGS}) -> Tensor[]",
+    tags=torch.Tag.pt2_compliant_tag,
+)
+torch.library.impl("fastln::norm_backward", "default", _backward)
+torch.library.register_fake("fastln::norm_backward", _fake_backward)
