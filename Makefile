@@ -9,7 +9,7 @@ ifneq ($(wildcard ../shared/data/vqa-rad),)
 export FASTLN_DATA ?= ../shared
 endif
 
-.PHONY: help setup test test-all lint format bench clean
+.PHONY: help setup test test-all lint format bench compile-report clean
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 14
@@ -38,6 +38,9 @@ lint: $(READY)  ## ruff (lint and format) and mypy
 format: $(READY)  ## let ruff rewrite what it can
 	.venv/bin/ruff check --fix .
 	.venv/bin/ruff format .
+
+compile-report: $(READY)  ## compile every kernel for real GPUs and compare with what is committed
+	$(PY) scripts/compile_report.py
 
 clean:  ## remove what setup and the runs made
 	rm -rf .venv runs
