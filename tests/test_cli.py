@@ -27,7 +27,9 @@ def fastln(*arguments, monkeypatch, capsys):
         (["train", "--out", "{tmp}/o", "--model", "{tmp}"], "there is no config.json"),
         (["train", "--out", "{tmp}/o", "--dtype", "float8"], "unknown dtype 'float8' (valid: auto, float32"),
         (["eval", "{tmp}/nowhere"], "nowhere"),
-        (["eval", "dual", "--split", "tset"], "tset"),
+        (["eval", "dual", "--split", "tset"], "no split 'tset' to score; valid: train, test"),
+        (["eval", "dual", "--predictions", "{tmp}"], "is a folder"),
+        (["eval", "{tmp}/binary"], "config.json: cannot be read"),
         (["bench", "--suite", "qick"], "did you mean 'quick'"),
         (["bench", "--method", "layernorm/pft"], "layernorm/peft"),
         (["bench", "--out", "{tmp}/full"], "already"),
@@ -36,6 +38,8 @@ def fastln(*arguments, monkeypatch, capsys):
 def test_a_users_error_is_one_line_and_status_2(arguments, message, tmp_path, monkeypatch, capsys):
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "results.json").write_text("[]")
+    (tmp_path / "binary").mkdir()
+    (tmp_path / "binary" / "config.json").write_bytes(b"\xff\xfe{")
     arguments = [argument.format(tmp=tmp_path) for argument in arguments]
     code, output = fastln(*arguments, monkeypatch=monkeypatch, capsys=capsys)
     assert code == 2
@@ -68,12 +72,26 @@ def test_bad_data_is_told_with_its_file_and_row(change, message, tmp_path, monke
     rows = change if isinstance(change, str) else json.dumps([QUESTION, QUESTION | {"qid": 2} | change])
     (tmp_path / "trainset.json").write_text(rows)
     (tmp_path / "testset.json").write_text(json.dumps([QUESTION | {"qid": 3, "question": "Is it not?"}]))
-    arguments = ["train", "--out", tmp_path / "o", "--data", tmp_path, "--method", "head"]
-    code, output = fastln(*arguments, monkeypatch=monkeypatch, capsys=capsys)
-    assert code == 2
-    assert message in output.err
-    assert output.err.count("error: ") == 1
-    assert "Traceback" not in output.err
+    train = ["train", "--out", tmp_path / "o", "--data", tmp_path, "--method", "head"]
+    bench = [
+        "bench",
+        "--out",
+        tmp_path / "b",
+        "--data",
+        tmp_path,
+        "--model",
+        "dual",
+        "--method",
+        "head/torch",
+        "--batch-size",
+        "1",
+    ]
+    for arguments in (train, bench):
+        code, output = fastln(*arguments, monkeypatch=monkeypatch, capsys=capsys)
+        assert code == 2
+        assert message in output.err
+        assert output.err.count("error: ") == 1
+        assert "Traceback" not in output.err
 
 
 def test_a_folder_that_holds_a_run_is_kept(tmp_path, monkeypatch, capsys):

@@ -78,4 +78,6 @@ def _model_type(path: Path) -> str | None:
         config = json.loads(path.read_text())
     except json.JSONDecodeError as error:
         raise FastLNError(f"{path}: not JSON: line {error.lineno}, column {error.colno}: {error.msg}") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise FastLNError(f"{path}: cannot be read: {error}") from None
     return config.get("model_type") if isinstance(config, dict) else None

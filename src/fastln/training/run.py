@@ -75,6 +75,9 @@ def run_training(run: TrainRun, out: Path, *, resume: bool = False, overwrite: b
     dtype = settle_dtype(run.dtype, device)
     _check_folder(run, out, resume=resume, overwrite=overwrite)
     data = load_dataset(run.data, "train", validation_fraction=run.validation)
+    # What cannot be had is better found before the training than after.
+    test_data = load_dataset(run.data, "test")
+    held_out = load_dataset(run.data, "validation", validation_fraction=run.validation) if run.validation else None
     task = load_task(run.model, data, dtype=dtype, seed=run.config.seed, device=device)
     logger.info("%s by %s on %s (%s), %d questions of %s", method.name, engine, task.name, dtype, len(data), data.name)
     if not resume:
@@ -94,16 +97,15 @@ def run_training(run: TrainRun, out: Path, *, resume: bool = False, overwrite: b
         result.seconds,
     )
     task.save(out / MODEL)
-    validation = None
-    if run.validation:
-        held_out = load_dataset(run.data, "validation", validation_fraction=run.validation)
-        validation = evaluate(task, held_out, progress=True)
-    test = evaluate(task, load_dataset(run.data, "test"), progress=True)
+    validation = None if held_out is None else evaluate(task, held_out, progress=True)
+    test = evaluate(task, test_data, progress=True)
     outcome = Outcome(test, validation, result)
     _write(
         out / RECORD,
         {"run": asdict(run), "engine": engine, "dtype": str(dtype), "finished": True, **asdict(outcome)},
     )
+    if validation is not None:
+        _report(task, data, "validation", validation, trained=True)
     _report(task, data, "test", test, trained=True)
     logger.info("the model is in %s; score it again with: fastln eval %s --data %s", out / MODEL, out / MODEL, run.data)
     return outcome
@@ -135,6 +137,10 @@ def run_evaluation(
     """
     if predictions is not None and not predictions.absolute().parent.is_dir():
         raise FastLNError(f"{predictions}: the folder for the predictions does not exist")
+    if predictions is not None and predictions.is_dir():
+        raise FastLNError(f"{predictions}: is a folder; name a file for the predictions")
+    if split not in (valid := ("train", "test")):
+        raise FastLNError(f"there is no split {split!r} to score; valid: {', '.join(valid)}")
     place = settle_device(device)
     dataset = load_dataset(data, split)
     source = _saved_model(Path(model)) or model
