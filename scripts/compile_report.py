@@ -289,6 +289,8 @@ def _key(row: Row, kernel: Row) -> tuple[Any, ...]:
 
 def worse(rows: list[Row], before: list[Row]) -> Iterator[str]:
     """Say what is worse than before, or bad in itself, in fastln's kernels up to `RATCHET_WIDTH` columns."""
+    if not before:
+        yield "there are no earlier figures to compare with"
     earlier = {_key(row, kernel): kernel for row in before for kernel in row.get("kernels", ())}
     for row in rows:
         if row["library"] != "fastln" or row["width"] > RATCHET_WIDTH:
@@ -311,6 +313,8 @@ def worse(rows: list[Row], before: list[Row]) -> Iterator[str]:
                 yield f"{where}: compiles anew for another number of rows"
             if kernel.get("truncations"):
                 yield f"{where}: truncates to bfloat16"
+            if kernel.get("nan_dropped"):
+                yield f"{where}: a NaN would be dropped"
             if key in earlier:
                 for what, sign in (("registers", 1), ("loads_128", -1), ("stores_128", -1)):
                     now, then = kernel[what], earlier[key][what]

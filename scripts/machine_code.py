@@ -139,8 +139,10 @@ def read(binary: Any, target: GPUTarget) -> dict[str, int]:
     Returns:
         `registers` per lane; `spills`, instructions that spill or fetch; `shared`, bytes; `loads` and `stores` to
         global memory, and how many of them are 128 bits wide; `barriers`; `loop_barriers`, those of them in a loop;
-        `in_flight`, bytes that a warp asks for in its loop (or, without one, from its start) before it first waits for
-        any of them; `instructions` and `loop_instructions`.
+        `truncations`, casts to bfloat16 that do not round; `nan_dropped`, maxima that take the number where the other
+        side is NaN; `in_flight`, bytes that a warp asks for in its loop (or, without one, from its start) before it
+        first waits for any of them; `instructions` and `loop_instructions`. On AMD nothing is known of the loop:
+        `in_flight` and `instructions` are the whole kernel's.
     """
     return _read_amd(binary) if target.backend == "hip" else _read_nvidia(binary)
 
@@ -161,6 +163,7 @@ def _read_nvidia(binary: Any) -> dict[str, int]:
         "stores": _count(code, r"\bSTG\b"),
         "stores_128": _count(code, r"\bSTG\.\S*128"),
         "truncations": _count(code, r"\bF2F\S*\.RZ"),
+        "nan_dropped": _count(binary.asm["ptx"].splitlines(), r"\b(?:max|min)\.f32"),
         "barriers": _count(code, r"\bBAR\b"),
         "loop_barriers": _count(loop, r"\bBAR\b"),
         "in_flight": 32 * bytes_before_first_use(loop or code),

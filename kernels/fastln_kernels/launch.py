@@ -5,10 +5,10 @@ A lane loads 16 bytes at once, so a warp asks for 512 bytes of a row with each l
 | choice                   | value                      | why                                                        |
 |--------------------------|----------------------------|------------------------------------------------------------|
 | piece of a row           | the narrowest that leaves  | 384 = 3 x 128, 768 = 3 x 256, 1,152 = 5 x 256 less half a  |
-|                          | a lane 40 elements or less | piece (bf16). Up to 1,280 columns a row belongs to one     |
+|                          | a lane few enough elements | piece (bf16). Up to 1,280 columns a row belongs to one     |
 |                          |                            | warp or half of one: its sums need no barrier              |
-| elements a lane          | 40                         | sums of dweight and dbias take 80 registers of 255, the    |
-|                          |                            | weight 40, the packed rows 40: no spills                   |
+| elements a lane          | 40 of 16 bits, 32 of 32    | sums of dweight and dbias take 80 registers of 255, the    |
+|                          |                            | weight 40, three packed rows 60 (float32: 96): no spills   |
 | ... of 16 warps          | forward 64, dx 32, sums 0  | 512 threads have 128 registers each: wider rows go through |
 |                          |                            | kernels that loop over blocks of columns                   |
 | rows of a tile           | what the warps hold, once  | 1.5 KB a warp and input at 384 and 768 (bf16): the         |
@@ -30,7 +30,7 @@ LANES = 64 if torch.version.hip else 32
 
 _NARROWEST = 16  # lanes that share a row, where the row is long enough
 _MAX_WARPS = 16
-_ELEMENTS = 40  # of a row that a lane holds
+_ELEMENTS = {2: 40, 4: 32}  # of a row that a lane holds, by bytes of an element
 _SUMMING_WARPS_PER_SM = 8
 _COLUMN_WARPS_PER_SM = 32
 _SMS_WITHOUT_GPU = 2  # few enough that every program loops, as on a GPU
@@ -87,17 +87,17 @@ def row_tile(n_cols: int, itemsize: int, *, backward: bool, sums: bool = False) 
         backward: Whether the tile is for the backward.
         sums: Whether the programs keep sums over rows.
     """
-    return _row_tile(n_cols, 16 // itemsize, LANES, backward, sums)
+    return _row_tile(n_cols, itemsize, LANES, backward, sums)
 
 
 @functools.cache
-def _row_tile(n_cols: int, vector: int, lanes: int, backward: bool, sums: bool) -> RowTile | None:
+def _row_tile(n_cols: int, itemsize: int, lanes: int, backward: bool, sums: bool) -> RowTile | None:
+    vector, limit = 16 // itemsize, _ELEMENTS[itemsize]
     piece = max(min(_power_of_two(n_cols), _NARROWEST * vector), 8)  # 8 columns share a call of dropout's generator
-    while -(-n_cols // piece) * vector > _ELEMENTS and piece < _MAX_WARPS * lanes * vector:
+    while -(-n_cols // piece) * vector > limit and piece < _MAX_WARPS * lanes * vector:
         piece *= 2
     lanes_a_row, pieces = max(piece // vector, 1), -(-n_cols // piece)
     warps = max(8 if sums else 4, lanes_a_row // lanes)
-    limit = _ELEMENTS
     if warps == _MAX_WARPS:
         limit = 0 if sums else 32 if backward else 64
     if pieces * vector > limit:

@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 
 from fastln_kernels.dropout import dropped_out
-from fastln_kernels.tiles import centred, load_tile, load_vector, mean_and_residual, store_tile
+from fastln_kernels.tiles import about_the_mean, centred, load_tile, load_vector, mean_and_residual, store_tile
 
 
 @triton.jit
@@ -85,8 +85,9 @@ def forward_kernel(
     for k in tl.static_range(PIECES):
         difference = centred(x, mean, k, cols, N_COLS)
         squares += difference * difference
-    # About the rounded mean; rounding may take a constant row's variance just below zero.
-    variance = tl.maximum(tl.sum(squares, axis=1) / N_COLS - residual_mean * residual_mean, 0.0)
+    variance = tl.sum(squares, axis=1) / N_COLS
+    if CENTRE:
+        variance = about_the_mean(variance, residual_mean)
     rstd = tl.rsqrt(variance + eps)
     tl.store(rstd_ptr + rows, rstd, mask=in_rows)
 

@@ -10,6 +10,7 @@ import triton
 import triton.language as tl
 
 from fastln_kernels.dropout import dropped_out
+from fastln_kernels.tiles import about_the_mean
 
 
 @triton.jit
@@ -85,9 +86,10 @@ def forward_wide_kernel(
         first += difference
         second += difference * difference
     residual_mean = 0.0
+    variance = tl.sum(second) / N_COLS
     if CENTRE:
         residual_mean = tl.sum(first) / N_COLS
-    variance = tl.maximum(tl.sum(second) / N_COLS - residual_mean * residual_mean, 0.0)
+        variance = about_the_mean(variance, residual_mean)
     rstd = tl.rsqrt(variance + eps)
     tl.store(rstd_ptr + row, rstd)
 

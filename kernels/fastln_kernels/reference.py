@@ -93,7 +93,7 @@ def norm_forward(
         stream = _dropped_out(stream, dropout, seed)
     if residual is not None:
         stream = stream + residual
-    rounded = stream.to(x.dtype).contiguous() if want_stream else None
+    rounded = stream.to(x.dtype, copy=True).contiguous() if want_stream else None
     if rounded is not None:
         stream = rounded.to(stream.dtype)
     if kind.centre:
@@ -105,9 +105,9 @@ def norm_forward(
         y = y * (weight.to(y.dtype) + kind.offset)
     if bias is not None:
         y = y + bias
-    return NormOutputs(
-        y.to(x.dtype).contiguous(), rounded, normed.to(x.dtype).contiguous() if want_normed else None, rstd
-    )
+    # Copies, for no two results may share their memory.
+    kept = normed.to(x.dtype, copy=True).contiguous() if want_normed else None
+    return NormOutputs(y.to(x.dtype).contiguous(), rounded, kept, rstd)
 
 
 def norm_backward(

@@ -70,3 +70,12 @@ def centred(tile, mean, k: tl.constexpr, cols, N_COLS: tl.constexpr):
     if (k + 1) * PIECE > N_COLS:
         difference = tl.where((cols + k * PIECE < N_COLS)[None, :], difference, 0.0)
     return difference
+
+
+@triton.jit
+def about_the_mean(squares, residual_mean):
+    """Return the variance, from the mean square about the rounded mean and what the rounding left over.
+
+    Rounding may take a constant row's just below zero; a NaN stays one, which the hardware's maximum would drop.
+    """
+    return tl.maximum(squares - residual_mean * residual_mean, 0.0, propagate_nan=tl.PropagateNan.ALL)

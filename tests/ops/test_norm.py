@@ -214,6 +214,43 @@ def test_dropout_follows_torchs_generator():
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+def test_results_can_be_written_in_place(backend):
+    x, weight, bias = leaves()
+    ops.layer_norm(x, weight, bias, backend=backend).mul_(2).sum().backward()
+    want = torch.autograd.grad(2 * stock(x, weight, bias).sum(), x)
+    torch.testing.assert_close(x.grad, want[0], rtol=1e-4, atol=1e-5)
+    for result in ops.dropout_add_norm(x, x, weight, bias, LAYER_NORM, return_stream=True, backend=backend):
+        result.add_(1)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("keep", ["stream", "normed"])
+def test_results_share_no_memory(keep, backend):
+    x = leaves()[0]
+    torch.library.opcheck(OPERATOR, (x, None, None, None, None, *settings(backend, LAYER_NORM, 0.0, keep)))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_stream_of_inputs_without_gradient_has_none(backend):
+    x, weight, bias = leaves((False, True, True))
+    y, stream = ops.dropout_add_norm(x, x, weight, bias, LAYER_NORM, return_stream=True, backend=backend)
+    assert y.requires_grad
+    assert not stream.requires_grad
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dropout", [0.0, 0.5])
+def test_parameters_of_an_unused_norm_have_no_gradient(dropout, backend):
+    x, weight, bias = leaves()
+    _, stream = ops.dropout_add_norm(
+        *(x, None if dropout else x, weight, bias, LAYER_NORM), dropout=dropout, return_stream=True, backend=backend
+    )
+    stream.sum().backward()
+    assert weight.grad is bias.grad is None
+    torch.testing.assert_close(x.grad, (stream / x).detach(), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_a_stream_alone_or_unused_has_its_gradient(backend):
     tensors = leaves((True, True, True))
 
@@ -432,9 +469,10 @@ def test_a_second_derivative_is_refused():
         torch.autograd.grad(ops.layer_norm(x, weight, bias).sum(), x, create_graph=True)
 
 
-def test_meta_tensors():
+@pytest.mark.parametrize("backend", ["auto", "triton"])
+def test_meta_tensors(backend):
     x = torch.empty(2, 3, N_COLS, device="meta", dtype=torch.bfloat16, requires_grad=True)
-    y = ops.layer_norm(x, None, None)
+    y = ops.layer_norm(x, None, None, backend=backend)
     y.sum().backward()
     assert (y.shape, y.dtype, x.grad.shape) == (x.shape, x.dtype, x.shape)
 

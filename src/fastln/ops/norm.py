@@ -192,7 +192,7 @@ def _norm(
     """Return `y` and what is kept (nothing, the stream or x_hat)."""
     _check(x, weight, bias)
     tensors = (x, weight, bias, residual, seed)
-    if torch.compiler.is_compiling() or type(x) is not Tensor or torch._C._len_torch_dispatch_stack():
+    if torch.compiler.is_compiling() or type(x) is not Tensor or x.is_meta or torch._C._len_torch_dispatch_stack():
         return torch.ops.fastln.norm(*tensors, *settings)[:2]
     if _wants_gradient(x, weight, bias, residual):
         return _EagerNorm.apply(*tensors, settings)[:2]
@@ -230,7 +230,9 @@ def _forward(
         want_normed=chosen.keep == "normed",
     )
     kept = outputs.stream if outputs.normed is None else outputs.normed
-    return outputs.y.view(x.shape), x.new_empty(0) if kept is None else kept.view(x.shape), outputs.rstd
+    # No views in autograd's sense, or nobody could write to them in place.
+    kept = x.new_empty(0) if kept is None else _aten._unsafe_view.default(kept, x.shape)
+    return _aten._unsafe_view.default(outputs.y, x.shape), kept, outputs.rstd
 
 
 def _backward(
@@ -295,20 +297,24 @@ def _keep(ctx: Any, tensors: tuple[Tensor | None, ...], settings: _Settings, kep
     ctx.grad_dtype = dtypes[0] if dtypes and dtypes[0] == dtypes[-1] else torch.float32
     ctx.settings = settings
     ctx.set_materialize_grads(False)
-    ctx.mark_non_differentiable(*([stats] if settings.keep == "stream" else [kept, stats]))
+    ctx.mark_non_differentiable(*([stats] if settings.keep == "stream" and need_input else [kept, stats]))
 
 
 def _gradients(
     ctx: Any, dy: Tensor | None, dstream: Tensor | None, compute: Callable[..., Sequence[Tensor]]
 ) -> tuple[Tensor | None, ...]:
     """Return the gradients of x, weight, bias, residual and seed."""
+    wanted: _Wanted = ctx.wanted
     if dy is None:
         if dstream is None:
             return (None,) * 5
+        # Nothing used the normed sum.
+        wanted = wanted._replace(dweight=False, dbias=False)
+        if not ctx.settings.dropout:
+            return dstream if wanted.dx else None, None, None, dstream if wanted.dresidual else None, None
         dy = torch.zeros_like(dstream)
     if torch.is_grad_enabled():
         raise FastLNError("a norm is differentiable once: its backward cannot run with create_graph=True")
-    wanted: _Wanted = ctx.wanted
     saved, weight, seed, stats = ctx.saved_tensors
     need_rows = wanted.dx or wanted.dresidual
     grads = iter(
