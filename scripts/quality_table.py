@@ -22,6 +22,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+from fastln.bench.provenance import settle
 from fastln.methods import METHODS
 from fastln.training import TrainConfig
 
@@ -100,6 +101,7 @@ def table(records: list[Record]) -> str:
         if not full:
             continue
         rates = ", ".join(f"{rate_of(record):.1e}: {record['test']['all']:.1f}" for record in tried)
+        rates += f" ({', '.join(sorted({str(record['run']['config']['epochs']) for record in tried}))} epochs)"
         accuracies = [spread([record["test"][part] for record in full]) for part in ("all", "closed", "open")]
         seeds = ", ".join(f"{record['test']['all']:.1f}" for record in full)
         minutes = spread([record["training"]["seconds"] / 60 for record in full])
@@ -136,7 +138,8 @@ def main() -> None:
             future.result()
     records = [json.loads(path.read_text()) for path in sorted(options.out.glob("*/run.json"))]
     records = [without_losses(record) for record in records if record["finished"]]
-    (options.out / "results.json").write_text(json.dumps(records, indent=1) + "\n")
+    report = {"provenance": settle("auto", "auto")[2] | {"argv": sys.argv}, "runs": records}
+    (options.out / "results.json").write_text(json.dumps(report, indent=1) + "\n")
     (options.out / "table.md").write_text(table(records) + "\n")
     print(table(records))
 

@@ -6,8 +6,8 @@
 Each row of the public file gives its question and, where `question_frame` is not `NULL`, that question once more in a
 template's words. Numbering questions and frames through, row by row, gives the `qid` of the split files: `phrase_type`
 `test_...` puts a question into the test split, everything else is training. The frames are training even where their
-question is a test question: 284 of the 1,267 frames in training therefore say in other words what the test asks, with
-its answer. That is the split of the literature and is kept.
+question is a test question: 284 of the 1,267 frames in training therefore say what the test asks, with its answer, 263
+of them in other words. That is the split of the literature and is kept.
 
 Where the same image, question (but for case and white space) and answer (normalised) stand in both splits, the row is
 dropped from training: 14 such triples, which are 22 of the 3,064 rows. The published test split stays whole.
