@@ -11,7 +11,8 @@ off the machine code. From them and the data sheets a share of the memory's band
   waits, times the warps that an SM holds; wanted is bandwidth times a latency of 600 ns (Little's law): 15 KB for each
   SM of an H100;
 - issue time: four warp instructions a cycle and SM, for the loop's instructions (the whole kernel's without a loop);
-  left out of account where a row takes several turns of the loop.
+  left out of account where a row takes several turns of the loop. On gfx942 no loop is looked for: the whole kernel
+  stands for it.
 
 It is no measurement: caches, latencies that vary and launch times are not in it. It says which kernel has a reason to
 be slow, and why.

@@ -1,6 +1,6 @@
 """Check and time the norm kernels and their peers on this machine's GPU: one command, one JSON file, one table.
 
-    python scripts/gpu_report.py --out benchmarks/results/gpu.json
+    python scripts/gpu_report.py
 
 Every configuration is checked against the definition in float64 before it is timed; one that fails is not timed, and
 its row says why. Times are of CUDA graphs, so that no time of the host is in them, over copies of the inputs that
@@ -780,7 +780,7 @@ def at_least(least: int) -> Callable[[str], int]:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run from the command line; the exit status is 0 without a GPU too."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, required=True, help="JSON file to write")
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/gpu.json"), help="JSON file to write")
     parser.add_argument("--operations", nargs="+", choices=list(OPERATIONS), default=list(OPERATIONS))
     parser.add_argument("--dtypes", nargs="+", choices=list(DTYPES), default=["bf16"])
     parser.add_argument("--widths", nargs="+", type=at_least(1), default=WIDTHS, help="columns")
