@@ -1,0 +1,229 @@
+"""Check every load and store of the kernels against its tensor's bounds with triton-viz's sanitizer; no GPU needed.
+
+    make sanitize    # in an environment of its own, .venv-sanitize
+
+The launching functions run as they are, with their own launch choices, on shapes whose rows and columns end inside a
+tile; `strict_sanitizer.py` says what is checked and how. First comes a check of the check: copies of the kernels whose
+masks let through one column, or one row, too many must be reported. The exit status is 1 where an access out of bounds
+was found, a broken copy passed, or a kernel was never launched.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import itertools
+import os
+import pkgutil
+import re
+import shutil
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+from unittest import mock
+
+# triton-viz interprets by itself, and only what is not interpreted already.
+os.environ.pop("TRITON_INTERPRET", None)
+
+import torch
+import triton
+import triton_viz  # type: ignore[import-not-found]
+from strict_sanitizer import StrictSanitizer
+
+PACKAGE = "fastln_kernels"
+KERNELS = Path(__file__).parent.parent / "kernels"
+
+ROWS = (1, 7, 33)
+WIDTHS = (1, 3, 17, 384, 1000, 1152)
+WIDE_ROWS, WIDE = 7, (12000, 33000)
+"""Rows whose sums go through a kernel of their own, and rows that no kernel holds in registers."""
+DTYPES = (torch.float32, torch.bfloat16)
+
+BREAKS = {"column": (r"< N_COLS\b", "<= N_COLS"), "row": (r"\brows < (n_\w+)", r"rows <= \1")}
+"""What makes every mask let through one more column or row."""
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """One way to call the norms.
+
+    Attributes:
+        dropout: Whether the prologue has dropout.
+        residual: Whether it adds a residual and returns the sum; in the backward, whether the sum has a gradient.
+        strided: Whether rows lie further apart than they are long.
+        centre: LayerNorm rather than RMSNorm.
+        normed: Whether x_hat is what is kept for backward.
+    """
+
+    dropout: bool
+    residual: bool
+    strided: bool
+    centre: bool
+    normed: bool
+
+
+# Eight in which every two options take all four pairs of values.
+OPTIONS = [Options(a, b, c, a ^ b, b ^ c) for a, b, c in itertools.product((False, True), repeat=3)]
+SUBSETS = [wanted for wanted in itertools.product((False, True), repeat=3) if any(wanted)]
+
+
+@dataclass
+class Tally:
+    """What was checked and found.
+
+    Attributes:
+        launches: Launches by kernel.
+        accesses: Loads and stores checked, by kernel.
+        findings: Where an access out of bounds was found, each with the case that first led there.
+    """
+
+    launches: Counter[str] = field(default_factory=Counter)
+    accesses: Counter[str] = field(default_factory=Counter)
+    findings: dict[tuple[str, str], str] = field(default_factory=dict)
+
+    def add(self, kernel: str, sanitizer: StrictSanitizer, case: str) -> None:
+        """Take in what one kernel's sanitizer saw in one case."""
+        self.launches[kernel] += sanitizer.launches
+        self.accesses[kernel] += sanitizer.accesses
+        for record in sanitizer.records:
+            at = record.user_code_tracebacks[-1]
+            access = f"{record.op_type.name} of {record.tensor_name}"
+            where = f"{Path(at.filename).name}:{at.lineno}, in {at.func_name}: {access}: {at.line_of_code.strip()}"
+            self.findings.setdefault((kernel, where), case)
+
+
+class Kernels:
+    """The kernels of a copy of the package.
+
+    Attributes:
+        norm: The module of the launching functions.
+        kernels: By name, every function for Triton that is called `..._kernel`.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        for name in [name for name in sys.modules if name.partition(".")[0] == PACKAGE]:
+            del sys.modules[name]
+        importlib.invalidate_caches()
+        with mock.patch.object(sys, "path", [str(folder), *sys.path]):
+            package = importlib.import_module(PACKAGE)
+            found = pkgutil.walk_packages(package.__path__, f"{PACKAGE}.")
+            self._modules = [importlib.import_module(module.name) for module in found]
+        self.norm = importlib.import_module(f"{PACKAGE}.norm")
+        self.kernels = {name: kernel for _, name, kernel in self._uses()}
+
+    def _uses(self) -> Iterator[tuple[ModuleType, str, triton.JITFunction]]:
+        for module in self._modules:
+            for name, value in vars(module).items():
+                if isinstance(value, triton.JITFunction) and name.endswith("_kernel"):
+                    yield module, name, value
+
+    @contextlib.contextmanager
+    def sanitized(self, tally: Tally, case: str) -> Iterator[None]:
+        """Check the launches inside, and add what they do to the tally."""
+        sanitizers = {name: StrictSanitizer() for name in self.kernels}
+        with contextlib.ExitStack() as stack:
+            for module, name, kernel in list(self._uses()):
+                traced = triton_viz.trace(sanitizers[name])(kernel)
+                stack.enter_context(mock.patch.object(module, name, traced))
+            yield
+        triton_viz.clear()
+        for name, sanitizer in sanitizers.items():
+            tally.add(name, sanitizer, case)
+
+
+def check_norms(
+    kernels: Kernels, tally: Tally, n_rows: int, n_cols: int, dtype: torch.dtype, options: Iterable[Options]
+) -> None:
+    """Run the norm, forward and for all subsets of the gradients, under the sanitizer."""
+    kind_of = importlib.import_module(f"{PACKAGE}.reference").NormKind
+    weight, bias = torch.empty(n_cols), torch.empty(n_cols)
+    print(f"{n_rows} × {n_cols} {_name(dtype)}", file=sys.stderr)
+    for option in options:
+
+        def rows(strided: bool = option.strided) -> torch.Tensor:
+            return torch.empty((n_rows, n_cols + 8 * strided), dtype=dtype)[:, :n_cols]
+
+        kind = kind_of(1e-6, centre=option.centre, offset=0.0 if option.centre else 1.0)
+        prologue: dict[str, Any] = {"dropout": 0.1 if option.dropout else 0.0}
+        prologue["seed"] = torch.zeros(1, dtype=torch.int64) if option.dropout else None
+        case = f"{n_rows} × {n_cols} {_name(dtype)}, {option}"
+        with kernels.sanitized(tally, f"forward, {case}"):
+            kernels.norm.norm_forward(
+                *(rows(), weight, bias if option.centre else None, kind),
+                residual=rows() if option.residual else None,
+                want_stream=option.residual,
+                want_normed=option.normed,
+                **prologue,
+            )
+        for need_dx, need_dweight, need_dbias in SUBSETS:
+            need_normed = need_dx or need_dweight
+            with kernels.sanitized(tally, f"backward {need_dx=} {need_dweight=} {need_dbias=}, {case}"):
+                kernels.norm.norm_backward(
+                    *(rows(), rows() if need_normed else None, weight, torch.empty(n_rows) if need_normed else None),
+                    kind,
+                    saved_is_normed=option.normed,
+                    dstream=rows() if option.residual and need_dx else None,
+                    need_dx=need_dx,
+                    need_dresidual=need_dx and option.residual,
+                    need_dweight=need_dweight,
+                    need_dbias=need_dbias,
+                    **prologue,
+                )
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def check_check() -> list[str]:
+    """Break the masks of copies of the kernels; return a complaint for each kernel that passes all the same."""
+    complaints = []
+    for what, (mask, broken_mask) in BREAKS.items():
+        with tempfile.TemporaryDirectory() as folder:
+            shutil.copytree(KERNELS / PACKAGE, Path(folder) / PACKAGE)
+            for path in Path(folder).rglob("*.py"):
+                path.write_text(re.sub(mask, broken_mask, path.read_text()))
+            broken, tally = Kernels(Path(folder)), Tally()
+            for n_rows, n_cols in ((7, 17), (WIDE_ROWS, WIDE[-1])):
+                check_norms(broken, tally, n_rows, n_cols, torch.float32, [OPTIONS[-1]])
+        # Columns are masked in helpers that all share; rows, where there are several, in the kernel or not at all.
+        expected = {n for n, k in broken.kernels.items() if what == "column" or "rows <= n_" in k.src}
+        reported = {kernel for kernel, _ in tally.findings}
+        print(f"broken on purpose, one {what} too many: reported in {', '.join(sorted(reported)) or 'none'}")
+        complaints += [f"{kernel} with one {what} too many was not reported" for kernel in sorted(expected - reported)]
+    return complaints
+
+
+def main() -> int:
+    """Run from the command line."""
+    began = time.perf_counter()
+    complaints = check_check()
+    kernels, tally = Kernels(KERNELS), Tally()
+    turn = itertools.cycle(OPTIONS)  # in this order, every width meets all eight
+    for dtype, n_cols, n_rows in itertools.product(DTYPES, WIDTHS, ROWS):
+        check_norms(kernels, tally, n_rows, n_cols, dtype, itertools.islice(turn, 2))
+    for n_cols, dtype in itertools.product(WIDE, DTYPES):
+        check_norms(kernels, tally, WIDE_ROWS, n_cols, dtype, itertools.islice(turn, 4))
+    print(f"checked all gradients' subsets in {' and '.join(map(_name, DTYPES))}, with and without dropout, residual,")
+    print(f"  gaps between rows and mean: rows {ROWS} × columns {WIDTHS} and {WIDE_ROWS} × {WIDE}")
+    for kernel in sorted(kernels.kernels):
+        print(f"  {kernel}: {tally.accesses[kernel]} loads and stores in {tally.launches[kernel]} launches")
+        if not tally.accesses[kernel]:
+            complaints.append(f"{kernel} was never launched: give it a case in {Path(__file__).name}")
+    complaints += [f"{kernel}: {where}\n    at {case}" for (kernel, where), case in tally.findings.items()]
+    print(f"{time.perf_counter() - began:.0f} s")
+    for complaint in complaints:
+        print(f"FAILED: {complaint}")
+    if not complaints:
+        print("no access out of bounds")
+    return 1 if complaints else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
