@@ -9,7 +9,7 @@ ifneq ($(wildcard ../shared/data/vqa-rad),)
 export FASTLN_DATA ?= ../shared
 endif
 
-.PHONY: help setup test test-all lint format bench compile-report clean
+.PHONY: help setup test test-all lint format bench compile-report sanitize clean
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 14
@@ -42,5 +42,15 @@ format: $(READY)  ## let ruff rewrite what it can
 compile-report: $(READY)  ## compile every kernel for real GPUs and compare with what is committed
 	$(PY) scripts/compile_report.py
 
+sanitize: .venv-sanitize/.ready  ## check the kernels' accesses against their tensors' bounds, with triton-viz (minutes)
+	.venv-sanitize/bin/python scripts/sanitize.py
+
+# Triton 3.6 was the newest when this triton-viz came out; torch for CUDA insists on its own, so it is put in last.
+.venv-sanitize/.ready: constraints.txt scripts/sanitize-requirements.txt
+	test -x .venv-sanitize/bin/pip || $(PYTHON) -m venv --clear .venv-sanitize
+	.venv-sanitize/bin/pip install --quiet --disable-pip-version-check -c constraints.txt -r scripts/sanitize-requirements.txt
+	.venv-sanitize/bin/pip install --quiet --disable-pip-version-check --no-deps triton==3.6.0
+	touch $@
+
 clean:  ## remove what setup and the runs made
-	rm -rf .venv runs
+	rm -rf .venv .venv-sanitize runs
