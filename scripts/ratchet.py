@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from norm_cases import CASES
@@ -10,6 +10,11 @@ from report_rows import Row
 
 RATCHET_WIDTH = 8192
 BY_ROWS = ("forward_kernel", "backward_kernel")
+LOSSES: dict[str, Callable[[dict[str, Any]], int]] = {
+    "registers": lambda kernel: kernel["registers"],
+    "loads that are not of 128 bits": lambda kernel: kernel["loads"] - kernel["loads_128"],
+    "stores that are not of 128 bits": lambda kernel: kernel["stores"] - kernel["stores_128"],
+}
 
 
 def _key(row: Row, kernel: dict[str, Any]) -> tuple[str, ...]:
@@ -57,6 +62,6 @@ def _losses(kernel: dict[str, Any], then: dict[str, Any] | None) -> Iterator[str
     if then is None:
         yield "there are no figures to compare with: look at the new ones, then add them with --accept"
         return
-    for what, sign in (("registers", 1), ("loads_128", -1), ("stores_128", -1)):
-        if sign * kernel[what] > sign * then[what]:
-            yield f"{what} {kernel[what]}, {then[what]} before"
+    for what, figure in LOSSES.items():
+        if figure(kernel) > figure(then):
+            yield f"{figure(kernel)} {what}, {figure(then)} before"

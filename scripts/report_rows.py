@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import hashlib
 import json
@@ -72,7 +73,7 @@ def source_digest() -> str:
 
 
 def save(path: Path, provenance: dict[str, Any], rows: Sequence[Row]) -> None:
-    """Write a report, a row a line without what is as by default; whoever interrupts it finds the file as it was."""
+    """Write a report, a row a line without defaults and zeros; whoever interrupts it finds the file as it was."""
     lines = ",\n".join(map(_line, rows))
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_suffix(".new")
@@ -84,8 +85,11 @@ def load(path: Path) -> list[Row]:
     """Read a report's rows; none where there is no file, or one of another shape."""
     if not path.is_file():
         return []
-    rows = json.loads(path.read_text())["rows"]
-    return [Row(**row) for row in rows if _REQUIRED <= row.keys() <= _NAMES]
+    found = json.loads(path.read_text())["rows"]
+    rows = [Row(**row) for row in found if _REQUIRED <= row.keys() <= _NAMES]
+    for row in rows:
+        row.compiled = row.compiled and [collections.defaultdict(int, kernel) for kernel in row.compiled]
+    return rows
 
 
 _NAMES = {field.name for field in dataclasses.fields(Row)}
@@ -93,7 +97,9 @@ _REQUIRED = {field.name for field in dataclasses.fields(Row) if field.default is
 
 
 def _line(row: Row) -> str:
-    written = {name: value for name, value in dataclasses.asdict(row).items() if name in _REQUIRED or value}
+    written = {name: value for name, value in vars(row).items() if name in _REQUIRED or value}
+    if row.compiled:
+        written["compiled"] = [{name: figure for name, figure in kernel.items() if figure} for kernel in row.compiled]
     return json.dumps(written, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
 
 

@@ -7,8 +7,9 @@ A lane loads 16 bytes at once, so a warp asks for 512 bytes of a row with each l
 | piece of a row           | the narrowest that leaves  | 384 = 3 x 128, 768 = 3 x 256, 1,152 = 5 x 256 less half a  |
 |                          | a lane few enough elements | piece (bf16). Up to 1,280 columns a row belongs to one     |
 |                          |                            | warp or half of one: its sums need no barrier              |
-| elements a lane          | 40; 32 in float32 where    | sums of dweight and dbias take 80 registers of 255, the    |
-|                          | sums are kept              | weight 40, two packed rows 40 (float32: 64): no spills     |
+| elements a lane          | 40; with sums 32 in        | sums of dweight and dbias take 80 registers of 255, the    |
+|                          | float32; 24 on AMD         | weight 40, two packed rows 40 (float32: 64): no spills. An |
+|                          |                            | AMD warp has twice the lanes                               |
 | ... of 16 warps          | forward 64, dx 32; sums 32 | 512 threads have 128 registers each, so of the sums only   |
 |                          | in 16 bits, of dweight and | those fit: dweight and dbias 64 and two packed rows 32, or |
 |                          | dbias without rows or of   | dweight 32 beside the rows, whose weight is loaded again   |
@@ -20,8 +21,8 @@ A lane loads 16 bytes at once, so a warp asks for 512 bytes of a row with each l
 |                          |                            | 1.5 KB = 24 KB; more programs cost rows of partial sums    |
 | next tile asked for      | where sums, weight and two | otherwise nothing is on its way while 8 warps compute. By  |
 | before this one is       | tiles of every input take  | what compiles: dropout's numbers, or warps that share a    |
-| computed                 | 200 registers; 160 after a | row, leave ptxas too little for the rest beyond 160        |
-|                          | prologue or where warps    |                                                            |
+| computed                 | 200 registers; 160 after a | row, leave ptxas too little for the rest beyond 160; AMD's |
+|                          | prologue or where warps    | compiler needs 40 more                                     |
 |                          | share a row                |                                                            |
 | column tile              | 16 rows x 128 columns, 4   | 128 divides the usual widths; a row's piece is whole       |
 |                          | warps; 32 warps an SM      | 128-byte lines; each program's sums are 128 columns only   |
@@ -125,14 +126,15 @@ def backward_tile(
     if n_sums:
         fits = not need_rows or (n_sums == 1 and not centre and not prologue)
         limit, widest = (40, 32 if fits else 0) if itemsize == 2 else (32, 0)
+        limit = limit if LANES == 32 else 24
     tile = _row_tile(n_cols, itemsize, LANES, 8 if n_sums else 4, limit, widest)
     if tile is None:
         return None
     elements = tile.pieces * 16 // itemsize
     registers = elements * (n_sums + need_rows) + 2 * n_inputs * elements * itemsize // 4
     roomy = tile.warps < _MAX_WARPS
-    alone = tile.rows >= tile.warps
-    prefetch = n_sums > 0 and roomy and registers <= (200 if alone and not prologue else 160)
+    budget = 200 if tile.rows >= tile.warps and not prologue else 160
+    prefetch = n_sums > 0 and roomy and registers <= budget - (40 if LANES == 64 else 0)
     return BackwardTile(tile.rows, tile.piece, tile.pieces, tile.warps, prefetch, keep_weight=roomy or not n_sums)
 
 

@@ -1,6 +1,6 @@
 """LayerNorm and RMSNorm of rows too wide for the registers: loops over blocks of columns.
 
-A row is read twice, the second time mostly from the cache. Its mean is taken about the mean of its first block. Should
+A row is read twice, the second time mostly from the cache. Loops are unrolled by 4, so that 4 blocks are asked for at once. Its mean is taken about the mean of its first block. Should
 that lie far from the row's mean, the row's variance is large for the same reason: what cancels is at most a factor
 N_COLS / COLS of the last bit.
 """
@@ -73,7 +73,7 @@ def forward_wide_kernel(
         mean = tl.sum(block) / min(COLS, N_COLS)
     first = tl.zeros((1, COLS), tl.float32)
     second = tl.zeros((1, COLS), tl.float32)
-    for start in range(0, N_COLS, COLS):
+    for start in tl.range(0, N_COLS, COLS, loop_unroll_factor=4):
         in_cols = start + offsets < N_COLS
         block = _stream_block(
             *(x_ptr, residual_ptr, seed, row, x_stride, residual_stride, start, offsets, in_cols),
@@ -93,7 +93,7 @@ def forward_wide_kernel(
     rstd = tl.rsqrt(variance + eps)
     tl.store(rstd_ptr + row, rstd)
 
-    for start in range(0, N_COLS, COLS):
+    for start in tl.range(0, N_COLS, COLS, loop_unroll_factor=4):
         in_cols = start + offsets < N_COLS
         block = _stream_block(
             *(x_ptr, residual_ptr, seed, row, x_stride, residual_stride, start, offsets, in_cols),
@@ -152,7 +152,7 @@ def backward_row_wide_kernel(
     differences = tl.zeros((1, COLS), tl.float32)
     with_differences = tl.zeros((1, COLS), tl.float32)
     with_ones = tl.zeros((1, COLS), tl.float32)
-    for start in range(0, N_COLS, COLS):
+    for start in tl.range(0, N_COLS, COLS, loop_unroll_factor=4):
         in_cols = start + offsets < N_COLS
         difference = _load_block(saved_ptr, row, saved_stride, start + offsets, in_cols)
         difference = tl.where(in_cols[None, :], difference - mean, 0.0)
@@ -177,7 +177,7 @@ def backward_row_wide_kernel(
         if dx_ptr is not None and THRESHOLD > 0:
             rows = tl.full((1,), 0, tl.int64) + row
             seed = tl.load(seed_ptr)
-        for start in range(0, N_COLS, COLS):
+        for start in tl.range(0, N_COLS, COLS, loop_unroll_factor=4):
             in_cols = start + offsets < N_COLS
             at = row * N_COLS + (start + offsets)[None, :]
             dnormed = _load_block(dy_ptr, row, dy_stride, start + offsets, in_cols)

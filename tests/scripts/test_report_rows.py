@@ -6,7 +6,7 @@ from report_rows import Row, load, notes, save, source_digest
 
 COMPILED = Row(
     *("sm_90", "bf16", "fp32", 768, 8192, "layer_norm-dx", "fastln", "abc", 7),
-    compiled=[{"kernel": "k"}],
+    compiled=[{"kernel": "k", "registers": 9, "spills": 0}],
     predicted={"share": 0.9},
 )
 MEASURED = Row("H100", "bf16", "bf16", 768, 9, "layer_norm-dx", "liger", "abc", 7, error="broke", measured={})
@@ -15,8 +15,17 @@ MEASURED = Row("H100", "bf16", "bf16", 768, 9, "layer_norm-dx", "liger", "abc", 
 def test_round_trip(tmp_path):
     path = tmp_path / "new" / "rows.json"
     save(path, {"commit": "abc"}, [COMPILED, MEASURED])
-    assert load(path) == [COMPILED, Row(**vars(MEASURED) | {"measured": None})]
-    found = json.loads(path.read_text())
+    compiled, measured = load(path)
+    assert dict(compiled.compiled[0]) == {"kernel": "k", "registers": 9}
+    assert compiled.compiled[0]["spills"] == 0
+    assert [compiled, measured] == [
+        Row(**vars(COMPILED) | {"compiled": compiled.compiled}),
+        Row(**vars(MEASURED) | {"measured": None}),
+    ]
+    written = path.read_text()
+    save(path, {"commit": "abc"}, [compiled, measured])
+    assert path.read_text() == written
+    found = json.loads(written)
     assert found["provenance"] == {"commit": "abc"}
     assert len(path.read_text().splitlines()) == 4  # a row a line
     assert [path.name for path in path.parent.iterdir()] == ["rows.json"]
