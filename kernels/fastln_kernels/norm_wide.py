@@ -1,8 +1,8 @@
 """LayerNorm and RMSNorm of rows too wide for the registers: loops over blocks of columns.
 
-A row is read twice, the second time mostly from the cache. Loops are unrolled by 4, so that 4 blocks are asked for at once. Its mean is taken about the mean of its first block. Should
-that lie far from the row's mean, the row's variance is large for the same reason: what cancels is at most a factor
-N_COLS / COLS of the last bit.
+A row is read twice, the second time mostly from the cache; loops are unrolled by 4, to ask for 4 blocks at once. Its
+mean is taken about the mean of its first block. Should that lie far from the row's mean, the row's variance is large
+for the same reason: what cancels is at most a factor N_COLS / COLS of the last bit.
 """
 
 # mypy: allow-untyped-defs
