@@ -1,0 +1,155 @@
+"""A language-model head and its cross-entropy in one: the operation and its autograd formula.
+
+The rows without a label are left out before anything is computed. The gradient is made in the forward, while a chunk's
+logits are at hand (`fastln_kernels.linear_cross_entropy`), and the backward scales it by `dy`. Kept for backward, for
+the rows with a label alone:
+
+| gradients wanted       | kept                                                                     |
+|------------------------|--------------------------------------------------------------------------|
+| of hidden              | that gradient `(n_labels, d)`, and which rows they are                   |
+| of weight, bias        | that gradient                                                            |
+| the same, "none"       | instead: rows `(n_labels, d)`, labels, weight, bias; computed in backward|
+
+With reduction "none" each row has a `dy` of its own, which scales a row of the gradient of hidden but would have to
+go inside the sums over rows that are the gradients of weight and bias.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from fastln.errors import FastLNError
+from fastln_kernels import linear_cross_entropy as kernels
+
+_REDUCTIONS = ("mean", "sum", "none")
+
+
+def linear_cross_entropy(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    labels: Tensor,
+    *,
+    ignore_index: int = -100,
+    label_smoothing: float = 0.0,
+    reduction: str = "mean",
+) -> Tensor:
+    """Cross-entropy of `hidden @ weight.T + bias` against labels, without holding those logits; differentiable once.
+
+    Value and gradients are those of `F.cross_entropy(F.linear(hidden, weight, bias).float(), labels, ...)`, to
+    rounding; that is what runs under `torch.compile`. Under autocast the product is of the autocast dtype.
+
+    Args:
+        hidden: `(..., d)`, of a floating dtype.
+        weight: `(n_classes, d)`, of the same dtype.
+        bias: `(n_classes,)`, likewise, or None for zeros.
+        labels: `(...)`, int64.
+        ignore_index: Positions with this label count for nothing.
+        label_smoothing: The share of the target that is spread over all classes, from 0 to 1.
+        reduction: "mean" over the positions with a label (NaN where there is none), "sum" or "none".
+
+    Returns:
+        float32 (float64 for float64): a scalar; with "none", shaped like `labels`, 0 where a label is ignored.
+
+    Raises:
+        FastLNError: If shapes, dtypes or settings do not fit, or a label is neither a class nor `ignore_index`.
+    """
+    _check(hidden, weight, bias, labels, label_smoothing, reduction)
+    device = hidden.device.type
+    if torch.is_autocast_enabled(device) and hidden.dtype != torch.float64:
+        dtype = torch.get_autocast_dtype(device)
+        hidden, weight, bias = hidden.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
+    rows, row_labels = hidden.reshape(-1, hidden.shape[-1]), labels.reshape(-1)
+    if torch.compiler.is_compiling() or type(hidden) is not Tensor or hidden.is_meta:
+        logits = F.linear(rows, weight, bias)
+        logits = logits if logits.dtype == torch.float64 else logits.float()
+        loss = F.cross_entropy(
+            logits, row_labels, ignore_index=ignore_index, label_smoothing=label_smoothing, reduction=reduction
+        )
+    else:
+        loss = _LinearCrossEntropy.apply(rows, weight, bias, row_labels, ignore_index, label_smoothing, reduction)
+    return loss.view(labels.shape) if reduction == "none" else loss
+
+
+def _check(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, label_smoothing: float, reduction: str
+) -> None:
+    if hidden.ndim == 0 or weight.ndim != 2 or weight.shape[1] != hidden.shape[-1] or weight.shape[0] == 0:
+        raise FastLNError(
+            f"hidden must be (..., d) and weight (n_classes, d), of one class or more; "
+            f"they are {(*hidden.shape,)} and {(*weight.shape,)}"
+        )
+    if bias is not None and bias.shape != weight.shape[:1]:
+        raise FastLNError(f"the bias must be ({weight.shape[0]},), one for each class; it is {(*bias.shape,)}")
+    if labels.dtype != torch.int64 or labels.shape != hidden.shape[:-1]:
+        raise FastLNError(
+            f"labels must be int64 and {(*hidden.shape[:-1],)}, one for each row of hidden; "
+            f"they are {labels.dtype} and {(*labels.shape,)}"
+        )
+    if not 0 <= label_smoothing <= 1:
+        raise FastLNError(f"label_smoothing is {label_smoothing}; it must be from 0 to 1")
+    if reduction not in _REDUCTIONS:
+        raise FastLNError(f"unknown reduction {reduction!r}; valid: {', '.join(_REDUCTIONS)}")
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        labels: Tensor,
+        ignore_index: int,
+        label_smoothing: float,
+        reduction: str,
+    ) -> Tensor:
+        n_rows, n_classes = len(labels), len(weight)
+        rows = (labels != ignore_index).nonzero()[:, 0]
+        n_labels = len(rows)
+        if n_labels < n_rows:
+            hidden, labels = hidden[rows], labels[rows]
+        if n_labels and not 0 <= (lowest := int(labels.min())) <= (highest := int(labels.max())) < n_classes:
+            wrong = lowest if lowest < 0 else highest
+            raise FastLNError(f"label {wrong} is neither one of {n_classes} classes nor ignore_index, {ignore_index}")
+        need_dhidden, *need_parameters = ctx.needs_input_grad[:3]
+        each_its_own = reduction == "none" and any(need_parameters)
+        losses, *gradients = kernels.linear_cross_entropy(
+            *(hidden, weight, bias, labels),
+            label_smoothing=label_smoothing,
+            need_dhidden=need_dhidden,
+            need_dweight=need_parameters[0] and not each_its_own,
+            need_dbias=need_parameters[1] and not each_its_own,
+        )
+        inputs = (hidden, weight, bias, labels) if each_its_own else (None,) * 4
+        ctx.save_for_backward(rows if n_labels < n_rows else None, *gradients, *inputs)
+        ctx.n_rows, ctx.n_labels, ctx.label_smoothing, ctx.reduction = n_rows, n_labels, label_smoothing, reduction
+        if reduction == "none":
+            return losses if n_labels == n_rows else losses.new_zeros(n_rows).index_copy_(0, rows, losses)
+        return losses.sum() / n_labels if reduction == "mean" else losses.sum()
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        if torch.is_grad_enabled():
+            raise FastLNError("linear_cross_entropy is differentiable once: no backward with create_graph=True")
+        rows, dhidden, dweight, dbias, *inputs = ctx.saved_tensors
+        if ctx.reduction == "none":
+            dy = dy if rows is None else dy[rows]
+            if inputs[0] is not None:
+                _, dweight, dbias = kernels.linear_cross_entropy(
+                    *inputs,
+                    label_smoothing=ctx.label_smoothing,
+                    dy=dy,
+                    need_dweight=ctx.needs_input_grad[1],
+                    need_dbias=ctx.needs_input_grad[2],
+                )[1:]
+        else:
+            dy = dy / max(ctx.n_labels, 1) if ctx.reduction == "mean" else dy
+            dweight, dbias = (None if gradient is None else gradient * dy for gradient in (dweight, dbias))
+        if dhidden is not None:
+            dhidden = (dhidden * (dy[:, None] if ctx.reduction == "none" else dy)).to(dhidden.dtype)
+            if rows is not None:
+                dhidden = dhidden.new_zeros(ctx.n_rows, dhidden.shape[1]).index_copy_(0, rows, dhidden)
+        return dhidden, dweight, dbias, None, None, None, None
