@@ -243,6 +243,11 @@ def test_compiles_in_one_graph():
         torch.testing.assert_close(actual, expected)
 
 
+def test_meta_tensors():
+    *tensors, labels = (t.to("meta") for t in make())
+    assert ops.linear_cross_entropy(*tensors, labels, reduction="none").shape == labels.shape
+
+
 def test_differentiable_once():
     hidden, *rest = make()
     loss = ops.linear_cross_entropy(hidden, *rest)

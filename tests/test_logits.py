@@ -1,0 +1,311 @@
+"""Logits that wait: which uses leave them uncomputed, and that every other use finds what stock code would."""
+
+import copy
+import gc
+import pickle
+import weakref
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from fastln.errors import FastLNError
+from fastln.logits import LazyLogits
+from fastln.modules import LMHead
+
+N_CLASSES = 7
+LABELS = torch.tensor([[3, -100, 0, 6, 2], [-100, 5, 5, 1, -100]])
+
+
+class Twice(torch.autograd.Function):
+    """Its arguments pass `__torch_function__` by."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return x * 2
+
+    @staticmethod
+    def backward(ctx, dy):
+        return dy * 2
+
+
+def rows(logits, labels=LABELS, **settings):
+    return F.cross_entropy(logits.view(-1, N_CLASSES), labels.reshape(-1), **settings)
+
+
+def overwritten_through_a_view(logits):
+    view = logits.view(-1, N_CLASSES)
+    view[:, 2] = 0.0
+    return rows(logits)
+
+
+def overwritten_under_a_view(logits):
+    view = logits[:, 1:]
+    logits[..., 2] = 0.0
+    return F.cross_entropy(view.reshape(-1, N_CLASSES), LABELS[:, 1:].reshape(-1))
+
+
+def overwritten_after_a_copy(logits):
+    copied = logits[:, :-1].contiguous()
+    logits[..., 2] = 0.0
+    return rows(copied, LABELS[:, :-1]) + logits.mean()
+
+
+def looked_at_without_autograd(logits):
+    with torch.no_grad():
+        assert not logits.argmax(-1).requires_grad
+    return rows(logits)
+
+
+def looked_at_in_inference_mode(logits):
+    with torch.inference_mode():
+        logits.argmax(-1)
+    return rows(logits)
+
+
+LAZY_USES = {
+    "masked": lambda z: rows(z.float()),
+    "causal": lambda z: rows(z.float(), F.pad(LABELS, (0, 1), value=-100)[..., 1:].contiguous()),
+    "shifted": lambda z: rows(z[..., :-1, :].contiguous(), LABELS[..., 1:]),
+    "module": lambda z: nn.CrossEntropyLoss(label_smoothing=0.1)(
+        z[:, :-1].reshape(-1, z.size(-1)), LABELS[:, 1:].flatten()
+    ),
+    "the last": lambda z: F.cross_entropy(z[:, -3:, :].flatten(0, 1), LABELS[:, -3:].flatten(), reduction="sum"),
+    "one sequence": lambda z: F.cross_entropy(z[1], LABELS[1]),
+    "every other": lambda z: rows(z[:, ::2].contiguous().to(torch.float32), LABELS[:, ::2]),
+    "each": lambda z: rows(z, reduction="none", label_smoothing=0.1).view(2, -1).sum(1).pow(2).sum(),
+    "twice": lambda z: rows(z) + rows(z[:1], LABELS[:1].clamp_min(0), ignore_index=6),
+    "same": lambda z: rows(z.to(z.dtype).to(z.device).contiguous()),
+}
+OTHER_USES = {
+    "softcap": lambda z: rows(3 * torch.tanh(z / 3)),
+    "plus bias": lambda z: rows(z + torch.arange(7.0)),
+    "classes second": lambda z: F.cross_entropy(z.transpose(1, 2), LABELS),
+    "probabilities": lambda z: F.cross_entropy(z.view(-1, 7), torch.full((10, 7), 1 / 7)),
+    "class weights": lambda z: rows(z, weight=torch.arange(1.0, 8)),
+    "some classes": lambda z: z[..., :4].logsumexp(-1).sum(),
+    "all classes by a slice": lambda z: rows(z[..., :N_CLASSES].contiguous()),
+    "a class": lambda z: z[..., 1].sum(),
+    "by a mask": lambda z: F.cross_entropy(z[LABELS != -100], LABELS[LABELS != -100]),
+    "other rows": lambda z: z.view(2, -1)[:, 3:].pow(2).sum(),
+    "double": lambda z: rows(z.double()),
+    "concatenated": lambda z: torch.cat([z, z]).exp().sum(),
+    "function": lambda z: Twice.apply(z).sin().sum(),
+    "function on a view": lambda z: Twice.apply(z[:, 1:].float()).sin().sum(),
+    "overwritten": lambda z: rows(z.clone().mul_(2)) + z.mul_(0.5).sum(),
+    "overwritten through a view": overwritten_through_a_view,
+    "overwritten under a view": overwritten_under_a_view,
+    "overwritten after a copy": overwritten_after_a_copy,
+    "without autograd": looked_at_without_autograd,
+    "in inference mode": looked_at_in_inference_mode,
+    "compiled": lambda z: torch.compile(lambda z: rows(z.float()), backend="eager")(z),
+}
+
+
+def parts(dtype=torch.float32, d=4):
+    torch.manual_seed(0)
+    return [t.to(dtype).requires_grad_() for t in (torch.randn(2, 5, d), torch.randn(N_CLASSES, d), torch.randn(7))]
+
+
+def loss_and_gradients(make, use, tensors):
+    hidden, weight, bias = tensors
+    loss = use(make(hidden * 1, weight, bias))
+    return [loss, *torch.autograd.grad(loss, tensors)]
+
+
+@pytest.fixture
+def computed(monkeypatch):
+    """The logits that were computed, in place of none."""
+    log = []
+    compute = LazyLogits._compute
+    monkeypatch.setattr(LazyLogits, "_compute", lambda logits: log.append(logits) or compute(logits))
+    return log
+
+
+@pytest.mark.parametrize("d", [4, N_CLASSES, 12])
+@pytest.mark.parametrize("use", [*LAZY_USES, *OTHER_USES])
+def test_every_use(use, d, computed):
+    function = {**LAZY_USES, **OTHER_USES}[use]
+    got, want = (loss_and_gradients(make, function, parts(d=d)) for make in (LazyLogits.of, F.linear))
+    if use in LAZY_USES:
+        assert not computed
+    elif use != "compiled" and not (use == "all classes by a slice" and d <= N_CLASSES):
+        assert computed
+    for actual, expected in zip(got, want, strict=True):
+        assert type(actual) is Tensor
+        torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("d", [4, N_CLASSES])
+def test_dimensions_of_one_size(d, computed):
+    """Where positions, width and classes count the same, an index into the one is not taken for one into another."""
+    torch.manual_seed(0)
+    hidden, weight = torch.randn(d, d, d, requires_grad=True), torch.randn(d, d)
+    labels = torch.randint(d, (d,))
+    for pick in (lambda z: z[..., 1], lambda z: z[:, 1], lambda z: z[1], lambda z: z[:, :, 1]):
+        got, want = (
+            F.cross_entropy(pick(z), labels) for z in (LazyLogits.of(hidden, weight, None), F.linear(hidden, weight))
+        )
+        torch.testing.assert_close(got, want)
+    assert len(computed) == 2
+
+
+@pytest.mark.parametrize("widen", [False, True], ids=["as it is", "float"])
+@pytest.mark.parametrize("autocast", [False, True], ids=["bf16", "autocast"])
+def test_low_precision(autocast, widen, computed):
+    def run(make):
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            return loss_and_gradients(make, lambda z: rows(z.float() if widen else z), tensors)
+
+    tensors = parts(torch.float32 if autocast else torch.bfloat16)
+    got, want = run(LazyLogits.of), run(F.linear)
+    exact = loss_and_gradients(F.linear, rows, [t.detach().double().requires_grad_() for t in tensors])
+    assert not computed
+    for actual, of_stock, expected in zip(got, want, exact, strict=True):
+        assert actual.dtype == of_stock.dtype
+        error, of_stock_error = ((x.double() - expected).norm() / expected.norm() for x in (actual, of_stock))
+        assert error < of_stock_error + torch.finfo(torch.bfloat16).eps
+
+
+def test_autocast_is_that_of_the_forward_pass():
+    tensors = parts()
+    with torch.autocast("cpu", torch.bfloat16):
+        lazy, stock = LazyLogits.of(*tensors), F.linear(*tensors)
+    assert lazy.dtype == torch.bfloat16
+    torch.testing.assert_close(rows(lazy), rows(stock), rtol=1e-2, atol=0)
+    assert torch.equal(lazy + 0, stock)
+    lazy, plain = LazyLogits.of(*tensors), F.linear(*tensors)
+    with torch.autocast("cpu", torch.bfloat16):
+        torch.testing.assert_close(rows(lazy), rows(plain))
+        assert torch.equal(lazy + 0, plain)
+
+
+def test_what_it_is_can_be_asked(computed):
+    tensors = parts()
+    lazy, stock = LazyLogits.of(*tensors), F.linear(*tensors)
+    for a, b in ((lazy, stock), (lazy[:, 1:], stock[:, 1:]), (lazy[:, 1:].contiguous(), stock[:, 1:].contiguous())):
+        assert isinstance(a, Tensor)
+        assert (a.shape, a.stride(), a.dtype, a.device, a.ndim) == (b.shape, b.stride(), b.dtype, b.device, b.ndim)
+        assert (a.size(-1), a.numel(), len(a), a.dim()) == (b.size(-1), b.numel(), len(b), b.dim())
+        assert a.is_contiguous() == b.is_contiguous()
+        assert a.requires_grad
+        assert not a.is_leaf
+    assert not computed
+    assert repr(lazy) == repr(stock)
+
+
+def test_computed_once(computed):
+    lazy = LazyLogits.of(*parts())
+    first = lazy.detach()
+    assert lazy.detach().data_ptr() == first.data_ptr()
+    assert lazy.view(-1, N_CLASSES).data_ptr() == first.data_ptr()
+    assert lazy[:, 1:].detach().untyped_storage().data_ptr() == first.untyped_storage().data_ptr()
+
+
+def test_copies_are_plain_tensors():
+    lazy = LazyLogits.of(*parts())
+    plain = F.linear(*parts())
+    assert type(pickle.loads(pickle.dumps(lazy.detach()))) is Tensor
+    assert torch.equal(copy.deepcopy(lazy.detach()), plain)
+    assert lazy.tolist() == plain.tolist()
+    assert torch.equal(torch.stack([lazy, lazy])[0], plain)
+
+
+def test_written_parts_are_an_error():
+    hidden, weight, bias = parts()
+    for written in (weight, bias):
+        lazy = LazyLogits.of(hidden, weight, bias)
+        seen = LazyLogits.of(hidden, weight, bias)
+        seen.sum()
+        with torch.no_grad():
+            written.add_(1)
+        for use in (Tensor.sum, rows, lambda z: z[:, 1:]):
+            with pytest.raises(FastLNError, match="before the optimizer's step"):
+                use(lazy)
+        seen.sum()
+
+
+def test_nothing_is_left_behind():
+    lazy = LazyLogits.of(*parts())
+    view = lazy.float()[:, 1:].contiguous()
+    rows(view, LABELS[:, 1:]).backward()
+    gone = weakref.ref(lazy)
+    gc.disable()
+    try:
+        del lazy, view
+        assert gone() is None
+    finally:
+        gc.enable()
+
+
+def head(**settings):
+    linear = nn.Linear(4, N_CLASSES, **settings)
+    LMHead.from_stock(linear)
+    return linear
+
+
+def is_lazy(logits):
+    return isinstance(logits, LazyLogits)
+
+
+def test_when_the_head_is_lazy():
+    hidden, linear = torch.randn(2, 5, 4, requires_grad=True), head()
+    assert is_lazy(linear(hidden))
+    assert is_lazy(linear(hidden.detach()))  # the weight trains
+    linear.requires_grad_(False)
+    assert is_lazy(linear(hidden))
+    assert not is_lazy(linear(hidden.detach()))
+    assert not is_lazy(linear(hidden[0, 0]))
+    assert not is_lazy(torch.func.vmap(linear)(hidden))
+    with torch.no_grad():
+        assert not is_lazy(linear(hidden))
+    assert not is_lazy(linear.eval()(hidden))
+    for register in (
+        linear.register_forward_hook,
+        linear.register_forward_pre_hook,
+        linear.register_full_backward_hook,
+        linear.register_full_backward_pre_hook,
+    ):
+        hook = register(lambda *_: None)
+        assert not is_lazy(linear.train()(hidden))
+        hook.remove()
+    assert is_lazy(linear(hidden))
+    assert not is_lazy(copy.deepcopy(linear).to("meta")(hidden.to("meta")))
+    with pytest.raises(RuntimeError, match="dtype"):
+        linear(hidden.double())
+    with torch.autocast("cpu", torch.bfloat16):
+        assert is_lazy(linear(hidden.bfloat16()))
+        assert not is_lazy(copy.deepcopy(linear).double()(hidden.double()))
+
+
+def test_head_compiles_in_one_graph():
+    linear, hidden = head(), torch.randn(2, 5, 4, requires_grad=True)
+    compiled = torch.compile(lambda x: rows(linear(x)), fullgraph=True, backend="eager")
+    assert torch.equal(compiled(hidden), rows(F.linear(hidden, linear.weight, linear.bias)))
+
+
+def test_head_keeps_its_identity():
+    linear = nn.Linear(4, N_CLASSES)
+    weight, keys = linear.weight, list(linear.state_dict())
+    LMHead.from_stock(linear)
+    assert linear.weight is weight
+    assert list(linear.state_dict()) == keys
+    for twin in (copy.deepcopy(linear), pickle.loads(pickle.dumps(linear))):
+        assert is_lazy(twin(torch.randn(2, 5, 4)))
+    LMHead.to_stock(linear)
+    assert type(linear) is nn.Linear
+    assert vars(linear).keys() == vars(nn.Linear(4, N_CLASSES)).keys()
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_inside_a_checkpoint(use_reentrant):
+    linear = head()
+    hidden = torch.randn(2, 5, 4, requires_grad=True)
+    logits = torch.utils.checkpoint.checkpoint(linear, hidden, use_reentrant=use_reentrant)
+    got = torch.autograd.grad(rows(logits), hidden) if not use_reentrant else None
+    if use_reentrant:
+        rows(logits).backward()
+        got = (hidden.grad,)
+    want = torch.autograd.grad(rows(F.linear(hidden, linear.weight, linear.bias)), hidden)
+    torch.testing.assert_close(got, want)
