@@ -57,18 +57,19 @@ def linear_cross_entropy(
         FastLNError: If shapes, dtypes or settings do not fit, or a label is neither a class nor `ignore_index`.
     """
     _check(hidden, weight, bias, labels, label_smoothing, reduction)
-    device = hidden.device.type
-    if torch.is_autocast_enabled(device) and hidden.dtype != torch.float64:
-        dtype = torch.get_autocast_dtype(device)
-        hidden, weight, bias = hidden.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
-    rows, row_labels = hidden.reshape(-1, hidden.shape[-1]), labels.reshape(-1)
+    row_labels = labels.reshape(-1)
     if torch.compiler.is_compiling() or type(hidden) is not Tensor or hidden.is_meta:
-        logits = F.linear(rows, weight, bias)
+        logits = F.linear(hidden, weight, bias).reshape(-1, len(weight))
         logits = logits if logits.dtype == torch.float64 else logits.float()
         loss = F.cross_entropy(
             logits, row_labels, ignore_index=ignore_index, label_smoothing=label_smoothing, reduction=reduction
         )
     else:
+        device = hidden.device.type
+        if torch.is_autocast_enabled(device) and hidden.dtype != torch.float64:
+            dtype = torch.get_autocast_dtype(device)
+            hidden, weight, bias = hidden.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
+        rows = hidden.reshape(-1, hidden.shape[-1])
         loss = _LinearCrossEntropy.apply(rows, weight, bias, row_labels, ignore_index, label_smoothing, reduction)
     return loss.view(labels.shape) if reduction == "none" else loss
 
