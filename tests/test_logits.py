@@ -64,6 +64,19 @@ def looked_at_in_inference_mode(logits):
     return rows(logits)
 
 
+def used_by_compiled_code(logits):
+    with torch._C.DisableTorchFunctionSubclass():
+        first = logits.sin().sum()
+    return first + logits[:, 1:].cos().sum()
+
+
+def view_used_by_compiled_code(logits):
+    view = logits[:, 1:].float()
+    with torch._C.DisableTorchFunctionSubclass():
+        first = view.sin().sum()
+    return first + rows(logits)
+
+
 LAZY_USES = {
     "masked": lambda z: rows(z.float()),
     "causal": lambda z: rows(z.float(), F.pad(LABELS, (0, 1), value=-100)[..., 1:].contiguous()),
@@ -99,6 +112,8 @@ OTHER_USES = {
     "overwritten after a copy": overwritten_after_a_copy,
     "without autograd": looked_at_without_autograd,
     "in inference mode": looked_at_in_inference_mode,
+    "by compiled code": used_by_compiled_code,
+    "view by compiled code": view_used_by_compiled_code,
     "compiled": lambda z: torch.compile(lambda z: rows(z.float()), backend="eager")(z),
 }
 
@@ -210,6 +225,11 @@ def test_copies_are_plain_tensors():
     assert torch.equal(copy.deepcopy(lazy.detach()), plain)
     assert lazy.tolist() == plain.tolist()
     assert torch.equal(torch.stack([lazy, lazy])[0], plain)
+
+
+def test_compiled_code_cannot_write():
+    with torch._C.DisableTorchFunctionSubclass(), pytest.raises(FastLNError, match="clone"):
+        LazyLogits.of(*parts()).mul_(2)
 
 
 def test_written_parts_are_an_error():

@@ -79,6 +79,7 @@ class LazyLogits(Tensor):
     ) -> Any:
         if func._schema.is_mutable:
             raise FastLNError(f"{func} would write into logits that fastln has not computed; pass it a clone of them")
+        # Computed with their history even here, as the dispatcher gives Python the state back that the call began in.
         args, kwargs = tree_map_only(cls, lambda logits: logits._compute().detach(), (args, kwargs or {}))
         return func(*args, **kwargs)
 
@@ -102,8 +103,8 @@ class LazyLogits(Tensor):
     def _compute(self) -> Tensor:
         """Return the logits, computed at the first call, with their autograd history whatever the modes of now."""
         if self._computed is None:
-            device = self.device.type
-            with torch.inference_mode(False), torch.enable_grad(), torch.autocast(device, enabled=False):
+            # Leaving inference mode turns autograd on, even where it was off for another reason.
+            with torch.inference_mode(False), torch.autocast(self.device.type, enabled=False):
                 if self._origin is None:
                     self._computed = F.linear(*self._parts()).to(self.dtype)
                 else:
