@@ -59,9 +59,9 @@ def share(x, KIND: tl.constexpr):
     if KIND == "gelu":
         return normal_share(x, bell(x))
     elif KIND == "gelu_tanh":
-        return tl.sigmoid(GELU_TANH_SLOPE * x * (1 + GELU_TANH_CUBIC * x * x))
+        return tl.sigmoid(x * GELU_TANH_SLOPE * (x * x * GELU_TANH_CUBIC + 1))
     elif KIND == "quick_gelu":
-        return tl.sigmoid(QUICK_GELU_SLOPE * x)
+        return tl.sigmoid(x * QUICK_GELU_SLOPE)
     else:
         tl.static_assert(KIND == "silu")
         return tl.sigmoid(x)
@@ -90,7 +90,7 @@ def times_slope(dy, x, KIND: tl.constexpr):
         if KIND == "gelu_tanh":
             # An infinite square would meet the 0 of `left`.
             square = tl.minimum(x * x, 1e30, propagate_nan=tl.PropagateNan.ALL)
-            left *= GELU_TANH_SLOPE * (1 + 3 * GELU_TANH_CUBIC * square)
+            left *= (square * (3 * GELU_TANH_CUBIC) + 1) * GELU_TANH_SLOPE
         elif KIND == "quick_gelu":
             left *= QUICK_GELU_SLOPE
         return dy * (s + left)
