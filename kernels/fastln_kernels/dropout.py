@@ -9,28 +9,36 @@ import triton.language as tl
 
 
 @triton.jit
-def random_16_bits(seed, rows, first_col, N_ROWS: tl.constexpr, N_COLS: tl.constexpr):
+def random_16_bits(seed, rows, first_col, N_ROWS: tl.constexpr, N_COLS: tl.constexpr, LANE_COLS: tl.constexpr):
     """Return `(N_ROWS, N_COLS)` numbers below 2^16 for `rows` (int64) and the columns from `first_col` on.
 
-    `first_col` and `N_COLS` are multiples of 8.
+    `LANE_COLS`, 8 or 4, is how many neighbouring columns a lane holds, so that numbers are made where they are needed:
+    of 4 columns a lane uses one half of a call. `first_col` and `N_COLS` are multiples of 8.
     """
-    GROUPS: tl.constexpr = N_COLS // 8
-    shape: tl.constexpr = (N_ROWS, GROUPS)
-    groups = tl.broadcast_to((tl.arange(0, GROUPS) + first_col // 8)[None, :], shape).to(tl.uint32)
+    LANES: tl.constexpr = N_COLS // LANE_COLS
+    shape: tl.constexpr = (N_ROWS, LANES)
+    lanes = tl.broadcast_to((tl.arange(0, LANES) + first_col // LANE_COLS)[None, :], shape).to(tl.uint32)
     low = tl.broadcast_to(rows.to(tl.uint32)[:, None], shape)
     high = tl.broadcast_to((rows >> 32).to(tl.uint32)[:, None], shape)
+    groups = lanes if LANE_COLS == 8 else lanes // 2
     w0, w1, w2, w3 = tl.philox(seed, groups, low, high, tl.zeros(shape, tl.uint32))
     # The last of the joined dimensions runs fastest: low or high half, then odd or even word, then first or last two.
-    words = tl.join(tl.join(w0, w2), tl.join(w1, w3))
+    if LANE_COLS == 8:
+        words = tl.join(tl.join(w0, w2), tl.join(w1, w3))
+    else:
+        odd = lanes % 2 == 1
+        words = tl.join(tl.where(odd, w2, w0), tl.where(odd, w3, w1))
     numbers = tl.join(words & 0xFFFF, words >> 16)
-    return tl.reshape(numbers, (N_ROWS, GROUPS * 8))
+    return tl.reshape(numbers, (N_ROWS, N_COLS))
 
 
 @triton.jit
-def dropped_out(x, seed, rows, first_col, THRESHOLD: tl.constexpr):
-    """Return the float32 tile `x`, whose rows and first column are given, with dropout applied."""
-    N_ROWS: tl.constexpr = x.shape[0]
-    N_COLS: tl.constexpr = x.shape[1]
-    numbers = random_16_bits(seed, rows, first_col, N_ROWS, N_COLS)
+def dropped_out(x, seed, rows, first_col, THRESHOLD: tl.constexpr, dtype: tl.constexpr):
+    """Return the float32 tile `x`, whose rows and first column are given, with dropout applied.
+
+    A lane is taken to hold as many columns as it loads of `dtype` at once, 16 bytes.
+    """
+    LANE_COLS: tl.constexpr = 128 // dtype.primitive_bitwidth
+    numbers = random_16_bits(seed, rows, first_col, x.shape[0], x.shape[1], LANE_COLS)
     scale: tl.constexpr = 65536 / (65536 - THRESHOLD)
     return tl.where(numbers >= THRESHOLD, x * scale, 0.0)

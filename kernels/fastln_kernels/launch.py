@@ -7,15 +7,22 @@ A lane loads 16 bytes at once, so a warp asks for 512 bytes of a row with each l
 | piece of a row           | the narrowest that leaves  | 384 = 3 x 128, 768 = 3 x 256, 1,152 = 5 x 256 less half a  |
 |                          | a lane few enough elements | piece (bf16). Up to 1,280 columns a row belongs to one     |
 |                          |                            | warp or half of one: its sums need no barrier              |
-| elements a lane          | 40 of 16 bits, 32 of 32    | sums of dweight and dbias take 80 registers of 255, the    |
-|                          |                            | weight 40, three packed rows 60 (float32: 96): no spills   |
-| ... of 16 warps          | forward 64, dx 32, sums 0  | 512 threads have 128 registers each: wider rows go through |
-|                          |                            | kernels that loop over blocks of columns                   |
+| elements a lane          | 40; 32 in float32 where    | sums of dweight and dbias take 80 registers of 255, the    |
+|                          | sums are kept              | weight 40, two packed rows 40 (float32: 64): no spills     |
+| ... of 16 warps          | forward 64, dx 32; sums 32 | 512 threads have 128 registers each, so of the sums only   |
+|                          | in 16 bits, of dweight and | those fit: dweight and dbias 64 and two packed rows 32, or |
+|                          | dbias without rows or of   | dweight 32 beside the rows, whose weight is loaded again   |
+|                          | RMSNorm's dweight          | in each turn. Wider rows: loops over blocks of columns     |
 | rows of a tile           | what the warps hold, once  | 1.5 KB a warp and input at 384 and 768 (bf16): the         |
 |                          |                            | forward's 32 warps an SM ask for 48 KB                     |
 | warps of a program       | 4; 8 that keep sums        | those 8 share one row of partial sums                      |
 | programs that keep sums  | 8 warps an SM              | an H100's SM wants 15 KB asked for: 8 warps x 2 inputs x   |
 |                          |                            | 1.5 KB = 24 KB; more programs cost rows of partial sums    |
+| next tile asked for      | where sums, weight and two | otherwise nothing is on its way while 8 warps compute. By  |
+| before this one is       | tiles of every input take  | what compiles: dropout's numbers, or warps that share a    |
+| computed                 | 200 registers; 160 after a | row, leave ptxas too little for the rest beyond 160        |
+|                          | prologue or where warps    |                                                            |
+|                          | share a row                |                                                            |
 | elementwise block        | 2 x 16 bytes a lane of     | every lane has two loads under way for each input, and the |
 |                          | each tensor, 4 warps       | index arithmetic is shared by 16 elements (bf16)           |
 | column tile              | 16 rows x 128 columns, 4   | 128 divides the usual widths; a row's piece is whole       |
@@ -33,7 +40,6 @@ LANES = 64 if torch.version.hip else 32
 
 _NARROWEST = 16  # lanes that share a row, where the row is long enough
 _MAX_WARPS = 16
-_ELEMENTS = {2: 40, 4: 32}  # of a row that a lane holds, by bytes of an element
 _SUMMING_WARPS_PER_SM = 8
 _COLUMN_WARPS_PER_SM = 32
 _SMS_WITHOUT_GPU = 2  # few enough that every program loops, as on a GPU
@@ -54,6 +60,19 @@ class RowTile:
     piece: int
     pieces: int
     warps: int
+
+
+@dataclass(frozen=True, slots=True)
+class BackwardTile(RowTile):
+    """Likewise, for the backward.
+
+    Attributes:
+        prefetch: Whether a program asks for its next tile before it computes the one at hand.
+        keep_weight: Whether the weight stays in the registers, rather than being loaded for each tile.
+    """
+
+    prefetch: bool
+    keep_weight: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,29 +109,58 @@ def elementwise_block(itemsize: int) -> ColumnTile:
     return ColumnTile(rows=1, cols=2 * (16 // itemsize) * LANES * 4, warps=4)
 
 
-def row_tile(n_cols: int, itemsize: int, *, backward: bool, sums: bool = False) -> RowTile | None:
-    """The tile of whole rows, or None for rows that the registers cannot hold.
+def forward_tile(n_cols: int, itemsize: int) -> RowTile | None:
+    """The forward's tile of whole rows, or None for rows that the registers cannot hold.
 
     Args:
         n_cols: Columns of a row.
         itemsize: Bytes of an element.
-        backward: Whether the tile is for the backward.
-        sums: Whether the programs keep sums over rows.
     """
-    return _row_tile(n_cols, itemsize, LANES, backward, sums)
+    return _row_tile(n_cols, itemsize, LANES, 4, 40, 64)
+
+
+def backward_tile(
+    n_cols: int, itemsize: int, *, n_inputs: int, n_sums: int, need_rows: bool, centre: bool, prologue: bool
+) -> BackwardTile | None:
+    """The backward's tile of whole rows, or None where the registers cannot hold what is asked for.
+
+    Args:
+        n_cols: Columns of a row.
+        itemsize: Bytes of an element.
+        n_inputs: How many tensors of rows are read.
+        n_sums: How many sums over rows (of dweight, of dbias) the programs keep.
+        need_rows: Whether gradients of rows are made.
+        centre: Whether the mean was subtracted.
+        prologue: Whether dropout or a residual came before the norm.
+    """
+    limit, widest = 40, 24 if prologue else 32
+    if n_sums:
+        fits = not need_rows or (n_sums == 1 and not centre and not prologue)
+        limit, widest = (40, 32 if fits else 0) if itemsize == 2 else (32, 0)
+    tile = _row_tile(n_cols, itemsize, LANES, 8 if n_sums else 4, limit, widest)
+    if tile is None:
+        return None
+    elements = tile.pieces * 16 // itemsize
+    registers = elements * (n_sums + need_rows) + 2 * n_inputs * elements * itemsize // 4
+    roomy = tile.warps < _MAX_WARPS
+    alone = tile.rows >= tile.warps
+    prefetch = n_sums > 0 and roomy and registers <= (200 if alone and not prologue else 160)
+    return BackwardTile(tile.rows, tile.piece, tile.pieces, tile.warps, prefetch, keep_weight=roomy or not n_sums)
 
 
 @functools.cache
-def _row_tile(n_cols: int, itemsize: int, lanes: int, backward: bool, sums: bool) -> RowTile | None:
-    vector, limit = 16 // itemsize, _ELEMENTS[itemsize]
+def _row_tile(n_cols: int, itemsize: int, lanes: int, warps: int, limit: int, widest: int) -> RowTile | None:
+    """A tile of `warps` warps, or of as many as must share a row.
+
+    A lane holds up to `limit` elements of a row, and up to `widest` where it is one of the most warps.
+    """
+    vector = 16 // itemsize
     piece = max(min(_power_of_two(n_cols), _NARROWEST * vector), 8)  # 8 columns share a call of dropout's generator
     while -(-n_cols // piece) * vector > limit and piece < _MAX_WARPS * lanes * vector:
         piece *= 2
     lanes_a_row, pieces = max(piece // vector, 1), -(-n_cols // piece)
-    warps = max(8 if sums else 4, lanes_a_row // lanes)
-    if warps == _MAX_WARPS:
-        limit = 0 if sums else 32 if backward else 64
-    if pieces * vector > limit:
+    warps = max(warps, lanes_a_row // lanes)
+    if pieces * vector > (widest if warps == _MAX_WARPS else limit):
         return None
     return RowTile(rows=max(warps * lanes // lanes_a_row, 1), piece=piece, pieces=pieces, warps=warps)
 

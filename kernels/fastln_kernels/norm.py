@@ -9,6 +9,7 @@ Tensors of rows may have any row stride; columns, weights and biases that are no
 """
 
 # mypy: allow-untyped-defs
+import functools
 from typing import Any, TypeVar
 
 import torch
@@ -90,7 +91,7 @@ def norm_forward(
     )
     constants = _constants(n_cols, kind, dropout) | {"ROUND_NORMED": kind.round_normed}
     with launch.on_device(x.device):
-        tile = launch.row_tile(n_cols, x.element_size(), backward=False)
+        tile = launch.forward_tile(n_cols, x.element_size())
         if tile:
             forward_kernel[(triton.cdiv(n_rows, tile.rows),)](*arguments, **constants, **_row_options(tile))
         else:
@@ -120,71 +121,71 @@ def norm_backward(
     Takes and returns what `fastln_kernels.reference.norm_backward` does.
     """
     n_rows, n_cols = dy.shape
-    # Without dropout the two are one.
-    one_of_two = need_dx and need_dresidual and not dropout
-    need_rows, need_sums = need_dx or need_dresidual, need_dweight or need_dbias
-
-    def rows(wanted: bool) -> Tensor | None:
-        return torch.empty((n_rows, n_cols), dtype=dy.dtype, device=dy.device) if wanted else None
-
-    def vector(wanted: bool) -> Tensor | None:
-        new = torch.zeros if n_rows == 0 else torch.empty
-        return new((n_cols,), dtype=grad_dtype, device=dy.device) if wanted else None
-
-    dx, dresidual = rows(need_dx and not one_of_two), rows(need_dresidual)
-    dweight, dbias = vector(need_dweight), vector(need_dbias)
-    gradients = NormGradients(dresidual if one_of_two else dx, dresidual, dweight, dbias)
+    need_rows, need = need_dx or need_dresidual, (need_dweight, need_dbias)
+    new = functools.partial(torch.zeros if n_rows == 0 else torch.empty, device=dy.device)
+    dx, dresidual = (new((n_rows, n_cols), dtype=dy.dtype) if wanted else None for wanted in (need_dx, need_dresidual))
+    dweight, dbias = (new((n_cols,), dtype=grad_dtype) if wanted else None for wanted in need)
+    gradients = NormGradients(dx, dresidual, dweight, dbias)
     if n_rows == 0:
         return gradients
 
     dy, saved, weight, dstream = (_unit_columns(dy), *(_unit_columns(t) for t in (saved, weight, dstream)))
-    constants = _constants(n_cols, kind, dropout) | {"SAVED_IS_NORMED": saved_is_normed}
-    shared = {"N_COLS": n_cols, "ROUND_NORMED": kind.round_normed, "SAVED_IS_NORMED": saved_is_normed}
-    strides = (_row_stride(dy), _row_stride(saved))
-    tile = launch.row_tile(n_cols, dy.element_size(), backward=True, sums=need_sums)
-    sums_apart = need_sums and tile is None
-    need_means = sums_apart and need_dweight and kind.centre and not saved_is_normed
-    if sums_apart and need_rows:
-        tile = launch.row_tile(n_cols, dy.element_size(), backward=True)
-
-    n_partials, n_col_blocks = 0, triton.cdiv(n_cols, launch.COLUMN_TILE.cols)
-    if tile and need_sums and not sums_apart:
-        n_partials = min(triton.cdiv(n_rows, tile.rows), launch.summing_programs(dy.device, tile))
-    elif need_sums:
-        n_programs = triton.cdiv(launch.summing_programs(dy.device, launch.COLUMN_TILE), n_col_blocks)
-        n_partials = min(triton.cdiv(n_rows, launch.COLUMN_TILE.rows), n_programs)
-    dweight_partial, dbias_partial = (
-        torch.empty((n_partials, n_cols), dtype=torch.float32, device=dy.device) if need else None
-        for need in (need_dweight, need_dbias)
+    tile_for = functools.partial(
+        launch.backward_tile,
+        *(n_cols, dy.element_size()),
+        n_inputs=sum(t is not None for t in (dy, saved, dstream)),
+        need_rows=need_rows,
+        centre=kind.centre,
+        prologue=dstream is not None or dropout > 0,
     )
-    means = torch.empty((2, n_rows), dtype=torch.float32, device=dy.device) if need_means else None
-    rows_in_out = (dy, saved, weight, rstd, dstream, seed, dx, dresidual)
+    tile = tile_for(n_sums=sum(need))
+    # Where the registers cannot hold the sums too, they are made apart, from each row's mean.
+    apart = any(need) and tile is None
+    if apart and need_rows:
+        tile = tile_for(n_sums=0)
+    n_col_blocks = triton.cdiv(n_cols, launch.COLUMN_TILE.cols)
+    n_programs = triton.cdiv(n_rows, tile.rows) if tile else n_rows
+    n_partials = 0
+    if apart:
+        n_summing = triton.cdiv(launch.summing_programs(dy.device, launch.COLUMN_TILE), n_col_blocks)
+        n_partials = min(triton.cdiv(n_rows, launch.COLUMN_TILE.rows), n_summing)
+    elif tile and any(need):
+        n_partials = n_programs = min(n_programs, launch.summing_programs(dy.device, tile))
+    partials = [new((n_partials, n_cols), dtype=torch.float32) if wanted else None for wanted in need]
+    need_means = apart and need_dweight and kind.centre and not saved_is_normed
+    means = new((2, n_rows), dtype=torch.float32) if need_means else None
+
+    constants = _constants(n_cols, kind, dropout) | {"SAVED_IS_NORMED": saved_is_normed}
+    strides = (_row_stride(dy), _row_stride(saved))
+    rows = (dy, saved, weight, rstd, dstream, seed, dx, dresidual)
     with launch.on_device(dy.device):
-        if tile and (need_rows or not sums_apart):
-            sums = (None, None) if sums_apart else (dweight_partial, dbias_partial)
-            n_programs = n_partials if need_sums and not sums_apart else triton.cdiv(n_rows, tile.rows)
+        if tile:
             backward_kernel[(n_programs,)](
-                *(*rows_in_out, *sums, means, n_rows, *strides, _row_stride(dstream)),
+                *(*rows, *((None, None) if apart else partials), means, n_rows, *strides, _row_stride(dstream)),
                 ROUND_NORMED=kind.round_normed,
+                PREFETCH=tile.prefetch,
+                KEEP_WEIGHT=tile.keep_weight,
                 **constants,
                 **_row_options(tile),
             )
         elif need_rows or need_means:
             backward_row_wide_kernel[(n_rows,)](
-                *(*rows_in_out, means, n_rows, *strides, _row_stride(dstream)),
+                *(*rows, means, n_rows, *strides, _row_stride(dstream)),
                 **constants,
                 **_block_options(launch.WIDE_BLOCK),
             )
-        if sums_apart:
+        if apart:
             backward_parameters_kernel[(n_col_blocks, n_partials)](
-                *(dy, saved, rstd, means, dweight_partial, dbias_partial, n_rows, *strides),
+                *(dy, saved, rstd, means, *partials, n_rows, *strides),
+                N_COLS=n_cols,
                 ROWS=launch.COLUMN_TILE.rows,
-                **shared,
+                ROUND_NORMED=kind.round_normed,
+                SAVED_IS_NORMED=saved_is_normed,
                 **_block_options(launch.COLUMN_TILE),
             )
-        if need_sums:
+        if any(need):
             finish_kernel[(triton.cdiv(n_cols, launch.FINISH_TILE.cols),)](
-                *(dweight_partial, dbias_partial, dweight, dbias, n_partials),
+                *(*partials, dweight, dbias, n_partials),
                 N_COLS=n_cols,
                 ROWS=launch.FINISH_TILE.rows,
                 **_block_options(launch.FINISH_TILE),

@@ -8,17 +8,17 @@ import triton
 import triton.language as tl
 
 from fastln_kernels.dropout import dropped_out
-from fastln_kernels.tiles import about_the_mean, centred, load_tile, load_vector, mean_and_residual, store_tile
+from fastln_kernels.tiles import about_the_mean, centred, load_tile, load_vector, store_tile, two_means
 
 
 @triton.jit
-def _summed(x, residual, seed, rows, cols, PIECES: tl.constexpr, THRESHOLD: tl.constexpr):
+def _summed(x, residual, seed, rows, cols, PIECES: tl.constexpr, THRESHOLD: tl.constexpr, dtype: tl.constexpr):
     """Return the tile `residual + dropout(x)`, in float32; `residual` is empty where there is none."""
     stream = ()
     for k in tl.static_range(PIECES):
         piece = x[k].to(tl.float32)
         if THRESHOLD > 0:
-            piece = dropped_out(piece, seed, rows, k * cols.shape[0], THRESHOLD)
+            piece = dropped_out(piece, seed, rows, k * cols.shape[0], THRESHOLD, dtype)
         if len(residual) > 0:
             piece += residual[k].to(tl.float32)
         stream += (piece,)
@@ -70,8 +70,10 @@ def forward_kernel(
             residual = load_tile(residual_ptr, rows, residual_stride, in_rows, cols, N_COLS, PIECES)
         seed = 0
         if THRESHOLD > 0:
+            # So that the rows are asked for before the generator starts: no load passes a barrier.
+            tl.debug_barrier()
             seed = tl.load(seed_ptr)
-        x = _summed(x, residual, seed, rows, cols, PIECES, THRESHOLD)
+        x = _summed(x, residual, seed, rows, cols, PIECES, THRESHOLD, dtype)
         if stream_ptr is not None:
             # What is normalised is what the next layers see, rounded.
             x = _cast(x, PIECES, dtype)
@@ -79,15 +81,22 @@ def forward_kernel(
 
     mean = tl.zeros((ROWS,), tl.float32)
     residual_mean = tl.zeros((ROWS,), tl.float32)
-    if CENTRE:
-        mean, residual_mean = mean_and_residual(x, cols, N_COLS, PIECES)
+    differences = tl.zeros((ROWS, PIECE), tl.float32)
     squares = tl.zeros((ROWS, PIECE), tl.float32)
+    if CENTRE:
+        for k in tl.static_range(PIECES):
+            differences += x[k].to(tl.float32)
+        mean = tl.sum(differences, axis=1) / N_COLS
+        differences = tl.zeros((ROWS, PIECE), tl.float32)
     for k in tl.static_range(PIECES):
         difference = centred(x, mean, k, cols, N_COLS)
+        differences += difference
         squares += difference * difference
-    variance = tl.sum(squares, axis=1) / N_COLS
     if CENTRE:
-        variance = about_the_mean(variance, residual_mean)
+        residual_mean, mean_square = two_means(differences, squares, N_COLS)
+        variance = about_the_mean(mean_square, residual_mean)
+    else:
+        variance = tl.sum(squares, axis=1) / N_COLS
     rstd = tl.rsqrt(variance + eps)
     tl.store(rstd_ptr + rows, rstd, mask=in_rows)
 
@@ -114,12 +123,48 @@ def forward_kernel(
 
 
 @triton.jit
-def _dnormed(dy, weight, k: tl.constexpr, OFFSET: tl.constexpr):
-    """Return piece `k` of the gradient of x_hat, in float32; `weight` is empty where there is none."""
+def _dnormed(dy, weight, weight_ptr, k: tl.constexpr, cols, N_COLS: tl.constexpr, OFFSET: tl.constexpr):
+    """Return piece `k` of the gradient of x_hat, in float32; a weight that is not at hand is loaded."""
     dnormed = dy[k].to(tl.float32)
     if len(weight) > 0:
         dnormed *= weight[k].to(tl.float32) + OFFSET
+    elif weight_ptr is not None:
+        at = (cols + k * cols.shape[0])[None, :]
+        piece = tl.load(weight_ptr + at, mask=at < N_COLS, other=0.0)
+        dnormed *= piece.to(tl.float32) + OFFSET
     return dnormed
+
+
+@triton.jit
+def _load_inputs(
+    dy_ptr,
+    saved_ptr,
+    rstd_ptr,
+    dstream_ptr,
+    tile,
+    n_rows,
+    dy_stride,
+    saved_stride,
+    dstream_stride,
+    cols,
+    ROWS: tl.constexpr,
+    N_COLS: tl.constexpr,
+    PIECES: tl.constexpr,
+):
+    """Return what a tile of rows takes: dy, what was saved, its statistics and dstream; empty where it is not given."""
+    rows = (tile * ROWS + tl.arange(0, ROWS)).to(tl.int64)
+    in_rows = rows < n_rows
+    saved = ()
+    rstd = tl.zeros((ROWS,), tl.float32)
+    dstream = ()
+    # Zeros in dy beyond the width keep those columns out of every sum.
+    dy = load_tile(dy_ptr, rows, dy_stride, in_rows, cols, N_COLS, PIECES)
+    if saved_ptr is not None:
+        saved = load_tile(saved_ptr, rows, saved_stride, in_rows, cols, N_COLS, PIECES)
+        rstd = tl.load(rstd_ptr + rows, mask=in_rows, other=0.0)
+    if dstream_ptr is not None:
+        dstream = load_tile(dstream_ptr, rows, dstream_stride, in_rows, cols, N_COLS, PIECES)
+    return dy, saved, rstd, dstream
 
 
 @triton.jit(do_not_specialize=["n_rows"])
@@ -148,6 +193,8 @@ def backward_kernel(
     ROUND_NORMED: tl.constexpr,
     THRESHOLD: tl.constexpr,
     SAVED_IS_NORMED: tl.constexpr,
+    PREFETCH: tl.constexpr,
+    KEEP_WEIGHT: tl.constexpr,
 ):
     """Tiles of rows: dx and dresidual and, from the same loads, this program's partial sums of dweight and dbias.
 
@@ -161,7 +208,7 @@ def backward_kernel(
     FIND_MEAN: tl.constexpr = NEED_NORMED and CENTRE and not SAVED_IS_NORMED
 
     weight = ()
-    if NEED_ROWS and weight_ptr is not None:
+    if NEED_ROWS and weight_ptr is not None and KEEP_WEIGHT:
         weight = load_vector(weight_ptr, tl.arange(0, ROWS) >= 0, cols, N_COLS, PIECES)
     if dx_ptr is not None and THRESHOLD > 0:
         seed = tl.load(seed_ptr)
@@ -173,22 +220,32 @@ def backward_kernel(
         if dbias_ptr is not None:
             dbias += (tl.zeros((ROWS, PIECE), tl.float32),)
 
-    for tile in range(program, tl.cdiv(n_rows, ROWS), tl.num_programs(0)):
+    step = tl.num_programs(0)
+    if PREFETCH:
+        dy, saved, rstd, dstream = _load_inputs(
+            *(dy_ptr, saved_ptr, rstd_ptr, dstream_ptr, program, n_rows, dy_stride, saved_stride, dstream_stride, cols),
+            ROWS,
+            N_COLS,
+            PIECES,
+        )
+    for tile in range(program, tl.cdiv(n_rows, ROWS), step):
         rows = (tile * ROWS + tl.arange(0, ROWS)).to(tl.int64)
         in_rows = rows < n_rows
-        # Zeros in dy beyond the width keep those columns out of every sum.
-        dy = load_tile(dy_ptr, rows, dy_stride, in_rows, cols, N_COLS, PIECES)
+        loaded = _load_inputs(
+            *(dy_ptr, saved_ptr, rstd_ptr, dstream_ptr, tile + step if PREFETCH else tile, n_rows),
+            *(dy_stride, saved_stride, dstream_stride, cols),
+            ROWS,
+            N_COLS,
+            PIECES,
+        )
+        if not PREFETCH:
+            dy, saved, rstd, dstream = loaded
         mean = tl.zeros((ROWS,), tl.float32)
         residual_mean = tl.zeros((ROWS,), tl.float32)
         along_ones = tl.zeros((ROWS,), tl.float32)
-        if NEED_NORMED:
-            saved = load_tile(saved_ptr, rows, saved_stride, in_rows, cols, N_COLS, PIECES)
-            rstd = tl.load(rstd_ptr + rows, mask=in_rows, other=0.0)
-            scale = rstd
-            if SAVED_IS_NORMED:
-                scale = tl.full((ROWS,), 1.0, tl.float32)
-        if dstream_ptr is not None:
-            dstream = load_tile(dstream_ptr, rows, dstream_stride, in_rows, cols, N_COLS, PIECES)
+        scale = rstd
+        if SAVED_IS_NORMED:
+            scale = tl.full((ROWS,), 1.0, tl.float32)
 
         # What needs no mean comes first, so that both inputs are asked for before anything waits.
         if dbias_ptr is not None:
@@ -203,10 +260,12 @@ def backward_kernel(
                 if FIND_MEAN:
                     total += saved[k].to(tl.float32)
                 if NEED_ROWS:
-                    with_ones += _dnormed(dy, weight, k, OFFSET)
-            if FIND_MEAN:
+                    with_ones += _dnormed(dy, weight, weight_ptr, k, cols, N_COLS, OFFSET)
+            if FIND_MEAN and NEED_ROWS:
+                mean, along_ones = two_means(total, with_ones, N_COLS)
+            elif FIND_MEAN:
                 mean = tl.sum(total, axis=1) / N_COLS
-            if NEED_ROWS:
+            elif NEED_ROWS:
                 along_ones = tl.sum(with_ones, axis=1) / N_COLS
         if FIND_MEAN or NEED_ROWS:
             left = tl.zeros((ROWS, PIECE), tl.float32)
@@ -216,14 +275,18 @@ def backward_kernel(
                 if FIND_MEAN:
                     left += difference
                 if NEED_ROWS:
-                    with_difference += difference * _dnormed(dy, weight, k, OFFSET)
-            if FIND_MEAN:
+                    with_difference += difference * _dnormed(dy, weight, weight_ptr, k, cols, N_COLS, OFFSET)
+            along_difference = tl.zeros((ROWS,), tl.float32)
+            if FIND_MEAN and NEED_ROWS:
+                residual_mean, along_difference = two_means(left, with_difference, N_COLS)
+            elif FIND_MEAN:
                 residual_mean = tl.sum(left, axis=1) / N_COLS
-                if means_ptr is not None:
-                    tl.store(means_ptr + rows, mean, mask=in_rows)
-                    tl.store(means_ptr + n_rows + rows, residual_mean, mask=in_rows)
-            if NEED_ROWS:
-                along_normed = (tl.sum(with_difference, axis=1) / N_COLS - residual_mean * along_ones) * scale
+            else:
+                along_difference = tl.sum(with_difference, axis=1) / N_COLS
+            if means_ptr is not None:
+                tl.store(means_ptr + rows, mean, mask=in_rows)
+                tl.store(means_ptr + n_rows + rows, residual_mean, mask=in_rows)
+            along_normed = (along_difference - residual_mean * along_ones) * scale
 
         new_dweight = ()
         dresidual = ()
@@ -232,13 +295,13 @@ def backward_kernel(
             if NEED_NORMED:
                 normed = (saved[k].to(tl.float32) - mean[:, None] - residual_mean[:, None]) * scale[:, None]
             if NEED_ROWS:
-                dnormed = _dnormed(dy, weight, k, OFFSET)
+                dnormed = _dnormed(dy, weight, weight_ptr, k, cols, N_COLS, OFFSET)
                 inner = (dnormed - along_ones[:, None] - normed * along_normed[:, None]) * rstd[:, None]
                 if dstream_ptr is not None:
                     inner += dstream[k].to(tl.float32)
                 dresidual += (inner,)
                 if dx_ptr is not None and THRESHOLD > 0:
-                    inner = dropped_out(inner, seed, rows, k * PIECE, THRESHOLD)
+                    inner = dropped_out(inner, seed, rows, k * PIECE, THRESHOLD, dtype)
                 dx += (inner,)
             if dweight_ptr is not None:
                 if ROUND_NORMED:
@@ -249,6 +312,8 @@ def backward_kernel(
         if dx_ptr is not None:
             store_tile(dx_ptr, dx, rows, in_rows, cols, N_COLS, PIECES)
         dweight = new_dweight
+        if PREFETCH:
+            dy, saved, rstd, dstream = loaded
 
     at = program.to(tl.int64) * N_COLS + cols
     for k in tl.static_range(PIECES):

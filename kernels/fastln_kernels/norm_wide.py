@@ -26,7 +26,7 @@ def _stream_block(
     block = _load_block(x_ptr, row, x_stride, start + offsets, in_cols)
     if THRESHOLD > 0:
         rows = tl.full((1,), 0, tl.int64) + row
-        block = dropped_out(block, seed, rows, start, THRESHOLD)
+        block = dropped_out(block, seed, rows, start, THRESHOLD, x_ptr.dtype.element_ty)
     if residual_ptr is not None:
         block += _load_block(residual_ptr, row, residual_stride, start + offsets, in_cols)
     return block.to(dtype).to(tl.float32)
@@ -70,7 +70,7 @@ def forward_wide_kernel(
             THRESHOLD,
             stream_dtype,
         )
-        mean = tl.sum(block) / COLS
+        mean = tl.sum(block) / min(COLS, N_COLS)
     first = tl.zeros((1, COLS), tl.float32)
     second = tl.zeros((1, COLS), tl.float32)
     for start in range(0, N_COLS, COLS):
@@ -140,6 +140,7 @@ def backward_row_wide_kernel(
     offsets = tl.arange(0, COLS)
     NEED_ROWS: tl.constexpr = dx_ptr is not None or dresidual_ptr is not None
     FIND_MEAN: tl.constexpr = CENTRE and not SAVED_IS_NORMED
+    dtype: tl.constexpr = dy_ptr.dtype.element_ty
 
     rstd = tl.load(rstd_ptr + row)
     scale = rstd
@@ -147,7 +148,7 @@ def backward_row_wide_kernel(
         scale = 1.0
     mean = 0.0
     if FIND_MEAN:
-        mean = tl.sum(_load_block(saved_ptr, row, saved_stride, offsets, offsets < N_COLS)) / COLS
+        mean = tl.sum(_load_block(saved_ptr, row, saved_stride, offsets, offsets < N_COLS)) / min(COLS, N_COLS)
     differences = tl.zeros((1, COLS), tl.float32)
     with_differences = tl.zeros((1, COLS), tl.float32)
     with_ones = tl.zeros((1, COLS), tl.float32)
@@ -173,8 +174,8 @@ def backward_row_wide_kernel(
         along_normed = (tl.sum(with_differences) / N_COLS - residual_mean * along_ones) * scale
         if not CENTRE:
             along_ones = 0.0
-        seed = 0
         if dx_ptr is not None and THRESHOLD > 0:
+            rows = tl.full((1,), 0, tl.int64) + row
             seed = tl.load(seed_ptr)
         for start in range(0, N_COLS, COLS):
             in_cols = start + offsets < N_COLS
@@ -191,7 +192,7 @@ def backward_row_wide_kernel(
                 tl.store(dresidual_ptr + at, inner, mask=in_cols[None, :])
             if dx_ptr is not None:
                 if THRESHOLD > 0:
-                    inner = dropped_out(inner, seed, tl.full((1,), 0, tl.int64) + row, start, THRESHOLD)
+                    inner = dropped_out(inner, seed, rows, start, THRESHOLD, dtype)
                 tl.store(dx_ptr + at, inner, mask=in_cols[None, :])
 
 

@@ -49,7 +49,7 @@ class NormGradients(NamedTuple):
 
     Attributes:
         dx: `(n_rows, n_cols)`, contiguous, in the dtype of `dy`.
-        dresidual: Likewise; the same tensor as `dx` where nothing was dropped.
+        dresidual: Likewise; where nothing was dropped the same numbers, so a caller need not ask for both.
         dweight: `(n_cols,)`.
         dbias: `(n_cols,)`.
     """
@@ -88,7 +88,7 @@ def norm_forward(
         want_stream: Whether to return the sum, which is then rounded to the dtype of `x` before it is normalised.
         want_normed: Whether to return x_hat.
     """
-    stream = x.to(_arithmetic(x))
+    stream = x.to(arithmetic_dtype(x))
     if dropout:
         stream = _dropped_out(stream, dropout, seed)
     if residual is not None:
@@ -145,7 +145,7 @@ def norm_backward(
         need_dbias: Whether the gradient of the bias is wanted.
         grad_dtype: The dtype of the parameters' gradients; they are summed in the dtype of the arithmetic.
     """
-    dy_wide = dy.to(_arithmetic(dy))
+    dy_wide = dy.to(arithmetic_dtype(dy))
     dx = dresidual = dweight = None
     if need_dx or need_dresidual or need_dweight:
         assert saved is not None
@@ -162,17 +162,15 @@ def norm_backward(
             inner = rstd * inner
             if dstream is not None:
                 inner = inner + dstream
-            dresidual = inner.to(dy.dtype).contiguous()
-            dx = dresidual
-            if need_dx and dropout:
-                assert seed is not None
-                dx = (inner * dropout_keep(dy.shape[0], dy.shape[1], dropout, seed) * dropout_scale(dropout)).to(
-                    dy.dtype
-                )
+            if need_dresidual:
+                dresidual = inner.to(dy.dtype).contiguous()
+            if need_dx:
+                dx = _dropped_out(inner, dropout, seed) if dropout else inner
+                dx = dx.to(dy.dtype, copy=need_dresidual).contiguous()
         if need_dweight:
             dweight = (dy_wide * _rounded_if(kind, normed, dy.dtype)).sum(0).to(grad_dtype)
     dbias = dy_wide.sum(0).to(grad_dtype) if need_dbias else None
-    return NormGradients(dx if need_dx else None, dresidual if need_dresidual else None, dweight, dbias)
+    return NormGradients(dx, dresidual, dweight, dbias)
 
 
 DROPOUT_STEPS = 1 << 16
@@ -207,7 +205,8 @@ def dropout_keep(n_rows: int, n_cols: int, dropout: float, seed: Tensor) -> Tens
 
 def _dropped_out(x: Tensor, dropout: float, seed: Tensor | None) -> Tensor:
     assert seed is not None
-    return x * dropout_keep(x.shape[0], x.shape[1], dropout, seed) * dropout_scale(dropout)
+    # Chosen and not multiplied: what is dropped is 0, be it NaN or infinite.
+    return torch.where(dropout_keep(x.shape[0], x.shape[1], dropout, seed), x * dropout_scale(dropout), 0.0)
 
 
 _LOW = 0xFFFFFFFF
@@ -240,5 +239,6 @@ def _rounded_if(kind: NormKind, normed: Tensor, dtype: torch.dtype) -> Tensor:
     return normed.to(dtype).to(normed.dtype) if kind.round_normed else normed
 
 
-def _arithmetic(x: Tensor) -> torch.dtype:
+def arithmetic_dtype(x: Tensor) -> torch.dtype:
+    """Return the dtype in which operations on `x` are computed."""
     return torch.float64 if x.dtype == torch.float64 else torch.float32

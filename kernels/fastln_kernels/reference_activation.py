@@ -19,6 +19,8 @@ from typing import Literal, NamedTuple, get_args
 import torch
 from torch import Tensor
 
+from fastln_kernels.reference import arithmetic_dtype
+
 ActivationKind = Literal["gelu", "gelu_tanh", "quick_gelu", "silu", "relu"]
 """Which activation; gated, "gelu" makes GEGLU and "silu" SwiGLU (Shazeer, arXiv 2002.05202)."""
 
@@ -138,4 +140,4 @@ def _share(x: Tensor, kind: ActivationKind) -> Tensor:
 
 
 def _wide(x: Tensor) -> Tensor:
-    return x.to(torch.float64 if x.dtype == torch.float64 else torch.float32)
+    return x.to(arithmetic_dtype(x))

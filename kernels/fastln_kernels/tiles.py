@@ -50,16 +50,10 @@ def load_vector(ptr, in_rows, cols, N_COLS: tl.constexpr, PIECES: tl.constexpr):
 
 
 @triton.jit
-def mean_and_residual(tile, cols, N_COLS: tl.constexpr, PIECES: tl.constexpr):
-    """Return each row's rounded mean and what the rounding left over, the mean of the differences from it."""
-    total = tile[0].to(tl.float32)
-    for k in tl.static_range(1, PIECES):
-        total += tile[k].to(tl.float32)
-    mean = tl.sum(total, axis=1) / N_COLS
-    left = centred(tile, mean, 0, cols, N_COLS)
-    for k in tl.static_range(1, PIECES):
-        left += centred(tile, mean, k, cols, N_COLS)
-    return mean, tl.sum(left, axis=1) / N_COLS
+def two_means(a, b, N_COLS: tl.constexpr):
+    """Return the rows' means of two tiles; summed together, they wait for each other half as often."""
+    mean_a, mean_b = tl.split(tl.sum(tl.join(a, b), axis=1) / N_COLS)
+    return mean_a, mean_b
 
 
 @triton.jit

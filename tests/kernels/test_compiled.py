@@ -8,95 +8,154 @@ from pathlib import Path
 import pytest
 
 SCRIPTS = Path(__file__).parents[2] / "scripts"
+# A forward, both ways to the sums, rows alone, and the most that one kernel does.
+SAMPLE = (
+    "layer_norm-forward",
+    "layer_norm-dx",
+    "layer_norm-dweight-dbias",
+    "layer_norm-dx-dweight-dbias",
+    "rms_norm-dx-dweight",
+    "dropout_add_layer_norm-forward",
+    "dropout_add_layer_norm-backward",
+)
 
 
-def compile_report(*options: str) -> subprocess.CompletedProcess:
-    # Kernels are either interpreted or compiled, settled at their import: so it is a process of its own.
+# Kernels are either interpreted or compiled, settled at their import: so compiling is done in processes of their own.
+def compile_report(*options) -> subprocess.CompletedProcess:
     command = [sys.executable, SCRIPTS / "compile_report.py", "--no-liger", "--jobs", "1", *options]
-    return subprocess.run(command, check=False, capture_output=True, text=True)
+    return subprocess.run(list(map(str, command)), check=False, capture_output=True, text=True)
 
 
-def test_kernels_at_width_768_are_no_worse_than_what_is_committed():
-    """The whole, all widths and dtypes, is `make compile-report`."""
-    result = compile_report("--machines", "sm_90", "gfx942", "--widths", "768", "--dtypes", "bf16", "--dry-run")
-    assert result.returncode == 0, result.stderr
-    assert result.stdout.count("| fastln |") == 16
+PROGRAM = """
+import contextlib, io, json, pathlib, sys
+import compile_report as report, machine_code, norm_cases, norm_peers
+from machines import MACHINES
+from norm_cases import CASES
 
+fastln, liger = norm_peers.load_fastln()[0], norm_peers.load_liger()[0]
 
-@pytest.mark.slow
-@pytest.mark.parametrize("dtype", ["fp32", "bf16", "fp16"])
-@pytest.mark.parametrize("width", ["384", "1024", "1152", "1280", "2048", "4096", "8192", "16384", "65536"])
-def test_kernels_at_every_width_are_no_worse_than_what_is_committed(width, dtype):
-    result = compile_report("--machines", "sm_80", "sm_90", "--widths", width, "--dtypes", dtype, "--dry-run")
-    assert result.returncode == 0, result.stderr
+def of(name, implementation=fastln, width=768):
+    return report.launches(implementation, CASES[name], MACHINES["sm_90"], width, "bf16")
 
+def key(name):
+    return machine_code.specialise(of(name)[0]).key
 
-READ_THE_REPORT = """
-import json, sys
-import compile_report, machine_code
+def run(*options):
+    with contextlib.redirect_stderr(io.StringIO()) as words:
+        status = report.main(["--jobs", "1", "--no-liger", *options])
+    return status, words.getvalue()
+
 print(json.dumps({name: eval(expression) for name, expression in json.loads(sys.argv[1]).items()}))
 """
 
 
 def evaluated(**expressions: str) -> dict:
-    """Evaluate expressions in a process in which kernels are compiled."""
-    command = [sys.executable, "-c", READ_THE_REPORT, json.dumps(expressions)]
-    result = subprocess.run(command, check=True, capture_output=True, text=True, cwd=SCRIPTS)
+    """Evaluate expressions, one after the other, in a process in which kernels are compiled."""
+    command = [sys.executable, "-c", PROGRAM, json.dumps(expressions)]
+    result = subprocess.run(command, check=False, capture_output=True, text=True, cwd=SCRIPTS)
+    assert result.returncode == 0, result.stderr
     return json.loads(result.stdout)
 
 
-def test_reading_machine_code():
-    loop = [
-        ".L_x_1:",
-        "LDG.E.128 R4, [R2];",
-        "LDG.E R8, [R2];",
-        "FADD R9, R7, R1;",
-        "LDG.E R10, [R2];",
-        "@P0 BRA `(.L_x_1);",
-    ]
-    code = ["S2R R0, SR_TID.X;", *loop, "EXIT;", ".L_x_2:", "BRA `(.L_x_2);"]
+def test_kernels_at_width_768_are_no_worse_than_what_is_committed():
+    """The whole, all cases, GPUs, dtypes and widths, is `make compile-report`."""
+    where = ("--machines", "sm_90", "gfx942", "--widths", "768", "--dtypes", "bf16", "--cases", *SAMPLE)
+    result = compile_report(*where, "--dry-run")
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.count("\n| 768 |") == 2 * len(SAMPLE)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", ["fp32", "bf16", "fp16"])
+@pytest.mark.parametrize("width", [384, 1024, 1152, 1280, 2048, 4096, 8192, 16384, 65536])
+def test_kernels_at_every_width_are_no_worse_than_what_is_committed(width, dtype):
+    result = compile_report("--machines", "sm_80", "sm_90", "--widths", width, "--dtypes", dtype, "--dry-run")
+    assert result.returncode == 0, result.stderr
+
+
+def test_rows_are_written_as_they_are_had_and_not_had_again(tmp_path):
+    out = str(tmp_path / "compile.json")
+    options = ("--machines", "sm_90", "--dtypes", "bf16", "--out", out, "--cases", "layer_norm-dbias", "--widths")
+
+    def run(*more):
+        return f"run(*{(*options, *more)!r})"
+
+    file = f"pathlib.Path({out!r})"
+    written = f"json.loads({file}.read_text())"
+    fewer = f"""{file}.write_text({file}.read_text().replace('"registers":', '"registers":0.'))"""
     found = evaluated(
-        loop=f"machine_code.longest_loop({code!r})",
-        asked=f"machine_code.bytes_before_first_use({loop!r})",
-        none="machine_code.bytes_before_first_use(['EXIT;'])",
+        refused=run("768"),
+        nothing=f"{file}.exists()",
+        accepted=run("768", "--accept"),
+        one=written,
+        resumed=run("384", "768", "--accept", "--resume"),
+        two=written,
+        same=run("768"),
+        fewer=fewer,
+        before=written,
+        worse=run("768"),
+        after=written,
     )
-    assert found == {"loop": loop, "asked": 20, "none": 0}
+    status, words = found["refused"]
+    assert status == 1
+    assert "backward_kernel: there are no figures to compare with" in words
+    assert not found["nothing"]
+    assert found["accepted"][0] == 0
+    assert [row["width"] for row in found["one"]["rows"]] == [768]
+    assert found["resumed"][0] == 0
+    assert "1/1 compiled sm_90 bf16 384" in found["resumed"][1]
+    assert [row["width"] for row in found["two"]["rows"]] == [384, 768]
+    assert found["two"]["provenance"]["versions"]["triton"]
+    row = found["two"]["rows"][1]
+    assert row["compiled"][0]["registers"] > 0
+    assert 0 < row["predicted"]["share"] <= 1
+    assert "| 768 | layer_norm-dbias | " in Path(out).with_suffix(".md").read_text()
+    assert found["same"][0] == 0
+    status, words = found["worse"]
+    assert status == 1
+    assert f"registers {row['compiled'][0]['registers']}, 0." in words
+    assert found["after"] == found["before"]
 
 
-def test_the_ratchet_complains():
-    kernel = {
-        "kernel": "forward_kernel",
-        "registers": 50,
-        "spills": 0,
-        "loads_128": 3,
-        "stores_128": 3,
-        "specialises_on_rows": False,
-    }
-    row = {"machine": "sm_90", "dtype": "bf16", "width": 768, "case": "layer norm forward", "library": "fastln"}
-
-    def worse(**changes):
-        now = row | {key: changes.pop(key) for key in ("width", "library") if key in changes}
-        now["kernels"] = [kernel | changes]
-        return f"list(compile_report.worse({[now]!r}, {[row | {'kernels': [kernel]}]!r}))"
-
-    found = evaluated(
-        same=worse(),
-        better=worse(registers=40),
-        registers=worse(registers=51),
-        spills=worse(spills=2),
-        loads=worse(loads_128=2),
-        stores=worse(stores_128=2),
-        rows=worse(specialises_on_rows=True),
-        wide=worse(width=16384, spills=2),
-        liger=worse(library="liger", spills=2),
+@pytest.fixture(scope="module")
+def launched() -> dict:
+    return evaluated(
+        forward="[one.name for one in of('layer_norm-forward')]",
+        backward="[one.name for one in of('layer_norm-dx-dweight-dbias')]",
+        rows="[one.name for one in of('layer_norm-dx')]",
+        same="key('layer_norm-dx-dweight') == key('layer_norm_no_bias-dx-dweight')",
+        other="key('layer_norm-dx') == key('rms_norm-dx')",
+        liger="[(one.name, one.programs, one.given['rows_per_program']) for one in of('layer_norm-dbias', liger)]",
+        liger_sums="[(one.given['COMPUTE_DW'], one.given['COMPUTE_DB']) for one in of('layer_norm-dbias', liger)]",
+        liger_rms="[(one.name, one.programs) for one in of('rms_norm-dx', liger)]",
+        sum_work="report.work_of(of('dropout_add_layer_norm-forward')[0], 768)",
+        dbias_work="report.work_of(of('layer_norm-dbias')[0], 768)",
+        wide_work="report.work_of(of('layer_norm-forward', width=65536)[0], 65536)",
+        liger_work="report.work_of(of('layer_norm-dweight', liger)[0], 768)",
+        read_twice_wrong="[(kernel, name) for kernel, names in report.READ_TWICE.items() for name in names"
+        " if name not in getattr(norm_peers.norm, kernel).arg_names]",
     )
-    expected = {
-        "registers": "registers 51, 50 before",
-        "spills": "2 instructions spill",
-        "loads": "loads_128 2, 3 before",
-        "stores": "stores_128 2, 3 before",
-        "rows": "compiles anew",
-    }
-    for name, complaints in found.items():
-        assert len(complaints) == (name in expected)
-        assert all(expected[name] in complaint for complaint in complaints)
+
+
+def test_launches_are_those_of_training(launched):
+    """One kernel makes all gradients from the same loads, and one the last sums; Liger's run on every SM."""
+    assert launched["forward"] == ["forward_kernel"]
+    assert launched["backward"] == ["backward_kernel", "finish_kernel"]
+    assert launched["rows"] == ["backward_kernel"]
+    assert (launched["same"], launched["other"]) == (True, False)  # what is one kernel is compiled once
+    assert launched["liger"] == [["_layer_norm_backward_kernel", 132, 63]]
+    assert launched["liger_sums"] == [[False, True]]
+    assert launched["liger_rms"] == [["_rms_norm_backward_kernel", 132]]
+
+
+def test_what_a_launch_moves(launched):
+    tensor, wide = 8192 * 768 * 2, 8192 * 65536 * 2
+    assert (launched["sum_work"]["moved"], launched["sum_work"]["read_twice"]) == (4 * tensor, 0)
+    partials = launched["dbias_work"]["moved"] - tensor
+    assert partials > 0
+    assert partials % (768 * 4) == 0
+    assert (launched["wide_work"]["moved"], launched["wide_work"]["read_twice"]) == (2 * wide, wide)
+    assert launched["wide_work"]["turns"] > launched["wide_work"]["row_tiles"] == 8192
+    # dx though nobody wants it; 132 rows of partial sums, written and read.
+    assert launched["liger_work"]["moved"] == 3 * tensor + 2 * 132 * 768 * 4
+    assert launched["read_twice_wrong"] == []

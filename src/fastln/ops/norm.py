@@ -14,7 +14,9 @@ one float32 per row, and two where torch's CPU kernel computes. Dropout keeps it
 
 Under `torch.compile` and whatever else must see operators (fake tensors, tracing, dispatch modes) the operator
 `fastln::norm` is called. In plain eager mode the way goes past the dispatcher to the same functions, which costs a
-fraction of the time per call; an operator written in Python costs several times what a small LayerNorm takes.
+fraction of the time per call; an operator written in Python costs several times what a small LayerNorm takes. Under
+torch.func's transforms and forward-mode derivatives the definition runs, op by op: torch can transform that, and no
+operator that it knows the reverse-mode gradient of alone.
 """
 
 import functools
@@ -24,14 +26,16 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from fastln.errors import FastLNError
 from fastln.ops.backends import resolve
 from fastln_kernels import reference
-from fastln_kernels.reference import NormGradients, NormKind, NormOutputs
+from fastln_kernels.cpu import norm as cpu
+from fastln_kernels.reference import NormGradients, NormKind, NormOutputs, arithmetic_dtype
 
 _aten = torch.ops.aten
-_BLOCK_ROWS = 512
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 class _Implementation(NamedTuple):
@@ -88,7 +92,8 @@ def layer_norm(
         A contiguous tensor of the shape and dtype of `x`.
 
     Raises:
-        FastLNError: If shapes or dtypes do not fit, or the backend is unknown or cannot run on the device of `x`.
+        FastLNError: If shapes, dtypes or devices do not fit, or the backend is unknown or cannot run on the device of
+            `x`.
     """
     return _norm(x, weight, bias, None, None, _Settings(eps, True, 0.0, False, 0.0, "x", backend))[0]
 
@@ -116,7 +121,8 @@ def rms_norm(
         A contiguous tensor of the shape and dtype of `x`.
 
     Raises:
-        FastLNError: If shapes or dtypes do not fit, or the backend is unknown or cannot run on the device of `x`.
+        FastLNError: If shapes, dtypes or devices do not fit, or the backend is unknown or cannot run on the device of
+            `x`.
     """
     return _norm(x, weight, None, None, None, _Settings(eps, False, offset, round_normed, 0.0, "x", backend))[0]
 
@@ -135,9 +141,12 @@ def dropout_add_norm(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Normalise `residual + dropout(x)` over the last dimension; differentiable once. No dropout mask is stored.
 
+    Where `x` and `residual` differ in dtype (under autocast a 16-bit layer's output meets a float32 residual stream),
+    both are cast to the dtype that `residual + x` has, and the results have it too.
+
     Args:
         x: `(..., n_cols)`, float32, bfloat16, float16 or float64.
-        residual: Shaped and typed like `x`, or None for zeros.
+        residual: Shaped like `x`, or None for zeros.
         weight: `(n_cols,)` or None for ones; any of these dtypes, `x`'s or not.
         bias: `(n_cols,)` or None for zeros; likewise.
         kind: Which norm.
@@ -147,18 +156,26 @@ def dropout_add_norm(
         backend: A name from `fastln.ops.backends.BACKENDS`.
 
     Returns:
-        The normed sum, contiguous, of the shape and dtype of `x`; with `return_stream`, that and the sum.
+        The normed sum, contiguous, of the shape of `x`; with `return_stream`, that and the sum, which is `x` itself
+        where nothing is dropped or added.
 
     Raises:
-        FastLNError: If shapes, dtypes or the probability do not fit, or the backend is unknown or cannot run on the
-            device of `x`.
+        FastLNError: If shapes, dtypes, devices or the probability do not fit, or the backend is unknown or cannot run
+            on the device of `x`.
     """
     if not 0 <= dropout < 1:
         raise FastLNError(f"dropout is {dropout}; it must be from 0 to below 1")
-    if residual is not None and (residual.shape != x.shape or residual.dtype != x.dtype):
+    if residual is not None:
+        _check_input("residual", residual, x)
+        if residual.shape != x.shape:
+            raise FastLNError(f"the residual must be shaped like x, {(*x.shape,)}; it is {(*residual.shape,)}")
+        if residual.dtype != x.dtype:
+            dtype = torch.promote_types(x.dtype, residual.dtype)
+            x, residual = x.to(dtype), residual.to(dtype)
+    if seed is not None and (seed.shape != (1,) or seed.dtype != torch.int64 or seed.device != x.device):
         raise FastLNError(
-            f"the residual must be shaped and typed like x, {(*x.shape,)} {x.dtype}; "
-            f"it is {(*residual.shape,)} {residual.dtype}"
+            f"the seed must be (1,), torch.int64 and on {x.device}, as x is; "
+            f"it is {(*seed.shape,)}, {seed.dtype} and on {seed.device}"
         )
     if dropout == 0:
         seed = None
@@ -194,20 +211,32 @@ def _norm(
     tensors = (x, weight, bias, residual, seed)
     if torch.compiler.is_compiling() or type(x) is not Tensor or x.is_meta or torch._C._len_torch_dispatch_stack():
         return torch.ops.fastln.norm(*tensors, *settings)[:2]
+    if torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0:
+        return _forward(*tensors, *settings._replace(backend="reference"))[:2]
     if _wants_gradient(x, weight, bias, residual):
         return _EagerNorm.apply(*tensors, settings)[:2]
     return _forward(*tensors, *settings)[:2]
 
 
 def _check(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> None:
-    if not x.is_floating_point():
-        raise FastLNError(f"a norm takes floating-point tensors; x is {x.dtype}")
+    _check_input("x", x, x)
     n_cols = x.shape[-1] if x.ndim else 0
     if n_cols == 0:
         raise FastLNError(f"a norm is over the last dimension, of one column or more; x is {(*x.shape,)}")
     for name, parameter in (("weight", weight), ("bias", bias)):
-        if parameter is not None and parameter.shape != (n_cols,):
-            raise FastLNError(f"the {name} of a norm must be ({n_cols},), as wide as x; it is {(*parameter.shape,)}")
+        if parameter is not None:
+            _check_input(name, parameter, x)
+            if parameter.shape != (n_cols,):
+                raise FastLNError(
+                    f"the {name} of a norm must be ({n_cols},), as wide as x; it is {(*parameter.shape,)}"
+                )
+
+
+def _check_input(name: str, tensor: Tensor, x: Tensor) -> None:
+    if tensor.dtype not in _DTYPES:
+        raise FastLNError(f"a norm takes {', '.join(map(str, _DTYPES))}; {name} is {tensor.dtype}")
+    if tensor.device != x.device:
+        raise FastLNError(f"the {name} of a norm must be on {x.device}, as x is; it is on {tensor.device}")
 
 
 def _rows(x: Tensor | None) -> Tensor | None:
@@ -249,9 +278,8 @@ def _backward(
     grad_dtype: torch.dtype,
     *settings: Any,
 ) -> list[Tensor]:
-    """Return the wanted gradients; where nothing was dropped, one tensor is that of both `x` and `residual`."""
+    """Return the wanted gradients."""
     chosen = _Settings(*settings)
-    one_of_two = need_dx and need_dresidual and not chosen.dropout
     gradients = _implementation(dy, chosen).backward(
         dy.reshape(-1, dy.shape[-1]),
         _rows(saved),
@@ -263,20 +291,13 @@ def _backward(
         dropout=chosen.dropout,
         seed=seed,
         need_dx=need_dx,
-        need_dresidual=need_dresidual and not one_of_two,
+        need_dresidual=need_dresidual,
         need_dweight=need_dweight,
         need_dbias=need_dbias,
         grad_dtype=grad_dtype,
     )
     rows = [gradient.view(dy.shape) for gradient in gradients[:2] if gradient is not None]
     return rows + [gradient for gradient in gradients[2:] if gradient is not None]
-
-
-class _Wanted(NamedTuple):
-    dx: bool
-    dresidual: bool
-    dweight: bool
-    dbias: bool
 
 
 def _keep(ctx: Any, tensors: tuple[Tensor | None, ...], settings: _Settings, kept: Tensor, stats: Tensor) -> None:
@@ -291,7 +312,6 @@ def _keep(ctx: Any, tensors: tuple[Tensor | None, ...], settings: _Settings, kep
         seed if need_dx else None,
         stats if need_rows else None,
     )
-    ctx.wanted = _Wanted(need_dx, need_dresidual, need_dweight, need_dbias)
     dtypes = [t.dtype for t, wanted in ((weight, need_dweight), (bias, need_dbias)) if t is not None and wanted]
     # Where the two differ, autograd casts the one that is off.
     ctx.grad_dtype = dtypes[0] if dtypes and dtypes[0] == dtypes[-1] else torch.float32
@@ -304,27 +324,32 @@ def _gradients(
     ctx: Any, dy: Tensor | None, dstream: Tensor | None, compute: Callable[..., Sequence[Tensor]]
 ) -> tuple[Tensor | None, ...]:
     """Return the gradients of x, weight, bias, residual and seed."""
-    wanted: _Wanted = ctx.wanted
+    need_dx, need_dweight, need_dbias, need_dresidual = ctx.needs_input_grad[:4]
+    dropout = ctx.settings.dropout
     if dy is None:
         if dstream is None:
             return (None,) * 5
         # Nothing used the normed sum.
-        wanted = wanted._replace(dweight=False, dbias=False)
-        if not ctx.settings.dropout:
-            return dstream if wanted.dx else None, None, None, dstream if wanted.dresidual else None, None
+        need_dweight = need_dbias = False
+        if not dropout:
+            return dstream if need_dx else None, None, None, dstream if need_dresidual else None, None
         dy = torch.zeros_like(dstream)
     if torch.is_grad_enabled():
         raise FastLNError("a norm is differentiable once: its backward cannot run with create_graph=True")
     saved, weight, seed, stats = ctx.saved_tensors
-    need_rows = wanted.dx or wanted.dresidual
-    grads = iter(
-        compute(dy, dstream if need_rows else None, saved, weight, seed, stats, *wanted, ctx.grad_dtype, *ctx.settings)
+    # Without dropout x and the residual have one gradient: it is asked for once, as that of x.
+    wanted = (
+        need_dx or (need_dresidual and not dropout),
+        need_dresidual and dropout > 0,
+        need_dweight,
+        need_dbias,
     )
-    dx = next(grads) if wanted.dx else None
-    one_of_two = wanted.dx and wanted.dresidual and not ctx.settings.dropout
-    dresidual = dx if one_of_two else next(grads) if wanted.dresidual else None
-    dweight, dbias = (next(grads) if want else None for want in (wanted.dweight, wanted.dbias))
-    return dx, dweight, dbias, dresidual, None
+    dstream = dstream if need_dx or need_dresidual else None
+    computed = iter(compute(dy, dstream, saved, weight, seed, stats, *wanted, ctx.grad_dtype, *ctx.settings))
+    dx, dresidual, dweight, dbias = (next(computed) if want else None for want in wanted)
+    if not dropout:
+        dresidual = dx
+    return dx if need_dx else None, dweight, dbias, dresidual if need_dresidual else None, None
 
 
 class _EagerNorm(torch.autograd.Function):
@@ -358,7 +383,7 @@ def _implementation(x: Tensor, settings: _Settings) -> _Implementation:
 @functools.cache
 def _load(backend: str) -> _Implementation:
     if backend == "cpu":
-        return _Implementation(_cpu_forward, _cpu_backward, n_stats=2)
+        return _Implementation(cpu.norm_forward, cpu.norm_backward, n_stats=2)
     if backend == "triton":
         # Where Triton does not exist, nothing but this line may miss it.
         from fastln_kernels import norm
@@ -367,73 +392,12 @@ def _load(backend: str) -> _Implementation:
     return _Implementation(reference.norm_forward, reference.norm_backward)
 
 
-def _cpu_forward(x: Tensor, weight: Tensor | None, bias: Tensor | None, kind: NormKind, **_: Any) -> NormOutputs:
-    """LayerNorm alone, by torch's own kernel."""
-    dtype = _arithmetic(x)
-    if weight is None and x.dtype != dtype:
-        # torch's CPU kernel rounds the statistics to the dtype of x, unless the weight is float32.
-        weight = _ones(x.shape[-1], dtype)
-    y, mean, rstd = _aten.native_layer_norm.default(x, x.shape[-1:], _cast(weight, dtype), _cast(bias, dtype), kind.eps)
-    return NormOutputs(y, None, None, torch.stack((mean, rstd)))
-
-
-def _cpu_backward(
-    dy: Tensor,
-    x: Tensor | None,
-    weight: Tensor | None,
-    stats: Tensor | None,
-    kind: NormKind,
-    *,
-    need_dx: bool,
-    need_dweight: bool,
-    need_dbias: bool,
-    grad_dtype: torch.dtype,
-    **_: Any,
-) -> NormGradients:
-    dtype = _arithmetic(dy)
-    if x is None or stats is None:
-        return NormGradients(None, None, None, dy.sum(0, dtype=dtype).to(grad_dtype))
-    mean, rstd = stats
-    n_rows, n_cols = x.shape
-    ones = _ones(n_cols, dtype)  # torch asks for parameters, if only for their shape
-    parameters = (ones if weight is None else _cast(weight, dtype), ones)
-    wanted = [need_dx, need_dweight, need_dbias]
-    torch_backward = _aten.native_layer_norm_backward.default
-    if n_rows and x.dtype != dtype and (need_dweight or need_dbias):
-        # Over a bfloat16 x torch sums the parameters' gradients in bfloat16: a few percent off at 1,000 rows. So the
-        # rows are cast to float32, a block at a time that stays in the cache.
-        dx = torch.empty_like(x, memory_format=torch.contiguous_format) if need_dx else None
-        sums: list[Tensor | None] = [None, None]
-        for rows in (slice(start, start + _BLOCK_ROWS) for start in range(0, n_rows, _BLOCK_ROWS)):
-            block = (dy[rows].to(dtype), x[rows].to(dtype), (n_cols,), mean[rows], rstd[rows])
-            block_dx, *block_sums = torch_backward(*block, *parameters, wanted)
-            if dx is not None:
-                dx[rows] = block_dx
-            sums = [b if a is None else a.add_(b) for a, b in zip(sums, block_sums, strict=True)]
-    else:
-        dx, *sums = torch_backward(dy, x, (n_cols,), mean, rstd, *parameters, wanted)
-    return NormGradients(dx, None, *(_cast(grad, grad_dtype) for grad in sums))
-
-
-def _cast(tensor: Tensor | None, dtype: torch.dtype) -> Tensor | None:
-    return tensor if tensor is None or tensor.dtype == dtype else tensor.to(dtype)
-
-
-@functools.cache
-def _ones(n_cols: int, dtype: torch.dtype) -> Tensor:
-    return torch.ones(n_cols, dtype=dtype)
-
-
-def _arithmetic(x: Tensor) -> torch.dtype:
-    return torch.float64 if x.dtype == torch.float64 else torch.float32
-
-
 def _fake_forward(
     x: Tensor, weight: Tensor | None, bias: Tensor | None, residual: Tensor | None, seed: Tensor | None, *settings: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
     chosen = _Settings(*settings)
     n_stats, n_rows = _implementation(x, chosen).n_stats, math.prod(x.shape[:-1])
-    stats = x.new_empty((n_rows,) if n_stats == 1 else (n_stats, n_rows, 1), dtype=_arithmetic(x))
+    stats = x.new_empty((n_rows,) if n_stats == 1 else (n_stats, n_rows, 1), dtype=arithmetic_dtype(x))
     return x.new_empty(x.shape), x.new_empty(x.shape if chosen.keep in ("stream", "normed") else 0), stats
 
 
@@ -451,10 +415,7 @@ def _fake_backward(
     grad_dtype: torch.dtype,
     *settings: Any,
 ) -> list[Tensor]:
-    n_rows = need_dx + need_dresidual
-    if n_rows == 2 and not _Settings(*settings).dropout:
-        n_rows = 1
-    rows = [dy.new_empty(dy.shape) for _ in range(n_rows)]
+    rows = [dy.new_empty(dy.shape) for _ in range(need_dx + need_dresidual)]
     return rows + [dy.new_empty(dy.shape[-1:], dtype=grad_dtype) for _ in range(need_dweight + need_dbias)]
 
 

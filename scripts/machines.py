@@ -1,0 +1,106 @@
+"""The GPUs that kernels are compiled for, by their vendors' data sheets."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from triton.backends.compiler import GPUTarget
+
+KB, MB = 1 << 10, 1 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class Machine:
+    """A GPU.
+
+    Attributes:
+        name: Of the product.
+        target: What Triton compiles for.
+        sms: Streaming multiprocessors (compute units at AMD).
+        bandwidth: Of its memory, bytes per second.
+        clock: Cycles per second.
+        l1: Bytes of L1 cache per SM; at NVIDIA shared memory is cut out of them.
+        l2: Bytes of L2 cache; AMD's Infinity Cache behind it is left out.
+        registers: Of 32 bits, per SM.
+        issue: Warp instructions per cycle and SM.
+        max_warps: Per SM.
+        max_programs: Per SM.
+        shared: Bytes of shared memory per SM.
+    """
+
+    name: str
+    target: GPUTarget
+    sms: int
+    bandwidth: float
+    clock: float
+    l1: int
+    l2: int
+    registers: int = 65536
+    issue: int = 4
+    max_warps: int = 64
+    max_programs: int = 32
+    shared: int = 228 * KB
+
+    @property
+    def lanes(self) -> int:
+        """Lanes of a warp."""
+        return int(self.target.warp_size)
+
+    def resident_programs(self, registers: int, shared: int, warps: int) -> int:
+        """How many programs one SM holds at once.
+
+        Args:
+            registers: That a lane takes.
+            shared: Bytes of shared memory that a program takes.
+            warps: Of a program.
+        """
+        per_warp = -(-registers // 8) * 8 * self.lanes
+        programs = min(self.max_programs, self.max_warps // warps, self.registers // (per_warp * warps))
+        return min(programs, self.shared // (shared + KB)) if shared else programs
+
+    def l1_left(self, shared: int) -> int:
+        """How much L1 is left where `shared` bytes of shared memory are taken on an SM."""
+        return self.l1 - (shared if self.target.backend == "cuda" else 0)
+
+
+MACHINES = {
+    "sm_80": Machine(
+        *("A100 SXM 80 GB", GPUTarget("cuda", 80, 32)),
+        sms=108,
+        bandwidth=2.04e12,
+        clock=1.41e9,
+        l1=192 * KB,
+        l2=40 * MB,
+        shared=164 * KB,
+    ),
+    "sm_90": Machine(
+        *("H100 SXM", GPUTarget("cuda", 90, 32)),
+        sms=132,
+        bandwidth=3.35e12,
+        clock=1.755e9,
+        l1=256 * KB,
+        l2=50 * MB,
+    ),
+    "sm_100": Machine(
+        *("B200", GPUTarget("cuda", 100, 32)),
+        sms=148,
+        bandwidth=8.0e12,
+        clock=1.85e9,
+        l1=256 * KB,
+        l2=126 * MB,
+    ),
+    # Four SIMDs of 512 registers for each of 64 lanes, 8 waves each, that take four cycles over an instruction's 64
+    # lanes; an L2 of 4 MB for each of 8 dies.
+    "gfx942": Machine(
+        *("MI300X", GPUTarget("hip", "gfx942", 64)),
+        sms=304,
+        bandwidth=5.3e12,
+        clock=2.1e9,
+        l1=32 * KB,
+        l2=32 * MB,
+        registers=4 * 512 * 64,
+        issue=1,
+        max_warps=32,
+        shared=64 * KB,
+    ),
+}

@@ -1,0 +1,62 @@
+"""Says where fastln's kernels got worse than the committed figures, or are bad in themselves."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from norm_cases import CASES
+from report_rows import Row
+
+RATCHET_WIDTH = 8192
+BY_ROWS = ("forward_kernel", "backward_kernel")
+
+
+def _key(row: Row, kernel: dict[str, Any]) -> tuple[str, ...]:
+    return row.machine, row.dtype, str(row.width), row.case, kernel["kernel"]
+
+
+def worse(rows: Sequence[Row], before: Sequence[Row]) -> Iterator[str]:
+    """Yield a complaint for each fault of fastln's kernels up to `RATCHET_WIDTH` columns.
+
+    Args:
+        rows: What was compiled now.
+        before: What the committed file says; what it lacks is a fault too.
+    """
+    earlier = {_key(row, kernel): kernel for row in before for kernel in row.compiled or () if row.library == "fastln"}
+    for row in rows:
+        if row.library != "fastln" or row.width > RATCHET_WIDTH:
+            continue
+        if row.error:
+            yield f"{row.machine} {row.dtype} {row.width} {row.case}: {row.error}"
+        for kernel in row.compiled or ():
+            key = _key(row, kernel)
+            for fault in (*_faults(row, kernel), *_losses(kernel, earlier.get(key))):
+                yield f"{' '.join(key)}: {fault}"
+
+
+def _faults(row: Row, kernel: dict[str, Any]) -> Iterator[str]:
+    if kernel["spills"]:
+        yield f"{kernel['spills']} instructions spill"
+    if not kernel["loads_128"]:
+        yield "no 128-bit loads"
+    # Sums leave as single rows. AMD's compiler writes 16-bit results 8 bytes at a time: whole lines too.
+    case = CASES[row.case]
+    writes_rows = kernel["kernel"] in BY_ROWS and (case.needs_rows or not case.backward)
+    if writes_rows and row.machine != "gfx942" and not kernel["stores_128"]:
+        yield "no 128-bit stores"
+    if kernel["specialises_on_rows"]:
+        yield "compiles anew for another number of rows"
+    if kernel.get("truncations"):
+        yield "truncates to bfloat16"
+    if kernel.get("nan_dropped"):
+        yield "a NaN would be dropped"
+
+
+def _losses(kernel: dict[str, Any], then: dict[str, Any] | None) -> Iterator[str]:
+    if then is None:
+        yield "there are no figures to compare with: look at the new ones, then add them with --accept"
+        return
+    for what, sign in (("registers", 1), ("loads_128", -1), ("stores_128", -1)):
+        if sign * kernel[what] > sign * then[what]:
+            yield f"{what} {kernel[what]}, {then[what]} before"

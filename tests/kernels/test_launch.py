@@ -1,0 +1,52 @@
+"""Launch choices that must hold whatever a GPU would say of them."""
+
+import itertools
+
+import pytest
+
+from fastln_kernels import launch
+
+
+def backward_tile(n_cols, itemsize, n_sums, *, n_inputs=2, need_rows=True, centre=True, prologue=False):
+    return launch.backward_tile(
+        n_cols,
+        itemsize,
+        n_inputs=n_inputs,
+        n_sums=n_sums,
+        need_rows=need_rows,
+        centre=centre,
+        prologue=prologue,
+    )
+
+
+@pytest.mark.parametrize("itemsize", [2, 4])
+@pytest.mark.parametrize("n_cols", [1, 384, 768, 1000, 1152, 1280, 2048, 8192])
+def test_a_tile_holds_its_rows_and_every_lane_loads_16_bytes(n_cols, itemsize):
+    tiles = [launch.forward_tile(n_cols, itemsize), *(backward_tile(n_cols, itemsize, n_sums) for n_sums in range(3))]
+    for tile in tiles:
+        assert tile.piece * tile.pieces >= n_cols > tile.piece * (tile.pieces - 1)
+        assert tile.rows * tile.piece * itemsize >= tile.warps * 32 * 16
+
+
+def test_up_to_1280_columns_no_row_is_shared_by_warps():
+    for itemsize, n_cols in itertools.product((2, 4), (384, 768, 1024, 1152, 1280)):
+        for tile in (launch.forward_tile(n_cols, itemsize), backward_tile(n_cols, itemsize, 0)):
+            assert tile.rows >= tile.warps
+
+
+def test_what_the_registers_hold():
+    assert launch.forward_tile(32768, 2)
+    assert not launch.forward_tile(65536, 2)
+    assert backward_tile(16384, 2, 0)
+    assert not backward_tile(16384, 2, 2)
+    assert backward_tile(16384, 2, 2, need_rows=False)
+    assert backward_tile(16384, 2, 1, centre=False)
+    assert not backward_tile(16384, 2, 1, centre=False, n_inputs=3, prologue=True)
+
+
+def test_the_next_tile_is_asked_for_early_where_the_registers_have_room():
+    assert all(backward_tile(n_cols, 2, 2).prefetch for n_cols in (384, 768, 1024, 1152, 1280, 2048))
+    assert backward_tile(768, 2, 2, n_inputs=3, prologue=True).prefetch
+    assert not backward_tile(1280, 2, 2, n_inputs=3, prologue=True).prefetch
+    assert not backward_tile(1280, 4, 2, n_inputs=3, prologue=True).prefetch
+    assert not backward_tile(768, 2, 0).prefetch, "its programs have one tile each"

@@ -1,0 +1,77 @@
+"""What fails a compile report."""
+
+import pytest
+from ratchet import worse
+from report_rows import Row
+
+KERNEL = {
+    "kernel": "forward_kernel",
+    "registers": 50,
+    "spills": 0,
+    "loads_128": 3,
+    "stores_128": 3,
+    "specialises_on_rows": False,
+    "truncations": 0,
+    "nan_dropped": 0,
+}
+
+
+def row(width=768, library="fastln", case="layer_norm-forward", machine="sm_90", error=None, **changes):
+    compiled = None if error else [KERNEL | changes]
+    return Row(machine, "bf16", "fp32", width, 8192, case, library, "", 1, error=error, compiled=compiled)
+
+
+def complaints(now, *before):
+    return list(worse([now], before))
+
+
+def test_the_same_and_the_better_pass():
+    assert complaints(row(), row()) == []
+    assert complaints(row(registers=40, loads_128=4), row()) == []
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"registers": 51}, "registers 51, 50 before"),
+        ({"loads_128": 2}, "loads_128 2, 3 before"),
+        ({"stores_128": 2}, "stores_128 2, 3 before"),
+        ({"spills": 2}, "2 instructions spill"),
+        ({"specialises_on_rows": True}, "compiles anew"),
+        ({"truncations": 1}, "truncates to bfloat16"),
+        ({"nan_dropped": 1}, "a NaN would be dropped"),
+    ],
+)
+def test_the_worse_is_told(changes, words):
+    (complaint,) = complaints(row(**changes), row())
+    assert complaint == f"sm_90 bf16 768 layer_norm-forward forward_kernel: {words}" or words in complaint
+    assert complaint.startswith("sm_90 bf16 768 layer_norm-forward forward_kernel: ")
+
+
+def test_what_is_bad_in_itself_is_told_though_it_was_no_better_before():
+    for bad in ({"spills": 2}, {"loads_128": 0}, {"stores_128": 0}):
+        assert len(complaints(row(**bad), row(**bad))) == 1
+
+
+def test_rows_are_not_written_where_only_sums_are_wanted_nor_in_128_bits_by_amds_compiler():
+    sums = {"case": "layer_norm-dweight-dbias", "kernel": "backward_kernel", "stores_128": 0}
+    assert complaints(row(**sums), row(**sums)) == []
+    rows = sums | {"case": "layer_norm-dx-dweight"}
+    assert len(complaints(row(**rows), row(**rows))) == 1
+    assert complaints(row(machine="gfx942", **rows), row(machine="gfx942", **rows)) == []
+
+
+def test_missing_figures_are_told():
+    others = [row(width=1024), row(case="rms_norm-forward"), row(kernel="forward_kernel 2"), row(library="liger")]
+    (complaint,) = complaints(row(), *others)
+    assert "no figures to compare with" in complaint
+    assert "--accept" in complaint
+
+
+def test_what_does_not_compile_is_told():
+    assert complaints(row(error="out of registers"), row()) == ["sm_90 bf16 768 layer_norm-forward: out of registers"]
+
+
+def test_wide_rows_and_peers_may_spill():
+    assert complaints(row(width=16384, spills=2)) == []
+    assert complaints(row(library="liger", spills=2)) == []
