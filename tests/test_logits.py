@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from fastln.errors import FastLNError
 from fastln.logits import LazyLogits
-from fastln.modules import LMHead
+from fastln.modules import LMHead, stand_back, stand_in
 
 N_CLASSES = 7
 LABELS = torch.tensor([[3, -100, 0, 6, 2], [-100, 5, 5, 1, -100]])
@@ -261,7 +261,7 @@ def test_nothing_is_left_behind():
 
 def head(**settings):
     linear = nn.Linear(4, N_CLASSES, **settings)
-    LMHead.from_stock(linear)
+    stand_in(linear, LMHead)
     return linear
 
 
@@ -308,12 +308,12 @@ def test_head_compiles_in_one_graph():
 def test_head_keeps_its_identity():
     linear = nn.Linear(4, N_CLASSES)
     weight, keys = linear.weight, list(linear.state_dict())
-    LMHead.from_stock(linear)
+    stand_in(linear, LMHead)
     assert linear.weight is weight
     assert list(linear.state_dict()) == keys
     for twin in (copy.deepcopy(linear), pickle.loads(pickle.dumps(linear))):
         assert is_lazy(twin(torch.randn(2, 5, 4)))
-    LMHead.to_stock(linear)
+    stand_back(linear)
     assert type(linear) is nn.Linear
     assert vars(linear).keys() == vars(nn.Linear(4, N_CLASSES)).keys()
 

@@ -1,11 +1,16 @@
-"""Dropout's random numbers in Triton; `reference.dropout_keep` defines which number belongs to which element.
+"""Dropout in Triton, and its random numbers; `reference.dropout_keep` defines which belongs to which element.
 
 No mask is stored: the number of an element is a function of seed, row and column, so the backward draws it again.
 """
 
 # mypy: allow-untyped-defs
+import torch
 import triton
 import triton.language as tl
+from torch import Tensor
+
+from fastln_kernels import launch
+from fastln_kernels.reference import dropout_threshold
 
 
 @triton.jit
@@ -42,3 +47,43 @@ def dropped_out(x, seed, rows, first_col, THRESHOLD: tl.constexpr, dtype: tl.con
     numbers = random_16_bits(seed, rows, first_col, x.shape[0], x.shape[1], LANE_COLS)
     scale: tl.constexpr = 65536 / (65536 - THRESHOLD)
     return tl.where(numbers >= THRESHOLD, x * scale, 0.0)
+
+
+@triton.jit(do_not_specialize=["n_rows"])
+def dropout_kernel(
+    x_ptr,
+    seed_ptr,
+    y_ptr,
+    n_rows,
+    x_stride,
+    N_COLS: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLS: tl.constexpr,
+    THRESHOLD: tl.constexpr,
+):
+    """Some columns of some rows."""
+    rows = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)
+    first_col = tl.program_id(1) * COLS
+    cols = first_col + tl.arange(0, COLS)
+    dtype: tl.constexpr = x_ptr.dtype.element_ty
+    inside = (rows < n_rows)[:, None] & (cols < N_COLS)[None, :]
+    x = tl.load(x_ptr + rows[:, None] * x_stride + cols[None, :], mask=inside, other=0.0)
+    y = dropped_out(x.to(tl.float32), tl.load(seed_ptr), rows, first_col, THRESHOLD, dtype)
+    tl.store(y_ptr + rows[:, None] * N_COLS + cols[None, :], y, mask=inside)
+
+
+def dropout(x: Tensor, dropout: float, seed: Tensor) -> Tensor:
+    """Return `x` with dropout applied; takes and returns what `fastln_kernels.reference.dropout` does."""
+    n_rows, n_cols = x.shape
+    x = x if x.stride(1) == 1 or n_cols == 1 else x.contiguous()
+    y = torch.empty((n_rows, n_cols), dtype=x.dtype, device=x.device)
+    if n_rows:
+        tile = launch.COLUMN_TILE
+        with launch.on_device(x.device):
+            dropout_kernel[(triton.cdiv(n_rows, tile.rows), triton.cdiv(n_cols, tile.cols))](
+                *(x, seed, y, n_rows, x.stride(0), n_cols, tile.rows, tile.cols),
+                THRESHOLD=dropout_threshold(dropout),
+                num_warps=tile.warps,
+                enable_fp_fusion=True,
+            )
+    return y

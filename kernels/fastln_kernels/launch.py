@@ -24,10 +24,13 @@ A lane loads 16 bytes at once, so a warp asks for 512 bytes of a row with each l
 | computed                 | 200 registers; 160 after a | row, leave ptxas too little for the rest beyond 160; AMD's |
 |                          | prologue or where warps    | compiler needs 40 more                                     |
 |                          | share a row                |                                                            |
+| elementwise block        | 2 x 16 bytes a lane of     | every lane has two loads under way for each input, and the |
+|                          | each tensor, 4 warps       | index arithmetic is shared by 16 elements (bf16)           |
 | column tile              | 16 rows x 128 columns, 4   | 128 divides the usual widths; a row's piece is whole       |
 |                          | warps; 32 warps an SM      | 128-byte lines; each program's sums are 128 columns only   |
 """
 
+import contextlib
 import functools
 from dataclasses import dataclass
 
@@ -96,6 +99,15 @@ FINISH_TILE = ColumnTile(rows=32, cols=32, warps=4)
 
 WIDE_BLOCK = ColumnTile(rows=1, cols=4096, warps=16)
 """For rows that no `RowTile` holds: one block of a row's columns."""
+
+
+def elementwise_block(itemsize: int) -> ColumnTile:
+    """The block of neighbouring elements that one program takes in an operation without sums.
+
+    Args:
+        itemsize: Bytes of an element.
+    """
+    return ColumnTile(rows=1, cols=2 * (16 // itemsize) * LANES * 4, warps=4)
 
 
 def forward_tile(n_cols: int, itemsize: int) -> RowTile | None:
@@ -176,3 +188,8 @@ def sm_count(device: torch.device) -> int:
     if device.type != "cuda":
         return _SMS_WITHOUT_GPU
     return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def on_device(device: torch.device) -> contextlib.AbstractContextManager[object]:
+    """Make a GPU the current one, on which Triton launches whichever GPU the tensors are on."""
+    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()

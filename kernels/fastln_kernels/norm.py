@@ -9,7 +9,6 @@ Tensors of rows may have any row stride; columns, weights and biases that are no
 """
 
 # mypy: allow-untyped-defs
-import contextlib
 import functools
 from typing import Any, TypeVar
 
@@ -91,7 +90,7 @@ def norm_forward(
         *(_row_stride(x), _row_stride(residual), kind.eps),
     )
     constants = _constants(n_cols, kind, dropout) | {"ROUND_NORMED": kind.round_normed}
-    with _current(x.device):
+    with launch.on_device(x.device):
         tile = launch.forward_tile(n_cols, x.element_size())
         if tile:
             forward_kernel[(triton.cdiv(n_rows, tile.rows),)](*arguments, **constants, **_row_options(tile))
@@ -159,7 +158,7 @@ def norm_backward(
     constants = _constants(n_cols, kind, dropout) | {"SAVED_IS_NORMED": saved_is_normed}
     strides = (_row_stride(dy), _row_stride(saved))
     rows = (dy, saved, weight, rstd, dstream, seed, dx, dresidual)
-    with _current(dy.device):
+    with launch.on_device(dy.device):
         if tile:
             backward_kernel[(n_programs,)](
                 *(*rows, *((None, None) if apart else partials), means, n_rows, *strides, _row_stride(dstream)),
@@ -219,8 +218,3 @@ def _row_stride(x: Tensor | None) -> int:
 
 def _unit_columns(x: TensorT) -> TensorT:
     return x if x is None or x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
-
-
-def _current(device: torch.device) -> contextlib.AbstractContextManager[object]:
-    # Triton launches on the current GPU, which need not be the tensors'.
-    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()

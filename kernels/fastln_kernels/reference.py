@@ -203,6 +203,17 @@ def dropout_keep(n_rows: int, n_cols: int, dropout: float, seed: Tensor) -> Tens
     return (numbers >= dropout_threshold(dropout)).flatten(1)[:, :n_cols]
 
 
+def dropout(x: Tensor, dropout: float, seed: Tensor) -> Tensor:
+    """Return `x` with dropout applied: `(n_rows, n_cols)`, contiguous, in its dtype.
+
+    Args:
+        x: `(n_rows, n_cols)`, any strides; float32, bfloat16, float16 or float64.
+        dropout: Probability of dropping an element; from 0 to below 1, in steps of 2^-16.
+        seed: `(1,)`, int64, of the numbers that decide which.
+    """
+    return _dropped_out(x.to(arithmetic_dtype(x)), dropout, seed).to(x.dtype).contiguous()
+
+
 def _dropped_out(x: Tensor, dropout: float, seed: Tensor | None) -> Tensor:
     assert seed is not None
     # Chosen and not multiplied: what is dropped is 0, be it NaN or infinite.

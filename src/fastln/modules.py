@@ -1,61 +1,166 @@
-"""Classes that stock modules take on while a model is prepared."""
+"""Classes that stock modules take on while a model is prepared.
+
+A stock module becomes a stand-in by a change of its class alone (`stand_in`), and so stays the object that it was: its
+parameters, hooks and further attributes live on, whoever holds it, until `stand_back` gives it its own class again.
+Where a stand-in computes in one what several of its children do, and one of those has hooks, the stock code runs: the
+hooks want to be called.
+"""
 
 from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from fastln import ops
 from fastln.logits import LazyLogits
+from fastln.ops import ActivationKind, NormKind
+
+ATTRIBUTE = "_fastln"
+
+
+@dataclass(frozen=True)
+class Part:
+    """What a stand-in knows beyond the stock module.
+
+    Attributes:
+        stock: The class that it had.
+        backend: A name from `fastln.ops.backends.BACKENDS`.
+        kind: Which norm or activation it computes; None where that needs no saying.
+    """
+
+    stock: type[nn.Module]
+    backend: str
+    kind: Any = None
+
+
+ModuleT = TypeVar("ModuleT", bound=nn.Module)
+
+
+def stand_in(module: nn.Module, cls: type[ModuleT], backend: str = "auto", kind: Any = None) -> ModuleT:
+    """Make `module` a `cls`, in place, and return it."""
+    setattr(module, ATTRIBUTE, Part(type(module), backend, kind))
+    module.__class__ = cls
+    assert isinstance(module, cls)
+    return module
+
+
+def stand_back(model: nn.Module) -> None:
+    """Give every stand-in of `model` its own class back, in place."""
+    for module in model.modules():
+        part = module.__dict__.get(ATTRIBUTE)
+        if isinstance(part, Part):
+            module.__class__ = part.stock
+            delattr(module, ATTRIBUTE)
+
+
+class Norm(nn.Module):
+    """A norm with a `weight` and perhaps a `bias`, of the kind that it was found to compute."""
+
+    _fastln: Part
+    weight: Tensor
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        """Normalise `hidden_states` (..., n_cols) over its last dimension; the output has the input's dtype."""
+        y = ops.dropout_add_norm(
+            *(hidden_states, None, self.weight, getattr(self, "bias", None), self._fastln.kind),
+            backend=self._fastln.backend,
+        )
+        assert isinstance(y, Tensor)
+        return y
 
 
 class LayerNorm(nn.LayerNorm):
     """`torch.nn.LayerNorm` over one dimension, computed by `fastln.ops.layer_norm`.
 
-    A stock module becomes one by a change of its class alone, and so stays the object that it was: its parameters,
-    hooks and further attributes live on, whoever holds it. What a subclass adds to `nn.LayerNorm` is out of reach
-    until `to_stock`.
-
     γ and β may be float32 beside lower-precision input; the output has the input's dtype.
     """
 
-    _fastln_stock: type[nn.LayerNorm]
-    _fastln_backend: str
-
-    @staticmethod
-    def from_stock(norm: nn.LayerNorm, backend: str) -> None:
-        """Make `norm`, which computes what `torch.nn.LayerNorm` does over one dimension, one of these, in place."""
-        norm._fastln_stock, norm._fastln_backend = type(norm), backend  # type: ignore[assignment]
-        norm.__class__ = LayerNorm
-
-    @staticmethod
-    def to_stock(norm: nn.LayerNorm) -> None:
-        """Give `norm`, which went through `from_stock`, its own class back, in place."""
-        norm.__class__ = norm._fastln_stock  # type: ignore[assignment]
-        del norm._fastln_stock, norm._fastln_backend
+    _fastln: Part
 
     def forward(self, input: Tensor) -> Tensor:
         """Normalise `input` (..., n_cols) over its last dimension."""
-        return ops.layer_norm(input, self.weight, self.bias, self.eps, backend=self._fastln_backend)
+        return ops.layer_norm(input, self.weight, self.bias, self.eps, backend=self._fastln.backend)
+
+
+class Dropout(nn.Dropout):
+    """`torch.nn.Dropout` that stores no mask."""
+
+    _fastln: Part
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Drop elements of `input`, of any shape, in training."""
+        if not self.training or self.p in (0, 1) or self.inplace or not input.ndim:
+            return super().forward(input)
+        return ops.dropout(input, self.p, backend=self._fastln.backend)
+
+
+class DenseDropoutAddNorm(nn.Module):
+    """The end of a post-norm block: `LayerNorm(dropout(dense(x)) + residual)`, of which x_hat alone is kept."""
+
+    _fastln: Part
+    dense: nn.Module
+    dropout: nn.Dropout
+    LayerNorm: nn.LayerNorm
+
+    def forward(self, hidden_states: Tensor, input_tensor: Tensor) -> Tensor:
+        """Return what the stock module does.
+
+        Args:
+            hidden_states: (..., n_in), what the block computed.
+            input_tensor: (..., n_cols), the residual.
+        """
+        norm = self.LayerNorm
+        if not _unwatched(norm, self.dropout):
+            return self._fastln.stock.forward(self, hidden_states, input_tensor)
+        y = ops.dropout_add_norm(
+            *(self.dense(hidden_states), input_tensor, norm.weight, norm.bias, NormKind(norm.eps)),
+            dropout=self.dropout.p if self.dropout.training else 0.0,
+            backend=self._fastln.backend,
+        )
+        assert isinstance(y, Tensor)
+        return y
+
+
+class Activation(nn.Module):
+    """An activation, computed by `fastln.ops.activation`, which keeps one tensor."""
+
+    _fastln: Part
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Apply the activation to `input`, of any shape."""
+        return ops.activation(input, self._fastln.kind, backend=self._fastln.backend)
+
+
+class GatedMLP(nn.Module):
+    """`down_proj(act_fn(gate_proj(x)) * up_proj(x))`, which keeps the results of its first two projections alone."""
+
+    _fastln: Part
+    gate_proj: nn.Module
+    up_proj: nn.Module
+    down_proj: nn.Module
+    act_fn: nn.Module
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return what the stock module does of `x` (..., n_cols)."""
+        if not _unwatched(self.act_fn):
+            return self._fastln.stock.forward(self, x)
+        kind: ActivationKind = self._fastln.kind
+        gate, up = self.gate_proj(x), self.up_proj(x)
+        return self.down_proj(ops.gated_activation(gate, up, kind, backend=self._fastln.backend))
 
 
 class LMHead(nn.Linear):
     """A language-model head, `torch.nn.Linear`, whose logits wait in training: see `fastln.logits.LazyLogits`.
 
-    It changes class as `LayerNorm` does. The logits are computed at once, by the stock code, in evaluation, without
-    autograd, under `torch.compile` and other transforms, and where hooks are registered on the head: they see logits,
-    and may gather and release its weight around the call.
+    The logits are computed at once, by the stock code, in evaluation, without autograd, under `torch.compile` and other
+    transforms, and where hooks are registered on the head: they see logits, and may gather and release its weight
+    around the call.
     """
 
-    @staticmethod
-    def from_stock(linear: nn.Linear) -> None:
-        """Make `linear`, a `torch.nn.Linear` and no subclass, one of these, in place."""
-        linear.__class__ = LMHead
-
-    @staticmethod
-    def to_stock(linear: nn.Linear) -> None:
-        """Give `linear`, which went through `from_stock`, its own class back, in place."""
-        linear.__class__ = nn.Linear
+    _fastln: Part
 
     def forward(self, input: Tensor) -> Tensor:
         """Return the logits (..., out_features) of `input` (..., in_features)."""
@@ -78,8 +183,16 @@ class LMHead(nn.Linear):
             and self.out_features > 1
             and torch.amp.is_autocast_available(input.device.type)  # not on meta tensors
             and _dtypes_fit({t.dtype for t in (input, *parameters)}, input.device.type)
-            and not (self._forward_hooks or self._forward_pre_hooks or self._backward_hooks or self._backward_pre_hooks)
+            and _unwatched(self)
         )
+
+
+def _unwatched(*modules: nn.Module) -> bool:
+    """Whether no module has hooks of its own."""
+    return not any(
+        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+        for module in modules
+    )
 
 
 def _dtypes_fit(dtypes: set[torch.dtype], device: str) -> bool:

@@ -12,10 +12,12 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig
 
 from fastln.errors import FastLNError
-from fastln.families import find_norms, is_stock_layer_norm
+from fastln.families import find_norms
 from fastln.families.attention import restore_attention, use_fast_attention
+from fastln.families.blocks import use_stand_ins
+from fastln.families.head import use_lazy_head
 from fastln.methods import get_method, select_parameters
-from fastln.modules import LayerNorm
+from fastln.modules import stand_back
 from fastln.ops.backends import resolve
 
 logger = logging.getLogger(__name__)
@@ -42,7 +44,9 @@ def prepare(
     also: str | Iterable[str] = (),
     backend: str = "auto",
 ) -> ModelT:
-    """Choose what trains and have fastln compute its norms and attention, in place.
+    """Choose what trains and have fastln compute all that stores more than it owes, in place.
+
+    That is norms, activations, dropouts, post-norm blocks, gated MLPs, attention and the language-model head.
 
     Modules stay the objects that they are, with their hooks and attributes, and `state_dict()` keeps its keys and
     shapes. The parameters of trained norms become float32 whatever the model's dtype: at bfloat16 a step of 1e-4 on a
@@ -74,20 +78,20 @@ def prepare(
     for name, parameter in model.named_parameters():
         state.requires_grad[name] = parameter.requires_grad
         parameter.requires_grad_(name in trained)
-    slow: list[str] = []
-    for name, norm in find_norms(model):
-        own = {f"{name}.{part}": parameter for part, parameter in norm.named_parameters(recurse=False)}
-        for full_name, parameter in own.items():
+    norms = list(find_norms(model))
+    for name, norm in norms:
+        for own, parameter in norm.named_parameters(recurse=False):
             if parameter.requires_grad:
-                state.dtypes[full_name] = parameter.dtype
+                state.dtypes[f"{name}.{own}"] = parameter.dtype
                 parameter.data = parameter.data.float()
-        if is_stock_layer_norm(norm):
-            LayerNorm.from_stock(norm, backend)
-        elif any(parameter.requires_grad for parameter in own.values()):
-            slow.append(f"{name} ({type(norm).__name__})")
+    slow = set(use_stand_ins(model, backend))
+    for name, norm in norms:
+        if name in slow and any(parameter.requires_grad for parameter in norm.parameters(recurse=False)):
             state.hooks.append(norm.register_forward_hook(_in_the_input_dtype))
-    if slow:
-        logger.info("tuned with their stock code, for fastln has no fast form of them: %s", ", ".join(slow))
+            logger.info(
+                "%s (%s) is tuned with its stock code: fastln has no fast form of it", name, type(norm).__name__
+            )
+    use_lazy_head(model)
     if resolve("attention", device, backend).backend == "cpu":
         state.attention = use_fast_attention(model)
     setattr(model, STATE, state)
@@ -112,9 +116,7 @@ def restore(model: ModelT) -> ModelT:
     state: _Prepared | None = getattr(model, STATE, None)
     if state is None:
         raise FastLNError("this model is not prepared; there is nothing to restore")
-    for module in model.modules():
-        if isinstance(module, LayerNorm):
-            LayerNorm.to_stock(module)
+    stand_back(model)
     for hook in state.hooks:
         hook.remove()
     for name, parameter in model.named_parameters():

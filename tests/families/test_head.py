@@ -9,9 +9,9 @@ from tiny import SIZES, blip_config
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import Trainer, TrainingArguments
 
-from fastln.families.head import restore_head, use_lazy_head
+from fastln.families.head import use_lazy_head
 from fastln.logits import LazyLogits
-from fastln.modules import LMHead
+from fastln.modules import LMHead, stand_back
 
 N_CLASSES = 160
 N_TOKENS = 24
@@ -168,7 +168,7 @@ def test_families(name, trains):
     for key, value in logits.items():
         torch.testing.assert_close(value + 0, stock_outputs[key])
 
-    restore_head(model)
+    stand_back(model)
     assert not any(isinstance(module, LMHead) for module in model.modules())
     check(step(model, inputs)[1], want)
 

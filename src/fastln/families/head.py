@@ -3,7 +3,7 @@
 from torch import nn
 from transformers import PreTrainedModel
 
-from fastln.modules import LMHead
+from fastln.modules import LMHead, stand_in
 
 
 def use_lazy_head(model: nn.Module) -> list[str]:
@@ -11,7 +11,7 @@ def use_lazy_head(model: nn.Module) -> list[str]:
 
     A head is what `get_output_embeddings` of the model, or of a model inside it, returns, where that is a
     `torch.nn.Linear`; others (quantised, adapted, sharded ones) are left alone. Parameters, tied or not, and
-    `state_dict()` stay as they are.
+    `state_dict()` stay as they are; `fastln.modules.stand_back` undoes it.
 
     Args:
         model: A `PreTrainedModel`, or a module that contains some.
@@ -23,20 +23,9 @@ def use_lazy_head(model: nn.Module) -> list[str]:
     names = []
     for name, module in model.named_modules():
         if id(module) in heads and type(module) is nn.Linear:
-            LMHead.from_stock(module)
+            stand_in(module, LMHead)
             names.append(name)
     return names
-
-
-def restore_head(model: nn.Module) -> None:
-    """Give the heads that `use_lazy_head` changed their stock code back, in place.
-
-    Args:
-        model: The model that `use_lazy_head` took.
-    """
-    for module in model.modules():
-        if isinstance(module, LMHead):
-            LMHead.to_stock(module)
 
 
 def _heads(model: PreTrainedModel) -> list[nn.Module]:

@@ -1,27 +1,37 @@
-"""Which modules of a model are norms: found by what they are, not by a list of model names."""
+"""Which modules of a model are norms, and which norm each computes: found by what they do, not by lists of models."""
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from typing import TypeGuard
 
-from torch import nn
+import torch
+from torch import Tensor, nn
+
+from fastln_kernels.reference import NormKind, norm_forward
+
+_EPS = ("eps", "variance_epsilon", "epsilon", "norm_eps", "layer_norm_eps")  # what transformers' classes call it
 
 
 def is_norm(module: nn.Module) -> bool:
     """Whether `module` normalises over its last dimension and owns an affine vector or two.
 
-    LayerNorm and its subclasses are; so is any module whose class name ends in "Norm" (LlamaRMSNorm, Gemma's,
-    T5LayerNorm, ...) and that owns a one-dimensional `weight`, has no running statistics and no children.
+    LayerNorm and its subclasses are. So is any module that owns a one-dimensional `weight` and perhaps a `bias`, has no
+    running statistics and no children, and whose class name ends in "Norm" (LlamaRMSNorm, Gemma's, T5LayerNorm, ...) or
+    which, whatever its name, computes one of the norms that `norm_kind` knows.
     """
     if isinstance(module, nn.LayerNorm):
         return module.elementwise_affine
+    return _has_the_shape(module) and (type(module).__name__.endswith("Norm") or norm_kind(module) is not None)
+
+
+def _has_the_shape(module: nn.Module) -> bool:
     if isinstance(module, nn.GroupNorm | nn.modules.batchnorm._NormBase):
         return False
     parameters = dict(module.named_parameters(recurse=False))
     return (
-        type(module).__name__.endswith("Norm")
-        and next(module.children(), None) is None
+        next(module.children(), None) is None
         and "weight" in parameters
         and set(parameters) <= {"weight", "bias"}
         and all(parameter.dim() == 1 for parameter in parameters.values())
@@ -29,7 +39,7 @@ def is_norm(module: nn.Module) -> bool:
 
 
 def is_stock_layer_norm(module: nn.Module) -> TypeGuard[nn.LayerNorm]:
-    """Whether `module` computes exactly what `torch.nn.LayerNorm` does over one dimension, so it can be swapped."""
+    """Whether `module` computes exactly what `torch.nn.LayerNorm` does over one dimension."""
     return (
         isinstance(module, nn.LayerNorm)
         and type(module).forward is nn.LayerNorm.forward
@@ -42,3 +52,52 @@ def find_norms(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     for name, module in model.named_modules():
         if is_norm(module):
             yield name, module
+
+
+def norm_kind(module: nn.Module) -> NormKind | None:
+    """Return which norm `module` computes over its last dimension, or None where it is none of those that fastln has.
+
+    The module's forward runs on a few rows and is compared with each norm's definition: rows with a mean, rows so small
+    that eps decides, and bfloat16 rows, in which it shows where the rounding stands.
+    """
+    eps = next((value for name in _EPS if isinstance(value := getattr(module, name, None), float)), None)
+    if eps is None or not _has_the_shape(module):
+        return None
+    probe = copy.copy(module)
+    n_cols = dict(module.named_parameters(recurse=False))["weight"].shape[0]
+    generator = torch.Generator().manual_seed(0)
+    probe.__dict__["_parameters"] = {
+        name: None if parameter is None else nn.Parameter(1 + 0.5 * torch.randn(n_cols, generator=generator))
+        for name, parameter in module._parameters.items()
+    }
+    ordinary = 1 + torch.randn(8, n_cols, generator=generator)
+    try:
+        with torch.no_grad():
+            return _matching(probe, eps, [ordinary, ordinary * eps**0.5, ordinary.bfloat16()])
+    # Whatever a class that happens to have a norm's shape does with such an input, it is no norm then.
+    except Exception:
+        return None
+
+
+def _matching(probe: nn.Module, eps: float, inputs: list[Tensor]) -> NormKind | None:
+    forward = type(probe).forward
+    weight, bias = probe.weight, getattr(probe, "bias", None)
+    wanted = [forward(probe, x) for x in inputs]
+    if any(not isinstance(y, Tensor) or y.shape != x.shape for y, x in zip(wanted, inputs, strict=True)):
+        return None
+    for centre in (False, True):
+        for offset in (0.0, 1.0):
+            kinds = [NormKind(eps, centre, offset, round_normed) for round_normed in (False, True)]
+            if all(
+                _error(norm_forward(x, weight, bias, kinds[0]).y, y) < 1e-5
+                for x, y in zip(inputs[:2], wanted, strict=False)
+            ):
+                found = [norm_forward(inputs[2], weight, bias, kind).y for kind in kinds]
+                # A float32 weight promotes what some stock code returns.
+                differing = [(y != wanted[2].to(y.dtype)).float().mean().item() for y in found]
+                return kinds[differing[1] < differing[0]]
+    return None
+
+
+def _error(got: Tensor, want: Tensor) -> float:
+    return ((got.double() - want.double()).square().mean() / want.double().square().mean()).sqrt().item()

@@ -1,8 +1,24 @@
 """The differentiable operations: here is decided what is kept for backward and which gradients are computed."""
 
+from fastln.ops.activation import activation, gated_activation, packed_gated_activation
 from fastln.ops.attention import attention
+from fastln.ops.dropout import dropout
 from fastln.ops.linear_cross_entropy import linear_cross_entropy
 from fastln.ops.norm import dropout_add_norm, layer_norm, rms_norm
 from fastln_kernels.reference import NormKind
+from fastln_kernels.reference_activation import ACTIVATION_KINDS, ActivationKind
 
-__all__ = ["NormKind", "attention", "dropout_add_norm", "layer_norm", "linear_cross_entropy", "rms_norm"]
+__all__ = [
+    "ACTIVATION_KINDS",
+    "ActivationKind",
+    "NormKind",
+    "activation",
+    "attention",
+    "dropout",
+    "dropout_add_norm",
+    "gated_activation",
+    "layer_norm",
+    "linear_cross_entropy",
+    "packed_gated_activation",
+    "rms_norm",
+]

@@ -23,6 +23,13 @@ _IMPLEMENTATIONS: dict[str, dict[str, str]] = {
     },
     "rms_norm": {"triton": "fastln's Triton kernels", "reference": "plain PyTorch"},
     "dropout_add_norm": {"triton": "fastln's Triton kernels", "reference": "plain PyTorch"},
+    "activation": {
+        "triton": "fastln's Triton kernels",
+        "cpu": "torch's fused CPU kernels (plain PyTorch for quick_gelu)",
+        "reference": "plain PyTorch",
+    },
+    "gated_activation": {"triton": "fastln's Triton kernels", "reference": "plain PyTorch"},
+    "dropout": {"triton": "fastln's Triton kernel", "reference": "plain PyTorch"},
     "attention": {
         "cpu": (
             "backward in blocks of matrix products for 16-bit dtypes, without attention dropout, up to "

@@ -1,0 +1,87 @@
+"""Dropout without a mask: the operator, its fake, its autograd formula.
+
+What is kept for backward is the seed, eight bytes. Dropout is linear in `x`, and so its own gradient: the backward
+drops of `dy` what the forward dropped of `x`, by drawing the same numbers again.
+"""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastln.errors import FastLNError
+from fastln.ops.backends import resolve
+from fastln_kernels import reference
+
+
+def dropout(x: Tensor, p: float, *, seed: Tensor | None = None, backend: str = "auto") -> Tensor:
+    """Drop elements of `x` at random and scale the others, so that the expected value stays.
+
+    Args:
+        x: `(..., n_cols)`, float32, bfloat16, float16 or float64.
+        p: Probability of dropping an element, from 0 to below 1, in steps of 2^-16.
+        seed: `(1,)`, int64, on the device of `x`; drawn from torch's generator by default.
+        backend: A name from `fastln.ops.backends.BACKENDS`.
+
+    Returns:
+        A contiguous tensor of the shape and dtype of `x`.
+
+    Raises:
+        FastLNError: If the probability, the dtype or the seed does not fit, or the backend is unknown or cannot run on
+            the device of `x`.
+    """
+    if not 0 <= p < 1:
+        raise FastLNError(f"dropout is {p}; it must be from 0 to below 1")
+    if not x.is_floating_point() or not x.ndim:
+        raise FastLNError(
+            f"dropout takes floating-point tensors of one dimension or more; x is {(*x.shape,)} {x.dtype}"
+        )
+    if seed is None:
+        seed = torch.randint(2**63 - 1, (1,), dtype=torch.int64, device=x.device)
+    elif seed.shape != (1,) or seed.dtype != torch.int64 or seed.device != x.device:
+        raise FastLNError(
+            f"the seed of dropout must be (1,), int64, on {x.device}; "
+            f"it is {(*seed.shape,)}, {seed.dtype}, on {seed.device}"
+        )
+    return torch.ops.fastln.dropout(x, seed, p, backend)
+
+
+def _dropout(x: Tensor, seed: Tensor, p: float, backend: str) -> Tensor:
+    if x.numel() == 0:
+        return torch.empty_like(x, memory_format=torch.contiguous_format)
+    rows = x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
+    return _implementation(x, backend)(rows, p, seed).view(x.shape)
+
+
+def _implementation(x: Tensor, backend: str) -> Callable[[Tensor, float, Tensor], Tensor]:
+    name = resolve("dropout", x.device, backend).backend
+    if name == "triton" and x.dtype != torch.float64:
+        # Where Triton does not exist, nothing but this line may miss it.
+        from fastln_kernels import dropout as triton_dropout
+
+        return triton_dropout.dropout
+    return reference.dropout
+
+
+def _fake(x: Tensor, seed: Tensor, p: float, backend: str) -> Tensor:
+    return x.new_empty(x.shape)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    _, seed, ctx.p, ctx.backend = inputs
+    ctx.save_for_backward(seed)
+
+
+def _gradient(ctx: Any, dy: Tensor) -> tuple[Tensor, None, None, None]:
+    (seed,) = ctx.saved_tensors
+    return torch.ops.fastln.dropout(dy, seed, ctx.p, ctx.backend), None, None, None
+
+
+torch.library.define(
+    "fastln::dropout", "(Tensor x, Tensor seed, float p, str backend) -> Tensor", tags=torch.Tag.pt2_compliant_tag
+)
+torch.library.impl("fastln::dropout", "default", _dropout)
+torch.library.register_fake("fastln::dropout", _fake)
+torch.library.register_autograd("fastln::dropout", _gradient, setup_context=_setup_context)
