@@ -62,6 +62,7 @@ def launches(implementation: Implementation, case: Case, machine: Machine, n_col
     with (
         mock.patch.object(launch, "sm_count", return_value=machine.sms),
         mock.patch.object(launch, "LANES", machine.lanes),
+        mock.patch.object(launch, "is_tight", return_value=machine.tight),
     ):
         machine_code.noted_launches(lambda: works.append(implementation.prepare(case, inputs)))
         noted = machine_code.noted_launches(works[0].run)

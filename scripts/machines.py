@@ -46,6 +46,11 @@ class Machine:
         """Lanes of a warp."""
         return int(self.target.warp_size)
 
+    @property
+    def tight(self) -> bool:
+        """What `launch.is_tight` says of it."""
+        return self.target.backend == "hip" or self.target.arch >= 100
+
     def resident_programs(self, registers: int, shared: int, warps: int) -> int:
         """How many programs one SM holds at once.
 

@@ -8,8 +8,10 @@ A lane loads 16 bytes at once, so a warp asks for 512 bytes of a row with each l
 |                          | a lane few enough elements | piece (bf16). Up to 1,280 columns a row belongs to one     |
 |                          |                            | warp or half of one: its sums need no barrier              |
 | elements a lane          | 40; with sums 32 in        | sums of dweight and dbias take 80 registers of 255, the    |
-|                          | float32; 24 on AMD         | weight 40, two packed rows 40 (float32: 64): no spills. An |
-|                          |                            | AMD warp has twice the lanes                               |
+|                          | float32; with sums, 24     | weight 40, two packed rows 40 (float32: 64): no spills. On |
+|                          | after a prologue, on AMD   | AMD and Blackwell the same code takes more registers, and  |
+|                          | and on Blackwell while 8   | dropout's numbers need some; rows wider than 8 warps hold  |
+|                          | warps hold the row         | so take the larger number                                  |
 | ... of 16 warps          | forward 64, dx 32; sums 32 | 512 threads have 128 registers each, so of the sums only   |
 |                          | in 16 bits, of dweight and | those fit: dweight and dbias 64 and two packed rows 32, or |
 |                          | dbias without rows or of   | dweight 32 beside the rows, whose weight is loaded again   |
@@ -21,18 +23,21 @@ A lane loads 16 bytes at once, so a warp asks for 512 bytes of a row with each l
 |                          |                            | 1.5 KB = 24 KB; more programs cost rows of partial sums    |
 | next tile asked for      | where sums, weight and two | otherwise nothing is on its way while 8 warps compute. By  |
 | before this one is       | tiles of every input take  | what compiles: dropout's numbers, or warps that share a    |
-| computed                 | 200 registers; 160 after a | row, leave ptxas too little for the rest beyond 160; AMD's |
-|                          | prologue or where warps    | compiler needs 40 more                                     |
+| computed                 | 200 registers; 160 after a | row, leave ptxas too little for the rest beyond 160; 40    |
+|                          | prologue or where warps    | less on AMD and Blackwell                                  |
 |                          | share a row                |                                                            |
 | elementwise block        | 2 x 16 bytes a lane of     | every lane has two loads under way for each input, and the |
 |                          | each tensor, 4 warps       | index arithmetic is shared by 16 elements (bf16)           |
+| cap on registers         | 255 with sums; forward 80, | one program an SM has them all; the forward's 24 warps an  |
+| (NVIDIA)                 | 128 from 25 elements on    | SM at 80, 16 at 128, ask for 36 KB. Without a cap ptxas    |
+|                          |                            | spills a few to fit more                                   |
 | column tile              | 16 rows x 128 columns, 4   | 128 divides the usual widths; a row's piece is whole       |
 |                          | warps; 32 warps an SM      | 128-byte lines; each program's sums are 128 columns only   |
 """
 
 import contextlib
 import functools
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -55,12 +60,14 @@ class RowTile:
         piece: Columns of a piece of a row, a power of two.
         pieces: Pieces of a row; the last may be part empty.
         warps: Warps that share the tile.
+        max_registers: How many a lane may have; None leaves it to the compiler.
     """
 
     rows: int
     piece: int
     pieces: int
     warps: int
+    max_registers: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,8 +79,8 @@ class BackwardTile(RowTile):
         keep_weight: Whether the weight stays in the registers, rather than being loaded for each tile.
     """
 
-    prefetch: bool
-    keep_weight: bool
+    prefetch: bool = False
+    keep_weight: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,54 +124,77 @@ def forward_tile(n_cols: int, itemsize: int) -> RowTile | None:
         n_cols: Columns of a row.
         itemsize: Bytes of an element.
     """
-    return _row_tile(n_cols, itemsize, LANES, 4, 40, 64)
+    tile = _row_tile(n_cols, itemsize, LANES, 4, 40, 40, 64)
+    return tile and replace(tile, max_registers=_capped(80 if tile.pieces * 16 <= 24 * itemsize else 128))
 
 
 def backward_tile(
-    n_cols: int, itemsize: int, *, n_inputs: int, n_sums: int, need_rows: bool, centre: bool, prologue: bool
+    n_cols: int,
+    itemsize: int,
+    device: torch.device,
+    *,
+    n_inputs: int,
+    n_sums: int,
+    need_rows: bool,
+    centre: bool,
+    prologue: bool,
 ) -> BackwardTile | None:
     """The backward's tile of whole rows, or None where the registers cannot hold what is asked for.
 
     Args:
         n_cols: Columns of a row.
         itemsize: Bytes of an element.
+        device: Where the kernel will run.
         n_inputs: How many tensors of rows are read.
         n_sums: How many sums over rows (of dweight, of dbias) the programs keep.
         need_rows: Whether gradients of rows are made.
         centre: Whether the mean was subtracted.
         prologue: Whether dropout or a residual came before the norm.
     """
-    limit, widest = 40, 24 if prologue else 32
-    if n_sums:
-        fits = not need_rows or (n_sums == 1 and not centre and not prologue)
-        limit, widest = (40, 32 if fits else 0) if itemsize == 2 else (32, 0)
-        limit = limit if LANES == 32 else 24
-    tile = _row_tile(n_cols, itemsize, LANES, 8 if n_sums else 4, limit, widest)
+    if not n_sums:
+        tile = _row_tile(n_cols, itemsize, LANES, 4, 40, 40, 24 if prologue else 32)
+        return tile and BackwardTile(tile.rows, tile.piece, tile.pieces, tile.warps)
+    fits = not need_rows or (n_sums == 1 and not centre and not prologue)
+    tight = is_tight(device)
+    limit, widest = (40, 32 if fits else 0) if itemsize == 2 else (24 if tight and prologue else 32, 0)
+    tile = _row_tile(n_cols, itemsize, LANES, 8, 24 if tight or prologue else limit, limit, widest)
     if tile is None:
         return None
     elements = tile.pieces * 16 // itemsize
     registers = elements * (n_sums + need_rows) + 2 * n_inputs * elements * itemsize // 4
     roomy = tile.warps < _MAX_WARPS
-    budget = 200 if tile.rows >= tile.warps and not prologue else 160
-    prefetch = n_sums > 0 and roomy and registers <= budget - (40 if LANES == 64 else 0)
-    return BackwardTile(tile.rows, tile.piece, tile.pieces, tile.warps, prefetch, keep_weight=roomy or not n_sums)
+    budget = (200 if tile.rows >= tile.warps and not prologue else 160) - (40 if tight else 0)
+    return BackwardTile(
+        *(tile.rows, tile.piece, tile.pieces, tile.warps, _capped(255) if roomy else None),
+        prefetch=roomy and registers <= budget,
+        keep_weight=roomy,
+    )
 
 
 @functools.cache
-def _row_tile(n_cols: int, itemsize: int, lanes: int, warps: int, limit: int, widest: int) -> RowTile | None:
+def _row_tile(
+    n_cols: int, itemsize: int, lanes: int, warps: int, preferred: int, limit: int, widest: int
+) -> RowTile | None:
     """A tile of `warps` warps, or of as many as must share a row.
 
-    A lane holds up to `limit` elements of a row, and up to `widest` where it is one of the most warps.
+    A lane holds up to `preferred` elements of a row; up to `limit` where it is one of half the most warps, and up to
+    `widest` where it is one of the most.
     """
     vector = 16 // itemsize
     piece = max(min(_power_of_two(n_cols), _NARROWEST * vector), 8)  # 8 columns share a call of dropout's generator
-    while -(-n_cols // piece) * vector > limit and piece < _MAX_WARPS * lanes * vector:
+    half = _MAX_WARPS // 2 * lanes * vector
+    while -(-n_cols // piece) * vector > (preferred if piece < half else limit) and piece < 2 * half:
         piece *= 2
     lanes_a_row, pieces = max(piece // vector, 1), -(-n_cols // piece)
     warps = max(warps, lanes_a_row // lanes)
     if pieces * vector > (widest if warps == _MAX_WARPS else limit):
         return None
     return RowTile(rows=max(warps * lanes // lanes_a_row, 1), piece=piece, pieces=pieces, warps=warps)
+
+
+def _capped(registers: int) -> int | None:
+    """A cap for NVIDIA's compiler, which left to itself may spill to fit more programs into an SM."""
+    return registers if LANES == 32 else None
 
 
 def summing_programs(device: torch.device, tile: RowTile | ColumnTile) -> int:
@@ -193,3 +223,11 @@ def sm_count(device: torch.device) -> int:
 def on_device(device: torch.device) -> contextlib.AbstractContextManager[object]:
     """Make a GPU the current one, on which Triton launches whichever GPU the tensors are on."""
     return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
+
+
+@functools.cache
+def is_tight(device: torch.device) -> bool:
+    """Whether the same code takes more registers: AMD's compiler, and NVIDIA's from Blackwell on, which pairs them."""
+    if device.type != "cuda":
+        return False
+    return LANES == 64 or torch.cuda.get_device_capability(device)[0] >= 10

@@ -132,7 +132,7 @@ def norm_backward(
     dy, saved, weight, dstream = (_unit_columns(dy), *(_unit_columns(t) for t in (saved, weight, dstream)))
     tile_for = functools.partial(
         launch.backward_tile,
-        *(n_cols, dy.element_size()),
+        *(n_cols, dy.element_size(), dy.device),
         n_inputs=sum(t is not None for t in (dy, saved, dstream)),
         need_rows=need_rows,
         centre=kind.centre,
@@ -205,7 +205,8 @@ def _constants(n_cols: int, kind: NormKind, dropout: float) -> dict[str, Any]:
 # Contraction of a * b + c is set because its default is about to change in Triton, and results with it.
 def _row_options(tile: launch.RowTile) -> dict[str, Any]:
     sizes = {"ROWS": tile.rows, "PIECE": tile.piece, "PIECES": tile.pieces}
-    return {**sizes, "num_warps": tile.warps, "enable_fp_fusion": True}
+    cap = {} if tile.max_registers is None else {"maxnreg": tile.max_registers}
+    return {**sizes, **cap, "num_warps": tile.warps, "enable_fp_fusion": True}
 
 
 def _block_options(tile: launch.ColumnTile) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 import itertools
 
 import pytest
+import torch
 
 from fastln_kernels import launch
 
@@ -11,6 +12,7 @@ def backward_tile(n_cols, itemsize, n_sums, *, n_inputs=2, need_rows=True, centr
     return launch.backward_tile(
         n_cols,
         itemsize,
+        torch.device("cpu"),
         n_inputs=n_inputs,
         n_sums=n_sums,
         need_rows=need_rows,
@@ -47,6 +49,16 @@ def test_what_the_registers_hold():
 def test_the_next_tile_is_asked_for_early_where_the_registers_have_room():
     assert all(backward_tile(n_cols, 2, 2).prefetch for n_cols in (384, 768, 1024, 1152, 1280, 2048))
     assert backward_tile(768, 2, 2, n_inputs=3, prologue=True).prefetch
-    assert not backward_tile(1280, 2, 2, n_inputs=3, prologue=True).prefetch
-    assert not backward_tile(1280, 4, 2, n_inputs=3, prologue=True).prefetch
+    assert not backward_tile(8192, 2, 2, n_inputs=3, prologue=True).prefetch
+    assert not backward_tile(8192, 4, 2).prefetch
     assert not backward_tile(768, 2, 0).prefetch, "its programs have one tile each"
+
+
+def test_compilers_that_take_more_registers_get_fewer_elements_a_lane(monkeypatch):
+    def elements(n_cols):
+        return backward_tile(n_cols, 2, 2).pieces * 8
+
+    assert elements(1280) == 40
+    monkeypatch.setattr(launch, "is_tight", lambda device: True)
+    assert elements(1280) == 24
+    assert elements(8192) == 32, "what 8 warps hold of it; more must not share a row"
