@@ -28,6 +28,7 @@ from torch import Tensor
 from fastln.errors import FastLNError
 from fastln.ops.backends import resolve
 from fastln_kernels import reference
+from fastln_kernels.cpu import library, native_norm
 from fastln_kernels.reference import NormGradients, NormKind, NormOutputs
 
 _aten = torch.ops.aten
@@ -348,7 +349,7 @@ def _operation(settings: _Settings) -> str:
 
 def _implementation(x: Tensor, settings: _Settings) -> _Implementation:
     name = resolve(_operation(settings), x.device, settings.backend).backend
-    if name == "triton" and x.dtype == torch.float64:
+    if name in ("triton", "cpu") and x.dtype == torch.float64:
         if settings.backend == "triton":
             raise FastLNError("backend 'triton' computes in float32; use 'auto' or 'reference' for float64 tensors")
         name = "reference"
@@ -358,6 +359,8 @@ def _implementation(x: Tensor, settings: _Settings) -> _Implementation:
 @functools.cache
 def _load(backend: str) -> _Implementation:
     if backend == "cpu":
+        if library.why_not("norm") is None:
+            return _Implementation(native_norm.norm_forward, native_norm.norm_backward)
         return _Implementation(_cpu_forward, _cpu_backward, n_stats=2)
     if backend == "triton":
         # Where Triton does not exist, nothing but this line may miss it.
