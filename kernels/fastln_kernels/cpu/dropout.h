@@ -7,6 +7,7 @@
 namespace fastln {
 
 constexpr int PHILOX_ROUNDS = 10;
+constexpr int PLACES = 4;  // for rows of numbers that a thread holds at once
 constexpr int LONG_LANES = LANES / 2;
 constexpr int NUMBERS_A_DRAW = 8 * LONG_LANES;
 
@@ -20,6 +21,14 @@ inline ULong multiply_low(ULong a, ULong b) {
   return bits_as<ULong>(_mm_mul_epu32(bits_as<__m128i>(a), bits_as<__m128i>(b)));
 #else
   return (a & 0xFFFFFFFF) * (b & 0xFFFFFFFF);
+#endif
+}
+
+inline ULong exclusive_or(ULong a, ULong b, ULong c) {
+#if defined(FASTLN_AVX512)
+  return bits_as<ULong>(_mm512_ternarylogic_epi64(bits_as<__m512i>(a), bits_as<__m512i>(b), bits_as<__m512i>(c), 0x96));
+#else
+  return a ^ b ^ c;
 #endif
 }
 
@@ -60,19 +69,20 @@ class Dropout {
 
   bool active() const { return threshold_ != 0; }
 
-  // Returns the 16-bit numbers of a row's elements, which last until the thread's next call. A 64-bit lane holds one 32-bit word of a counter; what is above it
+  // Returns the 16-bit numbers of a row's elements, which last until the thread's next call with the same `place`. A 64-bit lane holds one 32-bit word of a counter; what is above it
   // is whatever the rounds leave there, since the products look at the low halves alone.
-  const uint16_t* draw(int64_t row, int64_t n_cols) const {
-    thread_local Buffer<uint16_t> buffer;
-    uint16_t* numbers = buffer.at_least(n_cols + NUMBERS_A_DRAW);
+  const uint16_t* draw(int64_t row, int64_t n_cols, int place) const {
+    thread_local Buffer<uint16_t> buffers[PLACES];
+    uint16_t* numbers = buffers[place].at_least(n_cols + NUMBERS_A_DRAW);
     ULong groups{};
     for (int lane = 0; lane < LONG_LANES; lane++) groups[lane] = lane / 2 + lane % 2 * (LONG_LANES / 2);
     for (int64_t column = 0; column < n_cols; column += NUMBERS_A_DRAW, groups += LONG_LANES) {
       ULong c0 = groups, c1 = ULong{} + static_cast<uint64_t>(row), c2 = c1 >> 32, c3{};
-      for (const auto& key : keys_) {
+#pragma GCC unroll 10
+      for (int round = 0; round < PHILOX_ROUNDS; round++) {
         const ULong p0 = multiply_low(c0, ULong{} + 0xD2511F53), p2 = multiply_low(c2, ULong{} + 0xCD9E8D57);
-        c0 = (p2 >> 32) ^ c1 ^ key[0];
-        c2 = (p0 >> 32) ^ c3 ^ key[1];
+        c0 = exclusive_or(p2 >> 32, c1, ULong{} + keys_[round][0]);
+        c2 = exclusive_or(p0 >> 32, c3, ULong{} + keys_[round][1]);
         c1 = p2;
         c3 = p0;
       }

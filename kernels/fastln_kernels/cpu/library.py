@@ -33,11 +33,11 @@ DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
 SOURCES = Path(__file__).parent
 # NaN and Inf must pass through, so of -ffast-math only what leaves values alone.
-_FLAGS = ("-std=c++17", "-O3", "-fPIC", "-shared", "-fno-math-errno", "-fno-trapping-math", "-w")
+_FLAGS = ("-std=c++17", "-O2", "-fPIC", "-shared", "-fno-math-errno", "-fno-trapping-math", "-w")
 _COMPILERS = ("c++", "g++", "clang++")
 
 
-class KernelsUnavailable(Exception):
+class KernelsUnavailableError(Exception):
     """There are no compiled kernels; the message says why."""
 
 
@@ -46,15 +46,15 @@ def load(name: str) -> ctypes.CDLL:
     """Return the library made of `name`.cpp, compiled now if it is not in the cache.
 
     Raises:
-        KernelsUnavailable: If the kernels are switched off, there is no compiler, or it fails. A warning is logged.
+        KernelsUnavailableError: If the kernels are switched off, there is no compiler, or it fails. A warning is logged.
     """
     if os.environ.get("FASTLN_CPU_KERNELS", "1") == "0":
-        raise KernelsUnavailable("FASTLN_CPU_KERNELS=0 switches the compiled kernels off")
+        raise KernelsUnavailableError("FASTLN_CPU_KERNELS=0 switches the compiled kernels off")
     try:
         return ctypes.CDLL(str(_build(name)))
-    except (KernelsUnavailable, OSError) as error:
+    except (KernelsUnavailableError, OSError) as error:
         logger.warning("%s on CPU tensors is slower than it could be: no compiled kernels (%s)", name, error)
-        raise KernelsUnavailable(str(error)) from error
+        raise KernelsUnavailableError(str(error)) from error
 
 
 def why_not(name: str) -> str | None:
@@ -66,7 +66,7 @@ def why_not(name: str) -> str | None:
 def _why_not(name: str) -> str | None:
     try:
         load(name)
-    except KernelsUnavailable as error:
+    except KernelsUnavailableError as error:
         return str(error)
     return None
 
@@ -75,7 +75,7 @@ def function(name: str, symbol: str, arguments: Sequence[Any]) -> Any:
     """Return a function of the library made of `name`.cpp, which returns nothing and takes `arguments` (ctypes).
 
     Raises:
-        KernelsUnavailable: As `load`.
+        KernelsUnavailableError: As `load`.
     """
     found = getattr(load(name), symbol)
     found.argtypes, found.restype = arguments, None
@@ -100,12 +100,12 @@ def _build(name: str) -> Path:
     """Return the path of a library, compiled now if it is not there. Processes that do so at once do no harm."""
     command = compiler()
     if not command:
-        raise KernelsUnavailable(f"no C++ compiler: none of {', '.join(_COMPILERS)} is on the path")
+        raise KernelsUnavailableError(f"no C++ compiler: none of {', '.join(_COMPILERS)} is on the path")
     flags = [*_FLAGS, f"-march={os.environ.get('FASTLN_CPU_ARCH', 'native')}"]
     sources = [SOURCES / f"{name}.cpp", *sorted(SOURCES.glob("*.h"))]
     depends = hashlib.sha256()
-    for part in (*(s.read_bytes() for s in sources), _run([*command, "--version"]), *flags, _processor()):
-        depends.update(part if isinstance(part, bytes) else part.encode())
+    for part in (*(s.read_text() for s in sources), _run([*command, "--version"]), *flags, _processor()):
+        depends.update(part.encode() + b"\0")
     directory = cache_directory()
     target = directory / f"{name}-{depends.hexdigest()[:32]}.so"
     if target.exists():
@@ -125,11 +125,11 @@ def _run(command: Sequence[str]) -> str:
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=600)
     except (OSError, subprocess.TimeoutExpired) as error:
-        raise KernelsUnavailable(f"{shlex.join(command)}: {error}") from error
+        raise KernelsUnavailableError(f"{shlex.join(command)}: {error}") from error
     if done.returncode:
         said = done.stderr.strip().splitlines() or ["no message"]
         first = next((line for line in said if "error" in line), said[0])
-        raise KernelsUnavailable(f"{command[0]} fails: {first}")
+        raise KernelsUnavailableError(f"{command[0]} fails: {first}")
     return done.stdout
 
 

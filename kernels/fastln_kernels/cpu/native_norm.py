@@ -41,7 +41,7 @@ def norm_forward(
     bias may be of any dtype.
 
     Raises:
-        KernelsUnavailable: If there are no compiled kernels.
+        KernelsUnavailableError: If there are no compiled kernels.
     """
     n_rows, n_cols = x.shape
     y = x.new_empty((n_rows, n_cols))
@@ -80,7 +80,7 @@ def norm_backward(
     Takes and returns what `fastln_kernels.reference.norm_backward` does.
 
     Raises:
-        KernelsUnavailable: If there are no compiled kernels.
+        KernelsUnavailableError: If there are no compiled kernels.
     """
     n_rows, n_cols = dy.shape
     # Without dropout the two are one.

@@ -16,6 +16,8 @@ namespace {
 constexpr int64_t ELEMENTS_A_BLOCK = 1 << 14;  // of the work that a thread takes at a time
 constexpr int64_t SUMMED_ROWS = 32;            // whose sums are one partial sum, at least
 constexpr int64_t MAX_PARTIALS = 1 << 20;      // floats of one kind of partial sum, at most
+constexpr int GROUP = 4;            // rows taken together, so that the end of one's sums keeps nobody waiting
+constexpr int64_t SHORT_ROW = 1280;  // columns of rows that are, at most: a group stays in the first cache
 
 // The dtypes of fastln_kernels.cpu.library.DTYPES, in its order.
 enum Dtype : int64_t { FLOAT32, BFLOAT16, FLOAT16 };
@@ -42,7 +44,7 @@ void widen_parameter(const void* parameter, int64_t dtype, float offset, float a
   }
   with_dtype(dtype, [&](auto type) {
     const auto* from = static_cast<const decltype(type)*>(parameter);
-    for_columns(n_cols, [&](int64_t column, auto lanes, int) {
+    for_columns(n_cols, [&](int64_t column, auto lanes) {
       store(to + column, load(from + column, lanes) + offset, lanes);
     });
   });
@@ -52,8 +54,8 @@ void widen_parameter(const void* parameter, int64_t dtype, float offset, float a
 template <class S>
 float near_mean(const S* values, int64_t n_cols) {
   Sum first;
-  const int64_t n_first = std::min<int64_t>(n_cols, UNROLL * LANES);
-  for_columns(n_first, [&](int64_t column, auto lanes, int part) { first.parts[part] += load(values + column, lanes); });
+  const int64_t n_first = std::min<int64_t>(n_cols, PARTS * LANES);
+  sum_columns(n_first, [&](int64_t column, auto lanes, int part) { first.parts[part] += load(values + column, lanes); });
   return first.total() / n_first;
 }
 
@@ -70,7 +72,7 @@ struct Moments {
 template <class S>
 Moments moments_about(float near, const S* values, int64_t n_cols, float eps) {
   Sum differences, squares;
-  for_columns(n_cols, [&](int64_t column, auto lanes, int part) {
+  sum_columns(n_cols, [&](int64_t column, auto lanes, int part) {
     const Float difference = inside(load(values + column, lanes) - near, lanes);
     differences.parts[part] += difference;
     squares.parts[part] += difference * difference;
@@ -87,7 +89,7 @@ Moments moments(const S* values, int64_t n_cols, float eps) {
     return moments_about(found.near + found.residual, values, n_cols, eps);
   } else {
     Sum squares;
-    for_columns(n_cols, [&](int64_t column, auto lanes, int part) {
+    sum_columns(n_cols, [&](int64_t column, auto lanes, int part) {
       const Float value = load(values + column, lanes);
       squares.parts[part] += value * value;
     });
@@ -106,18 +108,18 @@ struct Forward {
   T *y, *stream, *normed;
   float* rstd;
 
-  template <bool CENTRE>
-  void run(int64_t row) const {
-    const T* values = at(x, row, x_stride);
-    if (!residual && !dropout.active()) {
-      finish<CENTRE>(row, values);
-      if (stream) std::copy_n(values, n_cols, at(stream, row, n_cols));
-      return;
+  // Normalises `R` rows.
+  template <int R, bool CENTRE>
+  void run(int64_t first) const {
+    if (residual || dropout.active()) {
+      thread_local Buffer<float> buffer;
+      float* sums = buffer.at_least(R * n_cols);
+      for (int r = 0; r < R; r++) add_up(first + r, sums + r * n_cols);
+      finish<R, CENTRE>(first, sums, n_cols);
+    } else {
+      finish<R, CENTRE>(first, at(x, first, x_stride), x_stride);
+      for (int r = 0; r < R && stream; r++) std::copy_n(at(x, first + r, x_stride), n_cols, at(stream, first + r, n_cols));
     }
-    thread_local Buffer<float> buffer;
-    float* sums = buffer.at_least(n_cols);
-    add_up(row, sums);
-    finish<CENTRE>(row, sums);
   }
 
   // Writes `residual + dropout(x)`.
@@ -125,8 +127,8 @@ struct Forward {
     const T *values = at(x, row, x_stride), *others = at(residual, row, residual_stride);
     T* kept = at(stream, row, n_cols);
     const uint16_t* numbers = nullptr;
-    if (dropout.active()) numbers = dropout.draw(row, n_cols);
-    for_columns(n_cols, [&](int64_t column, auto lanes, int) {
+    if (dropout.active()) numbers = dropout.draw(row, n_cols, 0);
+    for_columns(n_cols, [&](int64_t column, auto lanes) {
       Float value = load(values + column, lanes);
       if (numbers) value = dropout.apply(value, numbers + column);
       if (others) value += load(others + column, lanes);
@@ -138,18 +140,26 @@ struct Forward {
     });
   }
 
-  template <bool CENTRE, class S>
-  void finish(int64_t row, const S* values) const {
-    const Moments found = moments<CENTRE>(values, n_cols, eps);
-    const float factor = 1 / std::sqrt(found.variance), shifted = -found.residual * factor;
-    rstd[row] = factor;
-    T *out = at(y, row, n_cols), *kept = at(normed, row, n_cols);
-    for_columns(n_cols, [&](int64_t column, auto lanes, int) {
-      Float x_hat = load(values + column, lanes);
-      x_hat = CENTRE ? (x_hat - found.near) * factor + shifted : x_hat * factor;
-      if (kept) store(kept + column, x_hat, lanes);
-      if (round_normed) x_hat = rounded(x_hat, T{});
-      store(out + column, x_hat * load(scale + column, lanes) + load(shift + column, lanes), lanes);
+  template <int R, bool CENTRE, class S>
+  void finish(int64_t first, const S* values, int64_t stride) const {
+    float near[R], factor[R], shifted[R];  // x_hat = (x - near) * factor + shifted
+    for (int r = 0; r < R; r++) {
+      const Moments found = moments<CENTRE>(values + r * stride, n_cols, eps);
+      near[r] = found.near;
+      factor[r] = rstd[first + r] = 1 / std::sqrt(found.variance);
+      shifted[r] = -found.residual * factor[r];
+    }
+    T *out = at(y, first, n_cols), *kept = at(normed, first, n_cols);
+    for_columns(n_cols, [&](int64_t column, auto lanes) {
+      const Float scales = load(scale + column, lanes), shifts = load(shift + column, lanes);
+#pragma GCC unroll 4
+      for (int r = 0; r < R; r++) {
+        Float x_hat = load(values + r * stride + column, lanes);
+        x_hat = CENTRE ? (x_hat - near[r]) * factor[r] + shifted[r] : x_hat * factor[r];
+        if (kept) store(kept + r * n_cols + column, x_hat, lanes);
+        if (round_normed) x_hat = rounded(x_hat, T{});
+        store(out + r * n_cols + column, x_hat * scales + shifts, lanes);
+      }
     });
   }
 };
@@ -171,7 +181,7 @@ struct Backward {
   template <bool INPUT>
   RowSums row_sums(float near, const T* dy, const T* saved) const {
     Sum differences, gradients, products;
-    for_columns(n_cols, [&](int64_t column, auto lanes, int part) {
+    sum_columns(n_cols, [&](int64_t column, auto lanes, int part) {
       const Float difference = inside(load(saved + column, lanes) - near, lanes);
       differences.parts[part] += difference;
       if constexpr (INPUT) {
@@ -185,47 +195,58 @@ struct Backward {
     return means;
   }
 
-  // The row's gradients, and its part of the sums over rows.
-  template <bool INPUT, bool DWEIGHT, bool DBIAS>
-  void run(int64_t row, float* dweight, float* dbias) const {
-    const T* dy = at(this->dy, row, dy_stride);
-    const T* saved = at(this->saved, row, saved_stride);
-    RowSums sums;
-    float factor = 1;  // x_hat = ((saved - near) - residual) * factor
-    if constexpr (INPUT || DWEIGHT) {
-      if (!saved_is_normed) factor = rstd[row];
-      const bool find_mean = centre && !saved_is_normed;
-      if (find_mean) {
-        sums = row_sums<INPUT>(near_mean(saved, n_cols), dy, saved);
-        if (is_far(sums.residual, 1 / (factor * factor))) sums = row_sums<INPUT>(sums.near + sums.residual, dy, saved);
+  // Computes the gradients of `R` rows and adds to the sums over rows.
+  template <int R, bool INPUT, bool DWEIGHT>
+  void run(int64_t first, float* dweight, float* dbias) const {
+    const T *dy = at(this->dy, first, dy_stride), *saved = at(this->saved, first, saved_stride);
+    const T* dstream = at(this->dstream, first, dstream_stride);
+    T *dx = at(this->dx, first, n_cols), *dresidual = at(this->dresidual, first, n_cols);
+    // x_hat = (saved - near) * factor + shifted; inner = g * rstds + constant + x_hat * slope
+    float near[R], factor[R], shifted[R], rstds[R], constant[R], slope[R];
+    const uint16_t* numbers[R] = {};
+    const bool drop = INPUT && dx && dropout.active();
+    for (int r = 0; r < R && (INPUT || DWEIGHT); r++) {
+      const T *row_dy = dy + r * dy_stride, *row_saved = saved + r * saved_stride;
+      rstds[r] = rstd[first + r];
+      factor[r] = saved_is_normed ? 1 : rstds[r];
+      RowSums sums;
+      if (centre && !saved_is_normed) {
+        sums = row_sums<INPUT>(near_mean(row_saved, n_cols), row_dy, row_saved);
+        if (is_far(sums.residual, 1 / (factor[r] * factor[r])))
+          sums = row_sums<INPUT>(sums.near + sums.residual, row_dy, row_saved);
       } else if (INPUT) {
-        sums = row_sums<INPUT>(0, dy, saved);
+        sums = row_sums<INPUT>(0, row_dy, row_saved);
         sums.residual = 0;
       }
+      near[r] = sums.near;
+      shifted[r] = -sums.residual * factor[r];
+      if (!INPUT) continue;
+      constant[r] = centre ? -sums.gradient * rstds[r] : 0;
+      slope[r] = -factor[r] * (sums.product - sums.residual * sums.gradient) * rstds[r];
+      if (drop) numbers[r] = dropout.draw(first + r, n_cols, r);
     }
-    const float shifted = -sums.residual * factor, mean_g = centre ? sums.gradient : 0;
-    const float mean_g_x_hat = factor * (sums.product - sums.residual * sums.gradient);
-    T *dx = at(this->dx, row, n_cols), *dresidual = at(this->dresidual, row, n_cols);
-    const T* dstream = at(this->dstream, row, dstream_stride);
-    const float out_factor = INPUT ? rstd[row] : 0;
-    const uint16_t* numbers = nullptr;
-    if (INPUT && dx && dropout.active()) numbers = dropout.draw(row, n_cols);
-    for_columns(n_cols, [&](int64_t column, auto lanes, int) {
-      const Float gradient = load(dy + column, lanes);
-      if constexpr (DBIAS) store(dbias + column, load(dbias + column, lanes) + gradient, lanes);
-      if constexpr (INPUT || DWEIGHT) {
-        const Float x_hat = (load(saved + column, lanes) - sums.near) * factor + shifted;
-        if constexpr (DWEIGHT) {
-          const Float multiplied = round_normed ? rounded(x_hat, T{}) : x_hat;
-          store(dweight + column, load(dweight + column, lanes) + gradient * multiplied, lanes);
-        }
-        if constexpr (INPUT) {
-          Float inner = (gradient * load(scale + column, lanes) - mean_g - x_hat * mean_g_x_hat) * out_factor;
-          if (dstream) inner += load(dstream + column, lanes);
-          if (dresidual) store(dresidual + column, inner, lanes);
-          if (dx) store(dx + column, numbers ? dropout.apply(inner, numbers + column) : inner, lanes);
+    for_columns(n_cols, [&](int64_t column, auto lanes) {
+      Float scales{}, dweights{}, dbiases{};
+      if constexpr (INPUT) scales = load(scale + column, lanes);
+      if constexpr (DWEIGHT) dweights = load(dweight + column, lanes);
+      if (dbias) dbiases = load(dbias + column, lanes);
+#pragma GCC unroll 4
+      for (int r = 0; r < R; r++) {
+        const Float gradient = load(dy + r * dy_stride + column, lanes);
+        dbiases += gradient;
+        if constexpr (INPUT || DWEIGHT) {
+          const Float x_hat = (load(saved + r * saved_stride + column, lanes) - near[r]) * factor[r] + shifted[r];
+          if constexpr (DWEIGHT) dweights += gradient * (round_normed ? rounded(x_hat, T{}) : x_hat);
+          if constexpr (INPUT) {
+            Float inner = gradient * scales * rstds[r] + constant[r] + x_hat * slope[r];
+            if (dstream) inner += load(dstream + r * dstream_stride + column, lanes);
+            if (dresidual) store(dresidual + r * n_cols + column, inner, lanes);
+            if (dx) store(dx + r * n_cols + column, drop ? dropout.apply(inner, numbers[r] + column) : inner, lanes);
+          }
         }
       }
+      if constexpr (DWEIGHT) store(dweight + column, dweights, lanes);
+      if (dbias) store(dbias + column, dbiases, lanes);
     });
   }
 };
@@ -234,7 +255,7 @@ struct Backward {
 void add_partials(const float* partials, int64_t n_partials, int64_t n_cols, void* gradient, int64_t dtype) {
   with_dtype(dtype, [&](auto type) {
     auto* to = static_cast<decltype(type)*>(gradient);
-    for_columns(n_cols, [&](int64_t column, auto lanes, int) {
+    for_columns(n_cols, [&](int64_t column, auto lanes) {
       Float total{};
       for (int64_t partial = 0; partial < n_partials; partial++) total += load(partials + partial * n_cols + column, lanes);
       store(to + column, total, lanes);
@@ -244,6 +265,20 @@ void add_partials(const float* partials, int64_t n_partials, int64_t n_cols, voi
 
 int useful_threads(int64_t n_threads, int64_t n_elements) {
   return static_cast<int>(std::clamp<int64_t>(n_elements / ELEMENTS_A_BLOCK, 1, n_threads));
+}
+
+// Calls `run(row, R)` for all rows from `first` to below `end`: R together, a constant, where those are short.
+template <class Run>
+void for_rows(int64_t first, int64_t end, int64_t n_cols, Run&& run) {
+  int64_t row = first;
+  if (n_cols <= SHORT_ROW)
+    for (; row + GROUP <= end; row += GROUP) run(row, std::integral_constant<int, GROUP>{});
+  for (; row < end; row++) run(row, std::integral_constant<int, 1>{});
+}
+
+template <class Next>
+void with_constant(bool value, Next&& next) {
+  value ? next(std::true_type{}) : next(std::false_type{});
 }
 
 }  // namespace
@@ -274,8 +309,9 @@ void fastln_norm_forward(int64_t dtype, int64_t n_threads, int64_t n_rows, int64
     const int64_t n_blocks = (n_rows + rows_a_block - 1) / rows_a_block;
     for_blocks(n_blocks, useful_threads(n_threads, n_rows * n_cols), [&](int64_t block) {
       const int64_t end = std::min((block + 1) * rows_a_block, n_rows);
-      for (int64_t row = block * rows_a_block; row < end; row++)
-        centre ? forward.template run<true>(row) : forward.template run<false>(row);
+      for_rows(block * rows_a_block, end, n_cols, [&](int64_t row, auto rows) {
+        centre ? forward.template run<rows, true>(row) : forward.template run<rows, false>(row);
+      });
     });
   });
 }
@@ -307,19 +343,19 @@ void fastln_norm_backward(int64_t dtype, int64_t n_threads, int64_t n_rows, int6
     const Backward<T> backward{static_cast<const T*>(dy), static_cast<const T*>(saved), static_cast<const T*>(dstream),
                                dy_stride, saved_stride, dstream_stride, n_cols, rstd, scale, centre, saved_is_normed,
                                round_normed, Dropout(threshold, seed), static_cast<T*>(dx), static_cast<T*>(dresidual)};
-    const auto run = [&](auto input, auto has_dweight, auto has_dbias) {
-      for_blocks(n_blocks, useful_threads(n_threads, n_rows * n_cols), [&](int64_t block) {
-        float *dweight_sums = dweights + block * n_cols, *dbias_sums = dbiases + block * n_cols;
-        if (has_dweight) std::fill_n(dweight_sums, n_cols, 0.0f);
-        if (has_dbias) std::fill_n(dbias_sums, n_cols, 0.0f);
-        const int64_t end = std::min((block + 1) * rows_a_block, n_rows);
-        for (int64_t row = block * rows_a_block; row < end; row++)
-          backward.template run<input, has_dweight, has_dbias>(row, dweight_sums, dbias_sums);
+    with_constant(dx || dresidual, [&](auto input) {
+      with_constant(dweight, [&](auto has_dweight) {
+        for_blocks(n_blocks, useful_threads(n_threads, n_rows * n_cols), [&](int64_t block) {
+          float* dweight_sums = dweight ? dweights + block * n_cols : nullptr;
+          float* dbias_sums = dbias ? dbiases + block * n_cols : nullptr;
+          if (dweight) std::fill_n(dweight_sums, n_cols, 0.0f);
+          if (dbias) std::fill_n(dbias_sums, n_cols, 0.0f);
+          const int64_t end = std::min((block + 1) * rows_a_block, n_rows);
+          for_rows(block * rows_a_block, end, n_cols, [&](int64_t row, auto rows) {
+            backward.template run<rows, input, has_dweight>(row, dweight_sums, dbias_sums);
+          });
+        });
       });
-    };
-    const auto choose = [](bool value, auto&& next) { value ? next(std::true_type{}) : next(std::false_type{}); };
-    choose(dx || dresidual, [&](auto input) {
-      choose(dweight, [&](auto has_dweight) { choose(dbias, [&](auto has_dbias) { run(input, has_dweight, has_dbias); }); });
     });
   });
   if (dweight) add_partials(dweights, n_blocks, n_cols, dweight, grad_dtype);
