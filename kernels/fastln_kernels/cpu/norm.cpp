@@ -6,6 +6,7 @@
 #include <algorithm>
 #include <cmath>
 
+#include "dispatch.h"
 #include "dropout.h"
 #include "parallel.h"
 #include "vector.h"
@@ -13,23 +14,10 @@
 namespace fastln {
 namespace {
 
-constexpr int64_t ELEMENTS_A_BLOCK = 1 << 14;  // of the work that a thread takes at a time
 constexpr int64_t SUMMED_ROWS = 32;            // whose sums are one partial sum, at least
 constexpr int64_t MAX_PARTIALS = 1 << 20;      // floats of one kind of partial sum, at most
 constexpr int GROUP = 4;            // rows taken together, so that the end of one's sums keeps nobody waiting
 constexpr int64_t SHORT_ROW = 1280;  // columns of rows that are, at most: a group stays in the first cache
-
-// The dtypes of fastln_kernels.cpu.library.DTYPES, in its order.
-enum Dtype : int64_t { FLOAT32, BFLOAT16, FLOAT16 };
-
-template <class Function>
-void with_dtype(int64_t dtype, Function&& function) {
-  switch (dtype) {
-    case FLOAT32: return function(float{});
-    case BFLOAT16: return function(bfloat16{});
-    case FLOAT16: return function(float16{});
-  }
-}
 
 template <class T>
 T* at(T* rows, int64_t row, int64_t stride) {
@@ -263,10 +251,6 @@ void add_partials(const float* partials, int64_t n_partials, int64_t n_cols, voi
   });
 }
 
-int useful_threads(int64_t n_threads, int64_t n_elements) {
-  return static_cast<int>(std::clamp<int64_t>(n_elements / ELEMENTS_A_BLOCK, 1, n_threads));
-}
-
 // Calls `run(row, R)` for all rows from `first` to below `end`: R together, a constant, where those are short.
 template <class Run>
 void for_rows(int64_t first, int64_t end, int64_t n_cols, Run&& run) {
@@ -274,11 +258,6 @@ void for_rows(int64_t first, int64_t end, int64_t n_cols, Run&& run) {
   if (n_cols <= SHORT_ROW)
     for (; row + GROUP <= end; row += GROUP) run(row, std::integral_constant<int, GROUP>{});
   for (; row < end; row++) run(row, std::integral_constant<int, 1>{});
-}
-
-template <class Next>
-void with_constant(bool value, Next&& next) {
-  value ? next(std::true_type{}) : next(std::false_type{});
 }
 
 }  // namespace

@@ -2,6 +2,7 @@
 // many threads" is called by name. Where no loaded library has it, the calling thread does all the work.
 #pragma once
 
+#include <algorithm>
 #include <atomic>
 #include <cstdint>
 #include <cstdlib>
@@ -50,6 +51,13 @@ class Blocks {
   std::atomic<int64_t> next_{0};
   const int64_t n_blocks_;
 };
+
+constexpr int64_t ELEMENTS_A_BLOCK = 1 << 14;  // of the work that a thread takes at a time
+
+// So many threads that each has a block to do.
+inline int useful_threads(int64_t n_threads, int64_t n_elements) {
+  return static_cast<int>(std::clamp<int64_t>(n_elements / ELEMENTS_A_BLOCK, 1, n_threads));
+}
 
 // Calls `work(block)` for every block, on up to `n_threads` threads. What a block computes must not depend on the thread.
 template <class Work>
