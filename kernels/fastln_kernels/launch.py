@@ -16,10 +16,13 @@ A lane loads 16 bytes at once, so a warp asks for 512 bytes of a row with each l
 | warps of a program       | 4; 8 that keep sums        | those 8 share one row of partial sums                      |
 | programs that keep sums  | 8 warps an SM              | an H100's SM wants 15 KB asked for: 8 warps x 2 inputs x   |
 |                          |                            | 1.5 KB = 24 KB; more programs cost rows of partial sums    |
+| elementwise block        | 2 x 16 bytes a lane of     | every lane has two loads under way for each input, and the |
+|                          | each tensor, 4 warps       | index arithmetic is shared by 16 elements (bf16)           |
 | column tile              | 16 rows x 128 columns, 4   | 128 divides the usual widths; a row's piece is whole       |
 |                          | warps; 32 warps an SM      | 128-byte lines; each program's sums are 128 columns only   |
 """
 
+import contextlib
 import functools
 from dataclasses import dataclass
 
@@ -78,6 +81,15 @@ WIDE_BLOCK = ColumnTile(rows=1, cols=4096, warps=16)
 """For rows that no `RowTile` holds: one block of a row's columns."""
 
 
+def elementwise_block(itemsize: int) -> ColumnTile:
+    """The block of neighbouring elements that one program takes in an operation without sums.
+
+    Args:
+        itemsize: Bytes of an element.
+    """
+    return ColumnTile(rows=1, cols=2 * (16 // itemsize) * LANES * 4, warps=4)
+
+
 def row_tile(n_cols: int, itemsize: int, *, backward: bool, sums: bool = False) -> RowTile | None:
     """The tile of whole rows, or None for rows that the registers cannot hold.
 
@@ -126,3 +138,8 @@ def sm_count(device: torch.device) -> int:
     if device.type != "cuda":
         return _SMS_WITHOUT_GPU
     return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def on_device(device: torch.device) -> contextlib.AbstractContextManager[object]:
+    """Make a GPU the current one, on which Triton launches whichever GPU the tensors are on."""
+    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()

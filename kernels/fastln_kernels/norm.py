@@ -9,7 +9,6 @@ Tensors of rows may have any row stride; columns, weights and biases that are no
 """
 
 # mypy: allow-untyped-defs
-import contextlib
 from typing import Any, TypeVar
 
 import torch
@@ -90,7 +89,7 @@ def norm_forward(
         *(_row_stride(x), _row_stride(residual), kind.eps),
     )
     constants = _constants(n_cols, kind, dropout) | {"ROUND_NORMED": kind.round_normed}
-    with _current(x.device):
+    with launch.on_device(x.device):
         tile = launch.row_tile(n_cols, x.element_size(), backward=False)
         if tile:
             forward_kernel[(triton.cdiv(n_rows, tile.rows),)](*arguments, **constants, **_row_options(tile))
@@ -160,7 +159,7 @@ def norm_backward(
     )
     means = torch.empty((2, n_rows), dtype=torch.float32, device=dy.device) if need_means else None
     rows_in_out = (dy, saved, weight, rstd, dstream, seed, dx, dresidual)
-    with _current(dy.device):
+    with launch.on_device(dy.device):
         if tile and (need_rows or not sums_apart):
             sums = (None, None) if sums_apart else (dweight_partial, dbias_partial)
             n_programs = n_partials if need_sums and not sums_apart else triton.cdiv(n_rows, tile.rows)
@@ -218,8 +217,3 @@ def _row_stride(x: Tensor | None) -> int:
 
 def _unit_columns(x: TensorT) -> TensorT:
     return x if x is None or x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
-
-
-def _current(device: torch.device) -> contextlib.AbstractContextManager[object]:
-    # Triton launches on the current GPU, which need not be the tensors'.
-    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()

@@ -17,26 +17,25 @@ constexpr float QUICK_GELU_SLOPE = 1.702f;
 constexpr float GELU_TANH_SLOPE = 1.59576912f;  // 2 sqrt(2 / pi)
 constexpr float GELU_TANH_CUBIC = 0.044715f;
 
-// What `x` is multiplied by, from 0 to 1.
+// z(x), where the activation is x logistic(z(x)).
 template <Kind KIND>
-Float share(Float x) {
-  if constexpr (KIND == GELU) return normal_share(x, exponential(x * x * -0.5f));
-  if constexpr (KIND == GELU_TANH) return sigmoid(GELU_TANH_SLOPE * x * (1.0f + GELU_TANH_CUBIC * (x * x)));
-  if constexpr (KIND == QUICK_GELU) return sigmoid(QUICK_GELU_SLOPE * x);
-  return sigmoid(x);
+Float argument(Float x) {
+  if constexpr (KIND == GELU_TANH) return GELU_TANH_SLOPE * x * (1.0f + GELU_TANH_CUBIC * (x * x));
+  return KIND == QUICK_GELU ? QUICK_GELU_SLOPE * x : x;
 }
 
 template <Kind KIND>
 Float value(Float x) {
   if constexpr (KIND == RELU) return select(x <= 0.0f, Float{}, x);  // NaN stays
-  return x * share<KIND>(x);
+  if constexpr (KIND == GELU) return x * normal_share(x, exponential(x * x * -0.5f));
+  return x / (1.0f + exponential(-argument<KIND>(x)));
 }
 
 struct ValueAndSlope {
   Float value, slope;
 };
 
-// The derivative of x sigmoid(z(x)) is s + x s (1 - s) z'(x).
+// The derivative of x s(z(x)), s the logistic function, is s + x s (1 - s) z'(x).
 template <Kind KIND>
 ValueAndSlope value_and_slope(Float x) {
   if constexpr (KIND == RELU) return {value<RELU>(x), select(x <= 0.0f, Float{}, broadcast(1.0f))};
@@ -44,12 +43,13 @@ ValueAndSlope value_and_slope(Float x) {
     const Float bell = exponential(x * x * -0.5f), part = normal_share(x, bell);
     return {x * part, part + x * bell * RSQRT_TWO_PI};
   }
-  const Float part = share<KIND>(x), left = x * part * (1.0f - part);
-  if constexpr (KIND == QUICK_GELU) return {x * part, part + left * QUICK_GELU_SLOPE};
-  if constexpr (KIND == SILU) return {x * part, part + left};
+  const auto [part, rest] = logistic(argument<KIND>(x));
+  const Float value = x * part;
+  if constexpr (KIND == QUICK_GELU) return {value, part + value * rest * QUICK_GELU_SLOPE};
+  if constexpr (KIND == SILU) return {value, part + value * rest};
   Float square = x * x;
-  square = select(square > 1e30f, broadcast(1e30f), square);  // an infinite one would meet the 0 of `left`
-  return {x * part, part + left * (GELU_TANH_SLOPE * (1.0f + 3 * GELU_TANH_CUBIC * square))};
+  square = select(square > 1e30f, broadcast(1e30f), square);  // an infinite one would meet the 0 of `rest`
+  return {value, part + value * rest * (GELU_TANH_SLOPE * (1.0f + 3 * GELU_TANH_CUBIC * square))};
 }
 
 template <class Function>
@@ -99,14 +99,15 @@ using namespace fastln;
 
 extern "C" {
 
-// y = activation(gate), times up where there is one. Rows are contiguous along the columns, y altogether.
+// y = activation(gate), times up where there is one. Rows are contiguous along the columns.
 void fastln_activation_forward(int64_t dtype, int64_t n_threads, int64_t n_rows, int64_t n_cols, int64_t kind,
-                               const void* gate, int64_t gate_stride, const void* up, int64_t up_stride, void* y) {
+                               const void* gate, int64_t gate_stride, const void* up, int64_t up_stride, void* y,
+                               int64_t y_stride) {
   with_dtype(dtype, [&](auto type) {
     with_kind(kind, [&](auto which) {
       using T = decltype(type);
       const auto gates = rows<T>(gate, gate_stride), ups = rows<T>(up, up_stride);
-      const auto ys = rows<T>(y, n_cols);
+      const auto ys = rows<T>(y, y_stride);
       for_pieces(n_rows, n_cols, n_threads, [&](int64_t row, int64_t first, int64_t size) {
         const T *gate = gates.at(row, first), *up = ups.at(row, first);
         T* y = ys.at(row, first);

@@ -35,7 +35,17 @@ inline Float exponential(Float x) {
 #endif
 }
 
-inline Float sigmoid(Float x) { return 1.0f / (1.0f + exponential(-x)); }
+struct Shares {
+  Float part, rest;  // of 1, both right to a few units in their last place
+};
+
+// The logistic function of x and of -x.
+inline Shares logistic(Float x) {
+  Float e = exponential(-x);
+  const Float part = 1.0f / (1.0f + e);
+  e = select(e > 3e38f, broadcast(3e38f), e);  // an infinite one would meet a 0
+  return {part, part * e};
+}
 
 // The normal distribution's function, given e^(-x^2 / 2). Of -|x| it is e^(-x^2 / 2) t p(t), t = 1 / (1 + 0.35 |x|): the
 // form of Hastings' approximation 7.1.26 in Abramowitz and Stegun, with a p of degree 8 that errs by 3.2e-8 of it.

@@ -46,7 +46,8 @@ def load(name: str) -> ctypes.CDLL:
     """Return the library made of `name`.cpp, compiled now if it is not in the cache.
 
     Raises:
-        KernelsUnavailableError: If the kernels are switched off, there is no compiler, or it fails. A warning is logged.
+        KernelsUnavailableError: If the kernels are switched off, or there is no compiler, or it fails (a warning says
+            so).
     """
     if os.environ.get("FASTLN_CPU_KERNELS", "1") == "0":
         raise KernelsUnavailableError("FASTLN_CPU_KERNELS=0 switches the compiled kernels off")

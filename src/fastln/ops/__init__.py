@@ -1,7 +1,20 @@
 """The differentiable operations: here is decided what is kept for backward and which gradients are computed."""
 
+from fastln.ops.activation import activation, gated_activation, packed_gated_activation
 from fastln.ops.attention import attention
 from fastln.ops.norm import dropout_add_norm, layer_norm, rms_norm
 from fastln_kernels.reference import NormKind
+from fastln_kernels.reference_activation import ACTIVATION_KINDS, ActivationKind
 
-__all__ = ["NormKind", "attention", "dropout_add_norm", "layer_norm", "rms_norm"]
+__all__ = [
+    "ACTIVATION_KINDS",
+    "ActivationKind",
+    "NormKind",
+    "activation",
+    "attention",
+    "dropout_add_norm",
+    "gated_activation",
+    "layer_norm",
+    "packed_gated_activation",
+    "rms_norm",
+]

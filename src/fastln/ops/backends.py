@@ -15,23 +15,19 @@ from fastln_kernels.cpu.attention import BLOCK_SCORES
 BACKENDS = ("auto", "triton", "cpu", "reference")
 """What may be asked for; `auto` takes the best that the device has."""
 
+_KERNELS = {
+    "triton": "fastln's Triton kernels",
+    "cpu": "fastln's compiled CPU kernels",
+    "reference": "plain PyTorch",
+}
+
 # What each operation has, best first: a backend that an operation lacks is passed over.
 _IMPLEMENTATIONS: dict[str, dict[str, str]] = {
-    "layer_norm": {
-        "triton": "fastln's Triton kernels",
-        "cpu": "fastln's compiled CPU kernels",
-        "reference": "plain PyTorch",
-    },
-    "rms_norm": {
-        "triton": "fastln's Triton kernels",
-        "cpu": "fastln's compiled CPU kernels",
-        "reference": "plain PyTorch",
-    },
-    "dropout_add_norm": {
-        "triton": "fastln's Triton kernels",
-        "cpu": "fastln's compiled CPU kernels",
-        "reference": "plain PyTorch",
-    },
+    "layer_norm": _KERNELS,
+    "rms_norm": _KERNELS,
+    "dropout_add_norm": _KERNELS,
+    "activation": _KERNELS,
+    "gated_activation": _KERNELS,
     "attention": {
         "cpu": (
             "backward in blocks of matrix products for 16-bit dtypes, without attention dropout, up to "
@@ -43,8 +39,17 @@ _IMPLEMENTATIONS: dict[str, dict[str, str]] = {
 }
 
 # The library (`fastln_kernels.cpu.library`) that the cpu backend of an operation is made of, and what stands in for it.
-_LIBRARIES = {"layer_norm": "norm", "rms_norm": "norm", "dropout_add_norm": "norm"}
-_WITHOUT_LIBRARY = {"layer_norm": "torch's fused CPU kernel"}
+_LIBRARIES = {
+    "layer_norm": "norm",
+    "rms_norm": "norm",
+    "dropout_add_norm": "norm",
+    "activation": "activation",
+    "gated_activation": "activation",
+}
+_WITHOUT_LIBRARY = {
+    "layer_norm": "torch's fused CPU kernel",
+    "activation": "torch's fused CPU kernels (plain PyTorch for quick_gelu)",
+}
 
 OPERATIONS = tuple(_IMPLEMENTATIONS)
 """The operations that choose a backend."""

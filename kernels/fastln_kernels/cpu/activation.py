@@ -1,0 +1,39 @@
+"""Activations for CPU tensors by torch's fused kernels, which compute in float32 and round once.
+
+Of "quick_gelu" and of the gated ones torch has none: they are left to the definition.
+"""
+
+import torch
+from torch import Tensor
+
+from fastln_kernels import reference_activation
+from fastln_kernels.reference_activation import ActivationKind, gated_backward, gated_forward
+
+__all__ = ["activation_backward", "activation_forward", "gated_backward", "gated_forward"]
+
+_aten = torch.ops.aten
+_APPROXIMATE = {"gelu": "none", "gelu_tanh": "tanh"}
+
+
+def activation_forward(x: Tensor, kind: ActivationKind) -> Tensor:
+    """Apply an activation; takes and returns what `fastln_kernels.reference_activation.activation_forward` does."""
+    x = x.contiguous()
+    if kind in _APPROXIMATE:
+        return _aten.gelu.default(x, approximate=_APPROXIMATE[kind])
+    if kind == "silu":
+        return _aten.silu.default(x)
+    if kind == "relu":
+        return _aten.relu.default(x)
+    return reference_activation.activation_forward(x, kind)
+
+
+def activation_backward(dy: Tensor, saved: Tensor, kind: ActivationKind) -> Tensor:
+    """Compute dx; takes and returns what `fastln_kernels.reference_activation.activation_backward` does."""
+    dy, saved = dy.contiguous(), saved.contiguous()
+    if kind in _APPROXIMATE:
+        return _aten.gelu_backward.default(dy, saved, approximate=_APPROXIMATE[kind])
+    if kind == "silu":
+        return _aten.silu_backward.default(dy, saved)
+    if kind == "relu":
+        return _aten.threshold_backward.default(dy, saved, 0)
+    return reference_activation.activation_backward(dy, saved, kind)
