@@ -58,13 +58,9 @@ def load(name: str) -> ctypes.CDLL:
         raise KernelsUnavailableError(str(error)) from error
 
 
+@functools.cache
 def why_not(name: str) -> str | None:
     """Say why there is no library made of `name`.cpp; None where there is one."""
-    return _why_not(name)
-
-
-@functools.cache
-def _why_not(name: str) -> str | None:
     try:
         load(name)
     except KernelsUnavailableError as error:

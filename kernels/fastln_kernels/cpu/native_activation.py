@@ -1,8 +1,8 @@
 """Activations for CPU tensors by the compiled kernels of `activation.cpp`.
 
-`fastln_kernels.reference_activation` defines them. For float32, bfloat16 and float16; arithmetic is float32. Tensors that
-are all contiguous count as a single row; else rows may have any stride (gate and up may be two halves of one tensor),
-and columns that are not contiguous are copied.
+`fastln_kernels.reference_activation` defines them. For float32, bfloat16 and float16; arithmetic is float32. Tensors
+that are all contiguous count as a single row; else rows may have any stride (gate and up may be two halves of one
+tensor), and columns that are not contiguous are copied.
 """
 
 import functools

@@ -1,10 +1,10 @@
 """The compiled norm kernels against the definition in float64.
 
-Bounds. Errors are root-mean-square, relative to that of the terms which the result is made of. With u = 2^-24, float32's
-roundoff, an element passes about 8 roundings that are independent of each other: sqrt(8 / 3) u, under 4 u; so does a sum
-over rows, whose terms have random signs. Rounding to nearest in storage is uniform within half the dtype's epsilon at
-mantissa 1: epsilon / (2 sqrt(3)). Results that are rounded twice may be off by both. Chance: the root mean square of n
-errors has a deviation of 0.45 / sqrt(n) of itself; four of them are allowed, 1 + 2 / sqrt(n).
+Bounds. Errors are root-mean-square, relative to that of the terms which the result is made of. With u = 2^-24, the
+roundoff of float32, an element passes about 8 roundings that are independent of each other: sqrt(8 / 3) u, under 4 u;
+so does a sum over rows, whose terms have random signs. Rounding to nearest in storage is uniform within half the
+dtype's epsilon at mantissa 1: epsilon / (2 sqrt(3)). Results that are rounded twice may be off by both. Chance: the
+root mean square of n errors has a deviation of 0.45 / sqrt(n) of itself; four of them are allowed, 1 + 2 / sqrt(n).
 """
 
 import dataclasses
