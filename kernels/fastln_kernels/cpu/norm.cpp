@@ -16,8 +16,9 @@ namespace {
 
 constexpr int64_t SUMMED_ROWS = 32;            // whose sums are one partial sum, at least
 constexpr int64_t MAX_PARTIALS = 1 << 20;      // floats of one kind of partial sum, at most
+constexpr int64_t PIECE = 2048;                // columns whose sums are taken in float32, at most
 constexpr int GROUP = 4;            // rows taken together, so that the end of one's sums keeps nobody waiting
-constexpr int64_t SHORT_ROW = 1280;  // columns of rows that are, at most: a group stays in the first cache
+constexpr int64_t GROUP_BYTES = 24 << 10;  // of them, at most: they stay in the first cache
 
 template <class T>
 T* at(T* rows, int64_t row, int64_t stride) {
@@ -52,37 +53,43 @@ bool is_far(float residual, float variance) { return residual * residual > 4 * v
 
 // x_hat = ((x - near) - residual) * rstd
 struct Moments {
-  float near = 0;      // of the mean
-  float residual = 0;  // what is left of it
-  float variance = 0;  // plus eps
+  float near;      // of the mean
+  float residual;  // what is left of it
+  float variance;  // plus eps
 };
 
-template <class S>
+// Calls `body(first, size)` for pieces of a row: partial sums over more columns would lose digits.
+template <class Body>
+void for_pieces(int64_t n_cols, Body&& body) {
+  for (int64_t first = 0; first < n_cols; first += PIECE) body(first, std::min(PIECE, n_cols - first));
+}
+
+template <bool CENTRE, class S>
 Moments moments_about(float near, const S* values, int64_t n_cols, float eps) {
-  Sum differences, squares;
-  sum_columns(n_cols, [&](int64_t column, auto lanes, int part) {
-    const Float difference = inside(load(values + column, lanes) - near, lanes);
-    differences.parts[part] += difference;
-    squares.parts[part] += difference * difference;
+  double difference_total = 0, square_total = 0;
+  for_pieces(n_cols, [&](int64_t first, int64_t size) {
+    Sum differences, squares;
+    sum_columns(size, [&](int64_t column, auto lanes, int part) {
+      Float difference = load(values + first + column, lanes);
+      if constexpr (CENTRE) {
+        difference = inside(difference - near, lanes);
+        differences.parts[part] += difference;
+      }
+      squares.parts[part] += difference * difference;
+    });
+    difference_total += differences.total();
+    square_total += squares.total();
   });
-  const float residual = differences.total() / n_cols;
-  return {near, residual, squares.total() / n_cols - residual * residual + eps};
+  const double residual = difference_total / n_cols;
+  return {near, static_cast<float>(residual), static_cast<float>(square_total / n_cols - residual * residual + eps)};
 }
 
 template <bool CENTRE, class S>
 Moments moments(const S* values, int64_t n_cols, float eps) {
-  if constexpr (CENTRE) {
-    const Moments found = moments_about(near_mean(values, n_cols), values, n_cols, eps);
-    if (!is_far(found.residual, found.variance)) return found;
-    return moments_about(found.near + found.residual, values, n_cols, eps);
-  } else {
-    Sum squares;
-    sum_columns(n_cols, [&](int64_t column, auto lanes, int part) {
-      const Float value = load(values + column, lanes);
-      squares.parts[part] += value * value;
-    });
-    return {0, 0, squares.total() / n_cols + eps};
-  }
+  if (!CENTRE) return moments_about<false>(0, values, n_cols, eps);
+  const Moments found = moments_about<true>(near_mean(values, n_cols), values, n_cols, eps);
+  if (!is_far(found.residual, found.variance)) return found;
+  return moments_about<true>(found.near + found.residual, values, n_cols, eps);
 }
 
 template <class T>
@@ -168,19 +175,26 @@ struct Backward {
 
   template <bool INPUT>
   RowSums row_sums(float near, const T* dy, const T* saved) const {
-    Sum differences, gradients, products;
-    sum_columns(n_cols, [&](int64_t column, auto lanes, int part) {
-      const Float difference = inside(load(saved + column, lanes) - near, lanes);
-      differences.parts[part] += difference;
-      if constexpr (INPUT) {
-        const Float gradient = load(dy + column, lanes) * load(scale + column, lanes);
-        gradients.parts[part] += gradient;
-        products.parts[part] += gradient * difference;
-      }
+    double difference_total = 0, gradient_total = 0, product_total = 0;
+    for_pieces(n_cols, [&](int64_t first, int64_t size) {
+      Sum differences, gradients, products;
+      sum_columns(size, [&](int64_t column, auto lanes, int part) {
+        column += first;
+        const Float difference = inside(load(saved + column, lanes) - near, lanes);
+        differences.parts[part] += difference;
+        if constexpr (INPUT) {
+          const Float gradient = load(dy + column, lanes) * load(scale + column, lanes);
+          gradients.parts[part] += gradient;
+          products.parts[part] += gradient * difference;
+        } else {
+          __builtin_prefetch(dy + column);  // read next
+        }
+      });
+      difference_total += differences.total();
+      if constexpr (INPUT) gradient_total += gradients.total(), product_total += products.total();
     });
-    RowSums means{near, differences.total() / n_cols};
-    if constexpr (INPUT) means.gradient = gradients.total() / n_cols, means.product = products.total() / n_cols;
-    return means;
+    const auto mean = [&](double total) { return static_cast<float>(total / n_cols); };
+    return {near, mean(difference_total), mean(gradient_total), mean(product_total)};
   }
 
   // Computes the gradients of `R` rows and adds to the sums over rows.
@@ -251,13 +265,20 @@ void add_partials(const float* partials, int64_t n_partials, int64_t n_cols, voi
   });
 }
 
-// Calls `run(row, R)` for all rows from `first` to below `end`: R together, a constant, where those are short.
+// Calls `run(row, R)` for all rows from `first` to below `end`: R rows from `row` on, a constant. `row_bytes` are those of
+// one row that are read or written.
 template <class Run>
-void for_rows(int64_t first, int64_t end, int64_t n_cols, Run&& run) {
+void for_rows(int64_t first, int64_t end, int64_t row_bytes, Run&& run) {
   int64_t row = first;
-  if (n_cols <= SHORT_ROW)
+  if (GROUP * row_bytes <= GROUP_BYTES)
     for (; row + GROUP <= end; row += GROUP) run(row, std::integral_constant<int, GROUP>{});
   for (; row < end; row++) run(row, std::integral_constant<int, 1>{});
+}
+
+// How many of the pointers are not null.
+template <class... Pointers>
+int64_t count(Pointers... pointers) {
+  return (0 + ... + (pointers != nullptr));
 }
 
 }  // namespace
@@ -284,11 +305,12 @@ void fastln_norm_forward(int64_t dtype, int64_t n_threads, int64_t n_rows, int64
     const Forward<T> forward{static_cast<const T*>(x), static_cast<const T*>(residual), x_stride, residual_stride,
                              n_cols, scale, shift, static_cast<float>(eps), round_normed, Dropout(threshold, seed),
                              static_cast<T*>(y), static_cast<T*>(stream), static_cast<T*>(normed), rstd};
+    const int64_t row_bytes = n_cols * sizeof(T) * count(x, residual, y, stream, normed);
     const int64_t rows_a_block = std::max<int64_t>(ELEMENTS_A_BLOCK / n_cols, 1);
     const int64_t n_blocks = (n_rows + rows_a_block - 1) / rows_a_block;
     for_blocks(n_blocks, useful_threads(n_threads, n_rows * n_cols), [&](int64_t block) {
       const int64_t end = std::min((block + 1) * rows_a_block, n_rows);
-      for_rows(block * rows_a_block, end, n_cols, [&](int64_t row, auto rows) {
+      for_rows(block * rows_a_block, end, row_bytes, [&](int64_t row, auto rows) {
         centre ? forward.template run<rows, true>(row) : forward.template run<rows, false>(row);
       });
     });
@@ -322,6 +344,7 @@ void fastln_norm_backward(int64_t dtype, int64_t n_threads, int64_t n_rows, int6
     const Backward<T> backward{static_cast<const T*>(dy), static_cast<const T*>(saved), static_cast<const T*>(dstream),
                                dy_stride, saved_stride, dstream_stride, n_cols, rstd, scale, centre, saved_is_normed,
                                round_normed, Dropout(threshold, seed), static_cast<T*>(dx), static_cast<T*>(dresidual)};
+    const int64_t row_bytes = n_cols * sizeof(T) * count(dy, saved, dstream, dx, dresidual);
     with_constant(dx || dresidual, [&](auto input) {
       with_constant(dweight, [&](auto has_dweight) {
         for_blocks(n_blocks, useful_threads(n_threads, n_rows * n_cols), [&](int64_t block) {
@@ -330,7 +353,7 @@ void fastln_norm_backward(int64_t dtype, int64_t n_threads, int64_t n_rows, int6
           if (dweight) std::fill_n(dweight_sums, n_cols, 0.0f);
           if (dbias) std::fill_n(dbias_sums, n_cols, 0.0f);
           const int64_t end = std::min((block + 1) * rows_a_block, n_rows);
-          for_rows(block * rows_a_block, end, n_cols, [&](int64_t row, auto rows) {
+          for_rows(block * rows_a_block, end, row_bytes, [&](int64_t row, auto rows) {
             backward.template run<rows, input, has_dweight>(row, dweight_sums, dbias_sums);
           });
         });

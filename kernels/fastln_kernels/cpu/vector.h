@@ -186,6 +186,27 @@ inline void store(T* to, Float value, AllLanes) {
 }
 
 // Lanes outside the row are zeros.
+#if defined(FASTLN_AVX512)
+inline __mmask16 mask_of(SomeLanes lanes) { return static_cast<__mmask16>((1u << lanes.count) - 1); }
+
+inline Float load(const float* from, SomeLanes lanes) {
+  return bits_as<Float>(_mm512_maskz_loadu_ps(mask_of(lanes), from));
+}
+
+inline void store(float* to, Float value, SomeLanes lanes) {
+  _mm512_mask_storeu_ps(to, mask_of(lanes), bits_as<__m512>(value));
+}
+
+template <class T>
+inline Float load(const T* from, SomeLanes lanes) {
+  return to_float(bits_as<UShort>(_mm256_maskz_loadu_epi16(mask_of(lanes), from)), T{});
+}
+
+template <class T>
+inline void store(T* to, Float value, SomeLanes lanes) {
+  _mm256_mask_storeu_epi16(to, mask_of(lanes), bits_as<__m256i>(from_float(value, T{})));
+}
+#else
 template <class T>
 inline Float load(const T* from, SomeLanes lanes) {
   T all[LANES] = {};
@@ -199,6 +220,7 @@ inline void store(T* to, Float value, SomeLanes lanes) {
   store(all, value, AllLanes{});
   std::memcpy(to, all, lanes.count * sizeof(T));
 }
+#endif
 
 // What would be read after a store.
 template <class T>

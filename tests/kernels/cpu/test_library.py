@@ -4,6 +4,7 @@ import ctypes
 import logging
 import multiprocessing
 import os
+import platform
 import subprocess
 import sys
 from pathlib import Path
@@ -146,3 +147,19 @@ print(sum("omp" in file.rpartition("/")[2] for file in files), len(os.listdir("/
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=environment, check=True)
     assert done.stdout.split() == ["1", "1"]
+
+
+@needs_compiler
+@pytest.mark.slow
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="the names are those of x86")
+@pytest.mark.parametrize("architecture", ["x86-64", "haswell", "skylake-avx512"])
+def test_kernels_for_narrower_vectors(architecture):
+    flags = (Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else "").split()
+    if {"haswell": "avx2", "skylake-avx512": "avx512bw"}.get(architecture, "fpu") not in flags:
+        pytest.skip(f"this processor cannot run code for {architecture}")
+    files = [str(Path(__file__).with_name(f"test_native_{name}.py")) for name in ("norm", "activation")]
+    command = [sys.executable, "-m", "pytest", "-n", "0", "-q", "-p", "no:cacheprovider", *files]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "FASTLN_CPU_ARCH": architecture}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stdout
+    assert " skipped" not in done.stdout
