@@ -60,7 +60,7 @@ def render(findings: dict[str, Any]) -> str:
         f"  {'gpu':14} {machine['gpu'] or 'none'}",
         f"  {'bfloat16':14} "
         + ("in hardware" if machine["bfloat16_units"] else "emulated: dtype auto means float32 here"),
-        f"  {'compiler':14} {machine['compiler'] or 'none: CPU kernels cannot be compiled, and plain PyTorch is slower'}",
+        f"  {'compiler':14} {machine['compiler'] or 'none: CPU kernels cannot be compiled'}",
         f"operations on {machine['device']}",
     ]
     lines += [
