@@ -232,21 +232,27 @@ def test_without_dropout_one_tensor_is_the_gradient_of_both():
     assert result.dx is result.dresidual
 
 
-@pytest.mark.parametrize("first", ["like the rest", "far from the rest"])
-def test_mean_1e4_with_deviation_1_is_right_to_1e_minus_5(first):
-    x, _, dy, _ = rows(9, 768, torch.float32)
-    x += 1e4
-    if first == "far from the rest":  # sums about a number near the first columns would lose the variance
-        x[:, :64] -= 1e4
+def check_float32_rows(x, bound):
+    dy, wanted = normal(*x.shape, seed=1), {"need_dx": True, "need_dweight": True}
     got = native_norm.norm_forward(x, None, None, LAYER_NORM)
     want = reference.norm_forward(x.double(), None, None, LAYER_NORM)
-    assert_close(got.y, want.y, 1e-5, want.y)
-    result = native_norm.norm_backward(dy, x, None, got.rstd, LAYER_NORM, need_dx=True, need_dweight=True)
-    right = reference.norm_backward(
-        dy.double(), x.double(), None, want.rstd, LAYER_NORM, need_dx=True, need_dweight=True, grad_dtype=torch.float64
-    )
-    assert_close(result.dx, right.dx, 1e-5, right.dx)
-    assert_close(result.dweight, right.dweight, 1e-5, right.dweight)
+    assert_close(got.y, want.y, bound, want.y)
+    result = native_norm.norm_backward(dy, x, None, got.rstd, LAYER_NORM, **wanted)
+    exact = (dy.double(), x.double(), None, want.rstd, LAYER_NORM)
+    right = reference.norm_backward(*exact, **wanted, grad_dtype=torch.float64)
+    assert_close(result.dx, right.dx, bound, right.dx)
+    assert_close(result.dweight, right.dweight, bound, right.dweight)
+
+
+def test_mean_1e4_with_deviation_1_is_right_to_1e_minus_5():
+    check_float32_rows(normal(9, 768) + 1e4, 1e-5)
+
+
+def test_first_columns_far_from_the_mean():
+    """Sums about their mean, which is 32 deviations off, would lose three digits."""
+    x = normal(2, 65536)
+    x[:, :64] += 1e4
+    check_float32_rows(x, 16 * U)
 
 
 @pytest.mark.parametrize("kind", KINDS)
