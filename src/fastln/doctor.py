@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import os
 import platform
-import shutil
+import shlex
 from typing import Any
 
 import psutil
@@ -12,6 +11,7 @@ import torch
 
 from fastln.machine import cpu_flags, cpu_model, has_bfloat16_units, package_version, settle_device
 from fastln.ops.backends import OPERATIONS, resolve
+from fastln_kernels.cpu import library
 
 PACKAGES = ("fastln", "torch", "triton", "transformers", "peft", "accelerate", "flash-attn", "liger-kernel")
 WIDE = ("avx2", "avx512f", "avx512_bf16", "amx_bf16", "asimd", "sve", "bf16")
@@ -25,7 +25,6 @@ def examine() -> dict[str, Any]:
         on the device that "auto" gives, and why.
     """
     device = settle_device("auto")
-    compiler = shutil.which(os.environ.get("CXX", "c++")) or shutil.which("g++") or shutil.which("clang++")
     flags = cpu_flags()
     choices = {operation: resolve(operation, device, "auto") for operation in OPERATIONS}
     return {
@@ -39,7 +38,7 @@ def examine() -> dict[str, Any]:
             "memory_gib": round(psutil.virtual_memory().total / 2**30, 1),
             "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
             "bfloat16_units": has_bfloat16_units(device),
-            "compiler": compiler,
+            "compiler": shlex.join(library.compiler()) or None,
             "device": str(device),
         },
         "operations": {
@@ -61,7 +60,7 @@ def render(findings: dict[str, Any]) -> str:
         f"  {'gpu':14} {machine['gpu'] or 'none'}",
         f"  {'bfloat16':14} "
         + ("in hardware" if machine["bfloat16_units"] else "emulated: dtype auto means float32 here"),
-        f"  {'compiler':14} {machine['compiler'] or 'none: nothing of fastln needs one'}",
+        f"  {'compiler':14} {machine['compiler'] or 'none: CPU kernels cannot be compiled'}",
         f"operations on {machine['device']}",
     ]
     lines += [

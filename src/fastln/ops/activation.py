@@ -28,7 +28,8 @@ from torch.autograd import forward_ad
 from fastln.errors import FastLNError
 from fastln.ops.backends import resolve
 from fastln_kernels import reference_activation
-from fastln_kernels.cpu import activation as cpu
+from fastln_kernels.cpu import activation as torch_activation
+from fastln_kernels.cpu import library, native_activation
 from fastln_kernels.reference_activation import ACTIVATION_KINDS, ActivationKind, GatedGradients
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -251,7 +252,7 @@ class _EagerGatedActivation(torch.autograd.Function):
 
 def _implementation(op: str, x: Tensor, backend: str) -> _Implementation:
     name = resolve(op, x.device, backend).backend
-    if name == "triton" and x.dtype == torch.float64:
+    if name in ("triton", "cpu") and x.dtype == torch.float64:
         if backend == "triton":
             raise FastLNError("backend 'triton' computes in float32; use 'auto' or 'reference' for float64 tensors")
         name = "reference"
@@ -260,8 +261,10 @@ def _implementation(op: str, x: Tensor, backend: str) -> _Implementation:
 
 @functools.cache
 def _load(backend: str) -> _Implementation:
-    module: Any = cpu if backend == "cpu" else reference_activation
-    if backend == "triton":
+    module: Any = reference_activation
+    if backend == "cpu":
+        module = native_activation if library.why_not("activation") is None else torch_activation
+    elif backend == "triton":
         # Where Triton does not exist, nothing but this line may miss it.
         from fastln_kernels import activation as module
     return _Implementation(*(getattr(module, name) for name in _Implementation._fields))

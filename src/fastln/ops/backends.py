@@ -9,27 +9,26 @@ from difflib import get_close_matches
 import torch
 
 from fastln.errors import FastLNError
+from fastln_kernels.cpu import library
 from fastln_kernels.cpu.attention import BLOCK_SCORES
 
 BACKENDS = ("auto", "triton", "cpu", "reference")
 """What may be asked for; `auto` takes the best that the device has."""
 
+_KERNELS = {
+    "triton": "fastln's Triton kernels",
+    "cpu": "fastln's compiled CPU kernels",
+    "reference": "plain PyTorch",
+}
+
 # What each operation has, best first: a backend that an operation lacks is passed over.
 _IMPLEMENTATIONS: dict[str, dict[str, str]] = {
-    "layer_norm": {
-        "triton": "fastln's Triton kernels",
-        "cpu": "torch's fused CPU kernel",
-        "reference": "plain PyTorch",
-    },
-    "rms_norm": {"triton": "fastln's Triton kernels", "reference": "plain PyTorch"},
-    "dropout_add_norm": {"triton": "fastln's Triton kernels", "reference": "plain PyTorch"},
-    "activation": {
-        "triton": "fastln's Triton kernels",
-        "cpu": "torch's fused CPU kernels (plain PyTorch for quick_gelu)",
-        "reference": "plain PyTorch",
-    },
-    "gated_activation": {"triton": "fastln's Triton kernels", "reference": "plain PyTorch"},
-    "dropout": {"triton": "fastln's Triton kernel", "reference": "plain PyTorch"},
+    "layer_norm": _KERNELS,
+    "rms_norm": _KERNELS,
+    "dropout_add_norm": _KERNELS,
+    "activation": _KERNELS,
+    "gated_activation": _KERNELS,
+    "dropout": _KERNELS,
     "attention": {
         "cpu": (
             "backward in blocks of matrix products for 16-bit dtypes, without attention dropout, up to "
@@ -38,6 +37,20 @@ _IMPLEMENTATIONS: dict[str, dict[str, str]] = {
         ),
         "reference": "torch's scaled_dot_product_attention",
     },
+}
+
+# The library (`fastln_kernels.cpu.library`) that the cpu backend of an operation is made of, and what stands in for it.
+_LIBRARIES = {
+    "layer_norm": "norm",
+    "rms_norm": "norm",
+    "dropout_add_norm": "norm",
+    "activation": "activation",
+    "gated_activation": "activation",
+    "dropout": "dropout",
+}
+_WITHOUT_LIBRARY = {
+    "layer_norm": "torch's fused CPU kernel",
+    "activation": "torch's fused CPU kernels (plain PyTorch for quick_gelu)",
 }
 
 OPERATIONS = tuple(_IMPLEMENTATIONS)
@@ -78,8 +91,14 @@ def resolve(op: str, device: torch.device, requested: str) -> Choice:
         near = get_close_matches(requested, BACKENDS, n=1)
         hint = f" (did you mean {near[0]!r}?)" if near else ""
         raise FastLNError(f"unknown backend {requested!r}{hint}; valid backends: {', '.join(BACKENDS)}")
-    available = _IMPLEMENTATIONS[op]
-    passed_over = []
+    available, passed_over = dict(_IMPLEMENTATIONS[op]), []
+    if device.type == "cpu" and op in _LIBRARIES and requested in ("auto", "cpu"):
+        reason = library.why_not(_LIBRARIES[op])  # compiles it, at the first use on this machine
+        if reason and op in _WITHOUT_LIBRARY:
+            available["cpu"] = f"{_WITHOUT_LIBRARY[op]}, for want of compiled kernels ({reason})"
+        elif reason:
+            del available["cpu"]
+            passed_over.append(f"no compiled CPU kernels: {reason}")
     if requested in available:
         obstacle = _obstacle(requested, device)
         if obstacle:

@@ -14,6 +14,7 @@ from torch import Tensor
 from fastln.errors import FastLNError
 from fastln.ops.backends import resolve
 from fastln_kernels import reference
+from fastln_kernels.cpu import native_dropout
 
 
 def dropout(x: Tensor, p: float, *, seed: Tensor | None = None, backend: str = "auto") -> Tensor:
@@ -57,6 +58,8 @@ def _dropout(x: Tensor, seed: Tensor, p: float, backend: str) -> Tensor:
 
 def _implementation(x: Tensor, backend: str) -> Callable[[Tensor, float, Tensor], Tensor]:
     name = resolve("dropout", x.device, backend).backend
+    if name == "cpu" and x.dtype != torch.float64:
+        return native_dropout.dropout
     if name == "triton" and x.dtype != torch.float64:
         # Where Triton does not exist, nothing but this line may miss it.
         from fastln_kernels import dropout as triton_dropout

@@ -31,7 +31,8 @@ from torch.autograd import forward_ad
 from fastln.errors import FastLNError
 from fastln.ops.backends import resolve
 from fastln_kernels import reference
-from fastln_kernels.cpu import norm as cpu
+from fastln_kernels.cpu import library, native_norm
+from fastln_kernels.cpu import norm as torch_norm
 from fastln_kernels.reference import NormGradients, NormKind, NormOutputs, arithmetic_dtype
 
 _aten = torch.ops.aten
@@ -373,7 +374,7 @@ def _operation(settings: _Settings) -> str:
 
 def _implementation(x: Tensor, settings: _Settings) -> _Implementation:
     name = resolve(_operation(settings), x.device, settings.backend).backend
-    if name == "triton" and x.dtype == torch.float64:
+    if name in ("triton", "cpu") and x.dtype == torch.float64:
         if settings.backend == "triton":
             raise FastLNError("backend 'triton' computes in float32; use 'auto' or 'reference' for float64 tensors")
         name = "reference"
@@ -383,7 +384,9 @@ def _implementation(x: Tensor, settings: _Settings) -> _Implementation:
 @functools.cache
 def _load(backend: str) -> _Implementation:
     if backend == "cpu":
-        return _Implementation(cpu.norm_forward, cpu.norm_backward, n_stats=2)
+        if library.why_not("norm") is None:
+            return _Implementation(native_norm.norm_forward, native_norm.norm_backward)
+        return _Implementation(torch_norm.norm_forward, torch_norm.norm_backward, n_stats=2)
     if backend == "triton":
         # Where Triton does not exist, nothing but this line may miss it.
         from fastln_kernels import norm

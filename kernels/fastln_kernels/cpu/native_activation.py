@@ -1,0 +1,103 @@
+"""Activations for CPU tensors by the compiled kernels of `activation.cpp`.
+
+`fastln_kernels.reference_activation` defines them. For float32, bfloat16 and float16; arithmetic is float32. Tensors
+that are all contiguous count as a single row; else rows may have any stride (gate and up may be two halves of one
+tensor), and columns that are not contiguous are copied.
+"""
+
+import functools
+from ctypes import c_int64, c_void_p
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastln_kernels.cpu.library import DTYPES, function
+from fastln_kernels.reference_activation import ACTIVATION_KINDS, ActivationKind, GatedGradients
+
+_KINDS = {kind: number for number, kind in enumerate(ACTIVATION_KINDS)}
+_SIZES = (c_int64, c_int64, c_int64, c_int64, c_int64)  # dtype, threads, rows, columns, kind
+_ROWS = (c_void_p, c_int64)  # a tensor of rows and its stride
+
+
+def activation_forward(x: Tensor, kind: ActivationKind) -> Tensor:
+    """Apply an activation.
+
+    Takes and returns what `fastln_kernels.reference_activation.activation_forward` does, for float32, bfloat16 and
+    float16; so do the other three functions.
+
+    Raises:
+        KernelsUnavailableError: If there are no compiled kernels; as do the other three functions.
+    """
+    y = x.new_empty(x.shape)
+    _call(_forward(), kind, (x, None), (y,))
+    return y
+
+
+def activation_backward(dy: Tensor, saved: Tensor, kind: ActivationKind) -> Tensor:
+    """Compute dx."""
+    dx = dy.new_empty(dy.shape)
+    _call(_backward(), kind, (dy, saved, None), (dx, None))
+    return dx
+
+
+def gated_forward(gate: Tensor, up: Tensor, kind: ActivationKind) -> Tensor:
+    """Compute `activation(gate) * up`."""
+    y = gate.new_empty(gate.shape)
+    _call(_forward(), kind, (gate, up), (y,))
+    return y
+
+
+def gated_backward(
+    dy: Tensor,
+    gate: Tensor,
+    up: Tensor | None,
+    kind: ActivationKind,
+    *,
+    need_dgate: bool = False,
+    need_dup: bool = False,
+    out: GatedGradients | None = None,
+) -> GatedGradients:
+    """Compute the wanted ones of the gradients; nothing is loaded or stored for the others."""
+    if out is None:
+        out = GatedGradients(
+            dy.new_empty(dy.shape) if need_dgate else None, dy.new_empty(dy.shape) if need_dup else None
+        )
+    results = (out.dgate if need_dgate else None, out.dup if need_dup else None)
+    _call(_backward(), kind, (dy, gate, up if need_dgate else None), results)
+    return out
+
+
+@functools.cache
+def _forward() -> Any:
+    return function("activation", "fastln_activation_forward", (*_SIZES, *_ROWS * 3))
+
+
+@functools.cache
+def _backward() -> Any:
+    return function("activation", "fastln_activation_backward", (*_SIZES, *_ROWS * 5))
+
+
+def _call(
+    kernel: Any, kind: ActivationKind, inputs: tuple[Tensor | None, ...], results: tuple[Tensor | None, ...]
+) -> None:
+    """Call with tensors of one shape; the columns of the results are contiguous."""
+    first = inputs[0]
+    assert first is not None
+    if all(t is None or t.is_contiguous() for t in (*inputs, *results)):
+        n_rows, n_cols = 1, first.numel()
+        rows = [None if t is None else t.data_ptr() for t in (*inputs, *results)]
+        strides = [0] * len(rows)
+    else:
+        n_rows, n_cols = first.numel() // max(first.shape[-1], 1), first.shape[-1]
+        # Copies must live until the kernel has run.
+        flat = [t if t is None else _unit_columns(t.reshape(n_rows, n_cols)) for t in inputs]
+        flat += [t if t is None else t.view(n_rows, n_cols) for t in results]
+        rows = [None if t is None else t.data_ptr() for t in flat]
+        strides = [0 if t is None else t.stride(0) for t in flat]
+    interleaved = [argument for pair in zip(rows, strides, strict=True) for argument in pair]
+    kernel(DTYPES[first.dtype], torch.get_num_threads(), n_rows, n_cols, _KINDS[kind], *interleaved)
+
+
+def _unit_columns(rows: Tensor) -> Tensor:
+    return rows if rows.stride(-1) == 1 or rows.shape[-1] == 1 else rows.contiguous()

@@ -1,0 +1,33 @@
+"""Dropout for CPU tensors by the compiled kernel of `dropout.cpp`; `fastln_kernels.reference.dropout` defines it."""
+
+import functools
+from ctypes import c_int64, c_void_p
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastln_kernels.cpu.library import DTYPES, function
+from fastln_kernels.reference import dropout_threshold
+
+
+def dropout(x: Tensor, dropout: float, seed: Tensor) -> Tensor:
+    """Return `x` with dropout applied; takes and returns what `fastln_kernels.reference.dropout` does, but float64.
+
+    Raises:
+        KernelsUnavailableError: If there are no compiled kernels.
+    """
+    n_rows, n_cols = x.shape
+    x = x if x.stride(1) == 1 or n_cols == 1 else x.contiguous()
+    y = x.new_empty((n_rows, n_cols))
+    _kernel()(
+        *(DTYPES[x.dtype], torch.get_num_threads(), n_rows, n_cols),
+        *(x.data_ptr(), x.stride(0), dropout_threshold(dropout), seed.data_ptr(), y.data_ptr()),
+    )
+    return y
+
+
+@functools.cache
+def _kernel() -> Any:
+    rows = (c_void_p, c_int64)
+    return function("dropout", "fastln_dropout", (*(c_int64,) * 4, *rows, c_int64, c_void_p, c_void_p))

@@ -1,0 +1,140 @@
+"""LayerNorm and RMSNorm for CPU tensors by the compiled kernels of `norm.cpp`; `fastln_kernels.reference` defines them.
+
+For float32, bfloat16 and float16 rows; arithmetic and statistics are float32. Rows may have any stride; rows whose
+columns are not contiguous, and such weights and biases, are copied first. Results depend on the inputs alone and not on
+the number of threads.
+"""
+
+import functools
+from ctypes import c_bool, c_double, c_int64, c_void_p
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+from fastln_kernels.cpu.library import DTYPES, function
+from fastln_kernels.reference import NormGradients, NormKind, NormOutputs, dropout_threshold
+
+TensorT = TypeVar("TensorT", Tensor, Tensor | None)
+
+_ROWS = (c_void_p, c_int64)  # a tensor of rows and its stride
+_PARAMETER = (c_void_p, c_int64)  # a vector and its dtype
+_SIZES = (c_int64, c_int64, c_int64, c_int64)  # dtype, threads, rows, columns
+_DROPOUT = (c_int64, c_void_p)  # threshold, seed
+
+
+def norm_forward(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    kind: NormKind,
+    *,
+    residual: Tensor | None = None,
+    dropout: float = 0.0,
+    seed: Tensor | None = None,
+    want_stream: bool = False,
+    want_normed: bool = False,
+) -> NormOutputs:
+    """Normalise each row of `residual + dropout(x)`, then scale and shift it.
+
+    Takes and returns what `fastln_kernels.reference.norm_forward` does, for float32, bfloat16 and float16; weight and
+    bias may be of any dtype.
+
+    Raises:
+        KernelsUnavailableError: If there are no compiled kernels.
+    """
+    n_rows, n_cols = x.shape
+    y = x.new_empty((n_rows, n_cols))
+    stream = x.new_empty((n_rows, n_cols)) if want_stream else None
+    normed = x.new_empty((n_rows, n_cols)) if want_normed else None
+    rstd = x.new_empty((n_rows,), dtype=torch.float32)
+    x, residual, weight, bias = _unit_columns(x), _unit_columns(residual), _parameter(weight), _parameter(bias)
+    _forward()(
+        *(DTYPES[x.dtype], torch.get_num_threads(), n_rows, n_cols),
+        *(*_rows(x), *_rows(residual), *_vector(weight), *_vector(bias)),
+        *(kind.eps, kind.centre, kind.offset, kind.round_normed, dropout_threshold(dropout), _pointer(seed)),
+        *(y.data_ptr(), _pointer(stream), _pointer(normed), rstd.data_ptr()),
+    )
+    return NormOutputs(y, stream, normed, rstd)
+
+
+def norm_backward(
+    dy: Tensor,
+    saved: Tensor | None,
+    weight: Tensor | None,
+    rstd: Tensor | None,
+    kind: NormKind,
+    *,
+    saved_is_normed: bool = False,
+    dstream: Tensor | None = None,
+    dropout: float = 0.0,
+    seed: Tensor | None = None,
+    need_dx: bool = False,
+    need_dresidual: bool = False,
+    need_dweight: bool = False,
+    need_dbias: bool = False,
+    grad_dtype: torch.dtype = torch.float32,
+) -> NormGradients:
+    """Compute the wanted ones of the gradients; nothing is loaded or stored for the others.
+
+    Takes and returns what `fastln_kernels.reference.norm_backward` does.
+
+    Raises:
+        KernelsUnavailableError: If there are no compiled kernels.
+    """
+    n_rows, n_cols = dy.shape
+    dx = dy.new_empty((n_rows, n_cols)) if need_dx else None
+    dresidual = dy.new_empty((n_rows, n_cols)) if need_dresidual else None
+    sums_dtype = grad_dtype if grad_dtype in DTYPES else torch.float32
+    dweight = dy.new_empty((n_cols,), dtype=sums_dtype) if need_dweight else None
+    dbias = dy.new_empty((n_cols,), dtype=sums_dtype) if need_dbias else None
+    dy, saved, dstream, weight = _unit_columns(dy), _unit_columns(saved), _unit_columns(dstream), _parameter(weight)
+    _backward()(
+        *(DTYPES[dy.dtype], torch.get_num_threads(), n_rows, n_cols),
+        *(*_rows(dy), *_rows(saved), *_rows(dstream), *_vector(weight), _pointer(rstd)),
+        *(kind.centre, kind.offset, kind.round_normed, saved_is_normed),
+        *(dropout_threshold(dropout) if need_dx else 0, _pointer(seed)),
+        *(_pointer(dx), _pointer(dresidual), _pointer(dweight), _pointer(dbias), DTYPES[sums_dtype]),
+    )
+    if sums_dtype != grad_dtype:
+        dweight, dbias = (None if sums is None else sums.to(grad_dtype) for sums in (dweight, dbias))
+    return NormGradients(dx, dresidual, dweight, dbias)
+
+
+@functools.cache
+def _forward() -> Any:
+    kind = (c_double, c_bool, c_double, c_bool)
+    arguments = (*_SIZES, *_ROWS, *_ROWS, *_PARAMETER, *_PARAMETER, *kind, *_DROPOUT, *(c_void_p,) * 4)
+    return function("norm", "fastln_norm_forward", arguments)
+
+
+@functools.cache
+def _backward() -> Any:
+    kind = (c_bool, c_double, c_bool, c_bool)
+    rows = _ROWS * 3
+    arguments = (*_SIZES, *rows, *_PARAMETER, c_void_p, *kind, *_DROPOUT, *(c_void_p,) * 4, c_int64)
+    return function("norm", "fastln_norm_backward", arguments)
+
+
+def _pointer(tensor: Tensor | None) -> int | None:
+    return None if tensor is None else tensor.data_ptr()
+
+
+def _rows(tensor: Tensor | None) -> tuple[int | None, int]:
+    return (None, 0) if tensor is None else (tensor.data_ptr(), tensor.stride(0))
+
+
+def _vector(tensor: Tensor | None) -> tuple[int | None, int]:
+    return (None, 0) if tensor is None else (tensor.data_ptr(), DTYPES[tensor.dtype])
+
+
+def _unit_columns(x: TensorT) -> TensorT:
+    return x if x is None or x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
+
+
+def _parameter(parameter: Tensor | None) -> Tensor | None:
+    if parameter is None:
+        return None
+    if parameter.dtype not in DTYPES:
+        parameter = parameter.to(torch.float32)
+    return parameter.contiguous()

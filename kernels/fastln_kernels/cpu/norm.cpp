@@ -1,0 +1,367 @@
+// LayerNorm and RMSNorm for CPUs, forward and backward, each one pass over memory: a row is read once and stays in the
+// first cache until it is done. What they compute is defined by fastln_kernels.reference; the formulas are derived in
+// kernels/README.md. Sums over rows are taken per block of rows and then over the blocks in order, so that the result
+// depends on the shape alone, not on the threads.
+
+#include <algorithm>
+#include <cmath>
+
+#include "dispatch.h"
+#include "dropout.h"
+#include "parallel.h"
+#include "vector.h"
+
+namespace fastln {
+namespace {
+
+constexpr int64_t SUMMED_ROWS = 32;            // whose sums are one partial sum, at least
+constexpr int64_t MAX_PARTIALS = 1 << 20;      // floats of one kind of partial sum, at most
+constexpr int64_t PIECE = 2048;                // columns whose sums are taken in float32, at most
+constexpr int GROUP = 4;            // rows taken together, so that the end of one's sums keeps nobody waiting
+constexpr int64_t GROUP_BYTES = 24 << 10;  // of them, at most: they stay in the first cache
+
+template <class T>
+T* at(T* rows, int64_t row, int64_t stride) {
+  return rows ? rows + row * stride : nullptr;
+}
+
+// A parameter in float32, plus `offset`; `absent` where there is none.
+void widen_parameter(const void* parameter, int64_t dtype, float offset, float absent, int64_t n_cols, float* to) {
+  if (!parameter) {
+    std::fill_n(to, n_cols, absent);
+    return;
+  }
+  with_dtype(dtype, [&](auto type) {
+    const auto* from = static_cast<const decltype(type)*>(parameter);
+    for_columns(n_cols, [&](int64_t column, auto lanes) {
+      store(to + column, load(from + column, lanes) + offset, lanes);
+    });
+  });
+}
+
+// A number near the mean of most rows: the mean of the first columns.
+template <class S>
+float near_mean(const S* values, int64_t n_cols) {
+  Sum first;
+  const int64_t n_first = std::min<int64_t>(n_cols, PARTS * LANES);
+  sum_columns(n_first, [&](int64_t column, auto lanes, int part) { first.parts[part] += load(values + column, lanes); });
+  return first.total() / n_first;
+}
+
+// Whether sums of differences from a number are too inexact, for it is more than two deviations from the mean.
+bool is_far(float residual, float variance) { return residual * residual > 4 * variance; }
+
+// x_hat = ((x - near) - residual) * rstd
+struct Moments {
+  float near;      // of the mean
+  float residual;  // what is left of it
+  float variance;  // plus eps
+};
+
+// Calls `body(first, size)` for pieces of a row: partial sums over more columns would lose digits.
+template <class Body>
+void for_pieces(int64_t n_cols, Body&& body) {
+  for (int64_t first = 0; first < n_cols; first += PIECE) body(first, std::min(PIECE, n_cols - first));
+}
+
+template <bool CENTRE, class S>
+Moments moments_about(float near, const S* values, int64_t n_cols, float eps) {
+  double difference_total = 0, square_total = 0;
+  for_pieces(n_cols, [&](int64_t first, int64_t size) {
+    Sum differences, squares;
+    sum_columns(size, [&](int64_t column, auto lanes, int part) {
+      Float difference = load(values + first + column, lanes);
+      if constexpr (CENTRE) {
+        difference = inside(difference - near, lanes);
+        differences.parts[part] += difference;
+      }
+      squares.parts[part] += difference * difference;
+    });
+    difference_total += differences.total();
+    square_total += squares.total();
+  });
+  const double residual = difference_total / n_cols;
+  return {near, static_cast<float>(residual), static_cast<float>(square_total / n_cols - residual * residual + eps)};
+}
+
+template <bool CENTRE, class S>
+Moments moments(const S* values, int64_t n_cols, float eps) {
+  if (!CENTRE) return moments_about<false>(0, values, n_cols, eps);
+  const Moments found = moments_about<true>(near_mean(values, n_cols), values, n_cols, eps);
+  if (!is_far(found.residual, found.variance)) return found;
+  return moments_about<true>(found.near + found.residual, values, n_cols, eps);
+}
+
+template <class T>
+struct Forward {
+  const T *x, *residual;
+  int64_t x_stride, residual_stride, n_cols;
+  const float *scale, *shift;
+  float eps;
+  bool round_normed;
+  Dropout dropout;
+  T *y, *stream, *normed;
+  float* rstd;
+
+  // Normalises `R` rows.
+  template <int R, bool CENTRE>
+  void run(int64_t first) const {
+    if (residual || dropout.active()) {
+      thread_local Buffer<float> buffer;
+      float* sums = buffer.at_least(R * n_cols);
+      for (int r = 0; r < R; r++) add_up(first + r, sums + r * n_cols);
+      finish<R, CENTRE>(first, sums, n_cols);
+    } else {
+      finish<R, CENTRE>(first, at(x, first, x_stride), x_stride);
+      for (int r = 0; r < R && stream; r++) std::copy_n(at(x, first + r, x_stride), n_cols, at(stream, first + r, n_cols));
+    }
+  }
+
+  // Writes `residual + dropout(x)`.
+  void add_up(int64_t row, float* to) const {
+    const T *values = at(x, row, x_stride), *others = at(residual, row, residual_stride);
+    T* kept = at(stream, row, n_cols);
+    const uint16_t* numbers = nullptr;
+    if (dropout.active()) numbers = dropout.draw(row, n_cols, 0);
+    for_columns(n_cols, [&](int64_t column, auto lanes) {
+      Float value = load(values + column, lanes);
+      if (numbers) value = dropout.apply(value, numbers + column);
+      if (others) value += load(others + column, lanes);
+      if (kept) {
+        value = rounded(value, T{});
+        store(kept + column, value, lanes);
+      }
+      store(to + column, value, lanes);
+    });
+  }
+
+  template <int R, bool CENTRE, class S>
+  void finish(int64_t first, const S* values, int64_t stride) const {
+    float near[R], factor[R], shifted[R];  // x_hat = (x - near) * factor + shifted
+    for (int r = 0; r < R; r++) {
+      const Moments found = moments<CENTRE>(values + r * stride, n_cols, eps);
+      near[r] = found.near;
+      factor[r] = rstd[first + r] = 1 / std::sqrt(found.variance);
+      shifted[r] = -found.residual * factor[r];
+    }
+    T *out = at(y, first, n_cols), *kept = at(normed, first, n_cols);
+    for_columns(n_cols, [&](int64_t column, auto lanes) {
+      const Float scales = load(scale + column, lanes), shifts = load(shift + column, lanes);
+#pragma GCC unroll 4
+      for (int r = 0; r < R; r++) {
+        Float x_hat = load(values + r * stride + column, lanes);
+        x_hat = CENTRE ? (x_hat - near[r]) * factor[r] + shifted[r] : x_hat * factor[r];
+        if (kept) store(kept + r * n_cols + column, x_hat, lanes);
+        if (round_normed) x_hat = rounded(x_hat, T{});
+        store(out + r * n_cols + column, x_hat * scales + shifts, lanes);
+      }
+    });
+  }
+};
+
+template <class T>
+struct Backward {
+  const T *dy, *saved, *dstream;
+  int64_t dy_stride, saved_stride, dstream_stride, n_cols;
+  const float *rstd, *scale;
+  bool centre, saved_is_normed, round_normed;
+  Dropout dropout;
+  T *dx, *dresidual;
+
+  // Means along a row: of saved - near, of g and of g * (saved - near), where g = dy * scale.
+  struct RowSums {
+    float near = 0, residual = 0, gradient = 0, product = 0;
+  };
+
+  template <bool INPUT>
+  RowSums row_sums(float near, const T* dy, const T* saved) const {
+    double difference_total = 0, gradient_total = 0, product_total = 0;
+    for_pieces(n_cols, [&](int64_t first, int64_t size) {
+      Sum differences, gradients, products;
+      sum_columns(size, [&](int64_t column, auto lanes, int part) {
+        column += first;
+        const Float difference = inside(load(saved + column, lanes) - near, lanes);
+        differences.parts[part] += difference;
+        if constexpr (INPUT) {
+          const Float gradient = load(dy + column, lanes) * load(scale + column, lanes);
+          gradients.parts[part] += gradient;
+          products.parts[part] += gradient * difference;
+        } else {
+          __builtin_prefetch(dy + column);  // read next
+        }
+      });
+      difference_total += differences.total();
+      if constexpr (INPUT) gradient_total += gradients.total(), product_total += products.total();
+    });
+    const auto mean = [&](double total) { return static_cast<float>(total / n_cols); };
+    return {near, mean(difference_total), mean(gradient_total), mean(product_total)};
+  }
+
+  // Computes the gradients of `R` rows and adds to the sums over rows.
+  template <int R, bool INPUT, bool DWEIGHT>
+  void run(int64_t first, float* dweight, float* dbias) const {
+    const T *dy = at(this->dy, first, dy_stride), *saved = at(this->saved, first, saved_stride);
+    const T* dstream = at(this->dstream, first, dstream_stride);
+    T *dx = at(this->dx, first, n_cols), *dresidual = at(this->dresidual, first, n_cols);
+    // x_hat = (saved - near) * factor + shifted; inner = g * rstds + constant + x_hat * slope
+    float near[R], factor[R], shifted[R], rstds[R], constant[R], slope[R];
+    const uint16_t* numbers[R] = {};
+    const bool drop = INPUT && dx && dropout.active();
+    for (int r = 0; r < R && (INPUT || DWEIGHT); r++) {
+      const T *row_dy = dy + r * dy_stride, *row_saved = saved + r * saved_stride;
+      rstds[r] = rstd[first + r];
+      factor[r] = saved_is_normed ? 1 : rstds[r];
+      RowSums sums;
+      if (centre && !saved_is_normed) {
+        sums = row_sums<INPUT>(near_mean(row_saved, n_cols), row_dy, row_saved);
+        if (is_far(sums.residual, 1 / (factor[r] * factor[r])))
+          sums = row_sums<INPUT>(sums.near + sums.residual, row_dy, row_saved);
+      } else if (INPUT) {
+        sums = row_sums<INPUT>(0, row_dy, row_saved);
+        sums.residual = 0;
+      }
+      near[r] = sums.near;
+      shifted[r] = -sums.residual * factor[r];
+      if (!INPUT) continue;
+      constant[r] = centre ? -sums.gradient * rstds[r] : 0;
+      slope[r] = -factor[r] * (sums.product - sums.residual * sums.gradient) * rstds[r];
+      if (drop) numbers[r] = dropout.draw(first + r, n_cols, r);
+    }
+    for_columns(n_cols, [&](int64_t column, auto lanes) {
+      Float scales{}, dweights{}, dbiases{};
+      if constexpr (INPUT) scales = load(scale + column, lanes);
+      if constexpr (DWEIGHT) dweights = load(dweight + column, lanes);
+      if (dbias) dbiases = load(dbias + column, lanes);
+#pragma GCC unroll 4
+      for (int r = 0; r < R; r++) {
+        const Float gradient = load(dy + r * dy_stride + column, lanes);
+        dbiases += gradient;
+        if constexpr (INPUT || DWEIGHT) {
+          const Float x_hat = (load(saved + r * saved_stride + column, lanes) - near[r]) * factor[r] + shifted[r];
+          if constexpr (DWEIGHT) dweights += gradient * (round_normed ? rounded(x_hat, T{}) : x_hat);
+          if constexpr (INPUT) {
+            Float inner = gradient * scales * rstds[r] + constant[r] + x_hat * slope[r];
+            if (dstream) inner += load(dstream + r * dstream_stride + column, lanes);
+            if (dresidual) store(dresidual + r * n_cols + column, inner, lanes);
+            if (dx) store(dx + r * n_cols + column, drop ? dropout.apply(inner, numbers[r] + column) : inner, lanes);
+          }
+        }
+      }
+      if constexpr (DWEIGHT) store(dweight + column, dweights, lanes);
+      if (dbias) store(dbias + column, dbiases, lanes);
+    });
+  }
+};
+
+// Adds up `n_partials` rows of partial sums, in order, into a gradient of any dtype.
+void add_partials(const float* partials, int64_t n_partials, int64_t n_cols, void* gradient, int64_t dtype) {
+  with_dtype(dtype, [&](auto type) {
+    auto* to = static_cast<decltype(type)*>(gradient);
+    for_columns(n_cols, [&](int64_t column, auto lanes) {
+      Float total{};
+      for (int64_t partial = 0; partial < n_partials; partial++) total += load(partials + partial * n_cols + column, lanes);
+      store(to + column, total, lanes);
+    });
+  });
+}
+
+// Calls `run(row, R)` for all rows from `first` to below `end`: R rows from `row` on, a constant. `row_bytes` are those of
+// one row that are read or written.
+template <class Run>
+void for_rows(int64_t first, int64_t end, int64_t row_bytes, Run&& run) {
+  int64_t row = first;
+  if (GROUP * row_bytes <= GROUP_BYTES)
+    for (; row + GROUP <= end; row += GROUP) run(row, std::integral_constant<int, GROUP>{});
+  for (; row < end; row++) run(row, std::integral_constant<int, 1>{});
+}
+
+// How many of the pointers are not null.
+template <class... Pointers>
+int64_t count(Pointers... pointers) {
+  return (0 + ... + (pointers != nullptr));
+}
+
+}  // namespace
+}  // namespace fastln
+
+using namespace fastln;
+
+extern "C" {
+
+// The arguments are those of fastln_kernels.reference.norm_forward; rows are contiguous along the columns, `threshold`
+// is reference.dropout_threshold(dropout), and a null pointer stands for None and for what is not wanted.
+void fastln_norm_forward(int64_t dtype, int64_t n_threads, int64_t n_rows, int64_t n_cols, const void* x,
+                         int64_t x_stride, const void* residual, int64_t residual_stride, const void* weight,
+                         int64_t weight_dtype, const void* bias, int64_t bias_dtype, double eps, bool centre,
+                         double offset, bool round_normed, int64_t threshold, const int64_t* seed, void* y,
+                         void* stream, void* normed, float* rstd) {
+  thread_local Buffer<float> buffer;
+  float* scale = buffer.at_least(2 * n_cols);
+  float* shift = scale + n_cols;
+  widen_parameter(weight, weight_dtype, static_cast<float>(offset), 1, n_cols, scale);
+  widen_parameter(bias, bias_dtype, 0, 0, n_cols, shift);
+  with_dtype(dtype, [&](auto type) {
+    using T = decltype(type);
+    const Forward<T> forward{static_cast<const T*>(x), static_cast<const T*>(residual), x_stride, residual_stride,
+                             n_cols, scale, shift, static_cast<float>(eps), round_normed, Dropout(threshold, seed),
+                             static_cast<T*>(y), static_cast<T*>(stream), static_cast<T*>(normed), rstd};
+    const int64_t row_bytes = n_cols * sizeof(T) * count(x, residual, y, stream, normed);
+    const int64_t rows_a_block = std::max<int64_t>(ELEMENTS_A_BLOCK / n_cols, 1);
+    const int64_t n_blocks = (n_rows + rows_a_block - 1) / rows_a_block;
+    for_blocks(n_blocks, useful_threads(n_threads, n_rows * n_cols), [&](int64_t block) {
+      const int64_t end = std::min((block + 1) * rows_a_block, n_rows);
+      for_rows(block * rows_a_block, end, row_bytes, [&](int64_t row, auto rows) {
+        centre ? forward.template run<rows, true>(row) : forward.template run<rows, false>(row);
+      });
+    });
+  });
+}
+
+// Likewise, of fastln_kernels.reference.norm_backward.
+void fastln_norm_backward(int64_t dtype, int64_t n_threads, int64_t n_rows, int64_t n_cols, const void* dy,
+                          int64_t dy_stride, const void* saved, int64_t saved_stride, const void* dstream,
+                          int64_t dstream_stride, const void* weight, int64_t weight_dtype, const float* rstd,
+                          bool centre, double offset, bool round_normed, bool saved_is_normed, int64_t threshold,
+                          const int64_t* seed, void* dx, void* dresidual, void* dweight, void* dbias,
+                          int64_t grad_dtype) {
+  thread_local Buffer<float> scale_buffer, partial_buffer;
+  float* scale = scale_buffer.at_least(n_cols);
+  widen_parameter(weight, weight_dtype, static_cast<float>(offset), 1, n_cols, scale);
+
+  int64_t rows_a_block = std::max<int64_t>(ELEMENTS_A_BLOCK / n_cols, 1);
+  if (dweight || dbias) {
+    const int64_t max_blocks = std::clamp<int64_t>(MAX_PARTIALS / n_cols, 16, 256);
+    rows_a_block = std::max(SUMMED_ROWS, (n_rows + max_blocks - 1) / max_blocks);
+  }
+  const int64_t n_blocks = (n_rows + rows_a_block - 1) / rows_a_block;
+  const int64_t partial_size = n_blocks * n_cols;
+  float* partials = partial_buffer.at_least(partial_size * ((dweight != nullptr) + (dbias != nullptr)));
+  float* dweights = partials;
+  float* dbiases = dweight ? partials + partial_size : partials;
+
+  with_dtype(dtype, [&](auto type) {
+    using T = decltype(type);
+    const Backward<T> backward{static_cast<const T*>(dy), static_cast<const T*>(saved), static_cast<const T*>(dstream),
+                               dy_stride, saved_stride, dstream_stride, n_cols, rstd, scale, centre, saved_is_normed,
+                               round_normed, Dropout(threshold, seed), static_cast<T*>(dx), static_cast<T*>(dresidual)};
+    const int64_t row_bytes = n_cols * sizeof(T) * count(dy, saved, dstream, dx, dresidual);
+    with_constant(dx || dresidual, [&](auto input) {
+      with_constant(dweight, [&](auto has_dweight) {
+        for_blocks(n_blocks, useful_threads(n_threads, n_rows * n_cols), [&](int64_t block) {
+          float* dweight_sums = dweight ? dweights + block * n_cols : nullptr;
+          float* dbias_sums = dbias ? dbiases + block * n_cols : nullptr;
+          if (dweight) std::fill_n(dweight_sums, n_cols, 0.0f);
+          if (dbias) std::fill_n(dbias_sums, n_cols, 0.0f);
+          const int64_t end = std::min((block + 1) * rows_a_block, n_rows);
+          for_rows(block * rows_a_block, end, row_bytes, [&](int64_t row, auto rows) {
+            backward.template run<rows, input, has_dweight>(row, dweight_sums, dbias_sums);
+          });
+        });
+      });
+    });
+  });
+  if (dweight) add_partials(dweights, n_blocks, n_cols, dweight, grad_dtype);
+  if (dbias) add_partials(dbiases, n_blocks, n_cols, dbias, grad_dtype);
+}
+
+}  // extern "C"
