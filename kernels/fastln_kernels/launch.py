@@ -153,7 +153,7 @@ def backward_tile(
     """
     if not n_sums:
         tile = _row_tile(n_cols, itemsize, LANES, 4, 40, 40, 24 if prologue else 32)
-        return tile and BackwardTile(tile.rows, tile.piece, tile.pieces, tile.warps)
+        return BackwardTile(tile.rows, tile.piece, tile.pieces, tile.warps) if tile else None
     fits = not need_rows or (n_sums == 1 and not centre and not prologue)
     tight = is_tight(device)
     limit, widest = (40, 32 if fits else 0) if itemsize == 2 else (24 if tight and prologue else 32, 0)

@@ -53,9 +53,11 @@ def _use_norm(norm: nn.Module, backend: str) -> bool:
 
 def _is_post_norm(module: nn.Module) -> bool:
     """Whether the norm and the dropout are the ones that the fused operation has."""
+    norm = module.LayerNorm
     return (
-        is_stock_layer_norm(module.LayerNorm)
-        and module.LayerNorm.elementwise_affine
+        isinstance(norm, nn.LayerNorm)
+        and is_stock_layer_norm(norm)
+        and norm.elementwise_affine
         and type(module.dropout) is nn.Dropout
     )
 

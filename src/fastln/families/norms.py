@@ -81,7 +81,7 @@ def norm_kind(module: nn.Module) -> NormKind | None:
 
 def _matching(probe: nn.Module, eps: float, inputs: list[Tensor]) -> NormKind | None:
     forward = type(probe).forward
-    weight, bias = probe.weight, getattr(probe, "bias", None)
+    weight, bias = (probe._parameters.get(name) for name in ("weight", "bias"))
     wanted = [forward(probe, x) for x in inputs]
     if any(not isinstance(y, Tensor) or y.shape != x.shape for y, x in zip(wanted, inputs, strict=True)):
         return None
