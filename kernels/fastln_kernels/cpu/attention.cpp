@@ -57,9 +57,29 @@ int64_t round_up(int64_t size, int64_t multiple) { return (size + multiple - 1) 
 Float maximum(Float a, Float b) { return select(a > b, a, b); }
 
 float largest(Float values) {
+#if defined(FASTLN_AVX512)
+  return _mm512_reduce_max_ps(bits_as<__m512>(values));
+#else
   float result = values[0];
   for (int lane = 1; lane < LANES; lane++) result = std::max(result, values[lane]);
   return result;
+#endif
+}
+
+// e^x, right to what a product in C keeps of it: the polynomial is 2^f, of f from 0 to below 1, but for 2.7e-6 of it.
+Float exponential_for(Float x, float) { return exponential(x); }
+Float exponential_for(Float x, bfloat16) {
+#if defined(FASTLN_AVX512)
+  x *= 1.44269504f;
+  const Float f = bits_as<Float>(_mm512_reduce_ps(bits_as<__m512>(x), _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC));
+  Float p = f * 0.013534165f + 0.0520114675f;
+  p = p * f + 0.241442755f;
+  p = p * f + 0.693003833f;
+  p = p * f + 1.00000262f;
+  return bits_as<Float>(_mm512_scalef_ps(bits_as<__m512>(p), bits_as<__m512>(x)));  // by 2^floor(x)
+#else
+  return exponential(x);
+#endif
 }
 
 // The lse that is kept of a row whose scores all lie below HIDDEN, which is that of `count` equal ones: a float32 cannot
@@ -196,7 +216,7 @@ class Head {
   float exponentials(const float* scores, float top, C* to, const uint16_t* numbers, int64_t n_cols) const {
     Sum sums;
     sum_columns(n_cols, [&](int64_t column, auto, int part) {
-      Float value = exponential(load(scores + column, AllLanes{}) - top);
+      Float value = exponential_for(load(scores + column, AllLanes{}) - top, C{});
       sums.parts[part] += value;
       if (numbers) value = dropout_.keep(value, numbers + column);
       store(to + column, value, AllLanes{});
@@ -326,7 +346,7 @@ class Gradients {
         Float kept[2], slope[2];
         for (int i = 0; i < 2; i++) {
           const int64_t at = (r + i) * KEYS + column;
-          const Float probability = exponential(load(scores + at, AllLanes{}) - lses[i]);
+          const Float probability = exponential_for(load(scores + at, AllLanes{}) - lses[i], C{});
           kept[i] = numbers[i] ? dropout_.keep(probability, numbers[i] + column) : probability;
           if (!need_ds) continue;
           slope[i] = kept[i] * dropout_.scale() * load(dp + at, AllLanes{}) - probability * delta_[row + r + i];

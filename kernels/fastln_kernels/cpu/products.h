@@ -39,6 +39,7 @@ inline void release(const Products& products) {
   products.release(PAIRED<C>);
 }
 
+// Stores the vectors of two rows where rows 2i and 2i + 1 of a second operand have them.
 inline void store_pair(float* to, int64_t ld, Float even, Float odd) {
   store(to, even, AllLanes{});
   store(to + ld, odd, AllLanes{});
@@ -58,11 +59,15 @@ inline C* pair_at(C* operand, int64_t ld, int64_t i, int64_t column) {
 template <class T, class C>
 void copy_rows(const T* rows, int64_t stride, int64_t n_rows, int64_t n_cols, C* to, int64_t ld) {
   for (int64_t row = 0; row < padded(n_rows); row++, to += ld) {
-    std::fill(to + (row < n_rows ? n_cols / LANES * LANES : 0), to + ld, C{});
+    std::memset(to, 0, row < n_rows && n_cols == ld ? 0 : ld * sizeof(C));
     if (row >= n_rows) continue;
-    for_columns(n_cols, [&](int64_t column, auto lanes) {
-      store(to + column, load(rows + row * stride + column, lanes), AllLanes{});
-    });
+    if constexpr (std::is_same_v<T, C>) {
+      std::copy_n(rows + row * stride, n_cols, to);
+    } else {
+      for_columns(n_cols, [&](int64_t column, auto lanes) {
+        store(to + column, load(rows + row * stride + column, lanes), AllLanes{});
+      });
+    }
   }
 }
 
@@ -70,14 +75,15 @@ void copy_rows(const T* rows, int64_t stride, int64_t n_rows, int64_t n_cols, C*
 template <class T, class C>
 void pair_rows(const T* rows, int64_t stride, int64_t n_rows, int64_t n_cols, C* to, int64_t ld) {
   for (int64_t row = 0; row < padded(n_rows); row += 2) {
+    const T* from = rows + row * stride;
     for (int64_t column = 0; column < padded(n_cols); column += LANES) {
       const SomeLanes lanes{static_cast<int>(std::clamp<int64_t>(n_cols - column, 0, LANES))};
-      const auto part = [&](int64_t r) {
-        if (r >= n_rows || !lanes.count) return Float{};
-        const T* from = rows + r * stride + column;
-        return lanes.count == LANES ? load(from, AllLanes{}) : load(from, lanes);
-      };
-      store_pair(pair_at(to, ld, row / 2, column), ld, part(row), part(row + 1));
+      C* pair = pair_at(to, ld, row / 2, column);
+      if (row + 1 < n_rows && lanes.count == LANES)
+        store_pair(pair, ld, load(from + column, AllLanes{}), load(from + stride + column, AllLanes{}));
+      else
+        store_pair(pair, ld, row < n_rows ? load(from + column, lanes) : Float{},
+                   row + 1 < n_rows ? load(from + stride + column, lanes) : Float{});
     }
   }
 }
