@@ -6,8 +6,7 @@ dropout makes of 1 (0 or its scale), element by element:
     out = (D P) v        delta = rowsum(dout out)        dS = P (D (dout v^T) - delta)
     dv = (D P)^T dout    dq = scale dS k                 dk = scale dS^T q
 
-It works query block by query block, so that scores of more than `BLOCK_SCORES` elements exist at no time, but for one row
-of one head.
+It works query block by query block, so that no more than `BLOCK_SCORES` scores exist at a time, or one row of them.
 """
 
 from collections.abc import Iterator
