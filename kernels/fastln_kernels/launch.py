@@ -29,8 +29,8 @@ A lane loads 16 bytes at once, so a warp asks for 512 bytes of a row with each l
 | elementwise block        | 2 x 16 bytes a lane of     | every lane has two loads under way for each input, and the |
 |                          | each tensor, 4 warps       | index arithmetic is shared by 16 elements (bf16)           |
 | cap on registers         | 255 with sums; forward 80, | one program an SM has them all; the forward's 24 warps an  |
-| (NVIDIA)                 | 128 from 25 elements on    | SM at 80, 16 at 128, ask for 36 KB. Without a cap ptxas    |
-|                          |                            | spills a few to fit more                                   |
+| (NVIDIA)                 | 128 beyond 24 elements,    | SM at 80, 16 at 128, 12 at 168, ask for 30 KB and more.    |
+|                          | 168 beyond 32              | Without a cap ptxas spills a few to fit more               |
 | column tile              | 16 rows x 128 columns, 4   | 128 divides the usual widths; a row's piece is whole       |
 |                          | warps; 32 warps an SM      | 128-byte lines; each program's sums are 128 columns only   |
 """
@@ -125,7 +125,11 @@ def forward_tile(n_cols: int, itemsize: int) -> RowTile | None:
         itemsize: Bytes of an element.
     """
     tile = _row_tile(n_cols, itemsize, LANES, 4, 40, 40, 64)
-    return tile and replace(tile, max_registers=_capped(80 if tile.pieces * 16 <= 24 * itemsize else 128))
+    if tile is None:
+        return None
+    elements = tile.pieces * 16 // itemsize
+    registers = 80 if elements <= 24 else 128 if elements <= 32 else 168
+    return replace(tile, max_registers=_capped(min(registers, 65536 // LANES // tile.warps)))
 
 
 def backward_tile(

@@ -62,3 +62,10 @@ def test_compilers_that_take_more_registers_get_fewer_elements_a_lane(monkeypatc
     monkeypatch.setattr(launch, "is_tight", lambda device: True)
     assert elements(1280) == 24
     assert elements(8192) == 32, "what 8 warps hold of it; more must not share a row"
+
+
+def test_a_programs_registers_fit_into_an_sm():
+    for itemsize, n_cols in itertools.product((2, 4), (384, 768, 1280, 4096, 10240, 16384, 32768)):
+        tiles = [launch.forward_tile(n_cols, itemsize), *(backward_tile(n_cols, itemsize, n_sums) for n_sums in (1, 2))]
+        for tile in tiles:
+            assert not tile or not tile.max_registers or tile.max_registers * tile.warps * 32 <= 65536
