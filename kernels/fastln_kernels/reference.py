@@ -187,8 +187,10 @@ def dropout_scale(dropout: float) -> float:
     return DROPOUT_STEPS / (DROPOUT_STEPS - dropout_threshold(dropout))
 
 
-def dropout_keep(n_rows: int, n_cols: int, dropout: float, seed: Tensor) -> Tensor:
+def dropout_keep(n_rows: int, n_cols: int, dropout: float, seed: Tensor, first_row: int = 0) -> Tensor:
     """Return which elements dropout keeps: `(n_rows, n_cols)`, bool, a function of seed, row and column alone.
+
+    Rows are counted from `first_row` on.
 
     One call of Philox-4x32-10 (Salmon et al., SC 2011) under the key `seed`, at the counter `(column // 8, row, row >>
     32, 0)`, gives 128 random bits for 8 neighbouring columns. Column `8 g + j` takes 16 of them: of word `j // 2` the
@@ -196,7 +198,7 @@ def dropout_keep(n_rows: int, n_cols: int, dropout: float, seed: Tensor) -> Tens
     """
     device = seed.device
     groups = torch.arange((n_cols + 7) // 8, device=device)
-    rows = torch.arange(n_rows, device=device)[:, None]
+    rows = torch.arange(first_row, first_row + n_rows, device=device)[:, None]
     zero = torch.zeros((), dtype=torch.int64, device=device)
     words = _philox(groups, rows & _LOW, rows >> 32, zero, (seed & _LOW, (seed >> 32) & _LOW))
     numbers = torch.stack([half for word in words for half in (word & 0xFFFF, word >> 16)], dim=-1)

@@ -113,7 +113,7 @@ class DenseDropoutAddNorm(nn.Module):
             input_tensor: (..., n_cols), the residual.
         """
         norm = self.LayerNorm
-        if not _unwatched(norm, self.dropout):
+        if not unwatched(norm, self.dropout):
             return self._fastln.stock.forward(self, hidden_states, input_tensor)
         y = ops.dropout_add_norm(
             *(self.dense(hidden_states), input_tensor, norm.weight, norm.bias, NormKind(norm.eps)),
@@ -145,7 +145,7 @@ class GatedMLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return what the stock module does of `x` (..., n_cols)."""
-        if not _unwatched(self.act_fn):
+        if not unwatched(self.act_fn):
             return self._fastln.stock.forward(self, x)
         kind: ActivationKind = self._fastln.kind
         gate, up = self.gate_proj(x), self.up_proj(x)
@@ -183,11 +183,11 @@ class LMHead(nn.Linear):
             and self.out_features > 1
             and torch.amp.is_autocast_available(input.device.type)  # not on meta tensors
             and _dtypes_fit({t.dtype for t in (input, *parameters)}, input.device.type)
-            and _unwatched(self)
+            and unwatched(self)
         )
 
 
-def _unwatched(*modules: nn.Module) -> bool:
+def unwatched(*modules: nn.Module) -> bool:
     """Whether no module has hooks of its own."""
     return not any(
         module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks

@@ -92,7 +92,7 @@ def prepare(
                 "%s (%s) is tuned with its stock code: fastln has no fast form of it", name, type(norm).__name__
             )
     use_lazy_head(model)
-    if resolve("attention", device, backend).backend == "cpu":
+    if backend != "reference":
         state.attention = use_fast_attention(model)
     setattr(model, STATE, state)
     return model

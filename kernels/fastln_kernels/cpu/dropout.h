@@ -72,11 +72,11 @@ class Dropout {
   // Returns the 16-bit numbers of a row's elements, which last until the thread's next call with the same `place`. A
   // 64-bit lane holds one 32-bit word of a counter; what is above it is whatever the rounds leave there, since the
   // products look at the low halves alone.
-  const uint16_t* draw(int64_t row, int64_t n_cols, int place) const {
+  const uint16_t* draw(int64_t row, int64_t n_cols, int place, int64_t first = 0) const {
     thread_local Buffer<uint16_t> buffers[PLACES];
     uint16_t* numbers = buffers[place].at_least(n_cols + NUMBERS_A_DRAW);
     ULong groups{};
-    for (int lane = 0; lane < LONG_LANES; lane++) groups[lane] = lane / 2 + lane % 2 * (LONG_LANES / 2);
+    for (int lane = 0; lane < LONG_LANES; lane++) groups[lane] = first / 8 + lane / 2 + lane % 2 * (LONG_LANES / 2);
     for (int64_t column = 0; column < n_cols; column += NUMBERS_A_DRAW, groups += LONG_LANES) {
       ULong c0 = groups, c1 = ULong{} + static_cast<uint64_t>(row), c2 = c1 >> 32, c3{};
 #pragma GCC unroll 10
@@ -93,6 +93,15 @@ class Dropout {
       std::memcpy(numbers + column + NUMBERS_A_DRAW / 2, &odd, sizeof(odd));
     }
     return numbers;
+  }
+
+  float scale() const { return scale_; }
+
+  // The kept elements of `value`, and zeros.
+  Float keep(Float value, const uint16_t* numbers) const {
+    UShort bits;
+    std::memcpy(&bits, numbers, sizeof(bits));
+    return select(widen(bits) >= threshold_, value, Float{});
   }
 
   // The kept elements of `value`, scaled, and 0 for the others, be they what they may.

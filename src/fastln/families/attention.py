@@ -1,8 +1,9 @@
-"""fastln's attention behind transformers' attention interface.
+"""fastln's attention in transformers' models.
 
-transformers looks an attention function up by the name in each configuration, at every call. Importing this module adds
-the name "fastln" to the functions and, with the mask that sdpa gets, to the masks; `use_fast_attention` puts the name
-into the configurations of a model. Modules that do not ask the interface (BLIP's, Falcon's) are left alone.
+Most families ask transformers' attention interface, which looks a function up by the name in the configuration, at
+every call. Importing this module adds the name "fastln" to the functions and, with the mask that sdpa gets, to the
+masks; `use_fast_attention` puts the name into the configurations of a model. Of the classes that compute attention
+themselves BLIP's have a stand-in here; the others (Falcon's) are left alone.
 """
 
 import inspect
@@ -13,10 +14,70 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedConfig, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
+from transformers.models.blip.modeling_blip import BlipAttention
+from transformers.models.blip.modeling_blip_text import BlipTextSelfAttention
+from transformers.utils import is_flash_attn_2_available
+from transformers.utils.output_capturing import _active_collector
 
-from fastln.ops.attention import attention, uses_blocked
+from fastln.modules import Part, stand_in, unwatched
+from fastln.ops.attention import attention, has_own
 
 NAME = "fastln"
+FLASH_ATTENTION = "flash_attention_2"
+
+
+def use_fast_attention(model: nn.Module) -> list[PreTrainedConfig]:
+    """Send the attention of every sub-model that computes it by sdpa, or by itself, through the fastest way, in place.
+
+    That is fastln's own on CPU; on CUDA flash-attn, where it is installed and the model takes it, else sdpa. What was
+    set to "eager" by choice stays so. The choice is never saved: `save_pretrained` leaves the attention implementation
+    out of config.json.
+
+    Args:
+        model: A `PreTrainedModel`, or a module that contains some.
+
+    Returns:
+        The configurations changed, for `restore_attention`. Modules that became stand-ins are given back by
+        `fastln.modules.stand_back`.
+    """
+    for module in model.modules():
+        if type(module) in _STAND_INS:
+            stand_in(module, _STAND_INS[type(module)])
+    models = [module for module in model.modules() if isinstance(module, PreTrainedModel)]
+    fixed = {id(module.config) for module in models if not _asks_interface(module)}
+    changed = []
+    for module in models:
+        config, name = module.config, _implementation(module)
+        if id(config) not in fixed and config._attn_implementation == "sdpa" and name != "sdpa":
+            config._attn_implementation_internal = name  # the public setter would reach into the sub-configurations
+            changed.append(config)
+    return changed
+
+
+def restore_attention(changed: list[PreTrainedConfig]) -> None:
+    """Give sdpa back to the configurations that `use_fast_attention` changed.
+
+    Args:
+        changed: What `use_fast_attention` returned.
+    """
+    for config in changed:
+        config._attn_implementation_internal = "sdpa"
+
+
+def _asks_interface(model: PreTrainedModel) -> bool:
+    """Whether the model's code takes its attention from the interface and nowhere depends on the name "sdpa"."""
+    if not model._can_set_attn_implementation():
+        return False
+    return '_attn_implementation == "sdpa"' not in inspect.getsource(sys.modules[type(model).__module__])
+
+
+def _implementation(model: PreTrainedModel) -> str:
+    if model.device.type == "cpu":
+        return NAME
+    half = model.dtype.itemsize == 2
+    if model.device.type == "cuda" and half and model._supports_flash_attn and is_flash_attn_2_available():
+        return FLASH_ATTENTION
+    return "sdpa"
 
 
 def fast_attention_forward(
@@ -46,17 +107,15 @@ def fast_attention_forward(
     Returns:
         The output (B, Sq, H, D), contiguous, and None for the attention weights.
     """
+    if _uses_more_than(kwargs) or not has_own(query, key, value, mask=attention_mask, dropout=dropout):
+        return sdpa_attention_forward(module, query, key, value, attention_mask, dropout, scaling, is_causal, **kwargs)
     if is_causal is None:
         is_causal = getattr(module, "is_causal", True)
     n_queries = query.shape[2]
     causal = is_causal and attention_mask is None and n_queries > 1
-    if _uses_more_than(kwargs) or not uses_blocked(
-        query, key, value, causal=causal, mask=attention_mask, dropout=dropout
-    ):
-        return sdpa_attention_forward(module, query, key, value, attention_mask, dropout, scaling, is_causal, **kwargs)
     if causal:  # an empty static cache is longer than the queries
         key, value = key[:, :, :n_queries], value[:, :, :n_queries]
-    out = attention(query, key, value, scale=scaling, causal=causal, mask=attention_mask)
+    out = attention(query, key, value, scale=scaling, causal=causal, mask=attention_mask, dropout=dropout)
     return out.transpose(1, 2).contiguous(), None
 
 
@@ -71,38 +130,70 @@ AttentionInterface.register(NAME, fast_attention_forward)
 AttentionMaskInterface.register(NAME, sdpa_mask)
 
 
-def use_fast_attention(model: nn.Module) -> list[PreTrainedConfig]:
-    """Send the attention of every sub-model that now uses sdpa through fastln, in place.
+class _FastBlipAttention(BlipAttention):
+    """BLIP's vision attention: one projection for queries, keys and values."""
 
-    The choice is never saved: `save_pretrained` leaves the attention implementation out of config.json.
+    _fastln: Part
 
-    Args:
-        model: A `PreTrainedModel`, or a module that contains some.
-
-    Returns:
-        The configurations changed, for `restore_attention`; empty where nothing goes through the interface.
-    """
-    models = [module for module in model.modules() if isinstance(module, PreTrainedModel)]
-    fixed = {id(module.config) for module in models if not _asks_interface(module)}
-    configs = {id(module.config): module.config for module in models}
-    changed = [config for key, config in configs.items() if key not in fixed and config._attn_implementation == "sdpa"]
-    for config in changed:
-        config._attn_implementation_internal = NAME  # the public setter would reach into the sub-configurations
-    return changed
+    def forward(self, hidden_states: Tensor, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
+        """Return what the stock module does of `hidden_states` (B, S, D), but no attention weights unless recorded."""
+        if _attentions_are_recorded() or not unwatched(self.dropout):
+            return super().forward(hidden_states, **kwargs)
+        qkv = self.qkv(hidden_states).unflatten(-1, (3, self.num_heads, self.head_dim))
+        q, k, v = (x.transpose(1, 2) for x in qkv.unbind(2))
+        out = attention(q, k, v, scale=self.scale, dropout=_probability(self.dropout))
+        return self.projection(out.transpose(1, 2).flatten(2)), None
 
 
-def _asks_interface(model: PreTrainedModel) -> bool:
-    """Whether the model's code takes its attention from the interface and nowhere depends on the name "sdpa"."""
-    if not model._can_set_attn_implementation():
-        return False
-    return '_attn_implementation == "sdpa"' not in inspect.getsource(sys.modules[type(model).__module__])
+class _FastBlipTextSelfAttention(BlipTextSelfAttention):
+    """BLIP's text attention, over the tokens themselves or an encoder's; with a cache stock code serves."""
+
+    _fastln: Part
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        attention_mask: Tensor | None = None,
+        encoder_hidden_states: Tensor | None = None,
+        encoder_attention_mask: Tensor | None = None,
+        past_key_values: Any = None,
+        **kwargs: Any,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Return what the stock module does, but no attention weights unless recorded.
+
+        Args:
+            hidden_states: (B, Sq, D).
+            attention_mask: Additive, broadcastable to (B, H, Sq, Sk), over the tokens themselves.
+            encoder_hidden_states: (B, Sk, D), what keys and values are made of; None for the tokens themselves.
+            encoder_attention_mask: Likewise, over these.
+            past_key_values: Keys and values of earlier tokens.
+            kwargs: What else the model passes on.
+        """
+        if past_key_values is not None or _attentions_are_recorded() or not unwatched(self.dropout):
+            return super().forward(
+                hidden_states, attention_mask, encoder_hidden_states, encoder_attention_mask, past_key_values, **kwargs
+            )
+        seen, mask = hidden_states, attention_mask
+        if encoder_hidden_states is not None:
+            seen, mask = encoder_hidden_states, encoder_attention_mask
+        q, k, v = (
+            projection(x).unflatten(-1, (-1, self.attention_head_size)).transpose(1, 2)
+            for projection, x in ((self.query, hidden_states), (self.key, seen), (self.value, seen))
+        )
+        out = attention(q, k, v, mask=mask, dropout=_probability(self.dropout))
+        return out.transpose(1, 2).flatten(2), None
 
 
-def restore_attention(changed: list[PreTrainedConfig]) -> None:
-    """Give sdpa back to the configurations that `use_fast_attention` changed.
+_STAND_INS: dict[type[nn.Module], type[nn.Module]] = {
+    BlipAttention: _FastBlipAttention,
+    BlipTextSelfAttention: _FastBlipTextSelfAttention,
+}
 
-    Args:
-        changed: What `use_fast_attention` returned.
-    """
-    for config in changed:
-        config._attn_implementation_internal = "sdpa"
+
+def _attentions_are_recorded() -> bool:
+    """Whether somebody asked the model that is running for attention weights (`output_attentions=True`)."""
+    return any(key.endswith("attentions") for key in _active_collector.get() or ())
+
+
+def _probability(dropout: nn.Dropout) -> float:
+    return dropout.p if dropout.training else 0.0

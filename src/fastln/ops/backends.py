@@ -2,15 +2,13 @@
 
 import functools
 import importlib
-import math
 from dataclasses import dataclass
 from difflib import get_close_matches
 
 import torch
 
 from fastln.errors import FastLNError
-from fastln_kernels.cpu import library
-from fastln_kernels.cpu.attention import BLOCK_SCORES
+from fastln_kernels.cpu import library, native_attention
 
 BACKENDS = ("auto", "triton", "cpu", "reference")
 """What may be asked for; `auto` takes the best that the device has."""
@@ -30,11 +28,7 @@ _IMPLEMENTATIONS: dict[str, dict[str, str]] = {
     "gated_activation": _KERNELS,
     "dropout": _KERNELS,
     "attention": {
-        "cpu": (
-            "backward in blocks of matrix products for 16-bit dtypes, without attention dropout, up to "
-            f"{math.isqrt(BLOCK_SCORES):,} tokens ({math.isqrt(BLOCK_SCORES // 2)} causal ones), and torch's "
-            "scaled_dot_product_attention otherwise"
-        ),
+        "cpu": "fastln's compiled CPU kernels, in blocks",
         "reference": "torch's scaled_dot_product_attention",
     },
 }
@@ -51,6 +45,7 @@ _LIBRARIES = {
 _WITHOUT_LIBRARY = {
     "layer_norm": "torch's fused CPU kernel",
     "activation": "torch's fused CPU kernels (plain PyTorch for quick_gelu)",
+    "attention": "torch's scaled_dot_product_attention (in training with dropout plain PyTorch, in blocks)",
 }
 
 OPERATIONS = tuple(_IMPLEMENTATIONS)
@@ -93,7 +88,8 @@ def resolve(op: str, device: torch.device, requested: str) -> Choice:
         raise FastLNError(f"unknown backend {requested!r}{hint}; valid backends: {', '.join(BACKENDS)}")
     available, passed_over = dict(_IMPLEMENTATIONS[op]), []
     if device.type == "cpu" and op in _LIBRARIES and requested in ("auto", "cpu"):
-        reason = library.why_not(_LIBRARIES[op])  # compiles it, at the first use on this machine
+        # Compiles it, at the first use on this machine.
+        reason = native_attention.why_not() if op == "attention" else library.why_not(_LIBRARIES[op])
         if reason and op in _WITHOUT_LIBRARY:
             available["cpu"] = f"{_WITHOUT_LIBRARY[op]}, for want of compiled kernels ({reason})"
         elif reason:

@@ -1,0 +1,454 @@
+// Softmax attention for CPUs, forward and backward, a block of queries by a block of keys at a time: the scores of one
+// block are all that a thread ever holds. What it computes is defined by fastln_kernels.reference_attention. Products go
+// to torch's function for blocks in the cache (products.h), whose sums are float32; what is between them is fused here.
+// A thread takes a head, or in the backward a head of keys with its group of query heads, and works in a fixed order, so
+// that the result does not depend on the number of threads.
+
+#include <cmath>
+#include <limits>
+
+#include "dispatch.h"
+#include "dropout.h"
+#include "functions.h"
+#include "parallel.h"
+#include "products.h"
+#include "vector.h"
+
+namespace fastln {
+namespace {
+
+constexpr int64_t QUERIES = 64;  // of a block
+constexpr int64_t KEYS = 256;
+constexpr float INFINITE = std::numeric_limits<float>::infinity();
+constexpr float HIDDEN = -1e30f;  // below it lie scores to which a mask added the lowest number of its type
+constexpr int DEAD_EXPONENT = 100;
+
+// A tensor (batch, head, row, column) whose columns are contiguous; strides count elements.
+struct Rows {
+  void* data;
+  int64_t batch, head, row;
+
+  template <class T>
+  T* at(int64_t b, int64_t h, int64_t r) const {
+    return static_cast<T*>(data) + b * batch + h * head + r * row;
+  }
+};
+
+}  // namespace
+
+// As native_attention.Arguments has it. Null pointers stand for what there is not or what is not wanted.
+struct Arguments {
+  int64_t dtype, n_threads, batches, heads, kv_heads, queries, keys, dim, v_dim;
+  int64_t causal, mask_dtype, threshold;
+  const int64_t* seed;
+  double scale;
+  Rows q, k, v, mask, out, dout, dq, dk, dv;
+  float* lse;
+};
+
+namespace {
+
+constexpr int64_t BOOLEAN_MASK = 3;  // after the dtypes of dispatch.h
+
+Products products;
+
+int64_t round_up(int64_t size, int64_t multiple) { return (size + multiple - 1) / multiple * multiple; }
+
+Float maximum(Float a, Float b) { return select(a > b, a, b); }
+
+float largest(Float values) {
+#if defined(FASTLN_AVX512)
+  return _mm512_reduce_max_ps(bits_as<__m512>(values));
+#else
+  float result = values[0];
+  for (int lane = 1; lane < LANES; lane++) result = std::max(result, values[lane]);
+  return result;
+#endif
+}
+
+// e^x, right to what a product in C keeps of it: the polynomial is 2^f, of f from 0 to below 1, but for 2.7e-6 of it.
+Float exponential_for(Float x, float) { return exponential(x); }
+Float exponential_for(Float x, bfloat16) {
+#if defined(FASTLN_AVX512)
+  x *= 1.44269504f;
+  const Float f = bits_as<Float>(_mm512_reduce_ps(bits_as<__m512>(x), _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC));
+  Float p = f * 0.013534165f + 0.0520114675f;
+  p = p * f + 0.241442755f;
+  p = p * f + 0.693003833f;
+  p = p * f + 1.00000262f;
+  return bits_as<Float>(_mm512_scalef_ps(bits_as<__m512>(p), bits_as<__m512>(x)));  // by 2^floor(x)
+#else
+  return exponential(x);
+#endif
+}
+
+// The lse that is kept of a row whose scores all lie below HIDDEN, which is that of `count` equal ones: a float32 cannot
+// hold their height and their number.
+float lse_of_dead_row(float count) { return std::ldexp(count, DEAD_EXPONENT); }
+bool is_dead_row(float lse) { return lse >= std::ldexp(1.0f, DEAD_EXPONENT); }
+
+// Turns the scores of a dead row into what gives its softmax with the lse that is returned.
+float revive(float* scores, int64_t n_cols, float lse) {
+  for (int64_t column = 0; column < n_cols; column += LANES) {
+    const Float score = load(scores + column, AllLanes{});
+    store(scores + column, select(score > -INFINITE, Float{}, score), AllLanes{});
+  }
+  return std::log(std::ldexp(lse, -DEAD_EXPONENT));
+}
+
+// A head of queries, and what belongs to one.
+template <class T, class C>
+class Head {
+ public:
+  Head(const Arguments& arguments, const Dropout& dropout, int64_t batch, int64_t head)
+      : a_(arguments), dropout_(dropout), batch_(batch), head_(head) {}
+
+  // How many keys from `first` on the queries of a block see at most.
+  int64_t visible(int64_t first_query, int64_t n_queries, int64_t first) const {
+    const int64_t end = a_.causal ? std::min(a_.keys, first_query + n_queries) : a_.keys;
+    return std::clamp<int64_t>(end - first, 0, KEYS);
+  }
+
+  // Makes scores of products: scale, mask, and -infinity for keys that are not seen. Returns the largest.
+  float finish_row(float* scores, int64_t query, int64_t first, int64_t n_cols) const {
+    const float* mask = mask_row(query, first, n_cols);
+    const int64_t n_seen = std::min(n_cols, (a_.causal ? std::min(a_.keys, query + 1) : a_.keys) - first);
+    const int64_t seen = query < a_.queries ? std::max<int64_t>(n_seen, 0) : 0;
+    Float top = broadcast(-INFINITE);
+    const float scale = static_cast<float>(a_.scale);
+    for (int64_t column = 0; column < seen; column += LANES) {
+      Float score = load(scores + column, AllLanes{}) * scale;
+      if (mask) score += load(mask + column, AllLanes{});
+      if (column + LANES > seen) {
+        const Float lane = lane_numbers() + static_cast<float>(column);
+        score = select(lane < broadcast(static_cast<float>(seen)), score, broadcast(-INFINITE));
+      }
+      store(scores + column, score, AllLanes{});
+      top = maximum(score, top);
+    }
+    std::fill(scores + std::min(n_cols, round_up(seen, LANES)), scores + n_cols, -INFINITE);
+    return largest(top);
+  }
+
+  const uint16_t* numbers(int64_t query, int64_t first, int64_t n_cols, int place) const {
+    if (!dropout_.active()) return nullptr;
+    return dropout_.draw((batch_ * a_.heads + head_) * a_.queries + query, n_cols, place, first);
+  }
+
+  void forward() const {
+    thread_local Buffer<C> query_buffer, key_buffer, value_buffer, probability_buffer;
+    thread_local Buffer<float> score_buffer, sum_buffer;
+    const int64_t dim = round_up(a_.dim, 2 * PAD), v_dim = round_up(a_.v_dim, 2 * PAD);
+    const int64_t n_blocks = (a_.keys + KEYS - 1) / KEYS, kv_head = head_ / (a_.heads / a_.kv_heads);
+    C* q = query_buffer.at_least(KEYS * dim);
+    C* keys = key_buffer.at_least(n_blocks * KEYS * dim);
+    C* values = value_buffer.at_least(n_blocks * KEYS * v_dim);
+    C* p = probability_buffer.at_least(QUERIES * KEYS);
+    float* scores = score_buffer.at_least(QUERIES * KEYS);
+    float* out = sum_buffer.at_least(QUERIES * v_dim);
+    for (int64_t block = 0; block < n_blocks; block++) {
+      const int64_t first = block * KEYS, n_keys = std::min(KEYS, a_.keys - first);
+      copy_rows(a_.k.at<const T>(batch_, kv_head, first), a_.k.row, n_keys, a_.dim, q, dim);
+      transpose_to_pairs(q, n_keys, dim, keys + first * dim, KEYS);
+      pair_rows(a_.v.at<const T>(batch_, kv_head, first), a_.v.row, n_keys, a_.v_dim, values + first * v_dim, v_dim);
+    }
+    for (int64_t first_query = 0; first_query < a_.queries; first_query += QUERIES) {
+      const int64_t n_queries = std::min(QUERIES, a_.queries - first_query);
+      copy_rows(a_.q.at<const T>(batch_, head_, first_query), a_.q.row, n_queries, a_.dim, q, dim);
+      float top[QUERIES], sums[QUERIES];
+      for (int64_t first = 0; first < a_.keys; first += KEYS) {
+        const int64_t n_cols = padded(visible(first_query, n_queries, first));
+        if (!n_cols) break;
+        multiply(products, padded(n_queries), n_cols, dim, q, dim, keys + first * dim, KEYS, scores, KEYS, false);
+        for (int64_t row = 0; row < n_queries; row++) {
+          float* row_scores = scores + row * KEYS;
+          float new_top = finish_row(row_scores, first_query + row, first, n_cols);
+          float before = 0;
+          if (first) {
+            new_top = std::max(new_top, top[row]);
+            before = new_top > -INFINITE ? std::exp(top[row] - new_top) : 1;
+            float* sum = out + row * v_dim;
+            for (int64_t column = 0; column < v_dim && before != 1; column += LANES)
+              store(sum + column, load(sum + column, AllLanes{}) * before, AllLanes{});
+          }
+          const float sum = exponentials(row_scores, new_top > -INFINITE ? new_top : 0, p + row * KEYS,
+                                         numbers(first_query + row, first, n_cols, 0), n_cols);
+          sums[row] = (first ? sums[row] * before : 0) + sum;
+          top[row] = new_top;
+        }
+        multiply(products, padded(n_queries), padded(a_.v_dim), n_cols, p, KEYS, values + first * v_dim, v_dim, out,
+                 v_dim, first > 0);
+      }
+      for (int64_t row = 0; row < n_queries; row++) {
+        const float sum = sums[row], factor = sum != 0 ? dropout_.scale() / sum : 0;
+        T* to = a_.out.at<T>(batch_, head_, first_query + row);
+        for_columns(a_.v_dim, [&](int64_t column, auto lanes) {
+          store(to + column, load(out + row * v_dim + column, lanes) * factor, lanes);
+        });
+        float lse = sum != 0 ? top[row] + std::log(sum) : 0;
+        if (sum != 0 && top[row] < HIDDEN) lse = lse_of_dead_row(sum);
+        a_.lse[(batch_ * a_.heads + head_) * a_.queries + first_query + row] = lse;
+      }
+    }
+    release<C>(products);
+  }
+
+ private:
+  // The mask's row in float32, to be added; null where there is none. Lanes beyond the keys hold anything.
+  const float* mask_row(int64_t query, int64_t first, int64_t n_cols) const {
+    if (!a_.mask.data || query >= a_.queries) return nullptr;
+    thread_local Buffer<float> buffer;
+    float* to = buffer.at_least(KEYS);
+    n_cols = std::min(n_cols, a_.keys - first);
+    if (a_.mask_dtype == BOOLEAN_MASK) {
+      const auto* from = a_.mask.at<const uint8_t>(batch_, head_, query) + first;
+      for (int64_t column = 0; column < n_cols; column++) to[column] = from[column] ? 0 : -INFINITE;
+    } else {
+      with_dtype(a_.mask_dtype, [&](auto type) {
+        const auto* from = a_.mask.at<const decltype(type)>(batch_, head_, query) + first;
+        for_columns(n_cols, [&](int64_t column, auto lanes) { store(to + column, load(from + column, lanes), lanes); });
+      });
+    }
+    return to;
+  }
+
+  // Writes e^(score - top), or 0 where dropped, and returns the sum of all, dropped or not.
+  float exponentials(const float* scores, float top, C* to, const uint16_t* numbers, int64_t n_cols) const {
+    Sum sums;
+    sum_columns(n_cols, [&](int64_t column, auto, int part) {
+      Float value = exponential_for(load(scores + column, AllLanes{}) - top, C{});
+      sums.parts[part] += value;
+      if (numbers) value = dropout_.keep(value, numbers + column);
+      store(to + column, value, AllLanes{});
+    });
+    return sums.total();
+  }
+
+  const Arguments& a_;
+  const Dropout& dropout_;
+  const int64_t batch_, head_;
+};
+
+// A head of keys and values, with the heads of queries that look at it.
+template <class T, class C>
+class Gradients {
+ public:
+  Gradients(const Arguments& arguments, const Dropout& dropout, int64_t batch, int64_t kv_head)
+      : a_(arguments), dropout_(dropout), batch_(batch), kv_head_(kv_head) {}
+
+  void run() {
+    const bool need_ds = a_.dq.data || a_.dk.data;
+    thread_local Buffer<C> key_buffer, keys_t_buffer, values_t_buffer;
+    thread_local Buffer<float> dk_buffer, dv_buffer;
+    C *rows = key_buffer.at_least(KEYS * std::max(dim_, v_dim_)), *keys_t = keys_t_buffer.at_least(KEYS * dim_);
+    C* values_t = values_t_buffer.at_least(KEYS * v_dim_);
+    float *dk = dk_buffer.at_least(KEYS * dim_), *dv = dv_buffer.at_least(KEYS * v_dim_);
+    read_queries();
+    for (int64_t first = 0; first < a_.keys; first += KEYS) {
+      const int64_t n_keys = std::min(KEYS, a_.keys - first);
+      if (need_ds) {
+        copy_rows(a_.v.at<const T>(batch_, kv_head_, first), a_.v.row, n_keys, a_.v_dim, rows, v_dim_);
+        transpose_to_pairs(rows, n_keys, v_dim_, values_t, KEYS);
+      }
+      copy_rows(a_.k.at<const T>(batch_, kv_head_, first), a_.k.row, n_keys, a_.dim, rows, dim_);
+      transpose_to_pairs(rows, n_keys, dim_, keys_t, KEYS);
+      if (a_.dq.data) pair_rows(a_.k.at<const T>(batch_, kv_head_, first), a_.k.row, n_keys, a_.dim, rows, dim_);
+      std::fill_n(dk, KEYS * dim_, 0.0f);
+      std::fill_n(dv, KEYS * v_dim_, 0.0f);
+      for (int64_t g = 0; g < group_; g++) {
+        for (int64_t query = a_.causal ? first / QUERIES * QUERIES : 0; query < a_.queries; query += QUERIES)
+          block(g, query, first, keys_t, values_t, rows, dk, dv);
+      }
+      if (a_.dk.data) write_transposed(dk, n_keys, dim_, a_.dim, static_cast<float>(a_.scale), a_.dk, first);
+      if (a_.dv.data) write_transposed(dv, n_keys, v_dim_, a_.v_dim, dropout_.scale(), a_.dv, first);
+    }
+    for (int64_t g = 0; g < group_ && a_.dq.data; g++) {
+      for (int64_t query = 0; query < a_.queries; query++) {
+        T* to = a_.dq.at<T>(batch_, kv_head_ * group_ + g, query);
+        const float *from = dq_ + (g * padded_queries_ + query) * dim_, scale = static_cast<float>(a_.scale);
+        for_columns(a_.dim, [&](int64_t column, auto lanes) {
+          store(to + column, load(from + column, lanes) * scale, lanes);
+        });
+      }
+    }
+    release<C>(products);
+  }
+
+ private:
+  // Reads the queries and the gradient of the output once, in the layouts that blocks want.
+  void read_queries() {
+    thread_local Buffer<C> buffers[4], pair_buffer;
+    thread_local Buffer<float> dq_buffer, delta_buffer;
+    const int64_t n_rows = group_ * padded_queries_;
+    C* pairs = pair_buffer.at_least(QUERIES * std::max(dim_, v_dim_));
+    q_ = buffers[0].at_least(n_rows * dim_);
+    q_t_ = buffers[1].at_least(n_rows * dim_);
+    dout_ = buffers[2].at_least(n_rows * v_dim_);
+    dout_t_ = buffers[3].at_least(n_rows * v_dim_);
+    dq_ = dq_buffer.at_least(n_rows * dim_);
+    delta_ = delta_buffer.at_least(n_rows);
+    std::fill_n(delta_, n_rows, 0.0f);
+    for (int64_t g = 0; g < group_; g++) {
+      const int64_t head = kv_head_ * group_ + g;
+      for (int64_t query = 0; query < a_.queries; query += QUERIES) {
+        const int64_t n_queries = std::min(QUERIES, a_.queries - query), row = g * padded_queries_ + query;
+        copy_rows(a_.q.at<const T>(batch_, head, query), a_.q.row, n_queries, a_.dim, q_ + row * dim_, dim_);
+        copy_rows(a_.dout.at<const T>(batch_, head, query), a_.dout.row, n_queries, a_.v_dim, dout_ + row * v_dim_,
+                  v_dim_);
+        if (a_.dk.data) {
+          transpose_to_pairs(q_ + row * dim_, n_queries, dim_, pairs, QUERIES);
+          split_pairs(pairs, QUERIES, dim_, padded(n_queries), q_t_ + row * dim_);
+        }
+        if (a_.dv.data) {
+          transpose_to_pairs(dout_ + row * v_dim_, n_queries, v_dim_, pairs, QUERIES);
+          split_pairs(pairs, QUERIES, v_dim_, padded(n_queries), dout_t_ + row * v_dim_);
+        }
+        if (!a_.out.data) continue;
+        for (int64_t r = 0; r < n_queries; r++) {
+          const T *dout = a_.dout.at<const T>(batch_, head, query + r), *out = a_.out.at<const T>(batch_, head, query + r);
+          Sum sum;
+          sum_columns(a_.v_dim, [&](int64_t column, auto lanes, int part) {
+            sum.parts[part] += load(dout + column, lanes) * load(out + column, lanes);
+          });
+          delta_[row + r] = sum.total();
+        }
+      }
+    }
+  }
+
+  // What a block of queries and one of keys add to the gradients.
+  void block(int64_t g, int64_t query, int64_t first, const C* keys_t, const C* values_t, const C* keys, float* dk,
+             float* dv) {
+    thread_local Buffer<float> score_buffer, dp_buffer;
+    thread_local Buffer<C> p_buffer, ds_buffer, ds_pair_buffer;
+    float *scores = score_buffer.at_least(QUERIES * KEYS), *dp = dp_buffer.at_least(QUERIES * KEYS);
+    C *p = p_buffer.at_least(QUERIES * KEYS), *ds = ds_buffer.at_least(QUERIES * KEYS);
+    C* ds_pairs = PAIRED<C> ? ds_pair_buffer.at_least(QUERIES * KEYS) : ds;
+    const Head<T, C> head(a_, dropout_, batch_, kv_head_ * group_ + g);
+    const int64_t n_queries = std::min(QUERIES, a_.queries - query), n_rows = padded(n_queries);
+    const int64_t n_cols = padded(head.visible(query, n_queries, first)), row = g * padded_queries_ + query;
+    if (!n_cols) return;
+    const bool need_ds = a_.dq.data || a_.dk.data;
+    multiply(products, n_rows, n_cols, dim_, q_ + row * dim_, dim_, keys_t, KEYS, scores, KEYS, false);
+    if (need_ds)
+      multiply(products, n_rows, n_cols, v_dim_, dout_ + row * v_dim_, v_dim_, values_t, KEYS, dp, KEYS, false);
+    const float* lse = a_.lse + (batch_ * a_.heads + kv_head_ * group_ + g) * a_.queries;
+    for (int64_t r = 0; r < n_rows; r += 2) {
+      float lses[2];
+      const uint16_t* numbers[2];
+      for (int i = 0; i < 2; i++) {
+        head.finish_row(scores + (r + i) * KEYS, query + r + i, first, n_cols);
+        lses[i] = r + i < n_queries ? lse[query + r + i] : 0;
+        if (is_dead_row(lses[i])) lses[i] = revive(scores + (r + i) * KEYS, n_cols, lses[i]);
+        numbers[i] = head.numbers(query + r + i, first, n_cols, i);
+      }
+      for (int64_t column = 0; column < n_cols; column += LANES) {
+        Float kept[2], slope[2];
+        for (int i = 0; i < 2; i++) {
+          const int64_t at = (r + i) * KEYS + column;
+          const Float probability = exponential_for(load(scores + at, AllLanes{}) - lses[i], C{});
+          kept[i] = numbers[i] ? dropout_.keep(probability, numbers[i] + column) : probability;
+          if (!need_ds) continue;
+          slope[i] = kept[i] * dropout_.scale() * load(dp + at, AllLanes{}) - probability * delta_[row + r + i];
+          store(ds + at, slope[i], AllLanes{});
+        }
+        if (a_.dv.data) store_pair(pair_at(p, KEYS, r / 2, column), KEYS, kept[0], kept[1]);
+        if (a_.dk.data && PAIRED<C>) store_pair(pair_at(ds_pairs, KEYS, r / 2, column), KEYS, slope[0], slope[1]);
+      }
+    }
+    if (a_.dv.data)
+      multiply(products, padded(a_.v_dim), n_cols, n_rows, dout_t_ + row * v_dim_, QUERIES, p, KEYS, dv, KEYS, true);
+    if (a_.dk.data)
+      multiply(products, padded(a_.dim), n_cols, n_rows, q_t_ + row * dim_, QUERIES, ds_pairs, KEYS, dk, KEYS, true);
+    if (a_.dq.data)
+      multiply(products, n_rows, padded(a_.dim), n_cols, ds, KEYS, keys, dim_, dq_ + row * dim_, dim_, first > 0);
+  }
+
+  // Writes the transpose of a sum (ld, KEYS), times `factor`, from row `first` of `to` on.
+  void write_transposed(const float* sum, int64_t n_keys, int64_t ld, int64_t n_cols, float factor, const Rows& to,
+                        int64_t first) const {
+    thread_local Buffer<float> buffer;
+    float* rows = buffer.at_least(KEYS * ld);
+    transpose_words(reinterpret_cast<const uint32_t*>(sum), KEYS, ld, padded(n_keys), reinterpret_cast<uint32_t*>(rows),
+                    ld);
+    for (int64_t row = 0; row < n_keys; row++) {
+      T* result = to.at<T>(batch_, kv_head_, first + row);
+      for_columns(n_cols, [&](int64_t column, auto lanes) {
+        store(result + column, load(rows + row * ld + column, lanes) * factor, lanes);
+      });
+    }
+  }
+
+  const Arguments& a_;
+  const Dropout& dropout_;
+  const int64_t batch_, kv_head_, group_ = a_.heads / a_.kv_heads;
+  const int64_t dim_ = round_up(a_.dim, 2 * PAD), v_dim_ = round_up(a_.v_dim, 2 * PAD);
+  const int64_t padded_queries_ = round_up(a_.queries, QUERIES);
+  C *q_, *q_t_, *dout_, *dout_t_;  // the transposed ones block by block
+  float *dq_, *delta_;
+};
+
+// float16 is computed in float32, and so is bfloat16 where the processor has no products of it.
+template <class Run>
+void with_types(int64_t dtype, Run&& run) {
+  if (dtype == BFLOAT16 && products.bfloat16) return run(bfloat16{}, bfloat16{});
+  with_dtype(dtype, [&](auto type) { run(type, float{}); });
+}
+
+int threads(const Arguments& a) { return useful_threads(a.n_threads, a.batches * a.heads * a.queries * a.keys); }
+
+// Whether a product comes out right: ones times twos.
+template <class C>
+bool works() {
+  constexpr int64_t SIZE = 32;
+  alignas(64) C a[SIZE * SIZE], b[SIZE * SIZE];
+  alignas(64) float c[SIZE * SIZE];
+  for (int64_t i = 0; i < SIZE * SIZE; i += LANES) {
+    store(a + i, broadcast(1.0f), AllLanes{});
+    store(b + i, broadcast(2.0f), AllLanes{});
+  }
+  try {
+    multiply(products, SIZE, SIZE, SIZE, a, SIZE, b, SIZE, c, SIZE, false);
+    release<C>(products);
+  } catch (...) {
+    return false;  // torch says that this processor cannot
+  }
+  return std::all_of(c, c + SIZE * SIZE, [](float value) { return value == 2.0f * SIZE; });
+}
+
+}  // namespace
+}  // namespace fastln
+
+using namespace fastln;
+
+extern "C" {
+
+// Takes torch's functions. `usable` becomes 0 where they do not work on this processor.
+void fastln_attention_products(void* bfloat16_product, void* float32_product, void* release, int64_t* usable) {
+  products = {reinterpret_cast<Product>(bfloat16_product), reinterpret_cast<Product>(float32_product),
+              reinterpret_cast<Release>(release)};
+  if (!works<bfloat16>()) products.bfloat16 = nullptr;
+  *usable = works<float>();
+}
+
+void fastln_attention_forward(const Arguments* arguments) {
+  const Arguments& a = *arguments;
+  const Dropout dropout(a.threshold, a.seed);
+  with_types(a.dtype, [&](auto type, auto compute) {
+    for_blocks(a.batches * a.heads, threads(a), [&](int64_t head) {
+      Head<decltype(type), decltype(compute)>(a, dropout, head / a.heads, head % a.heads).forward();
+    });
+  });
+}
+
+void fastln_attention_backward(const Arguments* arguments) {
+  const Arguments& a = *arguments;
+  const Dropout dropout(a.threshold, a.seed);
+  with_types(a.dtype, [&](auto type, auto compute) {
+    for_blocks(a.batches * a.kv_heads, threads(a), [&](int64_t head) {
+      Gradients<decltype(type), decltype(compute)>(a, dropout, head / a.kv_heads, head % a.kv_heads).run();
+    });
+  });
+}
+
+}  // extern "C"

@@ -1,0 +1,195 @@
+"""Attention for CPU tensors by the compiled kernels of `attention.cpp`; `reference_attention` defines it.
+
+For float32, bfloat16 and float16, whose sums are float32. Whatever the lengths, a thread holds the scores of 64 queries
+and 256 keys; beside them it holds one head in the layouts that products want. Results depend on the inputs alone and
+not on the number of threads.
+
+The products are `at::native::cpublas::brgemm`, which torch exports and its own attention is made of: oneDNN's kernels
+for blocks in the cache, made for the processor's matrix or vector units.
+"""
+
+import ctypes
+import functools
+from collections.abc import Callable
+from ctypes import c_double, c_int64, c_void_p
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastln_kernels.cpu.library import DTYPES, KernelsUnavailableError, function
+from fastln_kernels.reference import dropout_threshold
+from fastln_kernels.reference_attention import AttentionGradients, AttentionOutputs
+
+_BOOLEAN_MASK = 3
+
+# The names that the C++ functions have in torch's library.
+_BRGEMM_BFLOAT16 = "_ZN2at6native7cpublas6brgemmEllllllbPKN3c108BFloat16ES5_Pfb"
+_BRGEMM_FLOAT32 = "_ZN2at6native7cpublas6brgemmEllllllbPKfS3_Pfb"
+_RELEASE = "_ZN2at6native7cpublas14brgemm_releaseEb"
+
+
+class _Rows(ctypes.Structure):
+    """A tensor of four dimensions whose last is contiguous."""
+
+    _fields_ = (("data", c_void_p), ("batch", c_int64), ("head", c_int64), ("row", c_int64))
+
+    @classmethod
+    def of(cls, tensor: Tensor) -> "_Rows":
+        return cls(tensor.data_ptr(), *tensor.stride()[:3])
+
+
+class _Arguments(ctypes.Structure):
+    """The struct of that name in `attention.cpp`."""
+
+    _fields_ = (
+        *((name, c_int64) for name in ("dtype", "n_threads", "batches", "heads", "kv_heads", "queries", "keys")),
+        *((name, c_int64) for name in ("dim", "v_dim", "causal", "mask_dtype", "threshold")),
+        ("seed", c_void_p),
+        ("scale", c_double),
+        *((name, _Rows) for name in ("q", "k", "v", "mask", "out", "dout", "dq", "dk", "dv")),
+        ("lse", c_void_p),
+    )
+
+
+def attention_forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    scale: float,
+    causal: bool = False,
+    mask: Tensor | None = None,
+    dropout: float = 0.0,
+    seed: Tensor | None = None,
+) -> AttentionOutputs:
+    """Softmax attention with what its backward needs.
+
+    Takes and returns what `fastln_kernels.reference_attention.attention_forward` does, for float32, bfloat16, float16.
+
+    Raises:
+        KernelsUnavailableError: If there are no compiled kernels.
+    """
+    (n_batches, n_heads, n_queries, _), v_dim = q.shape, v.shape[-1]
+    out = q.new_empty(n_batches, n_queries, n_heads, v_dim).transpose(1, 2)
+    lse = q.new_empty(n_batches, n_heads, n_queries, dtype=torch.float32)
+    if not (k.shape[2] and v_dim and q.shape[-1]):
+        return AttentionOutputs(out.zero_(), lse.zero_())
+    _call("fastln_attention_forward", {"q": q, "k": k, "v": v, "out": out}, lse, scale, causal, mask, dropout, seed)
+    return AttentionOutputs(out, lse)
+
+
+def attention_backward(
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor | None,
+    lse: Tensor,
+    *,
+    scale: float,
+    causal: bool = False,
+    mask: Tensor | None = None,
+    dropout: float = 0.0,
+    seed: Tensor | None = None,
+    need_dq: bool = False,
+    need_dk: bool = False,
+    need_dv: bool = False,
+) -> AttentionGradients:
+    """Compute the wanted ones of the gradients; no product that only the others need is taken.
+
+    Takes and returns what `fastln_kernels.reference_attention.attention_backward` does.
+
+    Raises:
+        KernelsUnavailableError: If there are no compiled kernels.
+    """
+    wanted = {"dq": (q, need_dq), "dk": (k, need_dk), "dv": (v, need_dv)}
+    # Laid out as models make them, tokens before heads.
+    made = {
+        name: x.new_empty(x.shape[0], x.shape[2], x.shape[1], x.shape[3]).transpose(1, 2)
+        for name, (x, need) in wanted.items()
+        if need
+    }
+    gradients = AttentionGradients(*(made.get(name) for name in wanted))
+    if not (k.shape[2] and q.shape[2] and v.shape[-1] and q.shape[-1]):
+        for gradient in made.values():
+            gradient.zero_()
+        return gradients
+    tensors = {"q": q, "k": k, "v": v, "dout": dout, **made} | ({} if out is None else {"out": out})
+    _call("fastln_attention_backward", tensors, lse, scale, causal, mask, dropout, seed)
+    return gradients
+
+
+def _call(
+    symbol: str,
+    tensors: dict[str, Tensor],
+    lse: Tensor,
+    scale: float,
+    causal: bool,
+    mask: Tensor | None,
+    dropout: float,
+    seed: Tensor | None,
+) -> None:
+    # Copies must live until the kernel has run.
+    tensors = {name: x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous() for name, x in tensors.items()}
+    lse = lse.contiguous()
+    q, k, v = tensors["q"], tensors["k"], tensors["v"]
+    arguments = _Arguments(
+        *(DTYPES[q.dtype], torch.get_num_threads(), q.shape[0], q.shape[1], k.shape[1], q.shape[2], k.shape[2]),
+        *(q.shape[3], v.shape[3], causal, 0, dropout_threshold(dropout)),
+        seed=None if seed is None else seed.data_ptr(),
+        scale=scale,
+        lse=lse.data_ptr(),
+        **{name: _Rows.of(x) for name, x in tensors.items()},
+    )
+    if mask is not None:
+        mask = _mask(mask, q, k)
+        arguments.mask = _Rows.of(mask)
+        arguments.mask_dtype = _BOOLEAN_MASK if mask.dtype == torch.bool else DTYPES[mask.dtype]
+    _kernel(symbol)(ctypes.byref(arguments))
+
+
+def _mask(mask: Tensor, q: Tensor, k: Tensor) -> Tensor:
+    """The mask as (B, H, Sq, Sk), expanded where it can be: all but the columns."""
+    if mask.dtype != torch.bool and mask.dtype not in DTYPES:
+        mask = mask.to(torch.float32)
+    n_keys = k.shape[2]
+    if mask.shape[-1] != n_keys or (mask.stride(-1) != 1 and n_keys > 1):
+        mask = mask.expand(*mask.shape[:-1], n_keys).contiguous()
+    return mask.expand(*q.shape[:3], n_keys)
+
+
+@functools.cache
+def _kernel(symbol: str) -> Callable[..., None]:
+    _give_products()
+    return function("attention", symbol, (ctypes.POINTER(_Arguments),))
+
+
+@functools.cache
+def why_not() -> str | None:
+    """Say why the compiled kernels cannot be had; None where they can."""
+    try:
+        _give_products()
+    except KernelsUnavailableError as error:
+        return str(error)
+    return None
+
+
+@functools.cache
+def _give_products() -> None:
+    """Give the library torch's products; raise where it has none or they do not work on this processor."""
+    usable = c_int64()
+    take = function("attention", "fastln_attention_products", (c_void_p, c_void_p, c_void_p, c_void_p))
+    try:
+        addresses = [_address(name) for name in (_BRGEMM_BFLOAT16, _BRGEMM_FLOAT32, _RELEASE)]
+    except (AttributeError, OSError) as error:
+        raise KernelsUnavailableError(f"torch {torch.__version__} exports no products of blocks ({error})") from error
+    take(*addresses, ctypes.byref(usable))
+    if not usable.value:
+        raise KernelsUnavailableError("torch's products of blocks do not work on this processor")
+
+
+def _address(name: str) -> Any:
+    path = Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"
+    return ctypes.cast(getattr(ctypes.CDLL(str(path)), name), c_void_p)

@@ -1,0 +1,145 @@
+// Matrix products of blocks that lie in the cache, by the function of torch that its own CPU kernels call: oneDNN's, made
+// for this processor's matrix or vector units, into float32. And the layouts that it wants its operands in.
+#pragma once
+
+#include <algorithm>
+
+#include "vector.h"
+
+namespace fastln {
+
+constexpr int64_t PAD = 16;  // what sizes of blocks are multiples of: few shapes, since each has a kernel of its own
+
+inline int64_t padded(int64_t size) { return (size + PAD - 1) / PAD * PAD; }
+
+// at::native::cpublas::brgemm and brgemm_release.
+using Product = void (*)(int64_t m, int64_t n, int64_t k, int64_t lda, int64_t ldb, int64_t ldc, bool add,
+                         const void* a, const void* b, float* c, bool paired);
+using Release = void (*)(bool paired);
+
+struct Products {
+  Product bfloat16, float32;
+  Release release;
+};
+
+// The operands of products in bfloat16 are pairs in the second one: two neighbouring rows, interleaved.
+template <class C>
+constexpr bool PAIRED = std::is_same_v<C, bfloat16>;
+
+// c (m, n) = a (m, k) b (k, n), plus what was in c if `add`. m, n and k are multiples of PAD.
+template <class C>
+inline void multiply(const Products& products, int64_t m, int64_t n, int64_t k, const C* a, int64_t lda, const C* b,
+                     int64_t ldb, float* c, int64_t ldc, bool add) {
+  (PAIRED<C> ? products.bfloat16 : products.float32)(m, n, k, lda, ldb, ldc, add, a, b, c, PAIRED<C>);
+}
+
+// A thread leaves the matrix unit as it found it.
+template <class C>
+inline void release(const Products& products) {
+  products.release(PAIRED<C>);
+}
+
+// Stores the vectors of two rows where rows 2i and 2i + 1 of a second operand have them.
+inline void store_pair(float* to, int64_t ld, Float even, Float odd) {
+  store(to, even, AllLanes{});
+  store(to + ld, odd, AllLanes{});
+}
+inline void store_pair(bfloat16* to, int64_t, Float even, Float odd) {
+  const UInt pair = widen(from_float(even, bfloat16{})) | (widen(from_float(odd, bfloat16{})) << 16);
+  std::memcpy(to, &pair, sizeof(pair));
+}
+
+// Where rows 2i and 2i + 1 of a second operand begin, at column `column`.
+template <class C>
+inline C* pair_at(C* operand, int64_t ld, int64_t i, int64_t column) {
+  return operand + 2 * i * ld + (PAIRED<C> ? 2 * column : column);
+}
+
+// Copies `n_rows` rows of `n_cols` to a block (padded, ld) whose rest is zeros: a first operand. `ld` is a multiple of PAD.
+template <class T, class C>
+void copy_rows(const T* rows, int64_t stride, int64_t n_rows, int64_t n_cols, C* to, int64_t ld) {
+  for (int64_t row = 0; row < padded(n_rows); row++, to += ld) {
+    std::memset(to, 0, row < n_rows && n_cols == ld ? 0 : ld * sizeof(C));
+    if (row >= n_rows) continue;
+    if constexpr (std::is_same_v<T, C>) {
+      std::copy_n(rows + row * stride, n_cols, to);
+    } else {
+      for_columns(n_cols, [&](int64_t column, auto lanes) {
+        store(to + column, load(rows + row * stride + column, lanes), AllLanes{});
+      });
+    }
+  }
+}
+
+// Likewise, as a second operand.
+template <class T, class C>
+void pair_rows(const T* rows, int64_t stride, int64_t n_rows, int64_t n_cols, C* to, int64_t ld) {
+  for (int64_t row = 0; row < padded(n_rows); row += 2) {
+    const T* from = rows + row * stride;
+    for (int64_t column = 0; column < padded(n_cols); column += LANES) {
+      const SomeLanes lanes{static_cast<int>(std::clamp<int64_t>(n_cols - column, 0, LANES))};
+      C* pair = pair_at(to, ld, row / 2, column);
+      if (row + 1 < n_rows && lanes.count == LANES)
+        store_pair(pair, ld, load(from + column, AllLanes{}), load(from + stride + column, AllLanes{}));
+      else
+        store_pair(pair, ld, row < n_rows ? load(from + column, lanes) : Float{},
+                   row + 1 < n_rows ? load(from + stride + column, lanes) : Float{});
+    }
+  }
+}
+
+// Transposes (n_rows, n_cols) words of 32 bits, both multiples of PAD.
+inline void transpose_words(const uint32_t* from, int64_t from_ld, int64_t n_rows, int64_t n_cols, uint32_t* to,
+                            int64_t to_ld) {
+#if defined(FASTLN_AVX512)
+  // Four times, rows i and i + 8 are shuffled like cards into rows 2i and 2i + 1: that turns 16 x 16 words over.
+  const __m512i low = _mm512_set_epi32(23, 7, 22, 6, 21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
+  const __m512i high = _mm512_add_epi32(low, _mm512_set1_epi32(8));
+  for (int64_t row = 0; row < n_rows; row += 16) {
+    for (int64_t column = 0; column < n_cols; column += 16) {
+      __m512i a[16], b[16];
+#pragma GCC unroll 16
+      for (int i = 0; i < 16; i++) a[i] = _mm512_loadu_si512(from + (row + i) * from_ld + column);
+      const auto shuffle = [&](const __m512i* x, __m512i* y) {
+#pragma GCC unroll 8
+        for (int i = 0; i < 8; i++) {
+          y[2 * i] = _mm512_permutex2var_epi32(x[i], low, x[i + 8]);
+          y[2 * i + 1] = _mm512_permutex2var_epi32(x[i], high, x[i + 8]);
+        }
+      };
+      shuffle(a, b), shuffle(b, a), shuffle(a, b), shuffle(b, a);
+#pragma GCC unroll 16
+      for (int i = 0; i < 16; i++) _mm512_storeu_si512(to + (column + i) * to_ld + row, a[i]);
+    }
+  }
+#else
+  for (int64_t row = 0; row < n_rows; row++)
+    for (int64_t column = 0; column < n_cols; column++) to[column * to_ld + row] = from[row * from_ld + column];
+#endif
+}
+
+// What `copy_rows` made, (n_rows, n_cols), becomes its transpose as a second operand. `n_cols` is a multiple of 2 PAD.
+template <class C>
+void transpose_to_pairs(const C* from, int64_t n_rows, int64_t n_cols, C* to, int64_t ld) {
+  const int64_t words = n_cols * sizeof(C) / 4;  // a pair is one
+  transpose_words(reinterpret_cast<const uint32_t*>(from), words, padded(n_rows), words, reinterpret_cast<uint32_t*>(to),
+                  ld);
+}
+
+// A second operand (n_rows, n_cols), both multiples of PAD, becomes a first one.
+inline void split_pairs(const bfloat16* pairs, int64_t ld, int64_t n_rows, int64_t n_cols, bfloat16* to) {
+  for (int64_t row = 0; row < n_rows; row += 2) {
+    for (int64_t column = 0; column < n_cols; column += LANES) {
+      UInt both;
+      std::memcpy(&both, pairs + row * ld + 2 * column, sizeof(both));
+      const UShort even = narrow(both & 0xFFFF), odd = narrow(both >> 16);
+      std::memcpy(to + row * ld + column, &even, sizeof(even));
+      std::memcpy(to + (row + 1) * ld + column, &odd, sizeof(odd));
+    }
+  }
+}
+inline void split_pairs(const float* rows, int64_t ld, int64_t n_rows, int64_t, float* to) {
+  std::copy_n(rows, n_rows * ld, to);
+}
+
+}  // namespace fastln

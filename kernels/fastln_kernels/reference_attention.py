@@ -1,0 +1,208 @@
+"""Softmax attention in plain PyTorch: the definition that the other implementations are tested against.
+
+Arithmetic is float32, and float64 for float64 inputs. With P = softmax(scale q k^T + mask) along the keys, and D what
+dropout makes of 1 (0 or its scale), element by element:
+
+    out = (D P) v        delta = rowsum(dout out)        dS = P (D (dout v^T) - delta)
+    dv = (D P)^T dout    dq = scale dS k                 dk = scale dS^T q
+
+It works query block by query block, so that no more than `BLOCK_SCORES` scores exist at a time, or one row of them.
+"""
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastln_kernels.reference import dropout_keep, dropout_scale
+
+BLOCK_SCORES = 1 << 20
+"""How many scores exist at a time."""
+
+_HIDDEN = -1e30  # below it lie scores to which a mask added the lowest number of its type
+_DEAD = 2.0**100
+
+
+class AttentionOutputs(NamedTuple):
+    """What the forward returns.
+
+    Attributes:
+        out: `(B, H, Sq, Dv)`, laid out as `(B, Sq, H, Dv)`.
+        lse: `(B, H, Sq)`, the log of each row's sum of exponentials, in the dtype of the arithmetic; for the backward
+            alone. Of a row without a key it is 0; of one whose every key carries the lowest number it is their count
+            times 2^100, since no float32 can hold both height and number.
+    """
+
+    out: Tensor
+    lse: Tensor
+
+
+class AttentionGradients(NamedTuple):
+    """What the backward returns; None where not wanted. Laid out like `AttentionOutputs.out`."""
+
+    dq: Tensor | None
+    dk: Tensor | None
+    dv: Tensor | None
+
+
+class _Block(NamedTuple):
+    """Some queries of one head, in the dtype of the arithmetic."""
+
+    where: tuple[int, int, slice]  # batch, head, queries
+    kv_where: tuple[int, int]
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    scores: Tensor
+    kept: Tensor | None  # what dropout makes of 1
+
+
+def attention_forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    scale: float,
+    causal: bool = False,
+    mask: Tensor | None = None,
+    dropout: float = 0.0,
+    seed: Tensor | None = None,
+) -> AttentionOutputs:
+    """Softmax attention with what its backward needs.
+
+    A row without a key is 0.
+
+    Args:
+        q: Queries `(B, H, Sq, D)`, any floating dtype.
+        k: Keys `(B, Hk, Sk, D)`, same dtype; Hk divides H (grouped queries).
+        v: Values `(B, Hk, Sk, Dv)`, same dtype.
+        scale: Factor on the scores.
+        causal: Query i sees keys 0..i.
+        mask: Boolean (True: attend) or additive, broadcastable to `(B, H, Sq, Sk)`.
+        dropout: Probability to drop an attention weight.
+        seed: `(1,)`, int64. The weight of query i and key j in head h of sequence b is dropped where
+            `reference.dropout_keep` drops row `(b H + h) Sq + i` and column j.
+    """
+    n_batches, n_heads, n_queries, _ = q.shape
+    wide = _arithmetic(q)
+    out = q.new_zeros(n_batches, n_queries, n_heads, v.shape[-1]).transpose(1, 2)
+    lse = q.new_zeros(n_batches, n_heads, n_queries, dtype=wide)
+    for block in _blocks(q, k, v, scale, causal, mask, dropout, seed):
+        top = block.scores.amax(-1, keepdim=True)
+        exponentials = (block.scores - top.masked_fill(top == -torch.inf, 0)).exp()
+        total = exponentials.sum(-1, keepdim=True)
+        p = exponentials / total.masked_fill(total == 0, 1)
+        out[block.where] = ((p if block.kept is None else p * block.kept) @ block.v).to(q.dtype)
+        row_lse = (top + total.log()).masked_fill(total == 0, 0)
+        lse[block.where] = torch.where((top < _HIDDEN) & (total != 0), total * _DEAD, row_lse).squeeze(-1)
+    return AttentionOutputs(out, lse)
+
+
+def attention_backward(
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor | None,
+    lse: Tensor,
+    *,
+    scale: float,
+    causal: bool = False,
+    mask: Tensor | None = None,
+    dropout: float = 0.0,
+    seed: Tensor | None = None,
+    need_dq: bool = False,
+    need_dk: bool = False,
+    need_dv: bool = False,
+) -> AttentionGradients:
+    """Compute the wanted ones of the gradients of `attention_forward`.
+
+    Args:
+        dout: Gradient of out `(B, H, Sq, Dv)`.
+        q: As given to the forward.
+        k: Likewise.
+        v: Likewise.
+        out: From the forward; None will do where dv alone is wanted.
+        lse: From the forward.
+        scale: As given to the forward.
+        causal: Likewise.
+        mask: Likewise.
+        dropout: Likewise.
+        seed: Likewise.
+        need_dq: Whether the gradient of q is wanted.
+        need_dk: Whether the gradient of k is wanted.
+        need_dv: Whether the gradient of v is wanted.
+    """
+    wide = _arithmetic(q)
+    dq, dk, dv = (
+        x.new_zeros(x.shape[0], x.shape[2], x.shape[1], x.shape[3], dtype=wide).transpose(1, 2) if need else None
+        for x, need in ((q, need_dq), (k, need_dk), (v, need_dv))
+    )
+    for block in _blocks(q, k, v, scale, causal, mask, dropout, seed):
+        row_lse = lse[block.where][:, None]
+        dead = row_lse >= _DEAD
+        scores = torch.where(dead & (block.scores > -torch.inf), 0, block.scores)
+        p = (scores - torch.where(dead, (row_lse / _DEAD).log(), row_lse)).exp()
+        block_dout = dout[block.where].to(wide)
+        if dv is not None:
+            dv[block.kv_where] += (p if block.kept is None else p * block.kept).mT @ block_dout
+        if dq is None and dk is None:
+            continue
+        assert out is not None
+        dp = block_dout @ block.v.mT
+        delta = (block_dout * out[block.where]).sum(-1, keepdim=True)
+        ds = p * ((dp if block.kept is None else dp * block.kept) - delta) * scale
+        if dq is not None:
+            dq[block.where] = ds @ block.k
+        if dk is not None:
+            dk[block.kv_where] += ds.mT @ block.q
+    return AttentionGradients(*(None if gradient is None else gradient.to(q.dtype) for gradient in (dq, dk, dv)))
+
+
+def _blocks(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    scale: float,
+    causal: bool,
+    mask: Tensor | None,
+    dropout: float,
+    seed: Tensor | None,
+) -> Iterator[_Block]:
+    """Yield the blocks in order; scores that are not seen are -infinity."""
+    n_batches, n_heads, n_queries, _ = q.shape
+    n_keys, group, wide = k.shape[2], n_heads // max(k.shape[1], 1), _arithmetic(q)
+    if n_keys == 0:
+        return
+    if mask is not None:
+        mask = mask.expand(n_batches, n_heads, n_queries, n_keys)
+    columns = torch.arange(n_keys, device=q.device)
+    size = max(1, BLOCK_SCORES // n_keys)
+    for batch in range(n_batches):
+        for head in range(n_heads):
+            kv_where = (batch, head // group)
+            wide_k, wide_v = k[kv_where].to(wide), v[kv_where].to(wide)
+            for first in range(0, n_queries, size):
+                rows = slice(first, min(first + size, n_queries))
+                where = (batch, head, rows)
+                wide_q = q[where].to(wide)
+                scores = wide_q @ wide_k.mT * scale
+                if mask is not None and mask.dtype == torch.bool:
+                    scores = scores.masked_fill(~mask[where], -torch.inf)
+                elif mask is not None:
+                    scores = scores + mask[where].to(wide)
+                if causal:
+                    hidden = columns > torch.arange(rows.start, rows.stop, device=q.device)[:, None]
+                    scores = scores.masked_fill(hidden, -torch.inf)
+                kept = None
+                if dropout:
+                    assert seed is not None
+                    first_row = (batch * n_heads + head) * n_queries + rows.start
+                    keep = dropout_keep(rows.stop - rows.start, n_keys, dropout, seed, first_row)
+                    kept = keep.to(wide) * dropout_scale(dropout)
+                yield _Block(where, kv_where, wide_q, wide_k, wide_v, scores, kept)
+
+
+def _arithmetic(x: Tensor) -> torch.dtype:
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
