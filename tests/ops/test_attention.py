@@ -1,264 +1,221 @@
-import math
-
 import pytest
 import torch
 from torch.nn import functional as F
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint
 
-from fastln.ops.attention import attention, uses_blocked
-from fastln_kernels.cpu import attention as kernels
+from fastln.errors import FastLNError
+from fastln.ops import attention
+from fastln.ops.attention import has_own
+from fastln_kernels.cpu import native_attention
 
-# Relative root-mean-square error against float64: a few roundings of the type.
-TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 8e-3, torch.float16: 2e-3}
-
-
-def reference(q, k, v, scale, causal=False, mask=None):
-    """Attention as written on paper; rows without a key are 0."""
-    scores = q @ k.mT * scale
-    if causal:
-        scores = scores.masked_fill(torch.ones_like(scores, dtype=torch.bool).triu(1), -math.inf)
-    if mask is not None:
-        scores = scores.masked_fill(~mask, -math.inf) if mask.dtype == torch.bool else scores + mask
-    dead = (scores < -1e30).all(-1, keepdim=True)
-    return torch.softmax(scores.masked_fill(dead, 0), -1).masked_fill(dead, 0) @ v
+needs_kernels = pytest.mark.skipif(native_attention.why_not() is not None, reason=str(native_attention.why_not()))
 
 
-def relative_error(actual, expected):
-    return ((actual.double() - expected).norm() / expected.norm().clamp_min(1e-30)).item()
+@pytest.fixture(params=[pytest.param("native", marks=needs_kernels), "reference"], autouse=True)
+def implementation(request, monkeypatch):
+    """Both ways that `attention` has of its own."""
+    if request.param == "reference":
+        monkeypatch.setattr(native_attention, "why_not", lambda: "for a test")
+    return request.param
 
 
-def make(shape, dtype, n=4, seed=0):
+def make(dtype=torch.bfloat16, n=3, b=2, h=3, n_tokens=17, dim=8, seed=0):
     """n tensors (B, H, S, D) laid out as models make them: views of (B, S, H, D)."""
     generator = torch.Generator().manual_seed(seed)
-    b, h, s, d = shape
-    return [torch.randn(b, s, h, d, generator=generator).to(dtype).transpose(1, 2) for _ in range(n)]
+    return [torch.randn(b, n_tokens, h, dim, generator=generator).to(dtype).transpose(1, 2) for _ in range(n)]
 
 
-def check(q, k, v, dout, causal=False, mask=None, scale=0.3):
-    """Both kernels against float64 autograd."""
-    inputs = [x.double().requires_grad_() for x in (q, k, v)]
-    wide_mask = mask.double() if mask is not None and mask.dtype != torch.bool else mask
-    expected = reference(*inputs, scale, causal, wide_mask)
-    expected_grads = torch.autograd.grad(expected, inputs, dout.double())
-    all_grads = torch.stack([grad.norm() for grad in expected_grads]).norm()
-    out, lse = kernels.attention_forward(q, k, v, scale=scale, causal=causal, mask=mask)
-    grads = kernels.attention_backward(
-        dout, q, k, v, out, lse, scale=scale, causal=causal, mask=mask, need_dq=True, need_dk=True, need_dv=True
-    )
-    tolerance = TOLERANCE[q.dtype]
-    assert out.dtype == q.dtype
-    assert relative_error(out, expected.detach()) < tolerance
-    for x, grad, expected_grad in zip((q, k, v), grads, expected_grads, strict=True):
-        assert grad.dtype == x.dtype
-        assert grad.stride() == x.stride()
-        # With few keys dq and dk are small differences of terms as large as dv: 0 for one key.
-        error = (grad.double() - expected_grad).norm() / expected_grad.norm().clamp_min(0.1 * all_grads)
-        assert error < tolerance
+def wanting(tensors, wanted=(0, 1, 2)):
+    return [x.detach().requires_grad_(i in wanted) for i, x in enumerate(tensors)]
+
+
+def saved_by(function, *arguments):
+    """The result, and the storages that it keeps for backward."""
+    kept = {}
+
+    def pack(x):
+        kept[x.untyped_storage().data_ptr()] = x
+        return x
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+        return function(*arguments), list(kept.values())
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("causal", [False, True])
-@pytest.mark.parametrize(("s", "d"), [(1, 8), (2, 20), (3, 64), (17, 20), (129, 64), (257, 64)])
-def test_kernels_match_float64(s, d, causal, dtype):
-    check(*make((2, 3, s, d), dtype), causal=causal)
+@pytest.mark.parametrize("options", [{}, {"causal": True}, {"mask": torch.ones(17, 17, dtype=torch.bool).tril()}])
+def test_is_torch_s_attention(dtype, options):
+    leaves, (*_, dout) = wanting(make(dtype)), make(dtype, 4)
+    wide = [x.detach().double().requires_grad_() for x in leaves]
+    exact = F.scaled_dot_product_attention(*wide, options.get("mask"), is_causal=options.get("causal", False))
+    out = attention(*leaves, **options)
+    wanted = torch.autograd.grad(exact, wide, dout.double())
+    for actual, expected in zip(
+        (out, *torch.autograd.grad(out, leaves, dout)), (exact.detach(), *wanted), strict=True
+    ):
+        assert (actual.double() - expected).norm() < 2 * torch.finfo(dtype).eps * expected.norm()
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("causal", [False, True])
-@pytest.mark.parametrize("limit", [1, 2 * 70 * 70, 9 * 70 * 70])
-def test_blocks_of_heads_and_batches(limit, causal, dtype, monkeypatch):
-    monkeypatch.setattr(kernels, "BLOCK_SCORES", limit)
-    check(*make((3, 4, 70, 20), dtype), causal=causal)
-
-
-@pytest.mark.parametrize(("n_queries", "n_keys"), [(5, 33), (33, 5), (1, 40)])
-@pytest.mark.parametrize("causal", [False, True])
-def test_different_numbers_of_queries_and_keys(n_queries, n_keys, causal):
-    q, dout = make((2, 3, n_queries, 20), torch.bfloat16, 2)
-    k, v = make((2, 3, n_keys, 20), torch.bfloat16, 2, seed=1)
-    check(q, k, v, dout, causal=causal)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("shape", [(37, 37), (1, 37), (2, 1, 1, 37), (2, 1, 37, 37), (2, 3, 37, 37), (1, 3, 37, 37)])
-@pytest.mark.parametrize("kind", ["boolean", "additive"])
-def test_masks(shape, kind, dtype):
-    generator = torch.Generator().manual_seed(2)
-    keep = torch.rand(shape, generator=generator) < 0.6
-    if kind == "additive":
-        mask = torch.randn(shape, generator=generator).masked_fill(~keep, torch.finfo(dtype).min).to(dtype)
-    else:
-        mask = keep
-    check(*make((2, 3, 37, 20), dtype), mask=mask)
-
-
-@pytest.mark.parametrize("kind", ["boolean", "minus infinity", "lowest number"])
-def test_fully_masked_rows_are_zero_and_send_nothing_back(kind):
-    q, k, v, dout = make((2, 3, 9, 8), torch.bfloat16)
-    mask = torch.ones(2, 1, 9, 9, dtype=torch.bool).tril_()
-    mask[0, :, :4] = False
-    if kind != "boolean":
-        low = -math.inf if kind == "minus infinity" else torch.finfo(torch.bfloat16).min
-        mask = torch.zeros(mask.shape, dtype=torch.bfloat16).masked_fill_(~mask, low)
-    check(q, k, v, dout, mask=mask)
-    leaves = [x.detach().requires_grad_() for x in (q, k, v)]
-    out = attention(*leaves, mask=mask)
-    assert out[0, :, :4].eq(0).all()
-    grads = torch.autograd.grad(out, leaves, dout)
-    assert all(grad.isfinite().all() for grad in grads)
-    assert grads[0][0, :, :4].eq(0).all()
-
-
-def test_gradients_in_float64():
-    leaves = [x.requires_grad_() for x in make((1, 2, 5, 4), torch.float64, 3)]
-    mask = torch.ones(5, 5, dtype=torch.bool).tril_()
-    op = torch.ops.fastln.attention
-    assert torch.autograd.gradcheck(lambda *x: op(*x, None, 0.5, False)[0], leaves)
-    assert torch.autograd.gradcheck(lambda *x: op(*x, None, 0.5, True)[0], leaves)
-    assert torch.autograd.gradcheck(lambda *x: op(*x, mask, 0.5, False)[0], leaves)
+@pytest.mark.parametrize("dropout", [0.0, 0.2])
+@pytest.mark.parametrize("masked", [False, True])
+def test_keeps_inputs_output_and_a_number_per_row(dropout, masked, implementation):
+    if implementation == "reference" and not dropout:
+        pytest.skip("torch's own attention serves")
+    q, k, v = wanting(make())
+    mask = torch.ones(17, 17, dtype=torch.bool).tril() if masked else None
+    out, kept = saved_by(lambda: attention(q, k, v, mask=mask, dropout=dropout))
+    kept = {x.untyped_storage().data_ptr(): x for x in kept}
+    for x in (q, k, v, out, *([mask] if masked else [])):
+        del kept[x.untyped_storage().data_ptr()]
+    sizes = {(tuple(x.shape), x.dtype) for x in kept.values()}
+    assert sizes == {((2, 3, 17), torch.float32), *({((1,), torch.int64)} if dropout else ())}
 
 
 @pytest.mark.parametrize("wanted", [(0,), (1,), (2,), (0, 1), (0, 2), (1, 2)])
-def test_only_the_gradients_asked_for(wanted):
-    q, k, v, dout = make((2, 3, 17, 8), torch.bfloat16)
-    complete = [x.detach().requires_grad_() for x in (q, k, v)]
-    expected = torch.autograd.grad(attention(*complete), complete, dout)
-    some = [x.detach().requires_grad_(i in wanted) for i, x in enumerate((q, k, v))]
-    attention(*some).backward(dout)
+def test_demand(wanted):
+    """Any subset of gradients; what only the others need is not kept."""
+    *tensors, dout = make(n=4)
+    torch.manual_seed(0)
+    complete = wanting(tensors)
+    expected = torch.autograd.grad(attention(*complete, dropout=0.2), complete, dout)
+    torch.manual_seed(0)
+    some = wanting(tensors, wanted)
+    out, kept = saved_by(lambda: attention(*some, dropout=0.2))
+    kept = {x.untyped_storage().data_ptr() for x in kept}
+    for x in (some[2], out):
+        assert (x.untyped_storage().data_ptr() in kept) == (wanted != (2,))
+    out.backward(dout)
     for i, x in enumerate(some):
         assert (x.grad is not None) == (i in wanted)
-        if i in wanted:
-            assert torch.equal(x.grad, expected[i])
+        assert i not in wanted or torch.equal(x.grad, expected[i])
 
 
-def test_any_strides():
-    q, k, v, dout = make((2, 3, 17, 8), torch.bfloat16)
-    expected = kernels.attention_forward(q, k, v, scale=0.3, causal=False, mask=None)[0]
-    q, k, v = (x.contiguous() for x in (q, k, v))
-    check(q, k, v, dout.contiguous())
-    check(q, k, v, dout[:, :, :1].expand_as(dout))
-    out = attention(q.requires_grad_(), k, v, scale=0.3)
-    assert torch.equal(out, expected)
+def test_without_gradients_nothing_is_kept():
+    out, kept = saved_by(lambda: attention(*make(), dropout=0.2))
+    assert not kept
+    assert not out.requires_grad
 
 
-def test_same_result_with_one_and_two_threads():
-    q, k, v, dout = make((2, 3, 129, 64), torch.bfloat16)
-    before = torch.get_num_threads()
-    try:
-        for threads in (1, 2):
-            torch.set_num_threads(threads)
-            check(q, k, v, dout)
-    finally:
-        torch.set_num_threads(before)
+def test_dropout_is_drawn_from_torch_s_generator():
+    q, k, v = make()
+    torch.manual_seed(3)
+    first = attention(*wanting((q, k, v)), dropout=0.5)
+    second = attention(*wanting((q, k, v)), dropout=0.5)
+    torch.manual_seed(3)
+    assert torch.equal(first, attention(*wanting((q, k, v)), dropout=0.5))
+    assert not torch.equal(first, second)
 
 
-def test_grouped_queries():
-    q, dout = make((2, 6, 17, 8), torch.bfloat16, 2)
-    k, v = make((2, 2, 17, 8), torch.bfloat16, 2, seed=1)
-    leaves = [x.detach().requires_grad_() for x in (q, k, v)]
-    out = attention(*leaves, causal=True)
-    grads = torch.autograd.grad(out, leaves, dout)
-    wide = [x.double().requires_grad_() for x in (q, k, v)]
-    expected = reference(wide[0], *(x.repeat_interleave(3, 1) for x in wide[1:]), 8**-0.5, causal=True)
-    for grad, exact in zip(grads, torch.autograd.grad(expected, wide, dout.double()), strict=True):
-        assert relative_error(grad, exact) < TOLERANCE[torch.bfloat16]
+def test_checkpointing_draws_the_same_numbers_again():
+    *tensors, dout = make(n=4)
+    gradients = []
+    for wrap in (lambda f, *x: f(*x), lambda f, *x: checkpoint(f, *x, use_reentrant=False)):
+        torch.manual_seed(0)
+        leaves = wanting(tensors)
+        out = wrap(lambda q, k, v: attention(q, k, v, dropout=0.3), *leaves)
+        torch.manual_seed(99)  # what else draws between forward and backward
+        gradients.append(torch.autograd.grad(out, leaves, dout))
+    for a, b in zip(*gradients, strict=True):
+        assert torch.equal(a, b)
 
 
-def test_saves_only_inputs_output_and_row_sums():
-    q, k, v = (x.requires_grad_() for x in make((2, 3, 17, 8), torch.bfloat16, 3))
-    mask = torch.ones(17, 17, dtype=torch.bool).tril_()
-    saved = []
-    with torch.autograd.graph.saved_tensors_hooks(lambda x: saved.append(x) or x, lambda x: x):
-        out = attention(q, k, v, mask=mask)
-    storages = {x.untyped_storage().data_ptr(): x for x in saved if x is not None}
-    for x in (q, k, v, out, mask):
-        assert storages.pop(x.untyped_storage().data_ptr()).numel() == x.numel()
-    (lse,) = storages.values()
-    assert (lse.shape, lse.dtype) == ((2, 3, 17), torch.float32)
+def test_gradient_with_dropout_is_that_of_the_function():
+    """Finite differences in float64, along one direction, with the same numbers drawn."""
+    leaves = wanting(make(torch.float64, n_tokens=5))
+    (dout,) = make(torch.float64, 1, n_tokens=5, seed=1)
+
+    def value(*tensors):
+        torch.manual_seed(0)
+        return (attention(*tensors, dropout=0.3) * dout).sum()
+
+    gradients = torch.autograd.grad(value(*leaves), leaves)
+    directions = make(torch.float64, n_tokens=5, seed=2)
+    slope = sum((g * d).sum() for g, d in zip(gradients, directions, strict=True)).item()
+    values = [
+        value(*(x + step * d for x, d in zip(leaves, directions, strict=True))).item() for step in (1e-6, -1e-6)
+    ]
+    assert (values[0] - values[1]) / 2e-6 == pytest.approx(slope, rel=1e-7)
 
 
-class LargestTensor(TorchDispatchMode):
-    """Records the bytes of the largest storage that any operation's result has."""
+def test_who_serves(implementation, monkeypatch):
+    q, k, v = make()
+    mask = torch.zeros(17, 17, dtype=torch.bfloat16)
+    native = implementation == "native"
 
-    n_bytes = 0
+    def own(q=q, k=k, v=v, mask=None, dropout=0.0):
+        return has_own(q, k, v, mask=mask, dropout=dropout)
 
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        result = func(*args, **(kwargs or {}))
-        for x in result if isinstance(result, (tuple, list)) else (result,):
-            if isinstance(x, torch.Tensor):
-                self.n_bytes = max(self.n_bytes, x.untyped_storage().nbytes())
-        return result
-
-
-@pytest.mark.parametrize("masked", [False, True])
-def test_no_more_scores_than_one_block(masked, monkeypatch):
-    monkeypatch.setattr(kernels, "BLOCK_SCORES", 2 * 200 * 200)
-    q, k, v, dout = make((3, 5, 200, 8), torch.bfloat16)
-    mask = torch.ones(1, 1, 1, 200, dtype=torch.bool) if masked else None
-    out, lse = kernels.attention_forward(q, k, v, scale=0.3, causal=False, mask=mask)
-    with LargestTensor() as largest:
-        kernels.attention_backward(
-            dout, q, k, v, out, lse, scale=0.3, causal=False, mask=mask, need_dq=True, need_dk=True, need_dv=True
-        )
-    p_and_ds = 2 * 2 * kernels.BLOCK_SCORES
-    assert largest.n_bytes == p_and_ds
-
-
-def test_who_serves():
-    q, k, v = make((1, 2, 5, 8), torch.bfloat16, 3)
-    mask = torch.zeros(5, 5, dtype=torch.bfloat16)
-
-    def blocked(q=q, k=k, v=v, causal=False, mask=None, dropout=0.0):
-        return uses_blocked(q, k, v, causal=causal, mask=mask, dropout=dropout)
-
-    assert not blocked()
+    assert own() == native
+    assert not own(q[:, :, :1])
     q.requires_grad_()
-    assert blocked()
-    assert blocked(mask=mask)
-    assert not blocked(mask=mask.clone().requires_grad_())
-    assert not blocked(dropout=0.1)
-    assert not blocked(q.float(), k.float(), v.float())
-    assert not blocked(v=v[..., :4])
-    assert not blocked(q.detach().to("meta").requires_grad_())
+    assert own() == own(q[:, :, :1]) == own(mask=mask) == native
+    assert own(dropout=0.1)
+    assert own(q.float(), k.float(), v.float()) == native
+    assert not own(q.double(), k.double(), v.double())
+    assert own(q.double(), k.double(), v.double(), dropout=0.1)
+    assert not own(mask=mask.clone().requires_grad_(), dropout=0.1)
+    assert not own(v=v.float(), dropout=0.1)
+    assert not own(k=k[:, :2], v=v[:, :2], dropout=0.1)
+    assert not own(q.detach().to("meta").requires_grad_(), dropout=0.1)
     with torch.no_grad():
-        assert not blocked()
-    (long,) = make((1, 1, 901, 8), torch.bfloat16, 1)
-    long.requires_grad_()
-    assert blocked(long, long, long)
-    assert not blocked(long, long, long, causal=True)
+        assert own(dropout=0.1) == native
+    with torch.backends.mkldnn.flags(enabled=False):
+        assert not own()
 
 
 def test_torch_serves_the_rest():
-    q, k, v = (x.requires_grad_() for x in make((1, 2, 5, 8), torch.float32, 3))
-    bias = torch.randn(5, 5, requires_grad=True)
+    q, k, v = wanting(make(torch.float32))
+    bias = torch.randn(17, 17, requires_grad=True)
     out = attention(q, k, v, mask=bias)
     assert torch.equal(out, F.scaled_dot_product_attention(q, k, v, bias))
     assert torch.autograd.grad(out.sum(), bias)[0].isfinite().all()
-    assert attention(q, k, v, dropout=0.5).shape == out.shape
-    empty = torch.randn(1, 2, 0, 8, dtype=torch.bfloat16, requires_grad=True)
-    assert attention(empty, empty, empty).shape == empty.shape
+    assert torch.func.grad(lambda q: attention(q, k, v).sum())(q.detach()).shape == q.shape
 
 
+def test_errors():
+    q, k, v = make()
+    with pytest.raises(FastLNError, match="dropout is 1"):
+        attention(q, k, v, dropout=1.0)
+    with pytest.raises(FastLNError, match="causal attention takes no mask"):
+        attention(q, k, v, causal=True, mask=torch.ones(17, 17, dtype=torch.bool))
+    out = attention(*wanting((q, k, v)), dropout=0.1)
+    with pytest.raises(FastLNError, match="create_graph"):
+        out.sum().backward(create_graph=True)
+
+
+def test_autocast_casts_as_torch_does():
+    q, k, v = wanting(make(torch.float32))
+    with torch.autocast("cpu", torch.bfloat16):
+        out, expected = attention(q, k, v.bfloat16()), F.scaled_dot_product_attention(q, k, v.bfloat16())
+    assert out.dtype == expected.dtype == torch.bfloat16
+    assert (out - expected).float().norm() < 2 * torch.finfo(torch.bfloat16).eps * expected.float().norm()
+    assert torch.autograd.grad(out.sum(), q)[0].dtype == torch.float32
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.2])
 @pytest.mark.parametrize("masked", [False, True])
-def test_operator_contract(masked):
-    q, k, v, dout = make((2, 3, 5, 8), torch.bfloat16)
-    mask = torch.ones(5, 5, dtype=torch.bool).tril_() if masked else None
-    leaves = [x.detach().requires_grad_() for x in (q, k, v)]
-    torch.library.opcheck(torch.ops.fastln.attention, (*leaves, mask, 0.3, False))
-    out, lse = torch.ops.fastln.attention(q, k, v, mask, 0.3, False)
-    arguments = (dout, q, k, v, out, lse, mask, 0.3, False, [True, False, True])
-    torch.library.opcheck(torch.ops.fastln.attention_backward, arguments)
+def test_operator_contract(masked, dropout):
+    q, k, v, dout = make(n=4)
+    mask = torch.ones(17, 17, dtype=torch.bool).tril_() if masked else None
+    rest = (mask, torch.tensor([7]) if dropout else None)
+    settings = (0.3, False, dropout)
+    torch.library.opcheck(torch.ops.fastln.attention, (*wanting((q, k, v)), *rest, *settings))
+    out, lse = torch.ops.fastln.attention(q, k, v, *rest, *settings)
+    for needs in ((True, False, True), (False, True, True)):
+        torch.library.opcheck(
+            torch.ops.fastln.attention_backward, (dout, q, k, v, out, lse, *rest, *needs, *settings)
+        )
 
 
 def test_compiles_in_one_graph():
-    q, k, v, dout = make((2, 3, 17, 8), torch.bfloat16)
+    *tensors, dout = make(n=4)
 
     def step(q, k, v):
-        return attention(q * 2, k, v, causal=True) * 2
+        return attention(q * 2, k, v, dropout=0.2) * 2
 
     results = []
     for function in (step, torch.compile(step, fullgraph=True, backend="aot_eager")):
-        leaves = [x.detach().requires_grad_() for x in (q, k, v)]
+        torch.manual_seed(0)
+        leaves = wanting(tensors)
         out = function(*leaves)
         results.append([out, *torch.autograd.grad(out, leaves, dout)])
     for eager, compiled in zip(*results, strict=True):

@@ -105,8 +105,7 @@ def has_own(q: Tensor, k: Tensor, v: Tensor, *, mask: Tensor | None, dropout: fl
         and k.shape[1] > 0
         and q.shape[1] % k.shape[1] == 0
         and (mask is None or (mask.device.type == "cpu" and not mask.requires_grad))
-        and torch._C._functorch.peek_interpreter_stack() is None
-        and forward_ad._current_level < 0
+        and not _is_transformed()
     ):
         return False
     trained = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
@@ -117,7 +116,12 @@ def has_own(q: Tensor, k: Tensor, v: Tensor, *, mask: Tensor | None, dropout: fl
 
 def _has_kernels(x: Tensor) -> bool:
     # torch refuses the products where oneDNN is switched off.
-    return x.dtype in DTYPES and torch.backends.mkldnn.enabled and native_attention.why_not() is None
+    return x.dtype in DTYPES and torch.backends.mkldnn.enabled and _are_compiled()
+
+
+@torch.compiler.assume_constant_result
+def _are_compiled() -> bool:
+    return native_attention.why_not() is None
 
 
 def _autocast(x: Tensor) -> Tensor:
@@ -130,6 +134,13 @@ def _needs_operator(*tensors: Tensor | None) -> bool:
         or torch._C._len_torch_dispatch_stack() > 0
         or any(x is not None and (type(x) not in (Tensor, nn.Parameter) or x.is_meta) for x in tensors)
     )
+
+
+def _is_transformed() -> bool:
+    """Whether torch.func's transforms or forward-mode derivatives are at work."""
+    if torch.compiler.is_compiling():
+        return False
+    return torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0
 
 
 def _implementation(x: Tensor) -> Any:

@@ -1,0 +1,304 @@
+"""Attention, compiled and in plain PyTorch, against the formula on whole matrices in float64."""
+
+import math
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from fastln_kernels import reference_attention
+from fastln_kernels.cpu import native_attention
+from fastln_kernels.reference import dropout_keep, dropout_scale
+
+SEED = torch.tensor([0x0123456789ABCDEF])
+ALL = {"need_dq": True, "need_dk": True, "need_dv": True}
+
+# Relative root-mean-square error: what a few roundings of the type make. Scores, sums and products are float32; P and dS
+# are rounded once, the results once more.
+TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 8e-3, torch.float16: 2e-3, torch.float64: 1e-12}
+
+needs_kernels = pytest.mark.skipif(
+    native_attention.why_not() is not None, reason=f"no compiled kernels: {native_attention.why_not()}"
+)
+NATIVE = pytest.param(native_attention, marks=needs_kernels, id="native")
+IMPLEMENTATIONS = [NATIVE, pytest.param(reference_attention, id="reference")]
+
+
+def on_paper(q, k, v, scale, causal=False, mask=None, dropout=0.0):
+    """Attention with whole matrices, differentiable; rows without a key are 0."""
+    (b, h, n_queries, _), n_keys = q.shape, k.shape[2]
+    k, v = (x.repeat_interleave(h // k.shape[1], 1) for x in (k, v))
+    scores = q @ k.mT * scale
+    if mask is not None:
+        scores = scores.masked_fill(~mask, -math.inf) if mask.dtype == torch.bool else scores + mask
+    if causal:
+        scores = scores.masked_fill(torch.ones(n_queries, n_keys, dtype=torch.bool).triu(1), -math.inf)
+    empty = (scores == -math.inf).all(-1, keepdim=True)
+    p = torch.softmax(scores.masked_fill(empty, 0), -1).masked_fill(empty, 0)
+    if dropout:
+        p = p * dropout_keep(b * h * n_queries, n_keys, dropout, SEED).view(p.shape) * dropout_scale(dropout)
+    return p @ v
+
+
+def make(dtype, b=2, h=3, kv_heads=None, n_queries=17, n_keys=None, dim=20, v_dim=None, seed=0):
+    """q, k, v, dout as models lay them out: views of (B, S, H, D)."""
+    generator = torch.Generator().manual_seed(seed)
+    n_keys, kv_heads, v_dim = n_keys or n_queries, kv_heads or h, v_dim or dim
+    shapes = ((n_queries, h, dim), (n_keys, kv_heads, dim), (n_keys, kv_heads, v_dim), (n_queries, h, v_dim))
+    return [torch.randn(b, *shape, generator=generator).to(dtype).transpose(1, 2) for shape in shapes]
+
+
+def relative_error(actual, expected, floor=0.0):
+    return ((actual.double() - expected).norm() / expected.norm().clamp_min(floor + 1e-30)).item()
+
+
+def check(implementation, q, k, v, dout, mask=None, scale=0.3, tolerance=None, **options):
+    inputs = [x.double().requires_grad_() for x in (q, k, v)]
+    wide_mask = mask.double() if mask is not None and mask.dtype != torch.bool else mask
+    expected = on_paper(*inputs, scale, mask=wide_mask, **options)
+    expected_grads = torch.autograd.grad(expected, inputs, dout.double())
+    all_grads = torch.stack([grad.norm() for grad in expected_grads]).norm()
+    options |= {"scale": scale, "mask": mask, "seed": SEED}
+    out, lse = implementation.attention_forward(q, k, v, **options)
+    grads = implementation.attention_backward(dout, q, k, v, out, lse, **options, **ALL)
+    tolerance = tolerance or TOLERANCE[q.dtype]
+    assert out.dtype == q.dtype
+    assert out.transpose(1, 2).is_contiguous()
+    assert relative_error(out, expected.detach()) < tolerance
+    for x, grad, expected_grad in zip((q, k, v), grads, expected_grads, strict=True):
+        assert (grad.dtype, grad.shape) == (x.dtype, x.shape)
+        assert grad.transpose(1, 2).is_contiguous()
+        # With few keys dq and dk are small differences of terms as large as dv, which `out` has rounded: 0 for one key.
+        assert relative_error(grad, expected_grad, floor=0.5 * all_grads) < tolerance
+    return out, grads
+
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+SIZES = [1, 2, 17, 64, 65, 197, 256, 257]
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_awkward_lengths(implementation, dtype, causal, dropout):
+    for n_tokens in SIZES:
+        check(implementation, *make(dtype, 1, 2, n_queries=n_tokens), causal=causal, dropout=dropout)
+
+
+@needs_kernels
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("causal", [False, True])
+def test_many_blocks(dtype, causal):
+    check(native_attention, *make(dtype, 1, 1, n_queries=901, dim=64), causal=causal, dropout=0.1)
+
+
+@pytest.mark.parametrize(("dim", "v_dim"), [(1, 1), (8, 8), (16, 40), (33, 31), (64, 64), (72, 72), (128, 80)])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@needs_kernels
+def test_head_dimensions(dtype, dim, v_dim):
+    check(native_attention, *make(dtype, n_queries=70, dim=dim, v_dim=v_dim), dropout=0.1)
+
+
+@pytest.mark.parametrize(("n_queries", "n_keys"), [(5, 33), (33, 5), (1, 300), (300, 1), (70, 600)])
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_different_numbers_of_queries_and_keys(implementation, n_queries, n_keys, causal):
+    check(implementation, *make(torch.bfloat16, n_queries=n_queries, n_keys=n_keys), causal=causal)
+
+
+@pytest.mark.parametrize("kv_heads", [1, 2, 6])
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_grouped_queries(implementation, kv_heads):
+    check(implementation, *make(torch.bfloat16, h=6, kv_heads=kv_heads, n_queries=130), causal=True, dropout=0.1)
+
+
+SHAPES = [(37, 300), (1, 300), (37, 1), (2, 1, 1, 300), (2, 1, 37, 300), (2, 3, 37, 300), (1, 3, 37, 300)]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("kind", ["boolean", "additive", "additive in float32"])
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_masks(implementation, kind, dtype):
+    for shape in SHAPES:
+        generator = torch.Generator().manual_seed(2)
+        keep = torch.rand(shape, generator=generator) < 0.6
+        if kind == "boolean":
+            mask = keep
+        else:
+            mask = torch.randn(shape, generator=generator).masked_fill(~keep, torch.finfo(dtype).min)
+            mask = mask if "float32" in kind else mask.to(dtype)
+        check(implementation, *make(dtype, n_queries=37, n_keys=300), mask=mask)
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+@pytest.mark.parametrize("kind", ["boolean", "minus infinity", "lowest number"])
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_fully_masked_rows(implementation, kind, dropout):
+    """Without a key a row is 0; where every key carries the lowest number, stock code takes the mean of all values."""
+    q, k, v, dout = make(torch.bfloat16, n_queries=9, n_keys=300)
+    mask = torch.ones(2, 1, 9, 300, dtype=torch.bool).tril_()
+    mask[0, :, :4] = False
+    if kind != "boolean":
+        low = -math.inf if kind == "minus infinity" else torch.finfo(torch.bfloat16).min
+        mask = torch.zeros(mask.shape, dtype=torch.bfloat16).masked_fill_(~mask, low)
+    out, grads = check(implementation, q, k, v, dout, mask=mask, dropout=dropout)
+    if kind != "lowest number":
+        assert out[0, :, :4].eq(0).all()
+        assert grads.dq[0, :, :4].eq(0).all()
+    elif not dropout:
+        stock = torch.nn.functional.scaled_dot_product_attention(q, k, v, mask, scale=0.3)
+        assert relative_error(out[0, :, :4], stock[0, :, :4].double()) < TOLERANCE[torch.bfloat16]
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_nothing_at_all(implementation):
+    for empty in ({"n_queries": 0, "n_keys": 5}, {"b": 0}, {"h": 0, "kv_heads": 1}):
+        q, k, v, dout = make(torch.bfloat16, **empty)
+        out, lse = implementation.attention_forward(q, k, v, scale=1.0)
+        grads = implementation.attention_backward(dout, q, k, v, out, lse, scale=1.0, **ALL)
+        assert out.shape == q.shape
+        assert all(grad.shape == x.shape and grad.eq(0).all() for grad, x in zip(grads, (q, k, v), strict=True))
+    q, k, v, dout = make(torch.bfloat16)
+    k, v = k[:, :, :0], v[:, :, :0]
+    out, lse = implementation.attention_forward(q, k, v, scale=1.0)
+    assert out.eq(0).all()
+    dq, *_ = implementation.attention_backward(dout, q, k, v, out, lse, scale=1.0, **ALL)
+    assert dq.eq(0).all()
+
+
+@pytest.mark.parametrize("wanted", [("dq",), ("dk",), ("dv",), ("dq", "dk"), ("dq", "dv"), ("dk", "dv")])
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_only_the_gradients_asked_for(implementation, wanted):
+    q, k, v, dout = make(torch.bfloat16, n_queries=70, n_keys=300)
+    options = {"scale": 0.3, "dropout": 0.1, "seed": SEED}
+    out, lse = implementation.attention_forward(q, k, v, **options)
+    complete = implementation.attention_backward(dout, q, k, v, out, lse, **options, **ALL)
+    needs = {f"need_{name}": True for name in wanted}
+    kept = None if wanted == ("dv",) else out
+    some = implementation.attention_backward(dout, q, k, v, kept, lse, **options, **needs)
+    for name, grad, expected in zip(some._fields, some, complete, strict=True):
+        assert (grad is not None) == (name in wanted)
+        assert grad is None or torch.equal(grad, expected)
+
+
+@needs_kernels
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_any_strides(dtype):
+    q, k, v, dout = make(dtype)
+    contiguous = [x.contiguous() for x in (q, k, v, dout)]
+    check(native_attention, *contiguous)
+    check(native_attention, *contiguous[:3], dout[:, :, :1, :1].expand_as(dout))
+    check(native_attention, *(x.mT.contiguous().mT for x in contiguous))
+    packed = torch.stack((q, k, v), 3)  # one tensor of all three, heads interleaved
+    check(native_attention, *packed.unbind(3), dout)
+
+
+@needs_kernels
+def test_the_number_of_threads_changes_no_bit():
+    q, k, v, dout = make(torch.bfloat16, n_queries=300, dim=64)
+    options = {"scale": 0.125, "causal": True, "dropout": 0.1, "seed": SEED}
+    results, before = [], torch.get_num_threads()
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            out, lse = native_attention.attention_forward(q, k, v, **options)
+            results.append((out, lse, *native_attention.attention_backward(dout, q, k, v, out, lse, **options, **ALL)))
+    finally:
+        torch.set_num_threads(before)
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_what_is_not_finite_passes_through(implementation):
+    for value, others in ((math.nan, False), (math.inf, False)):
+        q, k, v, _ = make(torch.float32, b=1, h=1, n_queries=300)
+        q[0, 0, 3, 2] = value
+        out, _ = implementation.attention_forward(q, k, v, scale=0.3)
+        assert out[0, 0, 3].isnan().all()
+        assert out[0, 0, 4:].isnan().any() == others
+        v[0, 0, 270, 5] = math.nan
+        out, _ = implementation.attention_forward(q, k, v, scale=0.3)
+        assert out[0, 0, :, 5].isnan().all()
+        assert not out[0, 0, 4:, 6].isnan().any()
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("height", [-120.0, 120.0])
+def test_scores_of_any_height(implementation, height):
+    """The largest score is taken off before any exponential, block by block; float32 has 8e-6 between two such scores."""
+    q, k, v, dout = make(torch.float32, n_queries=70, n_keys=600, dim=8)
+    mask = torch.full((1, 600), height)
+    mask[:, 300:] += 30
+    check(implementation, q, k, v, dout, mask=mask, tolerance=2e-5)
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_dropout_s_numbers_depend_on_seed_head_query_and_key_alone(implementation):
+    """Values that are unit vectors read the weights off the output."""
+    b, h, n_queries, n_keys, dropout = 2, 2, 70, 300, 0.25
+    q = torch.zeros(b, h, n_queries, 8)
+    v = torch.eye(n_keys).expand(b, h, n_keys, n_keys)
+    options = {"scale": 1.0, "dropout": dropout}
+    out, _ = implementation.attention_forward(q, q.new_zeros(b, h, n_keys, 8), v, seed=SEED, **options)
+    keep = dropout_keep(b * h * n_queries, n_keys, dropout, SEED).view(b, h, n_queries, n_keys)
+    torch.testing.assert_close(out, keep * dropout_scale(dropout) / n_keys, rtol=1e-6, atol=0)
+    # Six standard deviations of a binomial.
+    assert keep.float().mean().item() == pytest.approx(1 - dropout, abs=6 * math.sqrt(0.25 * 0.75 / keep.numel()))
+    other, _ = implementation.attention_forward(q, q.new_zeros(b, h, n_keys, 8), v, seed=SEED + 1, **options)
+    assert not torch.equal(out, other)
+
+
+def test_the_definition_s_gradients_in_float64():
+    leaves = [x.requires_grad_() for x in make(torch.float64, 1, 2, 1, 5, dim=3)[:3]]
+    mask = torch.ones(5, 5, dtype=torch.bool).tril_()
+    for options in ({}, {"causal": True}, {"mask": mask}, {"dropout": 0.4}):
+        settings = {"scale": 0.5, "seed": SEED} | options
+        q, k, v = leaves
+        dout = torch.randn(q.shape, dtype=torch.float64)
+        with torch.no_grad():
+            out, lse = reference_attention.attention_forward(q, k, v, **settings)
+            grads = reference_attention.attention_backward(dout, q, k, v, out, lse, **settings, **ALL)
+            for x, grad in zip(leaves, grads, strict=True):
+                direction, values = torch.randn(x.shape, dtype=torch.float64), []
+                for step in (1e-6, -1e-6):
+                    moved = [y + step * direction if y is x else y for y in leaves]
+                    values.append((reference_attention.attention_forward(*moved, **settings).out * dout).sum())
+                slope = (values[0] - values[1]) / 2e-6
+                assert (grad * direction).sum().item() == pytest.approx(slope.item(), rel=1e-6, abs=1e-8)
+
+
+class LargestTensor(TorchDispatchMode):
+    """Records how many elements the largest storage has that any operation makes."""
+
+    n_elements = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        for x in result if isinstance(result, (tuple, list)) else (result,):
+            if isinstance(x, torch.Tensor):
+                self.n_elements = max(self.n_elements, x.untyped_storage().nbytes() // x.element_size())
+        return result
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_scores_never_exist_at_once(implementation, monkeypatch):
+    monkeypatch.setattr(reference_attention, "BLOCK_SCORES", 2000)
+    q, k, v, dout = make(torch.bfloat16, 1, 2, n_queries=300, dim=8)
+    options = {"scale": 0.3, "dropout": 0.1, "seed": SEED}
+    with LargestTensor() as largest:
+        out, lse = implementation.attention_forward(q, k, v, **options)
+        implementation.attention_backward(dout, q, k, v, out, lse, **options, **ALL)
+    assert largest.n_elements <= q.numel()
+
+
+def test_without_torch_s_products_the_reason_is_said(monkeypatch):
+    native_attention._give_products.cache_clear()
+    native_attention.why_not.cache_clear()
+    try:
+        monkeypatch.setattr(native_attention, "_RELEASE", "nothing_of_this_name")
+        assert "exports no products of blocks" in native_attention.why_not() or "kernels" in native_attention.why_not()
+    finally:
+        native_attention._give_products.cache_clear()
+        native_attention.why_not.cache_clear()
