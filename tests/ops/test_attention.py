@@ -49,9 +49,7 @@ def test_is_torch_s_attention(dtype, options):
     exact = F.scaled_dot_product_attention(*wide, options.get("mask"), is_causal=options.get("causal", False))
     out = attention(*leaves, **options)
     wanted = torch.autograd.grad(exact, wide, dout.double())
-    for actual, expected in zip(
-        (out, *torch.autograd.grad(out, leaves, dout)), (exact.detach(), *wanted), strict=True
-    ):
+    for actual, expected in zip((out, *torch.autograd.grad(out, leaves, dout)), (exact.detach(), *wanted), strict=True):
         assert (actual.double() - expected).norm() < 2 * torch.finfo(dtype).eps * expected.norm()
 
 
@@ -130,9 +128,7 @@ def test_gradient_with_dropout_is_that_of_the_function():
     gradients = torch.autograd.grad(value(*leaves), leaves)
     directions = make(torch.float64, n_tokens=5, seed=2)
     slope = sum((g * d).sum() for g, d in zip(gradients, directions, strict=True)).item()
-    values = [
-        value(*(x + step * d for x, d in zip(leaves, directions, strict=True))).item() for step in (1e-6, -1e-6)
-    ]
+    values = [value(*(x + step * d for x, d in zip(leaves, directions, strict=True))).item() for step in (1e-6, -1e-6)]
     assert (values[0] - values[1]) / 2e-6 == pytest.approx(slope, rel=1e-7)
 
 
@@ -201,9 +197,7 @@ def test_operator_contract(masked, dropout):
     torch.library.opcheck(torch.ops.fastln.attention, (*wanting((q, k, v)), *rest, *settings))
     out, lse = torch.ops.fastln.attention(q, k, v, *rest, *settings)
     for needs in ((True, False, True), (False, True, True)):
-        torch.library.opcheck(
-            torch.ops.fastln.attention_backward, (dout, q, k, v, out, lse, *rest, *needs, *settings)
-        )
+        torch.library.opcheck(torch.ops.fastln.attention_backward, (dout, q, k, v, out, lse, *rest, *needs, *settings))
 
 
 def test_compiles_in_one_graph():

@@ -9,6 +9,7 @@ import torch
 from fastln.errors import FastLNError
 from fastln.ops import backends
 from fastln.ops.backends import BACKENDS, OPERATIONS, resolve
+from fastln_kernels.cpu import native_attention
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 
@@ -44,10 +45,12 @@ def test_auto_takes_the_fastest_of_the_device():
     assert resolve("attention", CUDA, "auto").backend == "reference"
 
 
-def test_attention_says_when_its_blocks_serve_and_what_serves_otherwise():
-    reason = resolve("attention", CPU, "auto").reason
-    for part in ("16-bit", "without attention dropout", "1,024 tokens", "scaled_dot_product_attention otherwise"):
-        assert part in reason
+def test_attention_says_what_serves_without_compiled_kernels(monkeypatch):
+    monkeypatch.setattr(native_attention, "why_not", lambda: "no compiler")
+    choice = resolve("attention", CPU, "auto")
+    assert choice.backend == "cpu"
+    assert "scaled_dot_product_attention" in choice.reason
+    assert "no compiler" in choice.reason
 
 
 def test_without_triton_auto_says_so(no_triton):

@@ -116,7 +116,7 @@ def has_own(q: Tensor, k: Tensor, v: Tensor, *, mask: Tensor | None, dropout: fl
 
 def _has_kernels(x: Tensor) -> bool:
     # torch refuses the products where oneDNN is switched off.
-    return x.dtype in DTYPES and torch.backends.mkldnn.enabled and _are_compiled()
+    return x.dtype in DTYPES and bool(torch.backends.mkldnn.enabled) and _are_compiled()
 
 
 @torch.compiler.assume_constant_result

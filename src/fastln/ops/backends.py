@@ -41,6 +41,7 @@ _LIBRARIES = {
     "activation": "activation",
     "gated_activation": "activation",
     "dropout": "dropout",
+    "attention": "attention",
 }
 _WITHOUT_LIBRARY = {
     "layer_norm": "torch's fused CPU kernel",

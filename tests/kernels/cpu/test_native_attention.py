@@ -13,8 +13,8 @@ from fastln_kernels.reference import dropout_keep, dropout_scale
 SEED = torch.tensor([0x0123456789ABCDEF])
 ALL = {"need_dq": True, "need_dk": True, "need_dv": True}
 
-# Relative root-mean-square error: what a few roundings of the type make. Scores, sums and products are float32; P and dS
-# are rounded once, the results once more.
+# Relative root-mean-square error: what a few roundings of the type make. Scores, sums and products are float32; P and
+# dS are rounded once, the results once more.
 TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 8e-3, torch.float16: 2e-3, torch.float64: 1e-12}
 
 needs_kernels = pytest.mark.skipif(
@@ -227,7 +227,7 @@ def test_what_is_not_finite_passes_through(implementation):
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 @pytest.mark.parametrize("height", [-120.0, 120.0])
 def test_scores_of_any_height(implementation, height):
-    """The largest score is taken off before any exponential, block by block; float32 has 8e-6 between two such scores."""
+    """The largest score is taken off before any exponential; float32 has 8e-6 between two scores of this height."""
     q, k, v, dout = make(torch.float32, n_queries=70, n_keys=600, dim=8)
     mask = torch.full((1, 600), height)
     mask[:, 300:] += 30
