@@ -113,7 +113,7 @@ def test_rows_are_written_as_they_are_had_and_not_had_again(tmp_path):
     assert found["same"][0] == 0
     status, words = found["worse"]
     assert status == 1
-    assert f"registers {row['compiled'][0]['registers']}, 0." in words
+    assert f"{row['compiled'][0]['registers']} registers, 0." in words
     assert found["after"] == found["before"]
 
 
