@@ -31,6 +31,8 @@ from fastln_kernels import reference_attention
 from fastln_kernels.cpu import native_attention
 from fastln_kernels.cpu.library import DTYPES
 
+_FEW_QUERIES = 16
+
 
 class _Settings(NamedTuple):
     """What is not a tensor: arguments of the operator, in its order."""
@@ -91,7 +93,7 @@ def attention(
 def has_own(q: Tensor, k: Tensor, v: Tensor, *, mask: Tensor | None, dropout: float) -> bool:
     """Whether `attention` computes this itself rather than by torch's own attention.
 
-    One query in inference, a step of generation, is torch's: the kernels lay out all keys anew for it.
+    A few queries in inference, a step of generation, are torch's: the kernels lay out all keys anew for them.
     """
     if not (
         q.device.type == k.device.type == v.device.type == "cpu"
@@ -110,7 +112,7 @@ def has_own(q: Tensor, k: Tensor, v: Tensor, *, mask: Tensor | None, dropout: fl
         return False
     trained = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
     if _has_kernels(q):
-        return trained or dropout > 0 or q.shape[2] > 1
+        return trained or dropout > 0 or q.shape[2] > _FEW_QUERIES
     return trained and dropout > 0
 
 
