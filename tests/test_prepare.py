@@ -7,7 +7,7 @@ import pytest
 import tiny
 import torch
 from torch import nn
-from transformers import BertConfig, BertModel
+from transformers import BertConfig, BertForMaskedLM, BertModel
 
 import fastln
 from fastln.data import ImageGroupedBatches
@@ -276,3 +276,23 @@ def test_finish_gives_a_stock_model_that_answers_as_the_trained_one(method, tmp_
         task.model.eval()
         assert set(task.model.state_dict()) == keys
         torch.testing.assert_close(task.model(**batch).logits, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("inner_first", [True, False])
+def test_a_model_inside_a_prepared_one_or_around_it_is_refused_and_restore_is_whole(inner_first):
+    model = BertForMaskedLM(BertConfig(**tiny.SIZES, vocab_size=64, max_position_embeddings=32))
+    before = [type(module) for module in model.modules()]
+    first, second = (model.bert, model) if inner_first else (model, model.bert)
+    fastln.prepare(first)
+    with pytest.raises(FastLNError, match="prepared already"):
+        fastln.prepare(second)
+    fastln.restore(first)
+    assert [type(module) for module in model.modules()] == before
+    assert all(parameter.requires_grad for parameter in model.parameters())
+
+
+def test_restore_leaves_attention_as_the_user_set_it_since():
+    model = fastln.prepare(small_bert())
+    model.set_attn_implementation("eager")
+    fastln.restore(model)
+    assert model.config._attn_implementation == "eager"

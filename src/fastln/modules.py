@@ -47,12 +47,16 @@ def stand_in(module: nn.Module, cls: type[ModuleT], backend: str = "auto", kind:
     return module
 
 
+def is_stand_in(module: nn.Module) -> bool:
+    """Whether `module` went through `stand_in`."""
+    return isinstance(module.__dict__.get(ATTRIBUTE), Part)
+
+
 def stand_back(model: nn.Module) -> None:
     """Give every stand-in of `model` its own class back, in place."""
     for module in model.modules():
-        part = module.__dict__.get(ATTRIBUTE)
-        if isinstance(part, Part):
-            module.__class__ = part.stock
+        if is_stand_in(module):
+            module.__class__ = getattr(module, ATTRIBUTE).stock
             delattr(module, ATTRIBUTE)
 
 

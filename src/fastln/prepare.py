@@ -17,7 +17,7 @@ from fastln.families.attention import restore_attention, use_fast_attention
 from fastln.families.blocks import use_stand_ins
 from fastln.families.head import use_lazy_head
 from fastln.methods import get_method, select_parameters
-from fastln.modules import stand_back
+from fastln.modules import is_stand_in, stand_back
 from fastln.ops.backends import resolve
 
 logger = logging.getLogger(__name__)
@@ -67,6 +67,14 @@ def prepare(
     """
     if hasattr(model, STATE):
         raise FastLNError("this model is prepared already; call fastln.restore(model) first")
+    inside = next(
+        (name for name, module in model.named_modules() if hasattr(module, STATE) or is_stand_in(module)), None
+    )
+    if inside is not None:
+        raise FastLNError(
+            f"{inside!r} in this model, or a model around it, is prepared already; restore that first, then prepare "
+            "the outermost model, with `scope` for the sub-models to tune"
+        )
     chosen, _ = get_method(method)
     trained = select_parameters(model, chosen, scope, (also,) if isinstance(also, str) else also)
     if not trained:

@@ -55,13 +55,14 @@ def use_fast_attention(model: nn.Module) -> list[PreTrainedConfig]:
 
 
 def restore_attention(changed: list[PreTrainedConfig]) -> None:
-    """Give sdpa back to the configurations that `use_fast_attention` changed.
+    """Give sdpa back to the configurations that `use_fast_attention` changed and nobody has changed since.
 
     Args:
         changed: What `use_fast_attention` returned.
     """
     for config in changed:
-        config._attn_implementation_internal = "sdpa"
+        if config._attn_implementation in (NAME, FLASH_ATTENTION):
+            config._attn_implementation_internal = "sdpa"
 
 
 def _asks_interface(model: PreTrainedModel) -> bool:
