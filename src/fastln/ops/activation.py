@@ -23,10 +23,10 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
 from fastln.errors import FastLNError
 from fastln.ops.backends import resolve
+from fastln.ops.dispatch import define, is_transformed, needs_operator, wants_gradient
 from fastln_kernels import reference_activation
 from fastln_kernels.cpu import activation as torch_activation
 from fastln_kernels.cpu import library, native_activation
@@ -60,11 +60,11 @@ def activation(x: Tensor, kind: ActivationKind, *, backend: str = "auto") -> Ten
             device of `x`.
     """
     _check("x", x, kind)
-    if _needs_operator(x):
+    if needs_operator(x):
         return torch.ops.fastln.activation(x, kind, backend)
-    if _is_transformed():
+    if is_transformed():
         return _activation(x, kind, "reference")
-    if torch.is_grad_enabled() and x.requires_grad:
+    if wants_gradient(x):
         return _EagerActivation.apply(x, kind, backend)
     return _activation(x, kind, backend)
 
@@ -125,11 +125,11 @@ def packed_gated_activation(gate_up: Tensor, kind: ActivationKind, *, backend: s
 
 def _gated_activation(gate: Tensor, up: Tensor | None, kind: ActivationKind, backend: str) -> Tensor:
     """`gate` holds both where `up` is None."""
-    if _needs_operator(gate) or (up is not None and _needs_operator(up)):
+    if needs_operator(gate, up):
         return torch.ops.fastln.gated_activation(gate, up, kind, backend)
-    if _is_transformed():
+    if is_transformed():
         return _gated(gate, up, kind, "reference")
-    if torch.is_grad_enabled() and (gate.requires_grad or (up is not None and up.requires_grad)):
+    if wants_gradient(gate, up):
         return _EagerGatedActivation.apply(gate, up, kind, backend)
     return _gated(gate, up, kind, backend)
 
@@ -139,16 +139,6 @@ def _check(name: str, x: Tensor, kind: str) -> None:
         raise FastLNError(f"unknown activation {kind!r}; valid ones: {', '.join(ACTIVATION_KINDS)}")
     if x.dtype not in _DTYPES:
         raise FastLNError(f"an activation takes {', '.join(map(str, _DTYPES))}; {name} is {x.dtype}")
-
-
-def _needs_operator(x: Tensor) -> bool:
-    return bool(
-        torch.compiler.is_compiling() or type(x) is not Tensor or x.is_meta or torch._C._len_torch_dispatch_stack()
-    )
-
-
-def _is_transformed() -> bool:
-    return torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0
 
 
 def _activation(x: Tensor, kind: str, backend: str) -> Tensor:
@@ -304,32 +294,25 @@ def _gated_operator_gradients(ctx: Any, dy: Tensor | None) -> tuple[Tensor | Non
     return *_gated_gradients(ctx, dy, torch.ops.fastln.gated_activation_backward), None, None
 
 
-# Defined through `torch.library` and not its `custom_op`, whose wrapper doubles the time of a call.
-def _define(name: str, signature: str, function: Callable[..., Any], fake: Callable[..., Any]) -> None:
-    torch.library.define(name, signature, tags=torch.Tag.pt2_compliant_tag)
-    torch.library.impl(name, "default", function)
-    torch.library.register_fake(name, fake)
-
-
-_define(
+define(
     "fastln::activation",
     "(Tensor x, str kind, str backend) -> Tensor",
     _activation,
     _fake_activation,
 )
-_define(
+define(
     "fastln::activation_backward",
     "(Tensor dy, Tensor saved, str kind, str backend) -> Tensor",
     _activation_backward,
     _fake_activation_backward,
 )
-_define(
+define(
     "fastln::gated_activation",
     "(Tensor gate, Tensor? up, str kind, str backend) -> Tensor",
     _gated,
     _fake_gated,
 )
-_define(
+define(
     "fastln::gated_activation_backward",
     "(Tensor dy, Tensor gate, Tensor? up, bool packed, bool need_dgate, bool need_dup, str kind, str backend) "
     "-> Tensor[]",

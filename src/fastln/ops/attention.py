@@ -22,11 +22,11 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
-from torch.autograd import forward_ad
+from torch import Tensor
 from torch.nn import functional as F
 
 from fastln.errors import FastLNError
+from fastln.ops.dispatch import define, is_transformed, needs_operator, wants_gradient
 from fastln_kernels import reference_attention
 from fastln_kernels.cpu import native_attention
 from fastln_kernels.cpu.library import DTYPES
@@ -83,9 +83,9 @@ def attention(
     seed = torch.randint(2**63 - 1, (1,), dtype=torch.int64) if dropout else None
     settings = _Settings(q.shape[-1] ** -0.5 if scale is None else scale, causal, dropout)
     tensors = (q, k, v, mask, seed)
-    if _needs_operator(*tensors):
+    if needs_operator(*tensors):
         return torch.ops.fastln.attention(*tensors, *settings)[0]
-    if torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v)):
+    if wants_gradient(q, k, v):
         return _EagerAttention.apply(*tensors, settings)[0]
     return _forward(*tensors, *settings)[0]
 
@@ -107,10 +107,10 @@ def has_own(q: Tensor, k: Tensor, v: Tensor, *, mask: Tensor | None, dropout: fl
         and k.shape[1] > 0
         and q.shape[1] % k.shape[1] == 0
         and (mask is None or (mask.device.type == "cpu" and not mask.requires_grad))
-        and not _is_transformed()
+        and not is_transformed()
     ):
         return False
-    trained = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
+    trained = wants_gradient(q, k, v)
     if _has_kernels(q):
         return trained or dropout > 0 or q.shape[2] > _FEW_QUERIES
     return trained and dropout > 0
@@ -128,21 +128,6 @@ def _are_compiled() -> bool:
 
 def _autocast(x: Tensor) -> Tensor:
     return x.to(torch.get_autocast_dtype(x.device.type)) if x.is_floating_point() and x.dtype != torch.float64 else x
-
-
-def _needs_operator(*tensors: Tensor | None) -> bool:
-    return bool(
-        torch.compiler.is_compiling()
-        or torch._C._len_torch_dispatch_stack() > 0
-        or any(x is not None and (type(x) not in (Tensor, nn.Parameter) or x.is_meta) for x in tensors)
-    )
-
-
-def _is_transformed() -> bool:
-    """Whether torch.func's transforms or forward-mode derivatives are at work."""
-    if torch.compiler.is_compiling():
-        return False
-    return torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0
 
 
 def _implementation(x: Tensor) -> Any:
@@ -264,22 +249,18 @@ def _operator_gradients(ctx: Any, dout: Tensor | None, _: None) -> tuple[Tensor 
     return *gradients, None, None, *(None for _ in _Settings._fields)
 
 
-# Defined through `torch.library` and not its `custom_op`, whose wrapper doubles the time of a call.
 _SETTINGS = "float scale, bool causal, float dropout"
-torch.library.define(
+define(
     "fastln::attention",
     f"(Tensor q, Tensor k, Tensor v, Tensor? mask, Tensor? seed, {_SETTINGS}) -> (Tensor out, Tensor lse)",
-    tags=torch.Tag.pt2_compliant_tag,
+    _forward,
+    _fake_forward,
 )
-torch.library.impl("fastln::attention", "default", _forward)
-torch.library.register_fake("fastln::attention", _fake_forward)
-torch.library.register_autograd("fastln::attention", _operator_gradients, setup_context=_setup_context)
-
-torch.library.define(
+define(
     "fastln::attention_backward",
     "(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor? out, Tensor lse, Tensor? mask, Tensor? seed, bool need_dq, "
     f"bool need_dk, bool need_dv, {_SETTINGS}) -> Tensor[]",
-    tags=torch.Tag.pt2_compliant_tag,
+    _backward,
+    _fake_backward,
 )
-torch.library.impl("fastln::attention_backward", "default", _backward)
-torch.library.register_fake("fastln::attention_backward", _fake_backward)
+torch.library.register_autograd("fastln::attention", _operator_gradients, setup_context=_setup_context)

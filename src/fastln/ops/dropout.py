@@ -13,6 +13,7 @@ from torch import Tensor
 
 from fastln.errors import FastLNError
 from fastln.ops.backends import resolve
+from fastln.ops.dispatch import define
 from fastln_kernels import reference
 from fastln_kernels.cpu import native_dropout
 
@@ -82,9 +83,5 @@ def _gradient(ctx: Any, dy: Tensor) -> tuple[Tensor, None, None, None]:
     return torch.ops.fastln.dropout(dy, seed, ctx.p, ctx.backend), None, None, None
 
 
-torch.library.define(
-    "fastln::dropout", "(Tensor x, Tensor seed, float p, str backend) -> Tensor", tags=torch.Tag.pt2_compliant_tag
-)
-torch.library.impl("fastln::dropout", "default", _dropout)
-torch.library.register_fake("fastln::dropout", _fake)
+define("fastln::dropout", "(Tensor x, Tensor seed, float p, str backend) -> Tensor", _dropout, _fake)
 torch.library.register_autograd("fastln::dropout", _gradient, setup_context=_setup_context)

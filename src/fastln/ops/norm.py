@@ -26,10 +26,10 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
 from fastln.errors import FastLNError
 from fastln.ops.backends import resolve
+from fastln.ops.dispatch import define, is_transformed, needs_operator, wants_gradient
 from fastln_kernels import reference
 from fastln_kernels.cpu import library, native_norm
 from fastln_kernels.cpu import norm as torch_norm
@@ -186,17 +186,13 @@ def dropout_add_norm(
     elif seed is None:
         seed = torch.randint(2**63 - 1, (1,), dtype=torch.int64, device=x.device)
     # x_hat stands in for the sum in the backward; without one it is not stored.
-    keep = "stream" if return_stream else "normed" if _wants_gradient(x, residual, weight) else "nothing"
+    keep = "stream" if return_stream else "normed" if wants_gradient(x, residual, weight) else "nothing"
     y, stream = _norm(x, weight, bias, residual, seed, _Settings(*_fields(kind), dropout, keep, backend))
     return (y, stream) if return_stream else y
 
 
 def _fields(kind: NormKind) -> tuple[float, bool, float, bool]:
     return kind.eps, kind.centre, kind.offset, kind.round_normed
-
-
-def _wants_gradient(*tensors: Tensor | None) -> bool:
-    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
 
 def _norm(
@@ -210,11 +206,11 @@ def _norm(
     """Return `y` and what is kept (nothing, the stream or x_hat)."""
     _check(x, weight, bias)
     tensors = (x, weight, bias, residual, seed)
-    if torch.compiler.is_compiling() or type(x) is not Tensor or x.is_meta or torch._C._len_torch_dispatch_stack():
+    if needs_operator(*tensors):
         return torch.ops.fastln.norm(*tensors, *settings)[:2]
-    if torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0:
+    if is_transformed():
         return _forward(*tensors, *settings._replace(backend="reference"))[:2]
-    if _wants_gradient(x, weight, bias, residual):
+    if wants_gradient(x, weight, bias, residual):
         return _EagerNorm.apply(*tensors, settings)[:2]
     return _forward(*tensors, *settings)[:2]
 
@@ -431,23 +427,19 @@ def _operator_gradients(ctx: Any, dy: Tensor | None, dstream: Tensor | None, _: 
     return *gradients, *(None for _ in _Settings._fields)
 
 
-# Defined through `torch.library` and not its `custom_op`, whose wrapper doubles the time of a call.
 _SETTINGS = "float eps, bool centre, float offset, bool round_normed, float dropout, str keep, str backend"
-torch.library.define(
+define(
     "fastln::norm",
     f"(Tensor x, Tensor? weight, Tensor? bias, Tensor? residual, Tensor? seed, {_SETTINGS}) "
     "-> (Tensor y, Tensor kept, Tensor stats)",
-    tags=torch.Tag.pt2_compliant_tag,
+    _forward,
+    _fake_forward,
 )
-torch.library.impl("fastln::norm", "default", _forward)
-torch.library.register_fake("fastln::norm", _fake_forward)
-torch.library.register_autograd("fastln::norm", _operator_gradients, setup_context=_setup_context)
-
-torch.library.define(
+define(
     "fastln::norm_backward",
     "(Tensor dy, Tensor? dstream, Tensor? saved, Tensor? weight, Tensor? seed, Tensor? stats, bool need_dx, "
     f"bool need_dresidual, bool need_dweight, bool need_dbias, ScalarType grad_dtype, {_SETTINGS}) -> Tensor[]",
-    tags=torch.Tag.pt2_compliant_tag,
+    _backward,
+    _fake_backward,
 )
-torch.library.impl("fastln::norm_backward", "default", _backward)
-torch.library.register_fake("fastln::norm_backward", _fake_backward)
+torch.library.register_autograd("fastln::norm", _operator_gradients, setup_context=_setup_context)
