@@ -82,8 +82,8 @@ VISION_MODELS = {
 OTHERS = {"gemma2": of("Gemma2ForCausalLM", "Gemma2Config", **LLAMA, final_logit_softcapping=5.0)}
 
 
-def make(name):
-    torch.manual_seed(0)
+def make(name, seed=0):
+    torch.manual_seed(seed)
     return {**MODELS, **VISION_MODELS, **OTHERS}[name]().train()
 
 

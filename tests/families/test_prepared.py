@@ -2,7 +2,9 @@
 
 import copy
 import gc
+import math
 import pickle
+import statistics
 
 import pytest
 import torch
@@ -63,12 +65,19 @@ def test_loss_and_gradients_of_every_norm_are_those_of_stock(name, caplog):
 
 @pytest.mark.parametrize("name", ["bert", "blip", "gpt2", "llama", "gemma", "clip", "dinov2"])
 def test_in_bfloat16_the_error_is_no_larger_than_stocks(name):
-    model, inputs = make(name), batch(name)
-    model, halves = model.bfloat16(), cast(inputs, torch.bfloat16)
-    _, exact = norm_gradients(with_norms_alone(copy.deepcopy(model).double()), cast(halves, torch.float64))
-    _, stock = norm_gradients(with_norms_alone(copy.deepcopy(model)), halves)
-    _, ours = norm_gradients(fastln.prepare(model), halves)
-    assert relative_error(ours, exact) <= 1.2 * relative_error(stock, exact)
+    """In the mean of the ratios' logarithms over models: of one tiny model either is the luckier, by a quarter for CLIP.
+
+    Over 40 models the geometric means are 0.38 (DINOv2) to 0.98 (CLIP). What fails is a mean above 0 by more than two of
+    its standard errors.
+    """
+    logarithms = []
+    for seed in range(8):
+        model, halves = make(name, seed).bfloat16(), cast(batch(name), torch.bfloat16)
+        _, exact = norm_gradients(with_norms_alone(copy.deepcopy(model).double()), cast(halves, torch.float64))
+        _, stock = norm_gradients(with_norms_alone(copy.deepcopy(model)), halves)
+        _, ours = norm_gradients(fastln.prepare(model), halves)
+        logarithms.append(math.log(relative_error(ours, exact) / relative_error(stock, exact)))
+    assert statistics.mean(logarithms) <= 2 * statistics.stdev(logarithms) / math.sqrt(len(logarithms))
 
 
 @pytest.mark.parametrize("name", FAMILIES)
