@@ -45,7 +45,7 @@ WIDE_ROWS, WIDE = 7, (12000, 33000)
 """Rows whose sums go through a kernel of their own, and rows that no kernel holds in registers."""
 DTYPES = (torch.float32, torch.bfloat16)
 
-BREAKS = {"column": (r"< N_COLS\b", "<= N_COLS"), "row": (r"\brows < (n_\w+)", r"rows <= \1")}
+BREAKS = {"column": (r"< (N_COLS|n_cols)\b", r"<= \1"), "row": (r"\brows < (n_\w+)", r"rows <= \1")}
 """What makes every mask let through one more column or row."""
 
 
@@ -102,8 +102,7 @@ class Kernels:
     """The kernels of a copy of the package.
 
     Attributes:
-        norm: The module of the launching functions.
-        kernels: By name, every function for Triton that is called `..._kernel`.
+        kernels: Every function for Triton that is called `..._kernel`, by its module and name.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -114,8 +113,11 @@ class Kernels:
             package = importlib.import_module(PACKAGE)
             found = pkgutil.walk_packages(package.__path__, f"{PACKAGE}.")
             self._modules = [importlib.import_module(module.name) for module in found]
-        self.norm = importlib.import_module(f"{PACKAGE}.norm")
-        self.kernels = {name: kernel for _, name, kernel in self._uses()}
+        self.kernels = {_where(kernel): kernel for _, _, kernel in self._uses()}
+
+    def module(self, name: str) -> Any:
+        """A module of the package, such as the one with a kernel's launching function."""
+        return next(module for module in self._modules if module.__name__ == f"{PACKAGE}.{name}")
 
     def _uses(self) -> Iterator[tuple[ModuleType, str, triton.JITFunction]]:
         for module in self._modules:
@@ -129,7 +131,7 @@ class Kernels:
         sanitizers = {name: StrictSanitizer() for name in self.kernels}
         with contextlib.ExitStack() as stack:
             for module, name, kernel in list(self._uses()):
-                traced = triton_viz.trace(sanitizers[name])(kernel)
+                traced = triton_viz.trace(sanitizers[_where(kernel)])(kernel)
                 stack.enter_context(mock.patch.object(module, name, traced))
             yield
         triton_viz.clear()
@@ -154,7 +156,7 @@ def check_norms(
         prologue["seed"] = torch.zeros(1, dtype=torch.int64) if option.dropout else None
         case = f"{n_rows} × {n_cols} {_name(dtype)}, {option}"
         with kernels.sanitized(tally, f"forward, {case}"):
-            kernels.norm.norm_forward(
+            kernels.module("norm").norm_forward(
                 *(rows(), weight, bias if option.centre else None, kind),
                 residual=rows() if option.residual else None,
                 want_stream=option.residual,
@@ -164,7 +166,7 @@ def check_norms(
         for need_dx, need_dweight, need_dbias in SUBSETS:
             need_normed = need_dx or need_dweight
             with kernels.sanitized(tally, f"backward {need_dx=} {need_dweight=} {need_dbias=}, {case}"):
-                kernels.norm.norm_backward(
+                kernels.module("norm").norm_backward(
                     *(rows(), rows() if need_normed else None, weight, torch.empty(n_rows) if need_normed else None),
                     kind,
                     saved_is_normed=option.normed,
@@ -175,6 +177,28 @@ def check_norms(
                     need_dbias=need_dbias,
                     **prologue,
                 )
+
+
+def check_elementwise(kernels: Kernels, tally: Tally, n_rows: int, n_cols: int, dtype: torch.dtype) -> None:
+    """Run dropout and the activations, of contiguous tensors and of halves of one, under the sanitizer."""
+    print(f"elementwise {n_rows} × {n_cols} {_name(dtype)}", file=sys.stderr)
+    activation, seed = kernels.module("activation"), torch.zeros(1, dtype=torch.int64)
+    for halves in (False, True):
+        both = torch.empty((n_rows, 2 * n_cols), dtype=dtype)
+        gate, up = both.chunk(2, -1) if halves else (torch.empty((n_rows, n_cols), dtype=dtype) for _ in range(2))
+        dy = torch.empty((n_rows, n_cols), dtype=dtype)
+        with kernels.sanitized(tally, f"elementwise, {n_rows} × {n_cols} {_name(dtype)}, {halves=}"):
+            kernels.module("dropout").dropout(gate, 0.1, seed)
+            activation.activation_forward(gate, "gelu")
+            activation.activation_backward(dy, gate, "gelu")
+            activation.gated_forward(gate, up, "silu")
+            for need_dgate, need_dup in ((True, True), (True, False), (False, True)):
+                activation.gated_backward(dy, gate, up, "silu", need_dgate=need_dgate, need_dup=need_dup)
+
+
+def _where(kernel: triton.JITFunction) -> str:
+    """The kernel's module and name: two modules may have kernels of one name."""
+    return f"{kernel.fn.__module__.removeprefix(f'{PACKAGE}.')}.{kernel.fn.__name__}"
 
 
 def _name(dtype: torch.dtype) -> str:
@@ -192,6 +216,7 @@ def check_check() -> list[str]:
             broken, tally = Kernels(Path(folder)), Tally()
             for n_rows, n_cols in ((7, 17), (WIDE_ROWS, WIDE[-1])):
                 check_norms(broken, tally, n_rows, n_cols, torch.float32, [OPTIONS[-1]])
+            check_elementwise(broken, tally, 7, 17, torch.float32)
         # Columns are masked in helpers that all share; rows, where there are several, in the kernel or not at all.
         expected = {n for n, k in broken.kernels.items() if what == "column" or "rows <= n_" in k.src}
         reported = {kernel for kernel, _ in tally.findings}
@@ -208,10 +233,14 @@ def main() -> int:
     turn = itertools.cycle(OPTIONS)  # in this order, every width meets all eight
     for dtype, n_cols, n_rows in itertools.product(DTYPES, WIDTHS, ROWS):
         check_norms(kernels, tally, n_rows, n_cols, dtype, itertools.islice(turn, 2))
+    for dtype, n_cols, n_rows in itertools.product(DTYPES, WIDTHS, ROWS):
+        check_elementwise(kernels, tally, n_rows, n_cols, dtype)
     for n_cols, dtype in itertools.product(WIDE, DTYPES):
         check_norms(kernels, tally, WIDE_ROWS, n_cols, dtype, itertools.islice(turn, 4))
     print(f"checked all gradients' subsets in {' and '.join(map(_name, DTYPES))}, with and without dropout, residual,")
-    print(f"  gaps between rows and mean: rows {ROWS} × columns {WIDTHS} and {WIDE_ROWS} × {WIDE}")
+    print(
+        f"  gaps between rows and mean: rows {ROWS} × columns {WIDTHS} and {WIDE_ROWS} × {WIDE}; dropout, activations"
+    )
     for kernel in sorted(kernels.kernels):
         print(f"  {kernel}: {tally.accesses[kernel]} loads and stores in {tally.launches[kernel]} launches")
         if not tally.accesses[kernel]:

@@ -10,6 +10,7 @@ What version 3.0 cannot do, or does too loosely, is put right here:
 - each call of `tl.arange` is a variable of its own; two of the same length were one, which left all but the diagonal
   of a square tile unchecked. (So a mask must be made from the same call as the address that it guards.)
 - each launch is checked, also after one with the same arguments; a question that Z3 cannot answer is an error;
+- a tensor that begins inside its storage has its rows where they are, not that far beyond;
 - `tl.static_range` counts in numbers, for the kernels index tuples by it; a program id with one possible value is that;
 - `tl.sum` keeps its shape; `tl.split` and `tl.math.umulhi` give unknown numbers.
 
@@ -20,13 +21,16 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 import triton.language as tl
 import z3  # type: ignore[import-not-found]
 from triton.runtime.interpreter import interpreter_builder
+from triton_viz.clients.sanitizer import sanitizer  # type: ignore[import-not-found]
 from triton_viz.clients.sanitizer.sanitizer import (  # type: ignore[import-not-found]
     SymbolicExpr,
     SymbolicSanitizer,
 )
+from triton_viz.clients.utils import get_physical_addr_from_tensor_slice  # type: ignore[import-not-found]
 from triton_viz.core.callbacks import ForLoopCallbacks, OpCallbacks  # type: ignore[import-not-found]
 from triton_viz.core.data import MakeRange, ProgramId, ReduceSum  # type: ignore[import-not-found]
 from triton_viz.core.patch import OPERATION_REGISTRY  # type: ignore[import-not-found]
@@ -35,6 +39,15 @@ from triton_viz.core.patch import OPERATION_REGISTRY  # type: ignore[import-not-
 OPERATION_REGISTRY["triton"].namespaces[tl.math].clear()
 # A joined tensor is one that triton-viz never evaluates, so an address made from it would be an error, not a pass.
 interpreter_builder.create_split = lambda joined: (SymbolicExpr.create("join", joined, joined),) * 2
+
+
+def _physical_rows(tensor: torch.Tensor) -> list[tuple[int, int]]:
+    """The first and last address of each row; triton-viz adds the storage's offset to a pointer that has it already."""
+    offset = tensor.storage_offset() * tensor.element_size()
+    return [(first - offset, last - offset) for first, last in get_physical_addr_from_tensor_slice(tensor)]
+
+
+sanitizer.get_physical_addr_from_tensor_slice = _physical_rows
 
 
 class _Solver(z3.Solver):
