@@ -72,7 +72,16 @@ def seconds(kernel: Kernel, machine: Machine) -> float:
 
 
 def predict(kernels: list[Kernel], useful_bytes: int, elements: int, machine: Machine) -> dict[str, float]:
-    """The share of peak bandwidth, the time, and the traffic per element of a row of the report."""
+    """The share of peak bandwidth, the time, and the traffic per element of a row of the report.
+
+    Raises:
+        ValueError: If a program is more than an SM holds, so that it cannot run there.
+    """
+    for kernel in kernels:
+        if not kernel["resident_warps"]:
+            raise ValueError(
+                f"{kernel['kernel']} cannot run: its program of {kernel['warps']} warps is more than an SM holds"
+            )
     total = sum(seconds(kernel, machine) for kernel in kernels)
     return {
         "share": round(useful_bytes / machine.bandwidth / total, 3),

@@ -296,3 +296,11 @@ def test_restore_leaves_attention_as_the_user_set_it_since():
     model.set_attn_implementation("eager")
     fastln.restore(model)
     assert model.config._attn_implementation == "eager"
+
+
+def test_a_model_cast_after_it_was_prepared_is_warned_of(recwarn):
+    model, tokens = fastln.prepare(small_bert()), torch.arange(8).view(1, 8)
+    model(input_ids=tokens)
+    assert not [w for w in recwarn if "cast after" in str(w.message)]
+    with pytest.warns(UserWarning, match="cast after fastln.prepare"):
+        model.to(torch.bfloat16)(input_ids=tokens)

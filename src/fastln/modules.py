@@ -8,6 +8,7 @@ hooks want to be called.
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -68,6 +69,7 @@ class Norm(nn.Module):
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         """Normalise `hidden_states` (..., n_cols) over its last dimension; the output has the input's dtype."""
+        _warn_if_rounded(self.weight)
         y = ops.dropout_add_norm(
             *(hidden_states, None, self.weight, getattr(self, "bias", None), self._fastln.kind),
             backend=self._fastln.backend,
@@ -86,6 +88,7 @@ class LayerNorm(nn.LayerNorm):
 
     def forward(self, input: Tensor) -> Tensor:
         """Normalise `input` (..., n_cols) over its last dimension."""
+        _warn_if_rounded(self.weight)
         return ops.layer_norm(input, self.weight, self.bias, self.eps, backend=self._fastln.backend)
 
 
@@ -119,6 +122,7 @@ class DenseDropoutAddNorm(nn.Module):
         norm = self.LayerNorm
         if not unwatched(norm, self.dropout):
             return self._fastln.stock.forward(self, hidden_states, input_tensor)
+        _warn_if_rounded(norm.weight)
         y = ops.dropout_add_norm(
             *(self.dense(hidden_states), input_tensor, norm.weight, norm.bias, NormKind(norm.eps)),
             dropout=self.dropout.p if self.dropout.training else 0.0,
@@ -196,6 +200,17 @@ def unwatched(*modules: nn.Module) -> bool:
     return not any(
         module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
         for module in modules
+    )
+
+
+def _warn_if_rounded(weight: Tensor | None) -> None:
+    """Say that somebody has cast a trained norm, which `prepare` had made float32."""
+    if weight is None or not weight.requires_grad or weight.dtype.itemsize >= 4 or torch.compiler.is_compiling():
+        return
+    warnings.warn(
+        f"a trained norm has {weight.dtype} parameters, in which steps of 1e-4 on a weight of 1.0 round to nothing: "
+        "the model was cast after fastln.prepare(); restore it, and prepare it again",
+        stacklevel=3,
     )
 
 

@@ -65,10 +65,10 @@ def test_loss_and_gradients_of_every_norm_are_those_of_stock(name, caplog):
 
 @pytest.mark.parametrize("name", ["bert", "blip", "gpt2", "llama", "gemma", "clip", "dinov2"])
 def test_in_bfloat16_the_error_is_no_larger_than_stocks(name):
-    """In the mean of the ratios' logarithms over models: of one tiny model either is the luckier, by a quarter for CLIP.
+    """In the mean of the ratios' logarithms over models: of one tiny CLIP either is the luckier by a quarter.
 
-    Over 40 models the geometric means are 0.38 (DINOv2) to 0.98 (CLIP). What fails is a mean above 0 by more than two of
-    its standard errors.
+    Over 40 models the geometric means are 0.38 (DINOv2) to 0.98 (CLIP). What fails is a mean above 0 by more than two
+    of its standard errors.
     """
     logarithms = []
     for seed in range(8):

@@ -34,6 +34,11 @@ def test_a_kernel_that_keeps_memory_busy_takes_the_time_of_its_bytes():
     }
 
 
+def test_a_program_that_no_sm_holds_has_no_time():
+    with pytest.raises(ValueError, match="32 warps is more than an SM holds"):
+        predict([KERNEL | {"kernel": "big", "warps": 32, "resident_warps": 0}], 1, 1, MI300)
+
+
 def test_little_in_flight_is_waited_for():
     one = KERNEL | {"in_flight": 1024}
     assert seconds(one, H100) == pytest.approx((1 << 26) * LATENCY / (4 * 1024 * 132))
