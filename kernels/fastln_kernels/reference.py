@@ -225,6 +225,23 @@ def _dropped_out(x: Tensor, dropout: float, seed: Tensor | None) -> Tensor:
 _LOW = 0xFFFFFFFF
 
 
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, transpose: bool = True) -> Tensor:
+    """Compute `x weightᵀ + bias`, or `x weight + bias` without `transpose`.
+
+    Args:
+        x: `(n_rows, n_inner)`, any floating dtype.
+        weight: `(n_cols, n_inner)`, or `(n_inner, n_cols)` without `transpose`.
+        bias: `(n_cols,)` or None for zeros.
+        transpose: Whether the rows of `weight` belong to the columns of the result, as in `torch.nn.Linear`.
+
+    Returns:
+        `(n_rows, n_cols)`, in the dtype of `x`.
+    """
+    dtype = arithmetic_dtype(x)
+    y = x.to(dtype) @ (weight.t() if transpose else weight).to(dtype)
+    return (y if bias is None else y + bias.to(dtype)).to(x.dtype)
+
+
 def _philox(c0: Tensor, c1: Tensor, c2: Tensor, c3: Tensor, key: tuple[Tensor, Tensor]) -> tuple[Tensor, ...]:
     """Philox-4x32-10 in int64, each of whose numbers holds 32 bits."""
     k0, k1 = key

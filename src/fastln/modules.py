@@ -160,6 +160,28 @@ class GatedMLP(nn.Module):
         return self.down_proj(ops.gated_activation(gate, up, kind, backend=self._fastln.backend))
 
 
+class Linear(nn.Linear):
+    """`torch.nn.Linear` whose weight is frozen, computed by `fastln.ops.linear`."""
+
+    _fastln: Part
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Return what the stock module does of `input` (..., in_features)."""
+        return ops.linear(input, self.weight, self.bias, backend=self._fastln.backend)
+
+
+class Conv1D(nn.Module):
+    """GPT-2's linear layer, whose frozen weight is (in_features, out_features), computed by `fastln.ops.linear`."""
+
+    _fastln: Part
+    weight: Tensor
+    bias: Tensor
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return what the stock module does of `x` (..., in_features)."""
+        return ops.linear(x, self.weight, self.bias, transpose=False, backend=self._fastln.backend)
+
+
 class LMHead(nn.Linear):
     """A language-model head, `torch.nn.Linear`, whose logits wait in training: see `fastln.logits.LazyLogits`.
 

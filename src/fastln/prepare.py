@@ -16,6 +16,7 @@ from fastln.families import find_norms
 from fastln.families.attention import restore_attention, use_fast_attention
 from fastln.families.blocks import use_stand_ins
 from fastln.families.head import use_lazy_head
+from fastln.families.linears import use_fast_linears
 from fastln.methods import get_method, select_parameters
 from fastln.modules import is_stand_in, stand_back
 from fastln.ops.backends import resolve
@@ -46,7 +47,8 @@ def prepare(
 ) -> ModelT:
     """Choose what trains and have fastln compute all that stores more than it owes, in place.
 
-    That is norms, activations, dropouts, post-norm blocks, gated MLPs, attention and the language-model head.
+    That is norms, activations, dropouts, post-norm blocks, gated MLPs, attention, the language-model head and, on a
+    CPU, linear layers.
 
     Modules stay the objects that they are, with their hooks and attributes, and `state_dict()` keeps its keys and
     shapes. The parameters of trained norms become float32 whatever the model's dtype: at bfloat16 a step of 1e-4 on a
@@ -100,6 +102,7 @@ def prepare(
                 "%s (%s) is tuned with its stock code: fastln has no fast form of it", name, type(norm).__name__
             )
     use_lazy_head(model)
+    use_fast_linears(model, backend, device)
     if backend != "reference":
         state.attention = use_fast_attention(model)
     setattr(model, STATE, state)

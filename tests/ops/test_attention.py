@@ -6,16 +6,17 @@ from torch.utils.checkpoint import checkpoint
 from fastln.errors import FastLNError
 from fastln.ops import attention
 from fastln.ops.attention import has_own
-from fastln_kernels.cpu import native_attention
+from fastln_kernels.cpu import products
 
-needs_kernels = pytest.mark.skipif(native_attention.why_not() is not None, reason=str(native_attention.why_not()))
+WHY_NOT = products.why_not("attention")
+needs_kernels = pytest.mark.skipif(WHY_NOT is not None, reason=str(WHY_NOT))
 
 
 @pytest.fixture(params=[pytest.param("native", marks=needs_kernels), "reference"], autouse=True)
 def implementation(request, monkeypatch):
     """Both ways that `attention` has of its own."""
     if request.param == "reference":
-        monkeypatch.setattr(native_attention, "why_not", lambda: "for a test")
+        monkeypatch.setattr(products, "why_not", lambda name: "for a test")
     return request.param
 
 

@@ -9,7 +9,7 @@ import torch
 from fastln.errors import FastLNError
 from fastln.ops import backends
 from fastln.ops.backends import BACKENDS, OPERATIONS, resolve
-from fastln_kernels.cpu import native_attention
+from fastln_kernels.cpu import products
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 
@@ -46,7 +46,7 @@ def test_auto_takes_the_fastest_of_the_device():
 
 
 def test_attention_says_what_serves_without_compiled_kernels(monkeypatch):
-    monkeypatch.setattr(native_attention, "why_not", lambda: "no compiler")
+    monkeypatch.setattr(products, "why_not", lambda name: "no compiler")
     choice = resolve("attention", CPU, "auto")
     assert choice.backend == "cpu"
     assert "scaled_dot_product_attention" in choice.reason

@@ -50,8 +50,6 @@ namespace {
 
 constexpr int64_t BOOLEAN_MASK = 3;  // after the dtypes of dispatch.h
 
-Products products;
-
 int64_t round_up(int64_t size, int64_t multiple) { return (size + multiple - 1) / multiple * multiple; }
 
 Float maximum(Float a, Float b) { return select(a > b, a, b); }
@@ -159,7 +157,7 @@ class Head {
       for (int64_t first = 0; first < a_.keys; first += KEYS) {
         const int64_t n_cols = padded(visible(first_query, n_queries, first));
         if (!n_cols) break;
-        multiply(products, padded(n_queries), n_cols, dim, q, dim, keys + first * dim, KEYS, scores, KEYS, false);
+        multiply(padded(n_queries), n_cols, dim, q, dim, keys + first * dim, KEYS, scores, KEYS, false);
         for (int64_t row = 0; row < n_queries; row++) {
           float* row_scores = scores + row * KEYS;
           float new_top = finish_row(row_scores, first_query + row, first, n_cols);
@@ -176,7 +174,7 @@ class Head {
           sums[row] = (first ? sums[row] * before : 0) + sum;
           top[row] = new_top;
         }
-        multiply(products, padded(n_queries), padded(a_.v_dim), n_cols, p, KEYS, values + first * v_dim, v_dim, out,
+        multiply(padded(n_queries), padded(a_.v_dim), n_cols, p, KEYS, values + first * v_dim, v_dim, out,
                  v_dim, first > 0);
       }
       for (int64_t row = 0; row < n_queries; row++) {
@@ -190,7 +188,7 @@ class Head {
         a_.lse[(batch_ * a_.heads + head_) * a_.queries + first_query + row] = lse;
       }
     }
-    release<C>(products);
+    release<C>();
   }
 
  private:
@@ -271,7 +269,7 @@ class Gradients {
         });
       }
     }
-    release<C>(products);
+    release<C>();
   }
 
  private:
@@ -329,9 +327,9 @@ class Gradients {
     const int64_t n_cols = padded(head.visible(query, n_queries, first)), row = g * padded_queries_ + query;
     if (!n_cols) return;
     const bool need_ds = a_.dq.data || a_.dk.data;
-    multiply(products, n_rows, n_cols, dim_, q_ + row * dim_, dim_, keys_t, KEYS, scores, KEYS, false);
+    multiply(n_rows, n_cols, dim_, q_ + row * dim_, dim_, keys_t, KEYS, scores, KEYS, false);
     if (need_ds)
-      multiply(products, n_rows, n_cols, v_dim_, dout_ + row * v_dim_, v_dim_, values_t, KEYS, dp, KEYS, false);
+      multiply(n_rows, n_cols, v_dim_, dout_ + row * v_dim_, v_dim_, values_t, KEYS, dp, KEYS, false);
     const float* lse = a_.lse + (batch_ * a_.heads + kv_head_ * group_ + g) * a_.queries;
     for (int64_t r = 0; r < n_rows; r += 2) {
       float lses[2];
@@ -357,11 +355,11 @@ class Gradients {
       }
     }
     if (a_.dv.data)
-      multiply(products, padded(a_.v_dim), n_cols, n_rows, dout_t_ + row * v_dim_, QUERIES, p, KEYS, dv, KEYS, true);
+      multiply(padded(a_.v_dim), n_cols, n_rows, dout_t_ + row * v_dim_, QUERIES, p, KEYS, dv, KEYS, true);
     if (a_.dk.data)
-      multiply(products, padded(a_.dim), n_cols, n_rows, q_t_ + row * dim_, QUERIES, ds_pairs, KEYS, dk, KEYS, true);
+      multiply(padded(a_.dim), n_cols, n_rows, q_t_ + row * dim_, QUERIES, ds_pairs, KEYS, dk, KEYS, true);
     if (a_.dq.data)
-      multiply(products, n_rows, padded(a_.dim), n_cols, ds, KEYS, keys, dim_, dq_ + row * dim_, dim_, first > 0);
+      multiply(n_rows, padded(a_.dim), n_cols, ds, KEYS, keys, dim_, dq_ + row * dim_, dim_, first > 0);
   }
 
   // Writes the transpose of a sum (ld, KEYS), times `factor`, from row `first` of `to` on.
@@ -397,39 +395,12 @@ void with_types(int64_t dtype, Run&& run) {
 
 int threads(const Arguments& a) { return useful_threads(a.n_threads, a.batches * a.heads * a.queries * a.keys); }
 
-// Whether a product comes out right: ones times twos.
-template <class C>
-bool works() {
-  constexpr int64_t SIZE = 32;
-  alignas(64) C a[SIZE * SIZE], b[SIZE * SIZE];
-  alignas(64) float c[SIZE * SIZE];
-  for (int64_t i = 0; i < SIZE * SIZE; i += LANES) {
-    store(a + i, broadcast(1.0f), AllLanes{});
-    store(b + i, broadcast(2.0f), AllLanes{});
-  }
-  try {
-    multiply(products, SIZE, SIZE, SIZE, a, SIZE, b, SIZE, c, SIZE, false);
-    release<C>(products);
-  } catch (...) {
-    return false;  // torch says that this processor cannot
-  }
-  return std::all_of(c, c + SIZE * SIZE, [](float value) { return value == 2.0f * SIZE; });
-}
-
 }  // namespace
 }  // namespace fastln
 
 using namespace fastln;
 
 extern "C" {
-
-// Takes torch's functions. `usable` becomes 0 where they do not work on this processor.
-void fastln_attention_products(void* bfloat16_product, void* float32_product, void* release, int64_t* usable) {
-  products = {reinterpret_cast<Product>(bfloat16_product), reinterpret_cast<Product>(float32_product),
-              reinterpret_cast<Release>(release)};
-  if (!works<bfloat16>()) products.bfloat16 = nullptr;
-  *usable = works<float>();
-}
 
 void fastln_attention_forward(const Arguments* arguments) {
   const Arguments& a = *arguments;

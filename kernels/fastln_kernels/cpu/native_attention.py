@@ -3,31 +3,22 @@
 For float32, bfloat16 and float16, whose sums are float32. Whatever the lengths, a thread holds the scores of 64 queries
 and 256 keys; beside them it holds one head in the layouts that products want. Results depend on the inputs alone and
 not on the number of threads.
-
-The products are `at::native::cpublas::brgemm`, which torch exports and its own attention is made of: oneDNN's kernels
-for blocks in the cache, made for the processor's matrix or vector units.
 """
 
 import ctypes
 import functools
 from collections.abc import Callable
 from ctypes import c_double, c_int64, c_void_p
-from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from fastln_kernels.cpu.library import DTYPES, KernelsUnavailableError, function
+from fastln_kernels.cpu import products
+from fastln_kernels.cpu.library import DTYPES
 from fastln_kernels.reference import dropout_threshold
 from fastln_kernels.reference_attention import AttentionGradients, AttentionOutputs
 
 _BOOLEAN_MASK = 3
-
-# The names that the C++ functions have in torch's library.
-_BRGEMM_BFLOAT16 = "_ZN2at6native7cpublas6brgemmEllllllbPKN3c108BFloat16ES5_Pfb"
-_BRGEMM_FLOAT32 = "_ZN2at6native7cpublas6brgemmEllllllbPKfS3_Pfb"
-_RELEASE = "_ZN2at6native7cpublas14brgemm_releaseEb"
 
 
 class _Rows(ctypes.Structure):
@@ -162,34 +153,4 @@ def _mask(mask: Tensor, q: Tensor, k: Tensor) -> Tensor:
 
 @functools.cache
 def _kernel(symbol: str) -> Callable[..., None]:
-    _give_products()
-    return function("attention", symbol, (ctypes.POINTER(_Arguments),))
-
-
-@functools.cache
-def why_not() -> str | None:
-    """Say why the compiled kernels cannot be had; None where they can."""
-    try:
-        _give_products()
-    except KernelsUnavailableError as error:
-        return str(error)
-    return None
-
-
-@functools.cache
-def _give_products() -> None:
-    """Give the library torch's products; raise where it has none or they do not work on this processor."""
-    usable = c_int64()
-    take = function("attention", "fastln_attention_products", (c_void_p, c_void_p, c_void_p, c_void_p))
-    try:
-        addresses = [_address(name) for name in (_BRGEMM_BFLOAT16, _BRGEMM_FLOAT32, _RELEASE)]
-    except (AttributeError, OSError) as error:
-        raise KernelsUnavailableError(f"torch {torch.__version__} exports no products of blocks ({error})") from error
-    take(*addresses, ctypes.byref(usable))
-    if not usable.value:
-        raise KernelsUnavailableError("torch's products of blocks do not work on this processor")
-
-
-def _address(name: str) -> Any:
-    path = Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"
-    return ctypes.cast(getattr(ctypes.CDLL(str(path)), name), c_void_p)
+    return products.function("attention", symbol, (ctypes.POINTER(_Arguments),))

@@ -4,6 +4,7 @@
 
 #include <algorithm>
 
+#include "dispatch.h"
 #include "vector.h"
 
 namespace fastln {
@@ -17,10 +18,13 @@ using Product = void (*)(int64_t m, int64_t n, int64_t k, int64_t lda, int64_t l
                          const void* a, const void* b, float* c, bool paired);
 using Release = void (*)(bool paired);
 
+// Null is what does not work on this processor.
 struct Products {
   Product bfloat16, float32;
   Release release;
 };
+
+inline Products products;
 
 // The operands of products in bfloat16 are pairs in the second one: two neighbouring rows, interleaved.
 template <class C>
@@ -28,15 +32,34 @@ constexpr bool PAIRED = std::is_same_v<C, bfloat16>;
 
 // c (m, n) = a (m, k) b (k, n), plus what was in c if `add`. m, n and k are multiples of PAD.
 template <class C>
-inline void multiply(const Products& products, int64_t m, int64_t n, int64_t k, const C* a, int64_t lda, const C* b,
-                     int64_t ldb, float* c, int64_t ldc, bool add) {
+inline void multiply(int64_t m, int64_t n, int64_t k, const C* a, int64_t lda, const C* b, int64_t ldb, float* c,
+                     int64_t ldc, bool add) {
   (PAIRED<C> ? products.bfloat16 : products.float32)(m, n, k, lda, ldb, ldc, add, a, b, c, PAIRED<C>);
 }
 
 // A thread leaves the matrix unit as it found it.
 template <class C>
-inline void release(const Products& products) {
+inline void release() {
   products.release(PAIRED<C>);
+}
+
+// Whether a product comes out right: ones times twos.
+template <class C>
+bool works() {
+  constexpr int64_t SIZE = 32;
+  alignas(64) C a[SIZE * SIZE], b[SIZE * SIZE];
+  alignas(64) float c[SIZE * SIZE];
+  for (int64_t i = 0; i < SIZE * SIZE; i += LANES) {
+    store(a + i, broadcast(1.0f), AllLanes{});
+    store(b + i, broadcast(2.0f), AllLanes{});
+  }
+  try {
+    multiply(SIZE, SIZE, SIZE, a, SIZE, b, SIZE, c, SIZE, false);
+    release<C>();
+  } catch (...) {
+    return false;  // torch says that this processor cannot
+  }
+  return std::all_of(c, c + SIZE * SIZE, [](float value) { return value == 2.0f * SIZE; });
 }
 
 // Stores the vectors of two rows where rows 2i and 2i + 1 of a second operand have them.
@@ -71,32 +94,52 @@ void copy_rows(const T* rows, int64_t stride, int64_t n_rows, int64_t n_cols, C*
   }
 }
 
+// Interleaves the numbers of two rows of `LANES` columns.
+template <class T, class C>
+inline void pair_columns(const T* even, const T* odd, C* to, int64_t ld) {
+#if defined(FASTLN_AVX512)
+  if constexpr (std::is_same_v<T, bfloat16> && std::is_same_v<C, bfloat16>) {
+    const auto lanes = [](const T* row) {
+      return _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(row)));
+    };
+    return _mm512_storeu_si512(to, _mm512_or_si512(lanes(even), _mm512_slli_epi32(lanes(odd), 16)));
+  }
+#endif
+  store_pair(to, ld, load(even, AllLanes{}), load(odd, AllLanes{}));
+}
+
 // Likewise, as a second operand.
 template <class T, class C>
 void pair_rows(const T* rows, int64_t stride, int64_t n_rows, int64_t n_cols, C* to, int64_t ld) {
+  constexpr int64_t AHEAD = 16;  // rows are far apart, where no prefetcher of the processor's follows
   for (int64_t row = 0; row < padded(n_rows); row += 2) {
     const T* from = rows + row * stride;
     for (int64_t column = 0; column < padded(n_cols); column += LANES) {
       const SomeLanes lanes{static_cast<int>(std::clamp<int64_t>(n_cols - column, 0, LANES))};
       C* pair = pair_at(to, ld, row / 2, column);
-      if (row + 1 < n_rows && lanes.count == LANES)
-        store_pair(pair, ld, load(from + column, AllLanes{}), load(from + stride + column, AllLanes{}));
-      else
+      if (row + 1 < n_rows && lanes.count == LANES) {
+        __builtin_prefetch(from + AHEAD * stride + column);
+        __builtin_prefetch(from + (AHEAD + 1) * stride + column);
+        pair_columns(from + column, from + stride + column, pair, ld);
+      } else {
         store_pair(pair, ld, row < n_rows ? load(from + column, lanes) : Float{},
                    row + 1 < n_rows ? load(from + stride + column, lanes) : Float{});
+      }
     }
   }
 }
 
-// Transposes (n_rows, n_cols) words of 32 bits, both multiples of PAD.
+// Transposes (n_rows, n_cols) words of 32 bits; `n_rows` is a multiple of PAD.
 inline void transpose_words(const uint32_t* from, int64_t from_ld, int64_t n_rows, int64_t n_cols, uint32_t* to,
                             int64_t to_ld) {
+  int64_t done = 0;
 #if defined(FASTLN_AVX512)
+  done = n_cols / 16 * 16;
   // Four times, rows i and i + 8 are shuffled like cards into rows 2i and 2i + 1: that turns 16 x 16 words over.
   const __m512i low = _mm512_set_epi32(23, 7, 22, 6, 21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
   const __m512i high = _mm512_add_epi32(low, _mm512_set1_epi32(8));
   for (int64_t row = 0; row < n_rows; row += 16) {
-    for (int64_t column = 0; column < n_cols; column += 16) {
+    for (int64_t column = 0; column < done; column += 16) {
       __m512i a[16], b[16];
 #pragma GCC unroll 16
       for (int i = 0; i < 16; i++) a[i] = _mm512_loadu_si512(from + (row + i) * from_ld + column);
@@ -112,10 +155,9 @@ inline void transpose_words(const uint32_t* from, int64_t from_ld, int64_t n_row
       for (int i = 0; i < 16; i++) _mm512_storeu_si512(to + (column + i) * to_ld + row, a[i]);
     }
   }
-#else
-  for (int64_t row = 0; row < n_rows; row++)
-    for (int64_t column = 0; column < n_cols; column++) to[column * to_ld + row] = from[row * from_ld + column];
 #endif
+  for (int64_t row = 0; row < n_rows; row++)
+    for (int64_t column = done; column < n_cols; column++) to[column * to_ld + row] = from[row * from_ld + column];
 }
 
 // What `copy_rows` made, (n_rows, n_cols), becomes its transpose as a second operand. `n_cols` is a multiple of 2 PAD.
@@ -143,3 +185,14 @@ inline void split_pairs(const float* rows, int64_t ld, int64_t n_rows, int64_t, 
 }
 
 }  // namespace fastln
+
+// Takes torch's functions, and says of each dtype of dispatch.h whether its product works on this processor.
+extern "C" void fastln_take_products(void* bfloat16_product, void* float32_product, void* release, int64_t* usable) {
+  using namespace fastln;
+  products = {reinterpret_cast<Product>(bfloat16_product), reinterpret_cast<Product>(float32_product),
+              reinterpret_cast<Release>(release)};
+  if (!works<bfloat16>()) products.bfloat16 = nullptr;
+  if (!works<float>()) products.float32 = nullptr;
+  usable[FLOAT32] = products.float32 != nullptr;
+  usable[BFLOAT16] = products.bfloat16 != nullptr;
+}

@@ -3,6 +3,7 @@
 from fastln.ops.activation import activation, gated_activation, packed_gated_activation
 from fastln.ops.attention import attention
 from fastln.ops.dropout import dropout
+from fastln.ops.linear import linear
 from fastln.ops.linear_cross_entropy import linear_cross_entropy
 from fastln.ops.norm import dropout_add_norm, layer_norm, rms_norm
 from fastln_kernels.reference import NormKind
@@ -18,6 +19,7 @@ __all__ = [
     "dropout_add_norm",
     "gated_activation",
     "layer_norm",
+    "linear",
     "linear_cross_entropy",
     "packed_gated_activation",
     "rms_norm",

@@ -28,7 +28,7 @@ from torch.nn import functional as F
 from fastln.errors import FastLNError
 from fastln.ops.dispatch import define, is_transformed, needs_operator, wants_gradient
 from fastln_kernels import reference_attention
-from fastln_kernels.cpu import native_attention
+from fastln_kernels.cpu import native_attention, products
 from fastln_kernels.cpu.library import DTYPES
 
 _FEW_QUERIES = 16
@@ -123,7 +123,7 @@ def _has_kernels(x: Tensor) -> bool:
 
 @torch.compiler.assume_constant_result
 def _are_compiled() -> bool:
-    return native_attention.why_not() is None
+    return products.why_not("attention") is None
 
 
 def _autocast(x: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ from difflib import get_close_matches
 import torch
 
 from fastln.errors import FastLNError
-from fastln_kernels.cpu import library, native_attention
+from fastln_kernels.cpu import library, products
 
 BACKENDS = ("auto", "triton", "cpu", "reference")
 """What may be asked for; `auto` takes the best that the device has."""
@@ -31,6 +31,10 @@ _IMPLEMENTATIONS: dict[str, dict[str, str]] = {
         "cpu": "fastln's compiled CPU kernels, in blocks",
         "reference": "torch's scaled_dot_product_attention",
     },
+    "linear": {
+        "cpu": "fastln's compiled CPU kernels, which lay weights out block by block",
+        "reference": "torch's linear",
+    },
 }
 
 # The library (`fastln_kernels.cpu.library`) that the cpu backend of an operation is made of, and what stands in for it.
@@ -42,7 +46,9 @@ _LIBRARIES = {
     "gated_activation": "activation",
     "dropout": "dropout",
     "attention": "attention",
+    "linear": "linear",
 }
+_MADE_OF_PRODUCTS = ("attention", "linear")
 _WITHOUT_LIBRARY = {
     "layer_norm": "torch's fused CPU kernel",
     "activation": "torch's fused CPU kernels (plain PyTorch for quick_gelu)",
@@ -90,7 +96,8 @@ def resolve(op: str, device: torch.device, requested: str) -> Choice:
     available, passed_over = dict(_IMPLEMENTATIONS[op]), []
     if device.type == "cpu" and op in _LIBRARIES and requested in ("auto", "cpu"):
         # Compiles it, at the first use on this machine.
-        reason = native_attention.why_not() if op == "attention" else library.why_not(_LIBRARIES[op])
+        why_not = products.why_not if op in _MADE_OF_PRODUCTS else library.why_not
+        reason = why_not(_LIBRARIES[op])
         if reason and op in _WITHOUT_LIBRARY:
             available["cpu"] = f"{_WITHOUT_LIBRARY[op]}, for want of compiled kernels ({reason})"
         elif reason:

@@ -7,7 +7,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastln_kernels import reference_attention
-from fastln_kernels.cpu import native_attention
+from fastln_kernels.cpu import native_attention, products
 from fastln_kernels.reference import dropout_keep, dropout_scale
 
 SEED = torch.tensor([0x0123456789ABCDEF])
@@ -18,7 +18,7 @@ ALL = {"need_dq": True, "need_dk": True, "need_dv": True}
 TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 8e-3, torch.float16: 2e-3, torch.float64: 1e-12}
 
 needs_kernels = pytest.mark.skipif(
-    native_attention.why_not() is not None, reason=f"no compiled kernels: {native_attention.why_not()}"
+    products.why_not("attention") is not None, reason=f"no compiled kernels: {products.why_not('attention')}"
 )
 NATIVE = pytest.param(native_attention, marks=needs_kernels, id="native")
 IMPLEMENTATIONS = [NATIVE, pytest.param(reference_attention, id="reference")]
@@ -291,15 +291,3 @@ def test_scores_never_exist_at_once(implementation, monkeypatch):
         out, lse = implementation.attention_forward(q, k, v, **options)
         implementation.attention_backward(dout, q, k, v, out, lse, **options, **ALL)
     assert largest.n_elements <= q.numel()
-
-
-@needs_kernels
-def test_without_torch_s_products_the_reason_is_said(monkeypatch):
-    native_attention._give_products.cache_clear()
-    native_attention.why_not.cache_clear()
-    try:
-        monkeypatch.setattr(native_attention, "_RELEASE", "nothing_of_this_name")
-        assert "exports no products of blocks" in native_attention.why_not()
-    finally:
-        native_attention._give_products.cache_clear()
-        native_attention.why_not.cache_clear()

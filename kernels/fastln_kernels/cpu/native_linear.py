@@ -1,0 +1,81 @@
+"""Linear layers for CPU tensors, by the compiled kernel of `linear.cpp`: no copy of a weight is kept."""
+
+import ctypes
+import functools
+from collections.abc import Callable
+from ctypes import c_int64, c_void_p
+
+import torch
+from torch import Tensor
+
+from fastln_kernels.cpu import products
+from fastln_kernels.cpu.library import DTYPES
+
+_MULTIPLE = 16  # of which the widths must be
+_ROWS = 32  # from which on laying the weight out pays
+
+
+class _Arguments(ctypes.Structure):
+    """The struct of that name in `linear.cpp`."""
+
+    _fields_ = (
+        *((name, c_int64) for name in ("dtype", "n_threads", "n_rows", "n_inner", "n_cols", "transpose")),
+        *((name, c_void_p) for name in ("x", "weight", "bias", "y")),
+        *((name, c_int64) for name in ("x_stride", "weight_stride")),
+    )
+
+
+def has_own(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
+    """Whether there is a kernel for these, and it is the faster way.
+
+    Args:
+        x: The rows, (..., n_inner).
+        weight: Two dimensions.
+        bias: One dimension, or None.
+    """
+    return (
+        x.dtype == weight.dtype
+        and (bias is None or (bias.dtype == weight.dtype and bias.is_contiguous()))
+        and weight.is_contiguous()
+        and weight.shape[0] % _MULTIPLE == 0
+        and weight.shape[1] % _MULTIPLE == 0
+        and x.numel() >= _ROWS * x.shape[-1] > 0
+        and products.why_not("linear") is None
+        and x.dtype in products.usable("linear")
+    )
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, transpose: bool = True) -> Tensor:
+    """Compute what `fastln_kernels.reference.linear` does, summed in float32 and rounded once.
+
+    Args:
+        x: `(n_rows, n_inner)`, float32 or bfloat16.
+        weight: `(n_cols, n_inner)`, or `(n_inner, n_cols)` without `transpose`; contiguous, of the dtype of `x`, both
+            widths multiples of 16.
+        bias: `(n_cols,)`, contiguous, of the dtype of `x`, or None.
+        transpose: Whether the rows of `weight` belong to the columns of the result.
+
+    Returns:
+        `(n_rows, n_cols)`, contiguous.
+
+    Raises:
+        KernelsUnavailableError: If there are no compiled kernels.
+    """
+    (n_rows, n_inner), n_cols = x.shape, weight.shape[0 if transpose else 1]
+    y = x.new_empty(n_rows, n_cols)
+    if not n_rows:
+        return y
+    if x.stride(1) != 1 or x.stride(0) < n_inner:
+        x = x.contiguous()
+    arguments = _Arguments(
+        *(DTYPES[x.dtype], torch.get_num_threads(), n_rows, n_inner, n_cols, transpose),
+        *(x.data_ptr(), weight.data_ptr(), None if bias is None else bias.data_ptr(), y.data_ptr()),
+        *(x.stride(0), weight.stride(0)),
+    )
+    _kernel()(ctypes.byref(arguments))
+    return y
+
+
+@functools.cache
+def _kernel() -> Callable[..., None]:
+    return products.function("linear", "fastln_linear", (ctypes.POINTER(_Arguments),))

@@ -1,0 +1,70 @@
+"""Linear layers whose weight is frozen: their autograd formula, and which way they go.
+
+Kept for backward is the weight, which is there anyway, and the argument's gradient is a linear layer of its own, with
+the weight turned over. What has no kernel of ours (weights that train, GPUs, compilers, float16) is torch's.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from fastln.ops.backends import resolve
+from fastln.ops.dispatch import is_transformed, needs_operator, wants_gradient
+from fastln_kernels.cpu import native_linear
+
+
+def linear(
+    x: Tensor, weight: Tensor, bias: Tensor | None = None, *, transpose: bool = True, backend: str = "auto"
+) -> Tensor:
+    """Compute `x weightᵀ + bias`, or `x weight + bias` without `transpose`; differentiable.
+
+    Args:
+        x: `(..., n_inner)`.
+        weight: `(n_cols, n_inner)`, as `torch.nn.Linear` has it, or `(n_inner, n_cols)` without `transpose`.
+        bias: `(n_cols,)` or None.
+        transpose: Whether the rows of `weight` belong to the columns of the result.
+        backend: A name from `fastln.ops.backends.BACKENDS`.
+
+    Returns:
+        `(..., n_cols)`.
+
+    Raises:
+        FastLNError: If the backend is unknown or cannot run on the device of `x`.
+    """
+    if not _has_own(x, weight, bias, backend):
+        return functional.linear(x, weight if transpose else weight.t(), bias)
+    if wants_gradient(x):
+        return _FrozenLinear.apply(x, weight, bias, transpose)
+    return _linear(x, weight, bias, transpose)
+
+
+def _has_own(x: Tensor, weight: Tensor, bias: Tensor | None, backend: str) -> bool:
+    return (
+        not needs_operator(x, weight, bias)
+        and not is_transformed()
+        and x.device.type == weight.device.type == "cpu"
+        and not wants_gradient(weight, bias)
+        and not torch.is_autocast_enabled("cpu")
+        and resolve("linear", x.device, backend).backend == "cpu"
+        and native_linear.has_own(x, weight, bias)
+    )
+
+
+def _linear(x: Tensor, weight: Tensor, bias: Tensor | None, transpose: bool) -> Tensor:
+    y = native_linear.linear(x.reshape(-1, x.shape[-1]), weight, bias, transpose=transpose)
+    return torch.ops.aten._unsafe_view.default(y, (*x.shape[:-1], y.shape[-1]))
+
+
+class _FrozenLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, transpose: bool) -> Tensor:
+        ctx.save_for_backward(weight)
+        ctx.transpose = transpose
+        return _linear(x, weight, bias, transpose)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None, None, None]:
+        (weight,) = ctx.saved_tensors
+        return linear(dy, weight, transpose=not ctx.transpose, backend="cpu"), None, None, None

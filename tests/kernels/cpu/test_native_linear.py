@@ -1,0 +1,128 @@
+"""The compiled linear layer against the definition in float64.
+
+Bounds. Errors are root-mean-square, relative to the terms' `sqrt(n_inner) |x| |weight|`. With u = 2^-24, float32's
+roundoff, a sum of n terms in one chain is off by u / sqrt(3) of every partial sum, which grow as sqrt(j): together
+u sqrt(n / 6). Rounding in storage is uniform within half the dtype's epsilon: epsilon / (2 sqrt(3)). Chance is allowed
+four deviations of 0.45 / sqrt(n).
+"""
+
+import math
+
+import pytest
+import torch
+
+from fastln_kernels import reference
+from fastln_kernels.cpu import native_linear, products
+
+pytestmark = pytest.mark.skipif(products.why_not("linear") is not None, reason=f"{products.why_not('linear')}")
+
+U = 2.0**-24
+DTYPES = sorted(products.usable("linear"), key=str) if products.why_not("linear") is None else [torch.float32]
+# (n_rows, n_inner, n_cols): rows that are no multiple of 16; widths that no block divides; several blocks of each kind.
+SHAPES = [(1, 16, 16), (7, 48, 80), (33, 96, 208), (128, 768, 64), (300, 1168, 112), (130, 3088, 48), (1000, 32, 16)]
+
+
+def normal(*shape, dtype=torch.float32, seed=0):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+def assert_close(y, x, weight, bias, transpose):
+    assert y.dtype == x.dtype
+    assert y.is_contiguous()
+    want = reference.linear(x.double(), weight.double(), None if bias is None else bias.double(), transpose=transpose)
+    assert y.shape == want.shape
+    n_inner = x.shape[-1]
+    storage = 0.0 if x.dtype == torch.float32 else torch.finfo(x.dtype).eps / (2 * math.sqrt(3))
+    arithmetic = U * (math.sqrt(n_inner / 6) + 1)
+    size = math.sqrt(n_inner + (bias is not None))  # of a result, inputs being of deviation 1
+    error = (y.double() - want).square().mean().sqrt().item()
+    assert error <= (1 + 2 / math.sqrt(y.numel())) * size * (arithmetic + storage)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("transpose", [True, False])
+@pytest.mark.parametrize("with_bias", [True, False])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_against_the_definition(shape, with_bias, transpose, dtype):
+    n_rows, n_inner, n_cols = shape
+    x = normal(n_rows, n_inner, dtype=dtype)
+    weight = normal(*((n_cols, n_inner) if transpose else (n_inner, n_cols)), dtype=dtype, seed=1)
+    bias = normal(n_cols, dtype=dtype, seed=2) if with_bias else None
+    assert_close(native_linear.linear(x, weight, bias, transpose=transpose), x, weight, bias, transpose)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("transpose", [True, False])
+def test_more_rows_than_a_thread_takes_and_wider_than_a_product(transpose, dtype):
+    x = normal(4500, 6304, dtype=dtype)
+    weight = normal(*((144, 6304) if transpose else (6304, 144)), dtype=dtype, seed=1)
+    assert_close(native_linear.linear(x, weight, transpose=transpose), x, weight, None, transpose)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("transpose", [True, False])
+def test_the_number_of_threads_changes_no_bit(transpose, dtype):
+    x, weight = (
+        normal(700, 3136, dtype=dtype),
+        normal(*((224, 3136) if transpose else (3136, 224)), dtype=dtype, seed=1),
+    )
+    n_threads = torch.get_num_threads()
+    try:
+        results = []
+        for n in (1, 2, 7):
+            torch.set_num_threads(n)
+            results.append(native_linear.linear(x, weight, transpose=transpose))
+    finally:
+        torch.set_num_threads(n_threads)
+    assert torch.equal(results[0], results[1])
+    assert torch.equal(results[0], results[2])
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_rows_with_strides_and_rows_that_overlap(dtype):
+    wide = normal(64, 192, dtype=dtype)
+    weight = normal(32, 64, dtype=dtype, seed=1)
+    for x in (wide[:, 64:128], wide[::3, :64], wide[:, ::3], wide[:1, :64].expand(40, 64), wide[:64, :50].t()[:, :64]):
+        y = native_linear.linear(x, weight)
+        assert torch.equal(y, native_linear.linear(x.contiguous(), weight))
+    assert native_linear.linear(wide[:0, :64], weight).shape == (0, 32)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("transpose", [True, False])
+def test_reads_and_writes_nothing_beside_its_tensors(transpose, dtype):
+    def guarded(*shape, seed):
+        n = math.prod(shape)
+        whole = torch.full((n + 256,), math.nan, dtype=dtype)
+        whole[128 : 128 + n] = normal(n, dtype=dtype, seed=seed)
+        return whole[128 : 128 + n].view(shape)
+
+    n_rows, n_inner, n_cols = 37, 112, 80
+    x, bias = guarded(n_rows, n_inner, seed=0), guarded(n_cols, seed=2)
+    weight = guarded(*((n_cols, n_inner) if transpose else (n_inner, n_cols)), seed=1)
+    assert_close(native_linear.linear(x, weight, bias, transpose=transpose), x, weight, bias, transpose)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("special", [math.nan, math.inf])
+def test_what_is_not_finite_stays_in_its_row(special, dtype):
+    x, weight = normal(40, 64, dtype=dtype), normal(32, 64, dtype=dtype, seed=1)
+    clean = native_linear.linear(x, weight)
+    x[17, 5] = special
+    y = native_linear.linear(x, weight)
+    assert not y[17].isfinite().any()
+    others = torch.arange(40) != 17
+    assert torch.equal(y[others], clean[others])
+
+
+def test_what_it_does_not_take():
+    x, weight = normal(64, 64), normal(32, 64)
+    assert native_linear.has_own(x, weight, normal(32))
+    assert not native_linear.has_own(x.half(), weight.half(), None)
+    assert not native_linear.has_own(x.double(), weight.double(), None)
+    assert not native_linear.has_own(x.bfloat16(), weight, None)
+    assert not native_linear.has_own(x, normal(33, 64), None)
+    assert not native_linear.has_own(x, normal(64, 32).t(), None)
+    assert not native_linear.has_own(x[:31], weight, None)
+    assert not native_linear.has_own(x[:0], weight, None)

@@ -1,0 +1,115 @@
+"""The linear layer with a frozen weight: torch's own results, and torch itself wherever there is no kernel."""
+
+import sys
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional
+from transformers.pytorch_utils import Conv1D
+
+import fastln
+from fastln import ops
+from fastln.errors import FastLNError
+from fastln.modules import Linear
+from fastln_kernels import reference
+from fastln_kernels.cpu import native_linear, products
+
+WHY_NOT = products.why_not("linear")
+needs_kernels = pytest.mark.skipif(WHY_NOT is not None, reason=str(WHY_NOT))
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    """How often the kernel ran."""
+    made = []
+    stock = native_linear.linear
+    monkeypatch.setattr(native_linear, "linear", lambda *args, **kwargs: made.append(1) or stock(*args, **kwargs))
+    return made
+
+
+def inputs(*shape, n_cols=48, dtype=torch.float32):
+    torch.manual_seed(0)
+    x = torch.randn(*shape, dtype=dtype, requires_grad=True)
+    return x, torch.randn(n_cols, shape[-1], dtype=dtype), torch.randn(n_cols, dtype=dtype)
+
+
+@needs_kernels
+@pytest.mark.parametrize("transpose", [True, False])
+def test_values_and_gradients_are_torch_s(transpose, calls):
+    x, weight, bias = inputs(3, 20, 64)
+    stored = weight if transpose else weight.t().contiguous()
+    y = ops.linear(x, stored, bias, transpose=transpose)
+    want = functional.linear(x, weight, bias)
+    torch.testing.assert_close(y, want, rtol=1e-5, atol=1e-5)
+    dy = torch.randn_like(y)
+    torch.testing.assert_close(
+        *(torch.autograd.grad(out, x, dy, retain_graph=True)[0] for out in (y, want)), rtol=1e-5, atol=1e-5
+    )
+    assert len(calls) == 2
+    y.detach().add_(1.0)  # no view of anything: may be written to
+
+
+@needs_kernels
+def test_second_derivatives(calls):
+    x, weight, bias = inputs(40, 64)
+    (dx,) = torch.autograd.grad(ops.linear(x, weight, bias).square().sum(), x, create_graph=True)
+    (want,) = torch.autograd.grad(functional.linear(x, weight, bias).square().sum(), x, create_graph=True)
+    assert len(calls) == 2
+    torch.testing.assert_close(*(torch.autograd.grad(d.square().sum(), x)[0] for d in (dx, want)), rtol=1e-4, atol=1e-2)
+
+
+@needs_kernels
+def test_what_has_no_kernel_is_torch_s(calls):
+    x, weight, bias = inputs(40, 64)
+    trained = weight.clone().requires_grad_()
+    ops.linear(x, trained, bias).sum().backward()
+    assert trained.grad is not None
+    ops.linear(x, weight, bias.clone().requires_grad_())
+    ops.linear(x, weight, backend="reference")
+    ops.linear(x.double(), weight.double())
+    ops.linear(x[0], weight)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert ops.linear(x, weight).dtype == torch.bfloat16
+    torch.func.grad(lambda x: ops.linear(x, weight).sum())(x)
+    torch.compile(lambda x: ops.linear(x, weight, bias), fullgraph=True, backend="aot_eager")(x)
+    assert not calls
+    with torch.no_grad():
+        ops.linear(x, trained)
+    assert len(calls) == 1
+
+
+def test_an_unknown_backend():
+    x, weight, bias = inputs(40, 64)
+    with pytest.raises(FastLNError, match="unknown backend 'cpux'"):
+        ops.linear(x, weight, bias, backend="cpux")
+
+
+def test_gradcheck_of_the_formula(monkeypatch):
+    # The kernel has no float64: the definition stands in for it.
+    monkeypatch.setattr(native_linear, "linear", reference.linear)
+    monkeypatch.setattr(sys.modules["fastln.ops.linear"], "_has_own", lambda *args: True)
+    x, weight, bias = inputs(5, 4, n_cols=3, dtype=torch.float64)
+    for stored, transpose in ((weight, True), (weight.t().contiguous(), False)):
+        torch.autograd.gradcheck(
+            lambda x, stored=stored, transpose=transpose: ops.linear(x, stored, bias, transpose=transpose), (x,)
+        )
+
+
+@needs_kernels
+def test_prepare_uses_it_for_frozen_layers_only(calls):
+    model = nn.Sequential(nn.Linear(64, 64), nn.LayerNorm(64), Conv1D(96, 64), nn.Linear(96, 32), nn.Linear(32, 16))
+    x = torch.randn(33, 64)
+    want = model(x)
+    fastln.prepare(model, also=["4"])
+    assert [isinstance(model[i], Linear) for i in (0, 3, 4)] == [True, True, False]
+    y = model(x)
+    torch.testing.assert_close(y, want, rtol=1e-4, atol=1e-5)
+    y.sum().backward()
+    assert len(calls) == 5  # the first layer is before the first trained norm: no gradient
+    model[3].weight.requires_grad_()  # somebody changed their mind
+    model(x).sum().backward()
+    assert model[3].weight.grad is not None
+    fastln.restore(model)
+    assert type(model[0]) is nn.Linear
+    assert type(model[2]) is Conv1D
