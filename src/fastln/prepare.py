@@ -17,6 +17,7 @@ from fastln.families.attention import restore_attention, use_fast_attention
 from fastln.families.blocks import use_stand_ins
 from fastln.families.head import use_lazy_head
 from fastln.families.linears import use_fast_linears
+from fastln.machine import keep_pages
 from fastln.methods import get_method, select_parameters
 from fastln.modules import is_stand_in, stand_back
 from fastln.ops.backends import resolve
@@ -83,6 +84,8 @@ def prepare(
         raise FastLNError(f"method {method!r} trains nothing by itself; name the task head's modules with `also`")
     device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
     resolve("layer_norm", device, backend)
+    if device.type == "cpu":
+        keep_pages()
 
     state = _Prepared()
     for name, parameter in model.named_parameters():
