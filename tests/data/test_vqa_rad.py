@@ -66,7 +66,8 @@ def test_what_the_test_split_repeats_leaves_training_and_is_logged(tmp_path, cap
     with caplog.at_level(logging.INFO, "fastln"):
         data = load_dataset(split_folder(tmp_path, train, test), "train")
     assert [sample.id for sample in data.samples] == ["2", "3", "4"]
-    assert "3 questions to train on (1 more, which the test split repeats, dropped), 1 to test on" in caplog.text
+    assert "dropped 1 training questions that the test split repeats" in caplog.text
+    assert "vqa-rad: train 3, test 1" in caplog.text
 
 
 @pytest.mark.parametrize("images", ["images", "VQA_RAD Image Folder"])

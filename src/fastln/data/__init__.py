@@ -2,7 +2,19 @@
 
 from fastln.data.answers import AnswerVocabulary, normalise_answer
 from fastln.data.batching import ImageGroupedBatches
-from fastln.data.dataset import Sample, VQADataset
-from fastln.data.loading import load_dataset
+from fastln.data.dataset import Sample, Source, VQADataset, demands
+from fastln.data.loading import load_dataset, load_source
+from fastln.data.options import DataOptions
 
-__all__ = ["AnswerVocabulary", "ImageGroupedBatches", "Sample", "VQADataset", "load_dataset", "normalise_answer"]
+__all__ = [
+    "AnswerVocabulary",
+    "DataOptions",
+    "ImageGroupedBatches",
+    "Sample",
+    "Source",
+    "VQADataset",
+    "demands",
+    "load_dataset",
+    "load_source",
+    "normalise_answer",
+]

@@ -2,32 +2,69 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import hashlib
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from difflib import get_close_matches
 
 from PIL import Image
 from torch.utils.data import Dataset
+
+from fastln.errors import FastLNError
 
 SPLITS = ("train", "validation", "test")
 
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """One question about one image.
+    """One question about an image or several, or one report that is to be written about them.
 
     Attributes:
-        id: Name of the question, unique in its dataset.
+        id: Name of the sample in its data.
         image: Key of the image, to be given to `VQADataset.image`; several samples share one image.
-        question: The question; runs of white space are single blanks.
-        answer: The answer in the spelling of the data, never empty.
-        closed: True where the data calls the question closed (yes/no, or a choice it names), False where open.
+        question: The question; runs of white space are single blanks. Empty where a report is wanted.
+        answer: The answer (or the report) in the spelling of the data, never empty.
+        closed: True where the data calls the question closed (yes/no, or a choice it names), False where open, None
+            where it does not say.
+        views: Keys of further images of the same study, in the order of the data.
+        history: What was asked and answered before in the same conversation. A model may learn those answers too; the
+            last one, `answer`, is what is scored.
     """
 
     id: str
     image: str
     question: str
     answer: str
-    closed: bool
+    closed: bool | None
+    views: tuple[str, ...] = ()
+    history: tuple[tuple[str, str], ...] = ()
+
+    @property
+    def images(self) -> tuple[str, ...]:
+        """The keys of all its images."""
+        return (self.image, *self.views)
+
+    @property
+    def is_report(self) -> bool:
+        """Whether there is no question: a report is to be written."""
+        return not self.question
+
+
+def demands(samples: Iterable[Sample]) -> frozenset[str]:
+    """Tell what samples ask of a model beyond one question about one image.
+
+    Returns:
+        Some of `several images`, `reports` and `conversations`.
+    """
+    found = set()
+    for sample in samples:
+        if sample.views:
+            found.add("several images")
+        if sample.is_report:
+            found.add("reports")
+        if sample.history:
+            found.add("conversations")
+    return frozenset(found)
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,7 +74,7 @@ class Source:
     Attributes:
         name: Shown wherever the data is named.
         synthetic: True where the images are drawn by a program.
-        splits: The samples by split, `train` and `test` at least.
+        splits: The samples by split, in the order of the data; a split that the data does not have is missing.
         image: Takes a key, gives the image in mode RGB; can be pickled, for worker processes.
     """
 
@@ -45,6 +82,48 @@ class Source:
     synthetic: bool
     splits: Mapping[str, list[Sample]]
     image: Callable[[str], Image.Image]
+
+    def dataset(self, split: str, *, validation_fraction: float = 0.0) -> VQADataset:
+        """Give one split.
+
+        Data that has no validation split of its own can have one taken out of the training questions: all those about
+        some of the images, chosen by a hash of the image's key alone. So rephrasings of one question stay on one side;
+        and so do an image's answers, of which some set aside would leave the others to be learnt as the answer to
+        everything.
+
+        Args:
+            split: `train`, `validation` or `test`.
+            validation_fraction: Share of the images whose training questions are set aside, from 0 up to but not
+                including 1.
+
+        Returns:
+            The questions of the split, at least one.
+
+        Raises:
+            FastLNError: An unknown split, one that the data does not have or that is empty; a bad fraction, or one for
+                data that has a validation split of its own.
+        """
+        check_split(split, validation_fraction)
+        if validation_fraction and "validation" in self.splits:
+            raise FastLNError(
+                f"{self.name} has a validation split of its own: validation_fraction must be 0, not "
+                f"{validation_fraction}"
+            )
+        if validation_fraction and split != "test":
+            wanted = split == "validation"
+            samples = [s for s in self._split("train") if _set_aside(s, validation_fraction) == wanted]
+            note = f" with validation_fraction {validation_fraction}"
+        else:
+            samples, note = self._split(split), ""
+        if not samples:
+            raise FastLNError(f"{self.name}: the {split} split holds no usable row{note}")
+        return VQADataset(self, split, samples)
+
+    def _split(self, split: str) -> list[Sample]:
+        if split in self.splits:
+            return self.splits[split]
+        hint = "; validation_fraction, now 0, can set some training questions aside" if split == "validation" else ""
+        raise FastLNError(f"{self.name} has no {split} split, only {', '.join(self.splits)}{hint}")
 
 
 class VQADataset(Dataset[Sample]):
@@ -71,10 +150,10 @@ class VQADataset(Dataset[Sample]):
         return self.samples[index]
 
     def image(self, key: str) -> Image.Image:
-        """Give the image of a sample.
+        """Give an image of a sample.
 
         Args:
-            key: `Sample.image`.
+            key: One of `Sample.images`.
 
         Returns:
             The image in mode RGB, in its own size.
@@ -83,3 +162,22 @@ class VQADataset(Dataset[Sample]):
             FastLNError: The image cannot be decoded, or no sample has this key.
         """
         return self._image(key)
+
+
+def check_split(split: str, validation_fraction: float = 0.0) -> None:
+    """Check what can be checked before any data is read.
+
+    Raises:
+        FastLNError: There is no such split, or the fraction is out of range.
+    """
+    if split not in SPLITS:
+        near = get_close_matches(split, SPLITS, n=1)
+        meant = f"; did you mean {near[0]!r}?" if near else ""
+        raise FastLNError(f"there is no split {split!r}; the splits are {', '.join(SPLITS)}{meant}")
+    if not 0 <= validation_fraction < 1:
+        raise FastLNError(f"validation_fraction must be from 0 up to but not including 1, not {validation_fraction}")
+
+
+def _set_aside(sample: Sample, fraction: float) -> bool:
+    digest = hashlib.sha256(sample.image.encode()).digest()
+    return int.from_bytes(digest[:8], "big") < fraction * 2**64

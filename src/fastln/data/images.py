@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from io import BytesIO
 from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
+from fastln.data import dicom
 from fastln.errors import FastLNError
 
 MAX_PIXELS = 1 << 26
@@ -16,15 +20,17 @@ FORMATS = ("BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP")
 """What is decoded, whatever a file is called: Pillow would hand others, such as EPS, to programs outside."""
 
 
-def read_image(path: Path) -> Image.Image:
-    """Decode an image file.
+def read_image(source: Path | bytes, name: object = None) -> Image.Image:
+    """Decode an image.
 
-    Transparent pixels become black, the background of radiology; an orientation stored with a JPEG is applied. Grey
-    values of more than 8 bits are scaled linearly: full white is the largest number of as many bits as the brightest
-    pixel needs (scanners put 10 or 12 bits into 16); where there are negative values, the lowest one becomes black.
+    Transparent pixels become black, the background of radiology; an orientation stored with a JPEG is applied; of an
+    animation or a stack of slices the first is taken. Grey values of more than 8 bits are scaled linearly: full white
+    is the largest number of as many bits as the brightest pixel needs (scanners put 10 or 12 bits into 16); where there
+    are negative values, the lowest one becomes black. DICOM is windowed; see `fastln.data.dicom`.
 
     Args:
-        path: The file.
+        source: The file, or what it holds.
+        name: What messages call it; the file's path by default.
 
     Returns:
         The image in mode RGB, 8 bits a channel.
@@ -33,20 +39,54 @@ def read_image(path: Path) -> Image.Image:
         FastLNError: The file is missing, truncated, no image, of a kind that has no grey scale, or holds more than
             `MAX_PIXELS` pixels. The message names it.
     """
-    try:
-        with Image.open(path, formats=FORMATS) as image:
-            if image.width * image.height > MAX_PIXELS:
-                raise ValueError(f"{image.width} x {image.height} pixels, more than the {MAX_PIXELS} that are decoded")
+    with _told(name or source):
+        if dicom.is_dicom(source):
+            return dicom.read(source, MAX_PIXELS)
+        with _opened(source) as image:
             return _to_rgb(ImageOps.exif_transpose(image))
+
+
+def check_image(source: Path | bytes, name: object = None) -> None:
+    """Check that `read_image` can read an image, more cheaply: JPEG at an eighth of its size, PNG by its checksums.
+
+    Raises:
+        FastLNError: As for `read_image`.
+    """
+    with _told(name or source):
+        if dicom.is_dicom(source):
+            dicom.read(source, MAX_PIXELS)
+            return
+        with _opened(source) as image:
+            if image.format == "PNG":
+                image.verify()
+                return
+            if image.format == "JPEG":
+                image.draft(None, (image.width // 8, image.height // 8))
+            image.load()
+
+
+@contextmanager
+def _told(name: object) -> Iterator[None]:
+    """Turn whatever goes wrong with an image into one sentence that names it."""
+    try:
+        yield
     except UnidentifiedImageError as error:
-        raise FastLNError(f"{path}: this is no image of a known format ({', '.join(FORMATS)})") from error
-    except Exception as error:  # Pillow's decoders raise almost anything on a damaged file
-        raise FastLNError(f"{path}: cannot read this image: {error}") from error
+        raise FastLNError(f"{name}: this is no image of a known format ({', '.join(FORMATS)}, DICOM)") from error
+    except Exception as error:  # decoders raise almost anything on a damaged file
+        raise FastLNError(f"{name}: cannot read this image: {error}") from error
+
+
+@contextmanager
+def _opened(source: Path | bytes) -> Iterator[Image.Image]:
+    with Image.open(BytesIO(source) if isinstance(source, bytes) else source, formats=FORMATS) as image:
+        if image.width * image.height > MAX_PIXELS:
+            raise ValueError(f"{image.width} x {image.height} pixels, more than the {MAX_PIXELS} that are decoded")
+        if image.mode == "F":
+            raise ValueError("floating-point pixels, whose black and white are not known")
+        yield image
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
-    if image.mode == "F":
-        raise ValueError("floating-point pixels, whose black and white are not known")
     if image.mode.startswith("I"):
         values = np.asarray(image).astype(np.int64)
         values -= min(0, int(values.min()))

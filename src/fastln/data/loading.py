@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
 
-from fastln.data import phantom, vqa_rad
-from fastln.data.dataset import SPLITS, Sample, Source, VQADataset
+from fastln.data import iu_xray, llava_med, path_vqa, phantom, plain, slake, vqa_rad
+from fastln.data.dataset import Source, VQADataset, check_split
+from fastln.data.options import DataOptions
 from fastln.errors import FastLNError
 
 
@@ -18,72 +18,88 @@ class Reader:
     """How one layout of data on disk is read.
 
     Attributes:
-        layout: What a folder in this layout holds, for error messages.
-        recognises: Tells whether a folder has this layout.
+        layout: What data in this layout looks like, for error messages.
+        recognises: Tells whether a folder (or a file) has this layout.
         read: Reads it.
+        languages: Those to choose from, for data in several.
     """
 
     layout: str
     recognises: Callable[[Path], bool]
-    read: Callable[[Path], Source]
+    read: Callable[[Path, DataOptions], Source]
+    languages: tuple[str, ...] = ()
 
 
-READERS = (Reader(vqa_rad.LAYOUT, vqa_rad.recognises, vqa_rad.read),)
-"""Every layout that `load_dataset` knows; the first that recognises a folder reads it."""
+READERS = {
+    "vqa-rad": Reader(vqa_rad.LAYOUT, vqa_rad.recognises, vqa_rad.read),
+    "slake": Reader(slake.LAYOUT, slake.recognises, slake.read, slake.LANGUAGES),
+    "path-vqa": Reader(path_vqa.LAYOUT, path_vqa.recognises, path_vqa.read),
+    "iu-xray": Reader(iu_xray.LAYOUT, iu_xray.recognises, iu_xray.read),
+    "llava-med": Reader(llava_med.LAYOUT, llava_med.recognises, llava_med.read),
+    "plain": Reader(plain.LAYOUT, plain.recognises, plain.read),
+}
+"""Every layout that `load_source` knows, by its name; the first that recognises a folder reads it."""
 
 
-def load_dataset(spec: str, split: str, *, validation_fraction: float = 0.0) -> VQADataset:
-    """Load one split of a dataset.
-
-    A validation split is taken out of the training questions: all those about some of the images, chosen by a hash of
-    the image's key alone. So rephrasings of one question stay on one side; and so do an image's answers, of which some
-    set aside would leave the others to be learnt as the answer to everything.
+def load_source(spec: str, options: DataOptions | None = None) -> Source:
+    """Read a dataset, all its splits; every row is checked, once, and the images named are.
 
     Args:
-        spec: `phantom`, the embedded synthetic data, or the folder of a dataset in one of the layouts in `READERS`.
+        spec: `phantom`, the embedded synthetic data, or the folder or file of a dataset in a layout of `READERS`.
+        options: How to read it.
+
+    Raises:
+        FastLNError: Unknown data or layout, an option that does not go with it; or bad data: a file that cannot be
+            read, or bad rows, of which all are counted and the first 10 told with file, index and reason.
+    """
+    options = options or DataOptions()
+    if spec == phantom.NAME:
+        _refuse_language(spec, (), options)
+        return phantom.source()
+    path = Path(spec).expanduser()
+    if not path.exists():
+        raise FastLNError(f"there is no data {spec!r}; give the folder or file of a dataset, or {phantom.NAME!r}")
+    reader = _reader(path, options.layout)
+    _refuse_language(spec, reader.languages, options)
+    return reader.read(path, options)
+
+
+def load_dataset(
+    spec: str, split: str, *, validation_fraction: float = 0.0, options: DataOptions | None = None
+) -> VQADataset:
+    """Load one split of a dataset: `load_source`, then `Source.dataset`.
+
+    Args:
+        spec: See `load_source`.
         split: `train`, `validation` or `test`.
-        validation_fraction: Share of the images whose training questions are set aside, from 0 up to but not
-            including 1.
+        validation_fraction: See `Source.dataset`.
+        options: How to read the data.
 
     Returns:
         The questions of the split, at least one.
 
     Raises:
-        FastLNError: Unknown data, layout or split; a bad fraction; bad data; or a split without a question.
+        FastLNError: As for the two.
     """
-    if split not in SPLITS:
-        near = get_close_matches(split, SPLITS, n=1)
-        meant = f"; did you mean {near[0]!r}?" if near else ""
-        raise FastLNError(f"there is no split {split!r}; the splits are {', '.join(SPLITS)}{meant}")
-    if not 0 <= validation_fraction < 1:
-        raise FastLNError(f"validation_fraction must be from 0 up to but not including 1, not {validation_fraction}")
-    if split == "validation" and validation_fraction == 0:
-        raise FastLNError("there is no validation split unless validation_fraction, now 0, sets some questions aside")
-    source = phantom.source() if spec == phantom.NAME else _read_folder(spec)
-    if split == "test":
-        samples = source.splits["test"]
-    else:
-        wanted = split == "validation"
-        samples = [s for s in source.splits["train"] if _set_aside(s, validation_fraction) == wanted]
-    if not samples:
-        matters = split == "validation" or (split == "train" and validation_fraction > 0)
-        set_aside = f" with validation_fraction {validation_fraction}" if matters else ""
-        raise FastLNError(f"{spec}: the {split} split holds no question{set_aside}")
-    return VQADataset(source, split, samples)
+    check_split(split, validation_fraction)
+    return load_source(spec, options).dataset(split, validation_fraction=validation_fraction)
 
 
-def _read_folder(spec: str) -> Source:
-    folder = Path(spec).expanduser()
-    if not folder.is_dir():
-        raise FastLNError(f"there is no data folder {spec!r}; give the folder of a dataset, or {phantom.NAME!r}")
-    for reader in READERS:
-        if reader.recognises(folder):
-            return reader.read(folder)
-    raise FastLNError(
-        f"{folder}: no known dataset layout in this folder; looked for: {'; '.join(r.layout for r in READERS)}"
-    )
+def _reader(path: Path, layout: str | None) -> Reader:
+    if layout is not None:
+        if layout not in READERS:
+            near = get_close_matches(layout, READERS, n=1)
+            meant = f"; did you mean {near[0]!r}?" if near else ""
+            raise FastLNError(f"there is no layout {layout!r}; the layouts are {', '.join(READERS)}{meant}")
+        return READERS[layout]
+    for reader in READERS.values():
+        if reader.recognises(path):
+            return reader
+    known = "\n  ".join(f"{name}: {reader.layout}" for name, reader in READERS.items())
+    raise FastLNError(f"{path}: no dataset layout that is known. What each looks like:\n  {known}")
 
 
-def _set_aside(sample: Sample, fraction: float) -> bool:
-    digest = hashlib.sha256(sample.image.encode()).digest()
-    return int.from_bytes(digest[:8], "big") < fraction * 2**64
+def _refuse_language(spec: str, languages: tuple[str, ...], options: DataOptions) -> None:
+    if options.language is not None and options.language not in languages:
+        known = f"it has {', '.join(languages)}" if languages else "it has one"
+        raise FastLNError(f"{spec}: no language {options.language!r} to choose: {known}")

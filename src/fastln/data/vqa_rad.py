@@ -15,26 +15,22 @@ dropped from training: 14 such triples, which are 22 of the 3,064 rows. The publ
 
 from __future__ import annotations
 
-import functools
 import logging
 from pathlib import Path
 from typing import Any
 
-from PIL import Image
-
 from fastln.data.answers import normalise_answer
 from fastln.data.dataset import Sample, Source
-from fastln.data.images import read_image
-from fastln.data.rows import RowChecker, answer, choice, text, text_or_number
-from fastln.errors import FastLNError
+from fastln.data.files import read_rows
+from fastln.data.options import DataOptions
+from fastln.data.rows import ANSWER_TYPES, RowChecker, answer, choice, image_folder, line, text, text_or_number
 
-LAYOUT = "trainset.json and testset.json, or 'VQA_RAD Dataset Public.json' (VQA-RAD)"
+LAYOUT = "trainset.json and testset.json, or 'VQA_RAD Dataset Public.json'; images/"
 
 _SPLIT_FILES = {"train": "trainset.json", "test": "testset.json"}
 _PUBLIC_FILE = "VQA_RAD Dataset Public.json"
 _IMAGE_FOLDERS = ("images", "VQA_RAD Image Folder")
 _PHRASE_TYPES = {"freeform": "train", "para": "train", "test_freeform": "test", "test_para": "test"}
-_ANSWER_TYPES = {"CLOSED": True, "OPEN": False}
 _NO_FRAME = "NULL"
 
 logger = logging.getLogger(__name__)
@@ -45,91 +41,62 @@ def recognises(folder: Path) -> bool:
     return any((folder / name).is_file() for name in (*_SPLIT_FILES.values(), _PUBLIC_FILE))
 
 
-def read(folder: Path) -> Source:
+def read(folder: Path, options: DataOptions) -> Source:
     """Read a VQA-RAD folder; where it holds both layouts, the split files.
-
-    Every row is checked, that its image exists included; images are decoded only when asked for.
 
     Args:
         folder: A folder that `recognises` accepts.
+        options: Whether to skip bad rows.
 
     Raises:
         FastLNError: A file or the image folder is missing; a file is not a JSON list (with line and column); or rows
             are bad: all of them are counted, the first 10 told with file, index and reason.
     """
-    rows = RowChecker(_image_folder(folder))
+    rows = RowChecker(image_folder(folder, *_IMAGE_FOLDERS), skip=options.skip_bad_rows)
     if (folder / _PUBLIC_FILE).is_file() and not all((folder / name).is_file() for name in _SPLIT_FILES.values()):
         splits = _read_public(folder / _PUBLIC_FILE, rows)
     else:
         splits = {split: _read_split(folder / name, rows) for split, name in _SPLIT_FILES.items()}
-    rows.raise_problems()
     tested = {_triple(sample) for sample in splits["test"]}
     train = [sample for sample in splits["train"] if _triple(sample) not in tested]
-    logger.info(
-        "%s: %d questions to train on (%d more, which the test split repeats, dropped), %d to test on, %d images",
-        folder,
-        len(train),
-        len(splits["train"]) - len(train),
-        len(splits["test"]),
-        len(rows.paths),
-    )
-    return Source(
-        name="vqa-rad",
-        synthetic=False,
-        splits={"train": train, "test": splits["test"]},
-        image=functools.partial(_image, rows.paths),
-    )
+    logger.info("vqa-rad: dropped %d training questions that the test split repeats", len(splits["train"]) - len(train))
+    return rows.source("vqa-rad", {"train": train, "test": splits["test"]})
 
 
 def _read_split(file: Path, rows: RowChecker) -> list[Sample]:
-    def parse(row: dict[str, Any]) -> Sample:
-        return _sample(row, text_or_number(row, "qid"), text(row, "question"), rows)
+    def parse(row: dict[str, Any], index: int) -> Sample:
+        return _sample(row, text_or_number(row, "qid"), line(row, "question"), rows)
 
-    return rows.read(file, parse)
+    return rows.read(file, read_rows(file), parse)
 
 
 def _read_public(file: Path, rows: RowChecker) -> dict[str, list[Sample]]:
     splits: dict[str, list[Sample]] = {"train": [], "test": []}
     number = 0
 
-    def parse(row: dict[str, Any]) -> None:
+    def parse(row: dict[str, Any], index: int) -> None:
         nonlocal number
         split = choice(row, "phrase_type", _PHRASE_TYPES)
         number += 1
-        splits[split].append(_sample(row, str(number), text(row, "question"), rows))
-        frame = text(row, "question_frame")
+        splits[split].append(_sample(row, str(number), line(row, "question"), rows))
+        frame = line(row, "question_frame")
         if frame != _NO_FRAME:
             number += 1
             splits["train"].append(_sample(row, str(number), frame, rows))
 
-    rows.read(file, parse)
+    rows.read(file, read_rows(file), parse)
     return splits
 
 
 def _sample(row: dict[str, Any], qid: str, question: str, rows: RowChecker) -> Sample:
-    name = text(row, "image_name")
-    rows.image(name)
     return Sample(
         id=qid,
-        image=name,
-        question=" ".join(question.split()),
+        image=rows.image(text(row, "image_name")),
+        question=question,
         answer=answer(row, "answer"),
-        closed=choice(row, "answer_type", _ANSWER_TYPES),
+        closed=choice(row, "answer_type", ANSWER_TYPES),
     )
 
 
 def _triple(sample: Sample) -> tuple[str, str, str]:
     return sample.image, sample.question.lower(), normalise_answer(sample.answer)
-
-
-def _image_folder(folder: Path) -> Path:
-    for name in _IMAGE_FOLDERS:
-        if (folder / name).is_dir():
-            return folder / name
-    raise FastLNError(f"{folder}: no folder of images; looked for {' and '.join(map(repr, _IMAGE_FOLDERS))}")
-
-
-def _image(paths: dict[str, Path], key: str) -> Image.Image:
-    if key not in paths:
-        raise FastLNError(f"no question of this data is about an image named {key!r}")
-    return read_image(paths[key])

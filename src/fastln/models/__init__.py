@@ -42,9 +42,10 @@ def load_task(
         device: where the model goes.
 
     Raises:
-        FastLNError: if `spec` is none of these, or what it names cannot be loaded.
+        FastLNError: if `spec` is none of these, what it names cannot be loaded, or the data is not for it.
     """
     task = _load(spec, train_data, dtype, seed)
+    task.check_data(train_data)
     task.model.to(device)
     return task
 

@@ -10,6 +10,9 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from fastln.data import demands
+from fastln.errors import FastLNError
+
 if TYPE_CHECKING:
     from fastln.data import Sample, VQADataset
     from fastln.models.images import ImagePixels
@@ -27,9 +30,11 @@ class VQATask(ABC):
         name: what tables call the model.
         head: names of the modules that make up the task head.
         random_head: those of them that start random and so train under every method.
+        takes: which of the data's demands (`fastln.data.demands`) beyond one question about one image it can meet.
     """
 
     head: tuple[str, ...]
+    takes: frozenset[str] = frozenset()
 
     def __init__(
         self,
@@ -55,6 +60,18 @@ class VQATask(ABC):
     def random_weights(self) -> bool:
         """Whether the model was built from a bare configuration, so that accuracy means nothing; saved with it."""
         return bool(getattr(self.model.config, "random_weights", False))
+
+    def check_data(self, dataset: VQADataset) -> None:
+        """Check that the model can use what the samples hold.
+
+        Raises:
+            FastLNError: if they hold several images, reports or conversations, and the model has no place for them.
+        """
+        if missing := sorted(demands(dataset.samples) - self.takes):
+            raise FastLNError(
+                f"{dataset.name} holds {' and '.join(missing)}, which {self.name} cannot take: it answers one question "
+                "about one image"
+            )
 
     @abstractmethod
     def collate(self, samples: list[Sample], dataset: VQADataset) -> dict[str, Tensor]:

@@ -1,0 +1,93 @@
+"""The reader of conversations in the format of LLaVA-Med: a JSON list (or JSON Lines) of `image`, `conversations`.
+
+`conversations` is a list of turns, `{"from": "human", "value": ...}` and `{"from": "gpt", "value": ...}` by turns;
+LLaVA-Med's own files spell the field `conversatons` in places, which is read too. `<image>` in the first question
+marks where the image goes and is taken out: a model puts images where it wants them. One conversation is one sample:
+the last question with its answer, and the turns before as its history. `answer_type`, where there is one, says CLOSED
+or OPEN.
+
+Files, splits and images are found as for plain rows; see `fastln.data.plain`.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from fastln.data.answers import normalise_answer
+from fastln.data.dataset import Sample, Source
+from fastln.data.files import BadRowError, shown
+from fastln.data.options import DataOptions
+from fastln.data.plain import image_names, images_beside, read_splits, split_files
+from fastln.data.rows import RowChecker, as_text, closed_label, text_or_number
+
+LAYOUT = "a file .json or .jsonl of image, conversations [{from, value}]; or a folder of train, validation, test files"
+
+_FIELDS = ("conversations", "conversatons")
+_SPEAKERS = ("human", "gpt")
+_IMAGE = "<image>"
+_PEEKED = 1 << 16
+
+
+def recognises(path: Path) -> bool:
+    """Tell whether the first of the files that plain rows would be in holds conversations."""
+    for file in split_files(path).values():
+        with file.open("rb") as stream:
+            start = stream.read(_PEEKED)
+        return any(f'"{field}"'.encode() in start for field in _FIELDS)
+    return False
+
+
+def read(path: Path, options: DataOptions) -> Source:
+    """Read the conversations.
+
+    Args:
+        path: What `recognises` accepts.
+        options: Whether to skip bad rows.
+
+    Raises:
+        FastLNError: A file cannot be read, or rows are bad.
+    """
+    rows = RowChecker(images_beside(path), skip=options.skip_bad_rows)
+
+    def parse(row: dict[str, Any], index: int) -> Sample:
+        image, *views = [rows.image(name) for name in image_names(row)]
+        *history, (question, answer) = _turns(row, 1 + len(views))
+        return Sample(
+            id=text_or_number(row, "id") if "id" in row else str(index),
+            image=image,
+            question=question,
+            answer=answer,
+            closed=closed_label(row),
+            views=tuple(views),
+            history=tuple(history),
+        )
+
+    return read_splits(path, rows, parse)
+
+
+def _turns(row: dict[str, Any], n_images: int) -> list[tuple[str, str]]:
+    """Give the questions with their answers."""
+    field = next((name for name in _FIELDS if name in row), _FIELDS[0])
+    turns = row.get(field)
+    if not isinstance(turns, list) or not turns or len(turns) % 2:
+        raise BadRowError(f"field {field!r} must be a list of questions, each with its answer, not {shown(turns)}")
+    values = []
+    for number, turn in enumerate(turns):
+        speaker = _SPEAKERS[number % 2]
+        if not isinstance(turn, dict) or turn.get("from") != speaker:
+            raise BadRowError(f"turn {number} must be from {speaker!r}, not {shown(turn)}")
+        values.append(_value(turn, number, n_images))
+    return list(zip(values[::2], values[1::2], strict=True))
+
+
+def _value(turn: dict[str, Any], number: int, n_images: int) -> str:
+    value = as_text(turn.get("value"), f"the value of turn {number}")
+    if number % 2:
+        if not normalise_answer(value):
+            raise BadRowError(f"the value of turn {number} is {shown(value)}, of which normalising leaves nothing")
+        return value
+    marks = value.count(_IMAGE)
+    if marks > (n_images if number == 0 else 0):
+        raise BadRowError(f"turn {number} holds {marks} times {_IMAGE}; the row has {n_images}, due in turn 0")
+    return as_text(" ".join(value.replace(_IMAGE, " ").split()), f"the value of turn {number}")

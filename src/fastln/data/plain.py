@@ -1,0 +1,103 @@
+"""The reader of one's own questions: JSON Lines, CSV or a JSON list with the fields `image`, `question` and `answer`.
+
+A folder holds one file per split: `train`, `validation` (or `val`) and `test`, each with the suffix `.jsonl`, `.csv` or
+`.json`. A single file is all training. Images are named relative to the folder `images` beside the files where there is
+one, to the files' own folder otherwise. Optional fields: `id` (the row's index by default) and `answer_type`, CLOSED
+or OPEN. In JSON, `image` may be a list of several, all views of one study.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from fastln.data.dataset import Sample, Source
+from fastln.data.files import SUFFIXES, BadRowError, read_rows
+from fastln.data.options import DataOptions
+from fastln.data.rows import RowChecker, answer, as_text, closed_label, line, text_or_number
+from fastln.errors import FastLNError
+
+LAYOUT = "a file .jsonl, .csv or .json of image, question, answer; or a folder of train, validation and test files"
+
+_STEMS = {"train": ("train",), "validation": ("validation", "val"), "test": ("test",)}
+
+
+def split_files(path: Path) -> dict[str, Path]:
+    """Give the file of each split that is there: in a folder by their names, a single file is `train`.
+
+    Raises:
+        FastLNError: Two files could be the same split.
+    """
+    if path.is_file():
+        return {"train": path} if path.suffix in SUFFIXES else {}
+    found = {}
+    for split, stems in _STEMS.items():
+        files = [file for stem in stems for suffix in SUFFIXES if (file := path / f"{stem}{suffix}").is_file()]
+        if len(files) > 1:
+            raise FastLNError(f"{path}: which is the {split} split, {' or '.join(file.name for file in files)}?")
+        if files:
+            found[split] = files[0]
+    return found
+
+
+def read_splits(path: Path, rows: RowChecker, parse: Callable[[dict[str, Any], int], Sample]) -> Source:
+    """Read the file of each split.
+
+    Raises:
+        FastLNError: There is none, one cannot be read, or rows are bad.
+    """
+    files = split_files(path)
+    if not files:
+        raise FastLNError(f"{path}: no file of rows; looked for train, validation (or val), test{'|'.join(SUFFIXES)}")
+    return rows.source(path.stem, {split: rows.read(file, read_rows(file), parse) for split, file in files.items()})
+
+
+def images_beside(path: Path) -> Path:
+    """Give the folder that images are named relative to."""
+    folder = path if path.is_dir() else path.parent
+    return folder / "images" if (folder / "images").is_dir() else folder
+
+
+def image_names(row: dict[str, Any]) -> list[str]:
+    """Give the names in the field `image`: one, or a list of at least one.
+
+    Raises:
+        BadRowError: There is none.
+    """
+    value = row.get("image")
+    names = value if isinstance(value, list) else [value]
+    if value is None or not names:
+        raise BadRowError("field 'image' is missing")
+    return [as_text(name, "field 'image'") for name in names]
+
+
+def recognises(path: Path) -> bool:
+    """Tell whether this is a file of rows, or a folder with one for a split."""
+    return bool(split_files(path))
+
+
+def read(path: Path, options: DataOptions) -> Source:
+    """Read the questions.
+
+    Args:
+        path: What `recognises` accepts.
+        options: Whether to skip bad rows.
+
+    Raises:
+        FastLNError: A file cannot be read, or rows are bad.
+    """
+    rows = RowChecker(images_beside(path), skip=options.skip_bad_rows)
+
+    def parse(row: dict[str, Any], index: int) -> Sample:
+        image, *views = [rows.image(name) for name in image_names(row)]
+        return Sample(
+            id=text_or_number(row, "id") if "id" in row else str(index),
+            image=image,
+            question=line(row, "question"),
+            answer=answer(row, "answer"),
+            closed=closed_label(row),
+            views=tuple(views),
+        )
+
+    return read_splits(path, rows, parse)

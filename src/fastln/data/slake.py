@@ -1,0 +1,62 @@
+"""The reader of SLAKE (Liu et al., ISBI 2021): `train.json`, `validate.json`, `test.json`, `imgs/xmlabN/source.jpg`.
+
+The copy on the hub calls the second file `validation.json` and packs the images into `imgs.zip`, which must be
+unpacked. Half of the questions are English and half Chinese; one language is read.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from fastln.data.dataset import Sample, Source
+from fastln.data.files import read_rows
+from fastln.data.options import DataOptions
+from fastln.data.rows import ANSWER_TYPES, RowChecker, answer, choice, image_folder, line, text, text_or_number
+from fastln.errors import FastLNError
+
+LAYOUT = "train.json, validate.json (or validation.json), test.json; imgs/xmlabN/source.jpg"
+LANGUAGES = ("en", "zh")
+
+_FILES = {"train": ("train.json",), "validation": ("validate.json", "validation.json"), "test": ("test.json",)}
+_IMAGES = "imgs"
+_ARCHIVE = "imgs.zip"
+
+
+def recognises(folder: Path) -> bool:
+    """Tell whether a folder holds SLAKE's images, or the archive of them, and any of its files."""
+    images = (folder / _IMAGES).is_dir() or (folder / _ARCHIVE).is_file()
+    return images and any((folder / name).is_file() for names in _FILES.values() for name in names)
+
+
+def read(folder: Path, options: DataOptions) -> Source:
+    """Read the questions in one language.
+
+    Args:
+        folder: A folder that `recognises` accepts.
+        options: The language, and whether to skip bad rows.
+
+    Raises:
+        FastLNError: A file or the image folder is missing; a file is not a JSON list; or rows are bad.
+    """
+    if not (folder / _IMAGES).is_dir() and (folder / _ARCHIVE).is_file():
+        raise FastLNError(f"{folder / _ARCHIVE}: unpack the images first, to {folder / _IMAGES}")
+    rows = RowChecker(image_folder(folder, _IMAGES), skip=options.skip_bad_rows)
+    language = options.language or LANGUAGES[0]
+
+    def parse(row: dict[str, Any], index: int) -> Sample | None:
+        if choice(row, "q_lang", {name: name for name in LANGUAGES}) != language:
+            return None
+        return Sample(
+            id=text_or_number(row, "qid"),
+            image=rows.image(text(row, "img_name")),
+            question=line(row, "question"),
+            answer=answer(row, "answer"),
+            closed=choice(row, "answer_type", ANSWER_TYPES),
+        )
+
+    splits = {}
+    for split, names in _FILES.items():
+        file = next((folder / name for name in names if (folder / name).is_file()), folder / names[0])
+        splits[split] = [sample for sample in rows.read(file, read_rows(file), parse) if sample]
+    return rows.source("slake", splits)
