@@ -19,7 +19,13 @@ app = typer.Typer(
     help="Tune the norms of a transformer fast, and compare that with the other methods.",
 )
 
-Data = Annotated[str, typer.Option(help="'phantom' (embedded, synthetic) or a dataset's folder.")]
+Data = Annotated[str, typer.Option(help="'phantom' (embedded, synthetic), or a dataset's folder or file.")]
+Layout = Annotated[
+    str | None,
+    typer.Option(help="vqa-rad, slake, path-vqa, iu-xray, llava-med or plain; recognised by default."),
+]
+Language = Annotated[str | None, typer.Option(help="Of SLAKE's questions: en (the default) or zh.")]
+SkipBadRows = Annotated[bool, typer.Option("--skip-bad-rows", help="Leave bad rows out, with a count.")]
 Model = Annotated[
     str,
     typer.Option(help="'dual', 'dual:VISION,TEXT', 'blip', 'blip:SOURCE', or a folder that `fastln train` wrote."),
@@ -95,10 +101,14 @@ def train(
     dtype: DType = "auto",
     device: Device = "auto",
     seed: Annotated[int, typer.Option(help="Of the head's weights, the batches and dropout.")] = 0,
+    layout: Layout = None,
+    language: Language = None,
+    skip_bad_rows: SkipBadRows = False,
     resume: Annotated[bool, typer.Option(help="Continue from the last checkpoint in the folder.")] = False,
     overwrite: Annotated[bool, typer.Option(help="Replace an earlier run in the folder.")] = False,
 ) -> None:
     """Tune a model, save it and count its right answers on the test questions."""
+    from fastln.data import DataOptions
     from fastln.training.run import TrainRun, run_training
     from fastln.training.trainer import TrainConfig
 
@@ -112,7 +122,8 @@ def train(
         questions_per_image=questions_per_image,
         seed=seed,
     )
-    run = TrainRun(data, model, engine, config, validation=validation, dtype=dtype, device=device)
+    options = DataOptions(layout, language, skip_bad_rows)
+    run = TrainRun(data, model, engine, config, validation=validation, dtype=dtype, device=device, options=options)
     run_training(run, out, resume=resume, overwrite=overwrite)
 
 
@@ -120,16 +131,31 @@ def train(
 def evaluate(
     model: Annotated[str, typer.Argument(help="A folder that `fastln train` wrote, or any --model of it.")],
     data: Data = "phantom",
-    split: Annotated[str, typer.Option(help="train or test.")] = "test",
+    split: Annotated[str, typer.Option(help="train, validation or test, as published.")] = "test",
     batch_size: Annotated[int, typer.Option(min=1)] = 64,
     dtype: DType = "auto",
     device: Device = "auto",
     predictions: Annotated[Path | None, typer.Option(help="Write every answer to this JSON Lines file.")] = None,
+    metrics: Annotated[Path | None, typer.Option(help="Write the scores to this JSON file.")] = None,
+    layout: Layout = None,
+    language: Language = None,
+    skip_bad_rows: SkipBadRows = False,
 ) -> None:
-    """Count a model's right answers: all, closed, open."""
+    """Score a model's answers (all, closed, open) or its reports (BLEU, ROUGE-L, CIDEr)."""
+    from fastln.data import DataOptions
     from fastln.training.run import run_evaluation
 
-    run_evaluation(model, data, split, batch_size=batch_size, dtype=dtype, device=device, predictions=predictions)
+    run_evaluation(
+        model,
+        data,
+        split,
+        batch_size=batch_size,
+        dtype=dtype,
+        device=device,
+        predictions=predictions,
+        metrics=metrics,
+        options=DataOptions(layout, language, skip_bad_rows),
+    )
 
 
 @app.command()

@@ -1,5 +1,6 @@
 """fastln train and fastln eval: what lands in the folder, resuming, and what bad options get."""
 
+import dataclasses
 import json
 
 import pytest
@@ -7,7 +8,7 @@ import tiny
 import torch
 from safetensors.torch import load_file, save_file
 
-from fastln.data import VQADataset, load_dataset
+from fastln.data import DataOptions, Source, load_source
 from fastln.errors import FastLNError
 from fastln.training import TrainConfig, evaluate, train_task
 from fastln.training import run as run_module
@@ -19,12 +20,11 @@ from fastln.training.run import TrainRun, run_evaluation, run_training
 def few(monkeypatch) -> None:
     """Make every split of the phantom small."""
 
-    def load(spec: str, split: str, *, validation_fraction: float = 0.0) -> VQADataset:
-        data = load_dataset(spec, split, validation_fraction=validation_fraction)
-        data.samples = data.samples[:24]
-        return data
+    def load(spec: str, options: DataOptions | None = None) -> Source:
+        source = load_source(spec, options)
+        return dataclasses.replace(source, splits={name: rows[:24] for name, rows in source.splits.items()})
 
-    monkeypatch.setattr(run_module, "load_dataset", load)
+    monkeypatch.setattr(run_module, "load_source", load)
 
 
 def spec(folder):

@@ -39,8 +39,8 @@ def _check(job: Job, task: VQATask, data: VQADataset) -> Checked:
     suite = job.suite
     for _ in itertools.islice(_batches(job, task, data), suite.warmup_steps + suite.steps):
         pass  # reads every image that the rounds will
-    if suite.epochs:
-        load_dataset(suite.data, "test")
+    if suite.epochs and any(sample.is_report for sample in load_dataset(suite.data, "test").samples):
+        raise FastLNError(f"{data.name} is of reports: there are no answers to count; set epochs to 0")
     return Checked(task.name, task.random_weights, data.name, data.synthetic)
 
 

@@ -1,4 +1,4 @@
-"""Ask a model every question of a dataset and count the right answers."""
+"""Ask a model every question of a dataset and score what it says."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import nn
 from tqdm import tqdm
 
 from fastln.data import VQADataset
-from fastln.metrics import Accuracy, accuracy
+from fastln.metrics import Accuracy, ReportScores, score
 from fastln.models import VQATask
 
 
@@ -33,10 +33,12 @@ def predict(task: VQATask, dataset: VQADataset, *, batch_size: int = 64, progres
     return predictions
 
 
-def evaluate(task: VQATask, dataset: VQADataset, *, batch_size: int = 64, progress: bool = False) -> Accuracy:
-    """Return the exact-match accuracy over all, closed and open questions; see `predict` for the arguments."""
+def evaluate(
+    task: VQATask, dataset: VQADataset, *, batch_size: int = 64, progress: bool = False
+) -> Accuracy | ReportScores:
+    """Return how good a model's answers (or reports) are; see `predict` for the arguments."""
     predictions = predict(task, dataset, batch_size=batch_size, progress=progress)
-    return accuracy(predictions, dataset.samples)
+    return score(predictions, dataset.samples)
 
 
 @contextmanager

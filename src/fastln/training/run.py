@@ -5,16 +5,17 @@ from __future__ import annotations
 import json
 import logging
 import shutil
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from fastln.data import VQADataset, load_dataset
+from fastln.data import DataOptions, VQADataset, load_source
 from fastln.data.answers import normalise_answer
+from fastln.data.dataset import check_split
 from fastln.errors import FastLNError
 from fastln.machine import settle_device, settle_dtype
 from fastln.methods import get_method
-from fastln.metrics import Accuracy, accuracy
+from fastln.metrics import Accuracy, ReportScores, check_scorable, score
 from fastln.models import VQATask, load_task
 from fastln.training.evaluate import evaluate, predict
 from fastln.training.trainer import TrainConfig, TrainResult, has_checkpoint, train_task
@@ -31,13 +32,14 @@ class TrainRun:
     """One training run: what `fastln train` was asked for.
 
     Attributes:
-        data: "phantom" or a dataset's folder.
+        data: "phantom", or a dataset's folder or file.
         model: as `fastln.models.load_task` takes it.
         engine: who runs the method; the method's first where None.
         config: how to train.
         validation: share of the training images whose questions are held out and scored beside the test questions.
         dtype: "float32", "bfloat16" or "auto".
         device: "cpu", "cuda" or "auto".
+        options: how the data is read.
     """
 
     data: str
@@ -47,14 +49,15 @@ class TrainRun:
     validation: float = 0.0
     dtype: str = "auto"
     device: str = "auto"
+    options: DataOptions = field(default_factory=DataOptions)
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What came of a run: `test` and `validation` accuracy (None where nothing was held out), and the training."""
+    """What came of a run: the scores on `test` and `validation` (None where the data has none), and the training."""
 
-    test: Accuracy
-    validation: Accuracy | None
+    test: Accuracy | ReportScores | None
+    validation: Accuracy | ReportScores | None
     training: TrainResult
 
 
@@ -74,10 +77,14 @@ def run_training(run: TrainRun, out: Path, *, resume: bool = False, overwrite: b
     device = settle_device(run.device)
     dtype = settle_dtype(run.dtype, device)
     _check_folder(run, out, resume=resume, overwrite=overwrite)
-    data = load_dataset(run.data, "train", validation_fraction=run.validation)
+    source = load_source(run.data, run.options)
+    data = source.dataset("train", validation_fraction=run.validation)
     # What cannot be had is better found before the training than after.
-    test_data = load_dataset(run.data, "test")
-    held_out = load_dataset(run.data, "validation", validation_fraction=run.validation) if run.validation else None
+    scored = {split: source.dataset(split) for split in ("validation", "test") if split in source.splits}
+    if run.validation:
+        scored = {"validation": source.dataset("validation", validation_fraction=run.validation)} | scored
+    for dataset in scored.values():
+        check_scorable(dataset.samples)
     task = load_task(run.model, data, dtype=dtype, seed=run.config.seed, device=device)
     logger.info("%s by %s on %s (%s), %d questions of %s", method.name, engine, task.name, dtype, len(data), data.name)
     if not resume:
@@ -97,16 +104,14 @@ def run_training(run: TrainRun, out: Path, *, resume: bool = False, overwrite: b
         result.seconds,
     )
     task.save(out / MODEL)
-    validation = None if held_out is None else evaluate(task, held_out, progress=True)
-    test = evaluate(task, test_data, progress=True)
-    outcome = Outcome(test, validation, result)
+    scores = {split: evaluate(task, dataset, progress=True) for split, dataset in scored.items()}
+    outcome = Outcome(scores.get("test"), scores.get("validation"), result)
     _write(
         out / RECORD,
         {"run": asdict(run), "engine": engine, "dtype": str(dtype), "finished": True, **asdict(outcome)},
     )
-    if validation is not None:
-        _report(task, data, "validation", validation, trained=True)
-    _report(task, data, "test", test, trained=True)
+    for split, value in scores.items():
+        _report(task, data, split, value, trained=True)
     logger.info("the model is in %s; score it again with: fastln eval %s --data %s", out / MODEL, out / MODEL, run.data)
     return outcome
 
@@ -120,41 +125,53 @@ def run_evaluation(
     dtype: str = "auto",
     device: str = "auto",
     predictions: Path | None = None,
-) -> Accuracy:
+    metrics: Path | None = None,
+    options: DataOptions | None = None,
+) -> Accuracy | ReportScores:
     """Score a saved model and print the result.
 
     Args:
         model: as `fastln.models.load_task` takes it; the output folder of `fastln train` will do too.
-        data: "phantom" or a dataset's folder.
-        split: "train" or "test".
+        data: "phantom", or a dataset's folder or file.
+        split: "train", "validation" or "test".
         batch_size: questions per batch.
         dtype: "float32", "bfloat16" or "auto".
         device: "cpu", "cuda" or "auto".
         predictions: JSON Lines file for every question with its answer and the model's.
+        metrics: JSON file for the scores.
+        options: how the data is read.
 
     Raises:
         FastLNError: for anything that cannot be had as given.
     """
-    if predictions is not None and not predictions.absolute().parent.is_dir():
-        raise FastLNError(f"{predictions}: the folder for the predictions does not exist")
-    if predictions is not None and predictions.is_dir():
-        raise FastLNError(f"{predictions}: is a folder; name a file for the predictions")
-    if split not in (valid := ("train", "test")):
-        raise FastLNError(f"there is no split {split!r} to score; valid: {', '.join(valid)}")
+    _check_file(predictions, "predictions")
+    _check_file(metrics, "metrics")
+    check_split(split)
     place = settle_device(device)
-    dataset = load_dataset(data, split)
-    source = _saved_model(Path(model)) or model
+    source = load_source(data, options)
+    dataset = source.dataset(split)
+    check_scorable(dataset.samples)
+    weights = _saved_model(Path(model)) or model
     # A saved model brings its own vocabulary; a new one takes it from the training questions.
-    words_from = dataset if Path(source).is_dir() else load_dataset(data, "train")
-    task = load_task(source, words_from, dtype=settle_dtype(dtype, place), device=place)
+    words_from = dataset if Path(weights).is_dir() else source.dataset("train")
+    task = load_task(weights, words_from, dtype=settle_dtype(dtype, place), device=place)
     answers = predict(task, dataset, batch_size=batch_size, progress=True)
     if predictions is not None:
         with predictions.open("w") as file:
             for sample, answer in zip(dataset.samples, answers, strict=True):
                 file.write(json.dumps(asdict(sample) | {"prediction": normalise_answer(answer)}) + "\n")
-    score = accuracy(answers, dataset.samples)
-    _report(task, dataset, split, score, trained=False)
-    return score
+    scores = score(answers, dataset.samples)
+    if metrics is not None:
+        _write(metrics, {"model": task.name, "data": dataset.name, "split": split, **asdict(scores)})
+    _report(task, dataset, split, scores, trained=False)
+    return scores
+
+
+def _check_file(path: Path | None, what: str) -> None:
+    if path is not None and not path.absolute().parent.is_dir():
+        raise FastLNError(f"{path}: the folder for the {what} does not exist")
+    if path is not None and path.is_dir():
+        raise FastLNError(f"{path}: is a folder; name a file for the {what}")
 
 
 def _saved_model(folder: Path) -> str | None:
@@ -165,7 +182,7 @@ def _saved_model(folder: Path) -> str | None:
     return None
 
 
-def _report(task: VQATask, data: VQADataset, split: str, score: Accuracy, *, trained: bool) -> None:
+def _report(task: VQATask, data: VQADataset, split: str, scores: Accuracy | ReportScores, *, trained: bool) -> None:
     notes = []
     if task.random_head and not trained:
         notes.append("the task head was never trained: the figure is chance")
@@ -173,16 +190,8 @@ def _report(task: VQATask, data: VQADataset, split: str, score: Accuracy, *, tra
         notes.append("towers of random weights: the figure says nothing about the method")
     if data.synthetic:
         notes.append("synthetic data")
-    parts = [
-        f"{name} {'-' if percent is None else f'{percent:.1f}%'} of {count}"
-        for name, percent, count in (
-            ("all", score.all, score.n_all),
-            ("closed", score.closed, score.n_closed),
-            ("open", score.open, score.n_open),
-        )
-    ]
     remark = f" ({'; '.join(notes)})" if notes else ""
-    print(f"{data.name} {split}: exact match: {', '.join(parts)}{remark}")
+    print(f"{data.name} {split}{remark}: {scores.summary()}")
 
 
 def _check_folder(run: TrainRun, out: Path, *, resume: bool, overwrite: bool) -> None:
