@@ -1,5 +1,8 @@
 """Image files of every kind to RGB, and those that cannot be read."""
 
+import struct
+import zlib
+
 import numpy as np
 import pytest
 from PIL import Image
@@ -50,6 +53,33 @@ def test_other_modes(tmp_path, mode, colour):
     assert (read(tmp_path / "image.tif") == {"L": 9}.get(mode, 255)).all()
 
 
+def test_deep_colour_keeps_its_high_byte(tmp_path):
+    """A PNG of 16 bits a channel, written by hand: Pillow cannot write one."""
+
+    def chunk(name, content):
+        return struct.pack(">I", len(content)) + name + content + struct.pack(">I", zlib.crc32(name + content))
+
+    header = struct.pack(">IIBBBBB", 2, 1, 16, 2, 0, 0, 0)
+    row = b"\0" + struct.pack(">6H", 0, 257, 65535, 32768, 255, 256)
+    parts = [chunk(b"IHDR", header), chunk(b"IDAT", zlib.compress(row)), chunk(b"IEND", b"")]
+    (tmp_path / "deep.png").write_bytes(b"\x89PNG\r\n\x1a\n" + b"".join(parts))
+    assert read(tmp_path / "deep.png").tolist() == [[[0, 1, 255], [128, 0, 1]]]
+
+
+@pytest.mark.parametrize("name", ["a.gif", "a.webp", "a.png", "a.tif"])
+def test_of_an_animation_the_first_image_is_taken(tmp_path, name):
+    first, second = Image.new("L", (4, 3), 40), Image.new("L", (4, 3), 200)
+    lossless = {"lossless": True} if name == "a.webp" else {}
+    first.save(tmp_path / name, save_all=True, append_images=[second], **lossless)
+    images.check_image(tmp_path / name)
+    assert (read(tmp_path / name) == 40).all()
+
+
+def test_cmyk_jpeg(tmp_path):
+    Image.new("CMYK", (16, 16), (0, 0, 0, 255)).save(tmp_path / "ink.jpg")
+    assert read(tmp_path / "ink.jpg").max() < 8
+
+
 def test_stored_orientation_is_applied(tmp_path):
     image = Image.new("L", (8, 4))
     exif = image.getexif()
@@ -98,14 +128,39 @@ def gone(path):
 )
 def test_an_unreadable_image_is_named(tmp_path, name, make, reason):
     make(tmp_path / name)
-    with pytest.raises(FastLNError) as caught:
-        images.read_image(tmp_path / name)
-    assert str(caught.value).startswith(f"{tmp_path / name}: ")
-    assert reason in str(caught.value)
+    for function in (images.read_image, images.check_image):
+        with pytest.raises(FastLNError) as caught:
+            function(tmp_path / name)
+        assert str(caught.value).startswith(f"{tmp_path / name}: ")
+        assert reason in str(caught.value).lower()
+
+
+@pytest.mark.parametrize("name", ["a.jpg", "a.png", "a.gif", "a.webp", "a.bmp", "a.tif", "a.jp2", "a.ppm"])
+def test_a_file_cut_anywhere_is_found_by_the_check(tmp_path, name):
+    noise = np.random.default_rng(0).integers(0, 256, (64, 64), dtype=np.uint8)
+    Image.fromarray(noise).save(tmp_path / name)
+    content = (tmp_path / name).read_bytes()
+    images.check_image(tmp_path / name)
+    images.check_image(content, "bytes")
+    for share in (0.1, 0.5, 0.9):
+        (tmp_path / name).write_bytes(content[: int(share * len(content))])
+        with pytest.raises(FastLNError, match=name):
+            images.check_image(tmp_path / name)
+
+
+@pytest.mark.parametrize("name", ["a.jpg", "a.png"])
+def test_the_check_of_progressive_and_large_files(tmp_path, name):
+    ramp = np.add.outer(np.arange(900), np.arange(1200)) % 256
+    Image.fromarray(ramp.astype(np.uint8)).save(tmp_path / name, progressive=True)
+    content = (tmp_path / name).read_bytes()
+    images.check_image(tmp_path / name)
+    with pytest.raises(FastLNError, match="bytes: cannot read"):
+        images.check_image(content[: len(content) // 2], "bytes")
 
 
 @pytest.mark.parametrize("side", [8193, 20000])  # beyond our limit, and beyond the one at which Pillow raises
 def test_a_huge_image_is_refused_before_it_is_decoded(tmp_path, side):
     Image.new("1", (side, side)).save(tmp_path / "huge.png")
-    with pytest.raises(FastLNError, match=r"huge\.png: cannot read .* pixels"):
-        images.read_image(tmp_path / "huge.png")
+    for function in (images.read_image, images.check_image):
+        with pytest.raises(FastLNError, match=r"huge\.png: cannot read .* pixels"):
+            function(tmp_path / "huge.png")

@@ -30,12 +30,14 @@ _PEEKED = 1 << 16
 
 
 def recognises(path: Path) -> bool:
-    """Tell whether the first of the files that plain rows would be in holds conversations."""
-    for file in split_files(path).values():
-        with file.open("rb") as stream:
-            start = stream.read(_PEEKED)
-        return any(f'"{field}"'.encode() in start for field in _FIELDS)
-    return False
+    """Tell whether any of the files that plain rows would be in begins with conversations."""
+    return any(_holds_conversations(file) for file in split_files(path).values())
+
+
+def _holds_conversations(file: Path) -> bool:
+    with file.open("rb") as stream:
+        start = stream.read(_PEEKED)
+    return any(f'"{field}"'.encode() in start for field in _FIELDS)
 
 
 def read(path: Path, options: DataOptions) -> Source:

@@ -1,0 +1,90 @@
+"""Conversations: turns, the mark of the image, single files, and turns that do not alternate."""
+
+import json
+
+import pytest
+from layouts import LAYOUTS, without
+
+from fastln.data import load_source
+from fastln.errors import FastLNError
+
+LLAVA = LAYOUTS["llava-med"]
+
+
+def turns(*values):
+    return [{"from": ("human", "gpt")[number % 2], "value": value} for number, value in enumerate(values)]
+
+
+def sample(tmp_path, **changes):
+    return load_source(LLAVA.make(tmp_path, train=[LLAVA.row(0) | changes])).splits["train"][0]
+
+
+def test_one_turn_has_no_history(tmp_path):
+    got = sample(tmp_path, conversations=turns("<image>\nIs it \n broken?", "Yes,\nit is."))
+    assert (got.question, got.answer, got.history) == ("Is it broken?", "Yes,\nit is.", ())
+
+
+def test_three_turns(tmp_path):
+    got = sample(tmp_path, conversations=turns("A <image>", "1.", "B", "2.", "C", "3."))
+    assert (got.question, got.answer, got.history) == ("C", "3.", (("A", "1."), ("B", "2.")))
+
+
+def test_the_field_as_llava_med_misspells_it_labels_and_several_images(tmp_path):
+    row = without(LLAVA.row(0), "conversations") | {
+        "conversatons": turns("<image><image>Is it the same?", "No"),
+        "answer_type": "CLOSED",
+        "image": ["1.jpg", "2.jpg"],
+    }
+    (got,) = load_source(LLAVA.make(tmp_path, train=[row])).splits["train"]
+    assert (got.closed, got.images, got.question) == (True, ("1.jpg", "2.jpg"), "Is it the same?")
+
+
+def test_a_single_file_is_training_and_its_images_lie_beside_it(tmp_path):
+    LLAVA.make(tmp_path)
+    file = (tmp_path / "train.json").rename(tmp_path / "images" / "instruct.json")
+    source = load_source(str(file))
+    assert list(source.splits) == ["train"]
+    assert source.name == "instruct"
+    with pytest.raises(FastLNError, match="instruct has no test split, only train"):
+        source.dataset("test")
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"conversations": []}, "field 'conversations' must be a list of questions, each with its answer, not []"),
+        ({"conversations": turns("A")}, "must be a list of questions, each with its answer, not [{"),
+        ({"conversations": [*turns("A"), *turns("B")]}, 'turn 1 must be from \'gpt\', not {"from": "human"'),
+        ({"conversations": ["A", "1"]}, "turn 0 must be from 'human', not \"A\""),
+        ({"conversations": turns("<image>", "1")}, "the value of turn 0 is empty"),
+        ({"conversations": turns("A", None)}, "the value of turn 1 must be a text, not null"),
+        ({"conversations": turns("A", "...")}, 'the value of turn 1 is "...", of which normalising leaves nothing'),
+        (
+            {"conversations": turns("<image><image>A", "1")},
+            "turn 0 holds 2 times <image>; the row has 1, due in turn 0",
+        ),
+        ({"conversations": turns("A", "1", "<image>B", "2")}, "turn 2 holds 1 times <image>"),
+        ({"image": []}, "field 'image' is missing"),
+        ({"image": None}, "field 'image' is missing"),
+        ({"image": 3}, "field 'image' must be a text, not 3"),
+        ({"answer_type": "BOTH"}, "which is none of CLOSED, OPEN"),
+    ],
+)
+def test_bad_rows(tmp_path, change, reason):
+    with pytest.raises(FastLNError) as caught:
+        sample(tmp_path, **change)
+    assert 'train.json: row 0 (id "fig_0"): ' in str(caught.value)
+    assert reason in str(caught.value)
+
+
+def test_a_field_of_neither_name(tmp_path):
+    spec = LLAVA.make(tmp_path, train=[LLAVA.row(0), without(LLAVA.row(0), "conversations")])
+    with pytest.raises(FastLNError, match=r"row 1 .* field 'conversations' must be a list"):
+        load_source(spec)
+
+
+def test_json_lines(tmp_path):
+    LLAVA.make(tmp_path)
+    (tmp_path / "train.json").unlink()
+    (tmp_path / "train.jsonl").write_text(f"{json.dumps(LLAVA.row(0))}\n{json.dumps(LLAVA.row(1))}\n")
+    assert [sample.id for sample in load_source(str(tmp_path)).splits["train"]] == ["fig_0", "fig_1"]

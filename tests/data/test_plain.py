@@ -1,0 +1,87 @@
+"""One's own rows: optional fields, names of files, and lines that cannot be parsed."""
+
+import pytest
+from layouts import LAYOUTS, jpeg, save
+
+from fastln.data import load_source
+from fastln.errors import FastLNError
+
+JSONL, CSV = LAYOUTS["plain, jsonl"], LAYOUTS["plain, csv"]
+
+
+def refusal(spec):
+    with pytest.raises(FastLNError) as caught:
+        load_source(str(spec))
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("layout", [JSONL, CSV])
+def test_optional_fields(tmp_path, layout):
+    rows = [layout.row(0) | {"id": "q7", "answer_type": "CLOSED"}, layout.row(1) | {"id": "q8", "answer_type": ""}]
+    train = load_source(layout.make(tmp_path, train=rows)).splits["train"]
+    assert [(sample.id, sample.closed) for sample in train] == [("q7", True), ("q8", None)]
+
+
+def test_several_images(tmp_path):
+    row = JSONL.row(0) | {"image": ["1.jpg", "2.jpg"]}
+    assert load_source(JSONL.make(tmp_path, train=[row])).splits["train"][0].images == ("1.jpg", "2.jpg")
+    assert "field 'image' is missing" in refusal(JSONL.make(tmp_path / "b", train=[row | {"image": []}]))
+
+
+def test_a_folder_of_any_of_the_splits_and_a_single_file(tmp_path):
+    save(tmp_path / "a.jpg", jpeg(0))
+    save(tmp_path / "val.csv", b'\xef\xbb\xbfimage,question,answer\r\na.jpg,"Is it,\r\nnormal?",5\r\n')
+    source = load_source(str(tmp_path))
+    assert list(source.splits) == ["validation"]
+    assert (source.splits["validation"][0].question, source.splits["validation"][0].answer) == ("Is it, normal?", "5")
+    assert list(load_source(str(tmp_path / "val.csv")).splits) == ["train"]
+
+
+def test_two_files_of_one_split(tmp_path):
+    JSONL.make(tmp_path)
+    save(tmp_path / "val.csv", b"")
+    assert "which is the validation split, validation.jsonl or val.csv?" in refusal(tmp_path)
+
+
+def test_lines_that_cannot_be_parsed_are_bad_rows(tmp_path):
+    spec = JSONL.make(tmp_path)
+    file = tmp_path / "train.jsonl"
+    file.write_text(file.read_text() + '\n{"image" "a"}\n["a"]\n[' + "9" * 5000 + "]\n" + "[" * 200_000)
+    message = refusal(spec)
+    assert message.startswith("5 bad row(s)")
+    assert f"{file}: row 1: the line is empty" in message
+    assert f"{file}: row 2: column 10: not valid JSON: Expecting ':' delimiter" in message
+    assert f'{file}: row 3: an object with named fields is needed, this is ["a"]' in message
+    assert f"{file}: row 4: not valid JSON: " in message
+    assert f"{file}: row 5: not valid JSON: " in message
+
+
+def test_csv_lines_with_too_few_or_many_fields_are_bad_rows(tmp_path):
+    spec = CSV.make(tmp_path)
+    file = tmp_path / "test.csv"
+    file.write_text(file.read_text() + "a,b\na,b,c,d\n")
+    message = refusal(spec)
+    assert f"{file}: row 1: 2 fields where the first line names 3" in message
+    assert f"{file}: row 2: 4 fields where the first line names 3" in message
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        (b"", "the file is empty; its first line must name the columns"),
+        (b"image,question,image\n", "the first line names a column twice: image"),
+        (b'image,question,answer\na,"b"c,d\n', "line 2: not valid CSV: "),
+        (b'image,question,answer\na,"b\n', "line 2: not valid CSV: unexpected end of data"),
+        (b"image,question,answer\na,\xff,d\n", "byte 24: not UTF-8 text"),
+    ],
+)
+def test_files_that_are_no_csv(tmp_path, content, reason):
+    spec = CSV.make(tmp_path)
+    (tmp_path / "train.csv").write_bytes(content)
+    assert f"{tmp_path / 'train.csv'}: {reason}" in refusal(spec)
+
+
+def test_a_missing_column_is_told_for_each_row(tmp_path):
+    spec = CSV.make(tmp_path)
+    (tmp_path / "train.csv").write_text("image,question\n0.jpg,Q\n")
+    assert "train.csv: row 0: field 'answer' is missing" in refusal(spec)

@@ -1,0 +1,150 @@
+"""What every reader does alike: rows become samples, bad rows are told or skipped, images stay where they belong."""
+
+import logging
+import pickle
+
+import pytest
+from layouts import LAYOUTS, Layout, jpeg, save
+
+from fastln.data import DataOptions, Sample, demands, load_dataset, load_source
+from fastln.errors import FastLNError
+
+SKIP = DataOptions(skip_bad_rows=True)
+
+
+@pytest.fixture(params=LAYOUTS)
+def name(request) -> str:
+    if request.param == "path-vqa":
+        pytest.importorskip("pyarrow")
+    return request.param
+
+
+@pytest.fixture
+def layout(name) -> Layout:
+    return LAYOUTS[name]
+
+
+FIRST = {
+    "slake": Sample("11", "xmlab1/source.jpg", "What modality is this?", "MRI", False),
+    "path-vqa": Sample(
+        "train-00000-of-00002-abc/000000", "train-00000-of-00002-abc/000000", "what is seen?", "nuclei", None
+    ),
+    "path-vqa, original": Sample("train-0", "train/x_0001.jpg", "what is seen?", "nuclei", None),
+    "iu-xray": Sample(
+        "CXR1_IM-0001",
+        "CXR1_IM-0001/0.png",
+        "",
+        "The heart is normal . No effusion .",
+        None,
+        views=("CXR1_IM-0001/1.png",),
+    ),
+    "llava-med": Sample(
+        "fig_1", "1.jpg", "Is it normal?", "Yes.", None, history=(("What is shown?", "An MRI of the knee."),)
+    ),
+    "plain, jsonl": Sample("0", "1.jpg", "Is it normal?", "no", None),
+    "plain, csv": Sample("0", "1.jpg", "Is it normal?", "no", None),
+}
+
+
+def refusal(spec, options=None):
+    with pytest.raises(FastLNError) as caught:
+        load_source(spec, options)
+    return str(caught.value)
+
+
+def test_rows_become_samples_and_splits_are_as_published(tmp_path, name, layout):
+    spec = layout.make(tmp_path, train=[layout.row(number) for number in (1, 2, 1)], test=[layout.row(3)])
+    source = load_source(spec)
+    assert {split: len(samples) for split, samples in source.splits.items()} == {"train": 3, "validation": 1, "test": 1}
+    assert source.splits["train"][0] == FIRST[name]
+    assert not source.synthetic
+    assert load_dataset(spec, "validation").samples == source.splits["validation"]
+    first, second, again = source.splits["train"]
+    assert first.image == again.image != second.image
+
+
+def test_images_decode_and_their_reader_can_be_sent_to_workers(tmp_path, layout):
+    source = load_source(layout.make(tmp_path, train=[layout.row(number) for number in (0, 1, 2, 3)]))
+    data = pickle.loads(pickle.dumps(source)).dataset("train")
+    images = [data.image(key) for sample in data.samples for key in sample.images]
+    assert {image.mode for image in images} == {"RGB"}
+    assert len({image.tobytes() for image in images}) == len(images)
+    with pytest.raises(FastLNError, match=r"no question .* '\.\./x\.png'"):
+        data.image("../x.png")
+
+
+def test_what_is_asked_of_a_model(tmp_path, name, layout):
+    asked = {"iu-xray": {"several images", "reports"}, "llava-med": {"conversations"}}
+    assert demands(load_dataset(layout.make(tmp_path), "train").samples) == asked.get(name, set())
+
+
+def bad_rows(name, layout, folder):
+    """Rows that are bad, each in its own way, with what is said of them; the dataset will lie in `folder`/data."""
+    good = layout.row(1)
+    rows = [(layout.answer(good, " "), "is empty"), (layout.answer(good, ""), "is empty")]
+    if name != "iu-xray":
+        rows += [(layout.answer(good, "?!"), "of which normalising leaves nothing")]
+    if name == "path-vqa":
+        rows += [(layout.image(good, None), "field 'image' holds no bytes")]
+        rows += [(layout.image(good, b""), "field 'image' holds no bytes")]
+        rows += [(layout.image(good, b"no image"), "this is no image of a known format")]
+        rows += [(layout.image(good, jpeg(9)[:1000]), "truncated")]
+        return rows
+    images = {"slake": "imgs", "path-vqa, original": "images/train"}.get(name, "images")
+    secret = save(folder / "secret.jpg", jpeg(5))
+    save(folder / "data" / images / "text.jpg", b"no image")
+    save(folder / "data" / images / "cut.jpg", jpeg(9)[:1000])
+    (folder / "data" / images / "link.jpg").symlink_to(secret)
+    up = "../" * (images.count("/") + 2)
+    original = name == "path-vqa, original"  # which has the suffix and the split's folder to itself
+    names = {
+        "gone.jpg": "is missing in",
+        f"{up}secret.jpg": "leads outside the folder",
+        str(secret): "is missing in" if original else "leads outside the folder",
+        "link.jpg": "leads outside the folder",
+        "text.jpg": "this is no image of a known format",
+        "cut.jpg": "truncated",
+        " ": "is empty",
+    }
+    return rows + [
+        (layout.image(good, name.removesuffix(".jpg") if original else name), why) for name, why in names.items()
+    ]
+
+
+def test_each_bad_row_is_told_with_file_index_and_reason(tmp_path, name, layout, monkeypatch):
+    monkeypatch.setattr("fastln.data.rows._MAX_REPORTED", 100)
+    bad = bad_rows(name, layout, tmp_path)
+    spec = layout.make(tmp_path / "data", train=[layout.row(0), *(row for row, _ in bad)])
+    first, *lines = refusal(spec).splitlines()
+    assert first == f"{len(bad)} bad row(s), counted from 0:"
+    where = {"iu-xray": "annotation.json: train"}.get(name, "train")
+    in_first = len(bad) // 2 + 1 if name == "path-vqa" else 100  # two files share the rows there
+    for number, ((_, reason), line) in enumerate(zip(bad, lines, strict=True), start=1):
+        index = number if number < in_first else number - in_first
+        assert str(tmp_path / "data") in line
+        assert where in line
+        assert f": row {index}" in line
+        assert reason in line
+
+
+def test_all_bad_rows_of_all_files_are_told_at_once_or_skipped_with_a_count(tmp_path, name, layout, caplog):
+    bad = [row for row, _ in bad_rows(name, layout, tmp_path)]
+    rows = [layout.row(0), *bad[:3], layout.row(1), *bad[3:]]
+    spec = layout.make(tmp_path / "data", train=rows, test=[layout.row(2), layout.answer(layout.row(3), "")])
+    message = refusal(spec)
+    assert message.startswith(f"{len(bad) + 1} bad row(s), counted from 0:\n")
+    assert message.count(": row ") == min(10, len(bad) + 1)
+    with caplog.at_level(logging.INFO, "fastln"):
+        source = load_source(spec, SKIP)
+    assert f"skipped {len(bad) + 1} bad row(s) of {len(rows) + 3}, counted from 0:" in caplog.text
+    assert {split: len(samples) for split, samples in source.splits.items()} == {"train": 2, "validation": 1, "test": 1}
+
+
+def test_data_with_no_usable_row(tmp_path, layout):
+    spec = layout.make(tmp_path / "empty", train=[])
+    with pytest.raises(FastLNError, match="the train split holds no usable row"):
+        load_dataset(spec, "train")
+    assert len(load_dataset(spec, "test")) == 1
+    spec = layout.make(tmp_path / "bad", train=[layout.answer(layout.row(0), "")])
+    with pytest.raises(FastLNError, match="the train split holds no usable row"):
+        load_dataset(spec, "train", options=SKIP)
