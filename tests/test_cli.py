@@ -27,7 +27,13 @@ def fastln(*arguments, monkeypatch, capsys):
         (["train", "--out", "{tmp}/o", "--model", "{tmp}"], "there is no config.json"),
         (["train", "--out", "{tmp}/o", "--dtype", "float8"], "unknown dtype 'float8' (valid: auto, float32"),
         (["eval", "{tmp}/nowhere"], "nowhere"),
-        (["eval", "dual", "--split", "tset"], "no split 'tset' to score; valid: train, test"),
+        (
+            ["eval", "dual", "--split", "tset"],
+            "no split 'tset'; the splits are train, validation, test; did you mean 'test'?",
+        ),
+        (["eval", "dual", "--split", "validation"], "phantom (synthetic) has no validation split, only train, test"),
+        (["eval", "dual", "--data", "{tmp}", "--layout", "slak"], "did you mean 'slake'?"),
+        (["train", "--out", "{tmp}/o", "--language", "zh"], "phantom: no language 'zh' to choose: it has one"),
         (["eval", "dual", "--predictions", "{tmp}"], "is a folder"),
         (["eval", "{tmp}/binary"], "config.json: cannot be read"),
         (["bench", "--suite", "qick"], "did you mean 'quick'"),
@@ -61,7 +67,7 @@ QUESTION = {"qid": 1, "image_name": "a.png", "question": "Is it?", "answer": "ye
         ({"image_name": "../a.png"}, 'trainset.json: row 1 (qid 2): image "../a.png" leads outside the folder'),
         ({"image_name": "text.png"}, "text.png: this is no image of a known format"),
         ("[{]", "trainset.json: line 1, column 3: not valid JSON"),
-        ("[]", "the train split holds no question"),
+        ("[]", "the train split holds no usable row"),
     ],
 )
 def test_bad_data_is_told_with_its_file_and_row(change, message, tmp_path, monkeypatch, capsys):
