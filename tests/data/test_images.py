@@ -148,6 +148,13 @@ def test_a_file_cut_anywhere_is_found_by_the_check(tmp_path, name):
             images.check_image(tmp_path / name)
 
 
+@pytest.mark.parametrize("size", [(1, 1), (7, 300), (300, 7)])
+@pytest.mark.parametrize("name", ["a.jpg", "a.png"])
+def test_the_check_of_small_files(tmp_path, name, size):
+    Image.new("RGB", size).save(tmp_path / name)
+    images.check_image(tmp_path / name)
+
+
 @pytest.mark.parametrize("name", ["a.jpg", "a.png"])
 def test_the_check_of_progressive_and_large_files(tmp_path, name):
     ramp = np.add.outer(np.arange(900), np.arange(1200)) % 256

@@ -22,6 +22,12 @@ def test_optional_fields(tmp_path, layout):
     assert [(sample.id, sample.closed) for sample in train] == [("q7", True), ("q8", None)]
 
 
+def test_numbers_are_texts_however_large(tmp_path):
+    row = JSONL.row(0) | {"id": 10**400, "answer": 2.5}
+    (sample,) = load_source(JSONL.make(tmp_path, train=[row])).splits["train"]
+    assert (sample.id, sample.answer) == (str(10**400), "2.5")
+
+
 def test_several_images(tmp_path):
     row = JSONL.row(0) | {"image": ["1.jpg", "2.jpg"]}
     assert load_source(JSONL.make(tmp_path, train=[row])).splits["train"][0].images == ("1.jpg", "2.jpg")

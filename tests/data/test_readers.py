@@ -2,8 +2,12 @@
 
 import logging
 import pickle
+from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from layouts import LAYOUTS, Layout, jpeg, save
 
 from fastln.data import DataOptions, Sample, demands, load_dataset, load_source
@@ -138,6 +142,31 @@ def test_all_bad_rows_of_all_files_are_told_at_once_or_skipped_with_a_count(tmp_
         source = load_source(spec, SKIP)
     assert f"skipped {len(bad) + 1} bad row(s) of {len(rows) + 3}, counted from 0:" in caplog.text
     assert {split: len(samples) for split, samples in source.splits.items()} == {"train": 2, "validation": 1, "test": 1}
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text() | st.sampled_from(["../x", "a\0", "yes", "en"]),
+    lambda values: st.lists(values, max_size=3) | st.dictionaries(st.sampled_from(["from", "value"]), values),
+    max_leaves=6,
+)
+
+
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+@pytest.mark.parametrize("name", [name for name in LAYOUTS if name not in ("path-vqa", "plain, csv")])
+def test_whatever_a_field_holds_the_row_is_good_or_told(name, data, caplog):
+    caplog.clear()
+    row = LAYOUTS[name].row(0)
+    row[data.draw(st.sampled_from(list(row)))] = data.draw(JSON)
+    with TemporaryDirectory() as folder:
+        spec = LAYOUTS[name].make(Path(folder), train=[row, LAYOUTS[name].row(1)])
+        kept = load_source(spec, SKIP).splits["train"]
+        assert all(sample.answer.encode() and sample.id.encode() for sample in kept)
+        if "skipped" in caplog.text:
+            assert refusal(spec).startswith("1 bad row(s)")
+            assert len(kept) == 1
+        else:
+            assert load_source(spec).splits["train"] == kept
 
 
 def test_data_with_no_usable_row(tmp_path, layout):

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
+from typing import Any
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
@@ -144,7 +145,7 @@ def _trained(row: Row) -> str:
     return f"{row.trainable_parameters:,} ({100 * row.trainable_parameters / row.total_parameters:.3g}%)"
 
 
-def _accuracy(accuracy: dict[str, float | None] | None) -> str:
+def _accuracy(accuracy: dict[str, Any] | None) -> str:
     if accuracy is None:
         return "–"
     overall, closed, open_ = (_number(accuracy[part], ".1f") for part in ("all", "closed", "open"))

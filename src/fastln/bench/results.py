@@ -68,9 +68,7 @@ class Steps:
 class Quality:
     """What a "quality" job measured."""
 
-    accuracy: dict[
-        str, float | None
-    ]  # percent for all, closed, open (None: no such questions); counts n_all, n_closed, n_open
+    accuracy: dict[str, Any]  # a `fastln.metrics.Accuracy`
     head_epochs: int  # of the head alone, first
     epochs: int  # of all that the method trains, then
 
@@ -102,7 +100,7 @@ class Row:
     trainable_parameters: int | None
     total_parameters: int | None
     final_loss: float | None  # of the last timed step; same batches for all; None also where it is not finite
-    accuracy: dict[str, float | None] | None
+    accuracy: dict[str, Any] | None
     accuracy_note: str | None  # why there is none, or how it came about
     error: str | None
     provenance: dict[str, Any]
@@ -116,7 +114,7 @@ def make_row(
     job: Job,
     model: str,
     rounds: Sequence[Steps],
-    accuracy: dict[str, float | None] | None,
+    accuracy: dict[str, Any] | None,
     accuracy_note: str | None,
     error: str | None,
     provenance: dict[str, Any],

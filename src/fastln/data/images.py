@@ -61,7 +61,7 @@ def check_image(source: Path | bytes, name: object = None) -> None:
                 image.verify()
                 return
             if image.format == "JPEG":
-                image.draft(None, (image.width // 8, image.height // 8))
+                image.draft(None, (max(1, image.width // 8), max(1, image.height // 8)))
             image.load()
 
 

@@ -35,8 +35,11 @@ def recognises(path: Path) -> bool:
 
 
 def _holds_conversations(file: Path) -> bool:
-    with file.open("rb") as stream:
-        start = stream.read(_PEEKED)
+    try:
+        with file.open("rb") as stream:
+            start = stream.read(_PEEKED)
+    except OSError:  # told by the reader of plain rows, which is next
+        return False
     return any(f'"{field}"'.encode() in start for field in _FIELDS)
 
 

@@ -3,7 +3,8 @@
 *Hub*: Parquet files `train-*.parquet`, `validation-*.parquet` and `test-*.parquet`, in the folder or in `data`, with
 the columns `image` (`bytes`, `path`), `question` and `answer`. An image stands in the row of each of its questions;
 equal bytes are one image here, so that its questions share it. pyarrow reads the files
-(`pip install 'fastln[parquet]'`).
+(`pip install 'fastln[parquet]'`). Other data that the hub has in these columns is read the same way, under the name of
+its folder.
 
 *Original*: `qas/train/train_qa.pkl` (and `val`, `test`) beside `images/train/*.jpg`. A pickle runs whatever code its
 author put into it, so none is read: a message says how to convert the files to JSON, `qas/train/train_qa.json`, a list
@@ -147,7 +148,7 @@ def _read_hub(folder: Path, files: dict[str, list[Path]], options: DataOptions) 
         splits[split] = []
         for file in names:
             splits[split] += rows.read(file, _parquet_rows(file), functools.partial(parse, file))
-    return rows.source("path-vqa", splits, functools.partial(_hub_image, images.places))
+    return rows.source(folder.resolve().name, splits, functools.partial(_hub_image, images.places))
 
 
 def _parquet_rows(file: Path) -> Iterator[dict[str, Any]]:

@@ -198,7 +198,8 @@ def text_or_number(row: dict[str, Any], field: str) -> str:
         BadRowError: The field is missing, of another type, or empty.
     """
     value = _value(row, field)
-    if isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value):
+    whole = isinstance(value, int) and not isinstance(value, bool)
+    if whole or (isinstance(value, float) and math.isfinite(value)):
         return str(value)
     return text(row, field)
 
