@@ -5,7 +5,7 @@ import sys
 import numpy as np
 import pytest
 
-from fastln.data import images
+from fastln.data import images, load_source
 from fastln.errors import FastLNError
 
 pydicom = pytest.importorskip("pydicom")
@@ -106,6 +106,16 @@ def test_colour(tmp_path):
 def test_a_file_is_known_by_its_mark_and_read_from_bytes(tmp_path):
     path = write(tmp_path / "ct.png", CT)
     assert images.read_image(path.read_bytes(), "bytes") == images.read_image(path)
+
+
+def test_rows_may_name_dicom_files(tmp_path):
+    write(tmp_path / "a.dcm", CT)
+    (tmp_path / "rows.csv").write_text("image,question,answer\na.dcm,Is it?,yes\n")
+    data = load_source(str(tmp_path / "rows.csv")).dataset("train")
+    assert data.image("a.dcm").size == (6, 1)
+    (tmp_path / "a.dcm").write_bytes((tmp_path / "a.dcm").read_bytes()[:-6])
+    with pytest.raises(FastLNError, match=r'rows\.csv: row 0: image "a\.dcm": .*a\.dcm: cannot read this image: '):
+        load_source(str(tmp_path / "rows.csv"))
 
 
 @pytest.mark.parametrize(
