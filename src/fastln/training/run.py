@@ -85,6 +85,8 @@ def run_training(run: TrainRun, out: Path, *, resume: bool = False, overwrite: b
         scored = {"validation": source.dataset("validation", validation_fraction=run.validation)} | scored
     for dataset in scored.values():
         check_scorable(dataset.samples)
+    if not scored:
+        logger.info("%s has neither a test nor a validation split: nothing will be scored", data.name)
     task = load_task(run.model, data, dtype=dtype, seed=run.config.seed, device=device)
     logger.info("%s by %s on %s (%s), %d questions of %s", method.name, engine, task.name, dtype, len(data), data.name)
     if not resume:
@@ -190,8 +192,9 @@ def _report(task: VQATask, data: VQADataset, split: str, scores: Accuracy | Repo
         notes.append("towers of random weights: the figure says nothing about the method")
     if data.synthetic:
         notes.append("synthetic data")
-    remark = f" ({'; '.join(notes)})" if notes else ""
-    print(f"{data.name} {split}{remark}: {scores.summary()}")
+    print(f"{data.name} {split}: {scores.summary()}")
+    if notes:
+        print(f"  note: {'; '.join(notes)}")
 
 
 def _check_folder(run: TrainRun, out: Path, *, resume: bool, overwrite: bool) -> None:
