@@ -1,7 +1,5 @@
 """The linear layer with a frozen weight: torch's own results, and torch itself wherever there is no kernel."""
 
-import sys
-
 import pytest
 import torch
 from torch import nn
@@ -60,6 +58,24 @@ def test_second_derivatives(calls):
 
 
 @needs_kernels
+@pytest.mark.skipif(WHY_NOT is not None or torch.bfloat16 not in products.usable("linear"), reason="no bfloat16 here")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("transpose", [True, False])
+def test_under_autocast(transpose, dtype, calls):
+    x, weight, bias = inputs(40, 64)
+    stored = weight if transpose else weight.t().contiguous()
+    with torch.autocast("cpu", torch.bfloat16):
+        y = ops.linear(x.to(dtype), stored, bias, transpose=transpose)
+        want = functional.linear(x.to(dtype), weight, bias)
+    assert y.dtype == torch.bfloat16
+    torch.testing.assert_close(y, want, rtol=2e-2, atol=5e-2)
+    dx, want = (torch.autograd.grad(out.float().square().sum(), x)[0] for out in (y, want))
+    assert dx.dtype == torch.float32
+    torch.testing.assert_close(dx, want, rtol=2e-2, atol=4.0)
+    assert len(calls) == 2
+
+
+@needs_kernels
 def test_what_has_no_kernel_is_torch_s(calls):
     x, weight, bias = inputs(40, 64)
     trained = weight.clone().requires_grad_()
@@ -69,8 +85,10 @@ def test_what_has_no_kernel_is_torch_s(calls):
     ops.linear(x, weight, backend="reference")
     ops.linear(x.double(), weight.double())
     ops.linear(x[0], weight)
-    with torch.autocast("cpu", torch.bfloat16):
-        assert ops.linear(x, weight).dtype == torch.bfloat16
+    with torch.autocast("cpu", torch.float16):
+        assert ops.linear(x, weight).dtype == torch.float16
+    with pytest.raises(RuntimeError, match="dtype"):
+        ops.linear(x.bfloat16(), weight)
     torch.func.grad(lambda x: ops.linear(x, weight).sum())(x)
     torch.compile(lambda x: ops.linear(x, weight, bias), fullgraph=True, backend="aot_eager")(x)
     assert not calls
@@ -88,7 +106,7 @@ def test_an_unknown_backend():
 def test_gradcheck_of_the_formula(monkeypatch):
     # The kernel has no float64: the definition stands in for it.
     monkeypatch.setattr(native_linear, "linear", reference.linear)
-    monkeypatch.setattr(sys.modules["fastln.ops.linear"], "_has_own", lambda *args: True)
+    monkeypatch.setattr(native_linear, "has_own", lambda *args: True)
     x, weight, bias = inputs(5, 4, n_cols=3, dtype=torch.float64)
     for stored, transpose in ((weight, True), (weight.t().contiguous(), False)):
         torch.autograd.gradcheck(

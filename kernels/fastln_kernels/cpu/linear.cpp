@@ -25,7 +25,7 @@ int64_t blocks(int64_t size, int64_t block) { return (size + block - 1) / block;
 
 // As native_linear.Arguments has it. `bias` may be null.
 struct Arguments {
-  int64_t dtype, n_threads, n_rows, n_inner, n_cols, transpose;
+  int64_t dtype, parameter_dtype, n_threads, n_rows, n_inner, n_cols, transpose;
   const void *x, *weight, *bias;
   void* y;
   int64_t x_stride, weight_stride;
@@ -34,7 +34,8 @@ struct Arguments {
 namespace {
 
 // y (n_rows, n_cols) = x (n_rows, n_inner) times a second operand: the weight's transpose, or the weight as it lies.
-template <class T>
+// T is the type of the rows, W that of weight and bias.
+template <class T, class W>
 class Linear {
  public:
   explicit Linear(const Arguments& arguments) : a_(arguments) {}
@@ -80,17 +81,28 @@ class Linear {
   }
 
   void lay_out(int64_t col, int64_t n_cols, int64_t inner, int64_t n_inner, T* operand) const {
-    const T* weight = static_cast<const T*>(a_.weight);
-    if (!a_.transpose)
-      return pair_rows(weight + inner * a_.weight_stride + col, a_.weight_stride, n_inner, n_cols, operand, COLS);
     constexpr int64_t A_WORD = 4 / sizeof(T);
-    const T* from = weight + col * a_.weight_stride + inner;
-    transpose_words(reinterpret_cast<const uint32_t*>(from), a_.weight_stride / A_WORD, n_cols, n_inner / A_WORD,
-                    reinterpret_cast<uint32_t*>(operand), COLS);
+    const W* weight = static_cast<const W*>(a_.weight);
+    uint32_t* words = reinterpret_cast<uint32_t*>(operand);
+    if (!a_.transpose) {
+      pair_rows(weight + inner * a_.weight_stride + col, a_.weight_stride, n_inner, n_cols, operand, COLS);
+    } else if constexpr (std::is_same_v<T, W>) {
+      const T* from = weight + col * a_.weight_stride + inner;
+      transpose_words(reinterpret_cast<const uint32_t*>(from), a_.weight_stride / A_WORD, n_cols, n_inner / A_WORD, words,
+                      COLS);
+    } else {
+      thread_local Buffer<T> rounded_buffer;
+      T* rounded = rounded_buffer.at_least(PAD * n_inner);
+      for (int64_t c = 0; c < n_cols; c += PAD) {
+        copy_rows(weight + (col + c) * a_.weight_stride + inner, a_.weight_stride, PAD, n_inner, rounded, n_inner);
+        transpose_words(reinterpret_cast<const uint32_t*>(rounded), n_inner / A_WORD, PAD, n_inner / A_WORD, words + c,
+                        COLS);
+      }
+    }
   }
 
   void finish(const float* sum, int64_t row, int64_t n_rows, int64_t col, int64_t n_cols) const {
-    const T* bias = static_cast<const T*>(a_.bias);
+    const W* bias = static_cast<const W*>(a_.bias);
     T* y = static_cast<T*>(a_.y) + row * a_.n_cols + col;
     for (int64_t r = 0; r < n_rows; r++, sum += COLS, y += a_.n_cols) {
       for (int64_t c = 0; c < n_cols; c += LANES) {
@@ -110,6 +122,8 @@ class Linear {
 using namespace fastln;
 
 extern "C" void fastln_linear(const Arguments* arguments) {
-  if (arguments->dtype == BFLOAT16) return Linear<bfloat16>(*arguments).run();
-  Linear<float>(*arguments).run();
+  const Arguments& a = *arguments;
+  if (a.dtype == FLOAT32) return Linear<float, float>(a).run();
+  if (a.parameter_dtype == FLOAT32) return Linear<bfloat16, float>(a).run();
+  Linear<bfloat16, bfloat16>(a).run();
 }

@@ -19,7 +19,8 @@ class _Arguments(ctypes.Structure):
     """The struct of that name in `linear.cpp`."""
 
     _fields_ = (
-        *((name, c_int64) for name in ("dtype", "n_threads", "n_rows", "n_inner", "n_cols", "transpose")),
+        *((name, c_int64) for name in ("dtype", "parameter_dtype", "n_threads")),
+        *((name, c_int64) for name in ("n_rows", "n_inner", "n_cols", "transpose")),
         *((name, c_void_p) for name in ("x", "weight", "bias", "y")),
         *((name, c_int64) for name in ("x_stride", "weight_stride")),
     )
@@ -34,7 +35,7 @@ def has_own(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
         bias: One dimension, or None.
     """
     return (
-        x.dtype == weight.dtype
+        weight.dtype in (x.dtype, torch.float32)
         and (bias is None or (bias.dtype == weight.dtype and bias.is_contiguous()))
         and weight.is_contiguous()
         and weight.shape[0] % _MULTIPLE == 0
@@ -50,9 +51,9 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, transpose: 
 
     Args:
         x: `(n_rows, n_inner)`, float32 or bfloat16.
-        weight: `(n_cols, n_inner)`, or `(n_inner, n_cols)` without `transpose`; contiguous, of the dtype of `x`, both
-            widths multiples of 16.
-        bias: `(n_cols,)`, contiguous, of the dtype of `x`, or None.
+        weight: `(n_cols, n_inner)`, or `(n_inner, n_cols)` without `transpose`; contiguous, both widths multiples of
+            16; of the dtype of `x` or float32, which is then rounded to it.
+        bias: `(n_cols,)`, contiguous, of the dtype of `weight`, or None.
         transpose: Whether the rows of `weight` belong to the columns of the result.
 
     Returns:
@@ -68,7 +69,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, transpose: 
     if x.stride(1) != 1 or x.stride(0) < n_inner:
         x = x.contiguous()
     arguments = _Arguments(
-        *(DTYPES[x.dtype], torch.get_num_threads(), n_rows, n_inner, n_cols, transpose),
+        *(DTYPES[x.dtype], DTYPES[weight.dtype], torch.get_num_threads(), n_rows, n_inner, n_cols, transpose),
         *(x.data_ptr(), weight.data_ptr(), None if bias is None else bias.data_ptr(), y.data_ptr()),
         *(x.stride(0), weight.stride(0)),
     )

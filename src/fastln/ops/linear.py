@@ -2,6 +2,9 @@
 
 Kept for backward is the weight, which is there anyway, and the argument's gradient is a linear layer of its own, with
 the weight turned over. What has no kernel of ours (weights that train, GPUs, compilers, float16) is torch's.
+
+Under autocast torch makes a rounded copy of a frozen float32 weight at every call. Here the weight is rounded as it is
+laid out, and the bias is not.
 """
 
 from typing import Any
@@ -33,27 +36,36 @@ def linear(
     Raises:
         FastLNError: If the backend is unknown or cannot run on the device of `x`.
     """
-    if not _has_own(x, weight, bias, backend):
-        return functional.linear(x, weight if transpose else weight.t(), bias)
-    if wants_gradient(x):
-        return _FrozenLinear.apply(x, weight, bias, transpose)
-    return _linear(x, weight, bias, transpose)
+    if _is_ours(x, weight, bias, backend):
+        rows = x.to(_compute_dtype(x))
+        if native_linear.has_own(rows, weight, bias):
+            return _linear(rows, weight, bias, transpose)
+    return functional.linear(x, weight if transpose else weight.t(), bias)
 
 
-def _has_own(x: Tensor, weight: Tensor, bias: Tensor | None, backend: str) -> bool:
+def _is_ours(x: Tensor, weight: Tensor, bias: Tensor | None, backend: str) -> bool:
     return (
         not needs_operator(x, weight, bias)
         and not is_transformed()
         and x.device.type == weight.device.type == "cpu"
+        and (x.dtype == weight.dtype or torch.is_autocast_enabled("cpu"))
         and not wants_gradient(weight, bias)
-        and not torch.is_autocast_enabled("cpu")
         and resolve("linear", x.device, backend).backend == "cpu"
-        and native_linear.has_own(x, weight, bias)
     )
 
 
+def _compute_dtype(x: Tensor) -> torch.dtype:
+    """The dtype in which torch would compute a linear layer of `x`."""
+    if torch.is_autocast_enabled("cpu") and x.dtype != torch.float64:
+        return torch.get_autocast_dtype("cpu")
+    return x.dtype
+
+
 def _linear(x: Tensor, weight: Tensor, bias: Tensor | None, transpose: bool) -> Tensor:
+    if wants_gradient(x):
+        return _FrozenLinear.apply(x, weight, bias, transpose)
     y = native_linear.linear(x.reshape(-1, x.shape[-1]), weight, bias, transpose=transpose)
+    # No view in autograd's sense, or nobody could write to it in place.
     return torch.ops.aten._unsafe_view.default(y, (*x.shape[:-1], y.shape[-1]))
 
 
@@ -67,4 +79,4 @@ class _FrozenLinear(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None, None, None]:
         (weight,) = ctx.saved_tensors
-        return linear(dy, weight, transpose=not ctx.transpose, backend="cpu"), None, None, None
+        return _linear(dy, weight, None, not ctx.transpose), None, None, None

@@ -51,6 +51,20 @@ def test_against_the_definition(shape, with_bias, transpose, dtype):
     assert_close(native_linear.linear(x, weight, bias, transpose=transpose), x, weight, bias, transpose)
 
 
+@pytest.mark.skipif(torch.bfloat16 not in DTYPES, reason="no bfloat16 here")
+@pytest.mark.parametrize("transpose", [True, False])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_a_float32_weight_is_rounded_to_bfloat16_rows(shape, transpose):
+    n_rows, n_inner, n_cols = shape
+    x = normal(n_rows, n_inner, dtype=torch.bfloat16)
+    weight = normal(*((n_cols, n_inner) if transpose else (n_inner, n_cols)), seed=1)
+    bias = normal(n_cols, seed=2)
+    y = native_linear.linear(x, weight, bias, transpose=transpose)
+    assert_close(y, x, weight.bfloat16(), bias, transpose)
+    without_bias = [native_linear.linear(x, w, transpose=transpose) for w in (weight, weight.bfloat16())]
+    assert torch.equal(*without_bias)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("transpose", [True, False])
@@ -121,7 +135,8 @@ def test_what_it_does_not_take():
     assert native_linear.has_own(x, weight, normal(32))
     assert not native_linear.has_own(x.half(), weight.half(), None)
     assert not native_linear.has_own(x.double(), weight.double(), None)
-    assert not native_linear.has_own(x.bfloat16(), weight, None)
+    assert not native_linear.has_own(x, weight.bfloat16(), None)
+    assert not native_linear.has_own(x, weight, normal(32).bfloat16())
     assert not native_linear.has_own(x, normal(33, 64), None)
     assert not native_linear.has_own(x, normal(64, 32).t(), None)
     assert not native_linear.has_own(x[:31], weight, None)
