@@ -26,6 +26,11 @@ def fastln(*arguments, monkeypatch, capsys):
         (["train", "--out", "{tmp}/o", "--data", "{tmp}/nowhere"], "nowhere"),
         (["train", "--out", "{tmp}/o", "--model", "{tmp}"], "there is no config.json"),
         (["train", "--out", "{tmp}/o", "--dtype", "float8"], "unknown dtype 'float8' (valid: auto, float32"),
+        (["train", "--out", "{tmp}/o", "--feature-cache", "{tmp}/c"], "a vision tower that is frozen, and method"),
+        (
+            ["train", "--out", "{tmp}/o", "--feature-cache", "{tmp}/c", "--feature-cache-size", "x"],
+            "'x' is no number of",
+        ),
         (["eval", "{tmp}/nowhere"], "nowhere"),
         (
             ["eval", "dual", "--split", "tset"],

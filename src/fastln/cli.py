@@ -31,6 +31,10 @@ Model = Annotated[
     typer.Option(help="'dual', 'dual:VISION,TEXT', 'blip', 'blip:SOURCE', or a folder that `fastln train` wrote."),
 ]
 DType = Annotated[str, typer.Option(help="float32, bfloat16, or auto: bfloat16 where the hardware has units for it.")]
+FeatureCache = Annotated[
+    Path | None, typer.Option(help="Keep a frozen vision tower's features in this folder and read them back.")
+]
+FeatureCacheSize = Annotated[str, typer.Option(help="What that folder may take; the least recently used make room.")]
 Device = Annotated[str, typer.Option(help="cpu, cuda or auto.")]
 
 
@@ -85,6 +89,9 @@ def train(
     model: Model = "dual",
     method: Annotated[str, typer.Option(help="What trains: layernorm, lora, bitfit, full or head.")] = "layernorm",
     engine: Annotated[str | None, typer.Option(help="fastln, torch or peft; the method's best by default.")] = None,
+    scope: Annotated[
+        list[str] | None, typer.Option(help="A sub-model to tune: vision, text or decoder; repeatable; all by default.")
+    ] = None,
     epochs: Annotated[int, typer.Option(min=1)] = 15,
     head_epochs: Annotated[
         int, typer.Option(min=0, help="Epochs before those, that train a head which starts random alone.")
@@ -98,6 +105,8 @@ def train(
     validation: Annotated[
         float, typer.Option(min=0, max=0.5, help="Share of the training images whose questions are held out.")
     ] = 0.0,
+    feature_cache: FeatureCache = None,
+    feature_cache_size: FeatureCacheSize = "10GiB",
     dtype: DType = "auto",
     device: Device = "auto",
     seed: Annotated[int, typer.Option(help="Of the head's weights, the batches and dropout.")] = 0,
@@ -110,10 +119,12 @@ def train(
     """Tune a model, save it and count its right answers on the test questions."""
     from fastln.data import DataOptions
     from fastln.training.run import TrainRun, run_training
+    from fastln.training.tensor_store import TensorStore
     from fastln.training.trainer import TrainConfig
 
     config = TrainConfig(
         method=method,
+        scope=tuple(scope) if scope else None,
         epochs=epochs,
         head_epochs=head_epochs,
         batch_size=batch_size,
@@ -124,7 +135,8 @@ def train(
     )
     options = DataOptions(layout, language, skip_bad_rows)
     run = TrainRun(data, model, engine, config, validation=validation, dtype=dtype, device=device, options=options)
-    run_training(run, out, resume=resume, overwrite=overwrite)
+    features = None if feature_cache is None else TensorStore(feature_cache, feature_cache_size)
+    run_training(run, out, resume=resume, overwrite=overwrite, features=features)
 
 
 @app.command("eval")
@@ -133,6 +145,8 @@ def evaluate(
     data: Data = "phantom",
     split: Annotated[str, typer.Option(help="train, validation or test, as published.")] = "test",
     batch_size: Annotated[int, typer.Option(min=1)] = 64,
+    feature_cache: FeatureCache = None,
+    feature_cache_size: FeatureCacheSize = "10GiB",
     dtype: DType = "auto",
     device: Device = "auto",
     predictions: Annotated[Path | None, typer.Option(help="Write every answer to this JSON Lines file.")] = None,
@@ -144,7 +158,9 @@ def evaluate(
     """Score a model's answers (all, closed, open) or its reports (BLEU, ROUGE-L, CIDEr)."""
     from fastln.data import DataOptions
     from fastln.training.run import run_evaluation
+    from fastln.training.tensor_store import TensorStore
 
+    features = None if feature_cache is None else TensorStore(feature_cache, feature_cache_size)
     run_evaluation(
         model,
         data,
@@ -155,6 +171,7 @@ def evaluate(
         predictions=predictions,
         metrics=metrics,
         options=DataOptions(layout, language, skip_bad_rows),
+        features=features,
     )
 
 

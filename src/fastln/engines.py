@@ -2,18 +2,27 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import peft
 from peft.utils import ModulesToSaveWrapper
 from torch import nn
 
 from fastln.errors import FastLNError
-from fastln.families import find_norms
+from fastln.families import scope_prefixes
 from fastln.methods import LORA_RANK, LORA_TARGETS, get_method, select_parameters
 from fastln.models import VQATask
 from fastln.prepare import STATE, prepare, restore
 
 
-def apply_method(task: VQATask, method: str, engine: str | None = None, *, backend: str = "auto") -> nn.Module:
+def apply_method(
+    task: VQATask,
+    method: str,
+    engine: str | None = None,
+    *,
+    scope: Iterable[str] | None = None,
+    backend: str = "auto",
+) -> nn.Module:
     """Put `method` on the task's model, in place.
 
     A task head that starts random trains under every method; `head` trains the head even where it does not.
@@ -22,6 +31,7 @@ def apply_method(task: VQATask, method: str, engine: str | None = None, *, backe
         task: the model.
         method: a name from `fastln.methods.METHODS`.
         engine: who runs it; the method's first by default.
+        scope: the sub-models to tune; all by default.
         backend: of fastln's operations; for engine `fastln` only.
 
     Returns:
@@ -33,19 +43,19 @@ def apply_method(task: VQATask, method: str, engine: str | None = None, *, backe
     chosen, engine = get_method(method, engine)
     head = task.head if chosen.name == "head" else task.random_head
     if engine == "fastln":
-        return prepare(task.model, method, also=head, backend=backend)
+        return prepare(task.model, method, scope=scope, also=head, backend=backend)
     if engine == "torch":
-        trained = select_parameters(task.model, chosen, None, head)
+        trained = select_parameters(task.model, chosen, scope, head)
         for name, parameter in task.model.named_parameters():
             parameter.requires_grad_(name in trained)
         return task.model
     config: peft.PeftConfig
     if method == "layernorm":
-        config = peft.LNTuningConfig(target_modules=[name for name, _ in find_norms(task.model)])
+        norms = {name.rpartition(".")[0] for name in select_parameters(task.model, chosen, scope)}
+        config = peft.LNTuningConfig(target_modules=norms)
     else:
-        config = peft.LoraConfig(
-            r=LORA_RANK, lora_alpha=2 * LORA_RANK, lora_dropout=0.1, target_modules=_projections(task.model, task.head)
-        )
+        targets = _projections(task.model, task.head, scope_prefixes(task.model, scope))
+        config = peft.LoraConfig(r=LORA_RANK, lora_alpha=2 * LORA_RANK, lora_dropout=0.1, target_modules=targets)
     config.modules_to_save = list(head) or None
     # The optimizer keeps float32 copies of low-precision parameters for every engine; peft's own would slow it down.
     return peft.get_peft_model(task.model, config, autocast_adapter_dtype=False)
@@ -68,12 +78,15 @@ def finish(task: VQATask, trained: nn.Module) -> None:
         restore(task.model)
 
 
-def _projections(model: nn.Module, head: tuple[str, ...]) -> list[str]:
+def _projections(model: nn.Module, head: tuple[str, ...], inside: tuple[str, ...]) -> list[str]:
     prefixes = tuple(f"{name}." for name in head)
     names = [
         name
         for name, module in model.named_modules()
-        if isinstance(module, nn.Linear) and LORA_TARGETS.search(name) and not name.startswith(prefixes)
+        if isinstance(module, nn.Linear)
+        and LORA_TARGETS.search(name)
+        and name.startswith(inside)
+        and not name.startswith(prefixes)
     ]
     if not names:
         raise FastLNError(f"method 'lora' finds no query or value projection in {type(model).__name__}")

@@ -26,6 +26,7 @@ class BlipTask(VQATask):
 
     model: BlipForQuestionAnswering
     head = ("text_decoder.cls",)
+    vision = "vision_model"
 
     def collate(self, samples: list[Sample], dataset: VQADataset) -> dict[str, Tensor]:
         """Return pixel_values (batch, ...), question tokens, decoder tokens and labels (batch, n_answer_tokens)."""

@@ -28,6 +28,7 @@ class DualEncoderTask(VQATask):
 
     model: DualEncoder
     head = HEAD
+    vision = "vision"
 
     def collate(self, samples: list[Sample], dataset: VQADataset) -> dict[str, Tensor]:
         """Return pixel_values (n_images, ...), image_index, input_ids, attention_mask and labels (batch,)."""

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from fastln.data import demands
@@ -29,11 +29,13 @@ class VQATask(ABC):
         images: from images to pixel values.
         name: what tables call the model.
         head: names of the modules that make up the task head.
+        vision: name of the vision tower.
         random_head: those of them that start random and so train under every method.
         takes: which of the data's demands (`fastln.data.demands`) beyond one question about one image it can meet.
     """
 
     head: tuple[str, ...]
+    vision: str
     takes: frozenset[str] = frozenset()
 
     def __init__(
@@ -55,6 +57,11 @@ class VQATask(ABC):
     def device(self) -> torch.device:
         """Where the model is."""
         return self.model.device
+
+    @property
+    def vision_tower(self) -> nn.Module:
+        """The module that makes features of pixel values."""
+        return self.model.get_submodule(self.vision)
 
     @property
     def random_weights(self) -> bool:

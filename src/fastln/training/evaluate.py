@@ -11,9 +11,18 @@ from tqdm import tqdm
 from fastln.data import VQADataset
 from fastln.metrics import Accuracy, ReportScores, score
 from fastln.models import VQATask
+from fastln.training.features import cached_features
+from fastln.training.tensor_store import TensorStore
 
 
-def predict(task: VQATask, dataset: VQADataset, *, batch_size: int = 64, progress: bool = False) -> list[str]:
+def predict(
+    task: VQATask,
+    dataset: VQADataset,
+    *,
+    batch_size: int = 64,
+    progress: bool = False,
+    features: TensorStore | None = None,
+) -> list[str]:
     """Return the model's answer to every question, in the dataset's order.
 
     Args:
@@ -21,11 +30,12 @@ def predict(task: VQATask, dataset: VQADataset, *, batch_size: int = 64, progres
         dataset: the questions.
         batch_size: questions per batch; questions on one image go together, for models that share its vision pass.
         progress: whether to show a progress bar on stderr.
+        features: keeps what the vision tower gives for each image; None for no caching.
     """
     order = sorted(range(len(dataset)), key=lambda index: dataset.samples[index].image)
     predictions = [""] * len(order)
     batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
-    with evaluating(task.model):
+    with evaluating(task.model), cached_features(task.vision_tower, features):
         for batch in tqdm(batches, desc=f"eval {dataset.split}", unit="batch", disable=not progress):
             answers = task.answers(task.collate([dataset.samples[index] for index in batch], dataset))
             for index, answer in zip(batch, answers, strict=True):
@@ -34,10 +44,15 @@ def predict(task: VQATask, dataset: VQADataset, *, batch_size: int = 64, progres
 
 
 def evaluate(
-    task: VQATask, dataset: VQADataset, *, batch_size: int = 64, progress: bool = False
+    task: VQATask,
+    dataset: VQADataset,
+    *,
+    batch_size: int = 64,
+    progress: bool = False,
+    features: TensorStore | None = None,
 ) -> Accuracy | ReportScores:
     """Return how good a model's answers (or reports) are; see `predict` for the arguments."""
-    predictions = predict(task, dataset, batch_size=batch_size, progress=progress)
+    predictions = predict(task, dataset, batch_size=batch_size, progress=progress, features=features)
     return score(predictions, dataset.samples)
 
 

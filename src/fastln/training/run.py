@@ -18,6 +18,8 @@ from fastln.methods import get_method
 from fastln.metrics import Accuracy, ReportScores, check_scorable, score
 from fastln.models import VQATask, load_task
 from fastln.training.evaluate import evaluate, predict
+from fastln.training.features import check_frozen
+from fastln.training.tensor_store import TensorStore
 from fastln.training.trainer import TrainConfig, TrainResult, has_checkpoint, train_task
 
 logger = logging.getLogger(__name__)
@@ -61,7 +63,9 @@ class Outcome:
     training: TrainResult
 
 
-def run_training(run: TrainRun, out: Path, *, resume: bool = False, overwrite: bool = False) -> Outcome:
+def run_training(
+    run: TrainRun, out: Path, *, resume: bool = False, overwrite: bool = False, features: TensorStore | None = None
+) -> Outcome:
     """Train, save to `out/model`, score, and write what happened to `out/run.json`.
 
     Args:
@@ -69,6 +73,7 @@ def run_training(run: TrainRun, out: Path, *, resume: bool = False, overwrite: b
         out: a new or empty folder, or the one of the run to resume.
         resume: continue from the last checkpoint in `out`.
         overwrite: delete an earlier run in `out` first.
+        features: keeps what a frozen vision tower gives for each image; None for no caching.
 
     Raises:
         FastLNError: for anything in `run` that cannot be had as given, or an `out` that already holds a run.
@@ -89,11 +94,15 @@ def run_training(run: TrainRun, out: Path, *, resume: bool = False, overwrite: b
         logger.info("%s has neither a test nor a validation split: nothing will be scored", data.name)
     task = load_task(run.model, data, dtype=dtype, seed=run.config.seed, device=device)
     logger.info("%s by %s on %s (%s), %d questions of %s", method.name, engine, task.name, dtype, len(data), data.name)
+    if features is not None:
+        check_frozen(task, run.config.method, run.config.scope)
     if not resume:
         _clear(out)
     _write(out / RECORD, {"run": asdict(run), "engine": engine, "dtype": str(dtype), "finished": False})
     try:
-        result = train_task(task, data, run.config, engine=engine, checkpoints=out / CHECKPOINTS, resume=resume)
+        result = train_task(
+            task, data, run.config, engine=engine, checkpoints=out / CHECKPOINTS, resume=resume, features=features
+        )
     except KeyboardInterrupt:
         if has_checkpoint(out / CHECKPOINTS):
             logger.info("the same command with --resume continues from the last whole epoch")
@@ -106,7 +115,7 @@ def run_training(run: TrainRun, out: Path, *, resume: bool = False, overwrite: b
         result.seconds,
     )
     task.save(out / MODEL)
-    scores = {split: evaluate(task, dataset, progress=True) for split, dataset in scored.items()}
+    scores = {split: evaluate(task, dataset, progress=True, features=features) for split, dataset in scored.items()}
     outcome = Outcome(scores.get("test"), scores.get("validation"), result)
     _write(
         out / RECORD,
@@ -129,6 +138,7 @@ def run_evaluation(
     predictions: Path | None = None,
     metrics: Path | None = None,
     options: DataOptions | None = None,
+    features: TensorStore | None = None,
 ) -> Accuracy | ReportScores:
     """Score a saved model and print the result.
 
@@ -142,6 +152,7 @@ def run_evaluation(
         predictions: JSON Lines file for every question with its answer and the model's.
         metrics: JSON file for the scores.
         options: how the data is read.
+        features: keeps what the vision tower gives for each image; None for no caching.
 
     Raises:
         FastLNError: for anything that cannot be had as given.
@@ -157,7 +168,7 @@ def run_evaluation(
     # A saved model brings its own vocabulary; a new one takes it from the training questions.
     words_from = dataset if Path(weights).is_dir() else source.dataset("train")
     task = load_task(weights, words_from, dtype=settle_dtype(dtype, place), device=place)
-    answers = predict(task, dataset, batch_size=batch_size, progress=True)
+    answers = predict(task, dataset, batch_size=batch_size, progress=True, features=features)
     if predictions is not None:
         with predictions.open("w") as file:
             for sample, answer in zip(dataset.samples, answers, strict=True):
@@ -224,7 +235,7 @@ def _check_same(run: TrainRun, record: Path) -> None:
         before = _options(json.loads(record.read_text())["run"])
     except (OSError, ValueError, KeyError, TypeError):
         raise FastLNError(f"{record}: is no record of a run to resume") from None
-    for name, value in _options(asdict(run)).items():
+    for name, value in json.loads(json.dumps(_options(asdict(run)))).items():  # as the record has it: lists, no tuples
         if before.get(name) != value:
             raise FastLNError(f"{record}: the run to resume had {name} {before.get(name)!r}, not {value!r}")
 

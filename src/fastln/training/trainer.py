@@ -22,9 +22,11 @@ from fastln.methods import HEAD_LEARNING_RATE, count_parameters
 from fastln.models import VQATask
 from fastln.models.dual_task import DualEncoderTask
 from fastln.prepare import check_norm_gradients
+from fastln.training.features import cached_features, check_frozen
 from fastln.training.head import train_head
 from fastln.training.optimizer import WEIGHT_DECAY, MasterAdamW, cosine_schedule, parameter_groups
 from fastln.training.progress import ProgressBar, StepLog
+from fastln.training.tensor_store import TensorStore
 
 TRAINED = "trained.safetensors"
 
@@ -35,6 +37,7 @@ class TrainConfig:
 
     Attributes:
         method: a name from `fastln.methods.METHODS`; sets the learning rate and its groups.
+        scope: the sub-models that the method tunes; None for all.
         epochs: passes over the training questions.
         head_epochs: passes that train a head which starts random, alone and on the frozen towers' features, before
             the method's own epochs; under method `head` they are all there is to train, and `epochs` are added to them.
@@ -49,6 +52,7 @@ class TrainConfig:
     """
 
     method: str = "layernorm"
+    scope: tuple[str, ...] | None = None
     epochs: int = 15
     head_epochs: int = 3
     batch_size: int = 32
@@ -180,6 +184,7 @@ def train_task(
     checkpoints: Path | None = None,
     resume: bool = False,
     progress: bool = True,
+    features: TensorStore | None = None,
 ) -> TrainResult:
     """Train a task's model with one method, from the start or from the last checkpoint.
 
@@ -194,35 +199,41 @@ def train_task(
         checkpoints: folder for a checkpoint after each epoch (the last is kept) and for `log.jsonl`; none by default.
         resume: continue from the last checkpoint in that folder.
         progress: whether to show a progress bar.
+        features: keeps what a frozen vision tower gives for each image; None for no caching.
 
     Raises:
-        FastLNError: if a trained norm gets no gradient, the loss turns NaN, or there is no checkpoint to resume from.
+        FastLNError: if a trained norm gets no gradient, the loss turns NaN, there is no checkpoint to resume from, or
+            features are to be kept of a vision tower that trains.
     """
     if resume and not has_checkpoint(checkpoints):
         raise FastLNError(f"{checkpoints}: there is no checkpoint to resume from")
+    if features is not None:
+        check_frozen(task, config.method, config.scope)
     start = time.perf_counter()
     # The towers of a dual encoder stand still as long as nothing but its head learns.
     head_alone = config.method == "head" and isinstance(task, DualEncoderTask)
     losses: list[float] = []
     if isinstance(task, DualEncoderTask) and (head_alone or (task.random_head and not resume)):
         epochs = config.head_epochs + (config.epochs if head_alone else 0)
-        losses = train_head(
-            task,
-            data,
-            epochs=epochs,
-            batch_size=config.batch_size,
-            learning_rate=(config.learning_rate if head_alone else config.head_learning_rate) or HEAD_LEARNING_RATE,
-            weight_decay=config.weight_decay,
-            warmup=config.warmup,
-            max_grad_norm=config.max_grad_norm,
-            seed=config.seed,
-            progress=progress,
-        )
+        with cached_features(task.vision_tower, features):
+            losses = train_head(
+                task,
+                data,
+                epochs=epochs,
+                batch_size=config.batch_size,
+                learning_rate=(config.learning_rate if head_alone else config.head_learning_rate) or HEAD_LEARNING_RATE,
+                weight_decay=config.weight_decay,
+                warmup=config.warmup,
+                max_grad_norm=config.max_grad_norm,
+                seed=config.seed,
+                progress=progress,
+            )
     _, total = count_parameters(task.model)
-    model = apply_method(task, config.method, engine)
+    model = apply_method(task, config.method, engine, scope=config.scope)
     trainable, _ = count_parameters(model)
     if not head_alone:
-        losses += _train_method(task, model, data, config, checkpoints, resume, progress)
+        with cached_features(task.vision_tower, features):
+            losses += _train_method(task, model, data, config, checkpoints, resume, progress)
     finish(task, model)
     return TrainResult(losses, time.perf_counter() - start, trainable, total)
 

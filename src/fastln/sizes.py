@@ -1,0 +1,24 @@
+"""Numbers of bytes as people write them."""
+
+from __future__ import annotations
+
+import re
+
+from fastln.errors import FastLNError
+
+_UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+_UNITS["TIB"] = 2**40
+
+
+def parse_bytes(text: str | int) -> int:
+    """Return the number of bytes that `text` names, for example "8GiB", "500 MB", "1.5TB" or 4096.
+
+    Raises:
+        FastLNError: if it names none, or less than one.
+    """
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([a-zA-Z]*)", str(text).strip())
+    unit = _UNITS.get((match[2].upper().removesuffix("B") + "B") if match and match[2] not in ("", "B") else "")
+    size = int(float(match[1]) * unit) if match and unit else 0
+    if size < 1:
+        raise FastLNError(f"{text!r} is no number of bytes; write one as 500MB or 8GiB")
+    return size

@@ -1,0 +1,223 @@
+"""A frozen vision tower runs once for each image: what it gives is kept on disk and read back in later epochs and runs.
+
+An image is known by its pixel values as the tower receives them, a tower by its weights and by everything else that its
+numbers depend on. What comes back are the bits that the tower would compute, with one reservation: a matrix product may
+round differently for another number of images in the batch. torch's CPU products were not seen to do so on the rows of
+all tokens, and the pooling, one row an image, is computed each time; where a tower does differ a warning says so.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import logging
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.modeling_outputs import BaseModelOutputWithPooling
+
+from fastln.errors import FastLNError
+from fastln.machine import cpu_model, package_version
+from fastln.methods import get_method, select_parameters
+from fastln.models import VQATask
+from fastln.training.tensor_store import TensorStore, as_bytes
+
+logger = logging.getLogger(__name__)
+
+HIDDEN, POOLED = "last_hidden_state", "pooler_output"
+_ORIGIN = ("_name_or_path", "architectures", "dtype", "transformers_version")  # in a configuration: where it is from
+_POOLING = ("pooler", "head")  # what transformers' towers call the module that pools their last hidden states
+
+
+@contextlib.contextmanager
+def cached_features(tower: nn.Module, store: TensorStore | None) -> Iterator[None]:
+    """Have `tower` run once for each image, in place, as long as the context lasts.
+
+    Within it the weights of the tower must stay as they are. A call with further arguments than pixel values, for
+    example for its attention weights, is the tower's own.
+
+    Args:
+        tower: a vision model of transformers: of (n_images, channels, height, width) it makes `last_hidden_state`
+            (n_images, n_tokens, n_cols) and perhaps `pooler_output` (n_images, n_cols).
+        store: where its output is kept; None for no caching.
+
+    Raises:
+        FastLNError: at the first call for which the output may not be kept: a parameter of the tower trains, it draws
+            random numbers (dropout), or it computes statistics over the batch.
+    """
+    if store is None:
+        yield
+        return
+    before = tower.__dict__.get("forward")
+    memo = _Memo(tower, store)
+    tower.forward = memo
+    try:
+        yield
+    finally:
+        del tower.forward
+        if before is not None:
+            tower.forward = before
+        logger.info("vision features: %d read from %s, %d computed", memo.n_found, store.directory, memo.n_computed)
+
+
+def check_frozen(task: VQATask, method: str, scope: Sequence[str] | None) -> None:
+    """Check that a method leaves the vision tower of `task` alone, so that its features can be cached.
+
+    Args:
+        task: the model.
+        method: a name from `fastln.methods.METHODS`.
+        scope: the sub-models that it tunes; None for all.
+
+    Raises:
+        FastLNError: if it does not.
+    """
+    chosen, _ = get_method(method)
+    if chosen.select is None:  # what peft adds, it adds to everything in the scope
+        trained = ["adapters"] if scope is None or "vision" in scope else []
+    else:
+        names = select_parameters(task.model, chosen, scope)
+        trained = sorted(name for name in names if name.startswith(f"{task.vision}."))
+    if trained:
+        raise FastLNError(
+            f"the feature cache is for a vision tower that is frozen, and method {method!r} trains some of it "
+            f"({trained[0]}): limit it to other sub-models (--scope text), or leave the cache out"
+        )
+
+
+class _Memo:
+    """The forward of a tower that looks its output up before it computes it."""
+
+    def __init__(self, tower: nn.Module, store: TensorStore) -> None:
+        self.n_found = self.n_computed = 0
+        self._tower = tower
+        self._store = store
+        self._forward = tower.forward
+        self._fingerprint = fingerprint(tower)
+        self._pooling = next((name for name in _POOLING if isinstance(getattr(tower, name, None), nn.Module)), None)
+        self._checked: set[bool] = set()  # the modes, training or not, in which the tower was
+
+    def __call__(self, pixel_values: Tensor, **kwargs: Any) -> Any:
+        """Return the output for `pixel_values`, (n_images, channels, height, width)."""
+        if any(value is not None and value is not False for value in kwargs.values()) or "return_dict" in kwargs:
+            return self._forward(pixel_values=pixel_values, **kwargs)
+        self._refuse_training()
+        keys = self._keys(pixel_values)
+        found = {key: self._store.get(key) for key in dict.fromkeys(keys)}
+        missing = [key for key, tensors in found.items() if tensors is None]
+        if missing:
+            found |= self._compute(pixel_values, keys, missing)
+        self.n_found += len(found) - len(missing)
+        self.n_computed += len(missing)
+        rows = [tensors for key in keys if (tensors := found[key]) is not None]
+        names = rows[0].keys()
+        output = {name: torch.stack([row[name] for row in rows]).to(pixel_values.device) for name in names}
+        if POOLED not in output and self._pooling is not None:
+            output[POOLED] = getattr(self._tower, self._pooling)(output[HIDDEN])
+        return BaseModelOutputWithPooling(**output)
+
+    def _compute(self, pixel_values: Tensor, keys: list[str], missing: list[str]) -> dict[str, dict[str, Tensor]]:
+        """Run the tower on the images under the keys `missing`, once each, and keep what it gives."""
+        rows = [keys.index(key) for key in missing]
+        if self._tower.training not in self._checked:
+            self._check(pixel_values[rows[:1]])
+            self._checked.add(self._tower.training)
+        # The batch as it is where nothing in it is known or there twice: what has the uncached run's shape is its copy.
+        output = self._run(pixel_values if len(rows) == len(keys) else pixel_values[rows])
+        computed = {key: {name: tensor[row] for name, tensor in output.items()} for row, key in enumerate(missing)}
+        for key, tensors in computed.items():
+            self._store.put(key, tensors)
+        return computed
+
+    def _run(self, pixel_values: Tensor) -> dict[str, Tensor]:
+        """Return what is kept of the tower's output: the pooled rows only where they are not its pooling module's."""
+        pooling = None if self._pooling is None else getattr(self._tower, self._pooling)
+        if pooling is not None:
+            setattr(self._tower, str(self._pooling), nn.Identity())
+        try:
+            output = self._forward(pixel_values=pixel_values)
+        finally:
+            if pooling is not None:
+                setattr(self._tower, str(self._pooling), pooling)
+        hidden, pooled = getattr(output, HIDDEN, None), getattr(output, POOLED, None)
+        if not isinstance(hidden, Tensor) or len(hidden) != len(pixel_values):
+            raise FastLNError(
+                f"{type(self._tower).__name__} gives no {HIDDEN} with a row for each image; its features cannot be "
+                "cached"
+            )
+        if pooling is not None and pooled is not hidden:
+            self._pooling = None  # a module of that name which does something else
+            return self._run(pixel_values)
+        return {HIDDEN: hidden} if pooled is None or pooled is hidden else {HIDDEN: hidden, POOLED: pooled}
+
+    def _check(self, image: Tensor) -> None:
+        """Run the tower on one image, (1, channels, height, width), alone and in a batch, and see what that shows."""
+        name = type(self._tower).__name__
+        norms = nn.modules.batchnorm._NormBase
+        if any(isinstance(module, norms) and module.training for module in self._tower.modules()):
+            raise FastLNError(f"{name} computes statistics over the batch in training; its features cannot be cached")
+        before = _generator_states(image.device)
+        alone = self._run(image)
+        if not all(map(torch.equal, before, _generator_states(image.device))):
+            raise FastLNError(
+                f"{name} draws random numbers in training (dropout, stochastic depth), so its features differ from "
+                "step to step and cannot be cached; set its dropout to 0 in its config.json, or leave the cache out"
+            )
+        together = self._run(image.expand(3, *image.shape[1:]).contiguous())
+        if not all(torch.equal(alone[part][0], together[part][0]) for part in alone):
+            logger.warning(
+                "%s rounds an image's features differently in batches of different sizes: losses with and without the "
+                "cache will differ by rounding",
+                name,
+            )
+
+    def _refuse_training(self) -> None:
+        trained = [name for name, parameter in self._tower.named_parameters() if parameter.requires_grad]
+        if trained and torch.is_grad_enabled():
+            raise FastLNError(
+                f"{type(self._tower).__name__} trains ({len(trained)} parameters, for example {trained[0]}), so its "
+                "features change and cannot be cached"
+            )
+
+    def _keys(self, pixel_values: Tensor) -> list[str]:
+        device = pixel_values.device.type
+        autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+        # Modules choose their way by these, and two ways may round differently.
+        state = (self._tower.training, torch.is_grad_enabled(), autocast, torch.get_float32_matmul_precision())
+        salt = repr((self._fingerprint, state, pixel_values.dtype, pixel_values.shape[1:])).encode()
+        return [hashlib.sha256(salt + as_bytes(image)).hexdigest() for image in pixel_values.cpu()]
+
+
+def fingerprint(tower: nn.Module) -> str:
+    """Return a digest of all that the numbers of `tower` depend on, but for its input and its mode.
+
+    Those are its weights and buffers, its configuration, the classes of its modules (`prepare` changes them), where it
+    runs, and the versions of fastln, torch and transformers.
+    """
+    digest = hashlib.sha256()
+
+    def add(*values: object) -> None:
+        digest.update(repr(values).encode())
+
+    config = getattr(tower, "config", None)
+    add(*(package_version(name) for name in ("fastln", "torch", "transformers")))
+    if config is not None:
+        settings = {name: value for name, value in config.to_dict().items() if name not in _ORIGIN}
+        add(json.dumps(settings, sort_keys=True, default=str), config._attn_implementation)
+    for name, module in tower.named_modules():
+        add(name, type(module).__module__, type(module).__qualname__)
+    devices = set()
+    for name, tensor in (*tower.named_parameters(), *tower.named_buffers()):
+        add(name, tensor.dtype, tensor.shape)
+        digest.update(as_bytes(tensor))
+        devices.add(tensor.device)
+    for device in sorted(devices, key=str):
+        add(torch.cuda.get_device_name(device) if device.type == "cuda" else (device.type, cpu_model()))
+    return digest.hexdigest()
+
+
+def _generator_states(device: torch.device) -> list[Tensor]:
+    states = [torch.get_rng_state()]
+    return [*states, torch.cuda.get_rng_state(device)] if device.type == "cuda" else states

@@ -1,0 +1,180 @@
+"""Tensors on disk under keys, at most so many bytes of them: what was not used for longest makes room.
+
+A store is a folder of safetensors files, one a key, in subfolders by the key's first two digits. Several processes may
+share one: files appear whole, by renaming, and whoever writes holds a lock. A file that is damaged counts as absent.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import logging
+import os
+import re
+import zlib
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import IO
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor
+
+from fastln.errors import FastLNError
+from fastln.sizes import parse_bytes
+
+logger = logging.getLogger(__name__)
+
+LEDGER = "size.lock"  # locked by whoever writes; holds the bytes in use
+INCOMING = "incoming.tmp"
+_BLOCK = 4096  # what a file takes is a multiple of this
+_SHARE_KEPT = 0.9  # of the limit, when room is made: so that not every further file makes room anew
+_KEY = re.compile(r"[0-9a-f]{64}")
+
+
+class TensorStore:
+    """A bounded folder of tensors under keys.
+
+    What cannot be written (a full disk, a folder that became read-only) is one warning, after which the store only
+    reads; what cannot be read is absent.
+
+    Args:
+        directory: the folder; made where it is not there. Files in it that are not the store's stay untouched.
+        limit: what its files may take on disk, in bytes or as "8GiB".
+
+    Raises:
+        FastLNError: if the folder cannot be made or written to, or the limit is no number of bytes.
+    """
+
+    def __init__(self, directory: str | Path, limit: str | int) -> None:
+        self.directory = Path(directory)
+        self.limit = parse_bytes(limit)
+        self._writes = True
+        try:
+            self.directory.mkdir(parents=True, exist_ok=True)
+            with self._locked() as ledger:
+                _write(ledger, self._make_room(0, self.limit))
+        except OSError as error:
+            raise FastLNError(f"{directory}: cannot be used as a cache: {error}") from error
+
+    def get(self, key: str) -> dict[str, Tensor] | None:
+        """Return the tensors under `key`, 64 hexadecimal digits; None where there are none."""
+        path = self._path(key)
+        try:
+            with safe_open(path, "pt") as file:
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
+                whole = (file.metadata() or {}).get("crc32") == _checksum(tensors)
+            if whole:
+                os.utime(path)
+                return tensors
+        except OSError:
+            return None
+        except SafetensorError:
+            pass
+        logger.warning("%s: is damaged; what it held will be computed again", path)
+        with contextlib.suppress(OSError):
+            path.unlink()
+        return None
+
+    def put(self, key: str, tensors: Mapping[str, Tensor]) -> None:
+        """Keep `tensors` under `key`, 64 hexadecimal digits, where there are none yet."""
+        if not self._writes:
+            return
+        path = self._path(key)
+        # Copies, for safetensors takes no views of one memory, such as a pooled row of the hidden states.
+        kept = {name: tensor.detach().clone(memory_format=torch.contiguous_format) for name, tensor in tensors.items()}
+        data = save(kept, {"crc32": _checksum(kept)})
+        size = _on_disk(len(data))
+        if size > self.limit:
+            self._stop_writing(f"one image's features take {size:,} bytes, and the limit is {self.limit:,}")
+            return
+        try:
+            with self._locked() as ledger:
+                if path.exists():
+                    return
+                used = _read(ledger)
+                if used is None or used + size > self.limit:
+                    used = self._make_room(size, int(_SHARE_KEPT * self.limit))
+                # First the ledger: if this process ends here, it says too much, which the next count puts right.
+                _write(ledger, used + size)
+                self._publish(path, data)
+        except OSError as error:
+            self._stop_writing(str(error))
+
+    def _publish(self, path: Path, data: bytes) -> None:
+        incoming = self.directory / INCOMING  # one is enough, for one process at a time writes
+        try:
+            incoming.write_bytes(data)
+            path.parent.mkdir(exist_ok=True)
+            incoming.replace(path)
+        except OSError:
+            with contextlib.suppress(OSError):
+                incoming.unlink()
+            raise
+
+    def _make_room(self, wanted: int, limit: int) -> int:
+        """Delete what was not used for longest until `wanted` more bytes fit `limit`; return the bytes then in use."""
+        files = sorted(self._files())
+        used = sum(size for _, _, size in files)
+        for _, path, size in files:
+            if used + wanted <= limit:
+                break
+            Path(path).unlink(missing_ok=True)
+            used -= size
+        return used
+
+    def _files(self) -> Iterator[tuple[int, str, int]]:
+        """Yield when each of the store's files was last used (ns), its path and what it takes on disk."""
+        with os.scandir(self.directory) as folders:
+            for folder in [entry for entry in folders if len(entry.name) == 2 and entry.is_dir()]:
+                with os.scandir(folder.path) as entries:
+                    for entry in entries:
+                        name = entry.name.removesuffix(".safetensors")
+                        if name != entry.name and _KEY.fullmatch(name) and name.startswith(folder.name):
+                            with contextlib.suppress(FileNotFoundError):  # another process found it damaged
+                                status = entry.stat()
+                                yield status.st_mtime_ns, entry.path, _on_disk(status.st_size)
+
+    def _path(self, key: str) -> Path:
+        if not _KEY.fullmatch(key):
+            raise ValueError(f"a key is 64 hexadecimal digits, not {key!r}")
+        return self.directory / key[:2] / f"{key}.safetensors"
+
+    @contextlib.contextmanager
+    def _locked(self) -> Iterator[IO[str]]:
+        with (self.directory / LEDGER).open("a+") as ledger:
+            fcntl.flock(ledger, fcntl.LOCK_EX)  # until it is closed
+            yield ledger
+
+    def _stop_writing(self, reason: str) -> None:
+        self._writes = False
+        logger.warning("%s: nothing more is written to this cache: %s", self.directory, reason)
+
+
+def _on_disk(size: int) -> int:
+    return -(-size // _BLOCK) * _BLOCK
+
+
+def _read(ledger: IO[str]) -> int | None:
+    ledger.seek(0)
+    text = ledger.read()
+    return int(text) if text.isdecimal() else None
+
+
+def _write(ledger: IO[str], used: int) -> None:
+    ledger.truncate(0)
+    ledger.write(str(used))  # at the end, which is the beginning
+    ledger.flush()
+
+
+def _checksum(tensors: Mapping[str, Tensor]) -> str:
+    total = 0
+    for name in sorted(tensors):
+        total = zlib.crc32(as_bytes(tensors[name]), total)
+    return f"{total:08x}"
+
+
+def as_bytes(tensor: Tensor) -> bytes:
+    """Return the bytes of `tensor`, in row-major order."""
+    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
