@@ -30,8 +30,9 @@ STATE = "_fastln_state"
 
 @dataclass
 class _Prepared:
-    """What restore() has to undo."""
+    """What restore() has to undo, and which modules train whole."""
 
+    also: tuple[str, ...] = ()
     dtypes: dict[str, torch.dtype] = field(default_factory=dict)
     requires_grad: dict[str, bool] = field(default_factory=dict)
     hooks: list[Any] = field(default_factory=list)
@@ -79,7 +80,8 @@ def prepare(
             "the outermost model, with `scope` for the sub-models to tune"
         )
     chosen, _ = get_method(method)
-    trained = select_parameters(model, chosen, scope, (also,) if isinstance(also, str) else also)
+    also = (also,) if isinstance(also, str) else tuple(also)
+    trained = select_parameters(model, chosen, scope, also)
     if not trained:
         raise FastLNError(f"method {method!r} trains nothing by itself; name the task head's modules with `also`")
     device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
@@ -87,7 +89,7 @@ def prepare(
     if device.type == "cpu":
         keep_pages()
 
-    state = _Prepared()
+    state = _Prepared(also)
     for name, parameter in model.named_parameters():
         state.requires_grad[name] = parameter.requires_grad
         parameter.requires_grad_(name in trained)

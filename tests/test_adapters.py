@@ -1,0 +1,314 @@
+"""Adapters: what is saved comes back, through peft in both directions; wrong, damaged and interrupted ones."""
+
+import errno
+import json
+import os
+import warnings
+
+import family_models
+import peft
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file
+from torch import nn
+
+import fastln
+from fastln.adapters import CONFIG, FINGERPRINT, WEIGHTS, fingerprint
+from fastln.errors import FastLNError
+from fastln.families import find_norms
+from fastln.methods import norm_parameters
+
+FAMILIES = {
+    "bert": ["cls"],
+    "vit": ["classifier"],
+    "llama": [],
+    "llama, tied": [],
+    "gpt2": [],
+    "blip": [],
+    "clip": [],
+    "llava": [],
+}
+
+
+def tuned(name, also=(), dtype=torch.float32, scope=None):
+    """A prepared model whose trained parameters have moved."""
+    model = fastln.prepare(family_models.make(name).to(dtype), also=also, scope=scope, backend="reference")
+    move(model)
+    return model
+
+
+def move(model):
+    generator = torch.Generator().manual_seed(7)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter += 0.1 * torch.randn(parameter.shape, generator=generator).to(parameter.dtype)
+
+
+def loss(model, name):
+    with torch.no_grad():
+        return model.eval()(**family_models.batch(name)).loss
+
+
+@pytest.mark.parametrize(("name", "also"), FAMILIES.items())
+def test_peft_loads_what_fastln_saved(name, also, tmp_path):
+    model = tuned(name, also)
+    fastln.save_adapter(model, tmp_path)
+    base = family_models.make(name)
+    before = loss(base, name)
+    fastln.restore(model)
+    loaded = peft.PeftModel.from_pretrained(base, tmp_path)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # peft warns of keys that it misses
+        assert torch.equal(loss(loaded, name), loss(model, name))
+    assert loss(model, name) != before
+    wrapped = {n.removeprefix("base_model.model.") for n, m in loaded.named_modules() if hasattr(m, "ln_tuning_layers")}
+    inside = tuple(f"{module}." for module in also)
+    assert wrapped == {n for n, _ in find_norms(family_models.make(name)) if not n.startswith(inside)}
+
+
+@pytest.mark.parametrize(("name", "also"), {**FAMILIES, "bert": []}.items())
+def test_fastln_loads_what_peft_saved(name, also, tmp_path):
+    base = family_models.make(name)
+    inside = tuple(f"{module}." for module in also)
+    norms = [n for n, _ in find_norms(base) if not n.startswith(inside)]
+    config = peft.LNTuningConfig(target_modules=norms, modules_to_save=also or None)
+    wrapped = peft.get_peft_model(base, config)
+    move(wrapped)
+    wrapped.save_pretrained(tmp_path)
+    for prepared in (False, True):
+        model = family_models.make(name)
+        if prepared:
+            fastln.prepare(model, also=also, backend="reference")
+        fastln.load_adapter(model, tmp_path)
+        if prepared:
+            fastln.restore(model)
+        assert torch.equal(loss(model, name), loss(wrapped, name))
+    assert loss(model, name) != loss(family_models.make(name), name)
+
+
+@pytest.mark.parametrize(("name", "also"), FAMILIES.items())
+def test_fastln_loads_what_it_saved_bit_for_bit_in_bfloat16(name, also, tmp_path):
+    model = tuned(name, also, torch.bfloat16)
+    fastln.save_adapter(model, tmp_path)
+    again = fastln.prepare(family_models.make(name).bfloat16(), also=also, backend="reference")
+    fastln.load_adapter(again, tmp_path)
+    assert all(torch.equal(tensor, again.state_dict()[name]) for name, tensor in model.state_dict().items())
+    names = norm_parameters(model)
+    assert all(again.get_parameter(name).dtype == torch.float32 for name in names)
+    stored = load_file(tmp_path / WEIGHTS)
+    assert all(tensor.dtype == torch.float32 for name, tensor in stored.items() if "ln_tuning_layers" in name)
+    assert json.loads((tmp_path / CONFIG).read_text())["modules_to_save"] == (also or None)
+
+
+def test_a_tied_weight_with_a_value_of_its_own_is_refused(tmp_path):
+    """peft copies BERT's head, and trains what was one with the word embeddings apart from them."""
+    wrapped = peft.get_peft_model(
+        family_models.make("bert"),
+        peft.LNTuningConfig(target_modules=["bert.embeddings.LayerNorm"], modules_to_save=["cls"]),
+    )
+    move(wrapped)
+    wrapped.save_pretrained(tmp_path)
+    model = family_models.make("bert")
+    with pytest.raises(FastLNError, match=r"in this model it is one with bert\.embeddings.word_embeddings.weight"):
+        fastln.load_adapter(model, tmp_path)
+    stock = family_models.make("bert").state_dict()
+    assert all(torch.equal(tensor, stock[name]) for name, tensor in model.state_dict().items())
+
+
+def test_a_scope_saves_its_norms_alone(tmp_path):
+    model = tuned("clip", scope="vision")
+    fastln.save_adapter(model, tmp_path)
+    stored = load_file(tmp_path / WEIGHTS)
+    norms = [name for name in norm_parameters(model) if name.startswith("vision_model.")]
+    assert len(stored) == len(norms)
+    assert all(".vision_model." in name for name in stored)
+
+
+def test_peft_takes_no_module_whose_name_ends_like_a_norms(tmp_path):
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.norm = nn.LayerNorm(4)
+            self.block = nn.ModuleDict({"norm": nn.LayerNorm(4)})
+
+        def forward(self, x):
+            return self.norm(self.block["norm"](x) + x)
+
+    model = fastln.prepare(Model(), backend="reference")
+    model.block["norm"].requires_grad_(False)
+    move(model)
+    fastln.save_adapter(model, tmp_path)
+    loaded = peft.PeftModel.from_pretrained(Model(), tmp_path)
+    assert hasattr(loaded.base_model.model.norm, "ln_tuning_layers")
+    assert not hasattr(loaded.base_model.model.block["norm"], "ln_tuning_layers")
+    x = torch.randn(3, 4)
+    assert torch.equal(loaded(x), fastln.restore(model)(x))
+
+
+def test_another_base_is_refused_and_can_be_insisted_on(tmp_path):
+    model = tuned("bert")
+    fastln.save_adapter(model, tmp_path)
+    other = family_models.make("bert", seed=1)
+    before = {name: tensor.clone() for name, tensor in other.state_dict().items()}
+    with pytest.raises(FastLNError, match=r"trained on another base.*check_base=False"):
+        fastln.load_adapter(other, tmp_path)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in other.state_dict().items())
+    fastln.load_adapter(other, tmp_path, check_base=False)
+    name = norm_parameters(other)[0]
+    assert torch.equal(other.get_parameter(name), model.get_parameter(name))
+
+
+def test_a_fingerprint_notices_the_frozen_weights_and_nothing_else(tmp_path):
+    model = family_models.make("bert")
+    norms = norm_parameters(model)
+    found = fingerprint(model, norms)
+    assert fingerprint(tuned("bert"), norms) == found, "the norms are left out"
+    assert fingerprint(model.bfloat16(), norms) == found, "the same checkpoint, loaded in another dtype"
+    assert fingerprint(family_models.make("bert"), norms[1:]) != found
+    with torch.no_grad():
+        model.bert.encoder.layer[1].output.dense.weight *= 1.01
+    assert fingerprint(model, norms) != found
+
+
+def test_an_adapter_for_another_model_is_named(tmp_path):
+    fastln.save_adapter(tuned("bert"), tmp_path)
+    with pytest.raises(FastLNError, match=r"for another model: LlamaForCausalLM has no bert\.embeddings"):
+        fastln.load_adapter(family_models.make("llama"), tmp_path)
+    wide = family_models.of("BertForMaskedLM", "BertConfig", **{**family_models.BERT, "hidden_size": 64})()
+    with pytest.raises(FastLNError, match=r"is \(32,\) in it, and \(64,\) in this BertForMaskedLM"):
+        fastln.load_adapter(wide, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        ("cut", "adapter_model.safetensors: cannot be read, it is damaged or cut short"),
+        ("emptied", "adapter_model.safetensors: cannot be read"),
+        ("no weights", "there is no adapter_model.safetensors in this folder"),
+        ("pickle", "adapter_model.bin, a pickle, which is never read"),
+        ("no config", "there is no adapter_config.json in this folder"),
+        ("config cut", "adapter_config.json: cannot be read"),
+        ("config a list", "adapter_config.json: must be a mapping, not list"),
+        ("lora", "this is a LORA adapter; fastln reads those for LN_TUNING"),
+    ],
+)
+def test_a_damaged_adapter_is_named_and_the_model_stays(damage, message, tmp_path):
+    fastln.save_adapter(tuned("bert"), tmp_path)
+    weights, config = tmp_path / WEIGHTS, tmp_path / CONFIG
+    data = weights.read_bytes()
+    if damage in ("cut", "emptied"):
+        weights.write_bytes(data[:-9] if damage == "cut" else b"")
+    if damage in ("no weights", "pickle"):
+        weights.unlink()
+    if damage == "pickle":
+        (tmp_path / "adapter_model.bin").write_bytes(b"")
+    if damage == "no config":
+        config.unlink()
+    if damage in ("config cut", "config a list", "lora"):
+        config.write_text({"config cut": "{", "config a list": "[]", "lora": '{"peft_type": "LORA"}'}[damage])
+    model = family_models.make("bert")
+    with pytest.raises(FastLNError) as caught:
+        fastln.load_adapter(model, tmp_path)
+    assert message in str(caught.value)
+    stock = family_models.make("bert").state_dict()
+    assert all(torch.equal(tensor, stock[name]) for name, tensor in model.state_dict().items())
+
+
+def test_a_full_disk_leaves_the_old_adapter_whole(tmp_path, monkeypatch):
+    model = tuned("bert")
+    fastln.save_adapter(model, tmp_path)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    move(model)
+    fsync = os.fsync
+    for n_whole in (0, 1):
+        calls = []
+
+        def full(handle, n_whole=n_whole, calls=calls):
+            calls.append(handle)
+            if len(calls) > n_whole:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            fsync(handle)
+
+        monkeypatch.setattr(os, "fsync", full)
+        with pytest.raises(FastLNError, match=r"cannot be written, and nothing there changed: .*No space left"):
+            fastln.save_adapter(model, tmp_path)
+        assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+    monkeypatch.setattr(os, "fsync", fsync)
+    fastln.save_adapter(model, tmp_path)
+    after = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    assert after.keys() == before.keys()
+    assert after[WEIGHTS] != before[WEIGHTS]
+    with pytest.raises(FastLNError, match=r"config\.json/x: the adapter cannot be written"):
+        fastln.save_adapter(model, tmp_path / CONFIG / "x")
+
+
+@pytest.mark.parametrize(
+    ("method", "also", "message"),
+    [
+        ("bitfit", (), r"holds norms and the modules named in `also`, and here \d+ other parameters train too"),
+        ("full", (), r"holds norms and the modules named in `also`, and here \d+ other parameters train too"),
+        ("head", ("cls",), "no norm of this model trains"),
+    ],
+)
+def test_what_is_no_adapter_says_so(method, also, message, tmp_path):
+    model = fastln.prepare(family_models.make("bert"), method, also=also)
+    with pytest.raises(FastLNError, match=f"{message}.*fastln.merge_adapter"):
+        fastln.save_adapter(model, tmp_path / "adapter")
+    assert not (tmp_path / "adapter").exists()
+    with pytest.raises(FastLNError, match="save the adapter between"):
+        fastln.save_adapter(fastln.restore(model), tmp_path / "adapter")
+
+
+def test_whole_modules_may_hold_norms_of_their_own(tmp_path):
+    model = tuned("bert", ["cls"])
+    fastln.save_adapter(model, tmp_path)
+    again = family_models.make("bert")
+    fastln.load_adapter(again, tmp_path)
+    assert all(torch.equal(tensor, again.state_dict()[name]) for name, tensor in model.state_dict().items())
+    targets = json.loads((tmp_path / CONFIG).read_text())["target_modules"]
+    assert not any(name.startswith("cls") for name in targets)
+
+
+@pytest.mark.parametrize("name", ["bert", "llama", "blip"])
+def test_a_merged_model_is_stock_in_the_bases_dtype(name, tmp_path):
+    model = tuned(name, dtype=torch.bfloat16)
+    exact = {key: tensor.clone() for key, tensor in model.state_dict().items()}
+    with pytest.warns(UserWarning, match=r"bfloat16 rounds [\d,]+ of [\d,]+ tuned values, by up to .*keep the adapter"):
+        fastln.merge_adapter(model, tmp_path)
+    assert all(torch.equal(tensor, exact[key]) for key, tensor in model.state_dict().items())
+    again = type(model).from_pretrained(tmp_path, dtype="auto")
+    assert all(parameter.dtype == torch.bfloat16 for parameter in again.parameters())
+    fastln.restore(model)
+    assert all(torch.equal(tensor, again.state_dict()[key]) for key, tensor in model.state_dict().items())
+
+
+def test_merging_in_float32_warns_of_nothing_and_loading_into_bfloat16_does(tmp_path):
+    model = tuned("llama")
+    fastln.save_adapter(model, tmp_path / "adapter")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        fastln.merge_adapter(model, tmp_path / "merged")
+        merged = type(model).from_pretrained(tmp_path / "merged")
+        loaded = family_models.make("llama")
+        fastln.load_adapter(loaded, tmp_path / "adapter")
+    assert torch.equal(loss(merged, "llama"), loss(loaded, "llama"))
+    with pytest.warns(UserWarning, match=r"bfloat16 rounds .*call fastln.prepare\(model\) before loading"):
+        fastln.load_adapter(family_models.make("llama").bfloat16(), tmp_path / "adapter")
+
+
+def test_the_fingerprint_is_in_the_tensors_file_and_peft_has_none(tmp_path):
+    fastln.save_adapter(tuned("bert"), tmp_path)
+    with safe_open(tmp_path / WEIGHTS, "pt") as file:
+        assert len(file.metadata()[FINGERPRINT]) == 64
+
+
+@pytest.mark.slow
+def test_the_adapter_of_blip_vqa_is_below_a_megabyte(tmp_path):
+    from transformers import BlipConfig, BlipForQuestionAnswering
+
+    model = fastln.prepare(BlipForQuestionAnswering(BlipConfig()).bfloat16())
+    assert sum(p.numel() for p in model.parameters() if p.requires_grad) == 153_600
+    fastln.save_adapter(model, tmp_path)
+    assert sum(path.stat().st_size for path in tmp_path.iterdir()) < 1e6
