@@ -8,6 +8,7 @@ import warnings
 import family_models
 import peft
 import pytest
+import tiny
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
@@ -17,7 +18,9 @@ import fastln
 from fastln.adapters import CONFIG, FINGERPRINT, WEIGHTS, fingerprint
 from fastln.errors import FastLNError
 from fastln.families import find_norms
+from fastln.merge import merge_into_base
 from fastln.methods import norm_parameters
+from fastln.training import evaluate
 
 FAMILIES = {
     "bert": ["cls"],
@@ -282,6 +285,29 @@ def test_a_merged_model_is_stock_in_the_bases_dtype(name, tmp_path):
     assert all(parameter.dtype == torch.bfloat16 for parameter in again.parameters())
     fastln.restore(model)
     assert all(torch.equal(tensor, again.state_dict()[key]) for key, tensor in model.state_dict().items())
+
+
+@pytest.mark.parametrize("kind", ["vit", "dual"])
+def test_merging_by_folders(kind, tmp_path):
+    data = tiny.phantom(12)
+    if kind == "dual":
+        task = tiny.dual(tmp_path, data)
+        task.save(tmp_path / "base")
+        model = fastln.prepare(task.model, also=task.head, backend="reference")
+    else:
+        base = family_models.make("vit")
+        base.save_pretrained(tmp_path / "base")
+        model = fastln.prepare(base, also=["classifier"], backend="reference")
+    move(model)
+    fastln.save_adapter(model, tmp_path / "adapter")
+    merge_into_base(str(tmp_path / "base"), tmp_path / "adapter", tmp_path / "merged")
+    again = type(model).from_pretrained(tmp_path / "merged")
+    assert all(torch.equal(tensor, again.state_dict()[name]) for name, tensor in model.state_dict().items())
+    if kind == "dual":
+        fastln.restore(model)
+        assert evaluate(tiny.load_task(str(tmp_path / "merged"), data), data) == evaluate(task, data)
+    with pytest.raises(FastLNError, match="merged: is there already"):
+        merge_into_base(str(tmp_path / "base"), tmp_path / "adapter", tmp_path / "merged")
 
 
 def test_merging_in_float32_warns_of_nothing_and_loading_into_bfloat16_does(tmp_path):

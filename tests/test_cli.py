@@ -41,6 +41,8 @@ def fastln(*arguments, monkeypatch, capsys):
         (["train", "--out", "{tmp}/o", "--language", "zh"], "phantom: no language 'zh' to choose: it has one"),
         (["eval", "dual", "--predictions", "{tmp}"], "is a folder"),
         (["eval", "{tmp}/binary"], "config.json: cannot be read"),
+        (["merge", "{tmp}", "--base", "{tmp}", "--out", "{tmp}/o"], "there is no config.json"),
+        (["merge", "{tmp}", "--base", "{tmp}", "--out", "{tmp}/full"], "full: is there already"),
         (["bench", "--suite", "qick"], "did you mean 'quick'"),
         (["bench", "--method", "layernorm/pft"], "layernorm/peft"),
         (["bench", "--out", "{tmp}/full"], "already"),

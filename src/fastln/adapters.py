@@ -174,6 +174,8 @@ def merge_adapter(model: PreTrainedModel, directory: str | Path) -> None:
     Raises:
         FastLNError: if the folder cannot be written to.
     """
+    if Path(directory).is_file():
+        raise FastLNError(f"{directory}: is a file; give a folder for the model")
     state = getattr(model, STATE, None)
     dtypes: Mapping[str, torch.dtype] = {} if state is None else state.dtypes
     tuned = {name: parameter for name, parameter in model.named_parameters() if name in dtypes}
@@ -183,7 +185,7 @@ def merge_adapter(model: PreTrainedModel, directory: str | Path) -> None:
             parameter.data = parameter.data.to(dtypes[name])
         _warn_of_rounding(exact, tuned, "keep the adapter, which has every digit")
         model.save_pretrained(directory)
-    except OSError as error:
+    except (OSError, SafetensorError) as error:
         raise FastLNError(f"{directory}: the model cannot be written: {error}") from error
     finally:
         for name, parameter in tuned.items():

@@ -1,4 +1,4 @@
-"""The command line: fastln bench | train | eval | doctor."""
+"""The command line: fastln bench | train | eval | merge | doctor."""
 
 from __future__ import annotations
 
@@ -173,6 +173,19 @@ def evaluate(
         options=DataOptions(layout, language, skip_bad_rows),
         features=features,
     )
+
+
+@app.command()
+def merge(
+    adapter: Annotated[Path, typer.Argument(help="A folder that `fastln.save_adapter` or peft's LN tuning wrote.")],
+    base: Annotated[str, typer.Option(help="The model it was trained on: a directory or hub name.")],
+    out: Annotated[Path, typer.Option(help="A new folder for the merged model.")],
+    check_base: Annotated[bool, typer.Option(help="Refuse a base whose frozen weights are not the adapter's.")] = True,
+) -> None:
+    """Write a base model with an adapter's values in it, in the base's dtype."""
+    from fastln.merge import merge_into_base
+
+    merge_into_base(base, adapter, out, check_base=check_base)
 
 
 @app.command()

@@ -1,0 +1,40 @@
+"""fastln merge: from a base model and an adapter to a model that needs neither peft nor fastln."""
+
+from __future__ import annotations
+
+import contextlib
+from pathlib import Path
+
+import transformers
+from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoTokenizer
+
+from fastln.adapters import load_adapter, merge_adapter
+from fastln.errors import FastLNError
+from fastln.models.sources import check_source, loading
+from fastln.prepare import prepare
+
+
+def merge_into_base(base: str, adapter: Path, out: Path, *, check_base: bool = True) -> None:
+    """Write the base model with an adapter's values, in the base's dtype, and its tokenizer and image preprocessing.
+
+    Args:
+        base: directory or hub name of any transformers model, or what `fastln train` wrote.
+        adapter: the adapter's folder.
+        out: a new or empty folder.
+        check_base: as `fastln.load_adapter` takes it.
+
+    Raises:
+        FastLNError: if the model or the adapter cannot be loaded, they do not fit, or `out` holds something.
+    """
+    if out.is_file() or (out.is_dir() and any(out.iterdir())):
+        raise FastLNError(f"{out}: is there already; give a new folder for the merged model")
+    check_source(base)
+    with loading(base):
+        names = AutoConfig.from_pretrained(base).architectures or [""]
+        model = getattr(transformers, names[0], AutoModel).from_pretrained(base, dtype="auto")
+    # Prepared, its norms are float32: rounding comes last, with its warning.
+    load_adapter(prepare(model), adapter, check_base=check_base)
+    merge_adapter(model, out)
+    for part in (AutoTokenizer, AutoImageProcessor):
+        with contextlib.suppress(OSError, ValueError, KeyError):  # a model may lack either
+            part.from_pretrained(base).save_pretrained(out)
