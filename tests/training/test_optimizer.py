@@ -34,6 +34,28 @@ def test_in_float32_it_is_adamw(weight_decay):
         torch.testing.assert_close(one, other, rtol=1e-6, atol=1e-7)
 
 
+LAYOUTS = {
+    "contiguous": torch.clone,
+    "transposed": lambda t: t.T.contiguous().T,
+    "every other column": lambda t: torch.stack((t, t), -1)[..., 0],
+}
+
+
+@pytest.mark.parametrize("gradient", LAYOUTS)
+@pytest.mark.parametrize("parameter", LAYOUTS)
+def test_any_strides(parameter, gradient):
+    """torch's fused kernel takes no notice of them."""
+    values = torch.randn(6, 4, generator=torch.Generator().manual_seed(2))
+    ours, theirs = nn.Parameter(LAYOUTS[parameter](values)), nn.Parameter(values)
+    optimizer, reference = MasterAdamW([ours], lr=1e-2), torch.optim.AdamW([theirs], lr=1e-2)
+    for seed in range(3):
+        theirs.grad = torch.randn(6, 4, generator=torch.Generator().manual_seed(seed))
+        ours.grad = LAYOUTS[gradient](theirs.grad)
+        optimizer.step()
+        reference.step()
+    torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-7, check_stride=False)
+
+
 def test_bfloat16_parameters_follow_their_float32_copies():
     low, high = parameters(torch.bfloat16), [nn.Parameter(p.detach().float()) for p in parameters(torch.bfloat16)]
     optimizer = MasterAdamW(low, lr=1e-4)

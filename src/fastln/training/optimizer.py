@@ -8,6 +8,7 @@ from typing import Any, overload
 
 import torch
 from torch import Tensor, nn
+from torch.optim.adamw import adamw
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import get_cosine_schedule_with_warmup
 
@@ -22,7 +23,8 @@ class MasterAdamW(torch.optim.Optimizer):
     """AdamW (Loshchilov and Hutter, arXiv 1711.05101) whose state and arithmetic are float32 for every parameter.
 
     A parameter of lower precision has a float32 copy in the optimizer's state; the copy takes the steps, and the
-    parameter is that copy rounded. So a step too small for bfloat16 is not lost but adds up.
+    parameter is that copy rounded. So a step too small for bfloat16 is not lost but adds up. A group takes its step in
+    one call of torch's fused kernel.
 
     Args:
         params: parameters or parameter groups.
@@ -68,29 +70,25 @@ class MasterAdamW(torch.optim.Optimizer):
 
     def _step_group(self, group: dict[str, Any]) -> None:
         parameters = [parameter for parameter in group["params"] if parameter.grad is not None]
-        if not parameters:
-            return
         states = [self._state_of(parameter) for parameter in parameters]
-        masters = [state.get("master", parameter) for state, parameter in zip(states, parameters, strict=True)]
-        grads = [parameter.grad.float() for parameter in parameters]
-        first = [state["exp_avg"] for state in states]
-        second = [state["exp_avg_sq"] for state in states]
         beta1, beta2 = group["betas"]
-        # A parameter without a gradient keeps its count, so counts may differ within a group.
-        sizes, roots = [], []
-        for state in states:
-            state["step"] += 1
-            sizes.append(-group["lr"] / (1 - beta1 ** state["step"]))
-            roots.append(math.sqrt(1 - beta2 ** state["step"]))
-        if group["weight_decay"]:
-            torch._foreach_mul_(masters, 1 - group["lr"] * group["weight_decay"])
-        torch._foreach_lerp_(first, grads, 1 - beta1)
-        torch._foreach_mul_(second, beta2)
-        torch._foreach_addcmul_(second, grads, grads, 1 - beta2)
-        denominators = torch._foreach_sqrt(second)
-        torch._foreach_div_(denominators, roots)
-        torch._foreach_add_(denominators, group["eps"])
-        torch._foreach_addcdiv_(masters, first, denominators, sizes)
+        # One kernel for all. It reads memory in order, whatever the strides say: so all that it gets is contiguous.
+        adamw(
+            [state.get("master", parameter) for state, parameter in zip(states, parameters, strict=True)],
+            [parameter.grad.float().contiguous() for parameter in parameters],
+            [state["exp_avg"] for state in states],
+            [state["exp_avg_sq"] for state in states],
+            [],
+            [state["step"] for state in states],
+            fused=True,
+            amsgrad=False,
+            beta1=beta1,
+            beta2=beta2,
+            lr=group["lr"],
+            weight_decay=group["weight_decay"],
+            eps=group["eps"],
+            maximize=False,
+        )
         for state, parameter in zip(states, parameters, strict=True):
             if "master" in state:
                 parameter.copy_(state["master"])
@@ -98,11 +96,11 @@ class MasterAdamW(torch.optim.Optimizer):
     def _state_of(self, parameter: Tensor) -> dict[str, Any]:
         state = self.state[parameter]
         if not state:
-            state["step"] = 0
-            state["exp_avg"] = torch.zeros_like(parameter, dtype=torch.float32)
-            state["exp_avg_sq"] = torch.zeros_like(parameter, dtype=torch.float32)
-            if parameter.dtype != torch.float32:
-                state["master"] = parameter.detach().float()
+            state["step"] = torch.zeros((), dtype=torch.float32, device=parameter.device)  # waits for gradients
+            if parameter.dtype != torch.float32 or not parameter.is_contiguous():
+                state["master"] = parameter.detach().float().contiguous()
+            for name in ("exp_avg", "exp_avg_sq"):
+                state[name] = torch.zeros_like(state.get("master", parameter), memory_format=torch.contiguous_format)
         return state
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
