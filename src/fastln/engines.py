@@ -11,12 +11,12 @@ from torch import nn
 from fastln.errors import FastLNError
 from fastln.families import scope_prefixes
 from fastln.methods import LORA_RANK, LORA_TARGETS, get_method, select_parameters
-from fastln.models import VQATask
+from fastln.models import Task
 from fastln.prepare import STATE, prepare, restore
 
 
 def apply_method(
-    task: VQATask,
+    task: Task,
     method: str,
     engine: str | None = None,
     *,
@@ -61,7 +61,7 @@ def apply_method(
     return peft.get_peft_model(task.model, config, autocast_adapter_dtype=False)
 
 
-def finish(task: VQATask, trained: nn.Module) -> None:
+def finish(task: Task, trained: nn.Module) -> None:
     """Make the task's model stock again, with the trained values in it.
 
     Args:

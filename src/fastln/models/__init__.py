@@ -12,12 +12,12 @@ from fastln.errors import FastLNError
 from fastln.models import blip_task, dual_task
 from fastln.models.dual_encoder import MODEL_TYPE, DualEncoder, DualEncoderConfig
 from fastln.models.sources import check_source
-from fastln.models.task import VQATask
+from fastln.models.task import Task, VQATask
 
 if TYPE_CHECKING:
     from fastln.data import VQADataset
 
-__all__ = ["DualEncoder", "DualEncoderConfig", "VQATask", "load_task"]
+__all__ = ["DualEncoder", "DualEncoderConfig", "Task", "VQATask", "load_task"]
 
 SPECS = """dual (embedded, random weights), dual:VISION,TEXT (two directories or hub names), \
 blip (embedded, random weights), blip:SOURCE (a directory, a hub name or a configuration's .json file), \

@@ -1,4 +1,4 @@
-"""A model together with what it takes to ask it questions about images."""
+"""A model to put methods on, and one together with what it takes to ask it questions about images."""
 
 from __future__ import annotations
 
@@ -20,21 +20,44 @@ if TYPE_CHECKING:
 MAX_QUESTION_TOKENS = 64
 
 
-class VQATask(ABC):
-    """Visual question answering with one model: batches in, loss or answers out.
+class Task:
+    """A model that methods can be put on.
 
     Attributes:
         model: the network; `model(**batch).loss` is what training minimises.
-        tokenizer: for the questions (and for generated answers).
-        images: from images to pixel values.
         name: what tables call the model.
         head: names of the modules that make up the task head.
-        vision: name of the vision tower.
         random_head: those of them that start random and so train under every method.
+    """
+
+    head: tuple[str, ...] = ()
+
+    def __init__(self, model: PreTrainedModel, *, name: str, random_head: tuple[str, ...] = ()) -> None:
+        self.model = model
+        self.name = name
+        self.random_head = random_head
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model is."""
+        return self.model.device
+
+    @property
+    def random_weights(self) -> bool:
+        """Whether the model was built from a bare configuration, so that accuracy means nothing; saved with it."""
+        return bool(getattr(self.model.config, "random_weights", False))
+
+
+class VQATask(Task, ABC):
+    """Visual question answering with one model: batches in, loss or answers out.
+
+    Attributes:
+        tokenizer: for the questions (and for generated answers).
+        images: from images to pixel values.
+        vision: name of the vision tower.
         takes: which of the data's demands (`fastln.data.demands`) beyond one question about one image it can meet.
     """
 
-    head: tuple[str, ...]
     vision: str
     takes: frozenset[str] = frozenset()
 
@@ -47,26 +70,14 @@ class VQATask(ABC):
         name: str,
         random_head: tuple[str, ...] = (),
     ) -> None:
-        self.model = model
+        super().__init__(model, name=name, random_head=random_head)
         self.tokenizer = tokenizer
         self.images = images
-        self.name = name
-        self.random_head = random_head
-
-    @property
-    def device(self) -> torch.device:
-        """Where the model is."""
-        return self.model.device
 
     @property
     def vision_tower(self) -> nn.Module:
         """The module that makes features of pixel values."""
         return self.model.get_submodule(self.vision)
-
-    @property
-    def random_weights(self) -> bool:
-        """Whether the model was built from a bare configuration, so that accuracy means nothing; saved with it."""
-        return bool(getattr(self.model.config, "random_weights", False))
 
     def check_data(self, dataset: VQADataset) -> None:
         """Check that the model can use what the samples hold.

@@ -19,7 +19,7 @@ from fastln.data import ImageGroupedBatches, VQADataset
 from fastln.engines import apply_method, finish
 from fastln.errors import FastLNError
 from fastln.methods import HEAD_LEARNING_RATE, count_parameters
-from fastln.models import VQATask
+from fastln.models import Task, VQATask
 from fastln.models.dual_task import DualEncoderTask
 from fastln.prepare import check_norm_gradients
 from fastln.training.features import cached_features, check_frozen
@@ -162,7 +162,7 @@ def _trained(model: nn.Module) -> dict[str, nn.Parameter]:
     return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
 
 
-def build_optimizer(model: nn.Module, task: VQATask, config: TrainConfig) -> MasterAdamW:
+def build_optimizer(model: nn.Module, task: Task, config: TrainConfig) -> MasterAdamW:
     """Return the optimizer of everything in `model` that trains, at the rates of `config`."""
     groups = parameter_groups(
         model,
