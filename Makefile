@@ -9,7 +9,7 @@ ifneq ($(wildcard ../shared/data/vqa-rad),)
 export FASTLN_DATA ?= ../shared
 endif
 
-.PHONY: help setup test test-all lint format bench compile-report sanitize clean
+.PHONY: help setup test test-all lint format bench bench-cpu compile-report sanitize clean
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 14
@@ -23,6 +23,9 @@ $(READY): pyproject.toml constraints.txt
 
 bench: $(READY)  ## compare the methods on the embedded data and models: runs/quick
 	.venv/bin/fastln bench --suite quick --out runs/quick --overwrite
+
+bench-cpu: $(READY)  ## fastln beside peft on models of usual sizes, bfloat16 and float32: runs/cpu (the better part of an hour)
+	.venv/bin/fastln bench --suite cpu --out runs/cpu --overwrite
 
 test: lint  ## lint, then the tests that run in CI
 	$(PY) -m pytest -n 2 -q

@@ -45,7 +45,10 @@ def bench(
     ),
     suite: Annotated[str, typer.Option(help="A suite's name or YAML file; options below overrule it.")] = "",
     data: Annotated[str | None, typer.Option(help="'phantom' or a dataset's folder.")] = None,
-    model: Annotated[list[str] | None, typer.Option(help="A model, as `fastln train --model`; repeatable.")] = None,
+    model: Annotated[
+        list[str] | None,
+        typer.Option(help="A model, as `fastln train --model`, or a shape such as BertForMaskedLM:8x128; repeatable."),
+    ] = None,
     method: Annotated[list[str] | None, typer.Option(help="METHOD/ENGINE, e.g. layernorm/peft; repeatable.")] = None,
     batch_size: Annotated[int | None, typer.Option(min=1, help="Questions per step.")] = None,
     rounds: Annotated[int | None, typer.Option(min=1, help="How often each method has its turn.")] = None,
@@ -53,7 +56,7 @@ def bench(
     epochs: Annotated[
         int | None, typer.Option(min=0, help="Epochs of training before answers are counted; 0: not counted.")
     ] = None,
-    dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or auto.")] = None,
+    dtype: Annotated[list[str] | None, typer.Option(help="float32, bfloat16 or auto; repeatable.")] = None,
     device: Annotated[str | None, typer.Option(help="cpu, cuda or auto.")] = None,
     seed: Annotated[int | None, typer.Option(help="Of weights, batches and dropout.")] = None,
     overwrite: Annotated[bool, typer.Option(help="Replace an earlier run in the folder.")] = False,
@@ -71,7 +74,7 @@ def bench(
         "rounds": rounds,
         "steps": steps,
         "epochs": epochs,
-        "dtype": dtype,
+        "dtypes": dtype or None,
         "device": device,
         "seed": seed,
     }

@@ -80,7 +80,7 @@ def test_rows_keep_their_order_and_losses_are_shown():
     first, second = report.tables(ROWS)
     assert [line[0] for line in first.cells] == [report.label(entry) for entry in ROWS[:5]]
     assert first.cells[1][2] == "0.80 (0.60–1.50)"  # slower than plain unfreezing, and said so
-    assert second.model == "blip"
+    assert second.title == "blip"
 
 
 def test_a_row_without_baseline_has_no_speed():
@@ -119,8 +119,44 @@ def test_markdown_tells_what_is_shown_where_and_by_which_command():
     ):
         assert part in text
     grid = [line for line in text.splitlines() if line.startswith("|")]
-    assert {line.count("|") for line in grid} == {10}
+    assert {line.count("|") for line in grid} == {10, 5}  # the methods, and fastln beside peft
     assert "no \\| more" in text
+
+
+FLOOR = {"floor": {"operations": 1e9, "operations_per_second": 5e9}}
+PEERS = [
+    row("layernorm", "fastln", [0.4, 0.5, 0.4], dtype="bfloat16", provenance=ROWS[0].provenance | FLOOR),
+    row("layernorm", "peft", [0.8, 2.0, 1.6], dtype="bfloat16"),
+    row("lora", "peft", [1.6, 1.5, 1.6], dtype="bfloat16"),
+    row("layernorm", "fastln", [1.0], model="vit"),
+    row("lora", "peft", [], model="vit", error="round 1: MemoryError"),
+    row("layernorm", "fastln", [], model="blip", error="round 1: MemoryError"),
+]
+
+
+def test_fastln_beside_peft_has_the_ratios_within_rounds_and_the_share_of_the_floor():
+    (table,) = report.peers(PEERS)
+    assert table.columns[3:] == ("over layernorm (peft)", "over lora (peft)")
+    assert table.cells == (
+        ("dual, bfloat16", "0.400", "0.200 (50%)", "4.00 (2.00–4.00)", "4.00 (3.00–4.00)"),
+        ("vit, float32", "1.00", "–", "–", "–"),
+    )
+    assert not report.peers(PEERS[:1])
+    assert not report.peers(PEERS[1:3])
+
+
+def test_without_plain_unfreezing_speed_is_over_peft():
+    table = report.tables(PEERS[:3])[0]
+    assert table.cells[0][2] == "4.00 (2.00–4.00)"
+    assert "as fast as layernorm (peft)" in report.to_markdown(PEERS[:3])
+    assert "as fast as layernorm (torch), which is plain unfreezing" in report.to_markdown(ROWS)
+
+
+def test_several_dtypes_and_batch_sizes_are_all_named():
+    text = report.to_markdown([*PEERS, row("full", "torch", [1.0], batch_size=3)])
+    assert "device cpu, bfloat16, float32" in text
+    assert "batches of 16, 3" in text
+    assert "## dual, float32" in text
 
 
 def test_terminal_shows_the_same_cells():

@@ -21,7 +21,7 @@ def suite(**changes) -> Suite:
         "models": ("one",),
         "methods": ("layernorm/torch", "lora/peft", "full/torch"),
         "batch_size": 4,
-        "dtype": "float32",
+        "dtypes": ("float32",),
         "device": "cpu",
         "rounds": 2,
     }
@@ -46,8 +46,29 @@ def test_rounds_are_interleaved(tmp_path, monkeypatch):
     assert order == ["look at one", "look at two", *rounds, *(f"quality {run}" for run in once)]
 
 
+def test_every_dtype_has_its_rows_and_its_look_at_the_model(tmp_path, monkeypatch):
+    order = []
+
+    def call(worker, job, expected, progress):
+        order.append(str(job))
+        return worker(job)
+
+    monkeypatch.setattr(runner, "_call", call)
+    rows = run_suite(
+        suite(methods=("full/torch",), dtypes=("bfloat16", "float32", "bfloat16"), rounds=1),
+        tmp_path,
+        worker=fake_workers.work,
+    )
+    assert [row.dtype for row in rows] == ["bfloat16", "float32"]
+    assert order == [f"{what} one {row.dtype}{of}" for what, of in WHAT for row in rows]
+    assert {row.model for row in rows} == {"one in full"}
+
+
+WHAT = [("look at", ""), ("round 1/1", " full/torch")]
+
+
 def test_progress_names_folders_by_their_last_names():
-    job = Job(suite(), "speed", "dual:/a/b/dino,../c/bert", "lora", "peft", 2)
+    job = Job(suite(), "speed", "dual:/a/b/dino,../c/bert", "float32", "lora", "peft", 2)
     assert str(job) == "round 2/2 dual:dino,bert lora/peft"
 
 

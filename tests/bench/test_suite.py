@@ -4,6 +4,7 @@ import pytest
 
 from fastln.bench.suite import load_suite, suite_names
 from fastln.errors import FastLNError
+from fastln.models.shapes import is_shape
 from fastln.training import TrainConfig
 
 GOOD = "data: phantom\nmodels: [dual]\nmethods: [layernorm/torch]\n"
@@ -41,6 +42,28 @@ def test_real_takes_data_and_model_from_the_command_line():
         load_suite("real")
 
 
+def test_cpu_leaves_out_what_needs_real_data_where_there_is_none(monkeypatch, caplog):
+    monkeypatch.delenv("FASTLN_DATA", raising=False)
+    with caplog.at_level("INFO"):
+        suite = load_suite("cpu")
+    assert suite.data == ""
+    assert len(suite.models) == 4
+    assert all(map(is_shape, suite.models))
+    assert "left out: dual:$FASTLN_DATA/models" in caplog.text
+    monkeypatch.setenv("FASTLN_DATA", "some/folder")
+    suite = load_suite("cpu", {"dtypes": ["float32"]})
+    assert suite.data == "some/folder/data/vqa-rad"
+    assert suite.models[-1] == "dual:some/folder/models/dinov2-small,some/folder/models/all-MiniLM-L6-v2"
+    assert suite.dtypes == ("float32",)
+
+
+def test_shapes_need_no_data_and_others_do(tmp_path):
+    text = "methods: [layernorm/peft]\nmodels: [ViTForImageClassification:2x32:1"
+    assert load(tmp_path, f"{text}]\n").data == ""
+    with pytest.raises(FastLNError, match=r"mine\.yaml: needs data"):
+        load(tmp_path, f"{text}, dual]\n")
+
+
 def test_a_file_of_ones_own(tmp_path):
     suite = load(tmp_path, GOOD + "rounds: 7\n", steps=9)
     assert (suite.name, suite.rounds, suite.steps) == ("mine", 7, 9)
@@ -57,7 +80,7 @@ def test_a_name_that_yaml_takes_for_a_date_is_text(tmp_path):
 
 
 def test_every_packaged_suite_is_listed():
-    assert suite_names() == ["quick", "real"]
+    assert suite_names() == ["cpu", "quick", "real"]
 
 
 @pytest.mark.parametrize(
@@ -70,7 +93,7 @@ def test_every_packaged_suite_is_listed():
         (GOOD + "seed: 4294967296\n", r"seed must be less than 2\*\*32 \(4294967296\), not 4294967296"),
         (GOOD + "seed: -1\n", "seed must be a whole number of at least 0"),
         (GOOD + "head_epochs: -1\n", "head_epochs must be a whole number of at least 0"),
-        (GOOD + "dtype: bflot16\n", r"unknown dtype 'bflot16' \(did you mean 'bfloat16'.*auto, float32, bfloat16"),
+        (GOOD + "dtypes: [bflot16]\n", r"unknown dtype 'bflot16' \(did you mean 'bfloat16'.*auto, float32, bfloat16"),
         (GOOD + "device: tpu\n", "unknown device 'tpu'.*auto, cpu, cuda"),
         (GOOD + "timeout_seconds: 0\n", "timeout_seconds must be a positive number"),
         (GOOD + "timeout_seconds: .inf\n", "timeout_seconds must be a positive number"),
@@ -80,6 +103,10 @@ def test_every_packaged_suite_is_listed():
         ("data: phantom\nmodels: [dual, dual]\nmethods: [full/torch]\n", "models names the same entry twice"),
         ("data: phantom\nmodels: dual\nmethods: [full/torch]\n", "models must be a list"),
         ("data: phantom\n", "needs models, methods"),
+        (
+            "models: [ViTForImageClassifcation:2x32]\nmethods: [full/torch]\n",
+            "did you mean 'ViTForImageClassification'",
+        ),
         ("- a\n- b\n", "a suite is a mapping"),
         ("a: [1\n", "not valid YAML"),
         ("a: !!python/object/apply:os.getcwd []\n", "not valid YAML"),
@@ -92,7 +119,7 @@ def test_what_is_wrong_is_said_with_the_file(tmp_path, text, message):
 
 
 def test_an_unknown_suite_is_answered_with_the_nearest():
-    with pytest.raises(FastLNError, match=r"no suite called 'quik' \(did you mean 'quick'.*quick, real"):
+    with pytest.raises(FastLNError, match=r"no suite called 'quik' \(did you mean 'quick'.*cpu, quick, real"):
         load_suite("quik")
     with pytest.raises(FastLNError, match=r"nowhere\.yaml: cannot read"):
         load_suite("nowhere.yaml")

@@ -30,8 +30,8 @@ def _one_thread():
 
 
 def job(kind="speed", method="layernorm", engine="torch", model="dual", number=1, **changes):
-    suite = dataclasses.replace(load_suite("quick", TINY), dtype="float32", device="cpu")
-    return Job(dataclasses.replace(suite, **changes), kind, model, method, engine, number)
+    suite = dataclasses.replace(load_suite("quick", TINY), dtypes=("float32",), device="cpu")
+    return Job(dataclasses.replace(suite, **changes), kind, model, "float32", method, engine, number)
 
 
 QUICK = load_suite("quick").methods
@@ -62,6 +62,35 @@ def test_the_quick_suite_end_to_end(model, methods, tmp_path):
     assert 0 < saved["layernorm/fastln"] < saved["full/torch"]
     if model == "dual":
         assert saved["head/torch"] < saved["layernorm/torch"] < saved["full/torch"]
+
+
+def test_the_cpu_suite_end_to_end(tmp_path):
+    """Structure, at a size that says nothing of times."""
+    suite = load_suite(
+        "cpu", TINY | {"models": ["ViTForImageClassification:2x32:1"], "dtypes": ["float32", "bfloat16"]}
+    )
+    rows = run_suite(suite, tmp_path)
+    assert [f"{row.method}/{row.engine} {row.dtype}" for row in rows] == [
+        f"{pair} {dtype}" for dtype in ("float32", "bfloat16") for pair in suite.methods
+    ]
+    assert [row.error for row in rows] == [None] * 6
+    assert read_rows(tmp_path / "results.json") == rows
+    for row in rows:
+        assert (row.model, row.batch_size) == ("ViTForImageClassification:2x32:1", 2)
+        assert row.provenance["data"] == {"name": "random batches", "synthetic": True}
+        assert row.provenance["floor"]["operations"] == rows[0].provenance["floor"]["operations"] > 1e7
+        assert row.provenance["floor"]["operations_per_second"] > 1e8
+        assert row.saved_activation_bytes > 0
+    assert "fastln beside peft" in (tmp_path / "results.md").read_text()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("model", load_suite("cpu", {"data": "phantom"}).models)
+def test_shapes_of_the_cpu_suite_take_steps(model):
+    family, size = model.split(":")[0], 32 if "Image" in model or "Blip" in model else 16
+    for pair in load_suite("cpu").pairs:
+        steps = worker.work(job(model=f"{family}:1x{size}:1", method=pair[0], engine=pair[1]))
+        assert math.isfinite(steps.final_loss)
 
 
 def test_engines_of_one_method_see_the_same_batches_and_the_same_loss(monkeypatch):

@@ -1,5 +1,6 @@
-"""Throughput against peak memory, one panel per model, one labelled point per method and engine."""
+"""Throughput against peak memory, one panel per model (and dtype), one labelled point per method and engine."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,11 +12,12 @@ from matplotlib.figure import Figure
 from matplotlib.text import Annotation
 from matplotlib.transforms import Bbox
 
-from fastln.bench.results import Row, data_name
+from fastln.bench.results import Row, by_model, data_name, each
 
 # Okabe and Ito's colours, which the colour-blind tell apart.
 _COLOURS = ("#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 _MARKERS = {"fastln": "*", "peft": "s", "torch": "o"}
+_PANELS = 4  # beside each other
 _OFFSETS = [  # of a label from its point, in points, the nearest first
     (x * radius, y * radius)
     for radius in (9, 16, 24, 34, 46, 60)
@@ -30,17 +32,18 @@ def draw(rows: Sequence[Row], path: Path) -> None:
         rows: Those without a measurement are left out.
         path: Where to.
     """
-    models = list(dict.fromkeys(row.model for row in rows))
+    groups = by_model(rows)
+    n_columns = min(len(groups), _PANELS)
+    n_lines = math.ceil(len(groups) / n_columns)
     methods = list(dict.fromkeys(row.method for row in rows))
     colours = {method: _COLOURS[index % len(_COLOURS)] for index, method in enumerate(methods)}
-    figure = Figure(figsize=(6.4 * len(models), 4.8), layout="constrained")
+    figure = Figure(figsize=(6.4 * n_columns, 4.8 * n_lines), layout="constrained")
     FigureCanvasAgg(figure)
-    panels = figure.subplots(1, len(models), squeeze=False)[0]
+    panels = [figure.add_subplot(n_lines, n_columns, place + 1) for place in range(len(groups))]
     points = []
-    for axes, model in zip(panels, models, strict=True):
-        measured = [row for row in rows if row.model == model and row.step_seconds is not None]
-        points.append([_point(row, colours[row.method]) for row in measured])
-        _panel(axes, model, points[-1])
+    for axes, (title, group) in zip(panels, groups, strict=True):
+        points.append([_point(row, colours[row.method]) for row in group if row.step_seconds is not None])
+        _panel(axes, title, points[-1])
     figure.suptitle(_title(rows), fontsize=10)
     figure.canvas.draw()  # settles the layout, which the labels then follow
     figure.set_layout_engine("none")
@@ -66,11 +69,12 @@ def _point(row: Row, colour: str) -> _Point:
 def _title(rows: Sequence[Row]) -> str:
     machine = rows[0].provenance["machine"]
     where = machine["gpu"] if rows[0].device == "cuda" else f"{machine['cpu']}, {machine['threads']} threads"
-    return f"Measured: {where}; {rows[0].dtype}, batches of {rows[0].batch_size}; {data_name(rows)}"
+    dtypes, sizes = each(row.dtype for row in rows), each(row.batch_size for row in rows)
+    return f"Measured: {where}; {dtypes}, batches of {sizes}; {data_name(rows)}"
 
 
-def _panel(axes: Axes, model: str, points: Sequence[_Point]) -> None:
-    axes.set_title(model)
+def _panel(axes: Axes, title: str, points: Sequence[_Point]) -> None:
+    axes.set_title(title)
     axes.set_xlabel("peak memory, MiB (left is better)")
     axes.set_ylabel("samples per second (up is better)")
     axes.grid(alpha=0.3, linewidth=0.6)

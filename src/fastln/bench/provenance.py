@@ -2,6 +2,7 @@
 
 import platform
 import subprocess
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,21 +12,21 @@ import torch
 from fastln.machine import cpu_model, package_version, settle_device, settle_dtype
 
 
-def settle(device: str, dtype: str) -> tuple[str, str, dict[str, Any]]:
+def settle(device: str, dtypes: Sequence[str]) -> tuple[str, tuple[str, ...], dict[str, Any]]:
     """Turn "auto" into what this machine has, and describe the machine.
 
     Args:
         device: "auto", "cpu" or "cuda".
-        dtype: "auto", "float32" or "bfloat16".
+        dtypes: "auto", "float32" or "bfloat16", each.
 
     Returns:
-        The device, the dtype, and the provenance: `machine`, `versions`, `commit`.
+        The device, the dtypes, each once, and the provenance: `machine`, `versions`, `commit`.
 
     Raises:
         FastLNError: An unknown name, or "cuda" where there is none.
     """
     place = settle_device(device)
-    settled = settle_dtype(dtype, place)
+    settled = (str(settle_dtype(dtype, place)).removeprefix("torch.") for dtype in dtypes)
     provenance = {
         "machine": {
             "cpu": cpu_model(),
@@ -38,7 +39,7 @@ def settle(device: str, dtype: str) -> tuple[str, str, dict[str, Any]]:
         "versions": {"python": platform.python_version(), **{name: package_version(name) for name in _PACKAGES}},
         "commit": _commit(),
     }
-    return str(place), str(settled).removeprefix("torch."), provenance
+    return str(place), tuple(dict.fromkeys(settled)), provenance
 
 
 _PACKAGES = ("torch", "triton", "transformers", "peft", "fastln")

@@ -12,13 +12,15 @@ from rich.console import Console
 from rich.table import Table
 
 from fastln.bench.picture import draw
-from fastln.bench.results import Row, data_name
+from fastln.bench.results import Row, by_model, data_name, each
 
 TABLE = "results.md"
 PICTURE = "results.png"
 FILES = (TABLE, PICTURE)
 
-BASELINE = ("layernorm", "torch")
+BASELINES = {"layernorm/torch": "plain unfreezing", "layernorm/peft": "peft's way of tuning norms"}
+OURS = "layernorm/fastln"
+PEERS = "peft"  # the engine that ours is compared with
 
 _COLUMNS = (
     "method (engine)",
@@ -35,12 +37,13 @@ _WIDE = 150  # columns of a terminal; on a narrower one, what stands in brackets
 
 
 @dataclass(frozen=True, slots=True)
-class ModelTable:
-    """What is told about one model: `cells` has a line per row, an entry per column."""
+class Section:
+    """One table: `cells` has a line per row, an entry per column."""
 
-    model: str
+    title: str
     cells: tuple[tuple[str, ...], ...]
-    notes: tuple[str, ...]  # errors and why accuracies are missing
+    notes: tuple[str, ...] = ()  # errors and why accuracies are missing
+    columns: tuple[str, ...] = _COLUMNS
 
 
 def write(rows: Sequence[Row], folder: Path) -> None:
@@ -54,10 +57,10 @@ def show(rows: Sequence[Row], console: Console | None = None) -> None:
     console = console or Console()
     for line in _header(rows):
         console.print(line, markup=False, highlight=False, soft_wrap=True)
-    for table in tables(rows):
-        grid = Table(title=table.model, title_justify="left", box=SIMPLE_HEAD, show_edge=False, padding=0)
+    for table in (*tables(rows), *peers(rows)):
+        grid = Table(title=table.title, title_justify="left", box=SIMPLE_HEAD, show_edge=False, padding=0)
         fold = _two_lines if console.width < _WIDE else str
-        for index, column in enumerate(_COLUMNS):
+        for index, column in enumerate(table.columns):
             grid.add_column(fold(column), justify="right" if index else "left", overflow="fold")
         for cells in table.cells:
             grid.add_row(*map(fold, cells))
@@ -73,20 +76,20 @@ def _two_lines(cell: str) -> str:
 def to_markdown(rows: Sequence[Row]) -> str:
     """The table as Markdown."""
     parts = ["\n\n".join(_header(rows))]
-    for table in tables(rows):
-        rule = ("---", *["---:"] * (len(_COLUMNS) - 1))
-        grid = "\n".join(f"| {' | '.join(line)} |" for line in (_COLUMNS, rule, *table.cells))
+    for table in (*tables(rows), *peers(rows)):
+        rule = ("---", *["---:"] * (len(table.columns) - 1))
+        grid = "\n".join(f"| {' | '.join(line)} |" for line in (table.columns, rule, *table.cells))
         notes = "\n".join(f"- {_escape(note)}" for note in table.notes)
-        parts.append(f"## {table.model}\n\n{grid}" + (f"\n\n{notes}" if notes else ""))
+        parts.append(f"## {table.title}\n\n{grid}" + (f"\n\n{notes}" if notes else ""))
     return "\n\n".join(parts) + "\n"
 
 
-def tables(rows: Sequence[Row]) -> list[ModelTable]:
-    """Group the rows by model, in their order, and write out the cells."""
+def tables(rows: Sequence[Row]) -> list[Section]:
+    """Group the rows by model and dtype, in their order, and write out the cells."""
     result = []
-    for model in dict.fromkeys(row.model for row in rows):
-        group = [row for row in rows if row.model == model]
-        base = next((row for row in group if (row.method, row.engine) == BASELINE), None)
+    baseline = _baseline(rows)
+    for title, group in by_model(rows):
+        base = _find(group, baseline)
         errors = [f"{label(row)} failed: {row.error}" for row in group if row.error]
         reasons: dict[str, list[str]] = {}
         for row in group:
@@ -96,8 +99,43 @@ def tables(rows: Sequence[Row]) -> list[ModelTable]:
             f"Accuracy{' of ' + ', '.join(names) if len(reasons) > 1 else ''}: {reason}."
             for reason, names in reasons.items()
         ]
-        result.append(ModelTable(model, tuple(_cells(row, base) for row in group), (*errors, *notes)))
+        result.append(Section(title, tuple(_cells(row, base) for row in group), (*errors, *notes)))
     return result
+
+
+def peers(rows: Sequence[Row]) -> list[Section]:
+    """Put norm tuning by fastln beside what peft does, a line per model; nothing where one of the two is missing."""
+    others = list(dict.fromkeys(label(row) for row in rows if row.engine == PEERS))
+    lines = []
+    for title, group in by_model(rows):
+        ours = _find(group, OURS)
+        if ours is None or ours.step_seconds is None or not others:
+            continue
+        ratios = {label(row): speedups(ours, row) for row in group}
+        floor = ours.provenance.get("floor")
+        least = floor["operations"] / floor["operations_per_second"] if floor else None
+        lines.append(
+            (
+                title,
+                _number(ours.step_seconds, "#.3g"),
+                "–" if least is None else f"{least:#.3g} ({100 * least / ours.step_seconds:.0f}%)",
+                *(_spread(ratios.get(other, []), ".2f") for other in others),
+            )
+        )
+    columns = ("model", "step s of fastln", "floor s (share)", *(f"over {other}" for other in others))
+    note = (
+        "How many times as long the others take in the same round: median over the rounds (range). Floor: the step's "
+        "matrix products alone, at the rate that this machine reached in one of a layer's size."
+    )
+    return [Section("fastln beside peft", tuple(lines), (note,), columns)] if lines else []
+
+
+def _find(rows: Sequence[Row], pair: str | None) -> Row | None:
+    return next((row for row in rows if f"{row.method}/{row.engine}" == pair), None)
+
+
+def _baseline(rows: Sequence[Row]) -> str | None:
+    return next((pair for pair in BASELINES if _find(rows, pair)), None)
 
 
 def label(row: Row) -> str:
@@ -156,6 +194,16 @@ def _escape(text: str) -> str:
     return text.replace("\n", "\n  ").replace("|", "\\|")
 
 
+def _speed(rows: Sequence[Row]) -> str:
+    base = _find(rows, pair := _baseline(rows))
+    if base is None or pair is None:
+        return ""
+    return (
+        f"Speed: how many times as fast as {label(base)}, which is {BASELINES[pair]}, in the same round: median over "
+        "the rounds (range). "
+    )
+
+
 def _header(rows: Sequence[Row]) -> list[str]:
     """Paragraphs that say what is shown, on what machine, and by which command."""
     row = rows[0]
@@ -163,17 +211,17 @@ def _header(rows: Sequence[Row]) -> list[str]:
     suite, machine, versions = origin["suite"], origin["machine"], origin["versions"]
     kinds = sorted({row.provenance["memory"] for row in rows if row.provenance["memory"]})
     gpu = f", {machine['gpu']}" if machine["gpu"] else ""
+    dtypes, sizes = each(row.dtype for row in rows), each(row.batch_size for row in rows)
     command = f"`{shlex.join(origin['argv'])}`" if origin["argv"] else "not recorded"
     return [
         f"*Measured*, suite {suite['name']}, {origin['started']}. Command: {command}",
         f"Machine: {machine['cpu']}, {machine['cores']} cores, {machine['threads']} threads, "
-        f"{machine['memory_bytes'] / 2**30:.0f} GiB{gpu}, {machine['kernel']}; device {row.device}, {row.dtype}. "
+        f"{machine['memory_bytes'] / 2**30:.0f} GiB{gpu}, {machine['kernel']}; device {row.device}, {dtypes}. "
         + ", ".join(f"{name} {version}" for name, version in versions.items())
         + f", commit {origin['commit'] or 'unknown'}.",
-        f"Data: {data_name(rows)}; batches of {row.batch_size}, seed {origin['seed']}. "
+        f"Data: {data_name(rows)}; batches of {sizes}, seed {origin['seed']}. "
         f"Every run in a process of its own, {suite['rounds']} interleaved rounds of {suite['steps']} timed steps "
         f"after {suite['warmup_steps']} for warm-up; a step is data loading, forward, backward and optimizer.",
-        f"Step seconds: the median of all timed steps (range of the rounds' medians). Speed: how many times as fast as "
-        f"{BASELINE[0]} ({BASELINE[1]}), which is plain unfreezing, in the same round: median over the rounds (range). "
+        f"Step seconds: the median of all timed steps (range of the rounds' medians). {_speed(rows)}"
         f"Peak: {', '.join(kinds) or 'not measured'}. Saved: what autograd keeps for backward.",
     ]

@@ -5,27 +5,29 @@ import json
 import math
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 from typing import Any, Literal
 
 from fastln.bench.suite import Suite
+from fastln.models.shapes import is_shape, parse_shape
 
 
 @dataclass(frozen=True, slots=True)
 class Job:
     """One run in a process of its own.
 
-    `kind` says what it does: "check" loads the data and the model and makes the batches of a round (once per model,
-    before the rounds), "speed" measures steps (once per method and round), "quality" trains and counts right answers
-    (once per method, at the end).
+    `kind` says what it does: "check" loads the data and the model, makes the batches of a round and counts the floor
+    (once per model and dtype, before the rounds), "speed" measures steps (once per method and round), "quality" trains
+    and counts right answers (once per method, at the end).
     """
 
-    suite: Suite  # device and dtype settled, never "auto"
+    suite: Suite  # device and dtypes settled, never "auto"
     kind: Literal["check", "speed", "quality"]
     model: str
+    dtype: str
     method: str = ""
     engine: str = ""
     round: int = 0  # from 1
@@ -33,12 +35,31 @@ class Job:
     def __str__(self) -> str:
         what = {"check": "look at", "speed": f"round {self.round}/{self.suite.rounds}", "quality": "quality"}
         model = re.sub(r"[^:,]*/", "", self.model)  # folders by their last names
-        return " ".join(filter(None, (what[self.kind], model, self.pair)))
+        dtype = self.dtype if len(self.suite.dtypes) > 1 else ""
+        return " ".join(filter(None, (what[self.kind], model, dtype, self.pair)))
+
+    @property
+    def batch_size(self) -> int:
+        """How many samples a step takes: as the suite has it, unless the model is a shape, which says so itself."""
+        return parse_shape(self.model).batch_size if is_shape(self.model) else self.suite.batch_size
 
     @property
     def pair(self) -> str:
         """The method and engine as a suite writes them."""
         return f"{self.method}/{self.engine}" if self.method else ""
+
+
+@dataclass(frozen=True, slots=True)
+class Floor:
+    """What a step of norm tuning cannot go below: see `fastln.bench.floor`."""
+
+    operations: float  # of its products
+    operations_per_second: float  # that the machine reached in a product, in the run's dtype
+
+    @property
+    def seconds(self) -> float:
+        """The products' time."""
+        return self.operations / self.operations_per_second
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,6 +70,7 @@ class Checked:
     random_weights: bool
     data_name: str
     synthetic: bool
+    floor: Floor | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,13 +159,13 @@ def make_row(
         method=job.method,
         engine=job.engine,
         model=model,
-        dtype=job.suite.dtype,
+        dtype=job.dtype,
         device=job.suite.device,
-        batch_size=job.suite.batch_size,
+        batch_size=job.batch_size,
         step_seconds=middle,
         step_seconds_all=seconds,
         step_seconds_by_round=tuple(median(steps.step_seconds) for steps in rounds),
-        samples_per_second=job.suite.batch_size / middle if middle else None,
+        samples_per_second=job.batch_size / middle if middle else None,
         peak_memory_bytes=max((steps.peak_memory_bytes for steps in rounds), default=None),
         saved_activation_bytes=saved[0] if saved else None,
         trainable_parameters=rounds[0].trainable_parameters if rounds else None,
@@ -156,13 +178,28 @@ def make_row(
     )
 
 
+def by_model(rows: Sequence[Row]) -> list[tuple[str, list[Row]]]:
+    """The rows of each model, and of each dtype where there are several, under the name of both."""
+    several = len({row.dtype for row in rows}) > 1
+    groups: dict[str, list[Row]] = {}
+    for row in rows:
+        groups.setdefault(f"{row.model}, {row.dtype}" if several else row.model, []).append(row)
+    return list(groups.items())
+
+
+def each(values: Iterable[object]) -> str:
+    """Every value once."""
+    return ", ".join(dict.fromkeys(map(str, values)))
+
+
 def data_name(rows: Sequence[Row]) -> str:
     """What the rows' data are called, marked where they are synthetic."""
-    data = next((row.provenance["data"] for row in rows if row.provenance["data"]), None)
-    if data is None:
-        return rows[0].provenance["suite"]["data"]
-    marked = "synthetic" in data["name"].lower() or not data["synthetic"]
-    return data["name"] if marked else f"{data['name']} (synthetic)"
+    found = [row.provenance["data"] for row in rows if row.provenance["data"]]
+    names = []
+    for data in found or [{"name": rows[0].provenance["suite"]["data"], "synthetic": False}]:
+        marked = "synthetic" in data["name"].lower() or not data["synthetic"]
+        names.append(data["name"] if marked else f"{data['name']} (synthetic)")
+    return each(names)
 
 
 def write_rows(rows: Sequence[Row], path: Path) -> None:

@@ -51,16 +51,20 @@ def run_suite(
     """
     _refuse(out, overwrite)
     started = _now()
-    with Progress(total=len(suite.models) + len(suite.models) * len(suite.methods) * suite.rounds) as progress:
-        settled = isolate.call(settle, suite.device, suite.dtype, timeout_seconds=suite.timeout_seconds)
+    runs = len(suite.models) * len(suite.dtypes)
+    with Progress(total=runs + runs * len(suite.methods) * suite.rounds) as progress:
+        settled = isolate.call(settle, suite.device, suite.dtypes, timeout_seconds=suite.timeout_seconds)
         if isinstance(settled, Failure):
             raise FastLNError(settled.text) if settled.user_error else RuntimeError(settled.text)
-        device, dtype, origin = settled
-        suite = dataclasses.replace(suite, device=device, dtype=dtype)
+        device, dtypes, origin = settled
+        suite = dataclasses.replace(suite, device=device, dtypes=dtypes)
         origin |= {
             "seed": suite.seed,
             "argv": [Path(argv[0]).name, *argv[1:]] if argv else [],
-            "suite": dataclasses.asdict(suite) | {"models": list(suite.models), "methods": list(suite.methods)},
+            "suite": {
+                key: list(value) if isinstance(value, tuple) else value
+                for key, value in dataclasses.asdict(suite).items()
+            },
             "started": started,
         }
         table = _Table(suite, origin, out / RESULTS)
@@ -119,12 +123,20 @@ class _Table:
 
     def __init__(self, suite: Suite, origin: dict[str, Any], path: Path):
         self.entries = [
-            _Entry(Job(suite, "speed", model, method, engine))
-            for model, (method, engine) in itertools.product(suite.models, suite.pairs)
+            _Entry(Job(suite, "speed", model, dtype, method, engine))
+            for model, dtype, (method, engine) in itertools.product(suite.models, suite.dtypes, suite.pairs)
         ]
-        self.checked: dict[str, Checked] = {}
+        self._checked: dict[tuple[str, str], Checked] = {}
         self._origin = origin
         self._path = path
+
+    def check(self, job: Job, checked: Checked) -> None:
+        """Keep what a "check" job found."""
+        self._checked[job.model, job.dtype] = checked
+
+    def checked(self, job: Job) -> Checked | None:
+        """What was found of the job's model; None where looking at it failed."""
+        return self._checked.get((job.model, job.dtype))
 
     def write(self) -> list[Row]:
         rows = [self._row(entry) for entry in self.entries if entry.begun]
@@ -132,20 +144,23 @@ class _Table:
             write_rows(rows, self._path)
         return rows
 
-    def _name(self, spec: str) -> str:
-        names = [checked.model_name for checked in self.checked.values()]
-        own = self.checked[spec].model_name if spec in self.checked else spec
-        return own if names.count(own) == 1 else spec  # two folders can have one name
+    def _name(self, job: Job) -> str:
+        checked = self.checked(job)
+        if checked is None:
+            return job.model
+        specs = {spec for (spec, _), other in self._checked.items() if other.model_name == checked.model_name}
+        return checked.model_name if len(specs) == 1 else job.model  # two folders can have one name
 
     def _row(self, entry: _Entry) -> Row:
-        checked = self.checked.get(entry.job.model)
+        checked = self.checked(entry.job)
         provenance = self._origin | {
             "data": {"name": checked.data_name, "synthetic": checked.synthetic} if checked else None,
+            "floor": dataclasses.asdict(checked.floor) if checked and checked.floor else None,
             "finished": _now(),
         }
         accuracy = entry.quality.accuracy if entry.quality else None
         note = _accuracy_note(entry, checked)
-        return make_row(entry.job, self._name(entry.job.model), entry.rounds, accuracy, note, entry.error, provenance)
+        return make_row(entry.job, self._name(entry.job), entry.rounds, accuracy, note, entry.error, provenance)
 
 
 def accuracy_means_nothing(suite: Suite, checked: Checked | None) -> str | None:
@@ -175,10 +190,11 @@ def _training(quality: Quality) -> str:
 
 
 def _check(suite: Suite, worker: Worker, table: _Table, progress: Progress) -> None:
-    for model in suite.models:
-        checked = _call(worker, Job(suite, "check", model), Checked, progress)
+    for model, dtype in itertools.product(suite.models, suite.dtypes):
+        job = Job(suite, "check", model, dtype)
+        checked = _call(worker, job, Checked, progress)
         if isinstance(checked, Checked):
-            table.checked[model] = checked
+            table.check(job, checked)
         elif checked.user_error:
             raise FastLNError(checked.text)  # all of this model's runs would fail alike, so say it at once
 
@@ -206,7 +222,7 @@ def _run(suite: Suite, worker: Worker, table: _Table, progress: Progress) -> Non
 
 
 def _worth_training(entry: _Entry, suite: Suite, table: _Table) -> bool:
-    return entry.error is None and accuracy_means_nothing(suite, table.checked.get(entry.job.model)) is None
+    return entry.error is None and accuracy_means_nothing(suite, table.checked(entry.job)) is None
 
 
 def _call(worker: Worker, job: Job, expected: type[Expected], progress: Progress) -> Expected | Failure:

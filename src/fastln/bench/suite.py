@@ -1,7 +1,9 @@
 """What a suite of runs consists of, read from YAML and checked before anything is launched."""
 
 import dataclasses
+import logging
 import math
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from difflib import get_close_matches
@@ -12,7 +14,11 @@ from typing import Any
 import yaml
 
 from fastln.errors import FastLNError
+from fastln.models.shapes import is_shape, parse_shape
 
+logger = logging.getLogger(__name__)
+
+REAL_DATA = "$FASTLN_DATA"  # in a suite: the folder that the environment names so
 DTYPES = ("auto", "float32", "bfloat16")
 DEVICES = ("auto", "cpu", "cuda")
 
@@ -27,16 +33,17 @@ def _head_epochs() -> int:
 class Suite:
     """One comparison: every method on every model, same data, batches, optimizer and dtype for all.
 
-    `fastln.bench.suite.load_suite` makes one; `data`, `models` and `methods` have no default.
+    `fastln.bench.suite.load_suite` makes one; `models` and `methods` have no default, and a model that is no shape
+    needs `data`.
     """
 
     name: str
-    data: str  # "phantom" or a folder
-    models: tuple[str, ...]  # model specs, as `fastln.models.load_task` takes them
+    models: tuple[str, ...]  # model specs, as `fastln.models.load_task` takes them, or shapes (`fastln.models.shapes`)
     methods: tuple[str, ...]  # "method/engine"
-    batch_size: int = 32
+    data: str = ""  # "phantom" or a folder; shapes bring random batches and need none
+    batch_size: int = 32  # but a shape says itself
     questions_per_image: int = 4  # of one image in one batch
-    dtype: str = "auto"  # bfloat16 where the device has the units for it, float32 elsewhere
+    dtypes: tuple[str, ...] = ("auto",)  # auto: bfloat16 where the device has the units for it, float32 elsewhere
     device: str = "auto"  # cuda where there is one
     rounds: int = 3
     warmup_steps: int = 2
@@ -72,7 +79,7 @@ def load_suite(name: str | Path, overrides: Mapping[str, Any] | None = None) -> 
         raise FastLNError(f"{where}: a suite is a mapping of {', '.join(_fields())}; this is {type(values).__name__}")
     values = {"name": Path(name).stem, **values}
     values.update({key: value for key, value in (overrides or {}).items() if value is not None})
-    return _checked(values, where)
+    return _checked(_with_real_data(values), where)
 
 
 def suite_names() -> list[str]:
@@ -82,6 +89,20 @@ def suite_names() -> list[str]:
 
 def _folder() -> Any:
     return resources.files("fastln.bench") / "suites"
+
+
+def _with_real_data(values: dict[str, Any]) -> dict[str, Any]:
+    """Put the folder FASTLN_DATA in place of its name in `data` and `models`; without it, leave out what names it."""
+    folder, models = os.environ.get("FASTLN_DATA"), values.get("models")
+    filled: dict[str, Any] = {}
+    if REAL_DATA in str(values.get("data")):
+        filled["data"] = values["data"].replace(REAL_DATA, folder) if folder else ""
+    if isinstance(models, list | tuple):
+        filled["models"] = [str(m).replace(REAL_DATA, folder or REAL_DATA) for m in models]
+        for model in [m for m in filled["models"] if REAL_DATA in m]:
+            logger.info("left out: %s (FASTLN_DATA names no folder of real data and models)", model)
+            filled["models"].remove(model)
+    return values | filled
 
 
 def _fields() -> list[str]:
@@ -117,15 +138,20 @@ def _checked(values: dict[str, Any], where: str) -> Suite:
         for field in dataclasses.fields(Suite)
         if field.default is field.default_factory is dataclasses.MISSING and field.name not in values
     ]
+    models = values.get("models")
+    if not values.get("data") and not (isinstance(models, list | tuple) and all(is_shape(str(m)) for m in models)):
+        missing.insert(0, "data")
     if missing:
         raise FastLNError(f"{where}: needs {', '.join(missing)}")
-    for key in ("models", "methods"):
+    for key in ("models", "methods", "dtypes"):
+        if key not in values:
+            continue
         if not isinstance(values[key], list | tuple) or not values[key]:
             raise FastLNError(f"{where}: {key} must be a list with at least one entry, not {values[key]!r}")
         values[key] = tuple(str(entry) for entry in values[key])
         if len(set(values[key])) < len(values[key]):
             raise FastLNError(f"{where}: {key} names the same entry twice: {', '.join(values[key])}")
-    values["name"], values["data"] = str(values["name"]), str(values["data"])
+    values["name"], values["data"] = str(values["name"]), str(values.get("data") or "")
     for key, smallest in _SMALLEST.items():
         value = values.get(key, smallest)
         if not isinstance(value, int) or isinstance(value, bool) or value < smallest:
@@ -135,11 +161,16 @@ def _checked(values: dict[str, Any], where: str) -> Suite:
     timeout = values.get("timeout_seconds", 1)
     if not isinstance(timeout, int | float) or isinstance(timeout, bool) or not 0 < timeout < math.inf:
         raise FastLNError(f"{where}: timeout_seconds must be a positive number of seconds, not {timeout!r}")
-    for key, choices in (("dtype", DTYPES), ("device", DEVICES)):
-        value = values.get(key, "auto")
+    named = [("dtype", dtype, DTYPES) for dtype in values.get("dtypes", ())]
+    for key, value, choices in (*named, ("device", values.get("device", "auto"), DEVICES)):
         if value not in choices:
             near = _nearest(str(value), list(choices))
             raise FastLNError(f"{where}: unknown {key} {value!r}{near}: choose from {', '.join(choices)}")
+    for model in filter(is_shape, values["models"]):
+        try:
+            parse_shape(model)
+        except FastLNError as error:
+            raise FastLNError(f"{where}: {error}") from None
     _check_methods(values["methods"], where)
     return Suite(**values)
 

@@ -4,18 +4,22 @@ import dataclasses
 import itertools
 import time
 from collections.abc import Callable, Iterator
+from statistics import mean
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from fastln.bench.accounting import SavedActivations, peak_bytes, reset_peak
-from fastln.bench.results import Checked, Job, Quality, Steps
+from fastln.bench.accounting import SavedActivations, peak_bytes, reset_peak, synchronize
+from fastln.bench.floor import count_operations, matrix_rate
+from fastln.bench.results import Checked, Floor, Job, Quality, Steps
 from fastln.data import ImageGroupedBatches, VQADataset, load_dataset
 from fastln.engines import apply_method
 from fastln.errors import FastLNError
 from fastln.methods import count_parameters
-from fastln.models import VQATask, load_task
+from fastln.models import Task, VQATask, load_task
 from fastln.models.dual_task import DualEncoderTask
+from fastln.models.shapes import ShapeTask, is_shape, make_shape
 from fastln.training import TrainConfig, build_optimizer, evaluate, train_task
 
 
@@ -26,25 +30,37 @@ def work(job: Job) -> Checked | Steps | Quality:
         FastLNError: The data, the model or the method cannot be had as given, or there are too few questions for a
             batch, or an image of one cannot be read.
     """
+    options: dict[str, Any] = {
+        "dtype": getattr(torch, job.dtype),
+        "seed": job.suite.seed,
+        "device": job.suite.device,
+    }
+    if is_shape(job.model):
+        shape = make_shape(job.model, **options)
+        return _check(job, shape, None) if job.kind == "check" else _steps(job, shape, None)
     data = load_dataset(job.suite.data, "train")
-    task = load_task(
-        job.model, data, dtype=getattr(torch, job.suite.dtype), seed=job.suite.seed, device=job.suite.device
-    )
+    task = load_task(job.model, data, **options)
     if job.kind == "check":
         return _check(job, task, data)
     return _steps(job, task, data) if job.kind == "speed" else _quality(job, task, data)
 
 
-def _check(job: Job, task: VQATask, data: VQADataset) -> Checked:
+def _check(job: Job, task: Task, data: VQADataset | None) -> Checked:
     suite = job.suite
-    for _ in itertools.islice(_batches(job, task, data), suite.warmup_steps + suite.steps):
-        pass  # reads every image that the rounds will
-    if suite.epochs and any(sample.is_report for sample in load_dataset(suite.data, "test").samples):
+    model = apply_method(task, "layernorm", "torch").train()
+    # Reads every image that the rounds will.
+    batches = itertools.islice(_batches(job, task, data), 1 if data is None else suite.warmup_steps + suite.steps)
+    operations = [count_operations(model, batch) for batch in batches]
+    if suite.epochs and data and any(sample.is_report for sample in load_dataset(suite.data, "test").samples):
         raise FastLNError(f"{data.name} is of reports: there are no answers to count; set epochs to 0")
-    return Checked(task.name, task.random_weights, data.name, data.synthetic)
+    rate = matrix_rate(torch.device(suite.device), getattr(torch, job.dtype))
+    floor = Floor(mean(operations[-suite.steps :]), rate)
+    if data is None:
+        return Checked(task.name, task.random_weights, "random batches", synthetic=True, floor=floor)
+    return Checked(task.name, task.random_weights, data.name, data.synthetic, floor)
 
 
-def _steps(job: Job, task: VQATask, data: VQADataset) -> Steps:
+def _steps(job: Job, task: Task, data: VQADataset | None) -> Steps:
     suite = job.suite
     _, total = count_parameters(task.model)
     model = apply_method(task, job.method, job.engine)
@@ -82,16 +98,11 @@ def _steps(job: Job, task: VQATask, data: VQADataset) -> Steps:
 
 
 def _timed(step: Callable[[], Tensor], device: torch.device) -> tuple[float, Tensor]:
-    _synchronize(device)
+    synchronize(device)
     start = time.perf_counter()
     loss = step()
-    _synchronize(device)
+    synchronize(device)
     return time.perf_counter() - start, loss
-
-
-def _synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 def _saved_bytes(model: nn.Module, batch: dict[str, Tensor]) -> int:
@@ -101,9 +112,13 @@ def _saved_bytes(model: nn.Module, batch: dict[str, Tensor]) -> int:
     return saved.bytes
 
 
-def _batches(job: Job, task: VQATask, data: VQADataset) -> Iterator[dict[str, Tensor]]:
-    """Endless full batches in an order that depends on the seed alone."""
+def _batches(job: Job, task: Task, data: VQADataset | None) -> Iterator[dict[str, Tensor]]:
+    """Endless full batches in an order that depends on the seed alone; of a shape, the one that it has."""
     suite = job.suite
+    if isinstance(task, ShapeTask):
+        yield from itertools.repeat(task.batch)
+    assert isinstance(task, VQATask)
+    assert data is not None
     sampler = ImageGroupedBatches(
         data,
         suite.batch_size,

@@ -6,12 +6,23 @@ from transformers import PreTrainedModel
 from fastln.modules import LMHead, stand_in
 
 
+def find_heads(model: nn.Module) -> dict[str, nn.Linear]:
+    """Return the language-model heads of `model` by name.
+
+    A head is what `get_output_embeddings` of the model, or of a model inside it, returns, where that is a
+    `torch.nn.Linear`; others (quantised, adapted, sharded ones) are left alone.
+
+    Args:
+        model: A `PreTrainedModel`, or a module that contains some.
+    """
+    heads = {id(head) for module in model.modules() if isinstance(module, PreTrainedModel) for head in _heads(module)}
+    return {name: module for name, module in model.named_modules() if id(module) in heads and type(module) is nn.Linear}
+
+
 def use_lazy_head(model: nn.Module) -> list[str]:
     """Leave the logits of every language-model head of `model` uncomputed in training, in place.
 
-    A head is what `get_output_embeddings` of the model, or of a model inside it, returns, where that is a
-    `torch.nn.Linear`; others (quantised, adapted, sharded ones) are left alone. Parameters, tied or not, and
-    `state_dict()` stay as they are; `fastln.modules.stand_back` undoes it.
+    Parameters, tied or not, and `state_dict()` stay as they are; `fastln.modules.stand_back` undoes it.
 
     Args:
         model: A `PreTrainedModel`, or a module that contains some.
@@ -19,13 +30,10 @@ def use_lazy_head(model: nn.Module) -> list[str]:
     Returns:
         The names of the heads.
     """
-    heads = {id(head) for module in model.modules() if isinstance(module, PreTrainedModel) for head in _heads(module)}
-    names = []
-    for name, module in model.named_modules():
-        if id(module) in heads and type(module) is nn.Linear:
-            stand_in(module, LMHead)
-            names.append(name)
-    return names
+    heads = find_heads(model)
+    for head in heads.values():
+        stand_in(head, LMHead)
+    return list(heads)
 
 
 def _heads(model: PreTrainedModel) -> list[nn.Module]:

@@ -1,0 +1,73 @@
+"""Operations counted in a forward pass, against formulas and against torch's own counter of a whole step."""
+
+import pytest
+import torch
+import transformers
+from tiny import SIZES, blip_config
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from fastln.bench.floor import Products, count_operations, matrix_rate
+from fastln.methods import norm_parameters
+
+TEXT = {**SIZES, "vocab_size": 64, "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+
+
+def with_norms_alone(model):
+    trained = set(norm_parameters(model))
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name in trained)
+    return model.train()
+
+
+def counted_by_torch(model, batch):
+    with FlopCounterMode(display=False) as counter, torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
+        model(**batch).loss.backward()
+    return counter.get_total_flops()
+
+
+def test_a_step_of_bert_with_a_label_everywhere_is_what_torch_counts():
+    """Everywhere, for torch counts the head's every position."""
+    model = with_norms_alone(transformers.BertForMaskedLM(transformers.BertConfig(**TEXT)))
+    ids = torch.randint(0, 64, (2, 12))
+    batch = {"input_ids": ids, "labels": ids}
+    assert count_operations(model, batch) == counted_by_torch(model, batch)
+
+
+def test_blip_s_own_attention_is_counted_too():
+    config = blip_config()
+    model = with_norms_alone(transformers.BlipForQuestionAnswering(config))
+    ids = torch.randint(3, 100, (2, 6))
+    batch = {"pixel_values": torch.randn(2, 3, 32, 32), "input_ids": ids, "decoder_input_ids": ids, "labels": ids}
+    assert count_operations(model, batch) == pytest.approx(counted_by_torch(model, batch), rel=1e-3)
+
+
+def test_the_head_counts_where_labels_are():
+    model = with_norms_alone(transformers.BertForMaskedLM(transformers.BertConfig(**TEXT)))
+    ids = torch.randint(0, 64, (2, 12))
+    few = torch.where(torch.arange(12) < 3, ids, -100)
+    all_, some = (count_operations(model, {"input_ids": ids, "labels": labels}) for labels in (ids, few))
+    assert all_ - some == 4 * (24 - 6) * 32 * 64
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+@pytest.mark.parametrize("need_dx", [False, True])
+def test_linear_layers(need_dx, frozen):
+    layer = nn.Linear(5, 7).requires_grad_(not frozen)
+    with Products(layer) as products:
+        layer(torch.randn(2, 3, 5, requires_grad=need_dx))
+    assert products.operations == 2 * 6 * 5 * 7 * (1 + need_dx + (not frozen))
+
+
+@pytest.mark.parametrize(("n_keys", "causal", "pairs"), [(5, False, 20), (4, True, 10), (3, True, 9), (6, True, 10)])
+def test_attention(n_keys, causal, pairs):
+    """Two products forward, four backward."""
+    q, k, v = (torch.randn(2, 3, n, 8, requires_grad=True) for n in (4, n_keys, n_keys))
+    with Products(nn.Module()) as products:
+        torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=causal)
+    assert products.operations == 6 * 2 * 6 * pairs * 8
+
+
+def test_the_rate_is_one():
+    rate = matrix_rate(torch.device("cpu"), torch.float32, repeats=1)
+    assert 1e8 < rate < 1e16
