@@ -1,0 +1,187 @@
+"""Where a step's time goes, by kind of operation: norm tuning by peft and by fastln side by side.
+
+    python scripts/step_anatomy.py BertForMaskedLM:8x128 --dtype bfloat16
+
+*Measured* by torch's profiler, in one process, the methods taking turns: an operation's own time without that of the
+operations inside it, summed by kind, in the mean over the steps. Operations of the backward count where those that
+autograd recorded them for do. What fastln fuses counts under the last of its kinds (dropout and residual before a norm
+as norms, dropout inside attention as attention). `between` is what passes outside of any operation: Python. The
+profiler makes every operation slower by some microseconds; the last line is the step without it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import shlex
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable
+from contextlib import nullcontext
+from statistics import median
+from typing import Any
+
+import torch
+from torch import nn
+from torch.profiler import ProfilerActivity, profile, record_function
+
+from fastln.engines import apply_method
+from fastln.families.head import find_heads
+from fastln.machine import DTYPES, cpu_model
+from fastln.models.shapes import make_shape
+from fastln.training.optimizer import MasterAdamW
+
+# In the order of precedence: an operation is of the first kind that it, or one around it, has the name of.
+KINDS = {
+    "head": r"cross_entropy|log_softmax|nll_loss|LinearCrossEntropy",
+    "dropout": r"dropout|bernoulli",
+    "attention": r"[Aa]ttention|bmm|::_?(safe_)?softmax",
+    "norms": r"(layer|rms)_norm|EagerNorm|fastln::norm",
+    "activations": r"gelu|silu|relu|tanh|sigmoid|Activation",
+    "linears": r"[Ll]inear|mm$|conv",
+}
+PRODUCTS = re.compile(r"[Ll]inear|mm$")
+SPLIT = ("linears", "attention")  # forward and backward apart
+ROWS = (
+    *(f"{kind}, {phase}" for kind in SPLIT for phase in ("forward", "backward")),
+    *("norms", "activations", "dropout", "head", "optimizer", "other", "between"),
+)
+
+
+def kind_of(chain: list[Any], n_classes: int | None) -> str:
+    """Return the kind of an operation of the forward pass.
+
+    Args:
+        chain: Its event and those around it, innermost first.
+        n_classes: Of the language-model head, whose product is told by its shape; None where there is no head.
+    """
+    if n_classes and any(PRODUCTS.search(e.name) and n_classes in _sizes(e) for e in chain):
+        return "head"
+    for kind, pattern in KINDS.items():
+        if any(re.search(pattern, event.name) for event in chain):
+            return kind
+    return "other"
+
+
+def _sizes(event: Any) -> set[int]:
+    return {size for shape in event.input_shapes or () if isinstance(shape, list) for size in shape}
+
+
+def sort(events: Iterable[Any], n_classes: int | None) -> Counter[str]:
+    """Return microseconds by row of the table.
+
+    Args:
+        events: Of `forward`, `backward` and `optimizer` ranges, in the order in which they began.
+        n_classes: As `kind_of`.
+    """
+    times: Counter[str] = Counter()
+    recorded: dict[int, str] = {}  # kinds of the operations that autograd has a node for, by its sequence number
+    for event in events:
+        chain = [event]
+        while chain[-1].cpu_parent is not None:
+            chain.append(chain[-1].cpu_parent)
+        phase = chain.pop().name
+        if not chain:
+            row = "between"
+        elif phase == "optimizer":
+            row = phase
+        else:
+            if phase == "backward":
+                node = next((e for e in reversed(chain) if e.sequence_nr >= 0), None)
+                row = recorded.get(node.sequence_nr, "other") if node else "other"
+            else:
+                # Several operations see one number; the node is that of the last.
+                row = recorded[event.sequence_nr] = kind_of(chain, n_classes)
+            row = f"{row}, {phase}" if row in SPLIT else row
+        times[row] += event.self_cpu_time_total
+    return times
+
+
+class Subject:
+    """A prepared model that takes steps.
+
+    Args:
+        pair: METHOD/ENGINE.
+        shape: As `fastln.models.shapes` has it.
+        dtype: Of the model.
+    """
+
+    def __init__(self, pair: str, shape: str, dtype: torch.dtype) -> None:
+        task = make_shape(shape, dtype=dtype)
+        method, _, engine = pair.partition("/")
+        heads: list[nn.Linear] = list(find_heads(task.model).values())
+        self.n_classes = heads[0].out_features if heads else None
+        self.model = apply_method(task, method, engine).train()
+        self.batch = task.batch
+        self.optimizer = MasterAdamW(p for p in self.model.parameters() if p.requires_grad)
+        self.times: Counter[str] = Counter()
+        self.seconds: list[float] = []
+
+    def step(self, record: Callable[[str], Any] = lambda name: nullcontext()) -> None:
+        """Take a step, in ranges that `record` opens."""
+        with record("forward"):
+            loss = self.model(**self.batch).loss
+        with record("backward"):
+            loss.backward()
+        with record("optimizer"):
+            self.optimizer.step()
+            self.optimizer.zero_grad()
+
+    def measure(self) -> None:
+        """Take one step with the profiler and one without."""
+        with profile(activities=[ProfilerActivity.CPU], record_shapes=True) as found:
+            self.step(record_function)
+        events = sorted(found.events(), key=lambda event: event.time_range.start)
+        self.times += sort((e for e in events if _inside(e)), self.n_classes)
+        start = time.perf_counter()
+        self.step()
+        self.seconds.append(time.perf_counter() - start)
+
+
+def _inside(event: Any) -> bool:
+    while event.cpu_parent is not None:
+        event = event.cpu_parent
+    return event.name in ("forward", "backward", "optimizer")
+
+
+def table(subjects: dict[str, Subject], steps: int) -> str:
+    """Write milliseconds a step, and shares."""
+    lines = [f"| | {' | '.join(f'{name}, ms (share)' for name in subjects)} |", f"|---|{'---:|' * len(subjects)}"]
+    totals = {name: sum(subject.times.values()) for name, subject in subjects.items()}
+    for row in ROWS:
+        cells = [
+            f"{subject.times[row] / steps / 1e3:.1f} ({100 * subject.times[row] / totals[name]:.1f}%)"
+            for name, subject in subjects.items()
+        ]
+        lines.append(f"| {row} | {' | '.join(cells)} |")
+    lines.append(f"| all | {' | '.join(f'{total / steps / 1e3:.0f}' for total in totals.values())} |")
+    plain = (f"{1e3 * median(subject.seconds):.0f}" for subject in subjects.values())
+    lines.append(f"| not profiled, median | {' | '.join(plain)} |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """Print the table."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("shape", help="CLASS:BATCHxSIZE[:LAYERS]")
+    parser.add_argument("--dtype", choices=DTYPES, default="bfloat16")
+    parser.add_argument("--steps", type=int, default=10)
+    parser.add_argument("--methods", nargs="+", default=["layernorm/peft", "layernorm/fastln"], metavar="METHOD/ENGINE")
+    options = parser.parse_args()
+    subjects = {pair: Subject(pair, options.shape, DTYPES[options.dtype]) for pair in options.methods}
+    for subject in subjects.values():
+        subject.step()
+    for _ in range(options.steps):
+        for subject in subjects.values():
+            subject.measure()
+    command = shlex.join(["python", "scripts/step_anatomy.py", *sys.argv[1:]])
+    print(
+        f"*Measured*, {options.shape} in {options.dtype} on {cpu_model()}, {torch.get_num_threads()} threads, ", end=""
+    )
+    print(f"torch {torch.__version__}: the mean of {options.steps} steps. Command: `{command}`\n")
+    print(table(subjects, options.steps))
+
+
+if __name__ == "__main__":
+    main()
