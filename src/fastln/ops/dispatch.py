@@ -10,11 +10,12 @@ from torch.autograd import forward_ad
 
 def needs_operator(*tensors: Tensor | None) -> bool:
     """Whether something must see the operator: a compiler, a dispatch mode, a tensor that is more than numbers."""
-    return bool(
-        torch.compiler.is_compiling()
-        or torch._C._len_torch_dispatch_stack()
-        or any(x is not None and (type(x) not in (Tensor, nn.Parameter) or x.is_meta) for x in tensors)
-    )
+    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
+        return True
+    for x in tensors:  # noqa: SIM110 - a generator would double the time
+        if x is not None and (type(x) not in (Tensor, nn.Parameter) or x.is_meta):
+            return True
+    return False
 
 
 def is_transformed() -> bool:
@@ -26,7 +27,11 @@ def is_transformed() -> bool:
 
 def wants_gradient(*tensors: Tensor | None) -> bool:
     """Whether autograd records what is done with one of these."""
-    return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
+    if torch.is_grad_enabled():
+        for x in tensors:
+            if x is not None and x.requires_grad:
+                return True
+    return False
 
 
 def define(name: str, signature: str, function: Callable[..., Any], fake: Callable[..., Any]) -> None:

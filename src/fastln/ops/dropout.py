@@ -2,6 +2,9 @@
 
 What is kept for backward is the seed, eight bytes. Dropout is linear in `x`, and so its own gradient: the backward
 drops of `dy` what the forward dropped of `x`, by drawing the same numbers again.
+
+As in `fastln.ops.norm`, the operator is called where something must see it; in plain eager mode the way goes past the
+dispatcher, and under torch.func's transforms and forward-mode derivatives the definition runs, op by op.
 """
 
 import math
@@ -13,7 +16,7 @@ from torch import Tensor
 
 from fastln.errors import FastLNError
 from fastln.ops.backends import resolve
-from fastln.ops.dispatch import define
+from fastln.ops.dispatch import define, is_transformed, needs_operator, wants_gradient
 from fastln_kernels import reference
 from fastln_kernels.cpu import native_dropout
 
@@ -47,14 +50,26 @@ def dropout(x: Tensor, p: float, *, seed: Tensor | None = None, backend: str = "
             f"the seed of dropout must be (1,), int64, on {x.device}; "
             f"it is {(*seed.shape,)}, {seed.dtype}, on {seed.device}"
         )
-    return torch.ops.fastln.dropout(x, seed, p, backend)
+    return _by_seed(x, seed, p, backend)
+
+
+def _by_seed(x: Tensor, seed: Tensor, p: float, backend: str) -> Tensor:
+    """Differentiable, and as often as one likes."""
+    if needs_operator(x, seed):
+        return torch.ops.fastln.dropout(x, seed, p, backend)
+    if is_transformed():
+        return _dropout(x, seed, p, "reference")
+    if wants_gradient(x):
+        return _EagerDropout.apply(x, seed, p, backend)
+    return _dropout(x, seed, p, backend)
 
 
 def _dropout(x: Tensor, seed: Tensor, p: float, backend: str) -> Tensor:
     if x.numel() == 0:
         return torch.empty_like(x, memory_format=torch.contiguous_format)
     rows = x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
-    return _implementation(x, backend)(rows, p, seed).view(x.shape)
+    # No view in autograd's sense, or nobody could write to it in place.
+    return torch.ops.aten._unsafe_view.default(_implementation(x, backend)(rows, p, seed), x.shape)
 
 
 def _implementation(x: Tensor, backend: str) -> Callable[[Tensor, float, Tensor], Tensor]:
@@ -80,7 +95,19 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 def _gradient(ctx: Any, dy: Tensor) -> tuple[Tensor, None, None, None]:
     (seed,) = ctx.saved_tensors
-    return torch.ops.fastln.dropout(dy, seed, ctx.p, ctx.backend), None, None, None
+    return _by_seed(dy, seed, ctx.p, ctx.backend), None, None, None
+
+
+class _EagerDropout(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, *arguments: Any) -> Tensor:
+        y = _dropout(*arguments)
+        _setup_context(ctx, arguments, y)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, *dys: Tensor) -> tuple[Tensor, None, None, None]:
+        return _gradient(ctx, *dys)
 
 
 define("fastln::dropout", "(Tensor x, Tensor seed, float p, str backend) -> Tensor", _dropout, _fake)

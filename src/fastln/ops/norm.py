@@ -51,30 +51,31 @@ class _Implementation(NamedTuple):
 
 
 class _Settings(NamedTuple):
-    """What is not a tensor: arguments of the operator, in its order.
+    """What is not a tensor.
 
     Attributes:
-        eps: as in `NormKind`.
-        centre: likewise.
-        offset: likewise.
-        round_normed: likewise.
+        kind: which norm.
         dropout: probability.
         keep: the rows that the backward will read: "x" where nothing comes before the norm; else "stream" or "normed",
             which the forward returns beside `y`, or "nothing".
         backend: a name from `fastln.ops.backends.BACKENDS`.
     """
 
-    eps: float
-    centre: bool
-    offset: float
-    round_normed: bool
+    kind: NormKind
     dropout: float
     keep: str
     backend: str
 
     @property
-    def kind(self) -> NormKind:
-        return NormKind(self.eps, self.centre, self.offset, self.round_normed)
+    def flat(self) -> tuple[Any, ...]:
+        """Arguments of the operator, in its order."""
+        kind = self.kind
+        return kind.eps, kind.centre, kind.offset, kind.round_normed, self.dropout, self.keep, self.backend
+
+    @classmethod
+    def of(cls, *flat: Any) -> "_Settings":
+        """The settings of which these are the `flat`."""
+        return cls(NormKind(*flat[:4]), *flat[4:])
 
 
 def layer_norm(
@@ -96,7 +97,7 @@ def layer_norm(
         FastLNError: If shapes, dtypes or devices do not fit, or the backend is unknown or cannot run on the device of
             `x`.
     """
-    return _norm(x, weight, bias, None, None, _Settings(eps, True, 0.0, False, 0.0, "x", backend))[0]
+    return _norm(x, weight, bias, None, None, _Settings(NormKind(eps), 0.0, "x", backend))[0]
 
 
 def rms_norm(
@@ -125,7 +126,9 @@ def rms_norm(
         FastLNError: If shapes, dtypes or devices do not fit, or the backend is unknown or cannot run on the device of
             `x`.
     """
-    return _norm(x, weight, None, None, None, _Settings(eps, False, offset, round_normed, 0.0, "x", backend))[0]
+    return _norm(x, weight, None, None, None, _Settings(NormKind(eps, False, offset, round_normed), 0.0, "x", backend))[
+        0
+    ]
 
 
 def dropout_add_norm(
@@ -181,18 +184,14 @@ def dropout_add_norm(
     if dropout == 0:
         seed = None
         if residual is None:
-            y, _ = _norm(x, weight, bias, None, None, _Settings(*_fields(kind), 0.0, "x", backend))
+            y, _ = _norm(x, weight, bias, None, None, _Settings(kind, 0.0, "x", backend))
             return (y, x) if return_stream else y
     elif seed is None:
         seed = torch.randint(2**63 - 1, (1,), dtype=torch.int64, device=x.device)
     # x_hat stands in for the sum in the backward; without one it is not stored.
     keep = "stream" if return_stream else "normed" if wants_gradient(x, residual, weight) else "nothing"
-    y, stream = _norm(x, weight, bias, residual, seed, _Settings(*_fields(kind), dropout, keep, backend))
+    y, stream = _norm(x, weight, bias, residual, seed, _Settings(kind, dropout, keep, backend))
     return (y, stream) if return_stream else y
-
-
-def _fields(kind: NormKind) -> tuple[float, bool, float, bool]:
-    return kind.eps, kind.centre, kind.offset, kind.round_normed
 
 
 def _norm(
@@ -202,17 +201,17 @@ def _norm(
     residual: Tensor | None,
     seed: Tensor | None,
     settings: _Settings,
-) -> tuple[Tensor, Tensor]:
-    """Return `y` and what is kept (nothing, the stream or x_hat)."""
+) -> tuple[Tensor, Any]:
+    """Return `y` and, where that is kept, the stream."""
     _check(x, weight, bias)
     tensors = (x, weight, bias, residual, seed)
     if needs_operator(*tensors):
-        return torch.ops.fastln.norm(*tensors, *settings)[:2]
+        return torch.ops.fastln.norm(*tensors, *settings.flat)[:2]
     if is_transformed():
-        return _forward(*tensors, *settings._replace(backend="reference"))[:2]
+        return _forward(*tensors, settings._replace(backend="reference"))[:2]
     if wants_gradient(x, weight, bias, residual):
-        return _EagerNorm.apply(*tensors, settings)[:2]
-    return _forward(*tensors, *settings)[:2]
+        return _EagerNorm.apply(*tensors, settings)
+    return _forward(*tensors, settings)[:2]
 
 
 def _check(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> None:
@@ -241,23 +240,27 @@ def _rows(x: Tensor | None) -> Tensor | None:
 
 
 def _forward(
-    x: Tensor, weight: Tensor | None, bias: Tensor | None, residual: Tensor | None, seed: Tensor | None, *settings: Any
-) -> tuple[Tensor, Tensor, Tensor]:
-    chosen = _Settings(*settings)
-    outputs = _implementation(x, chosen).forward(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    seed: Tensor | None,
+    settings: _Settings,
+) -> tuple[Tensor, Tensor | None, Tensor]:
+    """Return `y`, what is kept of the rows (None, the stream, or x_hat as rows) and the statistics."""
+    outputs = _implementation(x, settings).forward(
         x.reshape(-1, x.shape[-1]),
         weight,
         bias,
-        chosen.kind,
+        settings.kind,
         residual=_rows(residual),
-        dropout=chosen.dropout,
+        dropout=settings.dropout,
         seed=seed,
-        want_stream=chosen.keep == "stream",
-        want_normed=chosen.keep == "normed",
+        want_stream=settings.keep == "stream",
+        want_normed=settings.keep == "normed",
     )
-    kept = outputs.stream if outputs.normed is None else outputs.normed
     # No views in autograd's sense, or nobody could write to them in place.
-    kept = x.new_empty(0) if kept is None else _aten._unsafe_view.default(kept, x.shape)
+    kept = outputs.normed if outputs.stream is None else _aten._unsafe_view.default(outputs.stream, x.shape)
     return _aten._unsafe_view.default(outputs.y, x.shape), kept, outputs.rstd
 
 
@@ -273,19 +276,18 @@ def _backward(
     need_dweight: bool,
     need_dbias: bool,
     grad_dtype: torch.dtype,
-    *settings: Any,
+    settings: _Settings,
 ) -> list[Tensor]:
     """Return the wanted gradients."""
-    chosen = _Settings(*settings)
-    gradients = _implementation(dy, chosen).backward(
+    gradients = _implementation(dy, settings).backward(
         dy.reshape(-1, dy.shape[-1]),
         _rows(saved),
         weight,
         stats,
-        chosen.kind,
-        saved_is_normed=chosen.keep == "normed",
+        settings.kind,
+        saved_is_normed=settings.keep == "normed",
         dstream=_rows(dstream),
-        dropout=chosen.dropout,
+        dropout=settings.dropout,
         seed=seed,
         need_dx=need_dx,
         need_dresidual=need_dresidual,
@@ -297,7 +299,9 @@ def _backward(
     return rows + [gradient for gradient in gradients[2:] if gradient is not None]
 
 
-def _keep(ctx: Any, tensors: tuple[Tensor | None, ...], settings: _Settings, kept: Tensor, stats: Tensor) -> None:
+def _keep(
+    ctx: Any, tensors: tuple[Tensor | None, ...], settings: _Settings, kept: Tensor | None, stats: Tensor
+) -> None:
     x, weight, bias, _, seed = tensors
     need_dx, need_dweight, need_dbias, need_dresidual = ctx.needs_input_grad[:4]
     need_input = need_dx or need_dresidual
@@ -314,7 +318,7 @@ def _keep(ctx: Any, tensors: tuple[Tensor | None, ...], settings: _Settings, kep
     ctx.grad_dtype = dtypes[0] if dtypes and dtypes[0] == dtypes[-1] else torch.float32
     ctx.settings = settings
     ctx.set_materialize_grads(False)
-    ctx.mark_non_differentiable(*([stats] if settings.keep == "stream" and need_input else [kept, stats]))
+    ctx.stream_is_differentiable = settings.keep == "stream" and need_input
 
 
 def _gradients(
@@ -342,7 +346,7 @@ def _gradients(
         need_dbias,
     )
     dstream = dstream if need_dx or need_dresidual else None
-    computed = iter(compute(dy, dstream, saved, weight, seed, stats, *wanted, ctx.grad_dtype, *ctx.settings))
+    computed = iter(compute(dy, dstream, saved, weight, seed, stats, *wanted, ctx.grad_dtype, ctx.settings))
     dx, dresidual, dweight, dbias = (next(computed) if want else None for want in wanted)
     if not dropout:
         dresidual = dx
@@ -351,21 +355,25 @@ def _gradients(
 
 class _EagerNorm(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, *arguments: Any) -> tuple[Tensor, ...]:
-        *tensors, settings = arguments
-        y, kept, stats = _forward(*tensors, *settings)
-        _keep(ctx, tuple(tensors), settings, kept, stats)
-        return y, kept, stats
+    def forward(ctx: Any, *arguments: Any) -> tuple[Tensor, Tensor | None]:
+        y, kept, stats = _forward(*arguments)
+        settings: _Settings = arguments[5]
+        _keep(ctx, arguments[:5], settings, kept, stats)
+        if settings.keep != "stream":
+            return y, None
+        if not ctx.stream_is_differentiable:
+            ctx.mark_non_differentiable(kept)
+        return y, kept
 
     @staticmethod
-    def backward(ctx: Any, dy: Tensor | None, dstream: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, dy: Tensor | None, dstream: Tensor | None) -> tuple[Tensor | None, ...]:
         return *_gradients(ctx, dy, dstream, _backward), None
 
 
 def _operation(settings: _Settings) -> str:
     if settings.keep != "x":
         return "dropout_add_norm"
-    return "layer_norm" if settings.centre else "rms_norm"
+    return "layer_norm" if settings.kind.centre else "rms_norm"
 
 
 def _implementation(x: Tensor, settings: _Settings) -> _Implementation:
@@ -394,7 +402,7 @@ def _load(backend: str) -> _Implementation:
 def _fake_forward(
     x: Tensor, weight: Tensor | None, bias: Tensor | None, residual: Tensor | None, seed: Tensor | None, *settings: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
-    chosen = _Settings(*settings)
+    chosen = _Settings.of(*settings)
     n_stats, n_rows = _implementation(x, chosen).n_stats, math.prod(x.shape[:-1])
     stats = x.new_empty((n_rows,) if n_stats == 1 else (n_stats, n_rows, 1), dtype=arithmetic_dtype(x))
     return x.new_empty(x.shape), x.new_empty(x.shape if chosen.keep in ("stream", "normed") else 0), stats
@@ -418,13 +426,30 @@ def _fake_backward(
     return rows + [dy.new_empty(dy.shape[-1:], dtype=grad_dtype) for _ in range(need_dweight + need_dbias)]
 
 
+def _operator_forward(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, residual: Tensor | None, seed: Tensor | None, *settings: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    y, kept, stats = _forward(x, weight, bias, residual, seed, _Settings.of(*settings))
+    return y, x.new_empty(0) if kept is None else _aten._unsafe_view.default(kept, x.shape), stats
+
+
+def _operator_backward(*arguments: Any) -> list[Tensor]:
+    compute: Callable[..., list[Tensor]] = _backward
+    return compute(*arguments[:11], _Settings.of(*arguments[11:]))
+
+
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
-    _keep(ctx, inputs[:5], _Settings(*inputs[5:]), *output[1:])
+    _, kept, stats = output
+    _keep(ctx, inputs[:5], _Settings.of(*inputs[5:]), kept, stats)
+    ctx.mark_non_differentiable(*([stats] if ctx.stream_is_differentiable else [kept, stats]))
 
 
 def _operator_gradients(ctx: Any, dy: Tensor | None, dstream: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
-    gradients = _gradients(ctx, dy, dstream, torch.ops.fastln.norm_backward)
-    return *gradients, *(None for _ in _Settings._fields)
+    def compute(*arguments: Any) -> list[Tensor]:
+        *given, settings = arguments
+        return torch.ops.fastln.norm_backward(*given, *settings.flat)
+
+    return *_gradients(ctx, dy, dstream, compute), *(None for _ in ctx.settings.flat)
 
 
 _SETTINGS = "float eps, bool centre, float offset, bool round_normed, float dropout, str keep, str backend"
@@ -432,14 +457,14 @@ define(
     "fastln::norm",
     f"(Tensor x, Tensor? weight, Tensor? bias, Tensor? residual, Tensor? seed, {_SETTINGS}) "
     "-> (Tensor y, Tensor kept, Tensor stats)",
-    _forward,
+    _operator_forward,
     _fake_forward,
 )
 define(
     "fastln::norm_backward",
     "(Tensor dy, Tensor? dstream, Tensor? saved, Tensor? weight, Tensor? seed, Tensor? stats, bool need_dx, "
     f"bool need_dresidual, bool need_dweight, bool need_dbias, ScalarType grad_dtype, {_SETTINGS}) -> Tensor[]",
-    _backward,
+    _operator_backward,
     _fake_backward,
 )
 torch.library.register_autograd("fastln::norm", _operator_gradients, setup_context=_setup_context)
