@@ -7,8 +7,9 @@ import sys
 import pytest
 from PIL import Image
 
-from fastln import cli
+from fastln import cli, doctor
 from fastln.ops.backends import OPERATIONS
+from fastln_kernels.cpu import library
 
 
 def fastln(*arguments, monkeypatch, capsys):
@@ -131,6 +132,15 @@ def test_doctor_names_a_backend_and_a_reason_for_each_operation(monkeypatch, cap
     code, output = fastln("doctor", monkeypatch=monkeypatch, capsys=capsys)
     assert "layer_norm" in output.out
     assert findings["machine"]["cpu"] in output.out
+
+
+def test_doctor_says_in_one_line_what_is_slower(monkeypatch):
+    assert doctor.render(doctor.examine()).count("\n  slower ") == (library.why_not("norm") is not None)
+    monkeypatch.setattr(library, "why_not", lambda name: "no C++ compiler")
+    monkeypatch.setattr(doctor, "cpu_flags", lambda: {"sse2"})
+    (line,) = [line for line in doctor.render(doctor.examine()).splitlines() if line.startswith("  slower ")]
+    assert "every operation runs without compiled kernels (no C++ compiler)" in line
+    assert "vectors of 128 bits" in line
 
 
 def test_transformers_imports_from_the_repository_root():

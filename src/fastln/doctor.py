@@ -14,7 +14,10 @@ from fastln.ops.backends import OPERATIONS, resolve
 from fastln_kernels.cpu import library
 
 PACKAGES = ("fastln", "torch", "triton", "transformers", "peft", "accelerate", "flash-attn", "liger-kernel")
-WIDE = ("avx2", "avx512f", "avx512_bf16", "amx_bf16", "asimd", "sve", "bf16")
+VECTORS = ("avx2", "avx512f", "avx512_bf16", "amx_bf16", "asimd", "sve", "bf16")
+
+
+WIDER_THAN_128_BITS = {"avx2", "avx512f", "sve"}
 
 
 def examine() -> dict[str, Any]:
@@ -33,7 +36,7 @@ def examine() -> dict[str, Any]:
             "python": platform.python_version(),
             "system": f"{platform.system()} {platform.release()} {platform.machine()}",
             "cpu": cpu_model(),
-            "cpu_vectors": [flag for flag in WIDE if flag in flags],
+            "cpu_vectors": [flag for flag in VECTORS if flag in flags],
             "threads": torch.get_num_threads(),
             "memory_gib": round(psutil.virtual_memory().total / 2**30, 1),
             "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
@@ -41,11 +44,22 @@ def examine() -> dict[str, Any]:
             "freed_memory": keep_pages() if device.type == "cpu" else None,
             "compiler": shlex.join(library.compiler()) or None,
             "device": str(device),
+            "slower": _slower(flags) if device.type == "cpu" else None,
         },
         "operations": {
             operation: {"backend": choice.backend, "reason": choice.reason} for operation, choice in choices.items()
         },
     }
+
+
+def _slower(flags: set[str]) -> str | None:
+    """What this CPU's kernels lack to be fast; None where they lack nothing."""
+    lacks = []
+    if why := library.why_not("norm"):
+        lacks.append(f"every operation runs without compiled kernels ({why})")
+    if flags and not flags & WIDER_THAN_128_BITS:
+        lacks.append("kernels run on vectors of 128 bits, for want of AVX2, AVX-512 or SVE")
+    return "; ".join(lacks) or None
 
 
 def render(findings: dict[str, Any]) -> str:
@@ -65,6 +79,8 @@ def render(findings: dict[str, Any]) -> str:
         f"  {'compiler':14} {machine['compiler'] or 'none: CPU kernels cannot be compiled'}",
         f"operations on {machine['device']}",
     ]
+    if machine["slower"]:
+        lines.insert(-1, f"  {'slower':14} {machine['slower']}")
     lines += [
         f"  {operation:14} {choice['backend']}: {choice['reason']}"
         for operation, choice in findings["operations"].items()

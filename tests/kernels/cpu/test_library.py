@@ -157,7 +157,7 @@ def test_kernels_for_narrower_vectors(architecture):
     flags = (Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else "").split()
     if {"haswell": "avx2", "skylake-avx512": "avx512bw"}.get(architecture, "fpu") not in flags:
         pytest.skip(f"this processor cannot run code for {architecture}")
-    files = [str(Path(__file__).with_name(f"test_native_{name}.py")) for name in ("norm", "activation")]
+    files = [str(Path(__file__).with_name(f"test_native_{name}.py")) for name in ("norm", "activation", "dropout")]
     command = [sys.executable, "-m", "pytest", "-n", "0", "-q", "-p", "no:cacheprovider", *files]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "FASTLN_CPU_ARCH": architecture}
     done = subprocess.run(command, capture_output=True, text=True, env=environment)

@@ -68,14 +68,15 @@ def test_every_kind_matches_the_definition(kind, dtype):
 
 
 @pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize(
     "shape", [(), (0,), (3, 0), (0, 5), (1,), (3, 1), (2, 3, 5), (17,), (2**14 - 1,), (2**14 + 9,), (3, 20000)], ids=str
 )
-def test_shapes(shape, threads):
+def test_shapes(shape, dtype, threads):
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
-        check(*(normal(*shape, seed=seed) for seed in range(3)), "silu")
+        check(*(normal(*shape, dtype=dtype, seed=seed) for seed in range(3)), "silu")
     finally:
         torch.set_num_threads(before)
 

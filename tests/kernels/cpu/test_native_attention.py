@@ -195,8 +195,10 @@ def test_any_strides(dtype):
 
 
 @needs_kernels
-def test_the_number_of_threads_changes_no_bit():
-    q, k, v, dout = make(torch.bfloat16, n_queries=300, dim=64)
+@pytest.mark.parametrize(("n_queries", "n_keys", "dim"), [(1, 1, 1), (17, 5, 20), (65, 257, 33), (300, 300, 64)])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_the_number_of_threads_changes_no_bit(dtype, n_queries, n_keys, dim):
+    q, k, v, dout = make(dtype, n_queries=n_queries, n_keys=n_keys, dim=dim)
     options = {"scale": 0.125, "causal": True, "dropout": 0.1, "seed": SEED}
     results, before = [], torch.get_num_threads()
     try:

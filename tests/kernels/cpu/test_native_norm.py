@@ -194,8 +194,10 @@ def test_any_strides(layout):
         assert one is other is None or torch.equal(one, other)
 
 
-def test_results_do_not_depend_on_the_threads():
-    x, residual, dy, dstream = rows(500, 200, torch.float32)
+@pytest.mark.parametrize("shape", [(1, 1), (3, 17), (65, 1152), (500, 200), (1031, 33)], ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_results_do_not_depend_on_the_threads(dtype, shape):
+    x, residual, dy, dstream = rows(*shape, dtype)
     runs, before = [], torch.get_num_threads()
     try:
         for threads in (1, 2, 3):
