@@ -35,7 +35,7 @@ from fastln.training.optimizer import MasterAdamW
 # In the order of precedence: an operation is of the first kind that it, or one around it, has the name of.
 KINDS = {
     "head": r"cross_entropy|log_softmax|nll_loss|LinearCrossEntropy",
-    "dropout": r"dropout|bernoulli",
+    "dropout": r"[Dd]ropout|bernoulli",
     "attention": r"[Aa]ttention|bmm|::_?(safe_)?softmax",
     "norms": r"(layer|rms)_norm|EagerNorm|fastln::norm",
     "activations": r"gelu|silu|relu|tanh|sigmoid|Activation",
