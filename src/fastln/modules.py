@@ -14,6 +14,8 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
 
 from fastln import ops
 from fastln.logits import LazyLogits
@@ -99,9 +101,64 @@ class Dropout(nn.Dropout):
 
     def forward(self, input: Tensor) -> Tensor:
         """Drop elements of `input`, of any shape, in training."""
-        if not self.training or self.p in (0, 1) or self.inplace or not input.ndim:
-            return super().forward(input)
-        return ops.dropout(input, self.p, backend=self._fastln.backend)
+        return _dropout(input, self.p, self.training, self.inplace, backend=self._fastln.backend)
+
+
+class CallsDropout(nn.Module):
+    """A module of any stock class whose code calls `torch.nn.functional.dropout`, which stores no mask then.
+
+    The stock code runs as it is, and under `torch.compile` in the same graph; what it calls `dropout` is fastln's.
+    Made by `calls_dropout`.
+    """
+
+    _fastln: Part
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Return what the stock module does."""
+        with _WithoutMasks(self._fastln.backend):
+            return super().forward(*args, **kwargs)
+
+    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
+        # No module holds the class by its name, so copies and pickles name what it is made of.
+        return _new_like, (self._fastln.stock,), self.__dict__
+
+
+def calls_dropout(stock: type[nn.Module]) -> type[CallsDropout]:
+    """Return the subclass of `stock`, of the same name, that is `CallsDropout`; always the same one."""
+    if stock not in _CALLS_DROPOUT:
+        names = {"__module__": stock.__module__, "__qualname__": stock.__qualname__, "__doc__": stock.__doc__}
+        _CALLS_DROPOUT[stock] = type(stock.__name__, (CallsDropout, stock), names)
+    return _CALLS_DROPOUT[stock]
+
+
+_CALLS_DROPOUT: dict[type[nn.Module], type[CallsDropout]] = {}
+
+
+def _new_like(stock: type[nn.Module]) -> nn.Module:
+    cls = calls_dropout(stock)
+    return cls.__new__(cls)
+
+
+class _WithoutMasks(TorchFunctionMode):
+    """Inside it `torch.nn.functional.dropout` is `fastln.ops.dropout`."""
+
+    def __init__(self, backend: str):
+        super().__init__()
+        self.backend = backend
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if func is F.dropout:
+            return _dropout(*args, **(kwargs or {}), backend=self.backend)
+        return func(*args, **(kwargs or {}))
+
+
+def _dropout(input: Tensor, p: float, training: bool, inplace: bool, *, backend: str) -> Tensor:
+    """`torch.nn.functional.dropout`, without a mask where it drops some elements but not all."""
+    if not training or p in (0, 1) or inplace or not input.ndim:
+        return F.dropout(input, p, training, inplace)
+    return ops.dropout(input, p, backend=backend)
 
 
 class DenseDropoutAddNorm(nn.Module):

@@ -160,6 +160,24 @@ def units(model, inputs, n_tokens, n_cols, n_layers):
     return saved.bytes / (2 * n_tokens * n_cols * n_layers)
 
 
+@pytest.mark.parametrize(
+    ("name", "settings", "layers"),
+    [
+        ("OPT", {"hidden_size": 768, "ffn_dim": 3072, "num_attention_heads": 12}, "num_hidden_layers"),
+    ],
+)
+def test_what_a_layer_stores_with_dropout(name, settings, layers):
+    ids = torch.randint(3, 90, (2, 64))
+    inputs = {"input_ids": ids, "labels": ids, "return_dict": False}
+    config = getattr(transformers, f"{name}Config")
+    model = getattr(transformers, f"{name}ForCausalLM" if name == "OPT" else f"{name}LMHeadModel")
+    counts = [
+        units(model(config(vocab_size=100, **settings, **{layers: n_layers})), inputs, 128, 768, 1)
+        for n_layers in (1, 2)
+    ]
+    assert counts[1] - counts[0] <= 10.1
+
+
 def test_what_vit_base_stores():
     model = transformers.ViTModel(transformers.ViTConfig(), add_pooling_layer=False)
     images = torch.randn(1, 3, 224, 224, dtype=torch.bfloat16)

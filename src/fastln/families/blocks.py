@@ -2,17 +2,32 @@
 
 from __future__ import annotations
 
+import dis
+import functools
+import inspect
+import itertools
 from collections.abc import Callable
 from types import CodeType, FunctionType
 from typing import Any
 
 from torch import nn
+from transformers import PreTrainedModel
+from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.models.bert.modeling_bert import BertSelfOutput
 from transformers.models.llama.modeling_llama import LlamaMLP
 
 from fastln.families.activations import activation_kind
 from fastln.families.norms import is_norm, is_stock_layer_norm, norm_kind
-from fastln.modules import Activation, DenseDropoutAddNorm, Dropout, GatedMLP, LayerNorm, Norm, stand_in
+from fastln.modules import (
+    Activation,
+    DenseDropoutAddNorm,
+    Dropout,
+    GatedMLP,
+    LayerNorm,
+    Norm,
+    calls_dropout,
+    stand_in,
+)
 
 
 def use_stand_ins(model: nn.Module, backend: str) -> list[str]:
@@ -38,6 +53,8 @@ def use_stand_ins(model: nn.Module, backend: str) -> list[str]:
             stand_in(module, DenseDropoutAddNorm, backend)
         elif _computes(module, LlamaMLP) and (kind := activation_kind(module.act_fn)) is not None:
             stand_in(module, GatedMLP, backend, kind)
+        elif _calls_dropout(type(module).forward) and not _holds_layers(module):
+            stand_in(module, calls_dropout(type(module)), backend)
     return slow
 
 
@@ -65,6 +82,22 @@ def _is_post_norm(module: nn.Module) -> bool:
 def _computes(module: nn.Module, stock: type[nn.Module]) -> bool:
     """Whether the forward of `module` is, word for word, that of the class `stock`."""
     return _same_code(type(module).forward, stock.forward)
+
+
+def _holds_layers(module: nn.Module) -> bool:
+    """Whether it is a model, or has layers that may be computed again in the backward, outside of its forward."""
+    layers = (inner for inner in module.modules() if isinstance(inner, GradientCheckpointingLayer))
+    return isinstance(module, PreTrainedModel) or any(layer is not module for layer in layers)
+
+
+@functools.cache
+def _calls_dropout(forward: Callable[..., Any]) -> bool:
+    """Whether this code calls `torch.nn.functional.dropout`, under its usual names."""
+    forward = inspect.unwrap(forward)
+    if not isinstance(forward, FunctionType):
+        return False
+    names = [instruction.argval for instruction in dis.get_instructions(forward)]
+    return any(pair in (("functional", "dropout"), ("F", "dropout")) for pair in itertools.pairwise(names))
 
 
 def _same_code(a: Callable[..., Any], b: Callable[..., Any]) -> bool:
