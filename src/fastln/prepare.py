@@ -17,6 +17,7 @@ from fastln.families.attention import restore_attention, use_fast_attention
 from fastln.families.blocks import use_stand_ins
 from fastln.families.head import use_lazy_head
 from fastln.families.linears import use_fast_linears
+from fastln.families.steps import spare_training_steps
 from fastln.machine import keep_pages
 from fastln.methods import get_method, select_parameters
 from fastln.modules import is_stand_in, stand_back
@@ -50,7 +51,8 @@ def prepare(
     """Choose what trains and have fastln compute all that stores more than it owes, in place.
 
     That is norms, activations, dropouts, post-norm blocks, gated MLPs, attention, the language-model head and, on a
-    CPU, linear layers.
+    CPU, linear layers. In training models make no cache of keys and values, unless they are told to, and gradient
+    checkpointing is done without reentry.
 
     Modules stay the objects that they are, with their hooks and attributes, and `state_dict()` keeps its keys and
     shapes. The parameters of trained norms become float32 whatever the model's dtype: at bfloat16 a step of 1e-4 on a
@@ -108,6 +110,7 @@ def prepare(
             )
     use_lazy_head(model)
     use_fast_linears(model, backend, device)
+    state.hooks += spare_training_steps(model)
     if backend != "reference":
         state.attention = use_fast_attention(model)
     setattr(model, STATE, state)

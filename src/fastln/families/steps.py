@@ -1,0 +1,71 @@
+"""What models do in a training step by default and norms do not need: a cache, checkpoints with reentry."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import logging
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.hooks import RemovableHandle
+from transformers import PreTrainedModel
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+logger = logging.getLogger(__name__)
+
+
+def spare_training_steps(model: nn.Module) -> list[RemovableHandle]:
+    """Have every model in `model` make no cache, and checkpoint without reentry, in training.
+
+    A cache of keys and values copies them. It is made in evaluation, without autograd (so by `generate`), and wherever
+    `use_cache=True` or a cache is passed.
+
+    Reentrant checkpoints drop the gradients of layers whose input wants none, as behind frozen embeddings. What
+    transformers does about that where there are token embeddings, to ask for gradients of these, is not needed without
+    reentry; it is undone, since it would have them computed, and BLIP's code cannot bear it.
+
+    Returns:
+        The handles that undo it.
+    """
+    models = (module for module in model.modules() if isinstance(module, PreTrainedModel))
+    return [module.register_forward_pre_hook(_before_forward, with_kwargs=True) for module in models]
+
+
+def _before_forward(
+    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+    if not model.training or not torch.is_grad_enabled():
+        return None
+    if not torch.compiler.is_compiling():
+        _checkpoint_without_reentry(model)
+    position = _position_of_use_cache(type(model).forward)
+    if position is None or position < len(args):
+        return None
+    if kwargs.get("use_cache") is not None or kwargs.get("past_key_values") is not None:
+        return None
+    return args, {**kwargs, "use_cache": False}
+
+
+@functools.cache
+def _position_of_use_cache(forward: Callable[..., Any]) -> int | None:
+    names = list(inspect.signature(forward).parameters)[1:]
+    return names.index("use_cache") if "use_cache" in names else None
+
+
+def _checkpoint_without_reentry(model: nn.Module) -> None:
+    layer = next((module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)), None)
+    if layer is None or not layer.gradient_checkpointing:
+        return
+    checkpoint = layer._gradient_checkpointing_func
+    if not isinstance(checkpoint, functools.partial):
+        return
+    if checkpoint.keywords.get("use_reentrant", True):
+        logger.info("checkpointing without reentry: with it layers behind frozen ones would get no gradient")
+        for module in model.modules():
+            if "_gradient_checkpointing_func" in vars(module):
+                vars(module)["_gradient_checkpointing_func"] = functools.partial(checkpoint, use_reentrant=False)
+    if isinstance(model, PreTrainedModel):
+        model.disable_input_require_grads()
