@@ -154,8 +154,8 @@ class _WithoutMasks(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-def _dropout(input: Tensor, p: float, training: bool, inplace: bool, *, backend: str) -> Tensor:
-    """`torch.nn.functional.dropout`, without a mask where it drops some elements but not all."""
+def _dropout(input: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False, *, backend: str) -> Tensor:
+    """`torch.nn.functional.dropout`, with its defaults, without a mask where it drops some elements but not all."""
     if not training or p in (0, 1) or inplace or not input.ndim:
         return F.dropout(input, p, training, inplace)
     return ops.dropout(input, p, backend=backend)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import inspect
 import logging
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -31,28 +30,31 @@ def spare_training_steps(model: nn.Module) -> list[RemovableHandle]:
         The handles that undo it.
     """
     models = (module for module in model.modules() if isinstance(module, PreTrainedModel))
-    return [module.register_forward_pre_hook(_before_forward, with_kwargs=True) for module in models]
+    return [
+        module.register_forward_pre_hook(
+            functools.partial(_before_forward, _position_of_use_cache(module)), with_kwargs=True
+        )
+        for module in models
+    ]
+
+
+def _position_of_use_cache(model: nn.Module) -> int | None:
+    names = list(inspect.signature(model.forward).parameters)
+    return names.index("use_cache") if "use_cache" in names else None
 
 
 def _before_forward(
-    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    position: int | None, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
     if not model.training or not torch.is_grad_enabled():
         return None
     if not torch.compiler.is_compiling():
         _checkpoint_without_reentry(model)
-    position = _position_of_use_cache(type(model).forward)
     if position is None or position < len(args):
         return None
     if kwargs.get("use_cache") is not None or kwargs.get("past_key_values") is not None:
         return None
     return args, {**kwargs, "use_cache": False}
-
-
-@functools.cache
-def _position_of_use_cache(forward: Callable[..., Any]) -> int | None:
-    names = list(inspect.signature(forward).parameters)[1:]
-    return names.index("use_cache") if "use_cache" in names else None
 
 
 def _checkpoint_without_reentry(model: nn.Module) -> None:

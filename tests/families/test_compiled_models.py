@@ -1,0 +1,51 @@
+"""Prepared models under `torch.compile`: one graph, with the numbers of eager mode."""
+
+import pytest
+import torch
+from family_models import batch, make
+
+import fastln
+
+
+def step(model, inputs, forward):
+    """Return the loss and the norms' gradients."""
+    model.zero_grad()
+    loss = forward(**inputs).loss
+    loss.backward()
+    return loss.detach(), {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
+
+
+@pytest.fixture(autouse=True)
+def _compiled_anew():
+    torch.compiler.reset()
+    yield
+    torch.compiler.reset()
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("name", ["bert", "vit", "llama", "opt"])
+def test_a_step_is_that_of_eager_mode(name, backend):
+    model, inputs = fastln.prepare(make(name)), batch(name)
+    loss, gradients = step(model, inputs, model)
+    compiled_loss, got = step(model, inputs, torch.compile(model, backend=backend, fullgraph=True))
+    torch.testing.assert_close(compiled_loss, loss, rtol=1e-6, atol=0)
+    errors = torch.stack([(got[name] - gradient).norm() for name, gradient in gradients.items()])
+    assert errors.norm() <= 1e-5 * torch.stack([gradient.norm() for gradient in gradients.values()]).norm()
+
+
+@pytest.mark.parametrize("name", ["bert", "opt"])
+def test_dropout_draws_anew_at_every_call(name):
+    model, inputs = make(name), batch(name)
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.2
+        elif isinstance(getattr(module, "dropout", None), float):
+            module.dropout = 0.2
+    fastln.prepare(model)
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    losses = {compiled(**inputs).loss.item() for _ in range(3)}
+    assert len(losses) == 3
+    torch.manual_seed(0)
+    first = compiled(**inputs).loss
+    torch.manual_seed(0)
+    assert torch.equal(compiled(**inputs).loss, first)
