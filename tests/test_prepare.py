@@ -111,6 +111,18 @@ def test_a_prepared_model_can_be_copied_and_the_copy_trains_alone():
     assert any(type(module) is LayerNorm for module in model.modules())
 
 
+def test_a_float64_model_stays_one():
+    model, tokens = small_bert().double().train(False), torch.arange(8).view(1, 8)
+    want = model(input_ids=tokens).last_hidden_state
+    fastln.prepare(model)
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.float64}
+    got = model(input_ids=tokens).last_hidden_state
+    torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-12)
+    stock = torch.autograd.grad(want.pow(4).sum(), model.get_parameter("embeddings.LayerNorm.weight"))
+    ours = torch.autograd.grad(got.pow(4).sum(), model.get_parameter("embeddings.LayerNorm.weight"))
+    torch.testing.assert_close(ours, stock, rtol=1e-11, atol=1e-11)
+
+
 class MarkedNorm(nn.LayerNorm):
     """A subclass with a method of its own and LayerNorm's forward."""
 

@@ -55,8 +55,8 @@ def prepare(
     checkpointing is done without reentry.
 
     Modules stay the objects that they are, with their hooks and attributes, and `state_dict()` keeps its keys and
-    shapes. The parameters of trained norms become float32 whatever the model's dtype: at bfloat16 a step of 1e-4 on a
-    weight of 1.0 rounds to nothing.
+    shapes. The parameters of trained norms become float32 in models of lower precision: at bfloat16 a step of 1e-4 on
+    a weight of 1.0 rounds to nothing.
 
     Args:
         model: any transformers model (any `nn.Module` whose norms are LayerNorms or RMSNorms).
@@ -100,7 +100,7 @@ def prepare(
         for own, parameter in norm.named_parameters(recurse=False):
             if parameter.requires_grad:
                 state.dtypes[f"{name}.{own}"] = parameter.dtype
-                parameter.data = parameter.data.float()
+                parameter.data = parameter.data.to(torch.promote_types(parameter.dtype, torch.float32))
     slow = set(use_stand_ins(model, backend))
     for name, norm in norms:
         if name in slow and any(parameter.requires_grad for parameter in norm.parameters(recurse=False)):
