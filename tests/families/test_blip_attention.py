@@ -147,6 +147,18 @@ def test_hooks_on_the_dropout_see_the_probabilities():
     assert seen == [(2, 2, N_PATCHES, N_PATCHES)]
 
 
+def test_hooks_on_the_attention_see_what_they_would_of_stock():
+    stock, model, seen = make(), make_fast(), []
+    for blip in (stock, model):
+        text = blip.text_encoder.encoder.layer[0].attention.self
+        for module in (blip.vision_model.encoder.layers[1].self_attn, text):
+            module.register_forward_hook(lambda module, args, output: seen.append(output[1]))
+        blip(**batch())
+    assert len(seen) == 4
+    for probabilities, expected in zip(seen[2:], seen[:2], strict=True):
+        torch.testing.assert_close(probabilities, expected)
+
+
 def test_stand_back():
     model = make_fast()
     assert model.state_dict().keys() == make().state_dict().keys()

@@ -16,7 +16,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 from transformers.models.blip.modeling_blip import BlipAttention
 from transformers.models.blip.modeling_blip_text import BlipTextSelfAttention
-from transformers.utils import is_flash_attn_2_available
+from transformers.utils import is_flash_attn_2_available, output_capturing
 from transformers.utils.output_capturing import _active_collector
 
 from fastln.modules import Part, stand_in, unwatched
@@ -137,8 +137,8 @@ class _FastBlipAttention(BlipAttention):
     _fastln: Part
 
     def forward(self, hidden_states: Tensor, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
-        """Return what the stock module does of `hidden_states` (B, S, D), but no attention weights unless recorded."""
-        if _attentions_are_recorded() or not unwatched(self.dropout):
+        """Return what the stock module does of `hidden_states` (B, S, D), no weights unless they are seen."""
+        if _weights_are_seen(self):
             return super().forward(hidden_states, **kwargs)
         qkv = self.qkv(hidden_states).unflatten(-1, (3, self.num_heads, self.head_dim))
         q, k, v = (x.transpose(1, 2) for x in qkv.unbind(2))
@@ -160,7 +160,7 @@ class _FastBlipTextSelfAttention(BlipTextSelfAttention):
         past_key_values: Any = None,
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
-        """Return what the stock module does, but no attention weights unless recorded.
+        """Return what the stock module does, no weights unless they are seen.
 
         Args:
             hidden_states: (B, Sq, D).
@@ -170,7 +170,7 @@ class _FastBlipTextSelfAttention(BlipTextSelfAttention):
             past_key_values: Keys and values of earlier tokens.
             kwargs: What else the model passes on.
         """
-        if past_key_values is not None or _attentions_are_recorded() or not unwatched(self.dropout):
+        if past_key_values is not None or _weights_are_seen(self):
             return super().forward(
                 hidden_states, attention_mask, encoder_hidden_states, encoder_attention_mask, past_key_values, **kwargs
             )
@@ -191,9 +191,12 @@ _STAND_INS: dict[type[nn.Module], type[nn.Module]] = {
 }
 
 
-def _attentions_are_recorded() -> bool:
-    """Whether somebody asked the model that is running for attention weights (`output_attentions=True`)."""
-    return any(key.endswith("attentions") for key in _active_collector.get() or ())
+def _weights_are_seen(module: BlipAttention | BlipTextSelfAttention) -> bool:
+    """Whether `output_attentions=True` asks for attention weights, or a hook of somebody's would see them."""
+    asked = any(key.endswith("attentions") for key in _active_collector.get() or ())
+    # Of transformers' own hooks on the module, which stay once they were needed, the collector says all.
+    hooked = any(hook.__module__ != output_capturing.__name__ for hook in module._forward_hooks.values())
+    return asked or hooked or not unwatched(module.dropout)
 
 
 def _probability(dropout: nn.Dropout) -> float:
