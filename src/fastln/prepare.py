@@ -92,6 +92,8 @@ def prepare(
         keep_pages()
 
     state = _Prepared(also)
+    if backend != "reference":  # before a norm, perhaps the parameter whose dtype a model goes by, becomes float32
+        state.attention = use_fast_attention(model)
     for name, parameter in model.named_parameters():
         state.requires_grad[name] = parameter.requires_grad
         parameter.requires_grad_(name in trained)
@@ -111,8 +113,6 @@ def prepare(
     use_lazy_head(model)
     use_fast_linears(model, backend, device)
     state.hooks += spare_training_steps(model)
-    if backend != "reference":
-        state.attention = use_fast_attention(model)
     setattr(model, STATE, state)
     return model
 
