@@ -62,6 +62,9 @@ MODELS = {
     "mistral": of("MistralForCausalLM", "MistralConfig", **LLAMA),
     "qwen2": of("Qwen2ForCausalLM", "Qwen2Config", **LLAMA),
     "gemma": of("GemmaForCausalLM", "GemmaConfig", **LLAMA),
+    "gemma2": of("Gemma2ForCausalLM", "Gemma2Config", **LLAMA, final_logit_softcapping=5.0),
+    "cohere": of("CohereForCausalLM", "CohereConfig", **LLAMA, logit_scale=0.25),
+    "granite": of("GraniteForCausalLM", "GraniteConfig", **LLAMA, logits_scaling=3.0),
     "gpt2": of("GPT2LMHeadModel", "GPT2Config", **GPT2),
     "gpt2, two heads": of("GPT2DoubleHeadsModel", "GPT2Config", **GPT2, summary_first_dropout=0.0),
     "opt": of("OPTForCausalLM", "OPTConfig", **OPT),
@@ -78,13 +81,11 @@ VISION_MODELS = {
     "clip": of("CLIPModel", "CLIPConfig", text_config={**SIZES, **TEXT}, vision_config=VISION),
     "siglip": of("SiglipModel", "SiglipConfig", text_config={**SIZES, **TEXT}, vision_config=VISION),
 }
-# What these do to their logits has no lazy form; they compute them.
-OTHERS = {"gemma2": of("Gemma2ForCausalLM", "Gemma2Config", **LLAMA, final_logit_softcapping=5.0)}
 
 
 def make(name, seed=0):
     torch.manual_seed(seed)
-    return {**MODELS, **VISION_MODELS, **OTHERS}[name]().train()
+    return {**MODELS, **VISION_MODELS}[name]().train()
 
 
 def batch(name):

@@ -52,6 +52,12 @@ def overwritten_after_a_copy(logits):
     return rows(copied, LABELS[:, :-1]) + logits.mean()
 
 
+def scaled_and_overwritten(logits):
+    scaled = logits * 0.5
+    logits[..., 2] = 0.0
+    return rows(scaled.tanh()) + logits.mean()
+
+
 def looked_at_without_autograd(logits):
     with torch.no_grad():
         assert not logits.argmax(-1).requires_grad
@@ -89,10 +95,24 @@ LAZY_USES = {
     "every other": lambda z: rows(z[:, ::2].contiguous().to(torch.float32), LABELS[:, ::2]),
     "each": lambda z: rows(z, reduction="none", label_smoothing=0.1).view(2, -1).sum(1).pow(2).sum(),
     "twice": lambda z: rows(z) + rows(z[:1], LABELS[:1].clamp_min(0), ignore_index=6),
+    "scaled": lambda z: rows((z * 0.3).float() / 2),
+    "scaled rows": lambda z: rows(0.3 * z[:, 1:], LABELS[:, 1:]),
+    "capped": lambda z: rows(3 * torch.tanh(z / 3)),
+    "capped rows": lambda z: rows(((z.float() / 3).tanh() * 3)[:, 1:].contiguous() * 0.5, LABELS[:, 1:]),
     "same": lambda z: rows(z.to(z.dtype).to(z.device).contiguous()),
 }
 OTHER_USES = {
-    "softcap": lambda z: rows(3 * torch.tanh(z / 3)),
+    "capped twice": lambda z: rows(torch.tanh(torch.tanh(z))),
+    "scaled by a tensor": lambda z: rows(z * torch.tensor(0.3)),
+    "scaled by nothing": lambda z: rows(z * 0),
+    "turned": lambda z: rows(z * -2),
+    "divided into": lambda z: rows(2 / (z.exp() + 1)),
+    "scaled in place": lambda z: rows(z.mul_(0.5)),
+    "scaled and overwritten": scaled_and_overwritten,
+    "scaled, by a function": lambda z: Twice.apply(z * 0.3).sin().sum(),
+    "capped, by a function": lambda z: Twice.apply(3 * torch.tanh(z / 2)).sin().sum(),
+    "capped view, by a function": lambda z: Twice.apply((3 * torch.tanh(z / 2))[:, 1:].float()).sin().sum(),
+    "capped and looked at": lambda z: (3 * torch.tanh(z / 2)).pow(2).sum() + rows(z),
     "plus bias": lambda z: rows(z + torch.arange(7.0)),
     "classes second": lambda z: F.cross_entropy(z.transpose(1, 2), LABELS),
     "probabilities": lambda z: F.cross_entropy(z.view(-1, 7), torch.full((10, 7), 1 / 7)),

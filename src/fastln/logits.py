@@ -7,8 +7,9 @@ computed by `fastln.ops.linear_cross_entropy` from what the logits would have be
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,15 +18,17 @@ from torch.utils._pytree import tree_map_only
 
 from fastln import ops
 from fastln.errors import FastLNError
+from fastln.ops.linear_cross_entropy import shaped_logits
 
 
 class LazyLogits(Tensor):
-    """`F.linear(hidden, weight, bias)`, not computed yet.
+    """`F.linear(hidden, weight, bias)`, scaled and softly capped perhaps, not computed yet.
 
-    Views of whole rows, slices of positions and casts to float32 stay lazy; so does the loss of `cross_entropy` over
-    rows and class labels. Every other use computes the logits, once, and works on those from then on: with the same
-    values, gradients and aliasing as if they had been there from the start, and at the cost that this has. The loss is
-    differentiable once, and sends no gradient through the logits (`logits.grad` stays None).
+    Views of whole rows, slices of positions, casts to float32, products with positive numbers and `tanh` stay lazy; so
+    does the loss of `cross_entropy` over rows and class labels. Every other use computes the logits, once, and works on
+    those from then on: with the same values, gradients and aliasing as if they had been there from the start, and at
+    the cost that this has. The loss is differentiable once, and sends no gradient through the logits (`logits.grad`
+    stays None).
 
     Tensors are met in two places. `__torch_function__` sees calls from Python, with autograd still to come. What does
     not pass there, such as the arguments of an `autograd.Function`, reaches `__torch_dispatch__`, below autograd; for
@@ -37,6 +40,7 @@ class LazyLogits(Tensor):
     _hidden: Tensor  # with its autograd history
     _weight: Tensor
     _bias: Tensor | None
+    _shape: _Shape
     _versions: tuple[int, ...]
     _origin: tuple[LazyLogits, Callable[[Tensor], Tensor]] | None  # of what this is a view, and how
     _computed: Tensor | None  # once computed
@@ -54,7 +58,8 @@ class LazyLogits(Tensor):
         if torch.is_autocast_enabled(device):
             hidden = hidden.to(torch.get_autocast_dtype(device))
         shape = torch.Size((*hidden.shape[:-1], len(weight)))
-        return _lazy(hidden, weight, bias, torch.empty(shape, dtype=hidden.dtype, device="meta"), None)
+        twin = torch.empty(shape, dtype=hidden.dtype, device="meta")
+        return _lazy(hidden, weight, bias, twin, None, _Shape())
 
     @classmethod
     @torch.compiler.disable
@@ -106,35 +111,53 @@ class LazyLogits(Tensor):
             # Leaving inference mode turns autograd on, even where it was off for another reason.
             with torch.inference_mode(False), torch.autocast(self.device.type, enabled=False):
                 if self._origin is None:
-                    self._computed = F.linear(*self._parts()).to(self.dtype)
+                    self._computed = shaped_logits(F.linear(*self._parts()), *self._shape).to(self.dtype)
                 else:
                     base, view = self._origin
                     self._computed = view(base._compute())
         return self._computed
 
 
+class _Shape(NamedTuple):
+    """What becomes of the linear layer's result: arguments of `shaped_logits`."""
+
+    scale: float = 1.0
+    softcap: float | None = None
+
+
 class _Wrap(torch.autograd.Function):
-    """Makes a `LazyLogits`; its gradient formula is that of the linear layer and a cast."""
+    """Makes a `LazyLogits`; its gradient formula is that of the linear layer, what shapes its result, and a cast."""
 
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, twin: Tensor) -> Tensor:
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, twin: Tensor, shape: _Shape) -> Tensor:
         need_dhidden, need_dweight = ctx.needs_input_grad[:2]
-        ctx.save_for_backward(hidden if need_dweight else None, weight if need_dhidden else None)
+        capped = shape.softcap is not None
+        ctx.save_for_backward(
+            hidden if need_dweight or capped else None,
+            weight if need_dhidden or capped else None,
+            bias if capped else None,
+        )
         ctx.dtypes = (hidden.dtype, weight.dtype, None if bias is None else bias.dtype)
+        ctx.shape = shape
         return Tensor._make_wrapper_subclass(
             LazyLogits, twin.shape, strides=twin.stride(), dtype=twin.dtype, device=hidden.device
         )
 
     @staticmethod
     def backward(ctx: Any, dlogits: Tensor) -> tuple[Tensor | None, ...]:
-        hidden, weight = ctx.saved_tensors
+        hidden, weight, bias = ctx.saved_tensors
         dtype, weight_dtype, bias_dtype = ctx.dtypes
-        dlogits = dlogits.to(dtype)
+        need_dhidden, need_dweight, need_dbias = ctx.needs_input_grad[:3]
+        scale, softcap = ctx.shape
+        if softcap is not None:
+            z = F.linear(hidden, weight.to(dtype), None if bias is None else bias.to(dtype))
+            dlogits = dlogits * (1 - torch.tanh(z * (scale / softcap)).square())
+        dlogits = (dlogits * scale).to(dtype)
         rows = dlogits.reshape(-1, dlogits.shape[-1])
-        dhidden = None if weight is None else dlogits @ weight.to(dtype)
-        dweight = None if hidden is None else (rows.T @ hidden.reshape(-1, hidden.shape[-1])).to(weight_dtype)
-        dbias = rows.sum(0).to(bias_dtype) if ctx.needs_input_grad[2] else None
-        return dhidden, dweight, dbias, None
+        dhidden = dlogits @ weight.to(dtype) if need_dhidden else None
+        dweight = (rows.T @ hidden.reshape(-1, hidden.shape[-1])).to(weight_dtype) if need_dweight else None
+        dbias = rows.sum(0).to(bias_dtype) if need_dbias else None
+        return dhidden, dweight, dbias, None, None
 
 
 def _lazy(
@@ -143,11 +166,12 @@ def _lazy(
     bias: Tensor | None,
     twin: Tensor,
     origin: tuple[LazyLogits, Callable[[Tensor], Tensor]] | None,
+    shape: _Shape,
 ) -> LazyLogits:
     """Make logits with the shape, strides and dtype of `twin`, a meta tensor."""
     with torch._C.DisableTorchFunctionSubclass():
-        logits: LazyLogits = _Wrap.apply(hidden, weight, bias, twin)
-    logits._hidden, logits._weight, logits._bias = hidden, weight, bias
+        logits: LazyLogits = _Wrap.apply(hidden, weight, bias, twin, shape)
+    logits._hidden, logits._weight, logits._bias, logits._shape = hidden, weight, bias, shape
     logits._versions = _versions(hidden, weight, bias)
     logits._origin, logits._computed = origin, None
     return logits
@@ -212,14 +236,41 @@ def _cast(
     return _derived(logits, logits._hidden, twin.float(), twin, func)
 
 
+def _scale(
+    logits: LazyLogits, func: Callable[..., Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Tensor | None:
+    """Multiply or divide by a number."""
+    if kwargs or len(args) != 1 or type(args[0]) not in (int, float) or not 0 < args[0] < math.inf:
+        return None
+    factor = args[0] if func is Tensor.mul else 1 / args[0]
+    scale, softcap = logits._shape
+    shape = _Shape(scale * factor, None if softcap is None else softcap * factor)
+    twin = _twin(logits)
+    return _derived(logits, logits._hidden, func(twin, *args), twin, func, shape)
+
+
+def _tanh(
+    logits: LazyLogits, func: Callable[..., Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Tensor | None:
+    if args or kwargs or logits._shape.softcap is not None:
+        return None
+    twin = _twin(logits)
+    return _derived(logits, logits._hidden, func(twin), twin, func, logits._shape._replace(softcap=1.0))
+
+
 def _derived(
-    logits: LazyLogits, hidden: Tensor, result: Tensor, twin: Tensor, func: Callable[[Tensor], Tensor]
+    logits: LazyLogits,
+    hidden: Tensor,
+    result: Tensor,
+    twin: Tensor,
+    func: Callable[[Tensor], Tensor],
+    shape: _Shape | None = None,
 ) -> LazyLogits:
     if result is twin:
         return logits
     logits._check_unwritten()
     origin = (logits, func) if result._is_view() else None
-    return _lazy(hidden, logits._weight, logits._bias, result, origin)
+    return _lazy(hidden, logits._weight, logits._bias, result, origin, shape or logits._shape)
 
 
 def _cross_entropy(
@@ -250,6 +301,7 @@ def _cross_entropy(
             return ops.linear_cross_entropy(
                 *logits._parts(),
                 target,
+                **logits._shape._asdict(),
                 ignore_index=ignore_index,
                 label_smoothing=label_smoothing,
                 reduction=reduction,
@@ -269,6 +321,10 @@ _RULES: dict[Callable[..., Any], _Rule] = {
     Tensor.contiguous: _contiguous,
     Tensor.float: _cast,
     Tensor.to: _cast,
+    Tensor.mul: _scale,
+    Tensor.div: _scale,
+    Tensor.tanh: _tanh,
+    torch.tanh: _tanh,
     F.cross_entropy: _cross_entropy,
 }
 

@@ -25,8 +25,9 @@ def make(n_rows=13, d=6, n_classes=11, dtype=torch.float32, share=0.5, wanted=(T
     return hidden, weight, bias, labels.masked_fill(torch.arange(n_rows) < share * n_rows, IGNORED)
 
 
-def stock(hidden, weight, bias, labels, **settings):
-    logits = F.linear(hidden, weight, bias)
+def stock(hidden, weight, bias, labels, scale=1.0, softcap=None, **settings):
+    logits = F.linear(hidden, weight, bias) * scale
+    logits = logits if softcap is None else torch.tanh(logits / softcap) * softcap
     return F.cross_entropy(logits if logits.dtype == torch.float64 else logits.float(), labels, **settings)
 
 
@@ -116,12 +117,30 @@ def test_label_of_vanishing_probability():
 
 
 @pytest.mark.parametrize("reduction", REDUCTIONS)
-@pytest.mark.parametrize("label_smoothing", [0.0, 0.3])
-def test_gradients_in_float64(label_smoothing, reduction):
+@pytest.mark.parametrize(
+    "settings", [{}, {"label_smoothing": 0.3}, {"scale": -0.7}, {"scale": 1.5, "softcap": 2.0, "label_smoothing": 0.1}]
+)
+def test_gradients_in_float64(settings, reduction):
     *tensors, labels = make(5, 3, 4, torch.float64, share=0.4)
     assert torch.autograd.gradcheck(
-        lambda *t: ops.linear_cross_entropy(*t, labels, label_smoothing=label_smoothing, reduction=reduction), tensors
+        lambda *t: ops.linear_cross_entropy(*t, labels, **settings, reduction=reduction), tensors
     )
+
+
+@pytest.mark.usefixtures("rows_at_a_time")
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+@pytest.mark.parametrize("softcap", [None, 0.5, 30.0])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_scaled_and_capped(dtype, softcap, reduction):
+    tensors, settings = make(dtype=dtype), {"scale": 0.3, "softcap": softcap, "reduction": reduction}
+    got, base, want = (
+        with_gradients(ops.linear_cross_entropy, tensors, **settings),
+        with_gradients(stock, tensors, **settings),
+        exact(tensors, **settings),
+    )
+    for actual, of_stock, expected in zip(got, base, want, strict=True):
+        assert actual.dtype == of_stock.dtype
+        assert relative_error(actual, expected) < relative_error(of_stock, expected) + 2 * torch.finfo(dtype).eps
 
 
 @pytest.mark.parametrize("reduction", REDUCTIONS)
@@ -237,9 +256,10 @@ def test_autocast():
 
 
 def test_compiles_in_one_graph():
-    tensors = make()
+    tensors, settings = make(), {"scale": 0.5, "softcap": 3.0}
     compiled = torch.compile(ops.linear_cross_entropy, fullgraph=True, backend="aot_eager")
-    for actual, expected in zip(with_gradients(compiled, tensors), with_gradients(stock, tensors), strict=True):
+    got, want = (with_gradients(function, tensors, **settings) for function in (compiled, stock))
+    for actual, expected in zip(got, want, strict=True):
         torch.testing.assert_close(actual, expected)
 
 
@@ -265,6 +285,7 @@ def test_differentiable_once():
         ({"labels": torch.zeros(13, dtype=torch.int32)}, "int64.*int32"),
         ({"labels": torch.full((13,), 11)}, "label 11 is neither one of 11 classes nor ignore_index, -100"),
         ({"labels": torch.full((13,), -1)}, "label -1"),
+        ({"softcap": 0.0}, "above 0"),
         ({"label_smoothing": 1.5}, "from 0 to 1"),
         ({"reduction": "average"}, "valid: mean, sum, none"),
     ],

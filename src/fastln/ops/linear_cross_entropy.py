@@ -32,6 +32,8 @@ def linear_cross_entropy(
     bias: Tensor | None,
     labels: Tensor,
     *,
+    scale: float = 1.0,
+    softcap: float | None = None,
     ignore_index: int = -100,
     label_smoothing: float = 0.0,
     reduction: str = "mean",
@@ -39,13 +41,16 @@ def linear_cross_entropy(
     """Cross-entropy of `hidden @ weight.T + bias` against labels, without holding those logits; differentiable once.
 
     Value and gradients are those of `F.cross_entropy(F.linear(hidden, weight, bias).float(), labels, ...)`, to
-    rounding; that is what runs under `torch.compile`. Under autocast the product is of the autocast dtype.
+    rounding, with the logits scaled and capped in between; that is what runs under `torch.compile`. Under autocast the
+    product is of the autocast dtype.
 
     Args:
         hidden: `(..., d)`, of a floating dtype.
         weight: `(n_classes, d)`, of the same dtype.
         bias: `(n_classes,)`, likewise, or None for zeros.
         labels: `(...)`, int64.
+        scale: What the logits are multiplied by.
+        softcap: What their size then stays below: `softcap * tanh(logits / softcap)`; None for no bound.
         ignore_index: Positions with this label count for nothing.
         label_smoothing: The share of the target that is spread over all classes, from 0 to 1.
         reduction: "mean" over the positions with a label (NaN where there is none), "sum" or "none".
@@ -56,11 +61,11 @@ def linear_cross_entropy(
     Raises:
         FastLNError: If shapes, dtypes or settings do not fit, or a label is neither a class nor `ignore_index`.
     """
-    _check(hidden, weight, bias, labels, label_smoothing, reduction)
+    _check(hidden, weight, bias, labels, softcap, label_smoothing, reduction)
     row_labels = labels.reshape(-1)
     if torch.compiler.is_compiling() or type(hidden) is not Tensor or hidden.is_meta:
         logits = F.linear(hidden, weight, bias).reshape(-1, len(weight))
-        logits = logits if logits.dtype == torch.float64 else logits.float()
+        logits = shaped_logits(logits if logits.dtype == torch.float64 else logits.float(), scale, softcap)
         loss = F.cross_entropy(
             logits, row_labels, ignore_index=ignore_index, label_smoothing=label_smoothing, reduction=reduction
         )
@@ -70,12 +75,26 @@ def linear_cross_entropy(
             dtype = torch.get_autocast_dtype(device)
             hidden, weight, bias = hidden.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
         rows = hidden.reshape(-1, hidden.shape[-1])
-        loss = _LinearCrossEntropy.apply(rows, weight, bias, row_labels, ignore_index, label_smoothing, reduction)
+        settings = (scale, softcap, ignore_index, label_smoothing, reduction)
+        loss = _LinearCrossEntropy.apply(rows, weight, bias, row_labels, *settings)
     return loss.view(labels.shape) if reduction == "none" else loss
 
 
+def shaped_logits(logits: Tensor, scale: float, softcap: float | None) -> Tensor:
+    """Return `logits` scaled and capped, op by op."""
+    if softcap is not None:
+        return torch.tanh(logits * (scale / softcap)) * softcap
+    return logits if scale == 1 else logits * scale
+
+
 def _check(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, label_smoothing: float, reduction: str
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    labels: Tensor,
+    softcap: float | None,
+    label_smoothing: float,
+    reduction: str,
 ) -> None:
     if hidden.ndim == 0 or weight.ndim != 2 or weight.shape[1] != hidden.shape[-1] or weight.shape[0] == 0:
         raise FastLNError(
@@ -89,6 +108,8 @@ def _check(
             f"labels must be int64 and {(*hidden.shape[:-1],)}, one for each row of hidden; "
             f"they are {labels.dtype} and {(*labels.shape,)}"
         )
+    if softcap is not None and not softcap > 0:
+        raise FastLNError(f"softcap is {softcap}; it must be above 0")
     if not 0 <= label_smoothing <= 1:
         raise FastLNError(f"label_smoothing is {label_smoothing}; it must be from 0 to 1")
     if reduction not in _REDUCTIONS:
@@ -103,6 +124,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
         weight: Tensor,
         bias: Tensor | None,
         labels: Tensor,
+        scale: float,
+        softcap: float | None,
         ignore_index: int,
         label_smoothing: float,
         reduction: str,
@@ -117,16 +140,17 @@ class _LinearCrossEntropy(torch.autograd.Function):
             raise FastLNError(f"label {wrong} is neither one of {n_classes} classes nor ignore_index, {ignore_index}")
         need_dhidden, *need_parameters = ctx.needs_input_grad[:3]
         each_its_own = reduction == "none" and any(need_parameters)
+        settings: dict[str, Any] = {"scale": scale, "softcap": softcap, "label_smoothing": label_smoothing}
         losses, *gradients = kernels.linear_cross_entropy(
             *(hidden, weight, bias, labels),
-            label_smoothing=label_smoothing,
+            **settings,
             need_dhidden=need_dhidden,
             need_dweight=need_parameters[0] and not each_its_own,
             need_dbias=need_parameters[1] and not each_its_own,
         )
         inputs = (hidden, weight, bias, labels) if each_its_own else (None,) * 4
         ctx.save_for_backward(rows if n_labels < n_rows else None, *gradients, *inputs)
-        ctx.n_rows, ctx.n_labels, ctx.label_smoothing, ctx.reduction = n_rows, n_labels, label_smoothing, reduction
+        ctx.n_rows, ctx.n_labels, ctx.settings, ctx.reduction = n_rows, n_labels, settings, reduction
         if reduction == "none":
             return losses if n_labels == n_rows else losses.new_zeros(n_rows).index_copy_(0, rows, losses)
         return losses.sum() / n_labels if reduction == "mean" else losses.sum()
@@ -141,7 +165,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             if inputs[0] is not None:
                 _, dweight, dbias = kernels.linear_cross_entropy(
                     *inputs,
-                    label_smoothing=ctx.label_smoothing,
+                    **ctx.settings,
                     dy=dy,
                     need_dweight=ctx.needs_input_grad[1],
                     need_dbias=ctx.needs_input_grad[2],
@@ -153,4 +177,4 @@ class _LinearCrossEntropy(torch.autograd.Function):
             dhidden = (dhidden * (dy[:, None] if ctx.reduction == "none" else dy)).to(dhidden.dtype)
             if rows is not None:
                 dhidden = dhidden.new_zeros(ctx.n_rows, dhidden.shape[1]).index_copy_(0, rows, dhidden)
-        return dhidden, dweight, dbias, None, None, None, None
+        return dhidden, dweight, dbias, *(None,) * 6
