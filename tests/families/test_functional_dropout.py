@@ -32,6 +32,12 @@ def bart(p, n_layers=2):
     ).train()
 
 
+def bloom(p, n_layers=2):
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "n_layer": n_layers, "n_head": 2, "vocab_size": 160}
+    return transformers.BloomForCausalLM(transformers.BloomConfig(**sizes, hidden_dropout=p)).train()
+
+
 def step(model, seed=1):
     torch.manual_seed(seed)
     model.zero_grad()
@@ -48,7 +54,7 @@ def stored(make, p, n_layers):
     return saved.bytes
 
 
-@pytest.mark.parametrize("make", [opt, bart])
+@pytest.mark.parametrize("make", [opt, bart, bloom])
 def test_a_layer_stores_seeds_alone(make):
     with_dropout, without = (stored(make, p, 2) - stored(make, p, 1) for p in (0.2, 0.0))
     assert 0 < with_dropout - without <= 16 * 16

@@ -92,12 +92,15 @@ def _holds_layers(module: nn.Module) -> bool:
 
 @functools.cache
 def _calls_dropout(forward: Callable[..., Any]) -> bool:
-    """Whether this code calls `torch.nn.functional.dropout`, under its usual names."""
+    """Whether this code calls `torch.nn.functional.dropout`, under its usual names, or a `dropout_add` that does."""
     forward = inspect.unwrap(forward)
     if not isinstance(forward, FunctionType):
         return False
     names = [instruction.argval for instruction in dis.get_instructions(forward)]
-    return any(pair in (("functional", "dropout"), ("F", "dropout")) for pair in itertools.pairwise(names))
+    helpers = (forward.__globals__.get(name) for name in forward.__code__.co_names if "dropout_add" in name)
+    return any(pair in (("functional", "dropout"), ("F", "dropout")) for pair in itertools.pairwise(names)) or any(
+        _calls_dropout(helper) for helper in helpers if helper is not None
+    )
 
 
 def _same_code(a: Callable[..., Any], b: Callable[..., Any]) -> bool:
