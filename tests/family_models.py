@@ -88,6 +88,15 @@ def make(name, seed=0):
     return {**MODELS, **VISION_MODELS}[name]().train()
 
 
+def cut_dropout(model):
+    """Have `model`, of any family, drop nothing: neither elements nor paths nor layers."""
+    for module in model.modules():
+        for name, value in list(vars(module).items()):
+            if isinstance(value, float) and ("drop" in name or isinstance(module, torch.nn.Dropout)):
+                setattr(module, name, 0.0)
+    return model
+
+
 def batch(name):
     """2 x 12 tokens, four of them with labels; images where the model takes them."""
     generator = torch.Generator().manual_seed(1)
