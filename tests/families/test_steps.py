@@ -95,6 +95,8 @@ def test_arguments_by_position_and_caches_of_ones_own_are_heeded():
     assert model(ids, *others, True).past_key_values is not None
     cache = transformers.DynamicCache()
     assert model(ids, past_key_values=cache).past_key_values is cache
+    cache.reset()
+    assert model(ids, cache).past_key_values is cache
     assert cache.get_seq_length() == ids.shape[1]
 
 

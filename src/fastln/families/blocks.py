@@ -97,10 +97,10 @@ def _calls_dropout(forward: Callable[..., Any]) -> bool:
     if not isinstance(forward, FunctionType):
         return False
     names = [instruction.argval for instruction in dis.get_instructions(forward)]
-    helpers = (forward.__globals__.get(name) for name in forward.__code__.co_names if "dropout_add" in name)
-    return any(pair in (("functional", "dropout"), ("F", "dropout")) for pair in itertools.pairwise(names)) or any(
-        _calls_dropout(helper) for helper in helpers if helper is not None
-    )
+    if any(pair in (("functional", "dropout"), ("F", "dropout")) for pair in itertools.pairwise(names)):
+        return True
+    helpers = [forward.__globals__.get(name) for name in forward.__code__.co_names if "dropout_add" in name]
+    return any(_calls_dropout(helper) for helper in helpers if helper is not None)
 
 
 def _same_code(a: Callable[..., Any], b: Callable[..., Any]) -> bool:

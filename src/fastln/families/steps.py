@@ -15,6 +15,8 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 logger = logging.getLogger(__name__)
 
+_CACHE = ("use_cache", "past_key_values")  # the arguments that decide about one
+
 
 def spare_training_steps(model: nn.Module) -> list[RemovableHandle]:
     """Have every model in `model` make no cache, and checkpoint without reentry, in training.
@@ -31,33 +33,30 @@ def spare_training_steps(model: nn.Module) -> list[RemovableHandle]:
     """
     models = (module for module in model.modules() if isinstance(module, PreTrainedModel))
     return [
-        module.register_forward_pre_hook(
-            functools.partial(_before_forward, _position_of_use_cache(module)), with_kwargs=True
-        )
+        module.register_forward_pre_hook(functools.partial(_before_forward, _n_before_cache(module)), with_kwargs=True)
         for module in models
     ]
 
 
-def _position_of_use_cache(model: nn.Module) -> int | None:
+def _n_before_cache(model: PreTrainedModel) -> int:
+    """How many arguments may come by position before one that decides about a cache; -1 where none does."""
     names = list(inspect.signature(model.forward).parameters)
-    return names.index("use_cache") if "use_cache" in names else None
+    return min(names.index(name) for name in _CACHE if name in names) if "use_cache" in names else -1
 
 
 def _before_forward(
-    position: int | None, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    n_before_cache: int, model: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
     if not model.training or not torch.is_grad_enabled():
         return None
     if not torch.compiler.is_compiling():
         _checkpoint_without_reentry(model)
-    if position is None or position < len(args):
-        return None
-    if kwargs.get("use_cache") is not None or kwargs.get("past_key_values") is not None:
+    if len(args) > n_before_cache or any(kwargs.get(name) is not None for name in _CACHE):
         return None
     return args, {**kwargs, "use_cache": False}
 
 
-def _checkpoint_without_reentry(model: nn.Module) -> None:
+def _checkpoint_without_reentry(model: PreTrainedModel) -> None:
     layer = next((module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)), None)
     if layer is None or not layer.gradient_checkpointing:
         return
@@ -65,9 +64,8 @@ def _checkpoint_without_reentry(model: nn.Module) -> None:
     if not isinstance(checkpoint, functools.partial):
         return
     if checkpoint.keywords.get("use_reentrant", True):
-        logger.info("checkpointing without reentry: with it layers behind frozen ones would get no gradient")
+        logger.info("checkpoints are without reentry now: reentrant ones give no gradient to layers behind frozen ones")
         for module in model.modules():
             if "_gradient_checkpointing_func" in vars(module):
                 vars(module)["_gradient_checkpointing_func"] = functools.partial(checkpoint, use_reentrant=False)
-    if isinstance(model, PreTrainedModel):
-        model.disable_input_require_grads()
+    model.disable_input_require_grads()
