@@ -1,18 +1,26 @@
 """What trains, counted."""
 
+import family_models
 import pytest
 import tiny
 import torch
 from transformers import BlipConfig, BlipForQuestionAnswering
 
 import fastln
-from fastln.engines import apply_method
+from fastln.engines import apply_method, finish, put_method
 from fastln.errors import FastLNError
-from fastln.methods import METHODS, count_parameters, get_method, norm_parameters
+from fastln.methods import METHODS, count_parameters, describe_parameters, get_method, norm_parameters
+
+PROMPTS = ("prefix", "p-tuning", "prompt")  # for language models
+ON_TASKS = [method for method in METHODS if method not in PROMPTS]
+
+
+def trained_names(model):
+    return {name for name, parameter in model.named_parameters() if parameter.requires_grad}
 
 
 def trained(task):
-    return {name for name, parameter in task.model.named_parameters() if parameter.requires_grad}
+    return trained_names(task.model)
 
 
 def test_counts_of_the_published_small_model():
@@ -29,10 +37,11 @@ def test_counts_of_the_published_small_model():
     n_trained, n_total = count_parameters(model)
     assert n_trained == 153_600
     assert round(n_total / 1e6, 2) == 361.48
+    assert describe_parameters(model).startswith("153,600 of 361,478,972 parameters train (0.04249%): vision 38,400 of")
 
 
 @pytest.mark.parametrize("kind", tiny.TASKS)
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", ON_TASKS)
 def test_every_engine_trains_as_many_parameters(kind, method, tmp_path):
     data = tiny.phantom()
     counts = set()
@@ -43,7 +52,7 @@ def test_every_engine_trains_as_many_parameters(kind, method, tmp_path):
     assert counts.pop() > 0
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", ON_TASKS)
 def test_a_head_that_starts_random_trains_under_every_method(method, tmp_path):
     task = tiny.dual(tmp_path, tiny.phantom())
     n_head = count_parameters(task.model.fusion_head)[1]
@@ -70,10 +79,61 @@ def test_selections(tmp_path):
 
 
 def test_unknown_names_list_the_valid_ones():
-    with pytest.raises(FastLNError, match=r"unknown method 'lra'; did you mean 'lora'\? \(valid: layernorm, lora"):
+    with pytest.raises(FastLNError, match=r"unknown method 'lra'; did you mean 'lora'\? \(valid: layernorm, "):
         get_method("lra")
     with pytest.raises(FastLNError, match=r"does not run on engine 'fastln' \(valid: peft\)"):
         get_method("lora", "fastln")
+
+
+@pytest.mark.parametrize("method", [method for method in METHODS if method != "head"])
+def test_every_method_trains_a_language_model(method):
+    """A step by peft's or our own parts; biases are the one thing that this Llama does not have."""
+    model = family_models.make("llama")
+    if method == "bitfit":
+        with pytest.raises(FastLNError, match="'bitfit' matches nothing in the model of LlamaForCausalLM"):
+            put_method(model, method)
+        return
+    model = put_method(model, method)
+    before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.01)
+    for _ in range(2):  # low-rank updates begin with one factor at 0
+        optimizer.zero_grad()
+        model(**family_models.batch("llama")).loss.backward()
+        optimizer.step()
+    moved = {name for name, parameter in model.named_parameters() if not torch.equal(parameter, before[name])}
+    assert moved == trained_names(model)
+
+
+@pytest.mark.parametrize("method", PROMPTS)
+def test_virtual_tokens_need_a_language_model(method):
+    with pytest.raises(FastLNError, match="sequence-classification language model, which BlipForQuestionAnswering is"):
+        put_method(family_models.make("blip"), method)
+    with pytest.raises(FastLNError, match="leave the scope 'decoder' out"):
+        put_method(family_models.make("opt"), method, scope="decoder")
+
+
+def test_norms_and_lora_train_together_and_merge(tmp_path):
+    data = tiny.phantom()
+    task = tiny.blip(tmp_path, data)
+    keys = set(task.model.state_dict())
+    model = apply_method(task, "layernorm+lora")
+    batch = task.collate([data[0], data[1]], data)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.1)
+    expected = model.eval()(**batch).loss
+    names = trained(task)
+    assert {name for name in names if "lora_" not in name} == set(norm_parameters(task.model))
+    finish(task, model)
+    assert set(task.model.state_dict()) == keys
+    torch.testing.assert_close(task.model.eval()(**batch).loss, expected)
+
+
+def test_scope_holds_for_peft():
+    names = trained_names(put_method(family_models.make("blip"), "lora", scope="text"))
+    assert names
+    assert all(".text_encoder." in name for name in names)
 
 
 def test_a_module_to_train_also_must_exist(tmp_path):

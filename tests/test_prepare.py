@@ -238,7 +238,7 @@ def test_bitfit_asks_a_norm_for_dbeta_alone():
     ("arguments", "message"),
     [
         ({"method": "layernrm"}, "did you mean 'layernorm'"),
-        ({"method": "lora"}, "runs on engine 'peft' only"),
+        ({"method": "lora"}, "wraps the model in peft's modules"),
         ({"scope": "visoin"}, "did you mean 'vision'"),
         ({"scope": "decoder"}, "matches nothing in BertModel"),
         ({"scope": ()}, "scope is empty"),

@@ -90,7 +90,7 @@ def train(
     out: Annotated[Path, typer.Option(help="Folder for the trained model and its log.")],
     data: Data = "phantom",
     model: Model = "dual",
-    method: Annotated[str, typer.Option(help="What trains: layernorm, lora, bitfit, full or head.")] = "layernorm",
+    method: Annotated[str, typer.Option(help="What trains: layernorm, lora, LN-F-T, ...; see README.")] = "layernorm",
     engine: Annotated[str | None, typer.Option(help="fastln, torch or peft; the method's best by default.")] = None,
     scope: Annotated[
         list[str] | None, typer.Option(help="A sub-model to tune: vision, text or decoder; repeatable; all by default.")

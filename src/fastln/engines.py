@@ -7,12 +7,26 @@ from collections.abc import Iterable
 import peft
 from peft.utils import ModulesToSaveWrapper
 from torch import nn
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
+)
+from transformers.pytorch_utils import Conv1D
 
 from fastln.errors import FastLNError
-from fastln.families import scope_prefixes
-from fastln.methods import LORA_RANK, LORA_TARGETS, get_method, select_parameters
+from fastln.families import find_norms, parameters_in
+from fastln.families.parts import attention_maps, ffn_maps
+from fastln.methods import IA3_TARGETS, LORA_RANK, LORA_TARGETS, get_method, select_parameters, settle_scope
 from fastln.models import Task
 from fastln.prepare import STATE, prepare, restore
+
+N_VIRTUAL_TOKENS = 20
+_TASK_TYPES = {
+    "CAUSAL_LM": MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    "SEQ_2_SEQ_LM": MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES,
+    "SEQ_CLS": MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
+}
 
 
 def apply_method(
@@ -29,7 +43,7 @@ def apply_method(
 
     Args:
         task: the model.
-        method: a name from `fastln.methods.METHODS`.
+        method: as `fastln.methods.get_method` takes it.
         engine: who runs it; the method's first by default.
         scope: the sub-models to tune; all by default.
         backend: of fastln's operations; for engine `fastln` only.
@@ -40,25 +54,57 @@ def apply_method(
     Raises:
         FastLNError: for an unknown pair, or a model that the method finds nothing in.
     """
+    head = task.head if method == "head" else task.random_head
+    return put_method(task.model, method, engine, scope=scope, also=head, backend=backend)
+
+
+def put_method(
+    model: nn.Module,
+    method: str = "layernorm",
+    engine: str | None = None,
+    *,
+    scope: str | Iterable[str] | None = None,
+    also: Iterable[str] = (),
+    backend: str = "auto",
+) -> nn.Module:
+    """Put `method` on any model, in place.
+
+    Args:
+        model: the model.
+        method: as `fastln.methods.get_method` takes it.
+        engine: who runs it; the method's first by default.
+        scope: as `fastln.prepare` takes it.
+        also: names of further modules that train whole.
+        backend: of fastln's operations; for engine `fastln` only.
+
+    Returns:
+        The module to train: the model itself, or peft's wrapper of it.
+
+    Raises:
+        FastLNError: for an unknown pair or scope, or a model that the method finds nothing in.
+    """
+    method, scope = settle_scope(method, scope)
+    also = (also,) if isinstance(also, str) else tuple(also)
     chosen, engine = get_method(method, engine)
-    head = task.head if chosen.name == "head" else task.random_head
-    if engine == "fastln":
-        return prepare(task.model, method, scope=scope, also=head, backend=backend)
     if engine == "torch":
-        trained = select_parameters(task.model, chosen, scope, head)
-        for name, parameter in task.model.named_parameters():
+        trained = select_parameters(model, chosen, scope, also)
+        for name, parameter in model.named_parameters():
             parameter.requires_grad_(name in trained)
-        return task.model
-    config: peft.PeftConfig
-    if method == "layernorm":
-        norms = {name.rpartition(".")[0] for name in select_parameters(task.model, chosen, scope)}
-        config = peft.LNTuningConfig(target_modules=norms)
+        return model
+    if method == "layernorm+lora":
+        return _norms_and_lora(model, scope, also, backend)
+    if engine == "fastln":
+        return prepare(model, method, scope=scope, also=also, backend=backend)
+    config = _peft_config(model, method, scope)
+    if isinstance(config, peft.PromptLearningConfig):
+        if also:
+            raise FastLNError(
+                f"method {method!r} trains its virtual tokens alone; it takes no further {', '.join(also)}"
+            )
     else:
-        targets = _projections(task.model, task.head, scope_prefixes(task.model, scope))
-        config = peft.LoraConfig(r=LORA_RANK, lora_alpha=2 * LORA_RANK, lora_dropout=0.1, target_modules=targets)
-    config.modules_to_save = list(head) or None
+        config.modules_to_save = list(also) or None
     # The optimizer keeps float32 copies of low-precision parameters for every engine; peft's own would slow it down.
-    return peft.get_peft_model(task.model, config, autocast_adapter_dtype=False)
+    return peft.get_peft_model(model, config, autocast_adapter_dtype=False)
 
 
 def finish(task: Task, trained: nn.Module) -> None:
@@ -74,20 +120,74 @@ def finish(task: Task, trained: nn.Module) -> None:
         for name, module in list(task.model.named_modules()):
             if isinstance(module, ModulesToSaveWrapper):
                 task.model.set_submodule(name, module.modules_to_save[module.active_adapter])
-    elif hasattr(trained, STATE):
+    if hasattr(task.model, STATE):
         restore(task.model)
 
 
-def _projections(model: nn.Module, head: tuple[str, ...], inside: tuple[str, ...]) -> list[str]:
-    prefixes = tuple(f"{name}." for name in head)
-    names = [
-        name
-        for name, module in model.named_modules()
-        if isinstance(module, nn.Linear)
-        and LORA_TARGETS.search(name)
-        and name.startswith(inside)
-        and not name.startswith(prefixes)
-    ]
+def _norms_and_lora(
+    model: nn.Module, scope: str | Iterable[str] | None, also: tuple[str, ...], backend: str
+) -> nn.Module:
+    # The names are found before anything is swapped for a stand-in.
+    config = _peft_config(model, "lora", scope)
+    prepare(model, "layernorm", scope=scope, also=also, backend=backend)
+    own = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    wrapped = peft.get_peft_model(model, config, autocast_adapter_dtype=False)
+    for parameter in own:
+        parameter.requires_grad_(True)
+    return wrapped
+
+
+def _peft_config(model: nn.Module, method: str, scope: str | Iterable[str] | None) -> peft.PeftConfig:
+    """Return peft's configuration of a method; with LoRA's usual settings where the method is a kind of it."""
+    inside = parameters_in(model, scope)
+    if method == "layernorm":
+        return peft.LNTuningConfig(target_modules=[name for name, _ in find_norms(model) if f"{name}.weight" in inside])
+    if method in ("prefix", "p-tuning", "prompt"):
+        return _prompt_config(model, method, scope)
+    attention = {
+        name for name, module in attention_maps(model).items() if _is_linear(module) and f"{name}.weight" in inside
+    }
+    if method == "ia3":
+        scaled = [name for name in attention if IA3_TARGETS.search(name)]
+        # What follows the hidden row stands last in a block.
+        hidden = [list(maps)[-1] for maps in ffn_maps(model).values() if _is_linear(list(maps.values())[-1])]
+        hidden = [name for name in hidden if f"{name}.weight" in inside]
+        return peft.IA3Config(target_modules=_found(scaled, method, model) + hidden, feedforward_modules=hidden)
+    targets = _found([name for name in attention if LORA_TARGETS.search(name)], method, model)
+    if method == "vera":
+        return peft.VeraConfig(target_modules=targets)
+    settings = {"lora_alpha": 2 * LORA_RANK, "lora_dropout": 0.1, "target_modules": targets}
+    if method == "adalora":
+        # The trainer says how many steps there are, when it knows.
+        return peft.AdaLoraConfig(**settings, target_r=LORA_RANK, init_r=12, total_step=1)
+    return peft.LoraConfig(**settings, r=LORA_RANK, use_dora=method == "dora")
+
+
+def _prompt_config(model: nn.Module, method: str, scope: str | Iterable[str] | None) -> peft.PeftConfig:
+    name = type(model).__name__
+    task = next((task for task, classes in _TASK_TYPES.items() if name in classes.values()), None)
+    if task is None:
+        raise FastLNError(
+            f"method {method!r} puts virtual tokens before the input of a causal, sequence-to-sequence or "
+            f"sequence-classification language model, which {name} is not"
+        )
+    if scope is not None:
+        raise FastLNError(f"method {method!r} works on the whole model's input; leave the scope {scope!r} out")
+    if method == "prefix":
+        return peft.PrefixTuningConfig(task_type=task, num_virtual_tokens=N_VIRTUAL_TOKENS)
+    if method == "p-tuning":
+        return peft.PromptEncoderConfig(task_type=task, num_virtual_tokens=N_VIRTUAL_TOKENS, encoder_hidden_size=128)
+    return peft.PromptTuningConfig(task_type=task, num_virtual_tokens=N_VIRTUAL_TOKENS)
+
+
+def _is_linear(module: nn.Module) -> bool:
+    return isinstance(module, nn.Linear | Conv1D)
+
+
+def _found(names: list[str], method: str, model: nn.Module) -> list[str]:
     if not names:
-        raise FastLNError(f"method 'lora' finds no query or value projection in {type(model).__name__}")
-    return names
+        raise FastLNError(
+            f"method {method!r} finds no projections of attention to work on in {type(model).__name__} (linear layers "
+            "called query, q_proj, qkv, c_attn and the like)"
+        )
+    return sorted(names)

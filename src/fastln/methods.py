@@ -1,4 +1,4 @@
-"""What trains: the registry of tuning methods, and how each is put on a model."""
+"""What trains: the registry of tuning methods, the notation by sub-model, and the counts."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ from dataclasses import dataclass
 from torch import nn
 
 from fastln.errors import FastLNError
-from fastln.families import find_norms, scope_prefixes
+from fastln.families import find_norms, parameters_in, sub_models
+from fastln.families.parts import attention_maps, embedding_parameters, ffn_maps, head_parameters, own_parameters
 
 
 @dataclass(frozen=True)
@@ -22,7 +23,8 @@ class Method:
         description: one line for help texts.
         engines: who can run it; the first is the default.
         learning_rate: what moves its parameters well by default (the task head has a rate of its own).
-        select: from a model to the names of the parameters that it trains; None where peft decides.
+        select: from a model to the names of the model's own parameters that train; None where peft adds what trains.
+        norm_learning_rate: of norms, where they take another rate than the rest.
     """
 
     name: str
@@ -30,15 +32,26 @@ class Method:
     engines: tuple[str, ...]
     learning_rate: float
     select: Callable[[nn.Module], Iterable[str]] | None
+    norm_learning_rate: float | None = None
 
 
 def norm_parameters(model: nn.Module) -> list[str]:
-    """Return the names of the parameters that the model's norms own."""
+    """Return the names of the parameters that the model's norms own, wherever they stand (in attention, too)."""
     return [f"{name}.{own}" for name, norm in find_norms(model) for own, _ in norm.named_parameters(recurse=False)]
 
 
+def attention_parameters(model: nn.Module) -> list[str]:
+    """Return the names of the weights and biases of attention's query, key, value and output projections."""
+    return own_parameters(attention_maps(model))
+
+
+def ffn_parameters(model: nn.Module) -> list[str]:
+    """Return the names of the weights and biases of the feed-forward networks' linear maps."""
+    return [name for maps in ffn_maps(model).values() for name in own_parameters(maps)]
+
+
 def _biases(model: nn.Module) -> list[str]:
-    return [name for name, _ in model.named_parameters() if name.rsplit(".", 1)[-1] == "bias"]
+    return [name for name, _ in model.named_parameters() if name.rpartition(".")[2].endswith("bias")]
 
 
 def _everything(model: nn.Module) -> list[str]:
@@ -49,46 +62,133 @@ def _nothing(model: nn.Module) -> list[str]:
     return []
 
 
+def _norms_and_biases(model: nn.Module) -> list[str]:
+    return [*norm_parameters(model), *_biases(model)]
+
+
+def _norms_and_ends(model: nn.Module) -> list[str]:
+    connector = sub_models(model).get("projector", [])
+    return [*norm_parameters(model), *connector, *embedding_parameters(model), *head_parameters(model)]
+
+
+# Rates: layernorm's, lora's, bitfit's and full's were found on VQA-RAD (README); the others' are their publications'
+# order of magnitude.
 HEAD_LEARNING_RATE = 1e-3
+_NORMS = 3e-3
+_MATRICES = 5e-5
+_OWN = ("fastln", "torch")
+_PEFT = ("peft",)
 METHODS: dict[str, Method] = {
     method.name: method
     for method in (
-        Method("layernorm", "γ and β of every norm", ("fastln", "peft", "torch"), 3e-3, norm_parameters),
-        Method("lora", "low-rank updates (r 8) of the query and value projections", ("peft",), 5e-4, None),
-        Method("bitfit", "every bias", ("fastln", "torch"), 1e-3, _biases),
-        Method("full", "every parameter", ("fastln", "torch"), 5e-5, _everything),
-        Method("head", "nothing but the task head", ("fastln", "torch"), HEAD_LEARNING_RATE, _nothing),
+        Method("layernorm", "γ and β of every norm", ("fastln", "peft", "torch"), _NORMS, norm_parameters),
+        Method("layernorm+bias", "every norm and every bias", _OWN, 1e-3, _norms_and_biases, _NORMS),
+        Method(
+            "layernorm-full",
+            "every norm, the projector, word embeddings and the output head (ICLR 2024, arXiv 2312.11420)",
+            *(_OWN, _MATRICES, _norms_and_ends, _NORMS),
+        ),
+        Method("layernorm+lora", "every norm, and lora by peft", ("fastln",), 5e-4, None, _NORMS),
+        Method("bitfit", "every bias", _OWN, 1e-3, _biases),
+        Method("attention", "query, key, value and output projections", _OWN, _MATRICES, attention_parameters),
+        Method("ffn", "the linear maps of the feed-forward networks", _OWN, _MATRICES, ffn_parameters),
+        Method("full", "every parameter", _OWN, _MATRICES, _everything),
+        Method("head", "nothing but the task head", _OWN, HEAD_LEARNING_RATE, _nothing),
+        Method("lora", "low-rank updates (r 8) of the query and value projections", _PEFT, 5e-4, None),
+        Method("dora", "lora with the weights' magnitudes apart", _PEFT, 5e-4, None),
+        Method("adalora", "lora whose ranks (12 to 8) go where they matter", _PEFT, 1e-3, None),
+        Method("vera", "lora between shared random matrices (r 256): two vectors a projection", _PEFT, 5e-3, None),
+        Method("ia3", "scales of keys, values and the feed-forward networks' hidden rows", _PEFT, 5e-3, None),
+        Method("prefix", "20 keys and values before every layer's own", _PEFT, 1e-2, None),
+        Method("p-tuning", "20 input vectors, made by a small network", _PEFT, 1e-3, None),
+        Method("prompt", "20 input vectors", _PEFT, 3e-2, None),
     )
 }
-LORA_RANK = 8
-LORA_TARGETS = re.compile(r"(^|\.)(query|value|q_proj|v_proj|q_lin|v_lin|qkv|c_attn|query_key_value)$")
+
+# What one sub-model's code in the notation of arXiv 2404.16385 trains, and at which rate.
+_CODES: dict[str, tuple[Callable[[nn.Module], Iterable[str]], float]] = {
+    "T": (_everything, _MATRICES),
+    "F": (_nothing, _MATRICES),
+    "LN": (norm_parameters, _NORMS),
+    "ATT": (attention_parameters, _MATRICES),
+    "FFN": (ffn_parameters, _MATRICES),
+}
+
+
+def is_notation(name: object) -> bool:
+    """Whether `name` says by codes what trains in each sub-model: LN-F-T, T-F, LN, ..."""
+    return isinstance(name, str) and all(code in _CODES for code in name.split("-"))
+
+
+def settle_scope(method: str, scope: str | Iterable[str] | None) -> tuple[str, str | Iterable[str] | None]:
+    """Return method and scope, the notation by sub-model (which stands for both) as the method, wherever it was given.
+
+    Raises:
+        FastLNError: if the notation comes with another scope or another method.
+    """
+    if isinstance(scope, str) and is_notation(scope):
+        if method not in ("layernorm", scope):
+            raise FastLNError(f"scope {scope!r} says what trains in every sub-model; leave the method {method!r} out")
+        return scope, None
+    if is_notation(method) and scope is not None:
+        raise FastLNError(f"method {method!r} says what trains in every sub-model; leave the scope {scope!r} out")
+    return method, scope
 
 
 def get_method(name: str, engine: str | None = None) -> tuple[Method, str]:
     """Look a method up, and the engine to run it with.
 
     Args:
-        name: a key of `METHODS`.
+        name: a key of `METHODS`, or one code (T, F, LN, ATT or FFN) for each sub-model, joined by dashes.
         engine: one of the method's engines; the first by default.
 
     Raises:
         FastLNError: for an unknown method, or an engine that does not run it; the message lists the valid choices.
     """
-    if name not in METHODS:
+    if is_notation(name):
+        method = _by_sub_model(name)
+    elif name in METHODS:
+        method = METHODS[name]
+    else:
         near = difflib.get_close_matches(name, METHODS, n=1)
         hint = f"; did you mean {near[0]!r}?" if near else ""
-        raise FastLNError(f"unknown method {name!r}{hint} (valid: {', '.join(METHODS)})")
-    method = METHODS[name]
+        codes = "or a code for each sub-model, as in LN-F-T: T trained, F frozen, LN, ATT, FFN"
+        raise FastLNError(f"unknown method {name!r}{hint} (valid: {', '.join(METHODS)}; {codes})")
     engine = engine or method.engines[0]
     if engine not in method.engines:
         raise FastLNError(f"method {name!r} does not run on engine {engine!r} (valid: {', '.join(method.engines)})")
     return method, engine
 
 
+def _by_sub_model(notation: str) -> Method:
+    codes = notation.split("-")
+
+    def select(model: nn.Module) -> list[str]:
+        parts = sub_models(model) or {"the whole model": _everything(model)}
+        if len(codes) != len(parts):
+            raise FastLNError(
+                f"method {notation!r} has {len(codes)} codes, but {type(model).__name__} has "
+                f"{len(parts)} sub-models: {', '.join(parts)}; give one code for each, in this order"
+            )
+        chosen = []
+        for code, (part, inside) in zip(codes, parts.items(), strict=True):
+            found = set(_CODES[code][0](model)) & set(inside)
+            if not found and code != "F":
+                raise FastLNError(f"method {notation!r}: {code} matches nothing in {part} of {type(model).__name__}")
+            chosen += [name for name in inside if name in found]
+        if not chosen:
+            raise FastLNError(f"method {notation!r} trains nothing: every code is F")
+        return chosen
+
+    rates = {code: _CODES[code][1] for code in codes if code not in ("F", "LN")}
+    own_rate = min(rates.values(), default=_NORMS)
+    return Method(notation, "by sub-model", _OWN, own_rate, select, _NORMS if "LN" in codes else None)
+
+
 def select_parameters(
     model: nn.Module, method: Method, scope: str | Iterable[str] | None, also: Iterable[str] = ()
 ) -> set[str]:
-    """Return the names of the parameters that train.
+    """Return the names of the model's own parameters that train.
 
     Args:
         model: the model.
@@ -97,13 +197,15 @@ def select_parameters(
         also: names of modules that train whatever the method (a task head that starts random).
 
     Raises:
-        FastLNError: if the method is peft's, the scope is unknown, nothing of the method is inside the scope, or a
+        FastLNError: if the method adds modules, the scope is unknown, nothing of the method is inside the scope, or a
             module of `also` does not exist.
     """
     if method.select is None:
-        raise FastLNError(f"method {method.name!r} runs on engine 'peft' only")
-    prefixes = scope_prefixes(model, scope)
-    chosen = {name for name in method.select(model) if name.startswith(prefixes)}
+        raise FastLNError(
+            f"method {method.name!r} wraps the model in peft's modules: FastLNTrainer, fastln train and "
+            "fastln.engines.put_method do so; prepare() only chooses among the model's own parameters"
+        )
+    chosen = set(method.select(model)) & parameters_in(model, scope)
     if not chosen and method.select is not _nothing:
         where = "the model" if scope is None else f"scope {scope!r}"
         raise FastLNError(f"method {method.name!r} matches nothing in {where} of {type(model).__name__}")
@@ -119,3 +221,28 @@ def count_parameters(model: nn.Module) -> tuple[int, int]:
     """Return how many parameters train and how many there are, shared ones counted once."""
     parameters = list(model.parameters())
     return sum(p.numel() for p in parameters if p.requires_grad), sum(p.numel() for p in parameters)
+
+
+def describe_parameters(model: nn.Module) -> str:
+    """Say how many parameters of a model train: in all, in each sub-model and elsewhere, with percentages."""
+    trained, total = count_parameters(model)
+    parameters = dict(model.named_parameters())
+    elsewhere = set(parameters)
+    counts = []
+    for part, names in sub_models(model).items():
+        counts.append((part, [parameters[name] for name in names]))
+        elsewhere -= set(names)
+    if counts and elsewhere:
+        counts.append(("elsewhere", [parameters[name] for name in elsewhere]))
+    parts = [
+        f"{part} {sum(p.numel() for p in own if p.requires_grad):,} of {sum(p.numel() for p in own):,}"
+        for part, own in counts
+    ]
+    detail = f": {', '.join(parts)}" if parts else ""
+    return f"{trained:,} of {total:,} parameters train ({100 * trained / max(total, 1):.4g}%){detail}"
+
+
+LORA_RANK = 8
+# Query and value projections as the families name them; where they are fused with the key's, that one.
+LORA_TARGETS = re.compile(r"(^|\.)(query|value|q_proj|v_proj|q_lin|v_lin|q|v|qkv|c_attn|query_key_value)$")
+IA3_TARGETS = re.compile(r"(^|\.)(key|value|k_proj|v_proj|k_lin|v_lin|k|v|qkv|c_attn|query_key_value)$")

@@ -19,7 +19,7 @@ from fastln.families.head import use_lazy_head
 from fastln.families.linears import use_fast_linears
 from fastln.families.steps import spare_training_steps
 from fastln.machine import keep_pages
-from fastln.methods import get_method, select_parameters
+from fastln.methods import get_method, select_parameters, settle_scope
 from fastln.modules import is_stand_in, stand_back
 from fastln.ops.backends import resolve
 
@@ -60,8 +60,9 @@ def prepare(
 
     Args:
         model: any transformers model (any `nn.Module` whose norms are LayerNorms or RMSNorms).
-        method: a name from `fastln.methods.METHODS`.
-        scope: the sub-models to tune (`vision`, `text`, `decoder`, `projector`); all by default.
+        method: a name from `fastln.methods.METHODS`, or one code for each sub-model, in the model's order, joined by
+            dashes: T trained, F frozen, LN its norms, ATT its attention, FFN its feed-forward networks (`LN-F-T`).
+        scope: the sub-models to tune (`vision`, `text`, `decoder`, `projector`), all by default; or such codes.
         also: names of further modules that train whole, such as a task head that starts random.
         backend: `auto`, `triton`, `cpu` or `reference`, of norms and attention.
 
@@ -81,6 +82,7 @@ def prepare(
             f"{inside!r} in this model, or a model around it, is prepared already; restore that first, then prepare "
             "the outermost model, with `scope` for the sub-models to tune"
         )
+    method, scope = settle_scope(method, scope)
     chosen, _ = get_method(method)
     also = (also,) if isinstance(also, str) else tuple(also)
     trained = select_parameters(model, chosen, scope, also)

@@ -2,6 +2,6 @@
 
 from fastln.families.activations import activation_kind
 from fastln.families.norms import find_norms, is_norm, is_stock_layer_norm
-from fastln.families.scopes import SCOPES, scope_prefixes
+from fastln.families.scopes import SCOPES, parameters_in, sub_models
 
-__all__ = ["SCOPES", "activation_kind", "find_norms", "is_norm", "is_stock_layer_norm", "scope_prefixes"]
+__all__ = ["SCOPES", "activation_kind", "find_norms", "is_norm", "is_stock_layer_norm", "parameters_in", "sub_models"]

@@ -8,18 +8,42 @@ from collections.abc import Iterable
 from torch import nn
 
 from fastln.errors import FastLNError
+from fastln.families.parts import head_parameters
 
-# The attribute names under which transformers' classes hold each sub-model, outermost first.
+# The attribute names under which transformers' classes hold each sub-model.
 SCOPES: dict[str, tuple[str, ...]] = {
-    "vision": ("vision", "vision_model", "vision_tower", "visual"),
+    "vision": ("vision", "vision_model", "vision_tower", "vision_encoder", "visual"),
     "text": ("text", "text_model", "text_encoder"),
     "decoder": ("text_decoder", "decoder", "language_model"),
-    "projector": ("multi_modal_projector", "visual_projection", "text_projection"),
+    "projector": (
+        *("multi_modal_projector", "mm_projector", "visual_projection", "text_projection", "language_projection"),
+        *("connector", "merger"),
+    ),
 }
+_SCOPE_OF = {name: scope for scope, names in SCOPES.items() for name in names}
 
 
-def scope_prefixes(model: nn.Module, scope: str | Iterable[str] | None) -> tuple[str, ...]:
-    """Return the name prefixes (each ending in a dot) of the modules inside `scope`; ("",) for the whole model.
+def sub_models(model: nn.Module) -> dict[str, list[str]]:
+    """Return the names of each sub-model's parameters, by scope, in the order in which the model holds them.
+
+    A sub-model inside another belongs to the outer one, save a projector, which is its own. The head of the whole model
+    belongs to its decoder. A parameter is in one sub-model at most; a task head and the like are in none.
+    """
+    prefixes = _prefixes(model)
+    found: dict[str, list[str]] = {scope: [] for scope in dict.fromkeys(prefixes.values())}
+    head = set(head_parameters(model)) if "decoder" in found else set()
+    for name, _ in model.named_parameters():
+        # The longest prefix is the innermost sub-model.
+        prefix = max((prefix for prefix in prefixes if name.startswith(prefix)), key=len, default=None)
+        if prefix is not None:
+            found[prefixes[prefix]].append(name)
+        elif name in head:
+            found["decoder"].append(name)
+    return {scope: names for scope, names in found.items() if names}
+
+
+def parameters_in(model: nn.Module, scope: str | Iterable[str] | None) -> set[str]:
+    """Return the names of the parameters inside `scope`, without those that no output depends on.
 
     Args:
         model: the model.
@@ -29,11 +53,11 @@ def scope_prefixes(model: nn.Module, scope: str | Iterable[str] | None) -> tuple
         FastLNError: for an unknown scope, or one that this model does not have.
     """
     if scope is None:
-        return ("",)
+        return {name for name, _ in model.named_parameters()} - _unused(model)
     wanted = (scope,) if isinstance(scope, str) else tuple(scope)
     if not wanted:
         raise FastLNError("scope is empty: nothing would be tuned; leave it out to tune every sub-model")
-    present = {key: found for key, names in SCOPES.items() if (found := _prefixes(model, names))}
+    present = sub_models(model)
     for key in wanted:
         if key not in SCOPES:
             near = difflib.get_close_matches(key, SCOPES, n=1)
@@ -43,12 +67,51 @@ def scope_prefixes(model: nn.Module, scope: str | Iterable[str] | None) -> tuple
             raise FastLNError(
                 f"scope {key!r} matches nothing in {type(model).__name__} (it has: {', '.join(present) or 'none'})"
             )
-    return tuple(prefix for key in wanted for prefix in present[key])
+    return {name for key in wanted for name in present[key]} - _unused(model)
 
 
-def _prefixes(model: nn.Module, names: tuple[str, ...]) -> tuple[str, ...]:
-    found: list[str] = []
-    for name, _ in model.named_modules():
-        if name.rsplit(".", 1)[-1] in names and not any(name.startswith(prefix) for prefix in found):
-            found.append(f"{name}.")
-    return tuple(found)
+def _prefixes(model: nn.Module) -> dict[str, str]:
+    """Return the scope of each name prefix (ending in a dot) at which a sub-model begins."""
+    found: dict[str, str] = {}
+    for name, module in model.named_modules():
+        parent, _, leaf = name.rpartition(".")
+        scope = _SCOPE_OF.get(leaf)
+        if leaf == "encoder" and _is_tower(getattr(model.get_submodule(parent), "decoder", None)):
+            scope = "vision" if getattr(module, "main_input_name", None) == "pixel_values" else "text"
+        if scope == "projector" or (scope and _is_tower(module) and not name.startswith(tuple(found))):
+            found[f"{name}."] = scope
+    return found
+
+
+def _is_tower(module: nn.Module | None) -> bool:
+    # BERT's `decoder` is a single linear layer.
+    return module is not None and next(module.children(), None) is not None
+
+
+def _unused(model: nn.Module) -> set[str]:
+    """Return the parameters of vision layers above the one whose output the model takes (LLaVA: the last but one).
+
+    What a tower registers after that layer, its last norm and its pooling among it, the loss does not depend on.
+    """
+    layers = getattr(getattr(model, "config", None), "vision_feature_layer", None)
+    if layers is None:
+        return set()
+    unused: set[str] = set()
+    for prefix in (prefix for prefix, scope in _prefixes(model).items() if scope == "vision"):
+        tower = model.get_submodule(prefix[:-1])
+        stack = next((part for part in tower.modules() if isinstance(part, nn.ModuleList)), None)
+        if stack is None:
+            continue
+        # hidden_states begins with the embeddings: entry n is what n layers make of them.
+        taken = [layer if layer >= 0 else len(stack) + 1 + layer for layer in _as_list(layers)]
+        used = max(taken)
+        if used < len(stack):
+            names = [name for name, _ in tower.named_parameters()]
+            beyond = {id(parameter) for parameter in stack[used].parameters()}
+            first = next(i for i, parameter in enumerate(tower.parameters()) if id(parameter) in beyond)
+            unused |= {prefix + name for name in names[first:]}
+    return unused
+
+
+def _as_list(layers: int | list[int]) -> list[int]:
+    return [layers] if isinstance(layers, int) else list(layers)

@@ -128,38 +128,40 @@ def parameter_groups(
     head_learning_rate: float | None = None,
     weight_decay: float = WEIGHT_DECAY,
 ) -> list[dict[str, Any]]:
-    """Group the parameters that train: the method's own and the task head's, each with and without weight decay.
+    """Group the parameters that train: the task head's, norms with a rate of their own, and the method's others.
+
+    Each with and without weight decay.
 
     Norms and biases never decay: pulling γ towards 0 undoes the pretrained model.
 
     Args:
         model: the module to train.
-        method: a name from `fastln.methods.METHODS`; gives the default rate.
+        method: as `fastln.methods.get_method` takes it; gives the default rates.
         head: names of the task head's modules (peft's wrappers around them are recognised).
-        learning_rate: of the method's own parameters; for method `head`, of the head.
+        learning_rate: of the method's own parameters (norms keep theirs where the method gives them one); for method
+            `head`, of the head.
         head_learning_rate: of the task head under the other methods.
         weight_decay: of what decays.
 
     Returns:
         Parameter groups for an optimizer, empty ones left out.
     """
-    own_rate = get_method(method)[0].learning_rate if learning_rate is None else learning_rate
+    chosen = get_method(method)[0]
+    own_rate = chosen.learning_rate if learning_rate is None else learning_rate
+    norm_rate = chosen.norm_learning_rate or own_rate
     head_rate = HEAD_LEARNING_RATE if head_learning_rate is None else head_learning_rate
     if method == "head":
         head_rate = own_rate
     norms = {id(parameter) for _, norm in find_norms(model) for parameter in norm.parameters(recurse=False)}
     prefixes = tuple(f"{name}." for name in head)
-    groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
+    groups: dict[tuple[float, bool], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             in_head = name.removeprefix(PEFT_PREFIX).startswith(prefixes)
-            decays = parameter.dim() > 1 and id(parameter) not in norms
-            groups.setdefault((in_head, decays), []).append(parameter)
+            is_norm = id(parameter) in norms
+            rate = head_rate if in_head else norm_rate if is_norm else own_rate
+            groups.setdefault((rate, parameter.dim() > 1 and not is_norm), []).append(parameter)
     return [
-        {
-            "params": parameters,
-            "lr": head_rate if in_head else own_rate,
-            "weight_decay": weight_decay if decays else 0.0,
-        }
-        for (in_head, decays), parameters in groups.items()
+        {"params": parameters, "lr": rate, "weight_decay": weight_decay if decays else 0.0}
+        for (rate, decays), parameters in groups.items()
     ]

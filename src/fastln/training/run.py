@@ -107,13 +107,7 @@ def run_training(
         if has_checkpoint(out / CHECKPOINTS):
             logger.info("the same command with --resume continues from the last whole epoch")
         raise
-    logger.info(
-        "%s of %s parameters trained (%.3f%%) in %.0f s",
-        f"{result.trainable_parameters:,}",
-        f"{result.total_parameters:,}",
-        100 * result.trainable_parameters / result.total_parameters,
-        result.seconds,
-    )
+    logger.info("trained in %.0f s", result.seconds)
     task.save(out / MODEL)
     scores = {split: evaluate(task, dataset, progress=True, features=features) for split, dataset in scored.items()}
     outcome = Outcome(scores.get("test"), scores.get("validation"), result)

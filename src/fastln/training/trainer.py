@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import tempfile
 import time
@@ -18,7 +19,7 @@ from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArgu
 from fastln.data import ImageGroupedBatches, VQADataset
 from fastln.engines import apply_method, finish
 from fastln.errors import FastLNError
-from fastln.methods import HEAD_LEARNING_RATE, count_parameters
+from fastln.methods import HEAD_LEARNING_RATE, count_parameters, describe_parameters
 from fastln.models import Task, VQATask
 from fastln.models.dual_task import DualEncoderTask
 from fastln.prepare import check_norm_gradients
@@ -28,6 +29,8 @@ from fastln.training.optimizer import WEIGHT_DECAY, MasterAdamW, cosine_schedule
 from fastln.training.progress import ProgressBar, StepLog
 from fastln.training.tensor_store import TensorStore
 
+logger = logging.getLogger(__name__)
+
 TRAINED = "trained.safetensors"
 
 
@@ -36,7 +39,7 @@ class TrainConfig:
     """How to train.
 
     Attributes:
-        method: a name from `fastln.methods.METHODS`; sets the learning rate and its groups.
+        method: as `fastln.methods.get_method` takes it; sets the learning rate and its groups.
         scope: the sub-models that the method tunes; None for all.
         epochs: passes over the training questions.
         head_epochs: passes that train a head which starts random, alone and on the frozen towers' features, before
@@ -231,6 +234,7 @@ def train_task(
     _, total = count_parameters(task.model)
     model = apply_method(task, config.method, engine, scope=config.scope)
     trainable, _ = count_parameters(model)
+    logger.info("%s: %s", config.method, describe_parameters(model))
     if not head_alone:
         with cached_features(task.vision_tower, features):
             losses += _train_method(task, model, data, config, checkpoints, resume, progress)
