@@ -1,8 +1,31 @@
 """Fast LayerNorm tuning of transformers: compute and store only what the norms are owed."""
 
+from typing import TYPE_CHECKING, Any
+
 from fastln import ops
 from fastln.adapters import load_adapter, merge_adapter, save_adapter
 from fastln.errors import FastLNError
 from fastln.prepare import prepare, restore
 
-__all__ = ["FastLNError", "load_adapter", "merge_adapter", "ops", "prepare", "restore", "save_adapter"]
+if TYPE_CHECKING:
+    from fastln.training.fastln_trainer import FastLNTrainer
+
+__all__ = [
+    "FastLNError",
+    "FastLNTrainer",
+    "load_adapter",
+    "merge_adapter",
+    "ops",
+    "prepare",
+    "restore",
+    "save_adapter",
+]
+
+
+def __getattr__(name: str) -> Any:
+    # The Trainer brings half of transformers, accelerate and peft with it: only for who asks for it.
+    if name == "FastLNTrainer":
+        from fastln.training.fastln_trainer import FastLNTrainer
+
+        return FastLNTrainer
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -17,10 +17,11 @@ from fastln.machine import settle_device, settle_dtype
 from fastln.methods import get_method
 from fastln.metrics import Accuracy, ReportScores, check_scorable, score
 from fastln.models import VQATask, load_task
+from fastln.training.checkpoints import checkpoints_in
 from fastln.training.evaluate import evaluate, predict
 from fastln.training.features import check_frozen
 from fastln.training.tensor_store import TensorStore
-from fastln.training.trainer import TrainConfig, TrainResult, has_checkpoint, train_task
+from fastln.training.trainer import TrainConfig, TrainResult, train_task
 
 logger = logging.getLogger(__name__)
 
@@ -104,7 +105,7 @@ def run_training(
             task, data, run.config, engine=engine, checkpoints=out / CHECKPOINTS, resume=resume, features=features
         )
     except KeyboardInterrupt:
-        if has_checkpoint(out / CHECKPOINTS):
+        if checkpoints_in(out / CHECKPOINTS):
             logger.info("the same command with --resume continues from the last whole epoch")
         raise
     logger.info("trained in %.0f s", result.seconds)
@@ -208,7 +209,7 @@ def _check_folder(run: TrainRun, out: Path, *, resume: bool, overwrite: bool) ->
     if out.exists() and not out.is_dir():
         raise FastLNError(f"{out}: is a file; give a folder")
     if resume:
-        if not has_checkpoint(out / CHECKPOINTS):
+        if not checkpoints_in(out / CHECKPOINTS):
             raise FastLNError(f"{out}: there is no checkpoint to resume from")
         _check_same(run, out / RECORD)
     if not resume and not overwrite and out.is_dir() and any(out.iterdir()) and not _came_to_nothing(out):
@@ -221,7 +222,7 @@ def _came_to_nothing(out: Path) -> bool:
         finished = json.loads((out / RECORD).read_text())["finished"]
     except (OSError, ValueError, KeyError, TypeError):
         return False
-    return not finished and not has_checkpoint(out / CHECKPOINTS)
+    return not finished and not checkpoints_in(out / CHECKPOINTS)
 
 
 def _check_same(run: TrainRun, record: Path) -> None:

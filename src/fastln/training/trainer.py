@@ -11,10 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.utils.data import DataLoader
-from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
+from transformers import PrinterCallback, TrainerCallback, TrainingArguments
 
 from fastln.data import ImageGroupedBatches, VQADataset
 from fastln.engines import apply_method, finish
@@ -23,15 +22,17 @@ from fastln.methods import HEAD_LEARNING_RATE, count_parameters, describe_parame
 from fastln.models import Task, VQATask
 from fastln.models.dual_task import DualEncoderTask
 from fastln.prepare import check_norm_gradients
+from fastln.training.adalora import AdaLoRASteps
+from fastln.training.checkpoints import checkpoints_in
 from fastln.training.features import cached_features, check_frozen
 from fastln.training.head import train_head
 from fastln.training.optimizer import WEIGHT_DECAY, MasterAdamW, cosine_schedule, parameter_groups
 from fastln.training.progress import ProgressBar, StepLog
+from fastln.training.resumable import ResumableTrainer
 from fastln.training.tensor_store import TensorStore
+from fastln.training.watch import NormWatch
 
 logger = logging.getLogger(__name__)
-
-TRAINED = "trained.safetensors"
 
 
 @dataclass(frozen=True)
@@ -96,12 +97,8 @@ class TrainResult:
     total_parameters: int
 
 
-class TaskTrainer(Trainer):
-    """transformers' Trainer over a `VQATask`: image-grouped batches, float32 optimizer state, gradient check.
-
-    A checkpoint holds the parameters that train, under the names they have in the module that trains: the frozen ones
-    are wherever the model came from. (transformers' own saves some encoders under other names than it resumes from.)
-    """
+class TaskTrainer(ResumableTrainer):
+    """transformers' Trainer over a `VQATask`: image-grouped batches, float32 optimizer state, gradient check."""
 
     def __init__(self, task: VQATask, model: nn.Module, data: VQADataset, config: TrainConfig, **kwargs: Any) -> None:
         optimizer = build_optimizer(model, task, config)
@@ -128,41 +125,12 @@ class TaskTrainer(Trainer):
         loader = DataLoader(self.train_dataset, batch_sampler=batches, collate_fn=self.data_collator)
         return self.accelerator.prepare(loader)
 
-    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Write the parameters that train to `output_dir`/trained.safetensors."""
-        folder = Path(output_dir or self.args.output_dir)
-        folder.mkdir(parents=True, exist_ok=True)
-        trained = {name: parameter.detach() for name, parameter in _trained(self.model).items()}
-        save_file(trained, folder / TRAINED)
-
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        path = Path(resume_from_checkpoint) / TRAINED
-        saved = load_file(path)
-        trained = _trained(self.model)
-        if saved.keys() != trained.keys():
-            odd = sorted(saved.keys() ^ trained.keys())
-            raise FastLNError(
-                f"{path}: it is of another run: {len(odd)} names differ from what trains now, for example {odd[0]}"
-            )
-        with torch.no_grad():
-            for name, parameter in trained.items():
-                parameter.copy_(saved[name])
-
     def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         """Take one step; the first one checks that every trained norm has its gradient."""
         loss = super().training_step(*args, **kwargs)
         if self.state.global_step == 0:
             check_norm_gradients(self.model)
         return loss
-
-
-def has_checkpoint(folder: Path | None) -> bool:
-    """Whether there is a checkpoint to resume from in `folder`."""
-    return folder is not None and any(folder.glob("checkpoint-*"))
-
-
-def _trained(model: nn.Module) -> dict[str, nn.Parameter]:
-    return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
 
 
 def build_optimizer(model: nn.Module, task: Task, config: TrainConfig) -> MasterAdamW:
@@ -208,7 +176,7 @@ def train_task(
         FastLNError: if a trained norm gets no gradient, the loss turns NaN, there is no checkpoint to resume from, or
             features are to be kept of a vision tower that trains.
     """
-    if resume and not has_checkpoint(checkpoints):
+    if resume and not (checkpoints and checkpoints_in(checkpoints)):
         raise FastLNError(f"{checkpoints}: there is no checkpoint to resume from")
     if features is not None:
         check_frozen(task, config.method, config.scope)
@@ -271,7 +239,12 @@ def _train_method(
         # Several GPUs in one process would split images and questions differently; they are for torchrun.
         arguments._n_gpu = min(arguments.n_gpu, 1)
         log = StepLog(checkpoints / "log.jsonl" if checkpoints else None)
-        callbacks: list[TrainerCallback] = [log, *([ProgressBar()] if progress else [])]
+        callbacks: list[TrainerCallback] = [
+            log,
+            NormWatch(model),
+            AdaLoRASteps(),
+            *([ProgressBar()] if progress else []),
+        ]
         trainer = TaskTrainer(task, model, data, config, args=arguments, callbacks=callbacks)
         trainer.remove_callback(PrinterCallback)
         model.train()

@@ -1,0 +1,60 @@
+"""AdaLoRA's part in training: it must be told the number of steps and called after each of them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from peft.tuners.adalora import AdaLoraModel
+from safetensors.torch import load_file, save_file
+from torch import nn
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+IMPORTANCE = "adalora.safetensors"
+_AVERAGES = ("exp_avg_ipt", "exp_avg_unc")
+
+
+class AdaLoRASteps(TrainerCallback):
+    """Has peft's AdaLoRA move its ranks after every step; nothing for other models."""
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any
+    ) -> None:
+        """Say over how many steps the ranks fall."""
+        if (tuner := _tuner(model)) is not None:
+            tuner.rankallocator.set_total_step(state.max_steps)
+
+    def on_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any
+    ) -> None:
+        """Weigh the ranks by the gradients that this step had."""
+        if (tuner := _tuner(model)) is not None:
+            tuner.update_and_allocate(state.global_step + 1)
+
+
+def save_importance(model: nn.Module, folder: Path) -> None:
+    """Write the running averages by which AdaLoRA weighs ranks; nothing for other models."""
+    if (tuner := _tuner(model)) is not None:
+        averages = {
+            f"{kind}/{name}": tensor
+            for kind in _AVERAGES
+            for name, tensor in getattr(tuner.rankallocator, kind).items()
+        }
+        save_file(averages, folder / IMPORTANCE)
+
+
+def load_importance(model: nn.Module, folder: Path) -> None:
+    """Read what `save_importance` wrote."""
+    if (tuner := _tuner(model)) is None:
+        return
+    device = next(model.parameters()).device
+    for key, tensor in load_file(folder / IMPORTANCE, device=str(device)).items():
+        kind, _, name = key.partition("/")
+        getattr(tuner.rankallocator, kind)[name] = tensor
+        # The third kind is made anew at every step; that there is one says that the averages are.
+        tuner.rankallocator.ipt.setdefault(name, tensor)
+
+
+def _tuner(model: nn.Module | None) -> AdaLoraModel | None:
+    tuner = getattr(model, "base_model", None)
+    return tuner if isinstance(tuner, AdaLoraModel) else None

@@ -1,0 +1,173 @@
+"""Checkpoints on disk: written whole or not at all, and known to be whole when they are read.
+
+A checkpoint is written into a folder beside its place, under a name that nothing takes for a checkpoint, together with
+a list of its files and their sizes; everything is flushed to the disk and then renamed into place. So a process killed
+at any moment, or a disk that fills up, leaves every checkpoint that there was. One that lost bytes since (a copy
+interrupted, a file system gone bad) does not agree with its list.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import shutil
+from collections.abc import Iterable
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+
+from fastln.errors import FastLNError
+
+logger = logging.getLogger(__name__)
+
+TRAINED = "trained.safetensors"
+FILES = "files.json"
+STAGING = ".fastln-writing"
+LEAVING = ".fastln-deleting"
+
+
+def checkpoints_in(folder: Path) -> list[Path]:
+    """Return the checkpoints in a folder, whole or not, the one of the highest step first."""
+    found = {}
+    for path in folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*") if folder.is_dir() else ():
+        step = path.name.rpartition("-")[2]
+        if step.isdigit() and path.is_dir():
+            found[int(step)] = path
+    return [found[step] for step in sorted(found, reverse=True)]
+
+
+def what_is_wrong(checkpoint: Path) -> str | None:
+    """Say what a checkpoint lacks; None for a whole one."""
+    if not checkpoint.is_dir():
+        return "there is no such folder"
+    try:
+        files = dict(json.loads((checkpoint / FILES).read_text()))
+    except (OSError, ValueError, TypeError):
+        return f"its {FILES} is missing or unreadable: it is cut short, or was not written by fastln"
+    for name, size in files.items():
+        path = checkpoint / name
+        if not path.is_file():
+            return f"{name} is missing"
+        if path.stat().st_size != size:
+            return f"{name} is cut short: it has {path.stat().st_size:,} of {size:,} bytes"
+    return None
+
+
+def last_whole(folder: Path) -> Path:
+    """Return the last checkpoint in a folder that is whole, with a warning for each one passed over.
+
+    Raises:
+        FastLNError: if there is none; the message says what is wrong with those that there are.
+    """
+    broken: list[str] = []
+    for checkpoint in checkpoints_in(folder):
+        wrong = what_is_wrong(checkpoint)
+        if wrong is None:
+            if broken:
+                logger.warning("passed over %s; resuming from %s", "; ".join(broken), checkpoint)
+            return checkpoint
+        broken.append(f"{checkpoint}: {wrong}")
+    why = f": {'; '.join(broken)}" if broken else ""
+    raise FastLNError(f"{folder}: there is no {'whole ' if broken else ''}checkpoint to resume from{why}")
+
+
+def clear_leftovers(folder: Path) -> None:
+    """Remove what a killed process was writing or deleting."""
+    for name in (STAGING, LEAVING):
+        shutil.rmtree(folder / name, ignore_errors=True)
+
+
+def publish(written: Path, place: Path) -> None:
+    """Move a checkpoint, written completely, into its place; one that stands there already goes.
+
+    Args:
+        written: its folder, on the file system of `place`.
+        place: where it belongs.
+
+    Raises:
+        OSError: where the disk does not take it; `place` is then as it was.
+    """
+    files = {str(path.relative_to(written)): path.stat().st_size for path in written.rglob("*") if path.is_file()}
+    (written / FILES).write_text(json.dumps(files, indent=1, sort_keys=True) + "\n")
+    for path in [*written.rglob("*"), written]:
+        _flush(path)
+    if place.exists():
+        remove(place)
+    os.rename(written, place)
+    _flush(place.parent)
+
+
+def remove(checkpoint: Path) -> None:
+    """Delete a checkpoint; a process killed meanwhile leaves all of it under its name, or nothing."""
+    leaving = checkpoint.parent / LEAVING
+    shutil.rmtree(leaving, ignore_errors=True)
+    os.rename(checkpoint, leaving)
+    shutil.rmtree(leaving, ignore_errors=True)
+
+
+def rotate(folder: Path, limit: int | None, keep: Iterable[Path]) -> None:
+    """Delete the checkpoints of the lowest steps until `limit` are left.
+
+    Args:
+        folder: where they are.
+        limit: how many may stay; None or 0 for all.
+        keep: those that stay in any case.
+    """
+    if not limit or limit < 0:
+        return
+    kept = set(keep)
+    found = checkpoints_in(folder)
+    surplus = len(found) - max(limit, len(kept))
+    for checkpoint in [path for path in reversed(found) if path not in kept][: max(surplus, 0)]:
+        remove(checkpoint)
+
+
+def trained_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Return the parameters that train, by the names that they have in the module that trains."""
+    return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
+def save_trained(model: nn.Module, folder: Path) -> None:
+    """Write the parameters that train: the frozen ones are wherever the model came from."""
+    save_file({name: p.detach().contiguous() for name, p in trained_parameters(model).items()}, folder / TRAINED)
+
+
+def load_trained(model: nn.Module, folder: Path) -> None:
+    """Read what `save_trained` wrote, in place.
+
+    Raises:
+        FastLNError: if the file cannot be read, or holds other parameters than those that train.
+    """
+    path = folder / TRAINED
+    try:
+        saved: dict[str, Tensor] = load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise FastLNError(f"{path}: cannot be read: {error}") from None
+    trained = trained_parameters(model)
+    if saved.keys() != trained.keys():
+        odd = sorted(saved.keys() ^ trained.keys())
+        raise FastLNError(
+            f"{path}: it is of another run: {len(odd)} names differ from what trains now, for example {odd[0]}"
+        )
+    for name, parameter in trained.items():
+        if saved[name].shape != parameter.shape:
+            raise FastLNError(
+                f"{path}: it is of another model: {name} has shape {tuple(saved[name].shape)} there and "
+                f"{tuple(parameter.shape)} here"
+            )
+    with torch.no_grad():
+        for name, parameter in trained.items():
+            parameter.copy_(saved[name])
+
+
+def _flush(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,96 @@
+"""Whether trained norms move: the failure of norm tuning that nothing else shows."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from fastln.errors import FastLNError
+from fastln.families import find_norms
+
+PATIENCE = 3
+LEAST_RATE = 1e-5  # below it a float32 γ of 1 may take many steps to change
+
+
+class NormWatch(TrainerCallback):
+    """Stops training when a trained norm stays put, or turns NaN.
+
+    Staying put: after `PATIENCE` optimizer steps at a rate of `LEAST_RATE` or more not one element of a γ or β has
+    another value than it began with. That happens to a norm in bfloat16, whose steps all round to nothing, to one that
+    the optimizer was not given, or to one that the loss does not depend on.
+
+    Args:
+        model: The model that trains, before its first step.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.parameters = {
+            f"{name}.{own}": parameter
+            for name, norm in find_norms(model)
+            for own, parameter in norm.named_parameters(recurse=False)
+            if parameter.requires_grad
+        }
+        self.start = {name: parameter.detach().clone() for name, parameter in self.parameters.items()}
+        self.n_steps = 0
+
+    def on_pre_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Count the steps that should move every norm."""
+        if any(group["lr"] >= LEAST_RATE for group in kwargs["optimizer"].param_groups):
+            self.n_steps += 1
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """After the first few steps, see whether every norm moved.
+
+        Raises:
+            FastLNError: naming those that did not.
+        """
+        if getattr(kwargs["optimizer"], "step_was_skipped", False):  # by loss scaling
+            self.n_steps -= 1
+        elif self.n_steps == PATIENCE:
+            self.n_steps += 1  # once is enough
+            still = [name for name, parameter in self.parameters.items() if torch.equal(parameter, self._start(name))]
+            if still:
+                dtypes = {str(self.parameters[name].dtype).removeprefix("torch.") for name in still}
+                raise FastLNError(
+                    f"{_some(still)} ({', '.join(sorted(dtypes))}) did not move in {PATIENCE} optimizer steps: the "
+                    "values were cast to a dtype that rounds the steps away, the optimizer does not have them, or "
+                    "their gradients are 0"
+                )
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """See that what was saved is numbers."""
+        self.check_finite(state.global_step)
+
+    def check_finite(self, step: int) -> None:
+        """Raise where a trained norm is not finite.
+
+        Raises:
+            FastLNError: naming the norms.
+        """
+        broken = [name for name, parameter in self.parameters.items() if not parameter.isfinite().all()]
+        if broken:
+            raise FastLNError(f"{_some(broken)} turned NaN or infinite by step {step}; try a lower learning rate")
+
+    def gamma_shift(self) -> float | None:
+        """Return the mean |γ - γ at the start| over all elements of trained norms; None where no γ trains."""
+        shifts = [
+            (parameter.detach().float() - self._start(name).float()).abs().flatten()
+            for name, parameter in self.parameters.items()
+            if name.endswith(".weight")
+        ]
+        return torch.cat(shifts).mean().item() if shifts else None
+
+    def _start(self, name: str) -> Tensor:
+        parameter = self.parameters[name]
+        if self.start[name].device != parameter.device:
+            self.start[name] = self.start[name].to(parameter.device)
+        return self.start[name]
+
+
+def _some(names: list[str]) -> str:
+    return f"{', '.join(names[:5])}{f' and {len(names) - 5} more' if len(names) > 5 else ''}"

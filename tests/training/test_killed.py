@@ -1,0 +1,70 @@
+"""A run killed at any moment and resumed ends with an undisturbed one's weights; two processes have one's losses."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+HERE = Path(__file__).parents[1]  # where the scripts are
+
+
+def script(*arguments, python=(sys.executable,)):
+    """Run one of the scripts here with one thread, as many as everywhere, so that sums come in the same order."""
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "TRITON_INTERPRET": "1"}
+    done = subprocess.run(
+        [*python, *map(str, arguments)], env=environment, cwd=HERE, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def result(folder):
+    return json.loads((folder / "result.json").read_text())
+
+
+@pytest.mark.parametrize(
+    ("how", "first", "last"),
+    [
+        ("saving", 5, 7),
+        pytest.param("saving", 1, 60, marks=pytest.mark.slow),
+        *[pytest.param("random", 24, seed, marks=pytest.mark.slow) for seed in range(2)],
+    ],
+)
+@pytest.mark.timeout(900)
+def test_killed_and_resumed_it_ends_with_the_same_bits(how, first, last, tmp_path):
+    straight, killed = tmp_path / "straight", tmp_path / "killed"
+    straight.mkdir()
+    killed.mkdir()
+    script(HERE / "kill_run.py", straight, "saving", 1, 0)
+    words = script(HERE / "kill_run.py", killed, how, first, last).split()
+    n_killed = int(words[words.index("killed") + 1].rstrip(","))
+    assert n_killed >= (0.8 * first if how == "random" else last - first + 1)
+    assert result(killed) == result(straight)
+    left = {path.name for path in killed.iterdir()}
+    assert left == {"result.json", "checkpoint-39", "checkpoint-40"}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_two_processes_have_the_losses_of_one(accumulate, tmp_path):
+    one, two = tmp_path / "one", tmp_path / "two"
+    one.mkdir()
+    two.mkdir()
+    shared = {"gradient_accumulation_steps": accumulate, "save_steps": 4}
+    script(HERE / "small_run.py", one, json.dumps(shared | {"per_device_train_batch_size": 4}))
+    torchrun = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2")
+    half = json.dumps(shared | {"per_device_train_batch_size": 2, "ddp_backend": "gloo"})
+    script(HERE / "small_run.py", two, half, python=torchrun)
+    torch.testing.assert_close(torch.tensor(result(two)["losses"]), torch.tensor(result(one)["losses"]))
+    for name, values in result(one)["trained"].items():
+        torch.testing.assert_close(torch.tensor(result(two)["trained"][name]), torch.tensor(values), msg=name)
+    # And the run of two goes on from the checkpoint of two, bit for bit.
+    whole = result(two)
+    (two / "result.json").unlink()
+    script("-c", f"import shutil; shutil.rmtree({str(two / 'checkpoint-12')!r})")
+    script(HERE / "small_run.py", two, half, python=torchrun)
+    assert result(two) == whole
