@@ -42,7 +42,8 @@ def test_killed_and_resumed_it_ends_with_the_same_bits(how, first, last, tmp_pat
     script(HERE / "kill_run.py", straight, "saving", 1, 0)
     words = script(HERE / "kill_run.py", killed, how, first, last).split()
     n_killed = int(words[words.index("killed") + 1].rstrip(","))
-    assert n_killed >= (0.8 * first if how == "random" else last - first + 1)
+    # An attempt that comes near the end may come through.
+    assert n_killed >= 0.8 * (first if how == "random" else last - first + 1)
     assert result(killed) == result(straight)
     left = {path.name for path in killed.iterdir()}
     assert left == {"result.json", "checkpoint-39", "checkpoint-40"}
