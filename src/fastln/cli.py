@@ -10,6 +10,7 @@ from typing import Annotated
 
 import typer
 
+from fastln import configured
 from fastln.errors import FastLNError
 
 app = typer.Typer(
@@ -85,7 +86,7 @@ def bench(
         raise typer.Exit(1)
 
 
-@app.command()
+@app.command(options_metavar="[OPTIONS] [KEY=VALUE]...", epilog=configured.HELP)
 def train(
     out: Annotated[Path, typer.Option(help="Folder for the trained model and its log.")],
     data: Data = "phantom",
@@ -118,6 +119,9 @@ def train(
     skip_bad_rows: SkipBadRows = False,
     resume: Annotated[bool, typer.Option(help="Continue from the last checkpoint in the folder.")] = False,
     overwrite: Annotated[bool, typer.Option(help="Replace an earlier run in the folder.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Show what trains, memory, the first batch; stop.")
+    ] = False,
 ) -> None:
     """Tune a model, save it and count its right answers on the test questions."""
     from fastln.data import DataOptions
@@ -139,7 +143,7 @@ def train(
     options = DataOptions(layout, language, skip_bad_rows)
     run = TrainRun(data, model, engine, config, validation=validation, dtype=dtype, device=device, options=options)
     features = None if feature_cache is None else TensorStore(feature_cache, feature_cache_size)
-    run_training(run, out, resume=resume, overwrite=overwrite, features=features)
+    run_training(run, out, resume=resume, overwrite=overwrite, features=features, dry_run=dry_run)
 
 
 @app.command("eval")
@@ -207,7 +211,7 @@ def main() -> None:
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     logging.getLogger("httpx").setLevel(logging.WARNING)
     try:
-        app(standalone_mode=True)
+        app(configured.configure(app, sys.argv[1:]), standalone_mode=True)
     except FastLNError as error:
         typer.echo(f"error: {error}", err=True)
         sys.exit(2)

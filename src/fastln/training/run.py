@@ -20,6 +20,7 @@ from fastln.models import VQATask, load_task
 from fastln.training.checkpoints import checkpoints_in
 from fastln.training.evaluate import evaluate, predict
 from fastln.training.features import check_frozen
+from fastln.training.preview import preview
 from fastln.training.tensor_store import TensorStore
 from fastln.training.trainer import TrainConfig, TrainResult, train_task
 
@@ -65,8 +66,14 @@ class Outcome:
 
 
 def run_training(
-    run: TrainRun, out: Path, *, resume: bool = False, overwrite: bool = False, features: TensorStore | None = None
-) -> Outcome:
+    run: TrainRun,
+    out: Path,
+    *,
+    resume: bool = False,
+    overwrite: bool = False,
+    features: TensorStore | None = None,
+    dry_run: bool = False,
+) -> Outcome | None:
     """Train, save to `out/model`, score, and write what happened to `out/run.json`.
 
     Args:
@@ -75,6 +82,7 @@ def run_training(
         resume: continue from the last checkpoint in `out`.
         overwrite: delete an earlier run in `out` first.
         features: keeps what a frozen vision tower gives for each image; None for no caching.
+        dry_run: print what would train, the memory it takes and the first batch; write nothing and return None.
 
     Raises:
         FastLNError: for anything in `run` that cannot be had as given, or an `out` that already holds a run.
@@ -97,6 +105,9 @@ def run_training(
     logger.info("%s by %s on %s (%s), %d questions of %s", method.name, engine, task.name, dtype, len(data), data.name)
     if features is not None:
         check_frozen(task, run.config.method, run.config.scope)
+    if dry_run:
+        print(preview(task, data, run.config, engine))
+        return None
     if not resume:
         _clear(out)
     _write(out / RECORD, {"run": asdict(run), "engine": engine, "dtype": str(dtype), "finished": False})

@@ -1,0 +1,77 @@
+"""What a training run would do, told before it does it: what trains, the memory it takes, its first batch."""
+
+from __future__ import annotations
+
+import itertools
+
+import torch
+from torch import Tensor, nn
+
+from fastln.bench.accounting import SavedActivations
+from fastln.data import ImageGroupedBatches, Sample, VQADataset
+from fastln.engines import apply_method
+from fastln.methods import describe_parameters
+from fastln.models import VQATask
+from fastln.training.trainer import TrainConfig
+
+N_SHOWN = 3
+MOMENTS = 8  # bytes a trained parameter: AdamW's two, in float32
+MASTER = 4  # bytes a trained parameter of lower precision: its float32 copy
+
+
+def preview(task: VQATask, data: VQADataset, config: TrainConfig, engine: str | None) -> str:
+    """Put the method on the task's model, run one batch forward, and say what came of it, in several lines.
+
+    Args:
+        task: the model; it stays as the method made it.
+        data: the training questions.
+        config: how to train.
+        engine: who runs the method.
+
+    Raises:
+        FastLNError: as training would, for what the method, the model and the images of the first batch are.
+    """
+    batches = ImageGroupedBatches(
+        data, config.batch_size, seed=config.seed, questions_per_image=config.questions_per_image
+    )
+    samples = [data[index] for index in next(itertools.islice(batches, 1))]
+    batch = task.collate(samples, data)
+    model = apply_method(task, config.method, engine).train()
+    with SavedActivations(model) as saved:
+        loss = model(**batch).loss
+    lines = [f"{config.method}: {describe_parameters(model)}", _memory(model, saved.bytes, len(samples))]
+    lines += [f"first batch: {len(samples)} questions, loss {loss.item():.3f} before training", *_tensors(batch)]
+    lines += [_sample(task, batch, row, sample) for row, sample in enumerate(samples[:N_SHOWN])]
+    return "\n".join(lines)
+
+
+def _memory(model: nn.Module, stored: int, n_samples: int) -> str:
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    sizes = {
+        "weights": sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers())),
+        "gradients": sum(parameter.nbytes for parameter in trained),
+        "optimizer": sum(
+            parameter.numel() * (MOMENTS + MASTER * (parameter.dtype != torch.float32)) for parameter in trained
+        ),
+        f"stored for backward by {n_samples} questions (measured)": stored,
+    }
+    parts = ", ".join(f"{name} {size / 2**20:,.1f}" for name, size in sizes.items())
+    return (
+        f"memory, predicted: {sum(sizes.values()) / 2**20:,.1f} MiB: {parts}; "
+        "libraries and intermediate results come on top"
+    )
+
+
+def _tensors(batch: dict[str, Tensor]) -> list[str]:
+    lines = []
+    for name, tensor in batch.items():
+        span = f", {tensor.min().item():.4g} to {tensor.max().item():.4g}" if tensor.numel() else ""
+        lines.append(f"  {name}: {tuple(tensor.shape)} {str(tensor.dtype).removeprefix('torch.')}{span}")
+    return lines
+
+
+def _sample(task: VQATask, batch: dict[str, Tensor], row: int, sample: Sample) -> str:
+    text = task.tokenizer.decode(batch["input_ids"][row])
+    labels = batch["labels"][row]
+    learned = repr(task.tokenizer.decode(labels[labels != -100])) if labels.dim() else f"answer {labels.item()}"
+    return f"  {sample.id}: {sample.question!r} {sample.answer!r}: reads {text!r}, learns {learned}"

@@ -1,0 +1,120 @@
+"""Options from a YAML file and key=value words: what overrules what, and what is refused."""
+
+import sys
+
+import pytest
+import typer
+import yaml
+
+from fastln import FastLNError, cli
+from fastln.configured import expand
+
+TRAIN = typer.main.get_command(cli.app).commands["train"]
+
+
+def fastln(*arguments, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["fastln", *map(str, arguments)])
+    with pytest.raises(SystemExit) as caught:
+        cli.main()
+    return caught.value.code, capsys.readouterr()
+
+
+@pytest.fixture
+def config(tmp_path):
+    def write(text):
+        path = tmp_path / "run.yaml"
+        path.write_text(text)
+        return path
+
+    return write
+
+
+def test_words_overrule_the_file_and_options_both(config, monkeypatch, capsys):
+    path = config("out: there\nepochs: 5\nbatch-size: 7\nlearning_rate: 1e-3\nresume: true\nseed: 3\nmodel: blip\n")
+    words = [
+        "epochs=6",
+        "seed=null",
+        "resume=false",
+        "batch_size=8",
+        "--batch-size",
+        "9",
+        "--data",
+        "a=b",
+        "dtype=float32",
+    ]
+    code, output = fastln("train", "--config", path, "--print-config", *words, monkeypatch=monkeypatch, capsys=capsys)
+    assert code == 0
+    values = yaml.safe_load(output.out)
+    given = {"out": "there", "epochs": 6, "batch_size": 9, "learning_rate": 1e-3, "model": "blip", "data": "a=b"}
+    assert given.items() <= values.items()
+    assert {"resume": False, "seed": 0, "method": "layernorm"}.items() <= values.items()
+
+
+def test_printed_options_are_a_file_that_gives_them_again(config, monkeypatch, capsys):
+    _, first = fastln("train", "--print-config", "epochs=3", monkeypatch=monkeypatch, capsys=capsys)
+    values = yaml.safe_load(first.out)
+    # Every option, what is required among them.
+    assert set(values) == {option.name for option in TRAIN.params if option.name != "help"}
+    _, again = fastln(
+        "train", f"--config={config(first.out)}", "--print-config", monkeypatch=monkeypatch, capsys=capsys
+    )
+    assert again.out == first.out
+
+
+@pytest.mark.parametrize(
+    ("text", "words", "message"),
+    [
+        ("epoch: 3", [], "run.yaml: unknown key 'epoch'; did you mean 'epochs'? (valid: out, data"),
+        ("", ["bach_size=3"], "bach_size=3: unknown key 'bach_size'; did you mean 'batch_size'?"),
+        ("epochs: [1, 2]", [], "run.yaml: epochs must be one value, not [1, 2]"),
+        ("resume: 3", [], "run.yaml: resume must be true or false, not 3"),
+        ("- epochs", [], "run.yaml: must hold lines of `key: value`, not a list"),
+        ("epochs: {", [], "run.yaml: not YAML: while parsing"),
+        ("", ["epochs=]"], "epochs=]: the value is not YAML"),
+    ],
+)
+def test_what_is_refused(text, words, message, config):
+    with pytest.raises(FastLNError) as caught:
+        expand(TRAIN, ["--config", str(config(text)), *words])
+    assert message in str(caught.value)
+
+
+def test_no_file_is_an_error_of_one_line(tmp_path, monkeypatch, capsys):
+    code, output = fastln("train", "--config", tmp_path / "no", monkeypatch=monkeypatch, capsys=capsys)
+    assert code == 2
+    assert output.err.startswith("error: --config ")
+    assert "cannot be read" in output.err
+
+
+def test_values_are_checked_as_options_are(config, monkeypatch, capsys):
+    code, output = fastln("train", "--config", config("epochs: many\nout: x"), monkeypatch=monkeypatch, capsys=capsys)
+    assert code == 2
+    assert "--epochs" in output.err
+
+
+def test_other_commands_are_left_alone(monkeypatch, capsys):
+    code, output = fastln("eval", "a=b", monkeypatch=monkeypatch, capsys=capsys)
+    assert code == 2
+    assert "a=b" in output.err
+
+
+@pytest.mark.parametrize(
+    ("model", "method", "shown"),
+    [
+        ("dual", "layernorm", "vision 9,984 of 11,116,032"),
+        ("blip", "LN-F-T", "text 0 of 9,884,928, decoder 10,034,560"),
+    ],
+)
+def test_a_dry_run_shows_what_would_be_and_writes_nothing(model, method, shown, tmp_path, monkeypatch, capsys):
+    words = [f"out={tmp_path / 'o'}", f"model={model}", f"method={method}", "batch_size=4", "dtype=float32"]
+    monkeypatch.setattr(sys, "argv", ["fastln", "train", "--dry-run", *words])
+    with pytest.raises(SystemExit) as caught:
+        cli.main()
+    assert caught.value.code == 0
+    text = capsys.readouterr().out
+    assert shown in text
+    assert "memory, predicted: " in text
+    assert "first batch: 4 questions, loss " in text
+    assert "reads '" in text
+    assert ("learns '" in text) == (model == "blip")
+    assert not (tmp_path / "o").exists()
