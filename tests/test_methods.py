@@ -104,6 +104,12 @@ def test_every_method_trains_a_language_model(method):
     assert moved == trained_names(model)
 
 
+def test_norms_and_lora_train_fused_projections():
+    names = trained_names(put_method(family_models.make("gpt2"), "layernorm+lora"))
+    assert sum(".c_attn.lora_" in name for name in names) == 2 * 2
+    assert sum(".ln_" in name for name in names) == 5 * 2
+
+
 @pytest.mark.parametrize("method", PROMPTS)
 def test_virtual_tokens_need_a_language_model(method):
     with pytest.raises(FastLNError, match="sequence-classification language model, which BlipForQuestionAnswering is"):

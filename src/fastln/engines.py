@@ -19,6 +19,7 @@ from fastln.families import find_norms, parameters_in
 from fastln.families.parts import attention_maps, ffn_maps
 from fastln.methods import IA3_TARGETS, LORA_RANK, LORA_TARGETS, get_method, select_parameters, settle_scope
 from fastln.models import Task
+from fastln.modules import stand_back
 from fastln.prepare import STATE, prepare, restore
 
 N_VIRTUAL_TOKENS = 20
@@ -131,6 +132,8 @@ def _norms_and_lora(
     config = _peft_config(model, "lora", scope)
     prepare(model, "layernorm", scope=scope, also=also, backend=backend)
     own = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    for name in config.target_modules:
+        stand_back(model.get_submodule(name))  # peft asks for stock layers
     wrapped = peft.get_peft_model(model, config, autocast_adapter_dtype=False)
     for parameter in own:
         parameter.requires_grad_(True)
