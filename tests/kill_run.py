@@ -2,7 +2,8 @@
 
 Every attempt is a fork of this process, which has everything imported. After every kill each checkpoint must be whole.
 "random": SIGKILL after a random time, N times. "saving": attempt n kills itself at the n-th thing that saving does to
-the disk, counted from the start of the attempt, for n from FIRST to LAST. At the end a last attempt runs through.
+the disk, counted from the start of the attempt, for n from FIRST to LAST. At the end a last attempt runs through, as an
+undisturbed one did before: what both leave is for the caller to compare.
 """
 
 import os
@@ -75,21 +76,25 @@ def end(folder, pid):
 
 
 def main(folder, how, first, last):
-    """Kill, and run through at last."""
+    """Run through once undisturbed, in FOLDER/straight; then kill, and run through at last, in FOLDER/killed."""
+    straight, killed = folder / "straight", folder / "killed"
+    straight.mkdir()
+    killed.mkdir()
+    end(straight, attempt(straight))
     generator = random.Random(last)
     n_killed = n_writing = 0
     for n in range(first if how == "random" else last - first + 1):
-        pid = attempt(folder, None if how == "random" else first + n)
+        pid = attempt(killed, None if how == "random" else first + n)
         if how == "random":
             time.sleep(generator.uniform(0.05, 1.5))
             os.kill(pid, signal.SIGKILL)
-        n_killed += end(folder, pid)
-        n_writing += (folder / checkpoints.STAGING).exists()
-        if (folder / "result.json").exists():
+        n_killed += end(killed, pid)
+        n_writing += (killed / checkpoints.STAGING).exists()
+        if (killed / "result.json").exists():
             # It came through before it was killed: begin anew.
-            shutil.rmtree(folder)
-            folder.mkdir()
-    if end(folder, attempt(folder)):
+            shutil.rmtree(killed)
+            killed.mkdir()
+    if end(killed, attempt(killed)):
         sys.exit("the last attempt was killed by something else")
     print(f"killed {n_killed}, while writing {n_writing}")
 
