@@ -222,7 +222,9 @@ def test_a_loss_that_is_no_number_stops_the_run(method, head_epochs, tmp_path):
     task = tiny.dual(tmp_path, data)
     with torch.no_grad():
         task.model.vision.layernorm.weight.fill_(float("nan"))
-    with pytest.raises(FastLNError, match="the loss is not a number at step 1"):
+    # Where the head does not learn alone first, the message names the questions of the batch.
+    named = r" in the batch of samples phantom-train-.*, " if method == "layernorm" and not head_epochs else ";"
+    with pytest.raises(FastLNError, match=f"the loss is not a number at step 1{named}"):
         train_task(task, data, TrainConfig(method, epochs=1, head_epochs=head_epochs, batch_size=8), progress=False)
 
 

@@ -19,6 +19,7 @@ from fastln.families import find_norms
 from fastln.methods import describe_parameters
 from fastln.prepare import check_norm_gradients
 from fastln.training.adalora import AdaLoRASteps
+from fastln.training.progress import check_loss
 from fastln.training.resumable import ResumableTrainer
 from fastln.training.sample_ids import KEY, WithSampleIds
 from fastln.training.watch import NormWatch
@@ -196,17 +197,13 @@ class FastLNTrainer(ResumableTrainer):
         self._count(inputs)
         loss = super().training_step(model, inputs, *args, **kwargs)
         if torch.isnan(loss):
-            self._stop_at_nan(ids)
+            step = self.state.global_step + 1
+            if self._watch is not None:
+                self._watch.check_finite(step)
+            check_loss(loss.item(), step, ids)
         if self.state.global_step == 0 and not self._sharded:
             check_norm_gradients(self.model)
         return loss
-
-    def _stop_at_nan(self, ids: list[str] | None) -> None:
-        step = self.state.global_step + 1
-        if self._watch is not None:
-            self._watch.check_finite(step)
-        batch = f" in the batch of samples {', '.join(ids)}" if ids else ""
-        raise FastLNError(f"the loss is not a number at step {step}{batch}; try a lower learning rate")
 
     def _count(self, inputs: dict[str, Any]) -> None:
         ids, mask = inputs.get("input_ids"), inputs.get("attention_mask")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,14 +14,15 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from fastln.errors import FastLNError
 
 
-def check_loss(loss: float, step: int) -> float:
+def check_loss(loss: float, step: int, sample_ids: Sequence[str] | None = None) -> float:
     """Return `loss`.
 
     Raises:
-        FastLNError: if it is not a number.
+        FastLNError: if it is not a number; the message names the samples where their ids are given.
     """
     if math.isnan(loss):
-        raise FastLNError(f"the loss is not a number at step {step}; try a lower learning rate")
+        batch = f" in the batch of samples {', '.join(sample_ids)}" if sample_ids else ""
+        raise FastLNError(f"the loss is not a number at step {step}{batch}; try a lower learning rate")
     return loss
 
 
@@ -58,7 +60,7 @@ class ProgressBar(TrainerCallback):
 
 
 class StepLog(TrainerCallback):
-    """Keeps every step's loss; appends it to a file where there is one; stops at a loss that is no number."""
+    """Keeps every step's loss, and appends it to a file where there is one."""
 
     def __init__(self, path: Path | None) -> None:
         self.losses: list[float] = []
@@ -71,7 +73,7 @@ class StepLog(TrainerCallback):
         if not logs or "loss" not in logs:
             return
         loss = float(logs["loss"])
-        self.losses.append(check_loss(loss, state.global_step))
+        self.losses.append(loss)
         if self.path is not None:
             with self.path.open("a") as file:
                 row = {"step": state.global_step, "epoch": state.epoch, "loss": loss, "lr": logs.get("learning_rate")}

@@ -27,8 +27,9 @@ from fastln.training.checkpoints import checkpoints_in
 from fastln.training.features import cached_features, check_frozen
 from fastln.training.head import train_head
 from fastln.training.optimizer import WEIGHT_DECAY, MasterAdamW, cosine_schedule, parameter_groups
-from fastln.training.progress import ProgressBar, StepLog
+from fastln.training.progress import ProgressBar, StepLog, check_loss
 from fastln.training.resumable import ResumableTrainer
+from fastln.training.sample_ids import KEY, WithSampleIds
 from fastln.training.tensor_store import TensorStore
 from fastln.training.watch import NormWatch
 
@@ -106,7 +107,7 @@ class TaskTrainer(ResumableTrainer):
         super().__init__(
             model=model,
             train_dataset=data,
-            data_collator=lambda samples: task.collate(samples, data),
+            data_collator=WithSampleIds(lambda samples: task.collate(samples, data)),
             optimizers=(optimizer, cosine_schedule(optimizer, n_steps, config.warmup)),
             **kwargs,
         )
@@ -125,9 +126,11 @@ class TaskTrainer(ResumableTrainer):
         loader = DataLoader(self.train_dataset, batch_sampler=batches, collate_fn=self.data_collator)
         return self.accelerator.prepare(loader)
 
-    def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+    def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> torch.Tensor:
         """Take one step; the first one checks that every trained norm has its gradient."""
-        loss = super().training_step(*args, **kwargs)
+        ids = inputs.pop(KEY, None)
+        loss = super().training_step(model, inputs, *args, **kwargs)
+        check_loss(loss.item(), self.state.global_step + 1, ids)
         if self.state.global_step == 0:
             check_norm_gradients(self.model)
         return loss
