@@ -36,7 +36,7 @@ CONFIG = TrainConfig(epochs=2, head_epochs=2, batch_size=8)
 
 
 @pytest.mark.usefixtures("few")
-@pytest.mark.parametrize("method", ["layernorm", "lora", "head"])
+@pytest.mark.parametrize("method", ["layernorm", "lora", "head", "LN-F", "layernorm+lora", "adalora"])
 def test_train_then_eval(method, tmp_path, capsys):
     run = TrainRun("phantom", spec(tmp_path), None, TrainConfig(method, epochs=1, head_epochs=1), validation=0.2)
     outcome = run_training(run, tmp_path / "out")

@@ -28,7 +28,8 @@ class AdaLoRASteps(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any
     ) -> None:
         """Weigh the ranks by the gradients that this step had."""
-        if (tuner := _tuner(model)) is not None:
+        # The last step takes ranks away by what those before it told; a single step has none before it.
+        if (tuner := _tuner(model)) is not None and state.max_steps > 1:
             tuner.update_and_allocate(state.global_step + 1)
 
 

@@ -8,6 +8,7 @@ interrupted, a file system gone bad) does not agree with its list.
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
 import os
@@ -169,5 +170,8 @@ def _flush(path: Path) -> None:
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
+    except OSError as error:
+        if error.errno != errno.EINVAL:  # what some network file systems say of folders
+            raise
     finally:
         os.close(descriptor)

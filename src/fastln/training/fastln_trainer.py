@@ -51,6 +51,7 @@ class FastLNTrainer(ResumableTrainer):
     """
 
     data_collator: Any
+    model: Any
 
     def __init__(
         self,
@@ -91,14 +92,12 @@ class FastLNTrainer(ResumableTrainer):
         self.add_callback(AdaLoRASteps())
         if self.model_init is None:
             # After the Trainer moved it to its device, which decides on the backends.
-            self._adopt(self._put(self.model))
+            self.model = self.model_wrapped = self.callback_handler.model = self._put(self.model)
 
     def call_model_init(self, trial: Any = None) -> nn.Module:
         """Make the model, and put the method on it."""
         model = super().call_model_init(trial)
-        if self.args.place_model_on_device is not False:
-            model = model.to(self.args.device)
-        return self._put(model)
+        return self._put(model if self._sharded else model.to(self.args.device))
 
     def _put(self, model: nn.Module) -> nn.Module:
         model = put_method(model, **self._method)
@@ -106,9 +105,6 @@ class FastLNTrainer(ResumableTrainer):
             self.remove_callback(self._watch)
             self._watch = None
         return model
-
-    def _adopt(self, model: nn.Module) -> None:
-        self.model = self.model_wrapped = self.callback_handler.model = model
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """Train, as `ResumableTrainer.train` does."""
