@@ -143,6 +143,22 @@ def test_sub_models(name, parts):
     assert len(names) == len(set(names))
 
 
+@pytest.mark.parametrize(
+    ("name", "parts"),
+    [
+        ("Blip2ForConditionalGeneration", ["vision", "text", "projector", "decoder"]),
+        ("Qwen3VLForConditionalGeneration", ["vision", "projector", "decoder"]),
+    ],
+)
+def test_sub_models_of_models_of_full_size(name, parts):
+    cls = getattr(transformers, name)
+    with torch.device("meta"):
+        found = sub_models(cls(cls.config_class()))
+    assert list(found) == parts
+    mergers = [name for name in found["projector"] if "merger" in name]
+    assert any("deepstack" in name for name in mergers) == (name == "Qwen3VLForConditionalGeneration")
+
+
 def test_the_head_of_a_model_with_a_decoder_is_the_decoders():
     assert "lm_head.weight" in sub_models(family_models.make("llava"))["decoder"]
     assert all(".merger." in name for name in sub_models(family_models.make("qwen2.5-vl"))["projector"])

@@ -12,12 +12,12 @@ from fastln.families.parts import head_parameters
 
 # The attribute names under which transformers' classes hold each sub-model.
 SCOPES: dict[str, tuple[str, ...]] = {
-    "vision": ("vision", "vision_model", "vision_tower", "vision_encoder", "visual"),
-    "text": ("text", "text_model", "text_encoder"),
+    "vision": ("vision", "vision_model", "vision_tower", "vision_encoder", "visual", "image_model"),
+    "text": ("text", "text_model", "text_encoder", "qformer"),
     "decoder": ("text_decoder", "decoder", "language_model"),
     "projector": (
         *("multi_modal_projector", "mm_projector", "visual_projection", "text_projection", "language_projection"),
-        *("connector", "merger"),
+        *("connector", "merger", "deepstack_merger_list"),
     ),
 }
 _SCOPE_OF = {name: scope for scope, names in SCOPES.items() for name in names}
