@@ -50,6 +50,18 @@ def test_words_overrule_the_file_and_options_both(config, monkeypatch, capsys):
     assert {"resume": False, "seed": 0, "method": "layernorm"}.items() <= values.items()
 
 
+def test_lists_take_each_others_place(config, monkeypatch, capsys):
+    path = config("scope: [vision, text]")
+    for words, scope in (
+        ([], ["vision", "text"]),
+        (["scope=[decoder]"], ["decoder"]),
+        (["scope=decoder"], ["decoder"]),
+        (["--scope", "projector"], ["projector"]),
+    ):
+        _, output = fastln("train", "--config", path, "--print-config", *words, monkeypatch=monkeypatch, capsys=capsys)
+        assert yaml.safe_load(output.out)["scope"] == scope
+
+
 def test_printed_options_are_a_file_that_gives_them_again(config, monkeypatch, capsys):
     _, first = fastln("train", "--print-config", "epochs=3", monkeypatch=monkeypatch, capsys=capsys)
     values = yaml.safe_load(first.out)
@@ -67,6 +79,7 @@ def test_printed_options_are_a_file_that_gives_them_again(config, monkeypatch, c
         ("epoch: 3", [], "run.yaml: unknown key 'epoch'; did you mean 'epochs'? (valid: out, data"),
         ("", ["bach_size=3"], "bach_size=3: unknown key 'bach_size'; did you mean 'batch_size'?"),
         ("epochs: [1, 2]", [], "run.yaml: epochs must be one value, not [1, 2]"),
+        ("scope: [[vision]]", [], "run.yaml: scope must be a list of values, not [['vision']]"),
         ("resume: 3", [], "run.yaml: resume must be true or false, not 3"),
         ("- epochs", [], "run.yaml: must hold lines of `key: value`, not a list"),
         ("epochs: {", [], "run.yaml: not YAML: while parsing"),

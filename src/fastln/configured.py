@@ -26,8 +26,8 @@ def expand(command: Any, args: list[str]) -> list[str]:
         Words without either.
 
     Raises:
-        FastLNError: for a file that cannot be read, an unknown key (the message names the nearest), or a value that is
-            no single one.
+        FastLNError: for a file that cannot be read, an unknown key (the message names the nearest), or a value of the
+            wrong form.
     """
     options = {str(option.name): option for option in command.params if option.param_type_name == "option"}
     with_value = {name for option in options.values() if not option.is_flag for name in option.opts}
@@ -47,7 +47,10 @@ def expand(command: Any, args: list[str]) -> list[str]:
             overrides |= _option(options, key, _parsed(text, word), word)
         else:
             others.append(word)
-    return [word for words in (from_file | overrides).values() for word in words] + others
+    # A list given as options takes the place of the file's; it does not go on from it.
+    given = {word.partition("=")[0] for word in others}
+    settled = {key: words for key, words in (from_file | overrides).items() if not given & set(options[key].opts)}
+    return [word for words in settled.values() for word in words] + others
 
 
 def show(command: Any, args: list[str]) -> str:
@@ -102,9 +105,12 @@ def _option(options: dict[str, Any], key: str, value: Any, where: str) -> dict[s
         if not isinstance(value, bool):
             raise FastLNError(f"{where}: {key} must be true or false, not {value!r}")
         return {name: [option.opts[0]] if value else list(option.secondary_opts[:1])}
-    if isinstance(value, dict | list | bool):
-        raise FastLNError(f"{where}: {key} must be one value, not {value!r}")
-    return {name: [f"{option.opts[0]}={value}"]}
+    values = value if isinstance(value, list) and option.multiple else [value]
+    if any(isinstance(value, dict | list | bool) for value in values):
+        raise FastLNError(
+            f"{where}: {key} must be {'a list of values' if option.multiple else 'one value'}, not {value!r}"
+        )
+    return {name: [f"{option.opts[0]}={value}" for value in values]}
 
 
 def _read(path: str) -> dict[Any, Any]:

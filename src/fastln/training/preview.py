@@ -36,7 +36,7 @@ def preview(task: VQATask, data: VQADataset, config: TrainConfig, engine: str | 
     )
     samples = [data[index] for index in next(itertools.islice(batches, 1))]
     batch = task.collate(samples, data)
-    model = apply_method(task, config.method, engine).train()
+    model = apply_method(task, config.method, engine, scope=config.scope).train()
     with SavedActivations(model) as saved:
         loss = model(**batch).loss
     lines = [f"{config.method}: {describe_parameters(model)}", _memory(model, saved.bytes, len(samples))]
