@@ -57,6 +57,7 @@ def loss(model, name):
 @pytest.mark.parametrize(("name", "also"), FAMILIES.items())
 def test_peft_loads_what_fastln_saved(name, also, tmp_path):
     model = tuned(name, also)
+    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     fastln.save_adapter(model, tmp_path)
     base = family_models.make(name)
     before = loss(base, name)
@@ -68,7 +69,10 @@ def test_peft_loads_what_fastln_saved(name, also, tmp_path):
     assert loss(model, name) != before
     wrapped = {n.removeprefix("base_model.model.") for n, m in loaded.named_modules() if hasattr(m, "ln_tuning_layers")}
     inside = tuple(f"{module}." for module in also)
-    assert wrapped == {n for n, _ in find_norms(family_models.make(name)) if not n.startswith(inside)}
+    norms = {n for n, _ in find_norms(family_models.make(name)) if not n.startswith(inside)}
+    # LLaVA takes its features from the last vision layer but one: the norms above do not train.
+    assert wrapped == {n for n in norms if f"{n}.weight" in trained}
+    assert wrapped == norms or name == "llava"
 
 
 @pytest.mark.parametrize(("name", "also"), {**FAMILIES, "bert": []}.items())
@@ -98,7 +102,7 @@ def test_fastln_loads_what_it_saved_bit_for_bit_in_bfloat16(name, also, tmp_path
     again = fastln.prepare(family_models.make(name).bfloat16(), also=also, backend="reference")
     fastln.load_adapter(again, tmp_path)
     assert all(torch.equal(tensor, again.state_dict()[name]) for name, tensor in model.state_dict().items())
-    names = norm_parameters(model)
+    names = [name for name in norm_parameters(model) if model.get_parameter(name).requires_grad]
     assert all(again.get_parameter(name).dtype == torch.float32 for name in names)
     stored = load_file(tmp_path / WEIGHTS)
     assert all(tensor.dtype == torch.float32 for name, tensor in stored.items() if "ln_tuning_layers" in name)

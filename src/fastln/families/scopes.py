@@ -84,8 +84,7 @@ def _prefixes(model: nn.Module) -> dict[str, str]:
 
 
 def _is_tower(module: nn.Module | None) -> bool:
-    # BERT's `decoder` is a single linear layer.
-    return module is not None and next(module.children(), None) is not None
+    return module is not None and not isinstance(module, nn.Linear)  # as BERT's `decoder` is
 
 
 def _unused(model: nn.Module) -> set[str]:
