@@ -9,9 +9,9 @@ scripts/prediction.py says how.
     python scripts/compile_report.py --machines sm_90 --widths 768 --dtypes bf16 --dry-run
 
 Rows are written when a GPU's dtype and width are done, in place of the file's rows for the same. The run fails, and
-leaves those rows as they were, where a fastln kernel up to 8,192 columns spills, has no 128-bit access to its rows,
-takes more registers or has fewer 128-bit accesses than the file says, or is not in the file; `--accept` takes the new
-figures all the same.
+leaves those rows as they were, where a fastln kernel spills or has no 128-bit access to its rows, or up to 8,192
+columns takes more registers or has fewer 128-bit accesses than the file says, or is not in the file; `--accept` takes
+the new figures all the same.
 """
 
 from __future__ import annotations
@@ -39,15 +39,15 @@ from prediction import LATENCY, in_flight, predict
 from ratchet import worse
 from report_rows import LIBRARIES, RESULTS, Row, load, save, source_digest
 
-from fastln_kernels import launch
+from fastln_kernels import launch, norm
 
 N_ROWS = 8192
 PARAMETERS = "fp32"  # of weight and bias: what training keeps them in, and what takes the most registers
 READ_TWICE = {
-    "forward_wide_kernel": ("x_ptr", "residual_ptr"),
-    "backward_row_wide_kernel": ("dy_ptr", "saved_ptr"),
+    "forward_wide_kernel": ("x_ptr", "residual_ptr", "stream_ptr"),
+    "backward_wide_kernel": ("dy_ptr", "saved_ptr"),
 }
-"""Rows that a program reads a second time, by kernel."""
+"""Rows that a program reads a second time, by kernel; of a forward that writes the stream, that alone."""
 
 Kernel = dict[str, Any]
 Group = tuple[str, str, int]
@@ -66,7 +66,10 @@ def launches(implementation: Implementation, case: Case, machine: Machine, n_col
     ):
         machine_code.noted_launches(lambda: works.append(implementation.prepare(case, inputs)))
         noted = machine_code.noted_launches(works[0].run)
-    return [_on_every_sm(one, machine) if implementation.name == "liger" else one for one in noted]
+    if implementation.name != "liger":
+        return noted
+    noted = [_on_every_sm(one, machine) for one in noted]
+    return [*noted, *(last for one in noted for last in _last_sums(one, n_cols))]
 
 
 def _on_every_sm(one: Launch, machine: Machine) -> Launch:
@@ -82,6 +85,16 @@ def _on_every_sm(one: Launch, machine: Machine) -> Launch:
     return dataclasses.replace(one, options=options, grid=(machine.sms,))
 
 
+def _last_sums(one: Launch, n_cols: int) -> list[Launch]:
+    """The sum of a Liger kernel's partial sums, which it leaves to torch: as if our kernel did it, for both at once."""
+    wanted = [one.given.get(name, False) for name in ("COMPUTE_DW", "COMPUTE_DB")]
+    if not any(wanted):
+        return []
+    rows, row = (torch.empty(shape, device="meta") for shape in ((one.programs, n_cols), (n_cols,)))
+    partials, sums = ([tensor if want else None for want in wanted] for tensor in (rows, row))
+    return machine_code.noted_launches(lambda: norm.finish(partials, sums))
+
+
 def work_of(one: Launch, n_cols: int) -> Kernel:
     """What a launch moves, and in how many turns.
 
@@ -90,17 +103,21 @@ def work_of(one: Launch, n_cols: int) -> Kernel:
         how many tiles of whole rows there are, and `turns`, how many tiles.
     """
     twice = READ_TWICE.get(one.name, ())
+    if one.given.get("stream_ptr") is not None:
+        twice = tuple(name for name in twice if name == "stream_ptr")
     moved = again = 0
     for name, value in one.given.items():
         if isinstance(value, torch.Tensor) and value.dim() == 2 and value.shape[1] == n_cols:
             moved += value.numel() * value.element_size()
             again += value.numel() * value.element_size() if name in twice else 0
     if one.kernel.__module__.startswith("liger_kernel"):
-        # Written by one program per SM, read by a sum of torch's; without a GPU they are one row, counted above.
+        # A row for each program; without a GPU they are one row, counted above.
         sums = one.given.get("COMPUTE_DW", 0) + one.given.get("COMPUTE_DB", 0)
-        moved += sums * (2 * one.grid[0] - 1) * n_cols * 4
+        moved += sums * (one.programs - 1) * n_cols * 4
     row_tiles = math.ceil(N_ROWS / one.given.get("ROWS", 1))
-    turns = row_tiles * math.ceil(n_cols / one.given.get("COLS", n_cols))
+    # With a group of blocks, a turn is a whole row.
+    blocks = 1 if "GROUP" in one.given else math.ceil(n_cols / one.given.get("COLS", n_cols))
+    turns = row_tiles * blocks
     return {"moved": moved, "read_twice": again, "row_tiles": row_tiles, "turns": turns}
 
 

@@ -20,7 +20,7 @@ class Machine:
         bandwidth: Of its memory, bytes per second.
         clock: Cycles per second.
         l1: Bytes of L1 cache per SM; at NVIDIA shared memory is cut out of them.
-        l2: Bytes of L2 cache; AMD's Infinity Cache behind it is left out.
+        l2: Bytes of the cache that all SMs share before memory; at AMD the Infinity Cache, of 17 TB/s.
         registers: Of 32 bits, per SM.
         issue: Warp instructions per cycle and SM.
         max_warps: Per SM.
@@ -95,14 +95,14 @@ MACHINES = {
         l2=126 * MB,
     ),
     # Four SIMDs of 512 registers for each of 64 lanes, 8 waves each, that take four cycles over an instruction's 64
-    # lanes; an L2 of 4 MB for each of 8 dies.
+    # lanes.
     "gfx942": Machine(
         *("MI300X", GPUTarget("hip", "gfx942", 64)),
         sms=304,
         bandwidth=5.3e12,
         clock=2.1e9,
         l1=32 * KB,
-        l2=32 * MB,
+        l2=256 * MB,
         registers=4 * 512 * 64,
         issue=1,
         max_warps=32,

@@ -11,14 +11,16 @@
     memory leaves, and then for the part of all SMs' stacks that the L2 cannot hold. What a cache serves costs no
     traffic here, only the issue of its instructions: that flatters kernels that spill.
 - *Waiting* is the time in which the bytes asked for arrive, each after a latency of 600 ns (Little's law): all that is
-  read or written, second reads too, times latency, over the bytes in flight. In flight is what a warp asks for before
-  it first waits, times the warps that an SM holds, times the SMs.
+  read or written, second reads too, times latency, over the bytes in flight; one latency at least. In flight is what a
+  warp asks for before it first waits, times the warps that the SMs hold at once, or that there are.
   Where a kernel has several loops, that with the most loads stands for it.
 - *Issue* is all warps' instructions over what the SMs issue: those of the loop in every turn, the others once. It is
   left out where a row takes several turns of the loop.
 
 Caches otherwise, latencies that vary and launch times are not in it. It says which kernel has a reason to be slow, and
-why. The same rules hold for every library.
+why. The same rules hold for every library. Liger's sums over its programs are torch's, two kernels that are not
+compiled here; they are counted as if fastln's last kernel, one for both, did them: for as many rows as Liger has
+programs.
 """
 
 from __future__ import annotations
@@ -64,7 +66,9 @@ def in_flight(kernel: Kernel) -> int:
 def seconds(kernel: Kernel, machine: Machine) -> float:
     """The time of a launch."""
     moving = traffic(kernel, machine) / machine.bandwidth
-    waiting = (kernel["moved"] + kernel["read_twice"]) * LATENCY / (in_flight(kernel) * machine.sms)
+    at_once = min(kernel["resident_warps"] * machine.sms, kernel["programs"] * kernel["warps"])
+    turns = (kernel["moved"] + kernel["read_twice"]) / (at_once * kernel["in_flight"])
+    waiting = max(turns, 1.0) * LATENCY
     if kernel["turns"] > kernel["row_tiles"]:
         return max(moving, waiting)
     issuing = executed(kernel, "instructions") / (machine.issue * machine.clock * machine.sms)

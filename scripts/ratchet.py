@@ -9,7 +9,7 @@ from norm_cases import CASES
 from report_rows import Row
 
 RATCHET_WIDTH = 8192
-BY_ROWS = ("forward_kernel", "backward_kernel")
+BY_ROWS = ("forward_kernel", "backward_kernel", "forward_wide_kernel", "backward_wide_kernel")
 LOSSES: dict[str, Callable[[dict[str, Any]], int]] = {
     "registers": lambda kernel: kernel["registers"],
     "loads that are not of 128 bits": lambda kernel: kernel["loads"] - kernel["loads_128"],
@@ -22,7 +22,7 @@ def _key(row: Row, kernel: dict[str, Any]) -> tuple[str, ...]:
 
 
 def worse(rows: Sequence[Row], before: Sequence[Row]) -> Iterator[str]:
-    """Yield a complaint for each fault of fastln's kernels up to `RATCHET_WIDTH` columns.
+    """Yield a complaint for each fault of fastln's kernels; up to `RATCHET_WIDTH` columns for each loss too.
 
     Args:
         rows: What was compiled now.
@@ -30,13 +30,14 @@ def worse(rows: Sequence[Row], before: Sequence[Row]) -> Iterator[str]:
     """
     earlier = {_key(row, kernel): kernel for row in before for kernel in row.compiled or () if row.library == "fastln"}
     for row in rows:
-        if row.library != "fastln" or row.width > RATCHET_WIDTH:
+        if row.library != "fastln":
             continue
         if row.error:
             yield f"{row.machine} {row.dtype} {row.width} {row.case}: {row.error}"
         for kernel in row.compiled or ():
             key = _key(row, kernel)
-            for fault in (*_faults(row, kernel), *_losses(kernel, earlier.get(key))):
+            losses = _losses(kernel, earlier.get(key)) if row.width <= RATCHET_WIDTH else ()
+            for fault in (*_faults(row, kernel), *losses):
                 yield f"{' '.join(key)}: {fault}"
 
 

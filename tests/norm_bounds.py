@@ -195,11 +195,24 @@ def backward(
     )
 
 
+WIDE_COLS = 64
+"""Columns of a block, where rows of few columns take the way of wide ones."""
+
+
 def take_the_wide_way(monkeypatch: Any) -> None:
-    """Have rows of few columns take the way of those that the registers cannot hold, in short blocks."""
+    """Have rows of few columns take the way of those that the registers cannot hold, in short blocks.
+
+    Which sums over rows are kept on the way depends on the width: both up to 2 blocks, up to 4 that of the weight, or
+    of the bias alone; beyond, none.
+    """
+
+    def wide_tile(n_cols: int, *_: Any, n_sums: int, **__: Any) -> launch.WideTile:
+        sums = 2 if n_cols <= 2 * WIDE_COLS else 1 if n_cols <= 4 * WIDE_COLS else 0
+        return launch.WideTile(WIDE_COLS, 2, min(sums, n_sums), 4, None)
+
     for tile in ("forward_tile", "backward_tile"):
         monkeypatch.setattr(launch, tile, lambda *_, **__: None)
-    monkeypatch.setattr(launch, "WIDE_BLOCK", launch.ColumnTile(rows=1, cols=128, warps=4))
+    monkeypatch.setattr(launch, "wide_tile", wide_tile)
 
 
 def kept_rows(given: Inputs, outputs: NormOutputs, prologue: Prologue) -> Any:

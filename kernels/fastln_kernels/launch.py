@@ -12,10 +12,18 @@ A lane loads 16 bytes at once, so a warp asks for 512 bytes of a row with each l
 |                          | after a prologue, on AMD   | AMD and Blackwell the same code takes more registers, and  |
 |                          | and on Blackwell while 8   | dropout's numbers need some; rows wider than 8 warps hold  |
 |                          | warps hold the row         | so take the larger number                                  |
-| ... of 16 warps          | forward 64, dx 32; sums 32 | 512 threads have 128 registers each, so of the sums only   |
-|                          | in 16 bits, of dweight and | those fit: dweight and dbias 64 and two packed rows 32, or |
-|                          | dbias without rows or of   | dweight 32 beside the rows, whose weight is loaded again   |
-|                          | RMSNorm's dweight          | in each turn. Wider rows: loops over blocks of columns     |
+| ... of 16 warps          | forward 64, dx 32; 32 after| 512 threads have 128 registers each: 64 elements take 32   |
+|                          | a prologue, on AMD and     | in 16 bits. With sums only dweight's and dbias's without   |
+|                          | Blackwell, there dx 24;    | rows fit beside one row, in 16 bits. Numbers are those at  |
+|                          | sums 32 without rows       | which nothing spills; wider rows: blocks of columns        |
+| blocks of columns        | 8 warps, one program an    | rows at work stay in the L2 from their sums to their       |
+|                          | SM, a lane 255 registers   | results; 8 warps with twice the registers of 16 leave more |
+|                          |                            | for sums, since addresses are held once a lane             |
+| blocks asked for at once | 32 KB and the weight's     | a Blackwell SM wants 32 KB; float32 takes 64 KB, but for   |
+|                          | 32 KB; one tensor 64 KB    | the weight. Half, where the sums take 128 registers        |
+| sums kept on the way     | 128 registers a lane; 64   | those of dweight and dbias up to 16,384 columns. One alone |
+|                          | after a prologue, on AMD   | beyond would take 128 too, but then the compiler spills:   |
+|                          | and Blackwell; 32 for both | those are made apart                                       |
 | rows of a tile           | what the warps hold, once  | 1.5 KB a warp and input at 384 and 768 (bf16): the         |
 |                          |                            | forward's 32 warps an SM ask for 48 KB                     |
 | warps of a program       | 4; 8 that keep sums        | those 8 share one row of partial sums                      |
@@ -33,6 +41,8 @@ A lane loads 16 bytes at once, so a warp asks for 512 bytes of a row with each l
 |                          | 168 beyond 32              | Without a cap ptxas spills a few to fit more               |
 | column tile              | 16 rows x 128 columns, 4   | 128 divides the usual widths; a row's piece is whole       |
 |                          | warps; 32 warps an SM      | 128-byte lines; each program's sums are 128 columns only   |
+| last sum's tile          | 512 rows x 8 columns, 4    | more rows than there are SMs: all are asked for at once,   |
+|                          | warps                      | and 8 columns make 96 programs of a row of 768             |
 """
 
 import contextlib
@@ -46,6 +56,7 @@ LANES = 64 if torch.version.hip else 32
 
 _NARROWEST = 16  # lanes that share a row, where the row is long enough
 _MAX_WARPS = 16
+_WIDE_WARPS = 8
 _SUMMING_WARPS_PER_SM = 8
 _COLUMN_WARPS_PER_SM = 32
 _SMS_WITHOUT_GPU = 2  # few enough that every program loops, as on a GPU
@@ -76,11 +87,9 @@ class BackwardTile(RowTile):
 
     Attributes:
         prefetch: Whether a program asks for its next tile before it computes the one at hand.
-        keep_weight: Whether the weight stays in the registers, rather than being loaded for each tile.
     """
 
     prefetch: bool = False
-    keep_weight: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,14 +107,30 @@ class ColumnTile:
     warps: int
 
 
+@dataclass(frozen=True, slots=True)
+class WideTile:
+    """Blocks of the columns of a row, through which one program goes.
+
+    Attributes:
+        cols: Columns of a block, a power of two.
+        group: Blocks that are asked for at once.
+        sums: How many sums over rows (of dweight, of dbias) the program keeps.
+        warps: Warps that share it.
+        max_registers: How many a lane may have; None leaves it to the compiler.
+    """
+
+    cols: int
+    group: int
+    sums: int
+    warps: int
+    max_registers: int | None
+
+
 COLUMN_TILE = ColumnTile(rows=16, cols=128, warps=4)
 """For sums over rows of a piece of the columns."""
 
-FINISH_TILE = ColumnTile(rows=32, cols=32, warps=4)
-"""For the last sum, over the programs' partial sums: narrow, so that a short vector still makes many programs."""
-
-WIDE_BLOCK = ColumnTile(rows=1, cols=4096, warps=16)
-"""For rows that no `RowTile` holds: one block of a row's columns."""
+FINISH_TILE = ColumnTile(rows=512, cols=8, warps=4)
+"""For the last sum, over the programs' partial sums."""
 
 
 def elementwise_block(itemsize: int) -> ColumnTile:
@@ -117,14 +142,16 @@ def elementwise_block(itemsize: int) -> ColumnTile:
     return ColumnTile(rows=1, cols=2 * (16 // itemsize) * LANES * 4, warps=4)
 
 
-def forward_tile(n_cols: int, itemsize: int) -> RowTile | None:
+def forward_tile(n_cols: int, itemsize: int, device: torch.device, *, prologue: bool) -> RowTile | None:
     """The forward's tile of whole rows, or None for rows that the registers cannot hold.
 
     Args:
         n_cols: Columns of a row.
         itemsize: Bytes of an element.
+        device: Where the kernel will run.
+        prologue: Whether dropout or a residual comes before the norm.
     """
-    tile = _row_tile(n_cols, itemsize, LANES, 4, 40, 40, 64)
+    tile = _row_tile(n_cols, itemsize, LANES, 4, 40, 40, 32 if prologue or is_tight(device) else 64)
     if tile is None:
         return None
     elements = tile.pieces * 16 // itemsize
@@ -140,7 +167,6 @@ def backward_tile(
     n_inputs: int,
     n_sums: int,
     need_rows: bool,
-    centre: bool,
     prologue: bool,
 ) -> BackwardTile | None:
     """The backward's tile of whole rows, or None where the registers cannot hold what is asked for.
@@ -152,15 +178,16 @@ def backward_tile(
         n_inputs: How many tensors of rows are read.
         n_sums: How many sums over rows (of dweight, of dbias) the programs keep.
         need_rows: Whether gradients of rows are made.
-        centre: Whether the mean was subtracted.
         prologue: Whether dropout or a residual came before the norm.
     """
     if not n_sums:
-        tile = _row_tile(n_cols, itemsize, LANES, 4, 40, 40, 24 if prologue else 32)
+        tile = _row_tile(n_cols, itemsize, LANES, 4, 40, 40, 24 if prologue or LANES == 64 else 32)
         return BackwardTile(tile.rows, tile.piece, tile.pieces, tile.warps) if tile else None
-    fits = not need_rows or (n_sums == 1 and not centre and not prologue)
     tight = is_tight(device)
-    limit, widest = (40, 32 if fits else 0) if itemsize == 2 else (24 if tight and prologue else 32, 0)
+    limit = 40 if itemsize == 2 else 32
+    if prologue and tight and (itemsize == 4 or LANES == 64):
+        limit = 24
+    widest = 32 if itemsize == 2 and not need_rows and LANES == 32 else 0
     tile = _row_tile(n_cols, itemsize, LANES, 8, 24 if tight or prologue else limit, limit, widest)
     if tile is None:
         return None
@@ -171,8 +198,30 @@ def backward_tile(
     return BackwardTile(
         *(tile.rows, tile.piece, tile.pieces, tile.warps, _capped(255) if roomy else None),
         prefetch=roomy and registers <= budget,
-        keep_weight=roomy,
     )
+
+
+def wide_tile(
+    n_cols: int, itemsize: int, device: torch.device, *, n_inputs: int, n_sums: int, prologue: bool
+) -> WideTile:
+    """How a program goes through rows that no `RowTile` holds.
+
+    Args:
+        n_cols: Columns of a row.
+        itemsize: Bytes of an element.
+        device: Where the kernel will run.
+        n_inputs: How many tensors of rows make a row's sums.
+        n_sums: How many sums over rows (of dweight, of dbias) are wanted.
+        prologue: Whether dropout or a residual comes before the norm.
+    """
+    cols = 16 // itemsize * LANES * _WIDE_WARPS
+    blocks = -(-n_cols // cols)
+    elements = blocks * 16 // itemsize
+    sums = min((128 >> (prologue + is_tight(device))) // elements, n_sums) if elements <= 64 else 0
+    group = 16 if n_inputs == 1 else 2 * itemsize
+    if sums * elements > 64:
+        group //= 2
+    return WideTile(cols, min(group, blocks), sums, _WIDE_WARPS, _capped(255))
 
 
 @functools.cache

@@ -10,6 +10,7 @@ Tensors of rows may have any row stride; columns, weights and biases that are no
 
 # mypy: allow-untyped-defs
 import functools
+from collections.abc import Sequence
 from typing import Any, TypeVar
 
 import torch
@@ -19,7 +20,7 @@ from torch import Tensor
 
 from fastln_kernels import launch
 from fastln_kernels.norm_rows import backward_kernel, forward_kernel
-from fastln_kernels.norm_wide import backward_parameters_kernel, backward_row_wide_kernel, forward_wide_kernel
+from fastln_kernels.norm_wide import backward_parameters_kernel, backward_wide_kernel, forward_wide_kernel
 from fastln_kernels.reference import NormGradients, NormKind, NormOutputs, dropout_threshold
 
 TensorT = TypeVar("TensorT", Tensor, Tensor | None)
@@ -91,11 +92,15 @@ def norm_forward(
     )
     constants = _constants(n_cols, kind, dropout) | {"ROUND_NORMED": kind.round_normed}
     with launch.on_device(x.device):
-        tile = launch.forward_tile(n_cols, x.element_size())
+        prologue = residual is not None or dropout > 0
+        tile = launch.forward_tile(n_cols, x.element_size(), x.device, prologue=prologue)
         if tile:
             forward_kernel[(triton.cdiv(n_rows, tile.rows),)](*arguments, **constants, **_row_options(tile))
         else:
-            forward_wide_kernel[(n_rows,)](*arguments, **constants, **_block_options(launch.WIDE_BLOCK))
+            n_inputs = 1 + (residual is not None or dropout > 0)
+            wide = launch.wide_tile(n_cols, x.element_size(), x.device, n_inputs=n_inputs, n_sums=0, prologue=prologue)
+            n_programs = min(n_rows, launch.sm_count(x.device))
+            forward_wide_kernel[(n_programs,)](*arguments, **constants, **_wide_options(wide))
     return NormOutputs(y, stream, normed, rstd)
 
 
@@ -130,67 +135,73 @@ def norm_backward(
         return gradients
 
     dy, saved, weight, dstream = (_unit_columns(dy), *(_unit_columns(t) for t in (saved, weight, dstream)))
-    tile_for = functools.partial(
-        launch.backward_tile,
-        *(n_cols, dy.element_size(), dy.device),
-        n_inputs=sum(t is not None for t in (dy, saved, dstream)),
-        need_rows=need_rows,
-        centre=kind.centre,
-        prologue=dstream is not None or dropout > 0,
-    )
-    tile = tile_for(n_sums=sum(need))
-    # Where the registers cannot hold the sums too, they are made apart, from each row's mean.
-    apart = any(need) and tile is None
-    if apart and need_rows:
-        tile = tile_for(n_sums=0)
-    n_col_blocks = triton.cdiv(n_cols, launch.COLUMN_TILE.cols)
-    n_programs = triton.cdiv(n_rows, tile.rows) if tile else n_rows
-    n_partials = 0
-    if apart:
-        n_summing = triton.cdiv(launch.summing_programs(dy.device, launch.COLUMN_TILE), n_col_blocks)
-        n_partials = min(triton.cdiv(n_rows, launch.COLUMN_TILE.rows), n_summing)
-    elif tile and any(need):
-        n_partials = n_programs = min(n_programs, launch.summing_programs(dy.device, tile))
-    partials = [new((n_partials, n_cols), dtype=torch.float32) if wanted else None for wanted in need]
-    need_means = apart and need_dweight and kind.centre and not saved_is_normed
-    means = new((2, n_rows), dtype=torch.float32) if need_means else None
+    where = (n_cols, dy.element_size(), dy.device)
+    n_inputs, n_sums = sum(t is not None for t in (dy, saved, dstream)), sum(need)
+    prologue = dstream is not None or dropout > 0
+    tile = launch.backward_tile(*where, n_inputs=n_inputs, n_sums=n_sums, need_rows=need_rows, prologue=prologue)
+    wide = launch.wide_tile(*where, n_inputs=1 + need_rows, n_sums=n_sums, prologue=prologue)
+    find_mean = need_dweight and kind.centre and not saved_is_normed
+    by_rows = tile is not None or need_rows or find_mean
+    # Which sums the programs keep that go through the rows; the others are made apart, from each row's mean.
+    n_kept = n_sums if tile else wide.sums if by_rows else 0
+    kept = (need_dweight and n_kept > 0, need_dbias and n_kept > need_dweight)
+    apart = tuple(wanted and not has for wanted, has in zip(need, kept, strict=True))
+    means = new((2, n_rows), dtype=torch.float32) if find_mean and apart[0] else None
 
-    constants = _constants(n_cols, kind, dropout) | {"SAVED_IS_NORMED": saved_is_normed}
+    def new_partials(wanted: tuple[bool, ...], n_partials: int) -> list[Tensor | None]:
+        return [new((n_partials, n_cols), dtype=torch.float32) if has else None for has in wanted]
+
+    constants = _constants(n_cols, kind, dropout)
+    of_saved = {"ROUND_NORMED": kind.round_normed, "SAVED_IS_NORMED": saved_is_normed}
     strides = (_row_stride(dy), _row_stride(saved))
     rows = (dy, saved, weight, rstd, dstream, seed, dx, dresidual)
     with launch.on_device(dy.device):
-        if tile:
-            backward_kernel[(n_programs,)](
-                *(*rows, *((None, None) if apart else partials), means, n_rows, *strides, _row_stride(dstream)),
-                ROUND_NORMED=kind.round_normed,
-                PREFETCH=tile.prefetch,
-                KEEP_WEIGHT=tile.keep_weight,
-                **constants,
-                **_row_options(tile),
-            )
-        elif need_rows or need_means:
-            backward_row_wide_kernel[(n_rows,)](
-                *(*rows, means, n_rows, *strides, _row_stride(dstream)),
-                **constants,
-                **_block_options(launch.WIDE_BLOCK),
-            )
-        if apart:
-            backward_parameters_kernel[(n_col_blocks, n_partials)](
-                *(dy, saved, rstd, means, *partials, n_rows, *strides),
+        if by_rows:
+            n_programs = triton.cdiv(n_rows, tile.rows) if tile else min(n_rows, launch.sm_count(dy.device))
+            if tile and any(kept):
+                n_programs = min(n_programs, launch.summing_programs(dy.device, tile))
+            partials = new_partials(kept, n_programs)
+            arguments = (n_rows, *strides, _row_stride(dstream))
+            if tile:
+                options = {"PREFETCH": tile.prefetch, **_row_options(tile)}
+                backward_kernel[(n_programs,)](*rows, *partials, *arguments, **constants, **of_saved, **options)
+            else:
+                options = _wide_options(wide)
+                backward_wide_kernel[(n_programs,)](
+                    *(*rows, *partials, means, *arguments), **constants, **of_saved, **options
+                )
+            finish(partials, (dweight, dbias))
+        if any(apart):
+            n_col_blocks = triton.cdiv(n_cols, launch.COLUMN_TILE.cols)
+            n_programs = triton.cdiv(launch.summing_programs(dy.device, launch.COLUMN_TILE), n_col_blocks)
+            n_programs = min(triton.cdiv(n_rows, launch.COLUMN_TILE.rows), n_programs)
+            partials = new_partials(apart, n_programs)
+            backward_parameters_kernel[(n_col_blocks, n_programs)](
+                *(dy, saved if apart[0] else None, rstd, means, *partials, n_rows, *strides),
                 N_COLS=n_cols,
                 ROWS=launch.COLUMN_TILE.rows,
-                ROUND_NORMED=kind.round_normed,
-                SAVED_IS_NORMED=saved_is_normed,
+                **of_saved,
                 **_block_options(launch.COLUMN_TILE),
             )
-        if any(need):
-            finish_kernel[(triton.cdiv(n_cols, launch.FINISH_TILE.cols),)](
-                *(*partials, dweight, dbias, n_partials),
-                N_COLS=n_cols,
-                ROWS=launch.FINISH_TILE.rows,
-                **_block_options(launch.FINISH_TILE),
-            )
+            finish(partials, (dweight, dbias))
     return gradients
+
+
+def finish(partials: Sequence[Tensor | None], gradients: Sequence[Tensor | None]) -> None:
+    """Add up programs' partial sums, `(n_partials, n_cols)` or None, into the gradients of weight and bias."""
+    given = [
+        (sums, total) if sums is not None else (None, None) for sums, total in zip(partials, gradients, strict=True)
+    ]
+    shape = next((sums.shape for sums, _ in given if sums is not None), None)
+    if shape is None:
+        return
+    n_partials, n_cols = shape
+    finish_kernel[(triton.cdiv(n_cols, launch.FINISH_TILE.cols),)](
+        *(*(sums for sums, _ in given), *(total for _, total in given), n_partials),
+        N_COLS=n_cols,
+        ROWS=launch.FINISH_TILE.rows,
+        **_block_options(launch.FINISH_TILE),
+    )
 
 
 def _constants(n_cols: int, kind: NormKind, dropout: float) -> dict[str, Any]:
@@ -211,6 +222,11 @@ def _row_options(tile: launch.RowTile) -> dict[str, Any]:
 
 def _block_options(tile: launch.ColumnTile) -> dict[str, Any]:
     return {"COLS": tile.cols, "num_warps": tile.warps, "enable_fp_fusion": True}
+
+
+def _wide_options(tile: launch.WideTile) -> dict[str, Any]:
+    cap = {} if tile.max_registers is None else {"maxnreg": tile.max_registers}
+    return {"COLS": tile.cols, "GROUP": tile.group, **cap, "num_warps": tile.warps, "enable_fp_fusion": True}
 
 
 def _row_stride(x: Tensor | None) -> int:

@@ -123,15 +123,11 @@ def forward_kernel(
 
 
 @triton.jit
-def _dnormed(dy, weight, weight_ptr, k: tl.constexpr, cols, N_COLS: tl.constexpr, OFFSET: tl.constexpr):
-    """Return piece `k` of the gradient of x_hat, in float32; a weight that is not at hand is loaded."""
+def _dnormed(dy, weight, k: tl.constexpr, OFFSET: tl.constexpr):
+    """Return piece `k` of the gradient of x_hat, in float32."""
     dnormed = dy[k].to(tl.float32)
     if len(weight) > 0:
         dnormed *= weight[k].to(tl.float32) + OFFSET
-    elif weight_ptr is not None:
-        at = (cols + k * cols.shape[0])[None, :]
-        piece = tl.load(weight_ptr + at, mask=at < N_COLS, other=0.0)
-        dnormed *= piece.to(tl.float32) + OFFSET
     return dnormed
 
 
@@ -179,7 +175,6 @@ def backward_kernel(
     dresidual_ptr,
     dweight_ptr,
     dbias_ptr,
-    means_ptr,
     n_rows,
     dy_stride,
     saved_stride,
@@ -194,12 +189,8 @@ def backward_kernel(
     THRESHOLD: tl.constexpr,
     SAVED_IS_NORMED: tl.constexpr,
     PREFETCH: tl.constexpr,
-    KEEP_WEIGHT: tl.constexpr,
 ):
-    """Tiles of rows: dx and dresidual and, from the same loads, this program's partial sums of dweight and dbias.
-
-    Where the registers hold no sums, the rows' means, `(2, n_rows)`, are stored for the kernel that makes them.
-    """
+    """Tiles of rows: dx and dresidual and, from the same loads, this program's partial sums of dweight and dbias."""
     program = tl.program_id(0)
     cols = tl.arange(0, PIECE)
     dtype: tl.constexpr = dy_ptr.dtype.element_ty
@@ -208,7 +199,7 @@ def backward_kernel(
     FIND_MEAN: tl.constexpr = NEED_NORMED and CENTRE and not SAVED_IS_NORMED
 
     weight = ()
-    if NEED_ROWS and weight_ptr is not None and KEEP_WEIGHT:
+    if NEED_ROWS and weight_ptr is not None:
         weight = load_vector(weight_ptr, tl.arange(0, ROWS) >= 0, cols, N_COLS, PIECES)
     if dx_ptr is not None and THRESHOLD > 0:
         seed = tl.load(seed_ptr)
@@ -260,7 +251,7 @@ def backward_kernel(
                 if FIND_MEAN:
                     total += saved[k].to(tl.float32)
                 if NEED_ROWS:
-                    with_ones += _dnormed(dy, weight, weight_ptr, k, cols, N_COLS, OFFSET)
+                    with_ones += _dnormed(dy, weight, k, OFFSET)
             if FIND_MEAN and NEED_ROWS:
                 mean, along_ones = two_means(total, with_ones, N_COLS)
             elif FIND_MEAN:
@@ -275,7 +266,7 @@ def backward_kernel(
                 if FIND_MEAN:
                     left += difference
                 if NEED_ROWS:
-                    with_difference += difference * _dnormed(dy, weight, weight_ptr, k, cols, N_COLS, OFFSET)
+                    with_difference += difference * _dnormed(dy, weight, k, OFFSET)
             along_difference = tl.zeros((ROWS,), tl.float32)
             if FIND_MEAN and NEED_ROWS:
                 residual_mean, along_difference = two_means(left, with_difference, N_COLS)
@@ -283,9 +274,6 @@ def backward_kernel(
                 residual_mean = tl.sum(left, axis=1) / N_COLS
             else:
                 along_difference = tl.sum(with_difference, axis=1) / N_COLS
-            if means_ptr is not None:
-                tl.store(means_ptr + rows, mean, mask=in_rows)
-                tl.store(means_ptr + n_rows + rows, residual_mean, mask=in_rows)
             along_normed = (along_difference - residual_mean * along_ones) * scale
 
         new_dweight = ()
@@ -295,7 +283,7 @@ def backward_kernel(
             if NEED_NORMED:
                 normed = (saved[k].to(tl.float32) - mean[:, None] - residual_mean[:, None]) * scale[:, None]
             if NEED_ROWS:
-                dnormed = _dnormed(dy, weight, weight_ptr, k, cols, N_COLS, OFFSET)
+                dnormed = _dnormed(dy, weight, k, OFFSET)
                 inner = (dnormed - along_ones[:, None] - normed * along_normed[:, None]) * rstd[:, None]
                 if dstream_ptr is not None:
                     inner += dstream[k].to(tl.float32)

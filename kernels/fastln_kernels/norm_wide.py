@@ -1,11 +1,15 @@
 """LayerNorm and RMSNorm of rows too wide for the registers: loops over blocks of columns.
 
-A row is read twice, the second time mostly from the cache; loops are unrolled by 4, to ask for 4 blocks at once. Its
-mean is taken about the mean of its first block. Should that lie far from the row's mean, the row's variance is large
-for the same reason: what cancels is at most a factor N_COLS / COLS of the last bit.
+A program takes one row after another, and each row twice: once for its sums, then for the results. There is one program
+an SM, so that the rows at work stay in the L2 between the two. A block is `(LANES, VECTOR)`: what a lane loads at once,
+and what it adds up alone.
+
+Each lane sums differences from a pivot of its own, the mean of what it loads first; that of the row is found when all
+are summed. Should a lane's pivot lie far from the mean of its elements, their variance is large for the same reason:
+what cancels is at most a factor N_COLS / COLS of the last bit.
 """
 
-# mypy: allow-untyped-defs
+# mypy: allow-untyped-defs, disable-error-code="assignment"
 import triton
 import triton.language as tl
 
@@ -14,22 +18,103 @@ from fastln_kernels.tiles import about_the_mean
 
 
 @triton.jit
-def _load_block(ptr, row, stride, cols, in_cols):
-    return tl.load(ptr + row * stride + cols, mask=in_cols, other=0.0).to(tl.float32)[None, :]
+def _load(ptr, row, stride, start, cols, N_COLS: tl.constexpr, FULL: tl.constexpr):
+    """Load the block of a row at `start`, in its dtype; 0 beyond the last column, unless all blocks are `FULL`."""
+    at = ptr + (row * stride + start) + cols
+    if FULL:
+        return tl.load(at)
+    else:
+        return tl.load(at, mask=start + cols < N_COLS, other=0.0)
 
 
 @triton.jit
-def _stream_block(
-    x_ptr, residual_ptr, seed, row, x_stride, residual_stride, start, offsets, in_cols, THRESHOLD, dtype: tl.constexpr
+def _load_group(
+    ptr, row, stride, start, cols, GROUP: tl.constexpr, COLS: tl.constexpr, N_COLS: tl.constexpr, FULL: tl.constexpr
 ):
-    """Return a block of the row `residual + dropout(x)`, rounded to `dtype` and back to float32."""
-    block = _load_block(x_ptr, row, x_stride, start + offsets, in_cols)
-    if THRESHOLD > 0:
-        rows = tl.full((1,), 0, tl.int64) + row
-        block = dropped_out(block, seed, rows, start, THRESHOLD, x_ptr.dtype.element_ty)
+    """Load `GROUP` neighbouring blocks of a row, of which the first is at `start`."""
+    blocks = ()
+    for k in tl.static_range(GROUP):
+        blocks += (_load(ptr, row, stride, start + k * COLS, cols, N_COLS, FULL),)
+    return blocks
+
+
+@triton.jit
+def _store(ptr, row, start, cols, block, N_COLS: tl.constexpr, FULL: tl.constexpr):
+    at = ptr + (row * N_COLS + start) + cols
+    if FULL:
+        tl.store(at, block)
+    else:
+        tl.store(at, block, mask=start + cols < N_COLS)
+
+
+@triton.jit
+def _difference(block, pivot, cols, N_COLS: tl.constexpr, FULL: tl.constexpr):
+    """Return the difference of a block from its lanes' pivots; 0 beyond the last column."""
+    difference = block.to(tl.float32) - pivot[:, None]
+    return difference if FULL else tl.where(cols < N_COLS, difference, 0.0)
+
+
+@triton.jit
+def _pivot(block, cols, N_COLS: tl.constexpr, FULL: tl.constexpr):
+    """Return the lanes' means of the first block."""
+    count = block.shape[1]
+    if not FULL:
+        count = tl.maximum(tl.sum((cols < N_COLS).to(tl.float32), axis=1), 1.0)
+    return tl.sum(block.to(tl.float32), axis=1) / count
+
+
+@triton.jit
+def _counts(cols, COLS: tl.constexpr, N_COLS: tl.constexpr, FULL: tl.constexpr):
+    """Return how many columns each lane has."""
+    if FULL:
+        count = tl.full((cols.shape[0],), N_COLS // cols.shape[0], tl.float32)
+    else:
+        count = tl.zeros((cols.shape[0],), tl.float32)
+        for start in tl.static_range(0, N_COLS, COLS):
+            count += tl.sum((start + cols < N_COLS).to(tl.float32), axis=1)
+    return count
+
+
+@triton.jit
+def _stream_group(
+    x_ptr,
+    residual_ptr,
+    seed,
+    row,
+    x_stride,
+    residual_stride,
+    start,
+    cols,
+    GROUP: tl.constexpr,
+    COLS: tl.constexpr,
+    N_COLS: tl.constexpr,
+    FULL: tl.constexpr,
+    THRESHOLD: tl.constexpr,
+    dtype: tl.constexpr,
+):
+    """Return `GROUP` blocks from `start` on of the row `residual + dropout(x)`, rounded to `dtype`."""
+    x = _load_group(x_ptr, row, x_stride, start, cols, GROUP, COLS, N_COLS, FULL)
     if residual_ptr is not None:
-        block += _load_block(residual_ptr, row, residual_stride, start + offsets, in_cols)
-    return block.to(dtype).to(tl.float32)
+        residual = _load_group(residual_ptr, row, residual_stride, start, cols, GROUP, COLS, N_COLS, FULL)
+    if THRESHOLD > 0:
+        # So that the rows are asked for before the generator starts: no load passes a barrier.
+        tl.debug_barrier()
+    blocks = ()
+    for k in tl.static_range(GROUP):
+        block = x[k].to(tl.float32)
+        if THRESHOLD > 0:
+            block = _dropped_out(block, seed, row, start + k * COLS, THRESHOLD, x_ptr.dtype.element_ty)
+        if residual_ptr is not None:
+            block += residual[k].to(tl.float32)
+        blocks += (block.to(dtype),)
+    return blocks
+
+
+@triton.jit
+def _dropped_out(block, seed, row, start, THRESHOLD: tl.constexpr, dtype: tl.constexpr):
+    rows = tl.full((1,), 0, tl.int64) + row
+    flat = tl.reshape(block, (1, block.numel))
+    return tl.reshape(dropped_out(flat, seed, rows, start, THRESHOLD, dtype), block.shape)
 
 
 @triton.jit(do_not_specialize=["n_rows"])
@@ -49,72 +134,118 @@ def forward_wide_kernel(
     eps,
     N_COLS: tl.constexpr,
     COLS: tl.constexpr,
+    GROUP: tl.constexpr,
     CENTRE: tl.constexpr,
     OFFSET: tl.constexpr,
     ROUND_NORMED: tl.constexpr,
     THRESHOLD: tl.constexpr,
 ):
-    """One row: once through its blocks for the statistics, once more for the results."""
-    row = tl.program_id(0).to(tl.int64)
-    offsets = tl.arange(0, COLS)
+    """Rows: once through a row's blocks for its statistics, once more for the results."""
     dtype: tl.constexpr = y_ptr.dtype.element_ty
-    stream_dtype: tl.constexpr = dtype if stream_ptr is not None else tl.float32
+    # What is normalised is what the next layers see, rounded.
+    stream_dtype: tl.constexpr = tl.float32 if stream_ptr is None else dtype
+    FULL: tl.constexpr = N_COLS % (GROUP * COLS) == 0
+    VECTOR: tl.constexpr = 128 // dtype.primitive_bitwidth
+    LANES: tl.constexpr = COLS // VECTOR
+    cols = tl.arange(0, LANES)[:, None] * VECTOR + tl.arange(0, VECTOR)[None, :]
+    count = _counts(cols, COLS, N_COLS, FULL)
     seed = 0
     if THRESHOLD > 0:
         seed = tl.load(seed_ptr)
 
-    mean = 0.0
-    if CENTRE:
-        block = _stream_block(
-            *(x_ptr, residual_ptr, seed, row, x_stride, residual_stride, 0, offsets, offsets < N_COLS),
-            THRESHOLD,
-            stream_dtype,
-        )
-        mean = tl.sum(block) / min(COLS, N_COLS)
-    first = tl.zeros((1, COLS), tl.float32)
-    second = tl.zeros((1, COLS), tl.float32)
-    for start in tl.range(0, N_COLS, COLS, loop_unroll_factor=4):
-        in_cols = start + offsets < N_COLS
-        block = _stream_block(
-            *(x_ptr, residual_ptr, seed, row, x_stride, residual_stride, start, offsets, in_cols),
-            THRESHOLD,
-            stream_dtype,
-        )
-        if stream_ptr is not None:
-            tl.store(stream_ptr + row * N_COLS + (start + offsets)[None, :], block, mask=in_cols[None, :])
-        difference = tl.where(in_cols[None, :], block - mean, 0.0)
-        first += difference
-        second += difference * difference
-    residual_mean = 0.0
-    variance = tl.sum(second) / N_COLS
-    if CENTRE:
-        residual_mean = tl.sum(first) / N_COLS
-        variance = about_the_mean(variance, residual_mean)
-    rstd = tl.rsqrt(variance + eps)
-    tl.store(rstd_ptr + row, rstd)
+    for index in range(tl.program_id(0), n_rows, tl.num_programs(0)):
+        row = tl.to_tensor(index).to(tl.int64)
+        pivot = tl.zeros((LANES,), tl.float32)
+        differences = tl.zeros((LANES,), tl.float32)
+        squares = tl.zeros((LANES,), tl.float32)
+        for start in range(0, N_COLS, GROUP * COLS):
+            blocks = _stream_group(
+                *(x_ptr, residual_ptr, seed, row, x_stride, residual_stride, start, cols, GROUP, COLS, N_COLS, FULL),
+                THRESHOLD,
+                stream_dtype,
+            )
+            if CENTRE:
+                pivot = tl.where(start == 0, _pivot(blocks[0], cols, N_COLS, FULL), pivot)
+            for k in tl.static_range(GROUP):
+                if stream_ptr is not None:
+                    _store(stream_ptr, row, start + k * COLS, cols, blocks[k], N_COLS, FULL)
+                difference = _difference(blocks[k], pivot, start + k * COLS + cols, N_COLS, FULL)
+                differences += tl.sum(difference, axis=1)
+                squares += tl.sum(difference * difference, axis=1)
+        mean = 0.0
+        residual_mean = 0.0
+        if CENTRE:
+            mean = tl.sum(count * pivot + differences) / N_COLS
+            shift = pivot - mean
+            squares += shift * (2 * differences + count * shift)
+            residual_mean = tl.sum(differences + count * shift) / N_COLS
+        variance = tl.sum(squares) / N_COLS
+        if CENTRE:
+            variance = about_the_mean(variance, residual_mean)
+        rstd = tl.rsqrt(variance + eps)
+        tl.store(rstd_ptr + row, rstd)
 
-    for start in tl.range(0, N_COLS, COLS, loop_unroll_factor=4):
-        in_cols = start + offsets < N_COLS
-        block = _stream_block(
-            *(x_ptr, residual_ptr, seed, row, x_stride, residual_stride, start, offsets, in_cols),
-            THRESHOLD,
-            stream_dtype,
-        )
-        at = row * N_COLS + (start + offsets)[None, :]
-        y = (block - mean - residual_mean) * rstd
-        if normed_ptr is not None:
-            tl.store(normed_ptr + at, y, mask=in_cols[None, :])
-        if ROUND_NORMED:
-            y = y.to(dtype).to(tl.float32)
-        if weight_ptr is not None:
-            y *= _load_block(weight_ptr, row, 0, start + offsets, in_cols) + OFFSET
-        if bias_ptr is not None:
-            y += _load_block(bias_ptr, row, 0, start + offsets, in_cols)
-        tl.store(y_ptr + at, y, mask=in_cols[None, :])
+        for start in range(0, N_COLS, GROUP * COLS):
+            if stream_ptr is not None:
+                blocks = _load_group(stream_ptr, row, N_COLS, start, cols, GROUP, COLS, N_COLS, FULL)
+            else:
+                blocks = _stream_group(
+                    *(x_ptr, residual_ptr, seed, row, x_stride, residual_stride, start, cols),
+                    *(GROUP, COLS, N_COLS, FULL),
+                    THRESHOLD,
+                    stream_dtype,
+                )
+            for k in tl.static_range(GROUP):
+                here = start + k * COLS
+                y = (blocks[k].to(tl.float32) - mean - residual_mean) * rstd
+                if normed_ptr is not None:
+                    _store(normed_ptr, row, here, cols, y, N_COLS, FULL)
+                if ROUND_NORMED:
+                    y = y.to(dtype).to(tl.float32)
+                if weight_ptr is not None:
+                    y *= _load(weight_ptr, row, 0, here, cols, N_COLS, FULL).to(tl.float32) + OFFSET
+                if bias_ptr is not None:
+                    y += _load(bias_ptr, row, 0, here, cols, N_COLS, FULL).to(tl.float32)
+                _store(y_ptr, row, here, cols, y, N_COLS, FULL)
+
+
+@triton.jit
+def _dnormed(dy, weight_ptr, row, start, cols, N_COLS: tl.constexpr, FULL: tl.constexpr, OFFSET: tl.constexpr):
+    """Return a block of the gradient of x_hat, in float32."""
+    dnormed = dy.to(tl.float32)
+    if weight_ptr is not None:
+        dnormed *= _load(weight_ptr, row, 0, start, cols, N_COLS, FULL).to(tl.float32) + OFFSET
+    return dnormed
+
+
+@triton.jit
+def _store_rows(
+    inner,
+    dstream_ptr,
+    dx_ptr,
+    dresidual_ptr,
+    seed,
+    row,
+    dstream_stride,
+    start,
+    cols,
+    N_COLS: tl.constexpr,
+    FULL: tl.constexpr,
+    THRESHOLD: tl.constexpr,
+):
+    """Store the block at `start` of dx and dresidual, given the gradient of what was normalised."""
+    if dstream_ptr is not None:
+        inner += _load(dstream_ptr, row, dstream_stride, start, cols, N_COLS, FULL).to(tl.float32)
+    if dresidual_ptr is not None:
+        _store(dresidual_ptr, row, start, cols, inner, N_COLS, FULL)
+    if dx_ptr is not None:
+        if THRESHOLD > 0:
+            inner = _dropped_out(inner, seed, row, start, THRESHOLD, dx_ptr.dtype.element_ty)
+        _store(dx_ptr, row, start, cols, inner, N_COLS, FULL)
 
 
 @triton.jit(do_not_specialize=["n_rows"])
-def backward_row_wide_kernel(
+def backward_wide_kernel(
     dy_ptr,
     saved_ptr,
     weight_ptr,
@@ -123,6 +254,8 @@ def backward_row_wide_kernel(
     seed_ptr,
     dx_ptr,
     dresidual_ptr,
+    dweight_ptr,
+    dbias_ptr,
     means_ptr,
     n_rows,
     dy_stride,
@@ -130,70 +263,127 @@ def backward_row_wide_kernel(
     dstream_stride,
     N_COLS: tl.constexpr,
     COLS: tl.constexpr,
+    GROUP: tl.constexpr,
     CENTRE: tl.constexpr,
     OFFSET: tl.constexpr,
+    ROUND_NORMED: tl.constexpr,
     THRESHOLD: tl.constexpr,
     SAVED_IS_NORMED: tl.constexpr,
 ):
-    """One row: its sums; then dx and dresidual; and its mean, `(2, n_rows)`, for the sums over rows."""
-    row = tl.program_id(0).to(tl.int64)
-    offsets = tl.arange(0, COLS)
-    NEED_ROWS: tl.constexpr = dx_ptr is not None or dresidual_ptr is not None
-    FIND_MEAN: tl.constexpr = CENTRE and not SAVED_IS_NORMED
-    dtype: tl.constexpr = dy_ptr.dtype.element_ty
+    """Rows: a row's sums; then dx, dresidual and, from the same loads, partial sums of dweight and dbias.
 
-    rstd = tl.load(rstd_ptr + row)
-    scale = rstd
-    if SAVED_IS_NORMED:
-        scale = 1.0
-    mean = 0.0
-    if FIND_MEAN:
-        mean = tl.sum(_load_block(saved_ptr, row, saved_stride, offsets, offsets < N_COLS)) / min(COLS, N_COLS)
-    differences = tl.zeros((1, COLS), tl.float32)
-    with_differences = tl.zeros((1, COLS), tl.float32)
-    with_ones = tl.zeros((1, COLS), tl.float32)
-    for start in tl.range(0, N_COLS, COLS, loop_unroll_factor=4):
-        in_cols = start + offsets < N_COLS
-        difference = _load_block(saved_ptr, row, saved_stride, start + offsets, in_cols)
-        difference = tl.where(in_cols[None, :], difference - mean, 0.0)
-        differences += difference
+    Where the registers do not hold the sums of dweight, the rows' means, `(2, n_rows)`, are stored for the kernel that
+    makes them.
+    """
+    dtype: tl.constexpr = dy_ptr.dtype.element_ty
+    FULL: tl.constexpr = N_COLS % (GROUP * COLS) == 0
+    NEED_ROWS: tl.constexpr = dx_ptr is not None or dresidual_ptr is not None
+    NEED_SUMS: tl.constexpr = dweight_ptr is not None or dbias_ptr is not None
+    FIND_MEAN: tl.constexpr = CENTRE and not SAVED_IS_NORMED
+    VECTOR: tl.constexpr = 128 // dtype.primitive_bitwidth
+    LANES: tl.constexpr = COLS // VECTOR
+    cols = tl.arange(0, LANES)[:, None] * VECTOR + tl.arange(0, VECTOR)[None, :]
+    count = _counts(cols, COLS, N_COLS, FULL)
+    seed = 0
+    if dx_ptr is not None and THRESHOLD > 0:
+        seed = tl.load(seed_ptr)
+    dweight = ()
+    dbias = ()
+    for _ in tl.static_range(0, N_COLS, COLS):
+        if dweight_ptr is not None:
+            dweight += (tl.zeros((LANES, VECTOR), tl.float32),)
+        if dbias_ptr is not None:
+            dbias += (tl.zeros((LANES, VECTOR), tl.float32),)
+
+    for index in range(tl.program_id(0), n_rows, tl.num_programs(0)):
+        row = tl.to_tensor(index).to(tl.int64)
+        pivot = tl.zeros((LANES,), tl.float32)
+        differences = tl.zeros((LANES,), tl.float32)
+        with_differences = tl.zeros((LANES,), tl.float32)
+        with_ones = tl.zeros((LANES,), tl.float32)
+        for start in range(0, N_COLS, GROUP * COLS):
+            # No load passes it: else the compiler asks for more than the registers have room for beside the sums.
+            tl.debug_barrier()
+            saved = _load_group(saved_ptr, row, saved_stride, start, cols, GROUP, COLS, N_COLS, FULL)
+            if NEED_ROWS:
+                dy = _load_group(dy_ptr, row, dy_stride, start, cols, GROUP, COLS, N_COLS, FULL)
+            if FIND_MEAN:
+                pivot = tl.where(start == 0, _pivot(saved[0], cols, N_COLS, FULL), pivot)
+            for k in tl.static_range(GROUP):
+                here = start + k * COLS
+                difference = _difference(saved[k], pivot, here + cols, N_COLS, FULL)
+                if FIND_MEAN:
+                    differences += tl.sum(difference, axis=1)
+                if NEED_ROWS:
+                    dnormed = _dnormed(dy[k], weight_ptr, row, here, cols, N_COLS, FULL, OFFSET)
+                    with_differences += tl.sum(dnormed * difference, axis=1)
+                    if CENTRE:
+                        with_ones += tl.sum(dnormed, axis=1)
+        rstd = tl.load(rstd_ptr + row)
+        scale = rstd
+        if SAVED_IS_NORMED:
+            scale = 1.0
+        mean = 0.0
+        residual_mean = 0.0
+        if FIND_MEAN:
+            mean = tl.sum(count * pivot + differences) / N_COLS
+            shift = pivot - mean
+            with_differences += shift * with_ones
+            residual_mean = tl.sum(differences + count * shift) / N_COLS
+            if means_ptr is not None:
+                tl.store(means_ptr + row, mean)
+                tl.store(means_ptr + n_rows + row, residual_mean)
+        along_ones = 0.0
+        along_normed = 0.0
         if NEED_ROWS:
-            dnormed = _load_block(dy_ptr, row, dy_stride, start + offsets, in_cols)
-            if weight_ptr is not None:
-                dnormed *= _load_block(weight_ptr, row, 0, start + offsets, in_cols) + OFFSET
-            with_differences += dnormed * difference
-            with_ones += dnormed
-    residual_mean = 0.0
-    if FIND_MEAN:
-        residual_mean = tl.sum(differences) / N_COLS
-        if means_ptr is not None:
-            tl.store(means_ptr + row, mean)
-            tl.store(means_ptr + n_rows + row, residual_mean)
-    if NEED_ROWS:
-        along_ones = tl.sum(with_ones) / N_COLS
-        along_normed = (tl.sum(with_differences) / N_COLS - residual_mean * along_ones) * scale
-        if not CENTRE:
-            along_ones = 0.0
-        if dx_ptr is not None and THRESHOLD > 0:
-            rows = tl.full((1,), 0, tl.int64) + row
-            seed = tl.load(seed_ptr)
-        for start in tl.range(0, N_COLS, COLS, loop_unroll_factor=4):
-            in_cols = start + offsets < N_COLS
-            at = row * N_COLS + (start + offsets)[None, :]
-            dnormed = _load_block(dy_ptr, row, dy_stride, start + offsets, in_cols)
-            if weight_ptr is not None:
-                dnormed *= _load_block(weight_ptr, row, 0, start + offsets, in_cols) + OFFSET
-            saved = _load_block(saved_ptr, row, saved_stride, start + offsets, in_cols)
-            normed = (saved - mean - residual_mean) * scale
-            inner = (dnormed - along_ones - normed * along_normed) * rstd
-            if dstream_ptr is not None:
-                inner += _load_block(dstream_ptr, row, dstream_stride, start + offsets, in_cols)
-            if dresidual_ptr is not None:
-                tl.store(dresidual_ptr + at, inner, mask=in_cols[None, :])
-            if dx_ptr is not None:
-                if THRESHOLD > 0:
-                    inner = dropped_out(inner, seed, rows, start, THRESHOLD, dtype)
-                tl.store(dx_ptr + at, inner, mask=in_cols[None, :])
+            if CENTRE:
+                along_ones = tl.sum(with_ones) / N_COLS
+            along_normed = (tl.sum(with_differences) / N_COLS - residual_mean * along_ones) * scale
+
+        if NEED_SUMS:
+            new_dweight = ()
+            new_dbias = ()
+            for start in tl.static_range(0, N_COLS, COLS):
+                tl.debug_barrier()
+                dy = _load(dy_ptr, row, dy_stride, start, cols, N_COLS, FULL)
+                saved = _load(saved_ptr, row, saved_stride, start, cols, N_COLS, FULL)
+                normed = (saved.to(tl.float32) - mean - residual_mean) * scale
+                if NEED_ROWS:
+                    dnormed = _dnormed(dy, weight_ptr, row, start, cols, N_COLS, FULL, OFFSET)
+                    inner = (dnormed - along_ones - normed * along_normed) * rstd
+                    _store_rows(
+                        *(inner, dstream_ptr, dx_ptr, dresidual_ptr, seed, row, dstream_stride, start, cols),
+                        *(N_COLS, FULL, THRESHOLD),
+                    )
+                if dweight_ptr is not None:
+                    if ROUND_NORMED:
+                        normed = normed.to(dtype).to(tl.float32)
+                    # Beyond the last column dy is 0.
+                    new_dweight += (dweight[start // COLS] + dy.to(tl.float32) * normed,)
+                if dbias_ptr is not None:
+                    new_dbias += (dbias[start // COLS] + dy.to(tl.float32),)
+            dweight = new_dweight
+            dbias = new_dbias
+        elif NEED_ROWS:
+            for start in range(0, N_COLS, GROUP * COLS):
+                dy = _load_group(dy_ptr, row, dy_stride, start, cols, GROUP, COLS, N_COLS, FULL)
+                saved = _load_group(saved_ptr, row, saved_stride, start, cols, GROUP, COLS, N_COLS, FULL)
+                for k in tl.static_range(GROUP):
+                    here = start + k * COLS
+                    normed = (saved[k].to(tl.float32) - mean - residual_mean) * scale
+                    dnormed = _dnormed(dy[k], weight_ptr, row, here, cols, N_COLS, FULL, OFFSET)
+                    inner = (dnormed - along_ones - normed * along_normed) * rstd
+                    _store_rows(
+                        *(inner, dstream_ptr, dx_ptr, dresidual_ptr, seed, row, dstream_stride),
+                        *(start + k * COLS, cols, N_COLS, FULL, THRESHOLD),
+                    )
+
+    program = tl.program_id(0).to(tl.int64)
+    for start in tl.static_range(0, N_COLS, COLS):
+        if dweight_ptr is not None:
+            _store(dweight_ptr, program, start, cols, dweight[start // COLS], N_COLS, FULL)
+        if dbias_ptr is not None:
+            _store(dbias_ptr, program, start, cols, dbias[start // COLS], N_COLS, FULL)
 
 
 @triton.jit(do_not_specialize=["n_rows"])

@@ -125,26 +125,29 @@ def launched() -> dict:
         rows="[one.name for one in of('layer_norm-dx')]",
         same="key('layer_norm-dx-dweight') == key('layer_norm_no_bias-dx-dweight')",
         other="key('layer_norm-dx') == key('rms_norm-dx')",
-        liger="[(one.name, one.programs, one.given['rows_per_program']) for one in of('layer_norm-dbias', liger)]",
-        liger_sums="[(one.given['COMPUTE_DW'], one.given['COMPUTE_DB']) for one in of('layer_norm-dbias', liger)]",
+        liger="[(one.name, one.programs, one.given['rows_per_program']) for one in of('layer_norm-dbias', liger)[:1]]",
+        liger_last="[one.name for one in of('layer_norm-dbias', liger)[1:]]",
+        liger_sums="[(one.given['COMPUTE_DW'], one.given['COMPUTE_DB']) for one in of('layer_norm-dbias', liger)[:1]]",
         liger_rms="[(one.name, one.programs) for one in of('rms_norm-dx', liger)]",
         sum_work="report.work_of(of('dropout_add_layer_norm-forward')[0], 768)",
         dbias_work="report.work_of(of('layer_norm-dbias')[0], 768)",
         wide_work="report.work_of(of('layer_norm-forward', width=65536)[0], 65536)",
-        liger_work="report.work_of(of('layer_norm-dweight', liger)[0], 768)",
+        wide_sum_work="report.work_of(of('add_layer_norm-forward', width=65536)[0], 65536)",
+        liger_work="[report.work_of(one, 768) for one in of('layer_norm-dweight', liger)]",
         read_twice_wrong="[(kernel, name) for kernel, names in report.READ_TWICE.items() for name in names"
         " if name not in getattr(norm_peers.norm, kernel).arg_names]",
     )
 
 
 def test_launches_are_those_of_training(launched):
-    """One kernel makes all gradients from the same loads, and one the last sums; Liger's run on every SM."""
+    """One kernel makes all gradients from the same loads, and one the last sums, Liger's too, which run on every SM."""
     assert launched["forward"] == ["forward_kernel"]
     assert launched["backward"] == ["backward_kernel", "finish_kernel"]
     assert launched["rows"] == ["backward_kernel"]
     assert (launched["same"], launched["other"]) == (True, False)  # what is one kernel is compiled once
     assert launched["liger"] == [["_layer_norm_backward_kernel", 132, 63]]
     assert launched["liger_sums"] == [[False, True]]
+    assert launched["liger_last"] == ["finish_kernel"]
     assert launched["liger_rms"] == [["_rms_norm_backward_kernel", 132]]
 
 
@@ -155,7 +158,9 @@ def test_what_a_launch_moves(launched):
     assert partials > 0
     assert partials % (768 * 4) == 0
     assert (launched["wide_work"]["moved"], launched["wide_work"]["read_twice"]) == (2 * wide, wide)
-    assert launched["wide_work"]["turns"] > launched["wide_work"]["row_tiles"] == 8192
-    # dx though nobody wants it; 132 rows of partial sums, written and read.
-    assert launched["liger_work"]["moved"] == 3 * tensor + 2 * 132 * 768 * 4
+    assert launched["wide_work"]["turns"] == launched["wide_work"]["row_tiles"] == 8192
+    # Of what goes into the sum nothing is read again, but the sum.
+    assert (launched["wide_sum_work"]["moved"], launched["wide_sum_work"]["read_twice"]) == (4 * wide, wide)
+    # dx though nobody wants it; 132 rows of partial sums, written, and read for the last sum.
+    assert [work["moved"] for work in launched["liger_work"]] == [3 * tensor + 132 * 768 * 4, 132 * 768 * 4]
     assert launched["read_twice_wrong"] == []

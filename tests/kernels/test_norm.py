@@ -35,7 +35,7 @@ def test_shapes(n_rows, n_cols):
 
 @pytest.mark.usefixtures("wide")
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("n_cols", [20, 128, 300])
+@pytest.mark.parametrize("n_cols", [20, 128, 200, 300])
 def test_rows_too_wide_for_the_registers(kind, n_cols):
     given = inputs(3, n_cols, torch.bfloat16)
     check(given, [ALL, (False, True, False), (False, False, True)], KINDS[kind])

@@ -58,7 +58,7 @@ class LastProgram:
 def test_the_last_of_more_elements_than_32_bits_count(either_width, sparse, monkeypatch):
     n_rows, n_cols, dtype, prologue = 2**21 + 1, either_width, torch.bfloat16, PROLOGUES["no dropout"]
     monkeypatch.setattr(norm.torch, "empty", sparse)
-    for kernel in ("forward_kernel", "forward_wide_kernel", "backward_kernel", "backward_row_wide_kernel"):
+    for kernel in ("forward_kernel", "forward_wide_kernel", "backward_kernel", "backward_wide_kernel"):
         monkeypatch.setattr(norm, kernel, LastProgram(getattr(norm, kernel), monkeypatch))
     last = inputs(1, n_cols, dtype)
     given = dataclasses.replace(last)

@@ -5,12 +5,15 @@ import math
 
 import pytest
 import torch
+import triton
+import triton.language as tl
 from norm_bounds import (
     ALL,
     KINDS,
     LAYER_NORM,
     PROLOGUES,
     SEED,
+    WIDE_COLS,
     assert_close,
     backward,
     check,
@@ -19,7 +22,8 @@ from norm_bounds import (
     kept_rows,
 )
 
-from fastln_kernels import launch, norm, reference
+from fastln_kernels import norm, reference
+from fastln_kernels.dropout import random_16_bits
 from fastln_kernels.reference import NormKind
 
 pytestmark = pytest.mark.usefixtures("guarded_buffers")
@@ -48,7 +52,7 @@ def test_mean_1e4_with_deviation_1_is_right_to_1e_minus_5(kernels, either_width)
 @pytest.mark.usefixtures("wide")
 def test_first_block_of_a_wide_row_far_from_the_rest():
     given = inputs(2, 1000, torch.float32)
-    given.x[:, : launch.WIDE_BLOCK.cols] -= 1e4
+    given.x[:, :WIDE_COLS] -= 1e4
     want = forward(reference, given.double(), LAYER_NORM, NONE)
     assert_close(forward(norm, given, LAYER_NORM, NONE).y, want.y, 1e-5)
 
@@ -217,3 +221,22 @@ def test_a_dropped_element_is_zero_whatever_it_was(bad, either_width):
     dx = norm.norm_backward(zeros, zeros, None, torch.ones(4), kind, dstream=x, need_dx=True, **flags).dx
     for dropped in (stream, dx):
         assert torch.equal(dropped == 0, ~keep)
+
+
+@triton.jit
+def numbers_kernel(seed_ptr, numbers_ptr, first_row, COLS: tl.constexpr, LANE_COLS: tl.constexpr):
+    rows = first_row + tl.arange(0, 4).to(tl.int64)
+    numbers = random_16_bits(tl.load(seed_ptr), rows, 0, 4, COLS, LANE_COLS)
+    tl.store(numbers_ptr + tl.arange(0, 4)[:, None] * COLS + tl.arange(0, COLS)[None, :], numbers)
+
+
+@pytest.mark.parametrize("lane_cols", [4, 8])
+@pytest.mark.parametrize("first_row", [0, 2**31 - 2, 2**32 - 2, 5 * 2**32 + 7])
+def test_dropouts_numbers_count_rows_in_64_bits(first_row, lane_cols):
+    numbers = torch.zeros(4, 32, dtype=torch.int32)
+    numbers_kernel[(1,)](SEED, numbers, first_row, 32, lane_cols)
+    for dropout in (0.1, 0.5):
+        keep = reference.dropout_keep(4, 32, dropout, SEED, first_row)
+        assert torch.equal(numbers >= reference.dropout_threshold(dropout), keep)
+    low = reference.dropout_keep(4, 32, 0.5, SEED, first_row % 2**32)
+    assert torch.equal(numbers >= 2**15, low) == (first_row < 2**32)

@@ -44,6 +44,12 @@ def test_little_in_flight_is_waited_for():
     assert seconds(one, H100) == pytest.approx((1 << 26) * LATENCY / (4 * 1024 * 132))
 
 
+def test_a_launch_waits_once_at_least_and_for_no_more_programs_than_there_are():
+    assert seconds(KERNEL | {"moved": 1, "turns": 0}, H100) == LATENCY
+    few = KERNEL | {"in_flight": 1024, "programs": 24}
+    assert seconds(few, H100) == pytest.approx((1 << 26) * LATENCY / (24 * 4 * 1024))
+
+
 def test_instructions_are_issued_in_every_turn_of_the_loop_and_once_outside():
     one = KERNEL | {"instructions": 3040, "loop_instructions": 3000}
     issued = 4 * (132 * 40 + 8192 * 3000)
@@ -74,7 +80,7 @@ def test_a_second_read_costs_where_the_rows_at_work_exceed_half_the_l2(row_bytes
         (H100, 400, 0, 1 - 50 / (132 * 400 / 1024)),
         (H100, 400, 64 << 10, 1 - 50 / (132 * 400 / 1024)),
         (MI300, 16, 64 << 10, 0.0),  # all of an L1 of 32 KB, which no shared memory is cut out of
-        (MI300, 64, 0, 1 - 32 / (304 * 128 / 1024)),
+        (MI300, 640, 0, 1 - 256 / (304 * 1280 / 1024)),
     ],
 )
 def test_spills_move_what_no_cache_holds_of_the_stacks(machine, stack, shared, beyond):

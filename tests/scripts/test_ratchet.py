@@ -75,6 +75,8 @@ def test_what_does_not_compile_is_told():
     assert complaints(row(error="out of registers"), row()) == ["sm_90 bf16 768 layer_norm-forward: out of registers"]
 
 
-def test_wide_rows_and_peers_may_spill():
-    assert complaints(row(width=16384, spills=2)) == []
+def test_wide_rows_may_take_more_registers_but_not_spill_and_peers_may():
+    assert complaints(row(width=16384, registers=51), row(width=16384)) == []
+    (complaint,) = complaints(row(width=16384, spills=2))
+    assert "2 instructions spill" in complaint
     assert complaints(row(library="liger", spills=2)) == []
