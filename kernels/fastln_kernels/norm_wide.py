@@ -213,6 +213,9 @@ def forward_wide_kernel(
 def _dnormed(dy, weight_ptr, row, start, cols, N_COLS: tl.constexpr, FULL: tl.constexpr, OFFSET: tl.constexpr):
     """Return a block of the gradient of x_hat, in float32."""
     dnormed = dy.to(tl.float32)
+    if weight_ptr is None and dy.dtype == tl.float32:
+        # Triton 3.7 does not compile a loop that sums what it loads, as it is.
+        dnormed += 0.0
     if weight_ptr is not None:
         dnormed *= _load(weight_ptr, row, 0, start, cols, N_COLS, FULL).to(tl.float32) + OFFSET
     return dnormed
