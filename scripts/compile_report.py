@@ -237,7 +237,7 @@ def provenance(argv: Sequence[str]) -> dict[str, Any]:
     from fastln.bench import provenance
     from fastln.machine import package_version
 
-    found: dict[str, Any] = provenance.settle("cpu", ("auto",))[2]
+    found: dict[str, Any] = provenance.settle("cpu", "auto")[2]
     found["versions"] |= {"liger-kernel": package_version("liger-kernel")}
     return found | {"latency": LATENCY, "argv": list(argv)}
 

@@ -2,7 +2,6 @@
 
 import platform
 import subprocess
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +11,12 @@ import torch
 from fastln.machine import cpu_model, package_version, settle_device, settle_dtype
 
 
-def settle(device: str, dtypes: Sequence[str]) -> tuple[str, tuple[str, ...], dict[str, Any]]:
+def settle(device: str, *dtypes: str) -> tuple[str, tuple[str, ...], dict[str, Any]]:
     """Turn "auto" into what this machine has, and describe the machine.
 
     Args:
         device: "auto", "cpu" or "cuda".
-        dtypes: "auto", "float32" or "bfloat16", each.
+        *dtypes: "auto", "float32" or "bfloat16", each.
 
     Returns:
         The device, the dtypes, each once, and the provenance: `machine`, `versions`, `commit`.

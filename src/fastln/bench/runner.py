@@ -53,7 +53,7 @@ def run_suite(
     started = _now()
     runs = len(suite.models) * len(suite.dtypes)
     with Progress(total=runs + runs * len(suite.methods) * suite.rounds) as progress:
-        settled = isolate.call(settle, suite.device, suite.dtypes, timeout_seconds=suite.timeout_seconds)
+        settled = isolate.call(settle, suite.device, *suite.dtypes, timeout_seconds=suite.timeout_seconds)
         if isinstance(settled, Failure):
             raise FastLNError(settled.text) if settled.user_error else RuntimeError(settled.text)
         device, dtypes, origin = settled
