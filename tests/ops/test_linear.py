@@ -97,6 +97,40 @@ def test_what_has_no_kernel_is_torch_s(calls):
     assert len(calls) == 1
 
 
+@needs_kernels
+@pytest.mark.parametrize("transpose", [True, False])
+def test_shapes_that_do_not_fit_are_torch_s_to_refuse(transpose, calls):
+    x, weight, bias = inputs(40, 64, n_cols=64)
+    stored = weight if transpose else weight.t().contiguous()
+    for narrow, wide in ((48, 64), (64, 48)):  # the kernel would read beside the rows, or beside the weight
+        cut = stored[:, :wide] if transpose else stored[:wide]
+        with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
+            ops.linear(x[:, :narrow], cut.contiguous(), bias, transpose=transpose)
+    with pytest.raises(RuntimeError, match="size"):
+        ops.linear(x, stored, bias[:48], transpose=transpose)
+    with pytest.raises(RuntimeError, match="at least 1D"):
+        ops.linear(x[0, 0], stored, bias, transpose=transpose)
+    with pytest.raises(RuntimeError, match="dtype"), torch.autocast("cpu", torch.bfloat16):
+        ops.linear(torch.ones(40, 64, dtype=torch.int64), stored, bias, transpose=transpose)
+    assert not calls
+
+
+@needs_kernels
+def test_what_else_torch_takes_is_torch_s(calls):
+    x, weight, bias = inputs(40, 64)
+    assert ops.linear(x, weight[:0]).shape == (40, 0)
+    assert ops.linear(x, weight[:0].t(), transpose=False).shape == (40, 0)
+    assert torch.equal(ops.linear(x, weight, bias[:1]), functional.linear(x, weight, bias[:1]))
+    assert torch.equal(ops.linear(x, weight[0]), functional.linear(x, weight[0]))
+    assert torch.equal(ops.linear(x.detach(), weight.to_sparse_csr()), functional.linear(x, weight.to_sparse_csr()))
+    assert ops.linear(x.detach().to_sparse(), weight).shape == (40, 48)
+    nested = torch.nested.nested_tensor([x.detach(), x[:33].detach()])
+    assert torch.equal(ops.linear(nested, weight, bias)[1], functional.linear(x[:33], weight, bias))
+    with torch.backends.mkldnn.flags(enabled=False):  # without oneDNN torch refuses the products
+        torch.testing.assert_close(ops.linear(x, weight, bias), functional.linear(x, weight, bias))
+    assert not calls
+
+
 def test_an_unknown_backend():
     x, weight, bias = inputs(40, 64)
     with pytest.raises(FastLNError, match="unknown backend 'cpux'"):
@@ -106,7 +140,7 @@ def test_an_unknown_backend():
 def test_gradcheck_of_the_formula(monkeypatch):
     # The kernel has no float64: the definition stands in for it.
     monkeypatch.setattr(native_linear, "linear", reference.linear)
-    monkeypatch.setattr(native_linear, "has_own", lambda *args: True)
+    monkeypatch.setattr(native_linear, "has_own", lambda *args, **kwargs: True)
     x, weight, bias = inputs(5, 4, n_cols=3, dtype=torch.float64)
     for stored, transpose in ((weight, True), (weight.t().contiguous(), False)):
         torch.autograd.gradcheck(

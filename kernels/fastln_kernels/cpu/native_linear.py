@@ -26,23 +26,29 @@ class _Arguments(ctypes.Structure):
     )
 
 
-def has_own(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
-    """Whether there is a kernel for these, and it is the faster way.
+def has_own(x: Tensor, weight: Tensor, bias: Tensor | None, *, transpose: bool = True) -> bool:
+    """Whether there is a kernel for these, their shapes fit, and it is the faster way.
 
     Args:
         x: The rows, (..., n_inner).
-        weight: Two dimensions.
-        bias: One dimension, or None.
+        weight: As `linear` has it.
+        bias: Likewise.
+        transpose: Likewise.
     """
+    if not x.ndim or weight.ndim != 2:
+        return False
+    n_cols, n_inner = weight.shape if transpose else reversed(weight.shape)
     return (
-        weight.dtype in (x.dtype, torch.float32)
-        and (bias is None or (bias.dtype == weight.dtype and bias.is_contiguous()))
+        x.shape[-1] == n_inner
+        and n_inner > 0 == n_inner % _MULTIPLE
+        and n_cols > 0 == n_cols % _MULTIPLE
+        and x.numel() >= _ROWS * n_inner
+        and weight.dtype in (x.dtype, torch.float32)
         and weight.is_contiguous()
-        and weight.shape[0] % _MULTIPLE == 0
-        and weight.shape[1] % _MULTIPLE == 0
-        and x.numel() >= _ROWS * x.shape[-1] > 0
+        and (bias is None or (bias.dtype == weight.dtype and bias.shape == (n_cols,) and bias.is_contiguous()))
         and products.why_not("linear") is None
         and x.dtype in products.usable("linear")
+        and bool(torch.backends.mkldnn.enabled)  # or torch refuses the products
     )
 
 
@@ -51,8 +57,8 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, transpose: 
 
     Args:
         x: `(n_rows, n_inner)`, float32 or bfloat16.
-        weight: `(n_cols, n_inner)`, or `(n_inner, n_cols)` without `transpose`; contiguous, both widths multiples of
-            16; of the dtype of `x` or float32, which is then rounded to it.
+        weight: `(n_cols, n_inner)`, or `(n_inner, n_cols)` without `transpose`; contiguous, both widths positive
+            multiples of 16; of the dtype of `x` or float32, which is then rounded to it.
         bias: `(n_cols,)`, contiguous, of the dtype of `weight`, or None.
         transpose: Whether the rows of `weight` belong to the columns of the result.
 

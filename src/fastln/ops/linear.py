@@ -38,7 +38,7 @@ def linear(
     """
     if _is_ours(x, weight, bias, backend):
         rows = x.to(_compute_dtype(x))
-        if native_linear.has_own(rows, weight, bias):
+        if native_linear.has_own(rows, weight, bias, transpose=transpose):
             return _linear(rows, weight, bias, transpose)
     return functional.linear(x, weight if transpose else weight.t(), bias)
 
@@ -47,7 +47,8 @@ def _is_ours(x: Tensor, weight: Tensor, bias: Tensor | None, backend: str) -> bo
     return (
         not needs_operator(x, weight, bias)
         and not is_transformed()
-        and x.device.type == weight.device.type == "cpu"
+        and all(t is None or (t.is_cpu and t.layout is torch.strided) for t in (x, weight, bias))
+        and not x.is_nested
         and (x.dtype == weight.dtype or torch.is_autocast_enabled("cpu"))
         and not wants_gradient(weight, bias)
         and resolve("linear", x.device, backend).backend == "cpu"
@@ -56,7 +57,7 @@ def _is_ours(x: Tensor, weight: Tensor, bias: Tensor | None, backend: str) -> bo
 
 def _compute_dtype(x: Tensor) -> torch.dtype:
     """The dtype in which torch would compute a linear layer of `x`."""
-    if torch.is_autocast_enabled("cpu") and x.dtype != torch.float64:
+    if torch.is_autocast_enabled("cpu") and x.is_floating_point() and x.dtype != torch.float64:
         return torch.get_autocast_dtype("cpu")
     return x.dtype
 
