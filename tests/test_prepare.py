@@ -142,6 +142,14 @@ def _twice(module, args, output):
     return 2 * output
 
 
+def test_a_trace_of_a_prepared_model_computes_and_does_not_remember():
+    model = fastln.prepare(small_bert()).eval()
+    tokens, others = torch.arange(64).view(2, 32), torch.arange(64).flip(0).view(2, 32)
+    with torch.no_grad():
+        traced = torch.jit.trace(model, (tokens,), strict=False, check_trace=False)
+        torch.testing.assert_close(traced(others)["last_hidden_state"], model(others).last_hidden_state)
+
+
 def test_restore_gives_the_very_modules_back():
     model = marked()
     norm, weight, attributes = model["norm"], model["norm"].weight, set(vars(model["norm"]))

@@ -9,8 +9,8 @@ from torch.autograd import forward_ad
 
 
 def needs_operator(*tensors: Tensor | None) -> bool:
-    """Whether something must see the operator: a compiler, a dispatch mode, a tensor that is more than numbers."""
-    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
+    """Whether something must see the operator: a compiler, a tracer, a mode, a tensor that is more than numbers."""
+    if torch.compiler.is_compiling() or torch._C._is_tracing() or torch._C._len_torch_dispatch_stack():
         return True
     for x in tensors:  # noqa: SIM110 - a generator would double the time
         if x is not None and (type(x) not in (Tensor, nn.Parameter) or x.is_meta):
