@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
+from transformers.pytorch_utils import Conv1D as StockConv1D
 
 from fastln import ops
 from fastln.logits import LazyLogits
@@ -227,12 +228,10 @@ class Linear(nn.Linear):
         return ops.linear(input, self.weight, self.bias, backend=self._fastln.backend)
 
 
-class Conv1D(nn.Module):
+class Conv1D(StockConv1D):
     """GPT-2's linear layer, whose frozen weight is (in_features, out_features), computed by `fastln.ops.linear`."""
 
     _fastln: Part
-    weight: Tensor
-    bias: Tensor
 
     def forward(self, x: Tensor) -> Tensor:
         """Return what the stock module does of `x` (..., in_features)."""

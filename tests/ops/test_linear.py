@@ -155,6 +155,9 @@ def test_prepare_uses_it_for_frozen_layers_only(calls):
     want = model(x)
     fastln.prepare(model, also=["4"])
     assert [isinstance(model[i], Linear) for i in (0, 3, 4)] == [True, True, False]
+    assert type(model[2]) is not Conv1D
+    assert isinstance(model[2], Conv1D)  # adapters ask
+    assert repr(model[2]) == "Conv1D(nf=96, nx=64)"
     y = model(x)
     torch.testing.assert_close(y, want, rtol=1e-4, atol=1e-5)
     y.sum().backward()
