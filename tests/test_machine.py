@@ -22,6 +22,20 @@ step()
 print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 """
 
+# Frees 5 GiB at the heap's end, which nothing has touched, and tells what the heap lost.
+LOSS = """
+import ctypes
+from fastln.machine import keep_pages
+keep_pages()
+malloc, free, sbrk = (getattr(ctypes.CDLL(None), name) for name in ("malloc", "free", "sbrk"))
+malloc.restype = sbrk.restype = ctypes.c_void_p
+malloc.argtypes, free.argtypes, sbrk.argtypes = [ctypes.c_size_t], [ctypes.c_void_p], [ctypes.c_ssize_t]
+block = malloc(5 << 30)
+end = sbrk(0)
+free(block)
+print(end - sbrk(0))
+"""
+
 
 @pytest.mark.skipif("glibc" not in keep_pages(), reason="only glibc has the switches")
 def test_memory_that_was_freed_is_not_mapped_again():
@@ -37,6 +51,12 @@ def test_memory_that_was_freed_is_not_mapped_again():
 
     assert faults("1") < 100
     assert faults("0") > 1000  # 80,000 pages of 4 KiB, or a 512th part of that where the kernel has huge ones
+
+
+@pytest.mark.skipif("glibc" not in keep_pages(), reason="only glibc has the switches")
+def test_the_heap_s_end_stays_however_much_is_free_there():
+    done = subprocess.run([sys.executable, "-c", LOSS], capture_output=True, text=True, check=True)
+    assert int(done.stdout) == 0
 
 
 def test_it_can_be_switched_off(monkeypatch):

@@ -15,9 +15,9 @@ from fastln.errors import FastLNError
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 DEVICES = ("auto", "cpu", "cuda")
-# M_MMAP_MAX: no mappings of their own for large blocks. M_TRIM_THRESHOLD: the heap's end stays. M_TOP_PAD: it grows by
-# 64 MiB at a time. The numbers are those of glibc's malloc.h.
-_KEEP_PAGES = ((-4, 0), (-1, 2**31 - 1), (-2, 64 << 20))
+# M_MMAP_MAX: no mappings of their own for large blocks. M_TRIM_THRESHOLD: the heap's end stays, of whatever size (-1).
+# M_TOP_PAD: it grows by 64 MiB at a time. The numbers are those of glibc's malloc.h.
+_KEEP_PAGES = ((-4, 0), (-1, -1), (-2, 64 << 20))
 
 
 def settle_device(name: str) -> torch.device:
