@@ -157,7 +157,8 @@ inline void transpose_words(const uint32_t* from, int64_t from_ld, int64_t n_row
   }
 #endif
   for (int64_t row = 0; row < n_rows; row++)
-    for (int64_t column = done; column < n_cols; column++) to[column * to_ld + row] = from[row * from_ld + column];
+    for (int64_t column = done; column < n_cols; column++)  // a pair of 16 bits may lie where no word would
+      std::memcpy(to + column * to_ld + row, from + row * from_ld + column, sizeof(uint32_t));
 }
 
 // What `copy_rows` made, (n_rows, n_cols), becomes its transpose as a second operand. `n_cols` is a multiple of 2 PAD.

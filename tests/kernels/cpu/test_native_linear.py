@@ -101,6 +101,8 @@ def test_rows_with_strides_and_rows_that_overlap(dtype):
         y = native_linear.linear(x, weight)
         assert torch.equal(y, native_linear.linear(x.contiguous(), weight))
     assert native_linear.linear(wide[:0, :64], weight).shape == (0, 32)
+    x, inside = wide[:, 1:49], normal(1 + 32 * 48, dtype=dtype)[1:].view(32, 48)  # at odd addresses
+    assert torch.equal(native_linear.linear(x, inside), native_linear.linear(x.contiguous(), inside.clone()))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
