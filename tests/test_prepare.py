@@ -142,6 +142,7 @@ def _twice(module, args, output):
     return 2 * output
 
 
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore:.*torch.jit:DeprecationWarning")
 def test_a_trace_of_a_prepared_model_computes_and_does_not_remember():
     model = fastln.prepare(small_bert()).eval()
     tokens, others = torch.arange(64).view(2, 32), torch.arange(64).flip(0).view(2, 32)
