@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 from collections.abc import Iterator
 from typing import TypeGuard
 
@@ -17,24 +18,31 @@ _EPS = ("eps", "variance_epsilon", "epsilon", "norm_eps", "layer_norm_eps")  # w
 def is_norm(module: nn.Module) -> bool:
     """Whether `module` normalises over its last dimension and owns an affine vector or two.
 
-    LayerNorm and its subclasses are. So is any module that owns a one-dimensional `weight` and perhaps a `bias`, has no
-    running statistics and no children, and whose class name ends in "Norm" (LlamaRMSNorm, Gemma's, T5LayerNorm, ...) or
-    which, whatever its name, computes one of the norms that `norm_kind` knows.
+    LayerNorm and its subclasses are. So is any module whose parameters are all vectors of its own, no group norm and
+    without running statistics, whose class name has "Norm" in it (LlamaRMSNorm, Gemma's, T5LayerNorm, gated ones, ...)
+    or which, whatever its name, computes one of the norms that `norm_kind` knows.
     """
     if isinstance(module, nn.LayerNorm):
         return module.elementwise_affine
-    return _has_the_shape(module) and (type(module).__name__.endswith("Norm") or norm_kind(module) is not None)
+    return _owns_vectors_alone(module) and ("Norm" in type(module).__name__ or norm_kind(module) is not None)
 
 
-def _has_the_shape(module: nn.Module) -> bool:
+def _owns_vectors_alone(module: nn.Module) -> bool:
     if isinstance(module, nn.GroupNorm | nn.modules.batchnorm._NormBase):
         return False
+    own = [*module.parameters(recurse=False)]
+    return bool(own) and all(parameter.dim() == 1 for parameter in own) and len(own) == len([*module.parameters()])
+
+
+def _may_be_fast(module: nn.Module) -> bool:
+    """Whether it has the parameters that fastln's norms have, no children, and a forward of one argument (no gate)."""
     parameters = dict(module.named_parameters(recurse=False))
     return (
-        next(module.children(), None) is None
+        _owns_vectors_alone(module)
+        and next(module.children(), None) is None
         and "weight" in parameters
         and set(parameters) <= {"weight", "bias"}
-        and all(parameter.dim() == 1 for parameter in parameters.values())
+        and len(inspect.signature(module.forward).parameters) == 1
     )
 
 
@@ -61,7 +69,7 @@ def norm_kind(module: nn.Module) -> NormKind | None:
     that eps decides, and bfloat16 rows, in which it shows where the rounding stands.
     """
     eps = next((value for name in _EPS if isinstance(value := getattr(module, name, None), float)), None)
-    if eps is None or not _has_the_shape(module):
+    if eps is None or not _may_be_fast(module):
         return None
     probe = copy.copy(module)
     n_cols = dict(module.named_parameters(recurse=False))["weight"].shape[0]

@@ -1,0 +1,74 @@
+"""Norms whose classes do more than normalise: they keep their stock code, train, and are named in the log."""
+
+import copy
+
+import pytest
+import torch
+import transformers
+from family_models import TEXT
+from tiny import SIZES, WIDTH
+from torch import nn
+from transformers.models.moonshine_streaming.modeling_moonshine_streaming import MoonshineStreamingLayerNorm
+
+import fastln
+from fastln.families import find_norms
+from fastln.methods import norm_parameters
+
+SIZED = {**SIZES, **TEXT, "num_key_value_heads": 2, "head_dim": WIDTH // 2}
+MAMBA = {"mamba_n_heads": 4, "mamba_d_head": 16, "mamba_n_groups": 1, "mamba_d_state": 8, "mamba_chunk_size": 8}
+MAMBA2 = {"num_heads": 4, "head_dim": 16, "state_size": 8, "chunk_size": 8}
+DELTA = {"linear_num_key_heads": 2, "linear_num_value_heads": 2, "linear_key_head_dim": 16, "linear_value_head_dim": 16}
+LAYERS = ["linear_attention", "full_attention"]
+EXPERTS = {"num_experts": 2, "num_experts_per_tok": 1, "moe_intermediate_size": 32}
+GATED = {
+    "one group": ("Mamba2", {**SIZED, **MAMBA2, "n_groups": 1}),
+    "two groups": ("Mamba2", {**SIZED, **MAMBA2, "n_groups": 2}),
+    "gate that may be left out": ("Bamba", {**SIZED, **MAMBA, "attn_layer_indices": [1]}),
+    "gate after the norm": (
+        "Qwen3Next",
+        {**SIZED, **DELTA, **EXPERTS, "shared_expert_intermediate_size": 32, "layer_types": LAYERS},
+    ),
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [*((name, torch.float32) for name in GATED), ("gate that may be left out", torch.bfloat16)],
+)
+def test_gated_norms_train_with_their_stock_code(name, dtype, caplog):
+    torch.manual_seed(0)
+    family, settings = GATED[name]
+    config = getattr(transformers, f"{family}Config")(**settings)
+    model = getattr(transformers, f"{family}ForCausalLM")(config).to(dtype).train()
+    gated = [key for key, module in model.named_modules() if type(module).__name__.endswith("RMSNormGated")]
+    assert gated
+    stock, trained = copy.deepcopy(model), norm_parameters(model)
+    assert {f"{key}.weight" for key in gated} <= set(trained)
+    for key, parameter in stock.named_parameters():
+        parameter.requires_grad_(key in trained)
+    ids = torch.randint(3, 90, (2, 16))
+    with caplog.at_level("INFO"):
+        fastln.prepare(model)
+    assert all(f"{key} (" in caplog.text for key in gated)
+    losses = [m(input_ids=ids, labels=ids).loss for m in (stock, model)]
+    for loss in losses:
+        loss.backward()
+    error = size = 0.0
+    for key in trained:
+        got, want = (m.get_parameter(key).grad.double() for m in (model, stock))
+        error, size = error + (got - want).square().sum().item(), size + want.square().sum().item()
+    bound = 1e-5 if dtype == torch.float32 else 2e-2
+    torch.testing.assert_close(losses[1], losses[0], rtol=bound, atol=0.0)
+    assert error**0.5 <= bound * size**0.5
+
+
+def test_a_norm_is_one_whatever_its_vector_and_what_it_is_made_of_are_called(caplog):
+    model = nn.ModuleDict({"norm": MoonshineStreamingLayerNorm(WIDTH), "linear": nn.Linear(WIDTH, WIDTH)}).bfloat16()
+    assert [name for name, _ in find_norms(model)] == ["norm"]
+    with caplog.at_level("INFO"):
+        fastln.prepare(model)
+    assert "norm (MoonshineStreamingLayerNorm) is tuned with its stock code" in caplog.text
+    y = model["norm"](torch.randn(2, WIDTH, dtype=torch.bfloat16))
+    assert y.dtype == torch.bfloat16
+    y.float().square().sum().backward()
+    assert model["norm"].gamma.grad.dtype == torch.float32
