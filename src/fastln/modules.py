@@ -9,7 +9,7 @@ hooks want to be called.
 from __future__ import annotations
 
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 import torch
@@ -33,11 +33,13 @@ class Part:
         stock: The class that it had.
         backend: A name from `fastln.ops.backends.BACKENDS`.
         kind: Which norm or activation it computes; None where that needs no saying.
+        dtype: Of a trained norm, what its parameters had before; None where they train in that.
     """
 
     stock: type[nn.Module]
     backend: str
     kind: Any = None
+    dtype: torch.dtype | None = None
 
 
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
@@ -49,6 +51,11 @@ def stand_in(module: nn.Module, cls: type[ModuleT], backend: str = "auto", kind:
     module.__class__ = cls
     assert isinstance(module, cls)
     return module
+
+
+def remember_dtype(norm: nn.Module, dtype: torch.dtype) -> None:
+    """Tell a stand-in for a norm which dtype its parameters had before they trained."""
+    setattr(norm, ATTRIBUTE, replace(getattr(norm, ATTRIBUTE), dtype=dtype))
 
 
 def is_stand_in(module: nn.Module) -> bool:
@@ -78,7 +85,7 @@ class Norm(nn.Module):
             backend=self._fastln.backend,
         )
         assert isinstance(y, Tensor)
-        return y
+        return y.to(output_dtype(hidden_states, self._fastln.dtype))
 
 
 class LayerNorm(nn.LayerNorm):
@@ -92,7 +99,8 @@ class LayerNorm(nn.LayerNorm):
     def forward(self, input: Tensor) -> Tensor:
         """Normalise `input` (..., n_cols) over its last dimension."""
         _warn_if_rounded(self.weight)
-        return ops.layer_norm(input, self.weight, self.bias, self.eps, backend=self._fastln.backend)
+        y = ops.layer_norm(input, self.weight, self.bias, self.eps, backend=self._fastln.backend)
+        return y.to(output_dtype(input, self._fastln.dtype))
 
 
 class Dropout(nn.Dropout):
@@ -279,6 +287,14 @@ def unwatched(*modules: nn.Module) -> bool:
         module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
         for module in modules
     )
+
+
+def output_dtype(x: Tensor, stock: torch.dtype | None) -> torch.dtype:
+    """The dtype that the model expects of a norm of `x` whose parameters had the dtype `stock` before they trained.
+
+    It is that of `x`, but where code casts to the dtype of the norm's weight (Mamba's does), which is float32 now.
+    """
+    return stock if stock is not None and x.dtype == torch.float32 else x.dtype
 
 
 def _warn_if_rounded(weight: Tensor | None) -> None:

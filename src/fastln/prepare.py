@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -20,7 +21,7 @@ from fastln.families.linears import use_fast_linears
 from fastln.families.steps import spare_training_steps
 from fastln.machine import keep_pages
 from fastln.methods import get_method, select_parameters, settle_scope
-from fastln.modules import is_stand_in, stand_back
+from fastln.modules import is_stand_in, output_dtype, remember_dtype, stand_back
 from fastln.ops.backends import resolve
 
 logger = logging.getLogger(__name__)
@@ -100,15 +101,21 @@ def prepare(
         state.requires_grad[name] = parameter.requires_grad
         parameter.requires_grad_(name in trained)
     norms = list(find_norms(model))
+    narrow = {}
     for name, norm in norms:
         for own, parameter in norm.named_parameters(recurse=False):
             if parameter.requires_grad:
                 state.dtypes[f"{name}.{own}"] = parameter.dtype
+                if parameter.dtype.itemsize == 2:
+                    narrow[name] = parameter.dtype
                 parameter.data = parameter.data.to(torch.promote_types(parameter.dtype, torch.float32))
     slow = set(use_stand_ins(model, backend))
     for name, norm in norms:
+        if name not in slow and name in narrow:
+            remember_dtype(norm, narrow[name])
         if name in slow and any(parameter.requires_grad for parameter in norm.parameters(recurse=False)):
-            state.hooks.append(norm.register_forward_hook(_in_the_input_dtype))
+            hook = functools.partial(_in_the_stock_dtype, narrow.get(name))
+            state.hooks.append(norm.register_forward_hook(hook))
             logger.info(
                 "%s (%s) is tuned with its stock code: fastln has no fast form of it", name, type(norm).__name__
             )
@@ -169,6 +176,6 @@ def check_norm_gradients(model: nn.Module) -> None:
         )
 
 
-def _in_the_input_dtype(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
+def _in_the_stock_dtype(dtype: torch.dtype | None, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
     # A float32 weight promotes what stock code returns; the rest of the model expects its own dtype.
-    return output.to(args[0].dtype)
+    return output.to(output_dtype(args[0], dtype))

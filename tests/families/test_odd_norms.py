@@ -72,3 +72,19 @@ def test_a_norm_is_one_whatever_its_vector_and_what_it_is_made_of_are_called(cap
     assert y.dtype == torch.bfloat16
     y.float().square().sum().backward()
     assert model["norm"].gamma.grad.dtype == torch.float32
+
+
+@pytest.mark.parametrize("family", ["Mamba", "FalconMamba"])
+def test_code_that_casts_to_the_dtype_of_a_norm_gets_the_stock_one_back(family):
+    torch.manual_seed(0)
+    config = getattr(transformers, f"{family}Config")(
+        vocab_size=100, hidden_size=WIDTH, num_hidden_layers=2, state_size=8
+    )
+    model = getattr(transformers, f"{family}ForCausalLM")(config).bfloat16().train()
+    ids = torch.randint(3, 90, (2, 16))
+    want = model(input_ids=ids, labels=ids).loss.item()
+    fastln.prepare(model)
+    loss = model(input_ids=ids, labels=ids).loss
+    assert loss.item() == pytest.approx(want, rel=1e-2)
+    loss.backward()
+    assert all(model.get_parameter(name).grad.dtype == torch.float32 for name in norm_parameters(model))
