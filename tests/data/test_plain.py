@@ -1,9 +1,11 @@
 """One's own rows: optional fields, names of files, and lines that cannot be parsed."""
 
-import pytest
-from layouts import LAYOUTS, jpeg, save
+import json
 
-from fastln.data import load_source
+import pytest
+from layouts import LAYOUTS, jpeg, save, without
+
+from fastln.data import demands, load_source
 from fastln.errors import FastLNError
 
 JSONL, CSV = LAYOUTS["plain, jsonl"], LAYOUTS["plain, csv"]
@@ -32,6 +34,37 @@ def test_several_images(tmp_path):
     row = JSONL.row(0) | {"image": ["1.jpg", "2.jpg"]}
     assert load_source(JSONL.make(tmp_path, train=[row])).splits["train"][0].images == ("1.jpg", "2.jpg")
     assert "field 'image' is missing" in refusal(JSONL.make(tmp_path / "b", train=[row | {"image": []}]))
+
+
+@pytest.mark.parametrize("name", ["plain, jsonl", "plain, csv", "llava-med"])
+def test_questions_about_no_image(tmp_path, name):
+    layout = LAYOUTS[name]
+    rows = [without(layout.row(number), "image") for number in range(3)]
+    if "csv" in name:
+        save(tmp_path / "train.csv", b"question,answer\nIs it normal?,no\n")
+    else:
+        lines = "\n".join(map(json.dumps, rows)).replace("<image>", "")
+        save(tmp_path / "train.jsonl", lines.encode())
+    train = load_source(str(tmp_path)).dataset("train").samples
+    assert [(sample.image, sample.images) for sample in train] == [("", ())] * len(train)
+    assert demands(train) >= {"questions without an image"}
+    assert "images" not in demands(train)
+
+
+def test_some_rows_without_an_image_are_bad_rows(tmp_path):
+    rows = [JSONL.row(0), without(JSONL.row(1), "image")]
+    assert "train.jsonl: row 1: field 'image' is missing" in refusal(JSONL.make(tmp_path, train=rows))
+
+
+def test_questions_about_no_image_are_held_out_by_the_question(tmp_path):
+    rows = [{"question": f"Q{number % 8}?", "answer": str(number)} for number in range(32)]
+    save(tmp_path / "train.jsonl", "\n".join(map(json.dumps, rows)).encode())
+    source = load_source(str(tmp_path))
+    parts = [source.dataset(split, validation_fraction=0.5).samples for split in ("train", "validation")]
+    asked = [{sample.question for sample in part} for part in parts]
+    assert asked[0] | asked[1] == {f"Q{number}?" for number in range(8)}
+    assert all(asked)
+    assert not asked[0] & asked[1]
 
 
 def test_a_folder_of_any_of_the_splits_and_a_single_file(tmp_path):

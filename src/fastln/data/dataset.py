@@ -21,7 +21,8 @@ class Sample:
 
     Attributes:
         id: Name of the sample in its data.
-        image: Key of the image, to be given to `VQADataset.image`; several samples share one image.
+        image: Key of the image, to be given to `VQADataset.image`; several samples share one image. Empty where
+            there is none: a question for a language model.
         question: The question; runs of white space are single blanks. Empty where a report is wanted.
         answer: The answer (or the report) in the spelling of the data, never empty.
         closed: True where the data calls the question closed (yes/no, or a choice it names), False where open, None
@@ -42,7 +43,7 @@ class Sample:
     @property
     def images(self) -> tuple[str, ...]:
         """The keys of all its images."""
-        return (self.image, *self.views)
+        return (self.image, *self.views) if self.image else ()
 
     @property
     def is_report(self) -> bool:
@@ -51,13 +52,14 @@ class Sample:
 
 
 def demands(samples: Iterable[Sample]) -> frozenset[str]:
-    """Tell what samples ask of a model beyond one question about one image.
+    """Tell what samples ask of a model beyond the answer to one question.
 
     Returns:
-        Some of `several images`, `reports` and `conversations`.
+        Some of `images`, `questions without an image`, `several images`, `reports` and `conversations`.
     """
     found = set()
     for sample in samples:
+        found.add("images" if sample.image else "questions without an image")
         if sample.views:
             found.add("several images")
         if sample.is_report:
@@ -179,5 +181,5 @@ def check_split(split: str, validation_fraction: float = 0.0) -> None:
 
 
 def _set_aside(sample: Sample, fraction: float) -> bool:
-    digest = hashlib.sha256(sample.image.encode()).digest()
+    digest = hashlib.sha256((sample.image or sample.question).encode()).digest()
     return int.from_bytes(digest[:8], "big") < fraction * 2**64

@@ -18,7 +18,7 @@ from fastln.data.answers import normalise_answer
 from fastln.data.dataset import Sample, Source
 from fastln.data.files import BadRowError, shown
 from fastln.data.options import DataOptions
-from fastln.data.plain import image_names, images_beside, read_splits, split_files
+from fastln.data.plain import images_beside, read_splits, split_files
 from fastln.data.rows import RowChecker, as_text, closed_label, text_or_number
 
 LAYOUT = "a file .json or .jsonl of image, conversations [{from, value}]; or a folder of train, validation, test files"
@@ -55,16 +55,15 @@ def read(path: Path, options: DataOptions) -> Source:
     """
     rows = RowChecker(images_beside(path), skip=options.skip_bad_rows)
 
-    def parse(row: dict[str, Any], index: int) -> Sample:
-        image, *views = [rows.image(name) for name in image_names(row)]
-        *history, (question, answer) = _turns(row, 1 + len(views))
+    def parse(row: dict[str, Any], index: int, images: tuple[str, ...]) -> Sample:
+        *history, (question, answer) = _turns(row, len(images))
         return Sample(
             id=text_or_number(row, "id") if "id" in row else str(index),
-            image=image,
+            image=images[0] if images else "",
             question=question,
             answer=answer,
             closed=closed_label(row),
-            views=tuple(views),
+            views=images[1:],
             history=tuple(history),
         )
 

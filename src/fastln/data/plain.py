@@ -3,7 +3,8 @@
 A folder holds one file per split: `train`, `validation` (or `val`) and `test`, each with the suffix `.jsonl`, `.csv` or
 `.json`. A single file is all training. Images are named relative to the folder `images` beside the files where there is
 one, to the files' own folder otherwise. Optional fields: `id` (the row's index by default) and `answer_type`, CLOSED
-or OPEN. In JSON, `image` may be a list of several, all views of one study.
+or OPEN. In JSON, `image` may be a list of several, all views of one study. Where no row at all has the field `image`,
+the questions are about none, for models that read text alone.
 """
 
 from __future__ import annotations
@@ -41,8 +42,15 @@ def split_files(path: Path) -> dict[str, Path]:
     return found
 
 
-def read_splits(path: Path, rows: RowChecker, parse: Callable[[dict[str, Any], int], Sample]) -> Source:
+def read_splits(
+    path: Path, rows: RowChecker, parse: Callable[[dict[str, Any], int, tuple[str, ...]], Sample]
+) -> Source:
     """Read the file of each split.
+
+    Args:
+        path: The file, or the folder of files.
+        rows: Checks the rows.
+        parse: Makes a sample of a row, its index and the keys of its images: none where no row of the data has any.
 
     Raises:
         FastLNError: There is none, one cannot be read, or rows are bad.
@@ -50,7 +58,13 @@ def read_splits(path: Path, rows: RowChecker, parse: Callable[[dict[str, Any], i
     files = split_files(path)
     if not files:
         raise FastLNError(f"{path}: no file of rows; looked for train, validation (or val), test{'|'.join(SUFFIXES)}")
-    return rows.source(path.stem, {split: rows.read(file, read_rows(file), parse) for split, file in files.items()})
+    read = {split: list(read_rows(file)) for split, file in files.items()}
+    illustrated = any(isinstance(row, dict) and "image" in row for found in read.values() for row in found)
+
+    def sample(row: dict[str, Any], index: int) -> Sample:
+        return parse(row, index, tuple(rows.image(name) for name in image_names(row)) if illustrated else ())
+
+    return rows.source(path.stem, {split: rows.read(files[split], found, sample) for split, found in read.items()})
 
 
 def images_beside(path: Path) -> Path:
@@ -89,15 +103,14 @@ def read(path: Path, options: DataOptions) -> Source:
     """
     rows = RowChecker(images_beside(path), skip=options.skip_bad_rows)
 
-    def parse(row: dict[str, Any], index: int) -> Sample:
-        image, *views = [rows.image(name) for name in image_names(row)]
+    def parse(row: dict[str, Any], index: int, images: tuple[str, ...]) -> Sample:
         return Sample(
             id=text_or_number(row, "id") if "id" in row else str(index),
-            image=image,
+            image=images[0] if images else "",
             question=line(row, "question"),
             answer=answer(row, "answer"),
             closed=closed_label(row),
-            views=tuple(views),
+            views=images[1:],
         )
 
     return read_splits(path, rows, parse)

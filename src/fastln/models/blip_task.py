@@ -11,7 +11,7 @@ from transformers import AutoTokenizer, BlipConfig, BlipForQuestionAnswering
 
 from fastln.errors import FastLNError
 from fastln.models.images import ImagePixels
-from fastln.models.sources import check_source, loading, refuse_missing
+from fastln.models.sources import bare_configuration, check_source, loading, refuse_missing
 from fastln.models.task import VQATask
 from fastln.models.tokens import word_tokenizer
 
@@ -25,6 +25,7 @@ class BlipTask(VQATask):
     """Generates the answer of each question."""
 
     model: BlipForQuestionAnswering
+    images: ImagePixels
     head = ("text_decoder.cls",)
     vision = "vision_model"
 
@@ -112,8 +113,7 @@ def from_source(source: str, train_data: VQADataset, dtype: torch.dtype, seed: i
         FastLNError: if there is nothing to load, or it is not BLIP.
     """
     path = Path(source)
-    bare = path if path.suffix == ".json" else path / "config.json"
-    if path.suffix == ".json" or (path.is_dir() and bare.is_file() and not _has_weights(path)):
+    if bare := bare_configuration(source):
         with loading(source):
             config = BlipConfig.from_json_file(bare)
             if config.model_type != "blip":
@@ -127,7 +127,3 @@ def from_source(source: str, train_data: VQADataset, dtype: torch.dtype, seed: i
     vision = model.config.vision_config
     images = ImagePixels.of_directory(source, vision, dtype, vision.image_size)
     return BlipTask(model, tokenizer, images, name=f"blip:{path.name}")
-
-
-def _has_weights(directory: Path) -> bool:
-    return any(directory.glob("*.safetensors")) or any(directory.glob("*.bin"))

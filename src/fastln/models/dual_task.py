@@ -27,6 +27,7 @@ class DualEncoderTask(VQATask):
     """Classifies the answer of each question; questions on the same image share its vision pass."""
 
     model: DualEncoder
+    images: ImagePixels
     head = HEAD
     vision = "vision"
 

@@ -1,4 +1,4 @@
-"""From a dataset's images to pixel values, each decoded once while it fits in memory."""
+"""From a dataset's images to what models read, each decoded once while it fits in memory."""
 
 from __future__ import annotations
 
@@ -17,8 +17,37 @@ if TYPE_CHECKING:
 CACHE_BYTES = 1 << 30
 
 
-class ImagePixels:
-    """Resizes and normalises images as a vision encoder wants them, and keeps the results.
+class ImageInputs:
+    """What a transformers image processor makes of images, kept while it fits in memory.
+
+    Args:
+        processor: the image processor.
+        dtype: what the pixel values are kept and returned in.
+        cache_bytes: how much memory they may take; past that, images are decoded again.
+    """
+
+    def __init__(self, processor: Any, dtype: torch.dtype, cache_bytes: int = CACHE_BYTES) -> None:
+        self.processor = processor
+        self.dtype = dtype
+        self._room = cache_bytes
+        self._kept: dict[tuple[str, str], dict[str, Tensor]] = {}
+
+    def inputs(self, dataset: VQADataset, key: str) -> dict[str, Tensor]:
+        """Return one image as the model's keyword arguments, whose rows are joined to those of other images."""
+        name = (dataset.name, key)
+        made = self._kept.get(name)
+        if made is None:
+            made = dict(self.processor(dataset.image(key), return_tensors="pt"))
+            made["pixel_values"] = made["pixel_values"].to(self.dtype)
+            size = sum(tensor.nbytes for tensor in made.values())
+            if size <= self._room:
+                self._room -= size
+                self._kept[name] = made
+        return made
+
+
+class ImagePixels(ImageInputs):
+    """Resizes and normalises images as a vision encoder of one image size wants them.
 
     Every image is resized to the whole of a square: radiographs carry their findings at the edges too, so nothing is
     cropped away.
@@ -26,8 +55,8 @@ class ImagePixels:
     Args:
         processor: a transformers image processor; its size and cropping are overruled.
         image_size: edge length in pixels; what the processor says by default.
-        dtype: what the pixel values are kept and returned in.
-        cache_bytes: how much memory the kept pixel values may take; past that, images are decoded again.
+        dtype: as for `ImageInputs`.
+        cache_bytes: as for `ImageInputs`.
     """
 
     def __init__(
@@ -37,11 +66,8 @@ class ImagePixels:
         processor.do_resize = True
         processor.size = {"height": edge, "width": edge}
         processor.do_center_crop = False
-        self.processor = processor
+        super().__init__(processor, dtype, cache_bytes)
         self.image_size = edge
-        self.dtype = dtype
-        self._room = cache_bytes // (3 * edge * edge * dtype.itemsize)
-        self._kept: dict[tuple[str, str], Tensor] = {}
 
     @classmethod
     def of_directory(
@@ -68,14 +94,7 @@ class ImagePixels:
 
     def __call__(self, dataset: VQADataset, key: str) -> Tensor:
         """Return one image's pixel values, (3, image_size, image_size)."""
-        name = (dataset.name, key)
-        pixels = self._kept.get(name)
-        if pixels is None:
-            image = dataset.image(key)
-            pixels = self.processor(image, return_tensors="pt")["pixel_values"][0].to(self.dtype)
-            if len(self._kept) < self._room:
-                self._kept[name] = pixels
-        return pixels
+        return self.inputs(dataset, key)["pixel_values"][0]
 
 
 def _edge(processor: Any) -> int:

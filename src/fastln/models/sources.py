@@ -29,6 +29,16 @@ def check_source(source: str) -> None:
         raise FastLNError(f"{source or '(empty)'}: no such directory; give the directory of a model, or a hub name")
 
 
+def bare_configuration(source: str) -> Path | None:
+    """Return the configuration file that `source` names: a .json file, or that of a directory without weights."""
+    path = Path(source)
+    if path.suffix == ".json":
+        return path
+    config = path / "config.json"
+    has_weights = any(path.glob("*.safetensors")) or any(path.glob("*.bin"))
+    return config if path.is_dir() and config.is_file() and not has_weights else None
+
+
 @contextmanager
 def loading(source: str) -> Iterator[None]:
     """Turn whatever transformers raises while loading `source` into one sentence that names it."""

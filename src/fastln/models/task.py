@@ -15,7 +15,7 @@ from fastln.errors import FastLNError
 
 if TYPE_CHECKING:
     from fastln.data import Sample, VQADataset
-    from fastln.models.images import ImagePixels
+    from fastln.models.images import ImageInputs
 
 MAX_QUESTION_TOKENS = 64
 
@@ -54,18 +54,21 @@ class VQATask(Task, ABC):
     Attributes:
         tokenizer: for the questions (and for generated answers).
         images: from images to pixel values.
-        vision: name of the vision tower.
-        takes: which of the data's demands (`fastln.data.demands`) beyond one question about one image it can meet.
+        vision: name of the vision tower whose last hidden states the model reads, so that they can be cached; the
+            whole model's, empty, where there is none.
+        takes: which of the data's demands (`fastln.data.demands`) it can meet.
+        does: what it does instead of others, for messages.
     """
 
-    vision: str
-    takes: frozenset[str] = frozenset()
+    vision: str = ""
+    takes: frozenset[str] = frozenset({"images"})
+    does: str = "it answers one question about one image"
 
     def __init__(
         self,
         model: PreTrainedModel,
         tokenizer: PreTrainedTokenizerBase,
-        images: ImagePixels,
+        images: ImageInputs | None,
         *,
         name: str,
         random_head: tuple[str, ...] = (),
@@ -83,12 +86,12 @@ class VQATask(Task, ABC):
         """Check that the model can use what the samples hold.
 
         Raises:
-            FastLNError: if they hold several images, reports or conversations, and the model has no place for them.
+            FastLNError: if they hold images, several of them, none, reports or conversations, and the model has no
+                place for them.
         """
         if missing := sorted(demands(dataset.samples) - self.takes):
             raise FastLNError(
-                f"{dataset.name} holds {' and '.join(missing)}, which {self.name} cannot take: it answers one question "
-                "about one image"
+                f"{dataset.name} holds {' and '.join(missing)}, which {self.name} cannot take: {self.does}"
             )
 
     @abstractmethod
@@ -103,7 +106,8 @@ class VQATask(Task, ABC):
         """Write model, tokenizer and image preprocessing, so that `load_task(directory)` gives them again."""
         self.model.save_pretrained(directory)
         self.tokenizer.save_pretrained(directory)
-        self.images.processor.save_pretrained(directory)
+        if self.images is not None:
+            self.images.processor.save_pretrained(directory)
 
     def tokenize(self, texts: list[str]) -> dict[str, Tensor]:
         """Return `input_ids` and `attention_mask`, (batch, longest), on the model's device."""
