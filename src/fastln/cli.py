@@ -29,7 +29,9 @@ Language = Annotated[str | None, typer.Option(help="Of SLAKE's questions: en (th
 SkipBadRows = Annotated[bool, typer.Option("--skip-bad-rows", help="Leave bad rows out, with a count.")]
 Model = Annotated[
     str,
-    typer.Option(help="'dual', 'dual:VISION,TEXT', 'blip', 'blip:SOURCE', or a folder that `fastln train` wrote."),
+    typer.Option(
+        help="'dual', 'dual:VISION,TEXT', 'blip', 'blip:SOURCE', 'chat:SOURCE', or a folder that `fastln train` wrote."
+    ),
 ]
 DType = Annotated[str, typer.Option(help="float32, bfloat16, or auto: bfloat16 where the hardware has units for it.")]
 FeatureCache = Annotated[

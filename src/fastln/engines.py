@@ -53,8 +53,11 @@ def apply_method(
         The module to train: the task's model itself, or peft's wrapper of it.
 
     Raises:
-        FastLNError: for an unknown pair, or a model that the method finds nothing in.
+        FastLNError: for an unknown pair, a model that the method finds nothing in, or method `head` where there is no
+            task head.
     """
+    if method == "head" and not task.head:
+        raise FastLNError(f"method 'head' trains a task head, and {task.name} has none")
     head = task.head if method == "head" else task.random_head
     return put_method(task.model, method, engine, scope=scope, also=head, backend=backend)
 

@@ -5,13 +5,13 @@ from dataclasses import asdict
 
 import pytest
 import tiny
+import tiny_chat
 from layouts import LAYOUTS
 
 from fastln.data import DataOptions, load_dataset
 from fastln.errors import FastLNError
 from fastln.metrics import Accuracy, ReportScores
-from fastln.models import load_task
-from fastln.models.blip_task import BlipTask
+from fastln.models import chat_task, load_task
 from fastln.training import TrainConfig
 from fastln.training.run import TrainRun, run_evaluation, run_training
 
@@ -70,12 +70,13 @@ def test_models_say_what_they_cannot_take(kind, name, what, tmp_path, request):
         load_task(spec, data)
 
 
-def test_reports_are_scored_as_reports(blip, tmp_path, monkeypatch, capsys):
-    """BLIP-VQA stands in for a model that writes reports; what it writes is of no matter."""
+def test_reports_are_scored_as_reports(tmp_path, monkeypatch, capsys):
     pytest.importorskip("pycocoevalcap")
-    monkeypatch.setattr(BlipTask, "takes", frozenset({"reports", "several images"}))
+    monkeypatch.setattr(chat_task, "LONG_ANSWER_TOKENS", 16)
     data = LAYOUTS["iu-xray"].make(tmp_path / "data")
-    scores = run_evaluation(blip, data, "test", predictions=tmp_path / "p.jsonl", metrics=tmp_path / "m.json")
+    scores = run_evaluation(
+        tiny_chat.config(tmp_path, "llava"), data, "test", predictions=tmp_path / "p.jsonl", metrics=tmp_path / "m.json"
+    )
     assert isinstance(scores, ReportScores)
     assert json.loads((tmp_path / "m.json").read_text())["cider"] == scores.cider
     first, note = capsys.readouterr().out.splitlines()

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING
 import torch
 
 from fastln.errors import FastLNError
-from fastln.models import blip_task, dual_task
+from fastln.models import blip_task, chat_task, dual_task
+from fastln.models.chat_vision import CHAT_VISION
 from fastln.models.dual_encoder import MODEL_TYPE, DualEncoder, DualEncoderConfig
 from fastln.models.sources import check_source
 from fastln.models.task import Task, VQATask
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
 __all__ = ["DualEncoder", "DualEncoderConfig", "Task", "VQATask", "load_task"]
 
 SPECS = """dual (embedded, random weights), dual:VISION,TEXT (two directories or hub names), \
-blip (embedded, random weights), blip:SOURCE (a directory, a hub name or a configuration's .json file), \
+blip (embedded, random weights), blip:SOURCE, chat:SOURCE (a directory, a hub name or a configuration's .json file), \
 or a directory that fastln train wrote"""
 
 
@@ -35,7 +36,8 @@ def load_task(
     """Load the model that `spec` names.
 
     Args:
-        spec: `dual`, `dual:VISION,TEXT`, `blip`, `blip:SOURCE`, or a directory that `fastln train` wrote.
+        spec: `dual`, `dual:VISION,TEXT`, `blip`, `blip:SOURCE`, `chat:SOURCE`, or a directory that `fastln train`
+            wrote.
         train_data: makes the answer vocabulary of a new dual encoder and the tokenizer of a bare configuration.
         dtype: of the parameters.
         seed: of everything that starts random.
@@ -63,6 +65,8 @@ def _load(spec: str, train_data: VQADataset, dtype: torch.dtype, seed: int) -> V
         return dual_task.from_towers(vision, text, train_data, dtype, seed)
     if kind == "blip":
         return blip_task.from_source(rest, train_data, dtype, seed)
+    if kind == "chat":
+        return chat_task.from_source(rest, train_data, dtype, seed)
     if not Path(spec).is_dir():
         raise FastLNError(f"model {spec!r}: no such directory and no known form; valid: {SPECS}")
     check_source(spec)
@@ -71,7 +75,12 @@ def _load(spec: str, train_data: VQADataset, dtype: torch.dtype, seed: int) -> V
         return dual_task.from_saved(spec, train_data, dtype)
     if model_type == "blip":
         return blip_task.from_source(spec, train_data, dtype, seed)
-    raise FastLNError(f"{spec}: model_type is {model_type!r}; a directory must hold {MODEL_TYPE!r} or 'blip'")
+    if model_type in chat_task.MODEL_TYPES:
+        return chat_task.from_source(spec, train_data, dtype, seed)
+    raise FastLNError(
+        f"{spec}: model_type is {model_type!r}; a directory must hold {MODEL_TYPE!r}, 'blip' or a model that chats "
+        f"({', '.join(CHAT_VISION)}, or a causal language model)"
+    )
 
 
 def _model_type(path: Path) -> str | None:

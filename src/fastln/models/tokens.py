@@ -1,9 +1,9 @@
-"""A word-level tokenizer made from a dataset's own words, for models that come as a bare configuration."""
+"""Word-level tokenizers made from a dataset's own words, for models that come as a bare configuration."""
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 from tokenizers import Tokenizer, normalizers, pre_tokenizers, processors
 from tokenizers.models import WordLevel
@@ -32,15 +32,56 @@ def word_tokenizer(
     Raises:
         FastLNError: if the model has too few ids for the special tokens.
     """
-    special = {"[PAD]": pad_id} | ({} if sep_id is None else {"[SEP]": sep_id})
-    used = set(special.values()) | set(taken)
+    ids = dict.fromkeys(SPECIAL.values()) | {"[PAD]": pad_id, "[SEP]": sep_id}
+    tokenizer = _word_level(texts, vocab_size, ids, "[UNK]", taken)
+    sep_id = tokenizer.token_to_id("[SEP]")
+    tokenizer.post_processor = processors.TemplateProcessing(single="$A [SEP]", special_tokens=[("[SEP]", sep_id)])
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **SPECIAL)
+
+
+def chat_tokenizer(
+    texts: Iterable[str], vocab_size: int, ids: Mapping[str, int | None], *, further: Mapping[str, int | None]
+) -> PreTrainedTokenizerFast:
+    """Make a tokenizer of the most frequent words for a conversational model.
+
+    Args:
+        texts: what the words are taken from.
+        vocab_size: how many ids the model has; words that find none become <unk>.
+        ids: the ids that the model's configuration gives to `bos_token`, `eos_token` and `pad_token`; any where None.
+        further: further special tokens, such as an image's, with their ids.
+
+    Raises:
+        FastLNError: if an id is not among those that the model has, or there are too few for the special tokens.
+    """
+    named = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>"}
+    special: dict[str, int | None] = {}
+    for role, index in ids.items():
+        same = next((token for token, other in special.items() if other is not None and other == index), None)
+        named[role] = same or named[role]
+        special[named[role]] = index
+    special |= {"<unk>": None, **further}
+    tokenizer = _word_level(texts, vocab_size, special, "<unk>")
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, unk_token="<unk>", additional_special_tokens=list(further), **named
+    )
+
+
+def _word_level(
+    texts: Iterable[str], vocab_size: int, special: Mapping[str, int | None], unknown: str, taken: Iterable[int] = ()
+) -> Tokenizer:
+    """Return a tokenizer for lower-cased words; special tokens have the ids given, or free ones where None."""
+    vocab = {token: index for token, index in special.items() if index is not None}
+    if outside := [token for token, index in vocab.items() if not 0 <= index < vocab_size]:
+        raise FastLNError(
+            f"the configuration gives {outside[0]} the id {vocab[outside[0]]}, and has a vocabulary of {vocab_size} ids"
+        )
+    used = set(vocab.values()) | set(taken)
     free = (index for index in range(vocab_size) if index not in used)
     normalizer = normalizers.Lowercase()
     split = pre_tokenizers.BertPreTokenizer()
     counts = Counter(word for text in texts for word, _ in split.pre_tokenize_str(normalizer.normalize_str(text)))
-    vocab = dict(special)
     try:
-        for token in SPECIAL.values():
+        for token in special:
             if token not in vocab:
                 vocab[token] = next(free)
     except StopIteration:
@@ -48,10 +89,7 @@ def word_tokenizer(
     # The most frequent first; equal counts in alphabetical order, so that the ids are the same every time.
     ranked = sorted(counts.items(), key=lambda item: (-item[1], item[0]))
     vocab |= {word: index for (word, _), index in zip(ranked, free, strict=False)}
-    tokenizer = Tokenizer(WordLevel(vocab, unk_token="[UNK]"))
+    tokenizer = Tokenizer(WordLevel(vocab, unk_token=unknown))
     tokenizer.normalizer = normalizer
     tokenizer.pre_tokenizer = split
-    tokenizer.post_processor = processors.TemplateProcessing(
-        single="$A [SEP]", special_tokens=[("[SEP]", vocab["[SEP]"])]
-    )
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **SPECIAL)
+    return tokenizer

@@ -74,6 +74,7 @@ def check_frozen(task: VQATask, method: str, scope: Sequence[str] | None) -> Non
     Raises:
         FastLNError: if it does not.
     """
+    check_cacheable(task)
     chosen, _ = get_method(method)
     if chosen.select is None:  # what peft adds, it adds to everything in the scope
         trained = ["adapters"] if scope is None or "vision" in scope else []
@@ -84,6 +85,19 @@ def check_frozen(task: VQATask, method: str, scope: Sequence[str] | None) -> Non
         raise FastLNError(
             f"the feature cache is for a vision tower that is frozen, and method {method!r} trains some of it "
             f"({trained[0]}): limit it to other sub-models (--scope text), or leave the cache out"
+        )
+
+
+def check_cacheable(task: VQATask) -> None:
+    """Check that the model reads what the cache keeps.
+
+    Raises:
+        FastLNError: if it has no vision tower, or does not read the tower's last hidden states.
+    """
+    if not task.vision:
+        raise FastLNError(
+            f"the feature cache keeps a vision tower's last hidden states, which {task.name} does not read: leave the "
+            "cache out"
         )
 
 

@@ -6,6 +6,7 @@ import itertools
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
 
 from fastln.bench.accounting import SavedActivations
 from fastln.data import ImageGroupedBatches, Sample, VQADataset
@@ -15,6 +16,7 @@ from fastln.models import VQATask
 from fastln.training.trainer import TrainConfig
 
 N_SHOWN = 3
+N_SAME = 4
 MOMENTS = 8  # bytes a trained parameter: AdamW's two, in float32
 MASTER = 4  # bytes a trained parameter of lower precision: its float32 copy
 
@@ -71,7 +73,21 @@ def _tensors(batch: dict[str, Tensor]) -> list[str]:
 
 
 def _sample(task: VQATask, batch: dict[str, Tensor], row: int, sample: Sample) -> str:
-    text = task.tokenizer.decode(batch["input_ids"][row])
+    text = _shortened(task.tokenizer, batch["input_ids"][row].tolist())
     labels = batch["labels"][row]
     learned = repr(task.tokenizer.decode(labels[labels != -100])) if labels.dim() else f"answer {labels.item()}"
     return f"  {sample.id}: {sample.question!r} {sample.answer!r}: reads {text!r}, learns {learned}"
+
+
+def _shortened(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> str:
+    """Decode tokens, with long runs of the same one (an image's, padding) written once and counted."""
+    parts: list[str] = []
+    waiting: list[int] = []
+    for token, run in itertools.groupby(ids):
+        count = sum(1 for _ in run)
+        if count <= N_SAME:
+            waiting += [token] * count
+            continue
+        parts += [tokenizer.decode(waiting), f"{tokenizer.decode([token])} ({count} times)"]
+        waiting = []
+    return " ".join(part for part in [*parts, tokenizer.decode(waiting)] if part)

@@ -19,7 +19,7 @@ from fastln.metrics import Accuracy, ReportScores, check_scorable, score
 from fastln.models import VQATask, load_task
 from fastln.training.checkpoints import checkpoints_in
 from fastln.training.evaluate import evaluate, predict
-from fastln.training.features import check_frozen
+from fastln.training.features import check_cacheable, check_frozen
 from fastln.training.preview import preview
 from fastln.training.tensor_store import TensorStore
 from fastln.training.trainer import TrainConfig, TrainResult, train_task
@@ -102,6 +102,8 @@ def run_training(
     if not scored:
         logger.info("%s has neither a test nor a validation split: nothing will be scored", data.name)
     task = load_task(run.model, data, dtype=dtype, seed=run.config.seed, device=device)
+    for dataset in scored.values():
+        task.check_data(dataset)
     logger.info("%s by %s on %s (%s), %d questions of %s", method.name, engine, task.name, dtype, len(data), data.name)
     if features is not None:
         check_frozen(task, run.config.method, run.config.scope)
@@ -174,6 +176,9 @@ def run_evaluation(
     # A saved model brings its own vocabulary; a new one takes it from the training questions.
     words_from = dataset if Path(weights).is_dir() else source.dataset("train")
     task = load_task(weights, words_from, dtype=settle_dtype(dtype, place), device=place)
+    task.check_data(dataset)
+    if features is not None:
+        check_cacheable(task)
     answers = predict(task, dataset, batch_size=batch_size, progress=True, features=features)
     if predictions is not None:
         with predictions.open("w") as file:

@@ -1,0 +1,296 @@
+"""Questions, reports and conversations for models that chat: language models, with or without a vision tower."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoTokenizer,
+    GenerationConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    ProcessorMixin,
+)
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, MODEL_FOR_MASKED_LM_MAPPING_NAMES
+
+from fastln.data import demands
+from fastln.errors import FastLNError
+from fastln.models.chat_template import ChatTemplate, Conversation
+from fastln.models.chat_vision import CHAT_VISION, ChatVision
+from fastln.models.images import ImageInputs
+from fastln.models.sources import bare_configuration, check_source, loading, refuse_missing
+from fastln.models.task import VQATask
+from fastln.models.tokens import chat_tokenizer
+
+if TYPE_CHECKING:
+    from fastln.data import Sample, VQADataset
+
+REPORT_QUESTION = "Write the radiology report."
+"""What a model is asked where the data has reports and no questions."""
+ANSWER_TOKENS = 64
+"""The most that is generated for a question."""
+LONG_ANSWER_TOKENS = 512
+"""The most that is generated where the data has reports or conversations."""
+
+# Encoders have a class for causal language modelling too, for use inside other models.
+_LANGUAGE_MODELS = set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES) - set(MODEL_FOR_MASKED_LM_MAPPING_NAMES)
+MODEL_TYPES = frozenset({*CHAT_VISION, *_LANGUAGE_MODELS})
+"""What a configuration's model_type may be."""
+
+_NO_LABEL = -100
+_BY_TOKEN = {"input_ids", "attention_mask", "mm_token_type_ids"}
+_TEXT = {"questions without an image", "reports", "conversations"}
+_BYTES_BESIDE = 512  # of a template around a turn; more than any has
+
+
+class ChatTask(VQATask):
+    """Learns every answer of a conversation, and generates its last one.
+
+    Args:
+        model: the network.
+        tokenizer: a fast one; its chat template is used, or `fastln.models.chat_template.PLAIN` and kept in it.
+        images: reads images; None for a language model.
+        name: what tables call the model.
+        vision: how the model's family reads images; None for a language model.
+
+    Raises:
+        FastLNError: if the tokenizer is a slow one, or its chat template cannot be used.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        images: ImageInputs | None,
+        *,
+        name: str,
+        vision: ChatVision | None,
+    ) -> None:
+        super().__init__(model, tokenizer, images, name=name)
+        if not tokenizer.is_fast:
+            raise FastLNError(f"{name}: its tokenizer cannot tell where tokens stand; a tokenizer.json is needed")
+        self.chat_vision = vision
+        self.takes = frozenset(_TEXT if vision is None else {*_TEXT, "images", "several images"})
+        self.does = "it reads text alone" if vision is None else "it chats about images"
+        self.template = ChatTemplate(
+            tokenizer,
+            tokenizer.get_chat_template() if tokenizer.chat_template else None,
+            None if vision is None else tokenizer.convert_ids_to_tokens(model.config.image_token_id),
+            "" if vision is None else vision.placeholder,
+        )
+        tokenizer.chat_template = self.template.source
+        first = tokenizer("")["input_ids"][:1]
+        self._first = first if first == [tokenizer.bos_token_id] else []
+        self.max_tokens = _max_tokens(model, tokenizer)
+        self.max_new_tokens = LONG_ANSWER_TOKENS
+
+    def check_data(self, dataset: VQADataset) -> None:
+        """Check that the model can use what the samples hold, all of it, and see how long answers may get.
+
+        Raises:
+            FastLNError: as for every task, and if a sample is longer than the model's context; nothing is cut off.
+        """
+        super().check_data(dataset)
+        asked = demands(dataset.samples)
+        self.max_new_tokens = LONG_ANSWER_TOKENS if asked & {"reports", "conversations"} else ANSWER_TOKENS
+        for sample in dataset.samples:
+            # Most are short, and a token is a byte at least. Images count when they are read.
+            size = sum(len(text.encode()) + _BYTES_BESIDE for turn in _turns(sample) for text in turn)
+            if size > self.max_tokens:
+                self.encode(sample, [1] * len(sample.images))
+
+    def collate(self, samples: list[Sample], dataset: VQADataset) -> dict[str, Tensor]:
+        """Return input_ids, attention_mask and labels (batch, longest), and what the model reads of all images."""
+        rows, images = [], []
+        for sample in samples:
+            inputs = [self.images.inputs(dataset, key) for key in sample.images] if self.images else []
+            rows.append(self.encode(sample, [self._n_tokens(one) for one in inputs]))
+            images += inputs
+        ids, labels = [row[0] for row in rows], [row[1] for row in rows]
+        padded = nn.utils.rnn.pad_sequence
+        batch = {
+            "input_ids": padded(ids, batch_first=True, padding_value=self._pad_id),
+            "attention_mask": padded([torch.ones_like(row) for row in ids], batch_first=True),
+            "labels": padded(labels, batch_first=True, padding_value=_NO_LABEL),
+        }
+        if self.chat_vision is not None and self.chat_vision.marks_tokens:
+            batch["mm_token_type_ids"] = (batch["input_ids"] == self.model.config.image_token_id).long()
+        for name in images[0] if images else ():
+            batch[name] = torch.cat([one[name] for one in images])
+        return {name: tensor.to(self.device) for name, tensor in batch.items()}
+
+    def encode(self, sample: Sample, image_lengths: list[int]) -> tuple[Tensor, Tensor]:
+        """Return a sample's tokens and labels, (n_tokens,): labels are the answers' tokens and those that end them.
+
+        The whole conversation becomes tokens at once, and what is an answer's is told by where tokens stand in it.
+
+        Args:
+            sample: the conversation.
+            image_lengths: how many tokens each of its images takes.
+
+        Raises:
+            FastLNError: if it is longer than the model's context, or its answers cannot be told from the rest.
+        """
+        try:
+            conversation = self.template.write(_turns(sample), image_lengths)
+        except FastLNError as error:
+            raise FastLNError(f"sample {sample.id}: {error}") from None
+        tokens = self.tokenizer(conversation.text, add_special_tokens=False, return_offsets_mapping=True)
+        ids, places = tokens["input_ids"], tokens["offset_mapping"]
+        if ids[:1] != self._first:
+            ids, places = [*self._first, *ids], [*((0, 0) for _ in self._first), *places]
+        if len(ids) > self.max_tokens:
+            raise FastLNError(
+                f"sample {sample.id} takes {len(ids)} tokens, and {self.name} reads {self.max_tokens}: no answer is "
+                "cut off; leave the sample out, or shorten it"
+            )
+        labels = _labels(ids, places, conversation)
+        if labels.count(self._end_id) != len(conversation.answers):
+            raise FastLNError(f"sample {sample.id}: an answer holds {self.template.end}, the token that ends it")
+        return torch.tensor(ids), torch.tensor(labels)
+
+    def answers(self, batch: dict[str, Tensor]) -> list[str]:
+        """Return the greedily generated last answer of each conversation, whose other answers the model is told."""
+        prompts, n_tokens = self._prompts(batch)
+        tokens = self.model.generate(**prompts, generation_config=self._greedy(n_tokens))
+        return [text.strip() for text in self.tokenizer.batch_decode(tokens[:, n_tokens:], skip_special_tokens=True)]
+
+    def _prompts(self, batch: dict[str, Tensor]) -> tuple[dict[str, Tensor], int]:
+        """Return the batch without labels and last answers, and the length of the prompts, padded on the left."""
+        labelled = batch["labels"] != _NO_LABEL
+        begins = labelled & ~labelled.roll(1, dims=1)
+        ends = (begins * torch.arange(labelled.shape[1], device=labelled.device)).amax(dim=1).tolist()
+        longest = max(ends)
+        prompts = {name: tensor for name, tensor in batch.items() if name != "labels"}
+        for name in _BY_TOKEN & prompts.keys():
+            filling = self._pad_id if name == "input_ids" else 0
+            rows = zip(prompts[name], ends, strict=True)
+            cut = [nn.functional.pad(row[:end], (longest - end, 0), value=filling) for row, end in rows]
+            prompts[name] = torch.stack(cut)
+        return prompts, longest
+
+    def _greedy(self, n_tokens: int) -> GenerationConfig:
+        # All that the model's own configuration could bring into a greedy search is said here.
+        return GenerationConfig(
+            max_new_tokens=max(1, min(self.max_new_tokens, self.max_tokens - n_tokens)),
+            do_sample=False,
+            num_beams=1,
+            repetition_penalty=1.0,
+            no_repeat_ngram_size=0,
+            pad_token_id=self._pad_id,
+            eos_token_id=sorted({self._end_id, self.tokenizer.eos_token_id} - {None}),
+        )
+
+    def _n_tokens(self, inputs: dict[str, Tensor]) -> int:
+        assert self.chat_vision is not None
+        return self.chat_vision.n_tokens(self.model, inputs)
+
+    @property
+    def _end_id(self) -> int:
+        return int(self.tokenizer.convert_tokens_to_ids(self.template.end))
+
+    @property
+    def _pad_id(self) -> int:
+        return self._end_id if self.tokenizer.pad_token_id is None else int(self.tokenizer.pad_token_id)
+
+
+def from_source(source: str, train_data: VQADataset, dtype: torch.dtype, seed: int) -> ChatTask:
+    """Load a conversational model.
+
+    Args:
+        source: a directory, a hub name, a directory with config.json and no weights, or a configuration's .json file.
+        train_data: makes the tokenizer where `source` is a bare configuration.
+        dtype: of the parameters.
+        seed: of the initial weights of a bare configuration.
+
+    Raises:
+        FastLNError: if there is nothing to load, or it is no model that chats.
+    """
+    name = f"chat:{Path(source).stem if source.endswith('.json') else Path(source).name}"
+    if bare := bare_configuration(source):
+        with loading(source):
+            config = AutoConfig.from_pretrained(bare)
+            vision = _chat_vision(source, config)
+            return from_config(config, vision, train_data, dtype, seed, name)
+    check_source(source)
+    with loading(source):
+        config = AutoConfig.from_pretrained(source)
+        vision = _chat_vision(source, config)
+        loader = AutoModelForCausalLM if vision is None else AutoModelForImageTextToText
+        model, report = loader.from_pretrained(source, dtype=dtype, output_loading_info=True)
+        tokenizer = AutoTokenizer.from_pretrained(source)
+        images = None if vision is None else vision.images(source, config, dtype)
+        if vision is not None:  # a processor's template may stand apart from the tokenizer's, and takes images
+            own = ProcessorMixin.get_processor_dict(source)[0].get("chat_template")
+            tokenizer.chat_template = own or tokenizer.chat_template
+    refuse_missing(source, type(model).__name__, report["missing_keys"])
+    return ChatTask(model, tokenizer, images, name=name, vision=vision)
+
+
+def from_config(
+    config: PreTrainedConfig,
+    vision: ChatVision | None,
+    train_data: VQADataset,
+    dtype: torch.dtype,
+    seed: int,
+    name: str,
+) -> ChatTask:
+    """Build a conversational model with random weights; its tokenizer is made of the training data's words."""
+    text = config.get_text_config()
+    roles = ("bos_token", "eos_token", "pad_token")
+    tokenizer = chat_tokenizer(
+        [
+            "USER: ASSISTANT:",
+            REPORT_QUESTION,
+            *(part for sample in train_data.samples for turn in _turns(sample) for part in turn),
+        ],
+        text.vocab_size,
+        {role: _first_of(getattr(text, f"{role}_id", None)) for role in roles},
+        further={} if vision is None else {token: getattr(config, field) for field, token in vision.tokens.items()},
+    )
+    torch.manual_seed(seed)
+    config.random_weights = True
+    loader = AutoModelForCausalLM if vision is None else AutoModelForImageTextToText
+    model = loader.from_config(config).to(dtype)
+    images = None if vision is None else vision.images(None, config, dtype)
+    return ChatTask(model, tokenizer, images, name=name, vision=vision)
+
+
+def _chat_vision(source: str, config: PreTrainedConfig) -> ChatVision | None:
+    if config.model_type in CHAT_VISION:
+        return CHAT_VISION[config.model_type]
+    if config.model_type in MODEL_TYPES:
+        return None
+    raise FastLNError(
+        f"{source}: model_type is {config.model_type!r}; models that chat are {', '.join(CHAT_VISION)} and "
+        "transformers' causal language models (AutoModelForCausalLM)"
+    )
+
+
+def _turns(sample: Sample) -> list[tuple[str, str]]:
+    return [*sample.history, (sample.question or REPORT_QUESTION, sample.answer)]
+
+
+def _labels(ids: list[int], places: list[tuple[int, int]], conversation: Conversation) -> list[int]:
+    """Return the tokens that stand, with any of their characters, in an answer; -100 elsewhere."""
+
+    def is_answer(start: int, end: int) -> bool:
+        return start < end and any(start < after and first < end for first, after in conversation.answers)
+
+    return [token if is_answer(*place) else _NO_LABEL for token, place in zip(ids, places, strict=True)]
+
+
+def _max_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> int:
+    text = model.config.get_text_config()
+    return min(tokenizer.model_max_length, getattr(text, "max_position_embeddings", None) or tokenizer.model_max_length)
+
+
+def _first_of(ids: int | list[int] | None) -> int | None:
+    return ids[0] if isinstance(ids, list) else ids

@@ -1,0 +1,81 @@
+"""How conversational models of each family read images: as data, and a function or two."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from transformers import (
+    AutoImageProcessor,
+    CLIPImageProcessorPil,
+    PreTrainedConfig,
+    PreTrainedModel,
+    Qwen2VLImageProcessorPil,
+)
+
+from fastln.models.images import ImageInputs, ImagePixels
+
+
+@dataclass(frozen=True)
+class ChatVision:
+    """How the models of a family read images.
+
+    Attributes:
+        placeholder: an image's place in a text, around its token.
+        tokens: the special tokens of a tokenizer made for a bare configuration, by the configuration's field.
+        images: from a source (None for a bare configuration), the configuration and a dtype to what reads images.
+        n_tokens: how many tokens an image takes, from the model and the image's keyword arguments.
+        marks_tokens: whether the model must be told which tokens are an image's (`mm_token_type_ids`).
+    """
+
+    placeholder: str
+    tokens: Mapping[str, str]
+    images: Callable[[str | None, PreTrainedConfig, torch.dtype], ImageInputs]
+    n_tokens: Callable[[PreTrainedModel, Mapping[str, Tensor]], int]
+    marks_tokens: bool = False
+
+
+def _llava_images(source: str | None, config: PreTrainedConfig, dtype: torch.dtype) -> ImageInputs:
+    edge = config.vision_config.image_size
+    if source is None:
+        return ImagePixels(CLIPImageProcessorPil(), edge, dtype)
+    return ImagePixels.of_directory(source, config.vision_config, dtype, edge)
+
+
+def _llava_tokens(model: PreTrainedModel, inputs: Mapping[str, Tensor]) -> int:
+    # As many as the model makes features: that depends on the tower's class token and on what is cut off.
+    with torch.no_grad():
+        features = model.get_image_features(pixel_values=inputs["pixel_values"].to(model.device))
+    return len(features.pooler_output[0])
+
+
+def _qwen_images(source: str | None, config: PreTrainedConfig, dtype: torch.dtype) -> ImageInputs:
+    vision = config.vision_config
+    if source is not None:
+        return ImageInputs(AutoImageProcessor.from_pretrained(source), dtype)
+    sizes = {name: getattr(vision, name) for name in ("patch_size", "temporal_patch_size")}
+    return ImageInputs(Qwen2VLImageProcessorPil(**sizes, merge_size=vision.spatial_merge_size), dtype)
+
+
+def _qwen_tokens(model: PreTrainedModel, inputs: Mapping[str, Tensor]) -> int:
+    return int(inputs["image_grid_thw"].prod()) // model.config.vision_config.spatial_merge_size**2
+
+
+CHAT_VISION = {
+    "llava": ChatVision("{image}", {"image_token_id": "<image>"}, _llava_images, _llava_tokens),
+    "qwen2_5_vl": ChatVision(
+        "<|vision_start|>{image}<|vision_end|>",
+        {
+            "image_token_id": "<|image_pad|>",
+            "video_token_id": "<|video_pad|>",
+            "vision_start_token_id": "<|vision_start|>",
+            "vision_end_token_id": "<|vision_end|>",
+        },
+        _qwen_images,
+        _qwen_tokens,
+        marks_tokens=True,
+    ),
+}
+"""By the configuration's model_type."""

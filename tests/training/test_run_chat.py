@@ -1,0 +1,148 @@
+"""Models that chat through the command line: train, stop, resume, evaluate, merge; answers, reports, conversations."""
+
+import json
+import sys
+
+import pytest
+import tiny_chat
+import torch
+from layouts import LAYOUTS
+from safetensors.torch import load_file
+
+import fastln
+from fastln import cli
+from fastln.data import load_dataset
+from fastln.models import chat_task, load_task
+from fastln.training.resumable import ResumableTrainer
+
+QUESTIONS = (("What is shown?", "an mri"), ("Is it normal?", "no"), ("Which side?", "left"), ("How many?", "two"))
+
+
+@pytest.fixture(autouse=True)
+def short_answers(monkeypatch) -> None:
+    monkeypatch.setattr(chat_task, "ANSWER_TOKENS", 8)
+    monkeypatch.setattr(chat_task, "LONG_ANSWER_TOKENS", 12)
+
+
+@pytest.fixture
+def command(monkeypatch):
+    """Run the command line in this process, and check its exit status."""
+
+    def run(*words: object, status: int = 0) -> None:
+        monkeypatch.setattr(sys, "argv", ["fastln", *map(str, words)])
+        with pytest.raises(SystemExit) as end:
+            cli.main()
+        assert (end.value.code or 0) == status
+
+    return run
+
+
+@pytest.fixture
+def phantom(tmp_path) -> str:
+    """A few questions of the embedded data, as files."""
+    for split, count in (("train", 12), ("test", 6)):
+        data = load_dataset("phantom", split)
+        rows = []
+        for sample in data.samples[:count]:
+            name = f"{sample.image}.png"
+            (tmp_path / "phantom" / "images").mkdir(parents=True, exist_ok=True)
+            data.image(sample.image).save(tmp_path / "phantom" / "images" / name)
+            rows.append({"image": name, "question": sample.question, "answer": sample.answer})
+        (tmp_path / "phantom" / f"{split}.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    return str(tmp_path / "phantom")
+
+
+def text_rows(folder) -> str:
+    folder.mkdir()
+    rows = "".join(json.dumps({"question": q, "answer": a}) + "\n" for q, a in QUESTIONS)
+    for split in ("train", "test"):
+        (folder / f"{split}.jsonl").write_text(rows)
+    return str(folder)
+
+
+SHORT = ("--epochs", "2", "--batch-size", "4", "--dtype", "float32")
+
+
+def weights(model):
+    return load_file(model / "model.safetensors")
+
+
+def stop_after(monkeypatch, n_epochs):
+    """Let a run be interrupted once it has written that many checkpoints."""
+    save = ResumableTrainer._save_checkpoint
+    written = []
+
+    def interrupted(*args, **kwargs):
+        save(*args, **kwargs)
+        written.append(1)
+        if len(written) == n_epochs:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(ResumableTrainer, "_save_checkpoint", interrupted)
+    return lambda: monkeypatch.setattr(ResumableTrainer, "_save_checkpoint", save)
+
+
+def test_llava_from_its_configuration_to_a_merged_model(command, phantom, tmp_path, monkeypatch):
+    model = tiny_chat.config(tmp_path, "llava")
+    train = ("train", "--model", model, "--data", phantom, *SHORT, "--method", "LN-F-LN")
+    command(*train, "--out", tmp_path / "straight")
+    go_on = stop_after(monkeypatch, 1)
+    command(*train, "--out", tmp_path / "stopped", status=130)
+    go_on()
+    command(*train, "--out", tmp_path / "stopped", "--resume")
+    straight, resumed = (weights(tmp_path / name / "model") for name in ("straight", "stopped"))
+    assert all(torch.equal(tensor, resumed[name]) for name, tensor in straight.items())
+    # An adapter of the run, merged into the base that it started from, is the run's model.
+    data = load_dataset(phantom, "train")
+    base, trained = load_task(model, data), load_task(str(tmp_path / "straight" / "model"), data).model.state_dict()
+    moved = {name for name, tensor in base.model.state_dict().items() if not torch.equal(tensor, trained[name])}
+    assert moved
+    assert all("norm" in name and "projector" not in name for name in moved)
+    base.save(tmp_path / "base")
+    prepared = fastln.prepare(base.model, "LN-F-LN")
+    prepared.load_state_dict(trained)
+    fastln.save_adapter(prepared, tmp_path / "adapter")
+    command("merge", tmp_path / "adapter", "--base", tmp_path / "base", "--out", tmp_path / "merged")
+    merged = weights(tmp_path / "merged")
+    assert all(torch.equal(tensor, merged[name]) for name, tensor in straight.items())
+    for name in ("straight", "merged"):
+        written = ("--predictions", tmp_path / f"{name}.jsonl", "--metrics", tmp_path / f"{name}.json")
+        command("eval", tmp_path / name, "--data", phantom, *written)
+    assert (tmp_path / "straight.jsonl").read_text() == (tmp_path / "merged.jsonl").read_text()
+    record = json.loads((tmp_path / "straight" / "run.json").read_text())
+    assert json.loads((tmp_path / "straight.json").read_text())["all"] == record["test"]["all"]
+
+
+@pytest.mark.parametrize(
+    ("name", "n_images", "asked", "learned"),
+    [
+        ("iu-xray", 2, "write the radiology report .", "the heart is normal . no effusion . </s>"),
+        ("llava-med", 1, "assistant : an mri of the knee . </s> user : is it", "an mri of the knee . </s> yes . </s>"),
+    ],
+)
+def test_llava_writes_reports_and_talks(command, name, n_images, asked, learned, tmp_path, capsys):
+    if name == "iu-xray":
+        pytest.importorskip("pycocoevalcap")
+    data = LAYOUTS[name].make(tmp_path / "data", train=[LAYOUTS[name].row(number) for number in range(3)])
+    train = ("train", "--model", tiny_chat.config(tmp_path, "llava"), "--data", data, *SHORT)
+    command(*train, "--out", tmp_path / "out", "--dry-run")
+    shown = capsys.readouterr().out
+    assert asked in shown
+    assert f"learns {learned!r}" in shown
+    assert f"pixel_values: ({3 * n_images}, 3, 28, 28)" in shown
+    command(*train, "--out", tmp_path / "out")
+    record = json.loads((tmp_path / "out" / "run.json").read_text())
+    assert record["finished"]
+    assert record["test"]
+    command("eval", tmp_path / "out", "--data", data, "--predictions", tmp_path / "p.jsonl")
+    assert len((tmp_path / "p.jsonl").read_text().splitlines()) == 1
+
+
+@pytest.mark.parametrize("kind", ["qwen2_5_vl", "llama"])
+def test_other_families_train_and_answer(command, kind, phantom, tmp_path):
+    data = text_rows(tmp_path / "text") if kind == "llama" else phantom
+    model = tiny_chat.config(tmp_path, kind)
+    command("train", "--model", model, "--data", data, *SHORT, "--out", tmp_path / "out")
+    command("eval", tmp_path / "out", "--data", data, "--metrics", tmp_path / "scores.json")
+    record = json.loads((tmp_path / "out" / "run.json").read_text())
+    assert json.loads((tmp_path / "scores.json").read_text())["all"] == record["test"]["all"]
