@@ -1,0 +1,194 @@
+"""Models that chat: from directories as the hub has them, in batches, trained; and what they refuse."""
+
+import dataclasses
+import json
+
+import chat_tokenizers
+import pytest
+import tiny
+import tiny_chat
+import torch
+from PIL import Image
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, CLIPImageProcessorPil
+
+from fastln.data import Sample, Source, VQADataset
+from fastln.engines import apply_method
+from fastln.errors import FastLNError
+from fastln.models import chat_task, load_task
+from fastln.training import TrainConfig, evaluate, train_task
+from fastln.training.features import check_frozen
+
+QUESTIONS = {
+    "What is shown?": "an mri",
+    "Is it normal?": "no",
+    "Which side is it on?": "left",
+    "How many?": "two or so",
+}
+GREY = {"a": 40, "b": 200}
+
+
+def image(key: str) -> Image.Image:
+    return Image.new("RGB", (60, 40) if key == "a" else (30, 90), (GREY[key],) * 3)
+
+
+def dataset(*samples: Sample) -> VQADataset:
+    return VQADataset(Source("made", synthetic=True, splits={}, image=image), "train", list(samples))
+
+
+def text_data() -> VQADataset:
+    return dataset(*(Sample(str(n), "", q, a, closed=None) for n, (q, a) in enumerate(QUESTIONS.items())))
+
+
+def image_data() -> VQADataset:
+    return dataset(
+        Sample("short", "a", "What?", "an mri", closed=None),
+        Sample("none", "", "Which side is it on?", "left", closed=None),
+        Sample("two", "b", "", "two views of a knee", closed=None, views=("a",)),
+        Sample("talk", "b", "Is it normal?", "no", closed=None, history=(("What is shown?", "an mri"),)),
+    )
+
+
+@pytest.fixture(autouse=True)
+def short_answers(monkeypatch) -> None:
+    monkeypatch.setattr(chat_task, "LONG_ANSWER_TOKENS", 12)
+    monkeypatch.setattr(chat_task, "ANSWER_TOKENS", 12)
+
+
+@pytest.mark.parametrize("kind", tiny_chat.CONFIGS)
+def test_an_answer_does_not_depend_on_its_batch(kind, tmp_path):
+    data = text_data() if kind == "llama" else image_data()
+    task = load_task(tiny_chat.config(tmp_path, kind), data, dtype=torch.float64)
+    task.model.eval()
+    together = task.answers(task.collate(data.samples, data))
+    assert together == [task.answers(task.collate([sample], data))[0] for sample in data.samples]
+    assert len(set(together)) > 1
+    losses = [task.model(**task.collate([sample], data)) for sample in data.samples]
+    batch = task.collate(data.samples, data)
+    counts = [(row != -100).sum() for row in batch["labels"]]
+    mean = sum(out.loss * count for out, count in zip(losses, counts, strict=True)) / sum(counts)
+    torch.testing.assert_close(task.model(**batch).loss, mean)
+
+
+@pytest.mark.parametrize("kind", ["llama", "llava"])
+def test_it_learns_to_answer_and_to_stop(kind, tmp_path):
+    data = text_data() if kind == "llama" else dataset(*image_data().samples[:2])
+    task = load_task(tiny_chat.config(tmp_path, kind), data)
+    config = TrainConfig("full", epochs=60, batch_size=4, learning_rate=1e-2, warmup=0.0)
+    train_task(task, data, config, progress=False)
+    assert evaluate(task, data).all == 100.0
+    batch = task.collate(data.samples, data)
+    assert task.answers(batch) == [sample.answer for sample in data.samples]
+
+
+def test_every_answer_of_a_conversation_has_labels_and_the_last_is_asked_for(tmp_path):
+    data = image_data()
+    task = load_task(tiny_chat.config(tmp_path, "llava"), data)
+    batch = task.collate([data.samples[3]], data)
+    assert task.tokenizer.decode(batch["labels"][batch["labels"] != -100]) == "an mri </s> no </s>"
+    prompts, _ = task._prompts(batch)
+    assert task.tokenizer.decode(prompts["input_ids"][0]).endswith("an mri </s> user : is it normal ? assistant :")
+
+
+def save_llava(folder, template, **settings):
+    """Write a LLaVA as the hub has them: the processor's chat template in a file of its own."""
+    tokenizer = chat_tokenizers.byte_level()
+    values = {**tiny_chat.CONFIGS["llava"], "image_token_index": tokenizer.convert_tokens_to_ids("<image>"), **settings}
+    values["text_config"] = {**values["text_config"], "vocab_size": len(tokenizer)}
+    torch.manual_seed(0)
+    AutoModelForImageTextToText.from_config(AutoConfig.for_model(**values)).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    CLIPImageProcessorPil().save_pretrained(folder)
+    if template:
+        (folder / "chat_template.json").write_text(json.dumps({"chat_template": template}))
+    return load_task(f"chat:{folder}", image_data())
+
+
+def test_a_directory_brings_its_template_and_keeps_it(tmp_path):
+    data = image_data()
+    task = save_llava(tmp_path / "hub", chat_tokenizers.LLAVA)
+    batch = task.collate(data.samples[:1], data)
+    text = task.tokenizer.decode(batch["input_ids"][0])
+    assert text == f"USER: {'<image>' * 4}\nWhat? ASSISTANT: an mri</s>"
+    assert batch["pixel_values"].shape == (1, 3, 28, 28)
+    assert not task.random_weights
+    task.save(tmp_path / "saved")
+    again = load_task(str(tmp_path / "saved"), data)
+    assert again.template.source == chat_tokenizers.LLAVA
+    same = again.collate(data.samples[:1], data)
+    assert all(torch.equal(tensor, same[name]) for name, tensor in batch.items())
+
+
+@pytest.mark.parametrize(
+    ("settings", "n_tokens"),
+    [
+        ({"vision_feature_select_strategy": "full"}, 5),
+        ({"vision_feature_layer": [-2, -1]}, 4),
+        (
+            {
+                "vision_feature_select_strategy": "full",
+                "vision_config": {**tiny_chat.CLIP, "model_type": "siglip_vision_model"},
+            },
+            4,
+        ),
+        ({"text_config": {**tiny_chat.CONFIGS["llava"]["text_config"], "model_type": "mistral"}}, 4),
+    ],
+)
+def test_an_image_takes_as_many_tokens_as_the_model_makes_of_it(settings, n_tokens, tmp_path):
+    data = image_data()
+    task = save_llava(tmp_path / "hub", None, **settings)
+    batch = task.collate([data.samples[2]], data)
+    assert (batch["input_ids"] == task.model.config.image_token_id).sum() == 2 * n_tokens
+    assert task.model(**batch).loss.isfinite()
+
+
+@pytest.mark.parametrize(
+    ("name", "sizes"),
+    [
+        ("gpt2", {"n_embd": 32, "n_layer": 2, "n_head": 2, "n_positions": 64}),
+        (
+            "opt",
+            {
+                "hidden_size": 32,
+                "ffn_dim": 64,
+                "num_hidden_layers": 2,
+                "num_attention_heads": 2,
+                "word_embed_proj_dim": 32,
+            },
+        ),
+        ("qwen3", {**tiny_chat.TEXT, "head_dim": 16}),
+    ],
+)
+def test_any_causal_language_model(name, sizes, tmp_path):
+    data = text_data()
+    ids = {"vocab_size": 64, "bos_token_id": 3, "eos_token_id": 3, "pad_token_id": None}
+    (tmp_path / "c.json").write_text(json.dumps({"model_type": name, **sizes, **ids}))
+    task = load_task(f"chat:{tmp_path / 'c.json'}", data)
+    assert isinstance(task.model, AutoModelForCausalLM._model_mapping[type(task.model.config)])
+    train_task(task, data, TrainConfig(epochs=1, batch_size=4), progress=False)
+    assert evaluate(task, data).n_all == 4
+
+
+def test_what_it_cannot_do_is_told(tmp_path):
+    (tmp_path / "bert.json").write_text('{"model_type": "bert"}')
+    llama, llava = (tiny_chat.config(tmp_path, kind) for kind in ("llama", "llava"))
+    images, texts = image_data(), text_data()
+    with pytest.raises(
+        FastLNError, match="made holds images and several images, which chat:llama cannot take: it reads"
+    ):
+        load_task(llama, images)
+    with pytest.raises(FastLNError, match="model_type is 'bert'; models that chat are llava, qwen2_5_vl and transf"):
+        load_task(f"chat:{tmp_path / 'bert.json'}", texts)
+    with pytest.raises(FastLNError, match="holds questions without an image, which blip:tiny cannot take"):
+        tiny.blip(tmp_path, texts)
+    outside = tiny_chat.CONFIGS["llava"] | {"image_token_index": 32000}
+    (tmp_path / "outside.json").write_text(json.dumps(outside))
+    with pytest.raises(FastLNError, match="gives <image> the id 32000, and has a vocabulary of 256 ids"):
+        load_task(f"chat:{tmp_path / 'outside.json'}", images)
+    task = load_task(llava, images)
+    with pytest.raises(FastLNError, match="'head' trains a task head, and chat:llava has none"):
+        apply_method(task, "head")
+    with pytest.raises(FastLNError, match="hidden states, which chat:llava does not read: leave the cache out"):
+        check_frozen(task, "layernorm", ("decoder",))
+    long = dataclasses.replace(images.samples[0], id="long", answer="no " * 400)
+    with pytest.raises(FastLNError, match=r"sample long takes \d+ tokens, and chat:llava reads 256: no answer is cut"):
+        load_task(llava, dataset(*images.samples, long))
