@@ -6,11 +6,11 @@ import contextlib
 from pathlib import Path
 
 import transformers
-from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoTokenizer
+from transformers import AutoConfig, AutoImageProcessor, AutoModel
 
 from fastln.adapters import load_adapter, merge_adapter
 from fastln.errors import FastLNError
-from fastln.models.sources import check_source, loading
+from fastln.models.sources import check_source, load_tokenizer, loading
 from fastln.prepare import prepare
 
 
@@ -35,6 +35,6 @@ def merge_into_base(base: str, adapter: Path, out: Path, *, check_base: bool = T
     # Prepared, its norms are float32: rounding comes last, with its warning.
     load_adapter(prepare(model), adapter, check_base=check_base)
     merge_adapter(model, out)
-    for part in (AutoTokenizer, AutoImageProcessor):
+    for load in (load_tokenizer, AutoImageProcessor.from_pretrained):
         with contextlib.suppress(OSError, ValueError, KeyError):  # a model may lack either
-            part.from_pretrained(base).save_pretrained(out)
+            load(base).save_pretrained(out)

@@ -11,9 +11,11 @@ import torch
 from PIL import Image
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, CLIPImageProcessorPil
 
+from fastln import prepare, save_adapter
 from fastln.data import Sample, Source, VQADataset
 from fastln.engines import apply_method
 from fastln.errors import FastLNError
+from fastln.merge import merge_into_base
 from fastln.models import chat_task, load_task
 from fastln.training import TrainConfig, evaluate, train_task
 from fastln.training.features import check_frozen
@@ -112,10 +114,13 @@ def test_a_directory_brings_its_template_and_keeps_it(tmp_path):
     assert batch["pixel_values"].shape == (1, 3, 28, 28)
     assert not task.random_weights
     task.save(tmp_path / "saved")
-    again = load_task(str(tmp_path / "saved"), data)
-    assert again.template.source == chat_tokenizers.LLAVA
-    same = again.collate(data.samples[:1], data)
-    assert all(torch.equal(tensor, same[name]) for name, tensor in batch.items())
+    save_adapter(prepare(task.model), tmp_path / "adapter")
+    merge_into_base(str(tmp_path / "hub"), tmp_path / "adapter", tmp_path / "merged")
+    for name in ("saved", "merged"):
+        again = load_task(str(tmp_path / name), data)
+        assert again.template.source == chat_tokenizers.LLAVA
+        same = again.collate(data.samples[:1], data)
+        assert all(torch.equal(tensor, same[key]) for key, tensor in batch.items())
 
 
 @pytest.mark.parametrize(

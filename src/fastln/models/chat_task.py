@@ -11,12 +11,10 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
-    AutoTokenizer,
     GenerationConfig,
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
-    ProcessorMixin,
 )
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
@@ -25,7 +23,7 @@ from fastln.errors import FastLNError
 from fastln.models.chat_template import ChatTemplate, Conversation
 from fastln.models.chat_vision import CHAT_VISION, ChatVision
 from fastln.models.images import ImageInputs
-from fastln.models.sources import bare_configuration, check_source, loading, refuse_missing
+from fastln.models.sources import bare_configuration, check_source, load_tokenizer, loading, refuse_missing
 from fastln.models.task import VQATask
 from fastln.models.tokens import chat_tokenizer
 
@@ -225,11 +223,8 @@ def from_source(source: str, train_data: VQADataset, dtype: torch.dtype, seed: i
         vision = _chat_vision(source, config)
         loader = AutoModelForCausalLM if vision is None else AutoModelForImageTextToText
         model, report = loader.from_pretrained(source, dtype=dtype, output_loading_info=True)
-        tokenizer = AutoTokenizer.from_pretrained(source)
+        tokenizer = load_tokenizer(source)
         images = None if vision is None else vision.images(source, config, dtype)
-        if vision is not None:  # a processor's template may stand apart from the tokenizer's, and takes images
-            own = ProcessorMixin.get_processor_dict(source)[0].get("chat_template")
-            tokenizer.chat_template = own or tokenizer.chat_template
     refuse_missing(source, type(model).__name__, report["missing_keys"])
     return ChatTask(model, tokenizer, images, name=name, vision=vision)
 

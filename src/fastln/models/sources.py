@@ -6,6 +6,8 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, ProcessorMixin
+
 from fastln.errors import FastLNError
 
 
@@ -51,6 +53,14 @@ def loading(source: str) -> Iterator[None]:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         hint = "" if Path(source).exists() else " (no such directory here, and the hub does not give it)"
         raise FastLNError(f"{source}: cannot be loaded{hint}: {reason}") from error
+
+
+def load_tokenizer(source: str) -> PreTrainedTokenizerBase:
+    """Load a tokenizer, with the processor's chat template where there is one: it may stand in a file of its own."""
+    tokenizer = AutoTokenizer.from_pretrained(source)
+    processor, _ = ProcessorMixin.get_processor_dict(source)
+    tokenizer.chat_template = processor.get("chat_template") or tokenizer.chat_template
+    return tokenizer
 
 
 def refuse_missing(source: str, what: str, missing: Iterable[str]) -> None:
