@@ -9,7 +9,14 @@ import tiny
 import tiny_chat
 import torch
 from PIL import Image
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, CLIPImageProcessorPil
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    CLIPImageProcessorPil,
+    LlavaProcessor,
+)
+from transformers.image_utils import OPENAI_CLIP_MEAN
 
 from fastln import prepare, save_adapter
 from fastln.data import Sample, Source, VQADataset
@@ -71,6 +78,20 @@ def test_an_answer_does_not_depend_on_its_batch(kind, tmp_path):
     torch.testing.assert_close(task.model(**batch).loss, mean)
 
 
+@pytest.mark.parametrize("kind", tiny_chat.CONFIGS)
+def test_a_saved_task_comes_back_and_answers_the_same(kind, tmp_path):
+    data = text_data() if kind == "llama" else image_data()
+    task = load_task(tiny_chat.config(tmp_path, kind), data)
+    task.save(tmp_path / "saved")
+    again = load_task(str(tmp_path / "saved"), data)
+    assert again.random_weights
+    batch, same = (one.collate(data.samples, data) for one in (task, again))
+    assert batch.keys() == same.keys()
+    assert all(torch.equal(tensor, same[name]) for name, tensor in batch.items())
+    assert torch.equal(task.model.eval()(**batch).loss, again.model.eval()(**batch).loss)
+    assert task.answers(batch) == again.answers(batch)
+
+
 @pytest.mark.parametrize("kind", ["llama", "llava"])
 def test_it_learns_to_answer_and_to_stop(kind, tmp_path):
     data = text_data() if kind == "llama" else dataset(*image_data().samples[:2])
@@ -91,13 +112,16 @@ def test_every_answer_of_a_conversation_has_labels_and_the_last_is_asked_for(tmp
     assert task.tokenizer.decode(prompts["input_ids"][0]).endswith("an mri </s> user : is it normal ? assistant :")
 
 
-def save_llava(folder, template, **settings):
-    """Write a LLaVA as the hub has them: the processor's chat template in a file of its own."""
+def save_llava(folder, template, *, as_processor=False, **settings):
+    """Write a LLaVA as the hub has them: in several files (one for the chat template), or as a processor."""
     tokenizer = chat_tokenizers.byte_level()
     values = {**tiny_chat.CONFIGS["llava"], "image_token_index": tokenizer.convert_tokens_to_ids("<image>"), **settings}
     values["text_config"] = {**values["text_config"], "vocab_size": len(tokenizer)}
     torch.manual_seed(0)
     AutoModelForImageTextToText.from_config(AutoConfig.for_model(**values)).save_pretrained(folder)
+    if as_processor:
+        LlavaProcessor(CLIPImageProcessorPil(), tokenizer, chat_template=template).save_pretrained(folder)
+        return load_task(f"chat:{folder}", image_data())
     tokenizer.save_pretrained(folder)
     CLIPImageProcessorPil().save_pretrained(folder)
     if template:
@@ -105,9 +129,11 @@ def save_llava(folder, template, **settings):
     return load_task(f"chat:{folder}", image_data())
 
 
-def test_a_directory_brings_its_template_and_keeps_it(tmp_path):
+@pytest.mark.parametrize("as_processor", [False, True])
+def test_a_directory_brings_its_template_and_keeps_it(as_processor, tmp_path):
     data = image_data()
-    task = save_llava(tmp_path / "hub", chat_tokenizers.LLAVA)
+    task = save_llava(tmp_path / "hub", chat_tokenizers.LLAVA, as_processor=as_processor)
+    assert task.images.processor.image_mean == pytest.approx(OPENAI_CLIP_MEAN)
     batch = task.collate(data.samples[:1], data)
     text = task.tokenizer.decode(batch["input_ids"][0])
     assert text == f"USER: {'<image>' * 4}\nWhat? ASSISTANT: an mri</s>"

@@ -87,7 +87,7 @@ class ChatTask(VQATask):
         first = tokenizer("")["input_ids"][:1]
         self._first = first if first == [tokenizer.bos_token_id] else []
         self.max_tokens = _max_tokens(model, tokenizer)
-        self.max_new_tokens = LONG_ANSWER_TOKENS
+        self.max_new_tokens = ANSWER_TOKENS
 
     def check_data(self, dataset: VQADataset) -> None:
         """Check that the model can use what the samples hold, all of it, and see how long answers may get.
@@ -96,8 +96,8 @@ class ChatTask(VQATask):
             FastLNError: as for every task, and if a sample is longer than the model's context; nothing is cut off.
         """
         super().check_data(dataset)
-        asked = demands(dataset.samples)
-        self.max_new_tokens = LONG_ANSWER_TOKENS if asked & {"reports", "conversations"} else ANSWER_TOKENS
+        if demands(dataset.samples) & {"reports", "conversations"}:
+            self.max_new_tokens = LONG_ANSWER_TOKENS
         for sample in dataset.samples:
             # Most are short, and a token is a byte at least. Images count when they are read.
             size = sum(len(text.encode()) + _BYTES_BESIDE for turn in _turns(sample) for text in turn)

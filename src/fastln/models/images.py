@@ -81,7 +81,8 @@ class ImagePixels(ImageInputs):
             dtype: of the pixel values.
             image_size: edge length in pixels; what the preprocessing says by default.
         """
-        if Path(directory).is_dir() and not (Path(directory) / "preprocessor_config.json").is_file():
+        files = (Path(directory) / name for name in ("preprocessor_config.json", "processor_config.json"))
+        if Path(directory).is_dir() and not any(file.is_file() for file in files):
             return cls.plain(image_size or config.image_size, dtype)
         with loading(directory):
             processor = AutoImageProcessor.from_pretrained(directory)
