@@ -23,6 +23,7 @@ from fastln.modules import stand_back
 from fastln.prepare import STATE, prepare, restore
 
 N_VIRTUAL_TOKENS = 20
+PROMPT_METHODS = ("prefix", "p-tuning", "prompt")
 _TASK_TYPES = {
     "CAUSAL_LM": MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
     "SEQ_2_SEQ_LM": MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES,
@@ -111,6 +112,19 @@ def put_method(
     return peft.get_peft_model(model, config, autocast_adapter_dtype=False)
 
 
+def check_finishes(method: str) -> None:
+    """Check that what `method` trains can become part of the model itself, as `finish` makes it.
+
+    Raises:
+        FastLNError: if it trains virtual tokens.
+    """
+    if method in PROMPT_METHODS:
+        raise FastLNError(
+            f"method {method!r} trains virtual tokens, which no model can be saved with; train it by FastLNTrainer, "
+            "which leaves them in peft's own form"
+        )
+
+
 def finish(task: Task, trained: nn.Module) -> None:
     """Make the task's model stock again, with the trained values in it.
 
@@ -148,7 +162,7 @@ def _peft_config(model: nn.Module, method: str, scope: str | Iterable[str] | Non
     inside = parameters_in(model, scope)
     if method == "layernorm":
         return peft.LNTuningConfig(target_modules=[name for name, _ in find_norms(model) if f"{name}.weight" in inside])
-    if method in ("prefix", "p-tuning", "prompt"):
+    if method in PROMPT_METHODS:
         return _prompt_config(model, method, scope)
     attention = {
         name for name, module in attention_maps(model).items() if _is_linear(module) and f"{name}.weight" in inside

@@ -220,6 +220,8 @@ def test_what_it_cannot_do_is_told(tmp_path):
         apply_method(task, "head")
     with pytest.raises(FastLNError, match="hidden states, which chat:llava does not read: leave the cache out"):
         check_frozen(task, "layernorm", ("decoder",))
+    with pytest.raises(FastLNError, match="'prompt' trains virtual tokens, which no model can be saved with"):
+        train_task(load_task(llama, texts), texts, TrainConfig("prompt"), engine="peft", progress=False)
     long = dataclasses.replace(images.samples[0], id="long", answer="no " * 400)
     with pytest.raises(FastLNError, match=r"sample long takes \d+ tokens, and chat:llava reads 256: no answer is cut"):
         load_task(llava, dataset(*images.samples, long))

@@ -12,6 +12,7 @@ from typing import Any
 from fastln.data import DataOptions, VQADataset, load_source
 from fastln.data.answers import normalise_answer
 from fastln.data.dataset import check_split
+from fastln.engines import check_finishes
 from fastln.errors import FastLNError
 from fastln.machine import settle_device, settle_dtype
 from fastln.methods import get_method
@@ -88,6 +89,7 @@ def run_training(
         FastLNError: for anything in `run` that cannot be had as given, or an `out` that already holds a run.
     """
     method, engine = get_method(run.config.method, run.engine)
+    check_finishes(run.config.method)
     device = settle_device(run.device)
     dtype = settle_dtype(run.dtype, device)
     _check_folder(run, out, resume=resume, overwrite=overwrite)

@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader
 from transformers import PrinterCallback, TrainerCallback, TrainingArguments
 
 from fastln.data import ImageGroupedBatches, VQADataset
-from fastln.engines import apply_method, finish
+from fastln.engines import apply_method, check_finishes, finish
 from fastln.errors import FastLNError
 from fastln.methods import HEAD_LEARNING_RATE, count_parameters, describe_parameters
 from fastln.models import Task, VQATask
@@ -176,11 +176,13 @@ def train_task(
         features: keeps what a frozen vision tower gives for each image; None for no caching.
 
     Raises:
-        FastLNError: if a trained norm gets no gradient, the loss turns NaN, there is no checkpoint to resume from, or
-            features are to be kept of a vision tower that trains.
+        FastLNError: if a trained norm gets no gradient, the loss turns NaN, there is no checkpoint to resume from, the
+            method trains what cannot become part of the model, or features are to be kept of a vision tower that
+            trains.
     """
     if resume and not (checkpoints and checkpoints_in(checkpoints)):
         raise FastLNError(f"{checkpoints}: there is no checkpoint to resume from")
+    check_finishes(config.method)
     if features is not None:
         check_frozen(task, config.method, config.scope)
     start = time.perf_counter()
