@@ -199,6 +199,28 @@ def test_any_causal_language_model(name, sizes, tmp_path):
     assert evaluate(task, data).n_all == 4
 
 
+def test_what_is_too_long_is_told_before_training(tmp_path):
+    """Two images of 100 tokens and the report's words are more than the model reads; one image and they are not."""
+    large = {**tiny_chat.CONFIGS["llava"], "vision_config": {**tiny_chat.CLIP, "image_size": 140}}
+    (tmp_path / "large.json").write_text(json.dumps(large))
+    fits = Sample("fits", "a", "", "no effusion " * 60, closed=None)
+    load_task(f"chat:{tmp_path / 'large.json'}", dataset(fits))
+    with pytest.raises(
+        FastLNError, match=r"sample two takes \d+ tokens, and chat:large reads 256: no answer is cut off"
+    ):
+        load_task(f"chat:{tmp_path / 'large.json'}", dataset(fits, dataclasses.replace(fits, id="two", views=("b",))))
+
+
+def test_a_batch_draws_no_random_numbers(tmp_path):
+    """Else a resumed run, whose first batch is another one, would not end with the same bits."""
+    data = image_data()
+    task = load_task(tiny_chat.config(tmp_path, "llava"), data)
+    task._image_lengths.clear()
+    before = torch.get_rng_state()
+    task.collate(data.samples, data)
+    assert torch.equal(before, torch.get_rng_state())
+
+
 def test_what_it_cannot_do_is_told(tmp_path):
     (tmp_path / "bert.json").write_text('{"model_type": "bert"}')
     llama, llava = (tiny_chat.config(tmp_path, kind) for kind in ("llama", "llava"))

@@ -22,7 +22,7 @@ from fastln.data import demands
 from fastln.errors import FastLNError
 from fastln.models.chat_template import ChatTemplate, Conversation
 from fastln.models.chat_vision import CHAT_VISION, ChatVision
-from fastln.models.images import ImageInputs
+from fastln.models.images import ImageInputs, ImagePixels
 from fastln.models.sources import bare_configuration, check_source, load_tokenizer, loading, refuse_missing
 from fastln.models.task import VQATask
 from fastln.models.tokens import chat_tokenizer
@@ -88,6 +88,7 @@ class ChatTask(VQATask):
         self._first = first if first == [tokenizer.bos_token_id] else []
         self.max_tokens = _max_tokens(model, tokenizer)
         self.max_new_tokens = ANSWER_TOKENS
+        self._image_lengths: dict[torch.Size, int] = {}
 
     def check_data(self, dataset: VQADataset) -> None:
         """Check that the model can use what the samples hold, all of it, and see how long answers may get.
@@ -98,11 +99,13 @@ class ChatTask(VQATask):
         super().check_data(dataset)
         if demands(dataset.samples) & {"reports", "conversations"}:
             self.max_new_tokens = LONG_ANSWER_TOKENS
+        per_image = self._n_tokens_of_any_image()
         for sample in dataset.samples:
-            # Most are short, and a token is a byte at least. Images count when they are read.
-            size = sum(len(text.encode()) + _BYTES_BESIDE for turn in _turns(sample) for text in turn)
-            if size > self.max_tokens:
-                self.encode(sample, [1] * len(sample.images))
+            lengths = [per_image] * len(sample.images)
+            # Most are short, whatever their tokens: none is less than a byte.
+            most = sum(len(text.encode()) + _BYTES_BESIDE for turn in _turns(sample) for text in turn)
+            if sum(lengths) + most > self.max_tokens:
+                self.encode(sample, lengths)
 
     def collate(self, samples: list[Sample], dataset: VQADataset) -> dict[str, Tensor]:
         """Return input_ids, attention_mask and labels (batch, longest), and what the model reads of all images."""
@@ -186,9 +189,19 @@ class ChatTask(VQATask):
             eos_token_id=sorted({self._end_id, self.tokenizer.eos_token_id} - {None}),
         )
 
+    def _n_tokens_of_any_image(self) -> int:
+        """Return how many tokens every image takes, where all take as many; at least one otherwise."""
+        if not isinstance(self.images, ImagePixels):
+            return 1
+        edge = self.images.image_size
+        return self._n_tokens({"pixel_values": torch.empty(1, 3, edge, edge)})
+
     def _n_tokens(self, inputs: dict[str, Tensor]) -> int:
         assert self.chat_vision is not None
-        return self.chat_vision.n_tokens(self.model, inputs)
+        shape = inputs["pixel_values"].shape
+        if shape not in self._image_lengths:
+            self._image_lengths[shape] = self.chat_vision.n_tokens(self.model.config, inputs)
+        return self._image_lengths[shape]
 
     @property
     def _end_id(self) -> int:

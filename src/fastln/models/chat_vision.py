@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
@@ -9,9 +10,9 @@ import torch
 from torch import Tensor
 from transformers import (
     AutoImageProcessor,
+    AutoModel,
     CLIPImageProcessorPil,
     PreTrainedConfig,
-    PreTrainedModel,
     Qwen2VLImageProcessorPil,
 )
 
@@ -26,14 +27,15 @@ class ChatVision:
         placeholder: an image's place in a text, around its token.
         tokens: the special tokens of a tokenizer made for a bare configuration, by the configuration's field.
         images: from a source (None for a bare configuration), the configuration and a dtype to what reads images.
-        n_tokens: how many tokens an image takes, from the model and the image's keyword arguments.
+        n_tokens: how many tokens an image takes, from the configuration and the image's keyword arguments; it depends
+            on nothing of these but the shape of `pixel_values`.
         marks_tokens: whether the model must be told which tokens are an image's (`mm_token_type_ids`).
     """
 
     placeholder: str
     tokens: Mapping[str, str]
     images: Callable[[str | None, PreTrainedConfig, torch.dtype], ImageInputs]
-    n_tokens: Callable[[PreTrainedModel, Mapping[str, Tensor]], int]
+    n_tokens: Callable[[PreTrainedConfig, Mapping[str, Tensor]], int]
     marks_tokens: bool = False
 
 
@@ -44,11 +46,12 @@ def _llava_images(source: str | None, config: PreTrainedConfig, dtype: torch.dty
     return ImagePixels.of_directory(source, config.vision_config, dtype, edge)
 
 
-def _llava_tokens(model: PreTrainedModel, inputs: Mapping[str, Tensor]) -> int:
-    # As many as the model makes features: that depends on the tower's class token and on what is cut off.
-    with torch.no_grad():
-        features = model.get_image_features(pixel_values=inputs["pixel_values"].to(model.device))
-    return len(features.pooler_output[0])
+def _llava_tokens(config: PreTrainedConfig, inputs: Mapping[str, Tensor]) -> int:
+    # As many as the tower makes rows, of which the class token's may be cut off: asked of a tower without weights.
+    with torch.device("meta"):
+        tower = AutoModel.from_config(copy.deepcopy(config.vision_config))
+        rows = tower(torch.empty(inputs["pixel_values"].shape)).last_hidden_state.shape[1]
+    return rows - (config.vision_feature_select_strategy == "default")
 
 
 def _qwen_images(source: str | None, config: PreTrainedConfig, dtype: torch.dtype) -> ImageInputs:
@@ -59,8 +62,8 @@ def _qwen_images(source: str | None, config: PreTrainedConfig, dtype: torch.dtyp
     return ImageInputs(Qwen2VLImageProcessorPil(**sizes, merge_size=vision.spatial_merge_size), dtype)
 
 
-def _qwen_tokens(model: PreTrainedModel, inputs: Mapping[str, Tensor]) -> int:
-    return int(inputs["image_grid_thw"].prod()) // model.config.vision_config.spatial_merge_size**2
+def _qwen_tokens(config: PreTrainedConfig, inputs: Mapping[str, Tensor]) -> int:
+    return len(inputs["pixel_values"]) // config.vision_config.spatial_merge_size**2
 
 
 CHAT_VISION = {
