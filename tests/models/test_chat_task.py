@@ -149,6 +149,25 @@ def test_a_directory_brings_its_template_and_keeps_it(as_processor, tmp_path):
         assert all(torch.equal(tensor, same[key]) for key, tensor in batch.items())
 
 
+def test_prompts_are_what_transformers_own_processor_makes(tmp_path):
+    data = image_data()
+    task = save_llava(tmp_path / "hub", chat_tokenizers.LLAVA)
+    processor = LlavaProcessor(
+        task.images.processor,
+        task.tokenizer,
+        patch_size=14,
+        vision_feature_select_strategy="default",
+        num_additional_image_tokens=1,
+        chat_template=chat_tokenizers.LLAVA,
+    )
+    parts = [{"type": "image"}, {"type": "image"}, {"type": "text", "text": chat_task.REPORT_QUESTION}]
+    text = processor.apply_chat_template([{"role": "user", "content": parts}], add_generation_prompt=True)
+    expected = processor(images=[image("b"), image("a")], text=text, return_tensors="pt")
+    prompts, _ = task._prompts(task.collate([data.samples[2]], data))
+    assert torch.equal(prompts["input_ids"], expected["input_ids"])
+    assert torch.equal(prompts["pixel_values"], expected["pixel_values"])
+
+
 @pytest.mark.parametrize(
     ("settings", "n_tokens"),
     [

@@ -144,5 +144,6 @@ def test_other_families_train_and_answer(command, kind, phantom, tmp_path):
     model = tiny_chat.config(tmp_path, kind)
     command("train", "--model", model, "--data", data, *SHORT, "--out", tmp_path / "out")
     command("eval", tmp_path / "out", "--data", data, "--metrics", tmp_path / "scores.json")
+    command("eval", tmp_path / "out", "--data", data, "--feature-cache", tmp_path / "features", status=2)
     record = json.loads((tmp_path / "out" / "run.json").read_text())
     assert json.loads((tmp_path / "scores.json").read_text())["all"] == record["test"]["all"]

@@ -45,7 +45,7 @@ MODEL_TYPES = frozenset({*CHAT_VISION, *_LANGUAGE_MODELS})
 _NO_LABEL = -100
 _BY_TOKEN = {"input_ids", "attention_mask", "mm_token_type_ids"}
 _TEXT = {"questions without an image", "reports", "conversations"}
-_BYTES_BESIDE = 512  # of a template around a turn; more than any has
+_BYTES_BESIDE = 512  # of a template around a text; more than most have
 
 
 class ChatTask(VQATask):
@@ -102,7 +102,7 @@ class ChatTask(VQATask):
         per_image = self._n_tokens_of_any_image()
         for sample in dataset.samples:
             lengths = [per_image] * len(sample.images)
-            # Most are short, whatever their tokens: none is less than a byte.
+            # Most are short, whatever their tokens, none of which is less than a byte; a batch checks all again.
             most = sum(len(text.encode()) + _BYTES_BESIDE for turn in _turns(sample) for text in turn)
             if sum(lengths) + most > self.max_tokens:
                 self.encode(sample, lengths)
