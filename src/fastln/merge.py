@@ -6,7 +6,7 @@ import contextlib
 from pathlib import Path
 
 import transformers
-from transformers import AutoConfig, AutoImageProcessor, AutoModel
+from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoProcessor
 
 from fastln.adapters import load_adapter, merge_adapter
 from fastln.errors import FastLNError
@@ -35,6 +35,7 @@ def merge_into_base(base: str, adapter: Path, out: Path, *, check_base: bool = T
     # Prepared, its norms are float32: rounding comes last, with its warning.
     load_adapter(prepare(model), adapter, check_base=check_base)
     merge_adapter(model, out)
-    for load in (load_tokenizer, AutoImageProcessor.from_pretrained):
-        with contextlib.suppress(OSError, ValueError, KeyError):  # a model may lack either
+    for load in (load_tokenizer, AutoImageProcessor.from_pretrained, AutoProcessor.from_pretrained):
+        # A model may lack any; and a processor of images and videos asks for torchvision.
+        with contextlib.suppress(OSError, ValueError, KeyError, ImportError, AttributeError):
             load(base).save_pretrained(out)

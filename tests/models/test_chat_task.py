@@ -13,6 +13,7 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
+    AutoProcessor,
     CLIPImageProcessorPil,
     LlavaProcessor,
 )
@@ -149,17 +150,16 @@ def test_a_directory_brings_its_template_and_keeps_it(as_processor, tmp_path):
         assert all(torch.equal(tensor, same[key]) for key, tensor in batch.items())
 
 
-def test_prompts_are_what_transformers_own_processor_makes(tmp_path):
+@pytest.mark.parametrize("merged", [False, True])
+def test_prompts_are_what_transformers_own_processor_makes(merged, tmp_path):
     data = image_data()
     task = save_llava(tmp_path / "hub", chat_tokenizers.LLAVA)
-    processor = LlavaProcessor(
-        task.images.processor,
-        task.tokenizer,
-        patch_size=14,
-        vision_feature_select_strategy="default",
-        num_additional_image_tokens=1,
-        chat_template=chat_tokenizers.LLAVA,
-    )
+    task.save(tmp_path / "saved")
+    if merged:
+        save_adapter(prepare(task.model), tmp_path / "adapter")
+        merge_into_base(str(tmp_path / "saved"), tmp_path / "adapter", tmp_path / "merged")
+    processor = AutoProcessor.from_pretrained(tmp_path / ("merged" if merged else "saved"))
+    assert isinstance(processor, LlavaProcessor)
     parts = [{"type": "image"}, {"type": "image"}, {"type": "text", "text": chat_task.REPORT_QUESTION}]
     text = processor.apply_chat_template([{"role": "user", "content": parts}], add_generation_prompt=True)
     expected = processor(images=[image("b"), image("a")], text=text, return_tensors="pt")

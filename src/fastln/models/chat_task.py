@@ -163,6 +163,13 @@ class ChatTask(VQATask):
         tokens = self.model.generate(**prompts, generation_config=self._greedy(n_tokens))
         return [text.strip() for text in self.tokenizer.batch_decode(tokens[:, n_tokens:], skip_special_tokens=True)]
 
+    def save(self, directory: Path) -> None:
+        """Write everything that `load_task(directory)` needs, and what transformers' `AutoProcessor` does."""
+        super().save(directory)
+        if self.images is not None and self.chat_vision is not None and self.chat_vision.processor is not None:
+            processor = self.chat_vision.processor(self.model.config, self.images, self.tokenizer)
+            processor.save_pretrained(directory)
+
     def _prompts(self, batch: dict[str, Tensor]) -> tuple[dict[str, Tensor], int]:
         """Return the batch without labels and last answers, and the length of the prompts, padded on the left."""
         labelled = batch["labels"] != _NO_LABEL

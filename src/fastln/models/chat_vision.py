@@ -12,7 +12,10 @@ from transformers import (
     AutoImageProcessor,
     AutoModel,
     CLIPImageProcessorPil,
+    LlavaProcessor,
     PreTrainedConfig,
+    PreTrainedTokenizerBase,
+    ProcessorMixin,
     Qwen2VLImageProcessorPil,
 )
 
@@ -30,6 +33,8 @@ class ChatVision:
         n_tokens: how many tokens an image takes, from the configuration and the image's keyword arguments; it depends
             on nothing of these but the shape of `pixel_values`.
         marks_tokens: whether the model must be told which tokens are an image's (`mm_token_type_ids`).
+        processor: from the configuration, what reads images and the tokenizer to transformers' processor, where that
+            is more than the two together and must be saved.
     """
 
     placeholder: str
@@ -37,6 +42,7 @@ class ChatVision:
     images: Callable[[str | None, PreTrainedConfig, torch.dtype], ImageInputs]
     n_tokens: Callable[[PreTrainedConfig, Mapping[str, Tensor]], int]
     marks_tokens: bool = False
+    processor: Callable[[PreTrainedConfig, ImageInputs, PreTrainedTokenizerBase], ProcessorMixin] | None = None
 
 
 def _llava_images(source: str | None, config: PreTrainedConfig, dtype: torch.dtype) -> ImageInputs:
@@ -54,6 +60,23 @@ def _llava_tokens(config: PreTrainedConfig, inputs: Mapping[str, Tensor]) -> int
     return rows - (config.vision_feature_select_strategy == "default")
 
 
+def _llava_processor(
+    config: PreTrainedConfig, images: ImageInputs, tokenizer: PreTrainedTokenizerBase
+) -> ProcessorMixin:
+    assert isinstance(images, ImagePixels)
+    edge, patch, strategy = images.image_size, config.vision_config.patch_size, config.vision_feature_select_strategy
+    n_tokens = _llava_tokens(config, {"pixel_values": torch.empty(1, 3, edge, edge)})
+    return LlavaProcessor(
+        images.processor,
+        tokenizer,
+        patch_size=patch,
+        vision_feature_select_strategy=strategy,
+        num_additional_image_tokens=n_tokens - (edge // patch) ** 2 + (strategy == "default"),
+        chat_template=tokenizer.chat_template,
+        image_token=tokenizer.convert_ids_to_tokens(config.image_token_id),
+    )
+
+
 def _qwen_images(source: str | None, config: PreTrainedConfig, dtype: torch.dtype) -> ImageInputs:
     vision = config.vision_config
     if source is not None:
@@ -67,7 +90,9 @@ def _qwen_tokens(config: PreTrainedConfig, inputs: Mapping[str, Tensor]) -> int:
 
 
 CHAT_VISION = {
-    "llava": ChatVision("{image}", {"image_token_id": "<image>"}, _llava_images, _llava_tokens),
+    "llava": ChatVision(
+        "{image}", {"image_token_id": "<image>"}, _llava_images, _llava_tokens, processor=_llava_processor
+    ),
     "qwen2_5_vl": ChatVision(
         "<|vision_start|>{image}<|vision_end|>",
         {
