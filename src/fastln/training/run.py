@@ -125,7 +125,11 @@ def run_training(
         raise
     logger.info("trained in %.0f s", result.seconds)
     task.save(out / MODEL)
-    scores = {split: evaluate(task, dataset, progress=True, features=features) for split, dataset in scored.items()}
+    n_together = run.config.batch_size  # there was room for that in training
+    scores = {
+        split: evaluate(task, dataset, batch_size=n_together, progress=True, features=features)
+        for split, dataset in scored.items()
+    }
     outcome = Outcome(scores.get("test"), scores.get("validation"), result)
     _write(
         out / RECORD,
