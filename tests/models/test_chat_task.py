@@ -241,15 +241,16 @@ def test_a_batch_draws_no_random_numbers(tmp_path):
 
 
 def test_what_it_cannot_do_is_told(tmp_path):
-    (tmp_path / "bert.json").write_text('{"model_type": "bert"}')
+    for name in ("bert", "llava_mistral"):
+        (tmp_path / f"{name}.json").write_text(json.dumps({"model_type": name}))
+        with pytest.raises(FastLNError, match=f"model_type is '{name}'; models that chat are llava, qwen2_5_vl and tr"):
+            load_task(f"chat:{tmp_path / name}.json", text_data())
     llama, llava = (tiny_chat.config(tmp_path, kind) for kind in ("llama", "llava"))
     images, texts = image_data(), text_data()
     with pytest.raises(
         FastLNError, match="made holds images and several images, which chat:llama cannot take: it reads"
     ):
         load_task(llama, images)
-    with pytest.raises(FastLNError, match="model_type is 'bert'; models that chat are llava, qwen2_5_vl and transf"):
-        load_task(f"chat:{tmp_path / 'bert.json'}", texts)
     with pytest.raises(FastLNError, match="holds questions without an image, which blip:tiny cannot take"):
         tiny.blip(tmp_path, texts)
     outside = tiny_chat.CONFIGS["llava"] | {"image_token_index": 32000}

@@ -234,13 +234,13 @@ def from_source(source: str, train_data: VQADataset, dtype: torch.dtype, seed: i
     name = f"chat:{Path(source).stem if source.endswith('.json') else Path(source).name}"
     if bare := bare_configuration(source):
         with loading(source):
+            vision = _chat_vision(str(bare))
             config = AutoConfig.from_pretrained(bare)
-            vision = _chat_vision(source, config)
             return from_config(config, vision, train_data, dtype, seed, name)
     check_source(source)
     with loading(source):
+        vision = _chat_vision(source)
         config = AutoConfig.from_pretrained(source)
-        vision = _chat_vision(source, config)
         loader = AutoModelForCausalLM if vision is None else AutoModelForImageTextToText
         model, report = loader.from_pretrained(source, dtype=dtype, output_loading_info=True)
         tokenizer = load_tokenizer(source)
@@ -278,15 +278,14 @@ def from_config(
     return ChatTask(model, tokenizer, images, name=name, vision=vision)
 
 
-def _chat_vision(source: str, config: PreTrainedConfig) -> ChatVision | None:
-    if config.model_type in CHAT_VISION:
-        return CHAT_VISION[config.model_type]
-    if config.model_type in MODEL_TYPES:
-        return None
-    raise FastLNError(
-        f"{source}: model_type is {config.model_type!r}; models that chat are {', '.join(CHAT_VISION)} and "
-        "transformers' causal language models (AutoModelForCausalLM)"
-    )
+def _chat_vision(source: str) -> ChatVision | None:
+    model_type = PreTrainedConfig.get_config_dict(source)[0].get("model_type")
+    if model_type not in MODEL_TYPES:
+        raise FastLNError(
+            f"{source}: model_type is {model_type!r}; models that chat are {', '.join(CHAT_VISION)} and transformers' "
+            "causal language models (AutoModelForCausalLM)"
+        )
+    return CHAT_VISION.get(model_type)
 
 
 def _turns(sample: Sample) -> list[tuple[str, str]]:
