@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import signal
 import warnings
 
 import family_models
@@ -289,6 +290,47 @@ def test_a_merged_model_is_stock_in_the_bases_dtype(name, tmp_path):
     assert all(parameter.dtype == torch.bfloat16 for parameter in again.parameters())
     fastln.restore(model)
     assert all(torch.equal(tensor, again.state_dict()[key]) for key, tensor in model.state_dict().items())
+
+
+@pytest.mark.parametrize("is_there", [False, True])
+def test_a_merge_killed_or_without_space_leaves_the_target_as_it_was(is_there, tmp_path, monkeypatch):
+    model, target = tuned("llama"), tmp_path / "merged"
+    if is_there:
+        fastln.merge_adapter(model, target)
+        (target / "model-00001-of-00002.safetensors").touch()  # of a model in two files
+        (target / "tokenizer.json").write_text("{}")
+        move(model)
+
+    def files():
+        return {path.name: path.read_bytes() for path in target.iterdir() if path.is_file()} if target.exists() else {}
+
+    before = files()
+    for name in ("fsync", "rename"):
+        pid = os.fork()
+        if pid == 0:
+            monkeypatch.setattr(os, name, lambda *args: os.kill(os.getpid(), signal.SIGKILL))
+            fastln.merge_adapter(model, target)
+            os._exit(0)
+        assert os.WTERMSIG(os.waitpid(pid, 0)[1]) == signal.SIGKILL
+        assert files() == before
+
+    def full(*args):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patch, pytest.raises(FastLNError, match=r"cannot be written: .*No space left"):
+        patch.setattr(os, "fsync", full)
+        fastln.merge_adapter(model, target)
+    assert files() == before
+    assert {path.name for path in tmp_path.iterdir()} == ({"merged"} if is_there else set())
+    fastln.merge_adapter(model, target)
+    again = type(model).from_pretrained(target)
+    assert all(torch.equal(tensor, again.state_dict()[key]) for key, tensor in model.state_dict().items())
+    kept = {"tokenizer.json"} if is_there else set()
+    assert {path.name for path in target.iterdir()} == {
+        "config.json",
+        "generation_config.json",
+        "model.safetensors",
+    } | kept
 
 
 @pytest.mark.parametrize("kind", ["vit", "dual"])

@@ -25,7 +25,7 @@ from transformers import PreTrainedModel
 
 from fastln.errors import FastLNError
 from fastln.families import find_norms
-from fastln.files import replace_files
+from fastln.files import replace_files, written_whole
 from fastln.prepare import STATE
 
 logger = logging.getLogger(__name__)
@@ -34,6 +34,7 @@ WEIGHTS, CONFIG, PICKLED = "adapter_model.safetensors", "adapter_config.json", "
 FINGERPRINT = "fastln_base"
 _PREFIX = "base_model.model."  # of every name in peft's files
 _TUNED = ".ln_tuning_layers."  # between a norm's name and its parameter's
+_WEIGHTS_FILE = re.compile(r"model(-\d+-of-\d+)?\.safetensors(\.index\.json)?")
 _N_SAMPLED = 64  # values of each parameter, in its fingerprint
 
 
@@ -169,13 +170,27 @@ def merge_adapter(model: PreTrainedModel, directory: str | Path) -> None:
 
     Args:
         model: a model that `prepare` was called on, or a stock one after `load_adapter`.
-        directory: the folder.
+        directory: the folder; a model in it is replaced once the new one is on the disk whole.
 
     Raises:
-        FastLNError: if the folder cannot be written to.
+        FastLNError: if the folder cannot be written to, in which case what was there before is whole.
     """
-    if Path(directory).is_file():
+    folder = Path(directory)
+    if folder.is_file():
         raise FastLNError(f"{directory}: is a file; give a folder for the model")
+    try:
+        with written_whole(folder) as beside:
+            save_merged(model, beside)
+            new = {path.name for path in beside.iterdir()}
+        for path in folder.iterdir():  # of a model that was cut into other files
+            if _WEIGHTS_FILE.fullmatch(path.name) and path.name not in new:
+                path.unlink()
+    except (OSError, SafetensorError) as error:
+        raise FastLNError(f"{directory}: the model cannot be written: {error}") from error
+
+
+def save_merged(model: PreTrainedModel, directory: Path) -> None:
+    """Call `save_pretrained` with the tuned values in the base's dtype; a full disk can leave half a model."""
     state = getattr(model, STATE, None)
     dtypes: Mapping[str, torch.dtype] = {} if state is None else state.dtypes
     tuned = {name: parameter for name, parameter in model.named_parameters() if name in dtypes}
@@ -185,8 +200,6 @@ def merge_adapter(model: PreTrainedModel, directory: str | Path) -> None:
             parameter.data = parameter.data.to(dtypes[name])
         _warn_of_rounding(exact, tuned, "keep the adapter, which has every digit")
         model.save_pretrained(directory)
-    except (OSError, SafetensorError) as error:
-        raise FastLNError(f"{directory}: the model cannot be written: {error}") from error
     finally:
         for name, parameter in tuned.items():
             parameter.data = exact[name]

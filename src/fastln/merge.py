@@ -6,10 +6,12 @@ import contextlib
 from pathlib import Path
 
 import transformers
+from safetensors import SafetensorError
 from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoProcessor
 
-from fastln.adapters import load_adapter, merge_adapter
+from fastln.adapters import load_adapter, save_merged
 from fastln.errors import FastLNError
+from fastln.files import STAGING, written_whole
 from fastln.models.sources import check_source, load_tokenizer, loading
 from fastln.prepare import prepare
 
@@ -26,7 +28,7 @@ def merge_into_base(base: str, adapter: Path, out: Path, *, check_base: bool = T
     Raises:
         FastLNError: if the model or the adapter cannot be loaded, they do not fit, or `out` holds something.
     """
-    if out.is_file() or (out.is_dir() and any(out.iterdir())):
+    if out.is_file() or (out.is_dir() and any(path.name != STAGING for path in out.iterdir())):
         raise FastLNError(f"{out}: is there already; give a new folder for the merged model")
     check_source(base)
     with loading(base):
@@ -34,8 +36,15 @@ def merge_into_base(base: str, adapter: Path, out: Path, *, check_base: bool = T
         model = getattr(transformers, names[0], AutoModel).from_pretrained(base, dtype="auto")
     # Prepared, its norms are float32: rounding comes last, with its warning.
     load_adapter(prepare(model), adapter, check_base=check_base)
-    merge_adapter(model, out)
+    tools = []
     for load in (load_tokenizer, AutoImageProcessor.from_pretrained, AutoProcessor.from_pretrained):
         # A model may lack any; and a processor of images and videos asks for torchvision.
         with contextlib.suppress(OSError, ValueError, KeyError, ImportError, AttributeError):
-            load(base).save_pretrained(out)
+            tools.append(load(base))
+    try:
+        with written_whole(out) as beside:
+            save_merged(model, beside)
+            for tool in tools:
+                tool.save_pretrained(beside)
+    except (OSError, SafetensorError) as error:
+        raise FastLNError(f"{out}: the model cannot be written, and nothing there changed: {error}") from error

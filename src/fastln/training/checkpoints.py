@@ -8,7 +8,6 @@ interrupted, a file system gone bad) does not agree with its list.
 
 from __future__ import annotations
 
-import errno
 import json
 import logging
 import os
@@ -23,12 +22,12 @@ from torch import Tensor, nn
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from fastln.errors import FastLNError
+from fastln.files import STAGING, flush
 
 logger = logging.getLogger(__name__)
 
 TRAINED = "trained.safetensors"
 FILES = "files.json"
-STAGING = ".fastln-writing"
 LEAVING = ".fastln-deleting"
 
 
@@ -96,11 +95,11 @@ def publish(written: Path, place: Path) -> None:
     files = {str(path.relative_to(written)): path.stat().st_size for path in written.rglob("*") if path.is_file()}
     (written / FILES).write_text(json.dumps(files, indent=1, sort_keys=True) + "\n")
     for path in [*written.rglob("*"), written]:
-        _flush(path)
+        flush(path)
     if place.exists():
         remove(place)
     os.rename(written, place)
-    _flush(place.parent)
+    flush(place.parent)
 
 
 def remove(checkpoint: Path) -> None:
@@ -164,14 +163,3 @@ def load_trained(model: nn.Module, folder: Path) -> None:
     with torch.no_grad():
         for name, parameter in trained.items():
             parameter.copy_(saved[name])
-
-
-def _flush(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    except OSError as error:
-        if error.errno != errno.EINVAL:  # what some network file systems say of folders
-            raise
-    finally:
-        os.close(descriptor)
