@@ -192,14 +192,20 @@ def test_a_trained_norm_without_a_gradient_is_named(tmp_path):
         train(tmp_path, Skipping(), save_strategy="no")
 
 
-def test_activation_checkpointing_gives_the_same_losses(tmp_path):
-    runs = [train(tmp_path, save_strategy="no", activation_checkpointing=on) for on in (False, True)]
-    assert runs[1].model.is_gradient_checkpointing
-    assert runs[1].args.activation_checkpointing_kwargs == {"use_reentrant": False}
-    plain, again = ([row["loss"] for row in run.state.log_history if "loss" in row] for run in runs)
-    assert plain == pytest.approx(again, rel=1e-5)
-    with pytest.raises(FastLNError, match="use_reentrant=True gives no gradients"):
-        train(tmp_path, activation_checkpointing=True, activation_checkpointing_kwargs={"use_reentrant": True})
+@pytest.mark.parametrize("engine", ["fastln", "torch"])
+def test_activation_checkpointing_gives_the_same_losses_and_is_without_reentry(engine, tmp_path, caplog):
+    reentrant = {"activation_checkpointing": True, "activation_checkpointing_kwargs": {"use_reentrant": True}}
+    with caplog.at_level("INFO", "fastln"):
+        runs = [
+            train(tmp_path, engine=engine, save_strategy="no", **settings)
+            for settings in ({}, {"activation_checkpointing": True}, reentrant)
+        ]
+    plain, *others = ([row["loss"] for row in run.state.log_history if "loss" in row] for run in runs)
+    for run, losses in zip(runs[1:], others, strict=True):
+        assert run.model.is_gradient_checkpointing
+        assert run.args.activation_checkpointing_kwargs == {"use_reentrant": False}
+        assert losses == pytest.approx(plain, rel=1e-5)
+    assert caplog.text.count("checkpoints are without reentry") == 1
 
 
 def test_the_best_checkpoint_is_kept_and_loaded(tmp_path):

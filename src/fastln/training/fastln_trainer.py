@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -24,6 +25,8 @@ from fastln.training.resumable import ResumableTrainer
 from fastln.training.sample_ids import KEY, WithSampleIds
 from fastln.training.watch import NormWatch
 
+logger = logging.getLogger(__name__)
+
 
 class FastLNTrainer(ResumableTrainer):
     """transformers' Trainer for a method of fastln: every argument of the Trainer's, and these.
@@ -31,7 +34,8 @@ class FastLNTrainer(ResumableTrainer):
     The model is prepared in place (peft's methods wrap it: `trainer.model` is what trains). Norms train in float32, at
     a rate of their own where they are given one, and without weight decay, as biases do. Training stops with a
     `FastLNError` where a trained norm gets no gradient, stays put or turns NaN, and where the loss is NaN. The log has
-    the mean |Δγ|, samples and tokens a second, and the peak memory. Checkpoints are `ResumableTrainer`'s.
+    the mean |Δγ|, samples and tokens a second, and the peak memory. Checkpoints are `ResumableTrainer`'s. Activation
+    checkpointing is without reentry whatever `use_reentrant` says, as in every prepared model.
 
     Args:
         model: As for the Trainer.
@@ -46,8 +50,7 @@ class FastLNTrainer(ResumableTrainer):
         **kwargs: As for the Trainer.
 
     Raises:
-        FastLNError: As `fastln.prepare` does; for a norm_learning_rate that is not positive; and for activation
-            checkpointing with use_reentrant, which gives frozen inputs' layers no gradients.
+        FastLNError: As `fastln.prepare` does; and for a norm_learning_rate that is not positive.
     """
 
     data_collator: Any
@@ -83,11 +86,9 @@ class FastLNTrainer(ResumableTrainer):
         super().__init__(model, args, *others, **kwargs)
         if self.args.activation_checkpointing:
             given = dict(self.args.activation_checkpointing_kwargs or {})
-            if given.setdefault("use_reentrant", False):
-                raise FastLNError(
-                    "activation checkpointing with use_reentrant=True gives no gradients to layers whose inputs are "
-                    "frozen; leave it out, or set it to False"
-                )
+            if given.get("use_reentrant"):
+                logger.info("checkpoints are without reentry: reentrant ones give no gradient to layers behind frozen ones")
+            given["use_reentrant"] = False
             self.args.activation_checkpointing_kwargs = given
         self.add_callback(AdaLoRASteps())
         if self.model_init is None:
