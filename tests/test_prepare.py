@@ -151,6 +151,25 @@ def test_a_trace_of_a_prepared_model_computes_and_does_not_remember():
         torch.testing.assert_close(traced(others)["last_hidden_state"], model(others).last_hidden_state)
 
 
+@pytest.mark.parametrize("where", ["LayerNorm", "dense"])
+def test_a_parametrization_of_a_stand_in_works_and_goes_before_restore(where):
+    model = small_bert()
+    module = model.get_submodule(f"encoder.layer.0.output.{where}")
+    stock = type(module)
+    fastln.prepare(model, backend="reference" if where == "LayerNorm" else "auto")
+    stand_in, tokens = type(module), torch.arange(32)[None]
+    plain = model.eval()(tokens).last_hidden_state
+    nn.utils.parametrize.register_parametrization(module, "weight", nn.Identity())
+    assert torch.equal(model(tokens).last_hidden_state, plain)
+    parametrized = type(module)
+    with pytest.raises(FastLNError, match=rf"0.output.{where}.parametrizations.weight.original: .*remove_parametriz"):
+        fastln.restore(model)
+    assert type(module) is parametrized, "the model stays as it was"
+    nn.utils.parametrize.remove_parametrizations(module, "weight")
+    assert type(module) is stand_in
+    assert type(fastln.restore(model).get_submodule(f"encoder.layer.0.output.{where}")) is stock
+
+
 def test_restore_gives_the_very_modules_back():
     model = marked()
     norm, weight, attributes = model["norm"], model["norm"].weight, set(vars(model["norm"]))

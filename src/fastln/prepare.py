@@ -139,11 +139,18 @@ def restore(model: ModelT) -> ModelT:
         The same model.
 
     Raises:
-        FastLNError: if the model is not prepared.
+        FastLNError: if the model is not prepared, or has got parameters since (a parametrization, an adapter's layers);
+            nothing of it has changed then.
     """
     state: _Prepared | None = getattr(model, STATE, None)
     if state is None:
         raise FastLNError("this model is not prepared; there is nothing to restore")
+    new = [name for name, _ in model.named_parameters() if name not in state.requires_grad]
+    if new:
+        raise FastLNError(
+            f"{len(new)} parameters came to the model after fastln.prepare(), for example {new[0]}: take away what "
+            "brought them (torch.nn.utils.parametrize.remove_parametrizations, peft's unload()), then restore"
+        )
     stand_back(model)
     for hook in state.hooks:
         hook.remove()
