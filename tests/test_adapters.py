@@ -317,9 +317,10 @@ def test_a_merge_killed_or_without_space_leaves_the_target_as_it_was(is_there, t
     def full(*args):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    with monkeypatch.context() as patch, pytest.raises(FastLNError, match=r"cannot be written: .*No space left"):
+    with monkeypatch.context() as patch:
         patch.setattr(os, "fsync", full)
-        fastln.merge_adapter(model, target)
+        with pytest.raises(FastLNError, match=r"cannot be written: .*No space left"):
+            fastln.merge_adapter(model, target)
     assert files() == before
     assert {path.name for path in tmp_path.iterdir()} == ({"merged"} if is_there else set())
     fastln.merge_adapter(model, target)

@@ -52,7 +52,9 @@ def bench(
         list[str] | None,
         typer.Option(help="A model, as `fastln train --model`, or a shape such as BertForMaskedLM:8x128; repeatable."),
     ] = None,
-    method: Annotated[list[str] | None, typer.Option(help="METHOD/ENGINE, e.g. layernorm/peft; repeatable.")] = None,
+    method: Annotated[
+        list[str] | None, typer.Option(help="METHOD/ENGINE: layernorm/peft, LN-F-T/fastln, ...; repeatable.")
+    ] = None,
     batch_size: Annotated[int | None, typer.Option(min=1, help="Questions per step.")] = None,
     rounds: Annotated[int | None, typer.Option(min=1, help="How often each method has its turn.")] = None,
     steps: Annotated[int | None, typer.Option(min=1, help="Timed steps per turn.")] = None,
@@ -62,6 +64,9 @@ def bench(
     dtype: Annotated[list[str] | None, typer.Option(help="float32, bfloat16 or auto; repeatable.")] = None,
     device: Annotated[str | None, typer.Option(help="cpu, cuda or auto.")] = None,
     seed: Annotated[int | None, typer.Option(help="Of weights, batches and dropout.")] = None,
+    layout: Layout = None,
+    language: Language = None,
+    skip_bad_rows: SkipBadRows = False,
     overwrite: Annotated[bool, typer.Option(help="Replace an earlier run in the folder.")] = False,
 ) -> None:
     """Compare methods: speed, memory and answers, each in a process of its own, in interleaved rounds."""
@@ -80,6 +85,9 @@ def bench(
         "dtypes": dtype or None,
         "device": device,
         "seed": seed,
+        "layout": layout,
+        "language": language,
+        "skip_bad_rows": skip_bad_rows or None,
     }
     name = suite or ("quick" if data is None and model is None else "real")
     rows = run_suite(load_suite(name, overrides), out, overwrite=overwrite, argv=sys.argv)

@@ -3,6 +3,7 @@
 import pytest
 
 from fastln.bench.suite import load_suite, suite_names
+from fastln.data import DataOptions
 from fastln.errors import FastLNError
 from fastln.models.shapes import is_shape
 from fastln.training import TrainConfig
@@ -70,6 +71,14 @@ def test_a_file_of_ones_own(tmp_path):
     assert suite.pairs == [("layernorm", "torch")]
 
 
+def test_data_is_read_and_methods_are_named_as_for_training(tmp_path):
+    text = "data: d\nmodels: [dual]\nmethods: [LN-F/fastln, F-T/torch]\nlayout: slake\n"
+    suite = load(tmp_path, text, language="zh", skip_bad_rows=True)
+    assert suite.options == DataOptions("slake", "zh", skip_bad_rows=True)
+    assert suite.pairs == [("LN-F", "fastln"), ("F-T", "torch")]
+    assert load(tmp_path, GOOD).options == DataOptions()
+
+
 def test_head_epochs_are_those_of_training_unless_the_suite_says(tmp_path):
     assert load(tmp_path, GOOD).head_epochs == TrainConfig().head_epochs
     assert load(tmp_path, GOOD + "head_epochs: 0\n").head_epochs == 0
@@ -95,6 +104,9 @@ def test_every_packaged_suite_is_listed():
         (GOOD + "head_epochs: -1\n", "head_epochs must be a whole number of at least 0"),
         (GOOD + "dtypes: [bflot16]\n", r"unknown dtype 'bflot16' \(did you mean 'bfloat16'.*auto, float32, bfloat16"),
         (GOOD + "device: tpu\n", "unknown device 'tpu'.*auto, cpu, cuda"),
+        (GOOD + "layout: 3\n", "layout must be a name, not 3"),
+        (GOOD + "skip_bad_rows: 2\n", "skip_bad_rows must be true or false, not 2"),
+        ("data: phantom\nmodels: [dual]\nmethods: [LN-F/peft]\n", "unknown method/engine 'LN-F/peft'.*LN-F-T/fastln"),
         (GOOD + "timeout_seconds: 0\n", "timeout_seconds must be a positive number"),
         (GOOD + "timeout_seconds: .inf\n", "timeout_seconds must be a positive number"),
         ("data: phantom\nmodels: [dual]\nmethods: [layernrm/torch]\n", "did you mean 'layernorm/torch'.*lora/peft"),

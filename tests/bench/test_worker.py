@@ -6,6 +6,7 @@ import math
 
 import pytest
 import torch
+from layouts import LAYOUTS
 from torch import nn
 
 from fastln.bench import worker
@@ -93,6 +94,19 @@ def test_shapes_of_the_cpu_suite_take_steps(model):
         assert math.isfinite(steps.final_loss)
 
 
+def test_codes_of_sub_models_on_data_with_bad_rows(tmp_path):
+    rows = {split: [LAYOUTS["slake"].row(number) for number in range(4)] for split in ("train", "test")}
+    rows["train"].append(LAYOUTS["slake"].row(0) | {"answer": None})
+    data = LAYOUTS["slake"].make(tmp_path, **rows)
+    changes = {"data": data, "layout": "slake", "warmup_steps": 0, "steps": 1, "batch_size": 2}
+    with pytest.raises(FastLNError, match="field 'answer' must be a text"):
+        worker.work(job("speed", "LN-F", "fastln", **changes))
+    steps = worker.work(job("speed", "LN-F", "fastln", skip_bad_rows=True, **changes))
+    both = worker.work(job("speed", "LN-LN", "fastln", skip_bad_rows=True, **changes))
+    assert 0 < steps.trainable_parameters < both.trainable_parameters
+    assert math.isfinite(steps.final_loss)
+
+
 def test_engines_of_one_method_see_the_same_batches_and_the_same_loss(monkeypatch):
     def without_dropout(*arguments, **options):
         task = load_task(*arguments, **options)
@@ -141,7 +155,7 @@ def test_quality_tells_the_epochs_that_were_trained(method, head_epochs, epochs,
     assert (quality.head_epochs, quality.epochs) == (trained["alone"], trained["together"]) == (head_epochs, epochs)
 
 
-def _eight_questions(spec, split):
+def _eight_questions(spec, split, options=None):
     dataset = load_dataset(spec, split)
     dataset.samples = dataset.samples[:8]
     return dataset

@@ -13,6 +13,7 @@ from typing import Any
 
 import yaml
 
+from fastln.data.options import DataOptions
 from fastln.errors import FastLNError
 from fastln.models.shapes import is_shape, parse_shape
 
@@ -39,8 +40,11 @@ class Suite:
 
     name: str
     models: tuple[str, ...]  # model specs, as `fastln.models.load_task` takes them, or shapes (`fastln.models.shapes`)
-    methods: tuple[str, ...]  # "method/engine"
+    methods: tuple[str, ...]  # "method/engine"; the method may be a code for each sub-model, as in LN-F-T
     data: str = ""  # "phantom" or a folder; shapes bring random batches and need none
+    layout: str | None = None  # this and the next two: as `fastln.data.DataOptions` has them
+    language: str | None = None
+    skip_bad_rows: bool = False
     batch_size: int = 32  # but a shape says itself
     questions_per_image: int = 4  # of one image in one batch
     dtypes: tuple[str, ...] = ("auto",)  # auto: bfloat16 where the device has the units for it, float32 elsewhere
@@ -52,6 +56,11 @@ class Suite:
     head_epochs: int = dataclasses.field(default_factory=_head_epochs)  # before those, of a random head alone
     seed: int = 0
     timeout_seconds: float = 3600.0  # for one run; a run that takes longer is a row with an error
+
+    @property
+    def options(self) -> DataOptions:
+        """How the data is read."""
+        return DataOptions(self.layout, self.language, self.skip_bad_rows)
 
     @property
     def pairs(self) -> list[tuple[str, str]]:
@@ -151,6 +160,11 @@ def _checked(values: dict[str, Any], where: str) -> Suite:
         values[key] = tuple(str(entry) for entry in values[key])
         if len(set(values[key])) < len(values[key]):
             raise FastLNError(f"{where}: {key} names the same entry twice: {', '.join(values[key])}")
+    for key in ("layout", "language"):
+        if not isinstance(values.get(key), str | None):
+            raise FastLNError(f"{where}: {key} must be a name, not {values[key]!r}")
+    if not isinstance(values.get("skip_bad_rows", False), bool):
+        raise FastLNError(f"{where}: skip_bad_rows must be true or false, not {values['skip_bad_rows']!r}")
     values["name"], values["data"] = str(values["name"]), str(values.get("data") or "")
     for key, smallest in _SMALLEST.items():
         value = values.get(key, smallest)
@@ -188,10 +202,16 @@ _SMALLEST = {
 
 
 def _check_methods(names: tuple[str, ...], where: str) -> None:
-    from fastln.methods import METHODS  # here, since it brings torch and transformers with it
+    from fastln.methods import METHODS, get_method, is_notation  # here, since it brings torch and transformers with it
 
     pairs = [f"{method.name}/{engine}" for method in METHODS.values() for engine in method.engines]
     for name in names:
+        method, _, engine = name.partition("/")
+        if is_notation(method) and engine in get_method(method)[0].engines:
+            continue
         if name not in pairs:
             near = _nearest(name, pairs)
-            raise FastLNError(f"{where}: unknown method/engine {name!r}{near}: choose from {', '.join(pairs)}")
+            raise FastLNError(
+                f"{where}: unknown method/engine {name!r}{near}: choose from {', '.join(pairs)}, or a code for each "
+                "sub-model, as in LN-F-T/fastln"
+            )

@@ -38,7 +38,7 @@ def work(job: Job) -> Checked | Steps | Quality:
     if is_shape(job.model):
         shape = make_shape(job.model, **options)
         return _check(job, shape, None) if job.kind == "check" else _steps(job, shape, None)
-    data = load_dataset(job.suite.data, "train")
+    data = load_dataset(job.suite.data, "train", options=job.suite.options)
     task = load_task(job.model, data, **options)
     if job.kind == "check":
         return _check(job, task, data)
@@ -51,7 +51,7 @@ def _check(job: Job, task: Task, data: VQADataset | None) -> Checked:
     # Reads every image that the rounds will.
     batches = itertools.islice(_batches(job, task, data), 1 if data is None else suite.warmup_steps + suite.steps)
     operations = [count_operations(model, batch) for batch in batches]
-    if suite.epochs and data and any(sample.is_report for sample in load_dataset(suite.data, "test").samples):
+    if suite.epochs and data and any(sample.is_report for sample in _test_questions(job).samples):
         raise FastLNError(f"{data.name} is of reports: there are no answers to count; set epochs to 0")
     rate = matrix_rate(torch.device(suite.device), getattr(torch, job.dtype))
     floor = Floor(mean(operations[-suite.steps :]), rate)
@@ -150,8 +150,12 @@ def _quality(job: Job, task: VQATask, data: VQADataset) -> Quality:
     config = _config(job)
     head_epochs, epochs = _epochs(task, config)
     train_task(task, data, config, engine=job.engine, progress=False)
-    accuracy = evaluate(task, load_dataset(job.suite.data, "test"))
+    accuracy = evaluate(task, _test_questions(job))
     return Quality(dataclasses.asdict(accuracy), head_epochs, epochs)
+
+
+def _test_questions(job: Job) -> VQADataset:
+    return load_dataset(job.suite.data, "test", options=job.suite.options)
 
 
 def _epochs(task: VQATask, config: TrainConfig) -> tuple[int, int]:

@@ -87,7 +87,7 @@ class FastLNTrainer(ResumableTrainer):
         if self.args.activation_checkpointing:
             given = dict(self.args.activation_checkpointing_kwargs or {})
             if given.get("use_reentrant"):
-                logger.info("checkpoints are without reentry: reentrant ones give no gradient to layers behind frozen ones")
+                logger.info("checkpoints are without reentry: reentrant ones give no gradient behind frozen layers")
             given["use_reentrant"] = False
             self.args.activation_checkpointing_kwargs = given
         self.add_callback(AdaLoRASteps())
