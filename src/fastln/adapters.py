@@ -31,7 +31,7 @@ from fastln.prepare import STATE
 logger = logging.getLogger(__name__)
 
 WEIGHTS, CONFIG, PICKLED = "adapter_model.safetensors", "adapter_config.json", "adapter_model.bin"
-FINGERPRINT = "fastln_base"
+FINGERPRINT, LN_TUNING = "fastln_base", "LN_TUNING"
 _PREFIX = "base_model.model."  # of every name in peft's files
 _TUNED = ".ln_tuning_layers."  # between a norm's name and its parameter's
 _WEIGHTS_FILE = re.compile(r"model(-\d+-of-\d+)?\.safetensors(\.index\.json)?")
@@ -107,7 +107,7 @@ def save_adapter(model: nn.Module, directory: str | Path) -> None:
     }
     metadata = {"format": "pt", FINGERPRINT: fingerprint(model, tuned.keys() | whole.keys())}
     config = {
-        "peft_type": "LN_TUNING",
+        "peft_type": LN_TUNING,
         "task_type": None,
         "inference_mode": True,
         "base_model_name_or_path": getattr(getattr(model, "config", None), "name_or_path", None) or None,
@@ -153,8 +153,9 @@ def load_adapter(model: nn.Module, directory: str | Path, *, check_base: bool = 
         )
     elif check_base and adapter.fingerprint != fingerprint(model, adapter.tensors.keys()):
         raise FastLNError(
-            f"{directory}: the adapter was trained on another base: the frozen weights of this model differ from those "
-            "it was saved beside. Load that base, or pass check_base=False if you know that they fit"
+            f"{directory}: the adapter was trained on another base: the frozen weights of this model, or the answers "
+            "that it chooses from, differ from those it was saved beside. Load that base, or pass check_base=False if "
+            "you know that they fit"
         )
     _refuse_tied(model, directory, adapter)
     with torch.no_grad():
@@ -205,11 +206,25 @@ def save_merged(model: PreTrainedModel, directory: Path) -> None:
             parameter.data = exact[name]
 
 
+def adapter_type(folder: Path) -> str:
+    """Return which of peft's kinds the adapter in a folder is.
+
+    Raises:
+        FastLNError: if there is no readable configuration or no tensors' file in the folder.
+    """
+    kind = str(_config(folder).get("peft_type"))
+    if not (folder / WEIGHTS).is_file():
+        pickled = f" (there is {PICKLED}, a pickle, which is never read)" if (folder / PICKLED).is_file() else ""
+        raise FastLNError(f"{folder}: there is no {WEIGHTS} in this folder{pickled}")
+    return kind
+
+
 def fingerprint(model: nn.Module, without: Collection[str] = ()) -> str:
     """Return a digest of the model's parameters, of their names, shapes and some values, in the precision of bfloat16.
 
     A checkpoint has the same one in float32 and in bfloat16. Some 64 values of each parameter are looked at: bases that
-    were trained differently differ in it, ones that differ in a few values alone may not.
+    were trained differently differ in it, ones that differ in a few values alone may not. The list of answers that a
+    dual encoder chooses from counts too: the same head says other things of another list.
 
     Args:
         model: the model, prepared or stock.
@@ -222,6 +237,8 @@ def fingerprint(model: nn.Module, without: Collection[str] = ()) -> str:
             values = values[:: max(1, len(values) // _N_SAMPLED)].to("cpu", torch.bfloat16).contiguous()
             digest.update(repr((name, tuple(parameter.shape))).encode())
             digest.update(values.view(torch.uint8).numpy().tobytes())
+    if answers := getattr(getattr(model, "config", None), "answers", None):
+        digest.update(repr(list(answers)).encode())
     return digest.hexdigest()
 
 
@@ -234,13 +251,9 @@ def _targets(model: nn.Module, names: list[str]) -> list[str] | str:
 
 
 def _read(folder: Path) -> _Adapter:
-    config = _config(folder)
-    if config.get("peft_type") != "LN_TUNING":
-        raise FastLNError(f"{folder}: this is a {config.get('peft_type')} adapter; fastln reads those for LN_TUNING")
+    if (kind := adapter_type(folder)) != LN_TUNING:
+        raise FastLNError(f"{folder}: this is a {kind} adapter; fastln reads those for {LN_TUNING}")
     path = folder / WEIGHTS
-    if not path.is_file():
-        pickled = f" (there is {PICKLED}, a pickle, which is never read)" if (folder / PICKLED).is_file() else ""
-        raise FastLNError(f"{folder}: there is no {WEIGHTS} in this folder{pickled}")
     try:
         with safe_open(path, "pt") as file:
             metadata = file.metadata() or {}

@@ -171,6 +171,9 @@ def evaluate(
     layout: Layout = None,
     language: Language = None,
     skip_bad_rows: SkipBadRows = False,
+    adapter: Annotated[
+        Path | None, typer.Option(help="A folder such as OUT/adapter; MODEL is the base that it was trained on.")
+    ] = None,
 ) -> None:
     """Score a model's answers (all, closed, open) or its reports (BLEU, ROUGE-L, CIDEr)."""
     from fastln.data import DataOptions
@@ -189,6 +192,7 @@ def evaluate(
         metrics=metrics,
         options=DataOptions(layout, language, skip_bad_rows),
         features=features,
+        adapter=adapter,
     )
 
 

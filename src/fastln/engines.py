@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from pathlib import Path
 
 import peft
 from peft.utils import ModulesToSaveWrapper
+from safetensors import SafetensorError
 from torch import nn
 from transformers.models.auto.modeling_auto import (
     MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
@@ -14,11 +16,14 @@ from transformers.models.auto.modeling_auto import (
 )
 from transformers.pytorch_utils import Conv1D
 
+from fastln.adapters import LN_TUNING, adapter_type, load_adapter, save_adapter
 from fastln.errors import FastLNError
 from fastln.families import find_norms, parameters_in
 from fastln.families.parts import attention_maps, ffn_maps
+from fastln.files import written_whole
 from fastln.methods import IA3_TARGETS, LORA_RANK, LORA_TARGETS, get_method, select_parameters, settle_scope
 from fastln.models import Task
+from fastln.models.sources import loading
 from fastln.modules import stand_back
 from fastln.prepare import STATE, prepare, restore
 
@@ -133,13 +138,52 @@ def finish(task: Task, trained: nn.Module) -> None:
         trained: what `apply_method` returned.
     """
     if isinstance(trained, peft.PeftModel):
-        task.model = trained.merge_and_unload()
-        # For norms, peft leaves its wrappers around the further modules.
-        for name, module in list(task.model.named_modules()):
+        # peft leaves its wrappers around the further modules (for norms), or takes them for linear layers (for ia3).
+        base = trained.get_base_model()
+        for name, module in list(base.named_modules()):
             if isinstance(module, ModulesToSaveWrapper):
-                task.model.set_submodule(name, module.modules_to_save[module.active_adapter])
+                base.set_submodule(name, module.modules_to_save[module.active_adapter])
+        task.model = trained.merge_and_unload()
     if hasattr(task.model, STATE):
         restore(task.model)
+
+
+def save_trained_adapter(trained: nn.Module, directory: Path) -> None:
+    """Write what a method trained as an adapter: fastln's for norms, peft's for its own methods.
+
+    Args:
+        trained: what `apply_method` or `put_method` returned, before `finish`.
+        directory: a new folder.
+
+    Raises:
+        FastLNError: for what no adapter holds (`full`, `bitfit`, norms beside lora, plain torch), with the reason; or
+            if the folder cannot be written to, in which case nothing of it is there.
+    """
+    if not isinstance(trained, peft.PeftModel):
+        save_adapter(trained, directory)
+    elif hasattr(trained.get_base_model(), STATE):
+        raise FastLNError("an adapter holds norms or peft's layers, and here both train")
+    else:
+        try:
+            with written_whole(directory) as beside:
+                trained.save_pretrained(str(beside))
+        except (OSError, SafetensorError) as error:
+            raise FastLNError(f"{directory}: the adapter cannot be written: {error}") from error
+
+
+def load_trained_adapter(task: Task, directory: Path) -> None:
+    """Put an adapter that `save_trained_adapter` or peft wrote into the task's model, which stays stock.
+
+    Raises:
+        FastLNError: if there is no whole adapter in the folder, or it does not fit the model; as `load_adapter` does.
+    """
+    if adapter_type(directory) == LN_TUNING:
+        load_adapter(task.model, directory)
+    else:
+        with loading(str(directory)):
+            wrapped = peft.PeftModel.from_pretrained(task.model, str(directory), autocast_adapter_dtype=False)
+        finish(task, wrapped)
+    task.random_head = ()  # it trains under every method
 
 
 def _norms_and_lora(

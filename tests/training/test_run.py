@@ -1,15 +1,21 @@
 """fastln train and fastln eval: what lands in the folder, resuming, and what bad options get."""
 
 import dataclasses
+import errno
 import json
+import os
 
 import pytest
 import tiny
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import AutoModel
 
+from fastln.adapters import load_adapter
 from fastln.data import DataOptions, Source, load_source
 from fastln.errors import FastLNError
+from fastln.merge import merge_into_base
+from fastln.models import load_task
 from fastln.training import TrainConfig, evaluate, train_task
 from fastln.training import run as run_module
 from fastln.training.head import train_head
@@ -49,6 +55,8 @@ def test_train_then_eval(method, tmp_path, capsys):
     predictions = tmp_path / "predictions.jsonl"
     score = run_evaluation(str(tmp_path / "out"), "phantom", "test", predictions=predictions)
     assert score == outcome.test
+    adapter = tmp_path / "out" / "adapter"
+    assert record["adapter_bytes"] == (sum(f.stat().st_size for f in adapter.iterdir()) if adapter.exists() else None)
     rows = [json.loads(line) for line in predictions.read_text().splitlines()]
     assert len(rows) == 24
     right = sum(row["prediction"] == row["answer"].lower() for row in rows)
@@ -120,6 +128,92 @@ def test_a_stopped_run_resumes_to_the_same_weights(kind, tmp_path):
         assert torch.equal(tensor, resumed.model.state_dict()[name]), name
     log = [json.loads(line)["step"] for line in (tmp_path / "a" / "log.jsonl").read_text().splitlines()]
     assert log == list(range(1, 7))
+
+
+@pytest.mark.usefixtures("few")
+@pytest.mark.parametrize("method", ["layernorm/fastln", "layernorm/peft", "LN-F/fastln", "lora/peft", "ia3/peft"])
+def test_the_adapter_on_its_base_scores_as_the_whole_model_and_is_small(method, tmp_path, caplog):
+    method, _, engine = method.partition("/")
+    base, out = spec(tmp_path), tmp_path / "out"
+    with caplog.at_level("INFO", "fastln"):
+        outcome = run_training(TrainRun("phantom", base, engine, TrainConfig(method, epochs=1, head_epochs=1)), out)
+    size = json.loads((out / "run.json").read_text())["adapter_bytes"]
+    assert f"the adapter is in {out / 'adapter'}: {size:,} bytes" in caplog.text
+    assert size < (out / "model" / "model.safetensors").stat().st_size  # most of it is the head of the tiny model
+    if method == "LN-F":
+        assert not any(key.startswith("text") for key in load_file(out / "adapter" / "adapter_model.safetensors"))
+    predictions = [tmp_path / "whole.jsonl", tmp_path / "adapted.jsonl"]
+    run_evaluation(str(out), "phantom", "test", predictions=predictions[0])
+    score = run_evaluation(base, "phantom", "test", adapter=out / "adapter", predictions=predictions[1])
+    assert score == outcome.test
+    assert predictions[0].read_text() == predictions[1].read_text()
+    if method in ("layernorm", "LN-F"):
+        merge_into_base(str(out / "model"), out / "adapter", tmp_path / "merged")
+        assert run_evaluation(str(tmp_path / "merged"), "phantom", "test") == score
+
+
+@pytest.mark.usefixtures("few")
+@pytest.mark.parametrize(
+    ("method", "why"),
+    [
+        ("full/fastln", "an adapter holds norms and the modules named in `also`"),
+        ("layernorm+lora/fastln", "an adapter holds norms or peft's layers, and here both train"),
+        ("layernorm/torch", "this model is not prepared"),
+        ("head/fastln", "no norm of this model trains"),
+    ],
+)
+def test_what_no_adapter_holds_is_told(method, why, tmp_path, caplog):
+    method, _, engine = method.partition("/")
+    run = TrainRun("phantom", spec(tmp_path), engine, TrainConfig(method, epochs=1, head_epochs=1))
+    with caplog.at_level("INFO", "fastln"):
+        run_training(run, tmp_path / "out")
+    assert f"no adapter, only the whole model: {why}" in caplog.text
+    assert json.loads((tmp_path / "out" / "run.json").read_text())["adapter_bytes"] is None
+    assert not (tmp_path / "out" / "adapter").exists()
+
+
+@pytest.mark.usefixtures("few")
+def test_an_adapter_meets_no_other_base_and_no_other_answers(tmp_path):
+    base, out = spec(tmp_path), tmp_path / "out"
+    run_training(TrainRun("phantom", base, None, CONFIG), out)
+    model = load_task(base, tiny.phantom(24)).model
+    model.config.answers = model.config.answers[::-1]
+    with pytest.raises(FastLNError, match="or the answers that it chooses from, differ"):
+        load_adapter(model, out / "adapter")
+    vision = AutoModel.from_pretrained(tmp_path / "vision")
+    with torch.no_grad():
+        vision.embeddings.cls_token += 1
+    vision.save_pretrained(tmp_path / "vision")
+    with pytest.raises(FastLNError, match="the adapter was trained on another base"):
+        run_evaluation(base, "phantom", "test", adapter=out / "adapter")
+    with pytest.raises(FastLNError, match=r"there is no adapter_config\.json"):
+        run_evaluation(base, "phantom", "test", adapter=out)
+
+
+@pytest.mark.usefixtures("few")
+@pytest.mark.parametrize("folder", ["adapter", "model"])
+def test_a_disk_that_is_full_at_the_end_loses_nothing(folder, tmp_path, monkeypatch):
+    run, out = TrainRun("phantom", spec(tmp_path), None, CONFIG), tmp_path / "out"
+    stock = os.rename
+
+    def full(source, target):
+        if out / folder in (target, *target.parents):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        stock(source, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "rename", full)
+        with pytest.raises(FastLNError, match=rf"{folder}.* cannot be written.*No space left"):
+            run_training(run, out)
+    assert not (out / folder).exists()
+    assert not [path for path in out.iterdir() if path.name.startswith(".")]
+    assert not json.loads((out / "run.json").read_text())["finished"]
+    resumed = run_training(run, out, resume=True)
+    assert (out / folder).is_dir()
+    run_training(run, tmp_path / "straight")
+    weights = [load_file(path / "model" / "model.safetensors") for path in (out, tmp_path / "straight")]
+    assert all(torch.equal(tensor, weights[1][name]) for name, tensor in weights[0].items())
+    assert resumed.test is not None
 
 
 @pytest.mark.usefixtures("few")

@@ -9,11 +9,15 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from accelerate import PartialState
+from safetensors import SafetensorError
+
 from fastln.data import DataOptions, VQADataset, load_source
 from fastln.data.answers import normalise_answer
 from fastln.data.dataset import check_split
-from fastln.engines import check_finishes
+from fastln.engines import check_finishes, load_trained_adapter
 from fastln.errors import FastLNError
+from fastln.files import written_whole
 from fastln.machine import settle_device, settle_dtype
 from fastln.methods import get_method
 from fastln.metrics import Accuracy, ReportScores, check_scorable, score
@@ -29,6 +33,7 @@ logger = logging.getLogger(__name__)
 
 RECORD = "run.json"
 MODEL = "model"
+ADAPTER = "adapter"
 CHECKPOINTS = "checkpoints"
 
 
@@ -75,7 +80,9 @@ def run_training(
     features: TensorStore | None = None,
     dry_run: bool = False,
 ) -> Outcome | None:
-    """Train, save to `out/model`, score, and write what happened to `out/run.json`.
+    """Train, save to `out/model` and `out/adapter`, score, and write what happened to `out/run.json`.
+
+    There is no adapter of a method of which none can hold what it trains; the log says so.
 
     Args:
         run: what to do.
@@ -117,24 +124,32 @@ def run_training(
     _write(out / RECORD, {"run": asdict(run), "engine": engine, "dtype": str(dtype), "finished": False})
     try:
         result = train_task(
-            task, data, run.config, engine=engine, checkpoints=out / CHECKPOINTS, resume=resume, features=features
+            task,
+            data,
+            run.config,
+            engine=engine,
+            checkpoints=out / CHECKPOINTS,
+            resume=resume,
+            features=features,
+            adapter=out / ADAPTER,
         )
     except KeyboardInterrupt:
         if checkpoints_in(out / CHECKPOINTS):
             logger.info("the same command with --resume continues from the last whole epoch")
         raise
     logger.info("trained in %.0f s", result.seconds)
-    task.save(out / MODEL)
+    _save(task, out / MODEL)
+    adapter_bytes = _size(out / ADAPTER)
+    if adapter_bytes is not None:
+        logger.info("the adapter is in %s: %s bytes", out / ADAPTER, f"{adapter_bytes:,}")
     n_together = run.config.batch_size  # there was room for that in training
     scores = {
         split: evaluate(task, dataset, batch_size=n_together, progress=True, features=features)
         for split, dataset in scored.items()
     }
     outcome = Outcome(scores.get("test"), scores.get("validation"), result)
-    _write(
-        out / RECORD,
-        {"run": asdict(run), "engine": engine, "dtype": str(dtype), "finished": True, **asdict(outcome)},
-    )
+    record = {"run": asdict(run), "engine": engine, "dtype": str(dtype), "finished": True}
+    _write(out / RECORD, record | {"adapter_bytes": adapter_bytes, **asdict(outcome)})
     for split, value in scores.items():
         _report(task, data, split, value, trained=True)
     logger.info("the model is in %s; score it again with: fastln eval %s --data %s", out / MODEL, out / MODEL, run.data)
@@ -153,6 +168,7 @@ def run_evaluation(
     metrics: Path | None = None,
     options: DataOptions | None = None,
     features: TensorStore | None = None,
+    adapter: Path | None = None,
 ) -> Accuracy | ReportScores:
     """Score a saved model and print the result.
 
@@ -167,6 +183,7 @@ def run_evaluation(
         metrics: JSON file for the scores.
         options: how the data is read.
         features: keeps what the vision tower gives for each image; None for no caching.
+        adapter: folder of an adapter to put into the model, which is then the base that it was trained on.
 
     Raises:
         FastLNError: for anything that cannot be had as given.
@@ -185,6 +202,8 @@ def run_evaluation(
     task.check_data(dataset)
     if features is not None:
         check_cacheable(task)
+    if adapter is not None:
+        load_trained_adapter(task, adapter)
     answers = predict(task, dataset, batch_size=batch_size, progress=True, features=features)
     if predictions is not None:
         with predictions.open("w") as file:
@@ -264,12 +283,28 @@ def _options(run: dict[str, Any]) -> dict[str, Any]:
 def _clear(out: Path) -> None:
     """Make the folder, without what an earlier run wrote to it; whatever else is in it stays."""
     try:
-        for name in (MODEL, CHECKPOINTS):
+        for name in (MODEL, ADAPTER, CHECKPOINTS):
             shutil.rmtree(out / name, ignore_errors=True)
         (out / RECORD).unlink(missing_ok=True)
         (out / CHECKPOINTS).mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise FastLNError(f"{out}: cannot be written to: {error}") from error
+
+
+def _save(task: VQATask, folder: Path) -> None:
+    if PartialState().is_main_process:
+        try:
+            with written_whole(folder) as beside:
+                task.save(beside)
+        except (OSError, SafetensorError) as error:
+            raise FastLNError(
+                f"{folder}: the model cannot be written: {error}; the same command with --resume writes it"
+            ) from error
+
+
+def _size(folder: Path) -> int | None:
+    """How many bytes the files of a folder take; None where there is none."""
+    return sum(path.stat().st_size for path in folder.iterdir()) if folder.is_dir() else None
 
 
 def _write(path: Path, record: dict[str, object]) -> None:

@@ -11,12 +11,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import PartialState
+from safetensors import SafetensorError
 from torch import nn
 from torch.utils.data import DataLoader
 from transformers import PrinterCallback, TrainerCallback, TrainingArguments
 
 from fastln.data import ImageGroupedBatches, VQADataset
-from fastln.engines import apply_method, check_finishes, finish
+from fastln.engines import apply_method, check_finishes, finish, save_trained_adapter
 from fastln.errors import FastLNError
 from fastln.methods import HEAD_LEARNING_RATE, count_parameters, describe_parameters
 from fastln.models import Task, VQATask
@@ -159,6 +161,7 @@ def train_task(
     resume: bool = False,
     progress: bool = True,
     features: TensorStore | None = None,
+    adapter: Path | None = None,
 ) -> TrainResult:
     """Train a task's model with one method, from the start or from the last checkpoint.
 
@@ -174,6 +177,7 @@ def train_task(
         resume: continue from the last checkpoint in that folder.
         progress: whether to show a progress bar.
         features: keeps what a frozen vision tower gives for each image; None for no caching.
+        adapter: folder for what was trained, apart from the base; a line in the log where no adapter can hold it.
 
     Raises:
         FastLNError: if a trained norm gets no gradient, the loss turns NaN, there is no checkpoint to resume from, the
@@ -211,6 +215,13 @@ def train_task(
     if not head_alone:
         with cached_features(task.vision_tower, features):
             losses += _train_method(task, model, data, config, checkpoints, resume, progress)
+    if adapter is not None and PartialState().is_main_process:
+        try:
+            save_trained_adapter(model, adapter)
+        except FastLNError as error:
+            if isinstance(error.__cause__, OSError | SafetensorError):
+                raise
+            logger.info("no adapter, only the whole model: %s", error)
     finish(task, model)
     return TrainResult(losses, time.perf_counter() - start, trainable, total)
 
