@@ -1,29 +1,10 @@
 """A run killed at any moment and resumed ends with an undisturbed one's weights; two processes have one's losses."""
 
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
-
-HERE = Path(__file__).parents[1]  # where the scripts are
-
-
-def script(*arguments, python=(sys.executable,)):
-    """Run one of the scripts here with one thread, as many as everywhere, so that sums come in the same order."""
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "TRITON_INTERPRET": "1"}
-    done = subprocess.run(
-        [*python, *map(str, arguments)], env=environment, cwd=HERE, capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout
-
-
-def result(folder):
-    return json.loads((folder / "result.json").read_text())
+from launch import HERE, TORCHRUN, result, script
 
 
 @pytest.mark.parametrize(
@@ -53,9 +34,8 @@ def test_two_processes_have_the_losses_of_one(accumulate, tmp_path):
     two.mkdir()
     shared = {"gradient_accumulation_steps": accumulate, "save_steps": 4}
     script(HERE / "small_run.py", one, json.dumps(shared | {"per_device_train_batch_size": 4}))
-    torchrun = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2")
     half = json.dumps(shared | {"per_device_train_batch_size": 2, "ddp_backend": "gloo"})
-    script(HERE / "small_run.py", two, half, python=torchrun)
+    script(HERE / "small_run.py", two, half, python=TORCHRUN)
     torch.testing.assert_close(torch.tensor(result(two)["losses"]), torch.tensor(result(one)["losses"]))
     for name, values in result(one)["trained"].items():
         torch.testing.assert_close(torch.tensor(result(two)["trained"][name]), torch.tensor(values), msg=name)
@@ -63,5 +43,5 @@ def test_two_processes_have_the_losses_of_one(accumulate, tmp_path):
     whole = result(two)
     (two / "result.json").unlink()
     script("-c", f"import shutil; shutil.rmtree({str(two / 'checkpoint-12')!r})")
-    script(HERE / "small_run.py", two, half, python=torchrun)
+    script(HERE / "small_run.py", two, half, python=TORCHRUN)
     assert result(two) == whole

@@ -1,0 +1,84 @@
+"""FSDP2: sharded over two processes a run has one's losses; our operations get no sharded tensor unsaid."""
+
+import shutil
+import socket
+
+import pytest
+import torch
+from launch import HERE, TORCHRUN, result, script
+from small_run import llama
+from torch import distributed, nn
+from torch.distributed.tensor import Replicate, distribute_tensor, init_device_mesh
+
+import fastln
+from fastln import ops
+
+# A bfloat16 gradient is the sum of two rounded ones, and Adam's first steps have the gradient's sign alone.
+BOUNDS = {"float32": {}, "bfloat16": {"rtol": 1e-3, "atol": 1e-3}}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", BOUNDS)
+def test_two_processes_that_shard_have_the_losses_of_one(dtype, tmp_path):
+    one, two = tmp_path / "one", tmp_path / "two"
+    one.mkdir()
+    two.mkdir()
+    script(HERE / "sharded_run.py", one, dtype, 6)
+    script(HERE / "sharded_run.py", two, dtype, 6, python=TORCHRUN)
+    whole = result(two)
+    assert whole["sharded"]
+    assert not result(one)["sharded"]
+    assert whole["dtypes"] == result(one)["dtypes"] == ["torch.float32"]
+    torch.testing.assert_close(torch.tensor(whole["losses"]), torch.tensor(result(one)["losses"]), **BOUNDS[dtype])
+    if dtype == "float32":
+        for name, values in result(one)["trained"].items():
+            torch.testing.assert_close(torch.tensor(whole["trained"][name]), torch.tensor(values), msg=name)
+    # And it goes on from its checkpoint, bit for bit.
+    (two / "result.json").unlink()
+    shutil.rmtree(two / "checkpoint-6")
+    script(HERE / "sharded_run.py", two, dtype, 6, python=TORCHRUN)
+    assert result(two) == whole
+
+
+@pytest.fixture(scope="module")
+def mesh():
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    distributed.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=0, world_size=1)
+    yield init_device_mesh("cpu", (1,))
+    distributed.destroy_process_group()
+
+
+OPERATIONS = {
+    "layer_norm": lambda x: ops.layer_norm(x, x[0], x[0], 1e-5),
+    "rms_norm": lambda x: ops.rms_norm(x, x[0], 1e-5),
+    "dropout_add_norm": lambda x: ops.dropout_add_norm(x, x, x[0], x[0], ops.NormKind(1e-5), dropout=0.5),
+    "activation": lambda x: ops.activation(x, "gelu"),
+    "gated_activation": lambda x: ops.gated_activation(x, x, "silu"),
+    "dropout": lambda x: ops.dropout(x, 0.5),
+}
+
+
+@pytest.mark.parametrize("operation", OPERATIONS)
+@pytest.mark.parametrize("requires_grad", [False, True])
+def test_an_operation_of_ours_refuses_a_distributed_tensor(operation, requires_grad, mesh):
+    x = distribute_tensor(torch.randn(3, 8), mesh, [Replicate()]).requires_grad_(requires_grad)
+    with pytest.raises(NotImplementedError, match=r"fastln.* does not have a sharding strategy registered"):
+        OPERATIONS[operation](x)
+
+
+@pytest.mark.parametrize("name", ["model.norm", "model.layers.0.mlp.down_proj", "lm_head"])
+def test_a_stand_in_with_a_distributed_weight_is_right_or_refuses(name, mesh):
+    module = fastln.prepare(llama()).get_submodule(name)
+    x = torch.randn(3, module.weight.shape[-1], requires_grad=True)
+    y, weight = module(x), module.weight
+    module.weight = nn.Parameter(distribute_tensor(weight.data, mesh, [Replicate()]), weight.requires_grad)
+    with pytest.raises(RuntimeError, match=r"got mixed torch.Tensor and DTensor"):
+        module(x)
+    x = distribute_tensor(x.detach(), mesh, [Replicate()]).requires_grad_()
+    if name == "model.norm":
+        with pytest.raises(NotImplementedError, match="sharding strategy"):
+            module(x)
+    else:
+        torch.testing.assert_close(module(x).to_local(), y)
