@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from fastln.errors import FastLNError
-from fastln.families import find_norms, parameters_in, sub_models
+from fastln.families import find_norms, find_other_norms, parameters_in, sub_models
 from fastln.families.parts import attention_maps, embedding_parameters, ffn_maps, head_parameters, own_parameters
 
 
@@ -215,6 +215,35 @@ def select_parameters(
             raise FastLNError(f"there is no module {module!r} with parameters in {type(model).__name__}, to train also")
         chosen |= inside
     return chosen
+
+
+def describe_other_norms(model: nn.Module, trained: set[str], scope: str | Iterable[str] | None) -> str | None:
+    """Say which norms stay as they are where norms train: group norms, and those whose scale comes from a layer inside.
+
+    Args:
+        model: the model.
+        trained: names of the parameters that train.
+        scope: the sub-models to tune; all by default.
+
+    Returns:
+        A sentence; None where no norm trains, or none is left out (in the sub-models in which norms train).
+    """
+    norms = trained & set(norm_parameters(model))
+    inside = parameters_in(model, scope)
+    for part in sub_models(model).values():
+        if norms.isdisjoint(part):
+            inside = inside - set(part)
+    left_out = [
+        f"{name} ({type(module).__name__})"
+        for name, module in find_other_norms(model)
+        if (own := {f"{name}.{inner}" for inner, _ in module.named_parameters()}) <= inside and own.isdisjoint(trained)
+    ]
+    if not norms or not left_out:
+        return None
+    return (
+        f"{len(left_out)} norms stay as they are, for example {left_out[0]}: group and batch norms are not tuned, nor "
+        "are those whose scale comes from a layer inside; name their modules with `also` to train them"
+    )
 
 
 def count_parameters(model: nn.Module) -> tuple[int, int]:

@@ -20,7 +20,7 @@ from fastln.families.head import use_lazy_head
 from fastln.families.linears import use_fast_linears
 from fastln.families.steps import spare_training_steps
 from fastln.machine import keep_pages
-from fastln.methods import get_method, select_parameters, settle_scope
+from fastln.methods import describe_other_norms, get_method, select_parameters, settle_scope
 from fastln.modules import is_stand_in, output_dtype, remember_dtype, stand_back
 from fastln.ops.backends import resolve
 
@@ -89,6 +89,8 @@ def prepare(
     trained = select_parameters(model, chosen, scope, also)
     if not trained:
         raise FastLNError(f"method {method!r} trains nothing by itself; name the task head's modules with `also`")
+    if (left_out := describe_other_norms(model, trained, scope)) is not None:
+        logger.warning("%s", left_out)
     device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
     resolve("layer_norm", device, backend)
     if device.type == "cpu":

@@ -88,3 +88,49 @@ def test_code_that_casts_to_the_dtype_of_a_norm_gets_the_stock_one_back(family):
     assert loss.item() == pytest.approx(want, rel=1e-2)
     loss.backward()
     assert all(model.get_parameter(name).grad.dtype == torch.float32 for name in norm_parameters(model))
+
+
+class AdaptiveLayerNorm(nn.Module):
+    """A norm whose scale is computed from a condition."""
+
+    def __init__(self, n_cols):
+        super().__init__()
+        self.norm = nn.LayerNorm(n_cols, elementwise_affine=False)
+        self.scale = nn.Linear(n_cols, n_cols)
+
+    def forward(self, x):
+        return self.norm(x) * (1 + self.scale(x.mean(-2, keepdim=True)))
+
+
+def odd_ones():
+    parametrized = nn.utils.parametrize.register_parametrization(nn.LayerNorm(8), "weight", nn.Identity())
+    parametrized.bias = None
+    return nn.Sequential(
+        nn.LayerNorm(8), nn.GroupNorm(2, 8), AdaptiveLayerNorm(8), nn.BatchNorm1d(8), nn.LayerNorm(8), parametrized
+    )
+
+
+@pytest.mark.parametrize(
+    ("method", "also", "message"),
+    [
+        ("layernorm", (), "4 norms stay as they are, for example 1 (GroupNorm): group and batch norms are not tuned"),
+        ("layernorm", ("1", "3"), "2 norms stay as they are, for example 2 (AdaptiveLayerNorm): "),
+        ("layernorm+bias", (), "1 norms stay as they are, for example 5 (ParametrizedLayerNorm): "),
+        ("full", (), None),
+    ],
+)
+def test_norms_that_stay_as_they_are_are_told_in_one_line(method, also, message, caplog):
+    with caplog.at_level("WARNING", "fastln"):
+        fastln.prepare(odd_ones(), method, also=also)
+    told = [text for text in caplog.messages if "stay as they are" in text]
+    assert len(told) == (message is not None)
+    assert all(message in text for text in told)
+
+
+def test_a_sub_model_that_is_frozen_is_not_told_of(caplog):
+    clip = transformers.CLIPModel(transformers.CLIPConfig(text_config=SIZES, vision_config=SIZES, projection_dim=8))
+    clip.vision_model.add_module("extra", nn.GroupNorm(2, 8))
+    for scope, n_told in (("text", 0), ("vision", 1), (None, 1), ("LN-F-F", 0), ("F-LN-F", 1)):
+        caplog.clear()
+        fastln.restore(fastln.prepare(clip, scope=scope))
+        assert sum("1 norms stay as they are" in text for text in caplog.messages) == n_told, scope

@@ -1,7 +1,16 @@
 """What fastln knows of transformers' model families: norms, activations, sub-models, attention."""
 
 from fastln.families.activations import activation_kind
-from fastln.families.norms import find_norms, is_norm, is_stock_layer_norm
+from fastln.families.norms import find_norms, find_other_norms, is_norm, is_stock_layer_norm
 from fastln.families.scopes import SCOPES, parameters_in, sub_models
 
-__all__ = ["SCOPES", "activation_kind", "find_norms", "is_norm", "is_stock_layer_norm", "parameters_in", "sub_models"]
+__all__ = [
+    "SCOPES",
+    "activation_kind",
+    "find_norms",
+    "find_other_norms",
+    "is_norm",
+    "is_stock_layer_norm",
+    "parameters_in",
+    "sub_models",
+]

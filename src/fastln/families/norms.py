@@ -27,8 +27,11 @@ def is_norm(module: nn.Module) -> bool:
     return _owns_vectors_alone(module) and ("Norm" in type(module).__name__ or norm_kind(module) is not None)
 
 
+_OVER_OTHER_DIMENSIONS = (nn.GroupNorm, nn.modules.batchnorm._NormBase)
+
+
 def _owns_vectors_alone(module: nn.Module) -> bool:
-    if isinstance(module, nn.GroupNorm | nn.modules.batchnorm._NormBase):
+    if isinstance(module, _OVER_OTHER_DIMENSIONS):
         return False
     own = [*module.parameters(recurse=False)]
     return bool(own) and all(parameter.dim() == 1 for parameter in own) and len(own) == len([*module.parameters()])
@@ -60,6 +63,26 @@ def find_norms(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     for name, module in model.named_modules():
         if is_norm(module):
             yield name, module
+
+
+def find_other_norms(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Yield (name, module) of what norm tuning does not reach, in the model's order.
+
+    That is group and batch norms, and norms whose scale comes from layers inside (adaptive ones, parametrized ones):
+    modules with "Norm" in their class name and parameters, none of them a norm's that `is_norm` knows.
+    """
+    for name, module in model.named_modules():
+        if not any(True for _ in module.parameters()):
+            continue
+        if isinstance(module, _OVER_OTHER_DIMENSIONS) or (
+            "Norm" in type(module).__name__
+            and not any(_is_reached(inner) or isinstance(inner, _OVER_OTHER_DIMENSIONS) for inner in module.modules())
+        ):
+            yield name, module
+
+
+def _is_reached(module: nn.Module) -> bool:
+    return is_norm(module) and next(module.parameters(recurse=False), None) is not None
 
 
 def norm_kind(module: nn.Module) -> NormKind | None:
