@@ -75,6 +75,22 @@ def test_a_checkpoint_of_another_run_is_refused(run):
         other.train(resume_from_checkpoint=True)
 
 
+@pytest.mark.parametrize("method", ["layernorm", "adalora"])
+def test_a_checkpoint_beside_another_base_is_refused(method, tmp_path):
+    trainer(tmp_path, method).train()
+    other = trainer(tmp_path, method, max_steps=14)
+    frozen = next(p for p in other.model.parameters() if not p.requires_grad)
+    kept = frozen.detach().clone()
+    with torch.no_grad():
+        frozen += 1
+    with pytest.raises(FastLNError, match=r"checkpoint-12/trained\.safetensors: it is of another base model"):
+        other.train(resume_from_checkpoint=True)
+    with torch.no_grad():
+        frozen.copy_(kept)
+    other.train(resume_from_checkpoint=True)
+    assert other.state.global_step == 14
+
+
 @pytest.mark.parametrize(
     ("module", "name", "at"), [(checkpoints, "save_file", 1), (torch, "save", 1), (torch, "save", 3), (os, "fsync", 2)]
 )

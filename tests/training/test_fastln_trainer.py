@@ -3,6 +3,7 @@
 import pytest
 import torch
 from small_run import Sentences, arguments, llama
+from torch.utils.data import Subset
 from transformers import EarlyStoppingCallback, Trainer, TrainerCallback
 
 import fastln
@@ -130,6 +131,12 @@ def test_a_nan_loss_names_the_step_and_the_samples(tmp_path):
         trainer.train()
     assert f"step {len(seen) + 1} " in str(caught.value)
     assert str(caught.value).count(", s") == 3
+
+
+def test_a_dataset_without_a_sample_is_told(tmp_path):
+    trainer = FastLNTrainer(llama(), arguments(tmp_path), train_dataset=Subset(Sentences(), []))
+    with pytest.raises(FastLNError, match="train_dataset holds no sample"):
+        trainer.train()
 
 
 def test_ids_are_read_where_samples_have_them():

@@ -16,11 +16,12 @@ from collections.abc import Iterable
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
+from fastln.adapters import FINGERPRINT, fingerprint
 from fastln.errors import FastLNError
 from fastln.files import STAGING, flush
 
@@ -133,19 +134,23 @@ def trained_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def save_trained(model: nn.Module, folder: Path) -> None:
-    """Write the parameters that train: the frozen ones are wherever the model came from."""
-    save_file({name: p.detach().contiguous() for name, p in trained_parameters(model).items()}, folder / TRAINED)
+    """Write the parameters that train, with a fingerprint of the frozen ones: these are where the model came from."""
+    tensors = {name: p.detach().contiguous() for name, p in trained_parameters(model).items()}
+    save_file(tensors, folder / TRAINED, {"format": "pt", FINGERPRINT: _frozen(model)})
 
 
 def load_trained(model: nn.Module, folder: Path) -> None:
     """Read what `save_trained` wrote, in place.
 
     Raises:
-        FastLNError: if the file cannot be read, or holds other parameters than those that train.
+        FastLNError: if the file cannot be read, holds other parameters than those that train, or was written beside
+            other frozen ones.
     """
     path = folder / TRAINED
     try:
         saved: dict[str, Tensor] = load_file(path)
+        with safe_open(path, "pt") as file:
+            base = (file.metadata() or {}).get(FINGERPRINT)
     except (OSError, SafetensorError) as error:
         raise FastLNError(f"{path}: cannot be read: {error}") from None
     trained = trained_parameters(model)
@@ -160,6 +165,17 @@ def load_trained(model: nn.Module, folder: Path) -> None:
                 f"{path}: it is of another model: {name} has shape {tuple(saved[name].shape)} there and "
                 f"{tuple(parameter.shape)} here"
             )
+    if base is not None and base != _frozen(model):
+        raise FastLNError(
+            f"{path}: it is of another base model: the frozen weights differ from those that it was trained beside; "
+            "resume with that base, or train anew"
+        )
     with torch.no_grad():
         for name, parameter in trained.items():
             parameter.copy_(saved[name])
+
+
+def _frozen(model: nn.Module) -> str:
+    names = [name for name, _ in model.named_parameters()]
+    # AdaLoRA counts its ranks in parameters that no optimizer has.
+    return fingerprint(model, trained_parameters(model).keys() | {name for name in names if "ranknum" in name})

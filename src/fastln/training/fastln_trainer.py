@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sized
 from contextlib import contextmanager
 from typing import Any
 
@@ -108,7 +108,13 @@ class FastLNTrainer(ResumableTrainer):
         return model
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
-        """Train, as `ResumableTrainer.train` does."""
+        """Train, as `ResumableTrainer.train` does.
+
+        Raises:
+            FastLNError: As that does; and for a dataset without a sample.
+        """
+        if isinstance(self.train_dataset, Sized) and not len(self.train_dataset):
+            raise FastLNError("train_dataset holds no sample; look at what filtered or read it")
         self._since = time.perf_counter()
         return super().train(*args, **kwargs)
 

@@ -72,7 +72,8 @@ def train_head(
             optimizer.step()
             optimizer.zero_grad()
             schedule.step()
-            losses.append(check_loss(loss.item(), len(losses) + 1))
+            ids = [data.samples[index].id for index in indices]
+            losses.append(check_loss(loss.item(), len(losses) + 1, ids))
     return losses
 
 

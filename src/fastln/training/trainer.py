@@ -173,7 +173,7 @@ def train_task(
         data: the training questions.
         config: how to train.
         engine: who runs the method; the method's first by default.
-        checkpoints: folder for a checkpoint after each epoch (the last is kept) and for `log.jsonl`; none by default.
+        checkpoints: folder for a checkpoint after each epoch (the last two stay) and for `log.jsonl`; none by default.
         resume: continue from the last checkpoint in that folder.
         progress: whether to show a progress bar.
         features: keeps what a frozen vision tower gives for each image; None for no caching.
@@ -243,7 +243,7 @@ def _train_method(
             max_grad_norm=config.max_grad_norm,
             seed=config.seed,
             save_strategy="epoch" if checkpoints else "no",
-            save_total_limit=1,
+            save_total_limit=2,  # one that was damaged since leaves the one before it
             logging_steps=1,
             logging_nan_inf_filter=False,
             report_to="none",
