@@ -1,7 +1,7 @@
 // The two products of a linear layer whose weight is frozen, for CPUs: y = x Wᵀ + bias, and dx = dy W. The processor's
 // matrix units want the weight in a layout of their own. A library that is handed all of a weight lays all of it out, at
 // every call or once into a second copy; here a thread lays a block of it out, in its cache, and takes all rows through
-// it before the next: a thousandth part of the work, and no copy is kept. Sums are float32 over all of a row, in a fixed
+// it, some at a time, before the next: a thousandth part of the work, and no copy is kept. Sums are float32 over all of a row, in a fixed
 // order, so that the result does not depend on the number of threads.
 
 #include <algorithm>
@@ -14,9 +14,10 @@
 namespace fastln {
 namespace {
 
-constexpr int64_t COLS = 64;  // of the result, for which a block of the weight is laid out
+constexpr int64_t COLS = 64;  // of the result, that one product makes
 constexpr int64_t ROWS = 128;  // of a product
-constexpr int64_t INNER_BYTES = 6144;  // of a row that one product takes: the block has 384 KB then, in the second cache
+constexpr int64_t INNER_BYTES = 6144;  // of a row that one product takes: its second operand has 384 KB then
+constexpr int64_t BLOCK_BYTES = 384 << 10;  // of the weight, laid out at once: in the second cache, beside the rows
 constexpr int64_t CHUNK = 4096;  // rows that a thread takes at most; wider rows keep their sums meanwhile, 256 bytes each
 
 int64_t blocks(int64_t size, int64_t block) { return (size + block - 1) / block; }
@@ -41,31 +42,40 @@ class Linear {
   explicit Linear(const Arguments& arguments) : a_(arguments) {}
 
   void run() const {
-    const int64_t col_blocks = blocks(a_.n_cols, COLS), wanted = a_.n_threads > 1 ? 3 * a_.n_threads : 1;
+    const int64_t panels = std::clamp<int64_t>(BLOCK_BYTES / (inner() * COLS * sizeof(T)), 1, blocks(a_.n_cols, COLS));
+    const int64_t cols = panels * COLS, col_blocks = blocks(a_.n_cols, cols);
+    const int64_t wanted = a_.n_threads > 1 ? 3 * a_.n_threads : 1;
     const int64_t chunks = std::max(blocks(a_.n_rows, CHUNK),
                                     std::min(blocks(wanted, col_blocks), blocks(a_.n_rows, 2 * ROWS)));
     const int64_t chunk = blocks(blocks(a_.n_rows, chunks), ROWS) * ROWS, row_blocks = blocks(a_.n_rows, chunk);
     for_blocks(col_blocks * row_blocks, static_cast<int>(a_.n_threads), [&](int64_t block) {
-      const int64_t row = block % row_blocks * chunk, col = block / row_blocks * COLS;
-      block_of(row, std::min(chunk, a_.n_rows - row), col, std::min(COLS, a_.n_cols - col));
+      const int64_t row = block % row_blocks * chunk, col = block / row_blocks * cols;
+      block_of(row, std::min(chunk, a_.n_rows - row), col, std::min(cols, a_.n_cols - col));
     });
   }
 
  private:
-  void block_of(int64_t first_row, int64_t n_rows, int64_t col, int64_t n_cols) const {
+  // Of a row, that one product takes at most.
+  int64_t inner() const {
+    const int64_t inner_blocks = blocks(a_.n_inner * sizeof(T), INNER_BYTES);
+    return blocks(blocks(a_.n_inner, inner_blocks), 2 * PAD) * 2 * PAD;
+  }
+
+  // Rows of the result, as many as the cache holds beside the block of the weight, go through all of its panels.
+  void block_of(int64_t first_row, int64_t n_rows, int64_t first_col, int64_t n_cols) const {
     thread_local Buffer<T> operand_buffer, rest_buffer;
     thread_local Buffer<float> sum_buffer;
-    const int64_t inner_blocks = blocks(a_.n_inner * sizeof(T), INNER_BYTES);
-    const int64_t most = blocks(blocks(a_.n_inner, inner_blocks), 2 * PAD) * 2 * PAD;
-    T* operand = operand_buffer.at_least(most * COLS);
-    float* sums = sum_buffer.at_least((inner_blocks > 1 ? blocks(n_rows, ROWS) : 1) * ROWS * COLS);
+    const int64_t most = inner(), panels = blocks(n_cols, COLS);
+    const bool whole = most >= a_.n_inner;
+    T* operand = operand_buffer.at_least(panels * most * COLS);
+    float* sums = sum_buffer.at_least((whole ? 1 : blocks(n_rows, ROWS) * panels) * ROWS * COLS);
     for (int64_t inner = 0; inner < a_.n_inner; inner += most) {
       const int64_t n_inner = std::min(most, a_.n_inner - inner);
       const bool last = inner + n_inner == a_.n_inner;
-      lay_out(col, n_cols, inner, n_inner, operand);
+      for (int64_t col = 0; col < n_cols; col += COLS)
+        lay_out(first_col + col, std::min(COLS, n_cols - col), inner, n_inner, operand + col * most);
       for (int64_t done = 0; done < n_rows; done += ROWS) {
         const int64_t row = first_row + done, count = std::min(ROWS, n_rows - done);
-        float* sum = inner_blocks > 1 ? sums + done * COLS : sums;
         const T* x = static_cast<const T*>(a_.x) + row * a_.x_stride + inner;
         int64_t stride = a_.x_stride;
         if (count % PAD) {  // a height of its own would be a kernel of its own
@@ -73,8 +83,12 @@ class Linear {
           copy_rows(x, stride, count, n_inner, rest, n_inner);
           x = rest, stride = n_inner;
         }
-        multiply(padded(count), n_cols, n_inner, x, stride, operand, COLS, sum, COLS, inner > 0);
-        if (last) finish(sum, row, count, col, n_cols);
+        for (int64_t col = 0; col < n_cols; col += COLS) {
+          const int64_t width = std::min(COLS, n_cols - col);
+          float* sum = whole ? sums : sums + (done * panels + col / COLS * ROWS) * COLS;
+          multiply(padded(count), width, n_inner, x, stride, operand + col * most, COLS, sum, COLS, inner > 0);
+          if (last) finish(sum, row, count, first_col + col, width);
+        }
       }
     }
     release<T>();
