@@ -20,10 +20,10 @@ A lane loads 16 bytes at once, so a warp asks for 512 bytes of a row with each l
 |                          | SM, a lane 255 registers   | results; 8 warps with twice the registers of 16 leave more |
 |                          |                            | for sums, since addresses are held once a lane             |
 | blocks asked for at once | 32 KB and the weight's     | a Blackwell SM wants 32 KB; float32 takes 64 KB, but for   |
-|                          | 32 KB; one tensor 64 KB    | the weight. Half, where the sums take 128 registers        |
-| sums kept on the way     | 128 registers a lane; 64   | those of dweight and dbias up to 16,384 columns. One alone |
-|                          | after a prologue, on AMD   | beyond would take 128 too, but then the compiler spills:   |
-|                          | and Blackwell; 32 for both | those are made apart                                       |
+|                          | 32 KB; one tensor 64 KB    | the weight                                                 |
+| sums kept on the way     | 128 registers a lane; 64   | those of dweight and dbias up to 16,384 columns, of one of |
+|                          | after a prologue and on    | them up to 32,768 (AMD: the same, a block being twice as   |
+|                          | AMD; 32 for both           | wide). Dropout's numbers need some. Others are made apart  |
 | rows of a tile           | what the warps hold, once  | 1.5 KB a warp and input at 384 and 768 (bf16): the         |
 |                          |                            | forward's 32 warps an SM ask for 48 KB                     |
 | warps of a program       | 4; 8 that keep sums        | those 8 share one row of partial sums                      |
@@ -201,15 +201,12 @@ def backward_tile(
     )
 
 
-def wide_tile(
-    n_cols: int, itemsize: int, device: torch.device, *, n_inputs: int, n_sums: int, prologue: bool
-) -> WideTile:
+def wide_tile(n_cols: int, itemsize: int, *, n_inputs: int, n_sums: int, prologue: bool) -> WideTile:
     """How a program goes through rows that no `RowTile` holds.
 
     Args:
         n_cols: Columns of a row.
         itemsize: Bytes of an element.
-        device: Where the kernel will run.
         n_inputs: How many tensors of rows make a row's sums.
         n_sums: How many sums over rows (of dweight, of dbias) are wanted.
         prologue: Whether dropout or a residual comes before the norm.
@@ -217,10 +214,8 @@ def wide_tile(
     cols = 16 // itemsize * LANES * _WIDE_WARPS
     blocks = -(-n_cols // cols)
     elements = blocks * 16 // itemsize
-    sums = min((128 >> (prologue + is_tight(device))) // elements, n_sums) if elements <= 64 else 0
+    sums = min((128 >> (prologue + (LANES == 64))) // elements, n_sums)
     group = 16 if n_inputs == 1 else 2 * itemsize
-    if sums * elements > 64:
-        group //= 2
     return WideTile(cols, min(group, blocks), sums, _WIDE_WARPS, _capped(255))
 
 

@@ -98,7 +98,7 @@ def norm_forward(
             forward_kernel[(triton.cdiv(n_rows, tile.rows),)](*arguments, **constants, **_row_options(tile))
         else:
             n_inputs = 1 + (residual is not None or dropout > 0)
-            wide = launch.wide_tile(n_cols, x.element_size(), x.device, n_inputs=n_inputs, n_sums=0, prologue=prologue)
+            wide = launch.wide_tile(n_cols, x.element_size(), n_inputs=n_inputs, n_sums=0, prologue=prologue)
             n_programs = min(n_rows, launch.sm_count(x.device))
             forward_wide_kernel[(n_programs,)](*arguments, **constants, **_wide_options(wide))
     return NormOutputs(y, stream, normed, rstd)
@@ -139,7 +139,7 @@ def norm_backward(
     n_inputs, n_sums = sum(t is not None for t in (dy, saved, dstream)), sum(need)
     prologue = dstream is not None or dropout > 0
     tile = launch.backward_tile(*where, n_inputs=n_inputs, n_sums=n_sums, need_rows=need_rows, prologue=prologue)
-    wide = launch.wide_tile(*where, n_inputs=1 + need_rows, n_sums=n_sums, prologue=prologue)
+    wide = launch.wide_tile(*where[:2], n_inputs=1 + need_rows, n_sums=n_sums, prologue=prologue)
     find_mean = need_dweight and kind.centre and not saved_is_normed
     by_rows = tile is not None or need_rows or find_mean
     # Which sums the programs keep that go through the rows; the others are made apart, from each row's mean.

@@ -348,23 +348,32 @@ def backward_wide_kernel(
             new_dbias = ()
             for start in tl.static_range(0, N_COLS, COLS):
                 tl.debug_barrier()
-                dy = _load(dy_ptr, row, dy_stride, start, cols, N_COLS, FULL)
-                saved = _load(saved_ptr, row, saved_stride, start, cols, N_COLS, FULL)
-                normed = (saved.to(tl.float32) - mean - residual_mean) * scale
-                if NEED_ROWS:
-                    dnormed = _dnormed(dy, weight_ptr, row, start, cols, N_COLS, FULL, OFFSET)
-                    inner = (dnormed - along_ones - normed * along_normed) * rstd
-                    _store_rows(
-                        *(inner, dstream_ptr, dx_ptr, dresidual_ptr, seed, row, dstream_stride, start, cols),
-                        *(N_COLS, FULL, THRESHOLD),
-                    )
+                block_dweight = dweight[start // COLS] if dweight_ptr is not None else 0.0
+                block_dbias = dbias[start // COLS] if dbias_ptr is not None else 0.0
+                # Always so, but what a branch changes is computed in it. Without one the compiler puts the sums off to
+                # the end of the row, where it spills: until then it holds dy and x_hat of every block.
+                if dy_stride >= 0:
+                    dy = _load(dy_ptr, row, dy_stride, start, cols, N_COLS, FULL)
+                    saved = _load(saved_ptr, row, saved_stride, start, cols, N_COLS, FULL)
+                    normed = (saved.to(tl.float32) - mean - residual_mean) * scale
+                    if NEED_ROWS:
+                        dnormed = _dnormed(dy, weight_ptr, row, start, cols, N_COLS, FULL, OFFSET)
+                        inner = (dnormed - along_ones - normed * along_normed) * rstd
+                        _store_rows(
+                            *(inner, dstream_ptr, dx_ptr, dresidual_ptr, seed, row, dstream_stride, start, cols),
+                            *(N_COLS, FULL, THRESHOLD),
+                        )
+                    if dweight_ptr is not None:
+                        if ROUND_NORMED:
+                            normed = normed.to(dtype).to(tl.float32)
+                        # Beyond the last column dy is 0.
+                        block_dweight += dy.to(tl.float32) * normed
+                    if dbias_ptr is not None:
+                        block_dbias += dy.to(tl.float32)
                 if dweight_ptr is not None:
-                    if ROUND_NORMED:
-                        normed = normed.to(dtype).to(tl.float32)
-                    # Beyond the last column dy is 0.
-                    new_dweight += (dweight[start // COLS] + dy.to(tl.float32) * normed,)
+                    new_dweight += (block_dweight,)
                 if dbias_ptr is not None:
-                    new_dbias += (dbias[start // COLS] + dy.to(tl.float32),)
+                    new_dbias += (block_dbias,)
             dweight = new_dweight
             dbias = new_dbias
         elif NEED_ROWS:
