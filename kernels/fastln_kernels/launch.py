@@ -19,8 +19,10 @@ A lane loads 16 bytes at once, so a warp asks for 512 bytes of a row with each l
 | blocks of columns        | 8 warps, one program an    | rows at work stay in the L2 from their sums to their       |
 |                          | SM, a lane 255 registers   | results; 8 warps with twice the registers of 16 leave more |
 |                          |                            | for sums, since addresses are held once a lane             |
-| blocks asked for at once | 32 KB and the weight's     | a Blackwell SM wants 32 KB; float32 takes 64 KB, but for   |
-|                          | 32 KB; one tensor 64 KB    | the weight                                                 |
+| blocks asked for at once | of each of two tensors 8,  | a Blackwell SM wants 32 KB, and more where it reads twice: |
+|                          | of one 16: 64 KB; 4 beside | 54 KB for dx. In 16 bits a float32 weight takes as many    |
+|                          | sums in 16 bits or after a | registers as both tensors. AMD's blocks are twice as wide  |
+|                          | prologue, likewise on AMD  |                                                            |
 | sums kept on the way     | 128 registers a lane; 64   | those of dweight and dbias up to 16,384 columns, of one of |
 |                          | after a prologue and on    | them up to 32,768 (AMD: the same, a block being twice as   |
 |                          | AMD; 32 for both           | wide). Dropout's numbers need some. Others are made apart  |
@@ -215,7 +217,8 @@ def wide_tile(n_cols: int, itemsize: int, *, n_inputs: int, n_sums: int, prologu
     blocks = -(-n_cols // cols)
     elements = blocks * 16 // itemsize
     sums = min((128 >> (prologue + (LANES == 64))) // elements, n_sums)
-    group = 16 if n_inputs == 1 else 2 * itemsize
+    crowded = (sums or LANES == 64) and (prologue or itemsize == 2)
+    group = 16 if n_inputs == 1 else 4 if crowded else 8
     return WideTile(cols, min(group, blocks), sums, _WIDE_WARPS, _capped(255))
 
 

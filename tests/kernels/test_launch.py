@@ -77,6 +77,8 @@ def test_a_group_of_blocks_is_no_more_than_a_row():
         assert tile.cols * itemsize == tile.warps * 32 * 16
         assert tile.cols * (tile.group - 1) < n_cols
     assert [wide_tile(16384, itemsize, 2).group for itemsize in (2, 4)] == [4, 8]
+    assert [wide_tile(16384, itemsize, 2, prologue=True).group for itemsize in (2, 4)] == [4, 4]
+    assert [wide_tile(16384, itemsize, 0).group for itemsize in (2, 4)] == [8, 8], "no sums take registers"
 
 
 def test_the_next_tile_is_asked_for_early_where_the_registers_have_room():
