@@ -98,13 +98,13 @@ def bench(
 
 @app.command(options_metavar="[OPTIONS] [KEY=VALUE]...", epilog=configured.HELP)
 def train(
-    out: Annotated[Path, typer.Option(help="Folder for the trained model and its log.")],
+    out: Annotated[Path, typer.Option(help="Folder for the trained model and its log.")] = Path("runs/train"),
     data: Data = "phantom",
     model: Model = "dual",
     method: Annotated[str, typer.Option(help="What trains: layernorm, lora, LN-F-T, ...; see README.")] = "layernorm",
     engine: Annotated[str | None, typer.Option(help="fastln, torch or peft; the method's best by default.")] = None,
     scope: Annotated[
-        list[str] | None, typer.Option(help="A sub-model to tune: vision, text or decoder; repeatable; all by default.")
+        list[str] | None, typer.Option(help="vision, text, decoder or projector; repeatable; all by default.")
     ] = None,
     epochs: Annotated[int, typer.Option(min=1)] = 15,
     head_epochs: Annotated[
