@@ -3,6 +3,7 @@
 import json
 
 import pytest
+import tiny
 import torch
 from launch import HERE, TORCHRUN, result, script
 
@@ -45,3 +46,19 @@ def test_two_processes_have_the_losses_of_one(accumulate, tmp_path):
     script("-c", f"import shutil; shutil.rmtree({str(two / 'checkpoint-12')!r})")
     script(HERE / "small_run.py", two, half, python=TORCHRUN)
     assert result(two) == whole
+
+
+@pytest.mark.slow
+def test_two_processes_of_the_command_line_take_the_whole_schedule_and_one_of_them_writes(tmp_path):
+    tiny.blip_config().to_json_file(tmp_path / "tiny.json")
+    out = tmp_path / "out"
+    words = {"model": f"blip:{tmp_path / 'tiny.json'}", "data": "phantom", "out": out, "dtype": "float32"}
+    small = {"epochs": 2, "batch_size": 120}
+    script("-m", "fastln", "train", *(f"{key}={value}" for key, value in (words | small).items()), python=TORCHRUN)
+    log = [json.loads(line) for line in (out / "checkpoints" / "log.jsonl").read_text().splitlines()]
+    # 960 questions are 8 batches an epoch, 4 for each process.
+    assert [row["step"] for row in log] == list(range(1, 9))
+    assert log[0]["lr"] == 0
+    assert max(row["lr"] for row in log) == 3e-3
+    assert log[-1]["lr"] < 0.1 * 3e-3
+    assert json.loads((out / "run.json").read_text())["finished"]

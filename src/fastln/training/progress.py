@@ -37,7 +37,13 @@ class ProgressBar(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Open the bar."""
-        self.bar = tqdm(total=state.max_steps, initial=state.global_step, desc="train", unit="step")
+        self.bar = tqdm(
+            total=state.max_steps,
+            initial=state.global_step,
+            desc="train",
+            unit="step",
+            disable=not state.is_world_process_zero,
+        )
 
     def on_log(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: Any = None, **kwargs: Any
@@ -74,7 +80,7 @@ class StepLog(TrainerCallback):
             return
         loss = float(logs["loss"])
         self.losses.append(loss)
-        if self.path is not None:
+        if self.path is not None and state.is_world_process_zero:
             with self.path.open("a") as file:
                 row = {"step": state.global_step, "epoch": state.epoch, "loss": loss, "lr": logs.get("learning_rate")}
                 file.write(json.dumps(row) + "\n")

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import shutil
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from accelerate import PartialState
 from safetensors import SafetensorError
 
 from fastln.data import DataOptions, VQADataset, load_source
@@ -82,7 +82,8 @@ def run_training(
 ) -> Outcome | None:
     """Train, save to `out/model` and `out/adapter`, score, and write what happened to `out/run.json`.
 
-    There is no adapter of a method of which none can hold what it trains; the log says so.
+    There is no adapter of a method of which none can hold what it trains; the log says so. Of several processes
+    (torchrun) all train, and the first alone looks into `out`, writes and scores.
 
     Args:
         run: what to do.
@@ -99,7 +100,9 @@ def run_training(
     check_finishes(run.config.method)
     device = settle_device(run.device)
     dtype = settle_dtype(run.dtype, device)
-    _check_folder(run, out, resume=resume, overwrite=overwrite)
+    is_first = os.environ.get("RANK", "0") == "0"  # torchrun's; accelerate is not set up before the Trainer is
+    if is_first:
+        _check_folder(run, out, resume=resume, overwrite=overwrite)
     source = load_source(run.data, run.options)
     data = source.dataset("train", validation_fraction=run.validation)
     # What cannot be had is better found before the training than after.
@@ -119,9 +122,10 @@ def run_training(
     if dry_run:
         print(preview(task, data, run.config, engine))
         return None
-    if not resume:
+    if is_first and not resume:
         _clear(out)
-    _write(out / RECORD, {"run": asdict(run), "engine": engine, "dtype": str(dtype), "finished": False})
+    if is_first:
+        _write(out / RECORD, {"run": asdict(run), "engine": engine, "dtype": str(dtype), "finished": False})
     try:
         result = train_task(
             task,
@@ -137,6 +141,8 @@ def run_training(
         if checkpoints_in(out / CHECKPOINTS):
             logger.info("the same command with --resume continues from the last whole epoch")
         raise
+    if not is_first:
+        return Outcome(None, None, result)
     logger.info("trained in %.0f s", result.seconds)
     _save(task, out / MODEL)
     adapter_bytes = _size(out / ADAPTER)
@@ -292,14 +298,13 @@ def _clear(out: Path) -> None:
 
 
 def _save(task: VQATask, folder: Path) -> None:
-    if PartialState().is_main_process:
-        try:
-            with written_whole(folder) as beside:
-                task.save(beside)
-        except (OSError, SafetensorError) as error:
-            raise FastLNError(
-                f"{folder}: the model cannot be written: {error}; the same command with --resume writes it"
-            ) from error
+    try:
+        with written_whole(folder) as beside:
+            task.save(beside)
+    except (OSError, SafetensorError) as error:
+        raise FastLNError(
+            f"{folder}: the model cannot be written: {error}; the same command with --resume writes it"
+        ) from error
 
 
 def _size(folder: Path) -> int | None:

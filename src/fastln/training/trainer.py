@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import math
 import tempfile
 import time
 from dataclasses import dataclass
@@ -14,6 +13,7 @@ import torch
 from accelerate import PartialState
 from safetensors import SafetensorError
 from torch import nn
+from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader
 from transformers import PrinterCallback, TrainerCallback, TrainingArguments
 
@@ -104,13 +104,11 @@ class TaskTrainer(ResumableTrainer):
     """transformers' Trainer over a `VQATask`: image-grouped batches, float32 optimizer state, gradient check."""
 
     def __init__(self, task: VQATask, model: nn.Module, data: VQADataset, config: TrainConfig, **kwargs: Any) -> None:
-        optimizer = build_optimizer(model, task, config)
-        n_steps = config.epochs * math.ceil(len(data) / config.batch_size)
         super().__init__(
             model=model,
             train_dataset=data,
             data_collator=WithSampleIds(lambda samples: task.collate(samples, data)),
-            optimizers=(optimizer, cosine_schedule(optimizer, n_steps, config.warmup)),
+            optimizers=(build_optimizer(model, task, config), None),
             **kwargs,
         )
         # Losses are means over a batch; nothing is to be divided by a count of labels.
@@ -127,6 +125,11 @@ class TaskTrainer(ResumableTrainer):
         )
         loader = DataLoader(self.train_dataset, batch_sampler=batches, collate_fn=self.data_collator)
         return self.accelerator.prepare(loader)
+
+    def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None) -> LambdaLR:
+        """Make the schedule over the steps that the Trainer counts, of which several processes take fewer."""
+        self.lr_scheduler = cosine_schedule(optimizer or self.optimizer, num_training_steps, self.config.warmup)
+        return self.lr_scheduler
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> torch.Tensor:
         """Take one step; the first one checks that every trained norm has its gradient."""
