@@ -1,6 +1,7 @@
 """Options from a YAML file and key=value words: what overrules what, and what is refused."""
 
 import sys
+from dataclasses import asdict
 
 import pytest
 import typer
@@ -8,6 +9,7 @@ import yaml
 
 from fastln import FastLNError, cli
 from fastln.configured import expand
+from fastln.training import TrainConfig
 
 TRAIN = typer.main.get_command(cli.app).commands["train"]
 
@@ -60,6 +62,14 @@ def test_lists_take_each_others_place(config, monkeypatch, capsys):
     ):
         _, output = fastln("train", "--config", path, "--print-config", *words, monkeypatch=monkeypatch, capsys=capsys)
         assert yaml.safe_load(output.out)["scope"] == scope
+
+
+def test_every_setting_of_a_training_is_an_option_with_the_same_default(monkeypatch, capsys):
+    _, output = fastln("train", "--print-config", monkeypatch=monkeypatch, capsys=capsys)
+    values = yaml.safe_load(output.out)
+    assert values.pop("scope") == []
+    settings = {name: value for name, value in asdict(TrainConfig()).items() if name != "scope"}
+    assert {name: values.get(name, "missing") for name in settings} == settings
 
 
 def test_printed_options_are_a_file_that_gives_them_again(config, monkeypatch, capsys):

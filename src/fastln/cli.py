@@ -113,6 +113,9 @@ def train(
     batch_size: Annotated[int, typer.Option(min=1, help="Questions per step.")] = 32,
     learning_rate: Annotated[float | None, typer.Option(help="The method's own by default.")] = None,
     head_learning_rate: Annotated[float | None, typer.Option(help="Of a task head that starts random.")] = None,
+    weight_decay: Annotated[float, typer.Option(min=0, help="Of matrices; norms and biases never decay.")] = 0.01,
+    warmup: Annotated[float, typer.Option(min=0, max=1, help="Share of the steps over which the rate rises.")] = 0.05,
+    max_grad_norm: Annotated[float, typer.Option(help="Gradients are scaled down to this norm.")] = 1.0,
     questions_per_image: Annotated[
         int, typer.Option(min=1, help="Questions on one image in a batch, which share its vision pass.")
     ] = 16,
@@ -147,6 +150,9 @@ def train(
         batch_size=batch_size,
         learning_rate=learning_rate,
         head_learning_rate=head_learning_rate,
+        weight_decay=weight_decay,
+        warmup=warmup,
+        max_grad_norm=max_grad_norm,
         questions_per_image=questions_per_image,
         seed=seed,
     )

@@ -334,6 +334,12 @@ def test_options_out_of_range_are_named():
         TrainConfig(epochs=0)
     with pytest.raises(FastLNError, match="learning_rate is -1; it must be greater than 0"):
         TrainConfig(learning_rate=-1)
+    with pytest.raises(FastLNError, match=r"max_grad_norm is 0\.0; it must be greater than 0"):
+        TrainConfig(max_grad_norm=0.0)
+    with pytest.raises(FastLNError, match="weight_decay is nan; it must be at least 0"):
+        TrainConfig(weight_decay=float("nan"))
+    with pytest.raises(FastLNError, match="warmup is 5; it is a share of the steps, from 0 to 1"):
+        TrainConfig(warmup=5)
 
 
 @pytest.mark.parametrize("method", ["layernorm", "head"])

@@ -77,10 +77,14 @@ class TrainConfig:
                 raise FastLNError(f"{name} is {getattr(self, name)}; it must be at least {least}")
         if not 0 <= self.seed < 2**32:
             raise FastLNError(f"seed is {self.seed}; it must be from 0 to 2**32 - 1")
-        for name in ("learning_rate", "head_learning_rate"):
+        for name in ("learning_rate", "head_learning_rate", "max_grad_norm"):
             value = getattr(self, name)
             if value is not None and not value > 0:
                 raise FastLNError(f"{name} is {value}; it must be greater than 0")
+        if not self.weight_decay >= 0:
+            raise FastLNError(f"weight_decay is {self.weight_decay}; it must be at least 0")
+        if not 0 <= self.warmup <= 1:
+            raise FastLNError(f"warmup is {self.warmup}; it is a share of the steps, from 0 to 1")
 
 
 @dataclass(frozen=True)
