@@ -1,6 +1,7 @@
 """Models from every kind of source, what they make of samples, and what bad sources get."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import tiny
@@ -229,3 +230,21 @@ def test_a_checkpoint_with_a_hole_is_refused(tmp_path):
     model.save_pretrained(tmp_path / "vision", state_dict={k: v for k, v in state.items() if k != hole})
     with pytest.raises(FastLNError, match=f"lacks 1 tensors of its vision encoder, for example {hole}"):
         tiny.dual(tmp_path, data)
+
+
+@pytest.mark.parametrize(("kind", "cut"), [("dual", ["questions"]), ("blip", ["questions", "answers"])])
+def test_texts_that_are_not_read_to_their_end_are_told(kind, cut, tmp_path, caplog):
+    data = tiny.phantom()
+    task = tiny.TASKS[kind](tmp_path, data)
+    assert "cut off" not in caplog.text
+    # 64 tokens with the one that ends a question, 14 of an answer.
+    fits = replace(data.samples[0], question="is " * 63, answer="no " * 14)
+    data.samples[:2] = [fits, replace(fits, id="long", question="is " * 64, answer="no " * 15)]
+    task.check_data(data)
+    told = [message for message in caplog.messages if "cut off" in message]
+    assert [message.split(f"1 of {len(data)} ")[1].split()[0] for message in told] == cut
+    assert all(message.endswith("for example that of sample long") for message in told)
+    batch = task.collate(data.samples[:2], data)
+    assert batch["input_ids"].shape == (2, 64)
+    assert torch.equal(*batch["input_ids"])
+    assert kind == "dual" or batch["labels"].shape == (2, 16)

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from fastln.data import Sample, VQADataset
 
 MAX_ANSWER_TOKENS = 16
+_ENDS = 2  # of these: the start token and the end token
 
 
 class BlipTask(VQATask):
@@ -35,7 +36,7 @@ class BlipTask(VQATask):
         config = self.model.config.text_config
         # What the decoder reads: its start token, the answer, the end token, padding; what it must say next: the same.
         answers = self.tokenizer([sample.answer for sample in samples], add_special_tokens=False)["input_ids"]
-        rows = [[config.bos_token_id, *tokens[: MAX_ANSWER_TOKENS - 2], config.sep_token_id] for tokens in answers]
+        rows = [[config.bos_token_id, *tokens[: MAX_ANSWER_TOKENS - _ENDS], config.sep_token_id] for tokens in answers]
         longest = max(map(len, rows))
         decoder = torch.tensor([row + [config.pad_token_id] * (longest - len(row)) for row in rows])
         mask = torch.tensor([[1] * len(row) + [0] * (longest - len(row)) for row in rows])
@@ -47,6 +48,12 @@ class BlipTask(VQATask):
         }
         batch = {name: tensor.to(self.device) for name, tensor in batch.items()}
         return batch | self.tokenize([sample.question for sample in samples])
+
+    def cut_off(self, samples: list[Sample]) -> dict[str, tuple[list[int], int]]:
+        """Return the lengths of questions and of answers, and how much of them is read and learnt."""
+        ids = self.tokenizer([s.answer for s in samples], add_special_tokens=False, verbose=False)["input_ids"]
+        answers = [len(row) for row in ids], MAX_ANSWER_TOKENS - _ENDS
+        return {"questions": self.question_lengths(samples), "answers": answers}
 
     def answers(self, batch: dict[str, Tensor]) -> list[str]:
         """Return the greedily generated answer of each question."""

@@ -42,6 +42,10 @@ class DualEncoderTask(VQATask):
             "labels": torch.tensor([vocabulary.index(sample.answer) for sample in samples], device=self.device),
         }
 
+    def cut_off(self, samples: list[Sample]) -> dict[str, tuple[list[int], int]]:
+        """Return the lengths of questions, and how much of them is read."""
+        return {"questions": self.question_lengths(samples)}
+
     def answers(self, batch: dict[str, Tensor]) -> list[str]:
         """Return the most likely answer of each question."""
         with torch.no_grad():

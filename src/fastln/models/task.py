@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from abc import ABC, abstractmethod
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -18,6 +19,8 @@ if TYPE_CHECKING:
     from fastln.models.images import ImageInputs
 
 MAX_QUESTION_TOKENS = 64
+
+logger = logging.getLogger(__name__)
 
 
 class Task:
@@ -83,7 +86,7 @@ class VQATask(Task, ABC):
         return self.model.get_submodule(self.vision)
 
     def check_data(self, dataset: VQADataset) -> None:
-        """Check that the model can use what the samples hold.
+        """Check that the model can use what the samples hold, and warn of texts that it will not use to their end.
 
         Raises:
             FastLNError: if they hold images, several of them, none, reports or conversations, and the model has no
@@ -93,6 +96,16 @@ class VQATask(Task, ABC):
             raise FastLNError(
                 f"{dataset.name} holds {' and '.join(missing)}, which {self.name} cannot take: {self.does}"
             )
+        for what, (lengths, most) in self.cut_off(dataset.samples).items():
+            if cut := [sample.id for sample, n in zip(dataset.samples, lengths, strict=True) if n > most]:
+                logger.warning(
+                    "%s %s: %d of %d %s have more than %d tokens and are cut off there, for example that of sample %s",
+                    *(dataset.name, dataset.split, len(cut), len(lengths), what, most, cut[0]),
+                )
+
+    def cut_off(self, samples: list[Sample]) -> dict[str, tuple[list[int], int]]:
+        """Return how many tokens each sample's texts have, and how many of them stay; nothing where all do."""
+        return {}
 
     @abstractmethod
     def collate(self, samples: list[Sample], dataset: VQADataset) -> dict[str, Tensor]:
@@ -108,6 +121,11 @@ class VQATask(Task, ABC):
         self.tokenizer.save_pretrained(directory)
         if self.images is not None:
             self.images.processor.save_pretrained(directory)
+
+    def question_lengths(self, samples: list[Sample]) -> tuple[list[int], int]:
+        """Return how many tokens the questions have, and how many of them `tokenize` leaves."""
+        ids = self.tokenizer([sample.question for sample in samples], verbose=False)["input_ids"]
+        return [len(row) for row in ids], MAX_QUESTION_TOKENS
 
     def tokenize(self, texts: list[str]) -> dict[str, Tensor]:
         """Return `input_ids` and `attention_mask`, (batch, longest), on the model's device."""
