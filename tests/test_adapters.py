@@ -17,6 +17,7 @@ from torch import nn
 
 import fastln
 from fastln.adapters import CONFIG, FINGERPRINT, WEIGHTS, fingerprint
+from fastln.engines import put_method, save_trained_adapter
 from fastln.errors import FastLNError
 from fastln.families import find_norms
 from fastln.merge import merge_into_base
@@ -355,6 +356,26 @@ def test_merging_by_folders(kind, tmp_path):
         assert evaluate(tiny.load_task(str(tmp_path / "merged"), data), data) == evaluate(task, data)
     with pytest.raises(FastLNError, match="merged: is there already"):
         merge_into_base(str(tmp_path / "base"), tmp_path / "adapter", tmp_path / "merged")
+
+
+@pytest.mark.parametrize("method", ["lora", "dora", "ia3"])
+def test_an_adapter_of_pefts_is_merged_by_folders(method, tmp_path):
+    family_models.make("llama").save_pretrained(tmp_path / "base")
+    wrapped = put_method(family_models.make("llama"), method)
+    move(wrapped)
+    save_trained_adapter(wrapped, tmp_path / "adapter")
+    merge_into_base(str(tmp_path / "base"), tmp_path / "adapter", tmp_path / "merged")
+    again = type(family_models.make("llama")).from_pretrained(tmp_path / "merged")
+    torch.testing.assert_close(loss(again, "llama"), loss(wrapped, "llama"))
+    assert (loss(again, "llama") - loss(family_models.make("llama"), "llama")).abs() > 1e-3
+
+
+def test_an_adapter_of_virtual_tokens_is_refused(tmp_path):
+    family_models.make("llama").save_pretrained(tmp_path / "base")
+    save_trained_adapter(put_method(family_models.make("llama"), "prompt"), tmp_path / "adapter")
+    with pytest.raises(FastLNError, match="a PROMPT_TUNING adapter is of virtual tokens"):
+        merge_into_base(str(tmp_path / "base"), tmp_path / "adapter", tmp_path / "merged")
+    assert not (tmp_path / "merged").exists()
 
 
 def test_merging_in_float32_warns_of_nothing_and_loading_into_bfloat16_does(tmp_path):

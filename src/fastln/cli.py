@@ -204,7 +204,7 @@ def evaluate(
 
 @app.command()
 def merge(
-    adapter: Annotated[Path, typer.Argument(help="A folder that `fastln.save_adapter` or peft's LN tuning wrote.")],
+    adapter: Annotated[Path, typer.Argument(help="A folder such as OUT/adapter, fastln's or peft's.")],
     base: Annotated[str, typer.Option(help="The model it was trained on: a directory or hub name.")],
     out: Annotated[Path, typer.Option(help="A new folder for the merged model.")],
     check_base: Annotated[bool, typer.Option(help="Refuse a base whose frozen weights are not the adapter's.")] = True,

@@ -29,6 +29,7 @@ from fastln.prepare import STATE, prepare, restore
 
 N_VIRTUAL_TOKENS = 20
 PROMPT_METHODS = ("prefix", "p-tuning", "prompt")
+_VIRTUAL = ("PREFIX_TUNING", "P_TUNING", "PROMPT_TUNING", "MULTITASK_PROMPT_TUNING")  # peft's names of these
 _TASK_TYPES = {
     "CAUSAL_LM": MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
     "SEQ_2_SEQ_LM": MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES,
@@ -175,11 +176,16 @@ def load_trained_adapter(task: Task, directory: Path) -> None:
     """Put an adapter that `save_trained_adapter` or peft wrote into the task's model, which stays stock.
 
     Raises:
-        FastLNError: if there is no whole adapter in the folder, or it does not fit the model; as `load_adapter` does.
+        FastLNError: if there is no whole adapter in the folder, it does not fit the model, or it is of virtual tokens;
+            as `load_adapter` does.
     """
-    if adapter_type(directory) == LN_TUNING:
+    if (kind := adapter_type(directory)) == LN_TUNING:
         load_adapter(task.model, directory)
     else:
+        if kind in _VIRTUAL:
+            raise FastLNError(
+                f"{directory}: a {kind} adapter is of virtual tokens, which cannot become part of a model"
+            )
         with loading(str(directory)):
             wrapped = peft.PeftModel.from_pretrained(task.model, str(directory), autocast_adapter_dtype=False)
         finish(task, wrapped)

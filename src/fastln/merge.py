@@ -9,9 +9,11 @@ import transformers
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoProcessor
 
-from fastln.adapters import load_adapter, save_merged
+from fastln.adapters import LN_TUNING, adapter_type, load_adapter, save_merged
+from fastln.engines import load_trained_adapter
 from fastln.errors import FastLNError
 from fastln.files import STAGING, written_whole
+from fastln.models import Task
 from fastln.models.sources import check_source, load_tokenizer, loading
 from fastln.prepare import prepare
 
@@ -30,12 +32,18 @@ def merge_into_base(base: str, adapter: Path, out: Path, *, check_base: bool = T
     """
     if out.is_file() or (out.is_dir() and any(path.name != STAGING for path in out.iterdir())):
         raise FastLNError(f"{out}: is there already; give a new folder for the merged model")
+    kind = adapter_type(adapter)
     check_source(base)
     with loading(base):
         names = AutoConfig.from_pretrained(base).architectures or [""]
         model = getattr(transformers, names[0], AutoModel).from_pretrained(base, dtype="auto")
-    # Prepared, its norms are float32: rounding comes last, with its warning.
-    load_adapter(prepare(model), adapter, check_base=check_base)
+    if kind == LN_TUNING:
+        # Prepared, its norms are float32: rounding comes last, with its warning.
+        load_adapter(prepare(model), adapter, check_base=check_base)
+    else:
+        task = Task(model, name=base)
+        load_trained_adapter(task, adapter)
+        model = task.model
     tools = []
     for load in (load_tokenizer, AutoImageProcessor.from_pretrained, AutoProcessor.from_pretrained):
         # A model may lack any; and a processor of images and videos asks for torchvision.
