@@ -13,7 +13,7 @@ from accelerate.state import AcceleratorState, DistributedType
 from small_run import Sentences, arguments, llama
 from torch.distributed.tensor import DTensor
 
-from fastln import FastLNTrainer
+from fastln import FastLNTrainer, save_adapter
 from fastln.families import find_norms
 from fastln.training.checkpoints import checkpoints_in
 
@@ -41,6 +41,7 @@ def main(folder, dtype, max_steps):
     model = llama().to(dtype)
     trainer = FastLNTrainer(model, args, train_dataset=Sentences(), norm_learning_rate=0.02)
     trainer.train(resume_from_checkpoint=bool(checkpoints_in(folder)))
+    save_adapter(trainer.model, folder / "adapter")
     sharded = [isinstance(parameter, DTensor) for parameter in trainer.model.parameters()]
     trained = {
         f"{name}.{own}": (p.full_tensor() if isinstance(p, DTensor) else p).tolist()

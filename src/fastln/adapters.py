@@ -20,7 +20,8 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
+from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
 from fastln.errors import FastLNError
@@ -55,6 +56,7 @@ def save_adapter(model: nn.Module, directory: str | Path) -> None:
     """Write what training changed: the tuned norms in float32 and the modules that train whole, in their own dtype.
 
     `peft.PeftModel.from_pretrained(base, directory)` reads it, and `load_adapter`. Files appear whole or not at all.
+    Where FSDP2 shards the model every process must call this, for it gathers the values; the first one writes.
 
     Args:
         model: a model that `prepare` was called on, with method `layernorm` (and perhaps `also`).
@@ -103,7 +105,7 @@ def save_adapter(model: nn.Module, directory: str | Path) -> None:
     tensors |= {f"{_PREFIX}{name}": tensor for name, tensor in whole.items()}
     # Copies, for safetensors takes no views of one memory, which tied weights are.
     tensors = {
-        name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format) for name, tensor in tensors.items()
+        name: _gathered(tensor).cpu().clone(memory_format=torch.contiguous_format) for name, tensor in tensors.items()
     }
     metadata = {"format": "pt", FINGERPRINT: fingerprint(model, tuned.keys() | whole.keys())}
     config = {
@@ -114,6 +116,8 @@ def save_adapter(model: nn.Module, directory: str | Path) -> None:
         "target_modules": _targets(model, [name for name, _ in norms]),
         "modules_to_save": list(modules) or None,
     }
+    if _is_sharded(model) and distributed.get_rank() != 0:
+        return
     contents = {WEIGHTS: save(tensors, metadata), CONFIG: (json.dumps(config, indent=2) + "\n").encode()}
     try:
         replace_files(Path(directory), contents)
@@ -174,8 +178,14 @@ def merge_adapter(model: PreTrainedModel, directory: str | Path) -> None:
         directory: the folder; a model in it is replaced once the new one is on the disk whole.
 
     Raises:
-        FastLNError: if the folder cannot be written to, in which case what was there before is whole.
+        FastLNError: if the model is sharded, or the folder cannot be written to, in which case what was there before is
+            whole.
     """
+    if _is_sharded(model):
+        raise FastLNError(
+            f"{type(model).__name__} is sharded over processes and not written whole: save its adapter, which "
+            "`fastln merge` puts into the base"
+        )
     folder = Path(directory)
     if folder.is_file():
         raise FastLNError(f"{directory}: is a file; give a folder for the model")
@@ -233,13 +243,23 @@ def fingerprint(model: nn.Module, without: Collection[str] = ()) -> str:
     digest = hashlib.sha256()
     for name, parameter in sorted(model.named_parameters()):
         if name not in without:
-            values = parameter.detach().reshape(-1)
+            values = _gathered(parameter).reshape(-1)
             values = values[:: max(1, len(values) // _N_SAMPLED)].to("cpu", torch.bfloat16).contiguous()
             digest.update(repr((name, tuple(parameter.shape))).encode())
             digest.update(values.view(torch.uint8).numpy().tobytes())
     if answers := getattr(getattr(model, "config", None), "answers", None):
         digest.update(repr(list(answers)).encode())
     return digest.hexdigest()
+
+
+def _is_sharded(model: nn.Module) -> bool:
+    return any(isinstance(parameter, DTensor) for parameter in model.parameters())
+
+
+def _gathered(tensor: Tensor) -> Tensor:
+    """Return a tensor's values, those of all processes where it is distributed."""
+    tensor = tensor.detach()
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def _targets(model: nn.Module, names: list[str]) -> list[str] | str:

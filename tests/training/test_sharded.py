@@ -6,12 +6,16 @@ import socket
 import pytest
 import torch
 from launch import HERE, TORCHRUN, result, script
+from safetensors import safe_open
 from small_run import llama
 from torch import distributed, nn
+from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import Replicate, distribute_tensor, init_device_mesh
 
 import fastln
 from fastln import ops
+from fastln.adapters import WEIGHTS
+from fastln.errors import FastLNError
 
 # A bfloat16 gradient is the sum of two rounded ones, and Adam's first steps have the gradient's sign alone.
 BOUNDS = {"float32": {}, "bfloat16": {"rtol": 1e-3, "atol": 1e-3}}
@@ -33,6 +37,11 @@ def test_two_processes_that_shard_have_the_losses_of_one(dtype, tmp_path):
     if dtype == "float32":
         for name, values in result(one)["trained"].items():
             torch.testing.assert_close(torch.tensor(whole["trained"][name]), torch.tensor(values), msg=name)
+    # The adapter of the shards holds whole norms, and knows the base of one process.
+    model = fastln.prepare(llama().to(getattr(torch, dtype)))
+    fastln.load_adapter(model, two / "adapter")
+    for name, values in whole["trained"].items():
+        assert torch.equal(model.get_parameter(name), torch.tensor(values)), name
     # And it goes on from its checkpoint, bit for bit.
     (two / "result.json").unlink()
     shutil.rmtree(two / "checkpoint-6")
@@ -66,6 +75,20 @@ def test_an_operation_of_ours_refuses_a_distributed_tensor(operation, requires_g
     x = distribute_tensor(torch.randn(3, 8), mesh, [Replicate()]).requires_grad_(requires_grad)
     with pytest.raises(NotImplementedError, match=r"fastln.* does not have a sharding strategy registered"):
         OPERATIONS[operation](x)
+
+
+def test_an_adapter_of_a_sharded_model_is_that_of_the_whole_one(mesh, tmp_path):
+    whole, sharded = (fastln.prepare(llama()) for _ in range(2))
+    fully_shard(sharded, mesh=mesh)
+    for name, model in (("whole", whole), ("sharded", sharded)):
+        fastln.save_adapter(model, tmp_path / name)
+    with safe_open(tmp_path / "whole" / WEIGHTS, "pt") as one, safe_open(tmp_path / "sharded" / WEIGHTS, "pt") as two:
+        assert one.metadata() == two.metadata()
+        assert set(one.keys()) == set(two.keys())
+        assert all(torch.equal(one.get_tensor(key), two.get_tensor(key)) for key in set(one.keys()))
+    with pytest.raises(FastLNError, match="LlamaForCausalLM is sharded over processes and not written whole"):
+        fastln.merge_adapter(sharded, tmp_path / "merged")
+    assert not (tmp_path / "merged").exists()
 
 
 @pytest.mark.parametrize("name", ["model.norm", "model.layers.0.mlp.down_proj", "lm_head"])
