@@ -32,8 +32,8 @@ def merge_into_base(base: str, adapter: Path, out: Path, *, check_base: bool = T
     """
     if out.is_file() or (out.is_dir() and any(path.name != STAGING for path in out.iterdir())):
         raise FastLNError(f"{out}: is there already; give a new folder for the merged model")
-    kind = adapter_type(adapter)
     check_source(base)
+    kind = adapter_type(adapter)  # before the base is loaded, which may take minutes
     with loading(base):
         names = AutoConfig.from_pretrained(base).architectures or [""]
         model = getattr(transformers, names[0], AutoModel).from_pretrained(base, dtype="auto")
