@@ -26,7 +26,7 @@ from fastln.bench.provenance import settle
 from fastln.methods import METHODS
 from fastln.training import TrainConfig
 
-RATES = (1, 10 / 3, 1 / 3)  # times the method's default
+RATES = (1, 10 / 3, 1 / 3, 1 / 10)  # times the method's default
 VALIDATION = 0.1
 Record = dict[str, Any]
 
