@@ -14,8 +14,10 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import nn
+from transformers import AutoModelForImageTextToText, LlavaConfig, Qwen2_5_VLConfig
 
 import fastln
+from fastln import adapters
 from fastln.adapters import CONFIG, FINGERPRINT, WEIGHTS, fingerprint
 from fastln.engines import put_method, save_trained_adapter
 from fastln.errors import FastLNError
@@ -109,6 +111,77 @@ def test_fastln_loads_what_it_saved_bit_for_bit_in_bfloat16(name, also, tmp_path
     stored = load_file(tmp_path / WEIGHTS)
     assert all(tensor.dtype == torch.float32 for name, tensor in stored.items() if "ln_tuning_layers" in name)
     assert json.loads((tmp_path / CONFIG).read_text())["modules_to_save"] == (also or None)
+
+
+def test_half_precision_takes_half_the_bytes_and_says_what_it_rounds(tmp_path):
+    model = tuned("llama", dtype=torch.bfloat16)
+    fastln.save_adapter(model, tmp_path / "whole")
+    with pytest.warns(UserWarning, match=r"float16 rounds [\d,]+ of [\d,]+ tuned values, by up to .*a wider dtype"):
+        fastln.save_adapter(model, tmp_path / "half", dtype=torch.float16)
+    whole, half = (load_file(tmp_path / name / WEIGHTS) for name in ("whole", "half"))
+    assert all(torch.equal(half[name], tensor.half()) for name, tensor in whole.items())
+    again = fastln.prepare(family_models.make("llama").bfloat16(), backend="reference")
+    fastln.load_adapter(again, tmp_path / "half")
+    for name in norm_parameters(model):
+        assert again.get_parameter(name).dtype == torch.float32
+        assert torch.equal(again.get_parameter(name), model.get_parameter(name).half().float())
+    with pytest.raises(FastLNError, match="an adapter in torch"):
+        fastln.save_adapter(model, tmp_path / "half", dtype=torch.int16)
+
+
+LARGE = {
+    "LLaVA-Med's layout": LlavaConfig(
+        text_config={
+            "model_type": "mistral",
+            "hidden_size": 4096,
+            "intermediate_size": 14336,
+            "num_hidden_layers": 32,
+            "num_attention_heads": 32,
+            "num_key_value_heads": 8,
+        },
+        vision_config={
+            "model_type": "clip_vision_model",
+            "hidden_size": 1024,
+            "intermediate_size": 4096,
+            "num_hidden_layers": 24,
+            "num_attention_heads": 16,
+            "patch_size": 14,
+            "image_size": 336,
+        },
+    ),
+    "Qwen2.5-VL": Qwen2_5_VLConfig(
+        text_config={
+            "hidden_size": 3584,
+            "intermediate_size": 18944,
+            "num_hidden_layers": 28,
+            "num_attention_heads": 28,
+            "num_key_value_heads": 4,
+        },
+        vision_config={
+            "depth": 32,
+            "hidden_size": 1280,
+            "intermediate_size": 3420,
+            "num_heads": 16,
+            "out_hidden_size": 3584,
+        },
+    ),
+}
+
+
+@pytest.mark.parametrize("name", LARGE)
+def test_the_adapters_of_seven_billion_parameters_are_below_a_megabyte_in_half_precision(name, tmp_path, monkeypatch):
+    with torch.device("meta"):
+        model = fastln.prepare(AutoModelForImageTextToText.from_config(LARGE[name]), backend="reference")
+    assert sum(p.numel() for p in model.parameters()) > 7e9
+    for _, norm in find_norms(model):
+        norm.to_empty(device="cpu")
+        for parameter in norm.parameters(recurse=False):
+            nn.init.ones_(parameter)
+    monkeypatch.setattr(adapters, "fingerprint", lambda *_: 64 * "0")  # there are no frozen weights to look at
+    for dtype in (torch.float16, torch.float32):
+        fastln.save_adapter(model, tmp_path, dtype=dtype)
+        n_bytes = sum(path.stat().st_size for path in tmp_path.iterdir())
+        assert (n_bytes < 1e6) == (dtype == torch.float16), n_bytes
 
 
 def test_a_tied_weight_with_a_value_of_its_own_is_refused(tmp_path):

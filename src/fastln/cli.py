@@ -126,6 +126,9 @@ def train(
     feature_cache_size: FeatureCacheSize = "10GiB",
     dtype: DType = "auto",
     device: Device = "auto",
+    adapter_dtype: Annotated[
+        str, typer.Option(help="Of the norms in OUT/adapter: float32, or float16 for half the bytes.")
+    ] = "float32",
     seed: Annotated[int, typer.Option(help="Of the head's weights, the batches and dropout.")] = 0,
     layout: Layout = None,
     language: Language = None,
@@ -157,7 +160,17 @@ def train(
         seed=seed,
     )
     options = DataOptions(layout, language, skip_bad_rows)
-    run = TrainRun(data, model, engine, config, validation=validation, dtype=dtype, device=device, options=options)
+    run = TrainRun(
+        data,
+        model,
+        engine,
+        config,
+        validation=validation,
+        dtype=dtype,
+        device=device,
+        options=options,
+        adapter_dtype=adapter_dtype,
+    )
     features = None if feature_cache is None else TensorStore(feature_cache, feature_cache_size)
     run_training(run, out, resume=resume, overwrite=overwrite, features=features, dry_run=dry_run)
 

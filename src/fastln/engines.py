@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 import peft
+import torch
 from peft.utils import ModulesToSaveWrapper
 from safetensors import SafetensorError
 from torch import nn
@@ -149,19 +150,20 @@ def finish(task: Task, trained: nn.Module) -> None:
         restore(task.model)
 
 
-def save_trained_adapter(trained: nn.Module, directory: Path) -> None:
+def save_trained_adapter(trained: nn.Module, directory: Path, dtype: torch.dtype = torch.float32) -> None:
     """Write what a method trained as an adapter: fastln's for norms, peft's for its own methods.
 
     Args:
         trained: what `apply_method` or `put_method` returned, before `finish`.
         directory: a new folder.
+        dtype: of norms in it; peft's adapters are in their own.
 
     Raises:
         FastLNError: for what no adapter holds (`full`, `bitfit`, norms beside lora, plain torch), with the reason; or
             if the folder cannot be written to, in which case nothing of it is there.
     """
     if not isinstance(trained, peft.PeftModel):
-        save_adapter(trained, directory)
+        save_adapter(trained, directory, dtype=dtype)
     elif hasattr(trained.get_base_model(), STATE):
         raise FastLNError("an adapter holds norms or peft's layers, and here both train")
     else:

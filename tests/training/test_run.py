@@ -42,6 +42,19 @@ CONFIG = TrainConfig(epochs=2, head_epochs=2, batch_size=8)
 
 
 @pytest.mark.usefixtures("few")
+@pytest.mark.filterwarnings("ignore:float16 rounds")
+def test_an_adapter_in_half_precision(tmp_path):
+    source = spec(tmp_path)
+    config = TrainConfig(epochs=1, head_epochs=1)
+    run_training(TrainRun("phantom", source, None, config, adapter_dtype="float16"), tmp_path / "out")
+    stored = load_file(tmp_path / "out" / "adapter" / "adapter_model.safetensors")
+    assert {tensor.dtype for name, tensor in stored.items() if "ln_tuning" in name} == {torch.float16}
+    run_evaluation(source, "phantom", "test", adapter=tmp_path / "out" / "adapter")
+    with pytest.raises(FastLNError, match=r"unknown dtype 'int8' of an adapter \(valid: float32, float16\)"):
+        TrainRun("phantom", "dual", None, CONFIG, adapter_dtype="int8")
+
+
+@pytest.mark.usefixtures("few")
 @pytest.mark.parametrize("method", ["layernorm", "lora", "head", "LN-F", "layernorm+lora", "adalora"])
 def test_train_then_eval(method, tmp_path, capsys):
     run = TrainRun("phantom", spec(tmp_path), None, TrainConfig(method, epochs=1, head_epochs=1), validation=0.2)

@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError
 
 from fastln.data import DataOptions, VQADataset, load_source
@@ -35,6 +36,7 @@ RECORD = "run.json"
 MODEL = "model"
 ADAPTER = "adapter"
 CHECKPOINTS = "checkpoints"
+ADAPTER_DTYPES = {"float32": torch.float32, "float16": torch.float16}
 
 
 @dataclass(frozen=True)
@@ -50,6 +52,7 @@ class TrainRun:
         dtype: "float32", "bfloat16" or "auto".
         device: "cpu", "cuda" or "auto".
         options: how the data is read.
+        adapter_dtype: of the norms in the adapter, "float32" or "float16".
     """
 
     data: str
@@ -60,6 +63,13 @@ class TrainRun:
     dtype: str = "auto"
     device: str = "auto"
     options: DataOptions = field(default_factory=DataOptions)
+    adapter_dtype: str = "float32"
+
+    def __post_init__(self) -> None:
+        if self.adapter_dtype not in ADAPTER_DTYPES:
+            raise FastLNError(
+                f"unknown dtype {self.adapter_dtype!r} of an adapter (valid: {', '.join(ADAPTER_DTYPES)})"
+            )
 
 
 @dataclass(frozen=True)
@@ -136,6 +146,7 @@ def run_training(
             resume=resume,
             features=features,
             adapter=out / ADAPTER,
+            adapter_dtype=ADAPTER_DTYPES[run.adapter_dtype],
         )
     except KeyboardInterrupt:
         if checkpoints_in(out / CHECKPOINTS):

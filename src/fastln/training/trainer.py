@@ -169,6 +169,7 @@ def train_task(
     progress: bool = True,
     features: TensorStore | None = None,
     adapter: Path | None = None,
+    adapter_dtype: torch.dtype = torch.float32,
 ) -> TrainResult:
     """Train a task's model with one method, from the start or from the last checkpoint.
 
@@ -185,6 +186,7 @@ def train_task(
         progress: whether to show a progress bar.
         features: keeps what a frozen vision tower gives for each image; None for no caching.
         adapter: folder for what was trained, apart from the base; a line in the log where no adapter can hold it.
+        adapter_dtype: of the norms in it.
 
     Raises:
         FastLNError: if a trained norm gets no gradient, the loss turns NaN, there is no checkpoint to resume from, the
@@ -224,7 +226,7 @@ def train_task(
             losses += _train_method(task, model, data, config, checkpoints, resume, progress)
     if adapter is not None and PartialState().is_main_process:
         try:
-            save_trained_adapter(model, adapter)
+            save_trained_adapter(model, adapter, adapter_dtype)
         except FastLNError as error:
             if isinstance(error.__cause__, OSError | SafetensorError):
                 raise
