@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import contextlib
 from pathlib import Path
+from typing import Any
 
 import transformers
 from safetensors import SafetensorError
-from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoProcessor
+from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoProcessor, PreTrainedModel
 
 from fastln.adapters import LN_TUNING, adapter_type, load_adapter, save_merged
 from fastln.engines import load_trained_adapter
 from fastln.errors import FastLNError
 from fastln.files import STAGING, written_whole
-from fastln.models import Task
+from fastln.models import Task, llava_med
+from fastln.models.chat_vision import llava_processor
 from fastln.models.sources import check_source, load_tokenizer, loading
 from fastln.prepare import prepare
 
@@ -35,8 +37,7 @@ def merge_into_base(base: str, adapter: Path, out: Path, *, check_base: bool = T
     check_source(base)
     kind = adapter_type(adapter)  # before the base is loaded, which may take minutes
     with loading(base):
-        names = AutoConfig.from_pretrained(base).architectures or [""]
-        model = getattr(transformers, names[0], AutoModel).from_pretrained(base, dtype="auto")
+        model, tools = _load(base)
     if kind == LN_TUNING:
         # Prepared, its norms are float32: rounding comes last, with its warning.
         load_adapter(prepare(model), adapter, check_base=check_base)
@@ -44,11 +45,6 @@ def merge_into_base(base: str, adapter: Path, out: Path, *, check_base: bool = T
         task = Task(model, name=base)
         load_trained_adapter(task, adapter)
         model = task.model
-    tools = []
-    for load in (load_tokenizer, AutoImageProcessor.from_pretrained, AutoProcessor.from_pretrained):
-        # A model may lack any; and a processor of images and videos asks for torchvision.
-        with contextlib.suppress(OSError, ValueError, KeyError, ImportError, AttributeError):
-            tools.append(load(base))
     try:
         with written_whole(out) as beside:
             save_merged(model, beside)
@@ -56,3 +52,18 @@ def merge_into_base(base: str, adapter: Path, out: Path, *, check_base: bool = T
                 tool.save_pretrained(beside)
     except (OSError, SafetensorError) as error:
         raise FastLNError(f"{out}: the model cannot be written, and nothing there changed: {error}") from error
+
+
+def _load(base: str) -> tuple[PreTrainedModel, list[Any]]:
+    """Return the model, and what is to be saved beside it: its tokenizer and preprocessing."""
+    if llava_med.is_llava_med(base):
+        llava, tokenizer, images = llava_med.load(base, "auto")
+        return llava, [tokenizer, llava_processor(llava.config, images, tokenizer)]
+    names = AutoConfig.from_pretrained(base).architectures or [""]
+    model = getattr(transformers, names[0], AutoModel).from_pretrained(base, dtype="auto")
+    tools = []
+    for load in (load_tokenizer, AutoImageProcessor.from_pretrained, AutoProcessor.from_pretrained):
+        # A model may lack any; and a processor of images and videos asks for torchvision.
+        with contextlib.suppress(OSError, ValueError, KeyError, ImportError, AttributeError):
+            tools.append(load(base))
+    return model, tools

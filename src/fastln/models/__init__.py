@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from fastln.errors import FastLNError
-from fastln.models import blip_task, chat_task, dual_task
+from fastln.models import blip_task, chat_task, dual_task, llava_med
 from fastln.models.chat_vision import CHAT_VISION
 from fastln.models.dual_encoder import MODEL_TYPE, DualEncoder, DualEncoderConfig
 from fastln.models.sources import check_source
@@ -75,7 +75,7 @@ def _load(spec: str, train_data: VQADataset, dtype: torch.dtype, seed: int) -> V
         return dual_task.from_saved(spec, train_data, dtype)
     if model_type == "blip":
         return blip_task.from_source(spec, train_data, dtype, seed)
-    if model_type in chat_task.MODEL_TYPES:
+    if model_type in {*chat_task.MODEL_TYPES, llava_med.MODEL_TYPE}:
         return chat_task.from_source(spec, train_data, dtype, seed)
     raise FastLNError(
         f"{spec}: model_type is {model_type!r}; a directory must hold {MODEL_TYPE!r}, 'blip' or a model that chats "

@@ -20,6 +20,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from fastln.data import demands
 from fastln.errors import FastLNError
+from fastln.models import llava_med
 from fastln.models.chat_template import ChatTemplate, Conversation
 from fastln.models.chat_vision import CHAT_VISION, ChatVision
 from fastln.models.images import ImageInputs, ImagePixels
@@ -239,6 +240,8 @@ def from_source(source: str, train_data: VQADataset, dtype: torch.dtype, seed: i
             return from_config(config, vision, train_data, dtype, seed, name)
     check_source(source)
     with loading(source):
+        if llava_med.is_llava_med(source):
+            return ChatTask(*llava_med.load(source, dtype), name=name, vision=CHAT_VISION["llava"])
         vision = _chat_vision(source)
         config = AutoConfig.from_pretrained(source)
         loader = AutoModelForCausalLM if vision is None else AutoModelForImageTextToText
@@ -283,7 +286,7 @@ def _chat_vision(source: str) -> ChatVision | None:
     if model_type not in MODEL_TYPES:
         raise FastLNError(
             f"{source}: model_type is {model_type!r}; models that chat are {', '.join(CHAT_VISION)} and transformers' "
-            "causal language models (AutoModelForCausalLM)"
+            "causal language models (AutoModelForCausalLM), and LLaVA-Med's own checkpoints, with their weights"
         )
     return CHAT_VISION.get(model_type)
 

@@ -60,9 +60,10 @@ def _llava_tokens(config: PreTrainedConfig, inputs: Mapping[str, Tensor]) -> int
     return rows - (config.vision_feature_select_strategy == "default")
 
 
-def _llava_processor(
+def llava_processor(
     config: PreTrainedConfig, images: ImageInputs, tokenizer: PreTrainedTokenizerBase
 ) -> ProcessorMixin:
+    """Return transformers' processor of a LLaVA, which knows how many tokens an image takes."""
     assert isinstance(images, ImagePixels)
     edge, patch, strategy = images.image_size, config.vision_config.patch_size, config.vision_feature_select_strategy
     n_tokens = _llava_tokens(config, {"pixel_values": torch.empty(1, 3, edge, edge)})
@@ -91,7 +92,7 @@ def _qwen_tokens(config: PreTrainedConfig, inputs: Mapping[str, Tensor]) -> int:
 
 CHAT_VISION = {
     "llava": ChatVision(
-        "{image}", {"image_token_id": "<image>"}, _llava_images, _llava_tokens, processor=_llava_processor
+        "{image}", {"image_token_id": "<image>"}, _llava_images, _llava_tokens, processor=llava_processor
     ),
     "qwen2_5_vl": ChatVision(
         "<|vision_start|>{image}<|vision_end|>",

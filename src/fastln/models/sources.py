@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from transformers import AutoTokenizer, PreTrainedTokenizerBase, ProcessorMixin
+from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase, ProcessorMixin
 
 from fastln.errors import FastLNError
 
@@ -55,9 +55,14 @@ def loading(source: str) -> Iterator[None]:
         raise FastLNError(f"{source}: cannot be loaded{hint}: {reason}") from error
 
 
-def load_tokenizer(source: str) -> PreTrainedTokenizerBase:
-    """Load a tokenizer, with the processor's chat template where there is one: it may stand in a file of its own."""
-    tokenizer = AutoTokenizer.from_pretrained(source)
+def load_tokenizer(source: str, config: PreTrainedConfig | None = None) -> PreTrainedTokenizerBase:
+    """Load a tokenizer, with the processor's chat template where there is one: it may stand in a file of its own.
+
+    Args:
+        source: a directory or hub name.
+        config: of the model, where that beside the tokenizer is none of transformers'.
+    """
+    tokenizer = AutoTokenizer.from_pretrained(source, config=config)
     processor, _ = ProcessorMixin.get_processor_dict(source)
     tokenizer.chat_template = processor.get("chat_template") or tokenizer.chat_template
     return tokenizer
