@@ -1,4 +1,4 @@
-"""LLaVA-Med's own checkpoints: the numbers of transformers' LLaVA, their prompts and pictures, and what comes of them."""
+"""LLaVA-Med's own checkpoints: the numbers of transformers' LLaVA, their prompts and pictures, and adapters."""
 
 import json
 
