@@ -4,9 +4,11 @@ For each method: a short run per learning rate, on the questions about nine tent
 full length at the best rate, on all training questions, one per seed. Both are scored on the test questions, so that
 the choice among the rates has seen them, for all methods alike; the short runs are also scored on the images held out.
 Runs that are there already, of the same recipe, are taken as they are, so the script can be stopped and started again,
-and the table shows all that lie in the folder.
+and the table shows all that lie in the folder. The seconds of a step and the peak memory are those of `fastln bench`,
+where its results are named: runs side by side would hinder each other.
 
-    python scripts/quality_table.py --data DIR --model dual:VISION,TEXT --out runs/quality
+    fastln bench --data DIR --model dual:VISION,TEXT --out runs/real
+    python scripts/quality_table.py --data DIR --model dual:VISION,TEXT --bench runs/real/results.json
 """
 
 from __future__ import annotations
@@ -88,11 +90,12 @@ def spread(values: list[float], digits: int = 1) -> str:
     return mean if len(values) == 1 else f"{mean} ± {statistics.stdev(values):.{digits}f}"
 
 
-def table(records: list[Record]) -> str:
-    """Render all runs of a folder: a line per method."""
+def table(records: list[Record], timed: dict[tuple[str, str], Record]) -> str:
+    """Render all runs of a folder, a line per method, with what `fastln bench` measured, by method and engine."""
     lines = [
-        "| method | engine | short runs %, by rate | rate | all % | closed % | open % | seeds | trainable | minutes |",
-        "|---|---|---|---|---|---|---|---|---|---|",
+        "| method | engine | short runs %, by rate | rate | all % | closed % | open % | seeds | trainable "
+        "| step s | peak MiB | adapter bytes |",
+        "|---|---|---|---|---|---|---|---|---:|---:|---:|---:|",
     ]
     for method in METHODS:
         own = [record for record in records if record["run"]["config"]["method"] == method]
@@ -104,9 +107,14 @@ def table(records: list[Record]) -> str:
         rates += f" ({', '.join(sorted({str(record['run']['config']['epochs']) for record in tried}))} epochs)"
         accuracies = [spread([record["test"][part] for record in full]) for part in ("all", "closed", "open")]
         seeds = ", ".join(f"{record['test']['all']:.1f}" for record in full)
-        minutes = spread([record["training"]["seconds"] / 60 for record in full])
-        cells = [method, full[0]["engine"], rates, f"{rate_of(full[0]):.1e}", *accuracies, seeds]
-        cells += [f"{full[0]['training']['trainable_parameters']:,}", minutes]
+        engine, sizes = full[0]["engine"], [size for record in own if (size := record.get("adapter_bytes"))]
+        cells = [method, engine, rates, f"{rate_of(full[0]):.1e}", *accuracies, seeds]
+        cells += [f"{full[0]['training']['trainable_parameters']:,}"]
+        if row := timed.get((method, engine)):
+            cells += [f"{row['step_seconds']:.2f}", f"{row['peak_memory_bytes'] / 2**20:,.0f}"]
+        else:
+            cells += ["–", "–"]
+        cells.append(f"{max(sizes):,}" if sizes else "none: the whole model")
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
@@ -127,7 +135,10 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--jobs", type=int, default=1, help="runs at once")
     parser.add_argument("--threads", type=int, default=os.cpu_count(), help="of each run")
+    parser.add_argument("--bench", type=Path, help="results.json of fastln bench, for seconds and memory")
     options = parser.parse_args()
+    rows = json.loads(options.bench.read_text()) if options.bench else []
+    timed = {(row["method"], row["engine"]): row for row in rows if not row["error"]}
     with ThreadPoolExecutor(options.jobs) as pool:
         sweeps = {method: sweep(options, method, pool) for method in options.methods}
         full: list[Future[Record]] = []
@@ -140,8 +151,8 @@ def main() -> None:
     records = [without_losses(record) for record in records if record["finished"]]
     report = {"provenance": settle("auto", "auto")[2] | {"argv": sys.argv}, "runs": records}
     (options.out / "results.json").write_text(json.dumps(report, indent=1) + "\n")
-    (options.out / "table.md").write_text(table(records) + "\n")
-    print(table(records))
+    (options.out / "table.md").write_text(table(records, timed) + "\n")
+    print(table(records, timed))
 
 
 if __name__ == "__main__":
