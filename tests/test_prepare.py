@@ -10,7 +10,7 @@ from torch import nn
 from transformers import BertConfig, BertForMaskedLM, BertModel
 
 import fastln
-from fastln.data import ImageGroupedBatches
+from fastln.data import GroupedBatches
 from fastln.engines import apply_method, finish
 from fastln.errors import FastLNError
 from fastln.methods import norm_parameters
@@ -29,7 +29,7 @@ def losses(task, engine, n_steps, data, learning_rate=1e-3):
     optimizer = build_optimizer(model, task, TrainConfig(learning_rate=learning_rate))
     model.train()
     found = []
-    sampler = ImageGroupedBatches(data, 8, seed=0)
+    sampler = GroupedBatches(data, 8, seed=0)
     while len(found) < n_steps:
         for indices in sampler:
             loss = model(**task.collate([data[index] for index in indices], data)).loss

@@ -117,7 +117,7 @@ def train(
     warmup: Annotated[float, typer.Option(min=0, max=1, help="Share of the steps over which the rate rises.")] = 0.05,
     max_grad_norm: Annotated[float, typer.Option(help="Gradients are scaled down to this norm.")] = 1.0,
     questions_per_image: Annotated[
-        int, typer.Option(min=1, help="Questions on one image in a batch, which share its vision pass.")
+        int, typer.Option(min=1, help="Questions on one image in a batch, where they share its vision pass (dual).")
     ] = 16,
     validation: Annotated[
         float, typer.Option(min=0, max=0.5, help="Share of the training images whose questions are held out.")

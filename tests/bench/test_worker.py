@@ -13,7 +13,7 @@ from fastln.bench import worker
 from fastln.bench.results import Job, Quality, Steps, read_rows
 from fastln.bench.runner import run_suite
 from fastln.bench.suite import load_suite
-from fastln.data import ImageGroupedBatches, VQADataset, load_dataset
+from fastln.data import GroupedBatches, VQADataset, load_dataset
 from fastln.errors import FastLNError
 from fastln.methods import METHODS
 from fastln.models import load_task
@@ -169,7 +169,7 @@ def test_a_batch_larger_than_the_data_is_a_user_error():
 def test_an_image_that_cannot_be_read_is_found_before_the_rounds(monkeypatch):
     # The last of those that the rounds will read.
     data = load_dataset("phantom", "train")
-    last = list(itertools.islice(ImageGroupedBatches(data, 4, seed=0, questions_per_image=4, drop_last=True), 3))[-1]
+    last = list(itertools.islice(GroupedBatches(data, 4, seed=0, questions_per_image=4, drop_last=True), 3))[-1]
     bad = {data[index].image for index in last}
     read = VQADataset.image
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from fastln.bench.accounting import SavedActivations, peak_bytes, reset_peak, synchronize
 from fastln.bench.floor import count_operations, matrix_rate
 from fastln.bench.results import Checked, Floor, Job, Quality, Steps
-from fastln.data import ImageGroupedBatches, VQADataset, load_dataset
+from fastln.data import VQADataset, load_dataset
 from fastln.engines import apply_method
 from fastln.errors import FastLNError
 from fastln.methods import count_parameters
@@ -119,12 +119,8 @@ def _batches(job: Job, task: Task, data: VQADataset | None) -> Iterator[dict[str
         yield from itertools.repeat(task.batch)
     assert isinstance(task, VQATask)
     assert data is not None
-    sampler = ImageGroupedBatches(
-        data,
-        suite.batch_size,
-        seed=suite.seed,
-        questions_per_image=suite.questions_per_image,
-        drop_last=True,
+    sampler = task.batches(
+        data, suite.batch_size, seed=suite.seed, questions_per_image=suite.questions_per_image, drop_last=True
     )
     if len(sampler) == 0:
         raise FastLNError(f"batch_size {suite.batch_size}: {data.name} has no more than {len(data)} training questions")

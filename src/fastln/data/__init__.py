@@ -1,7 +1,7 @@
 """Questions about images: readers of published datasets, the embedded phantom data, and batching."""
 
 from fastln.data.answers import AnswerVocabulary, normalise_answer
-from fastln.data.batching import ImageGroupedBatches
+from fastln.data.batching import GroupedBatches
 from fastln.data.dataset import Sample, Source, VQADataset, demands
 from fastln.data.loading import load_dataset, load_source
 from fastln.data.options import DataOptions
@@ -9,7 +9,7 @@ from fastln.data.options import DataOptions
 __all__ = [
     "AnswerVocabulary",
     "DataOptions",
-    "ImageGroupedBatches",
+    "GroupedBatches",
     "Sample",
     "Source",
     "VQADataset",

@@ -1,4 +1,4 @@
-"""Batches in which questions about one image stand together."""
+"""Batches in which questions about one image stand together, or texts of like length."""
 
 from __future__ import annotations
 
@@ -7,16 +7,21 @@ from collections.abc import Iterator
 
 from torch.utils.data import Sampler
 
-from fastln.data.dataset import VQADataset
+from fastln.data.dataset import Sample, VQADataset
+
+_STRETCH = 16  # batches: texts of like length are found among so many, and which those are is still left to chance
 
 
-class ImageGroupedBatches(Sampler[list[int]]):
+class GroupedBatches(Sampler[list[int]]):
     """Indices of questions in batches, with up to `questions_per_image` of one image beside each other.
 
     The vision encoder can then run once for all of them, which changes no result. Each epoch, the questions of each
     image are shuffled and cut into groups, and the shuffled groups, one after the other, fill the batches; a batch that
     a group would overfill takes only part of it. Every question comes once an epoch. With one question per image this
     is an ordinary shuffle. Note that questions of one image make the batches less independent of each other.
+
+    With `by_length` the groups of some batches that stand beside each other are ordered by the length of their texts
+    before they fill them, and the batches are shuffled: less of them is padding, which costs as much as text.
 
     The order depends on the questions, the seed and the epoch alone, so a run is resumed by setting the epoch and
     leaving out the batches already done.
@@ -27,6 +32,7 @@ class ImageGroupedBatches(Sampler[list[int]]):
         seed: Any integer.
         questions_per_image: The largest group.
         drop_last: Leave out a short last batch.
+        by_length: Whether texts of like length come together; the short last batch has the longest then.
     """
 
     def __init__(
@@ -37,6 +43,7 @@ class ImageGroupedBatches(Sampler[list[int]]):
         seed: int,
         questions_per_image: int = 1,
         drop_last: bool = False,
+        by_length: bool = False,
     ) -> None:
         if batch_size < 1 or questions_per_image < 1:
             raise ValueError(
@@ -48,6 +55,8 @@ class ImageGroupedBatches(Sampler[list[int]]):
         self.drop_last = drop_last
         self.epoch = 0
         self._n_questions = len(dataset)
+        # In characters: no tokenizer is asked.
+        self._lengths = [_n_characters(sample) for sample in dataset.samples] if by_length else None
         self._by_image: dict[str, list[int]] = {}
         for index, sample in enumerate(dataset.samples):
             self._by_image.setdefault(sample.image, []).append(index)
@@ -68,6 +77,26 @@ class ImageGroupedBatches(Sampler[list[int]]):
             order = shuffler.sample(indices, len(indices))
             groups += [order[i : i + self.questions_per_image] for i in range(0, len(order), self.questions_per_image)]
         shuffler.shuffle(groups)
+        if self._lengths is not None:
+            groups = self._ordered(groups, self._lengths)
         order = [index for group in groups for index in group]
-        for batch in range(len(self)):
-            yield order[batch * self.batch_size : (batch + 1) * self.batch_size]
+        batches = [order[start : start + self.batch_size] for start in range(0, len(order), self.batch_size)]
+        if self._lengths is not None:
+            n_full = self._n_questions // self.batch_size
+            batches[:n_full] = shuffler.sample(batches[:n_full], n_full)
+        yield from batches[: len(self)]
+
+    def _ordered(self, groups: list[list[int]], lengths: list[int]) -> list[list[int]]:
+        """Order each stretch of groups that fill `_STRETCH` batches by their longest text."""
+        ordered: list[list[int]] = []
+        stretch: list[list[int]] = []
+        for group in groups:
+            stretch.append(group)
+            if sum(map(len, stretch)) >= _STRETCH * self.batch_size:
+                ordered += sorted(stretch, key=lambda group: max(lengths[index] for index in group))
+                stretch = []
+        return ordered + sorted(stretch, key=lambda group: max(lengths[index] for index in group))
+
+
+def _n_characters(sample: Sample) -> int:
+    return sum(len(text) for turn in ((sample.question, sample.answer), *sample.history) for text in turn)

@@ -30,6 +30,7 @@ class DualEncoderTask(VQATask):
     images: ImagePixels
     head = HEAD
     vision = "vision"
+    shares_images = True
 
     def collate(self, samples: list[Sample], dataset: VQADataset) -> dict[str, Tensor]:
         """Return pixel_values (n_images, ...), image_index, input_ids, attention_mask and labels (batch,)."""

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from fastln.data import demands
+from fastln.data import GroupedBatches, demands
 from fastln.errors import FastLNError
 
 if TYPE_CHECKING:
@@ -61,11 +61,13 @@ class VQATask(Task, ABC):
             whole model's, empty, where there is none.
         takes: which of the data's demands (`fastln.data.demands`) it can meet.
         does: what it does instead of others, for messages.
+        shares_images: whether samples of one image share its vision pass in a batch, so that they had better be in one.
     """
 
     vision: str = ""
     takes: frozenset[str] = frozenset({"images"})
     does: str = "it answers one question about one image"
+    shares_images: bool = False
 
     def __init__(
         self,
@@ -106,6 +108,23 @@ class VQATask(Task, ABC):
     def cut_off(self, samples: list[Sample]) -> dict[str, tuple[list[int], int]]:
         """Return how many tokens each sample's texts have, and how many of them stay; nothing where all do."""
         return {}
+
+    def batches(
+        self, dataset: VQADataset, batch_size: int, *, seed: int, questions_per_image: int, drop_last: bool = False
+    ) -> GroupedBatches:
+        """Return a dataset's batches, of which each costs little: see `GroupedBatches`.
+
+        A model that shares vision passes gets up to `questions_per_image` of an image together; any other gets texts of
+        like length, since they are padded to the longest.
+        """
+        return GroupedBatches(
+            dataset,
+            batch_size,
+            seed=seed,
+            questions_per_image=questions_per_image if self.shares_images else 1,
+            drop_last=drop_last,
+            by_length=not self.shares_images,
+        )
 
     @abstractmethod
     def collate(self, samples: list[Sample], dataset: VQADataset) -> dict[str, Tensor]:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from fastln.data import ImageGroupedBatches, VQADataset
+from fastln.data import GroupedBatches, VQADataset
 from fastln.models.dual_encoder import answer_loss
 from fastln.models.dual_task import DualEncoderTask
 from fastln.training.evaluate import evaluating
@@ -58,7 +58,7 @@ def train_head(
         [{"params": matrices, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}],
         lr=learning_rate,
     )
-    batches = ImageGroupedBatches(data, batch_size, seed=seed)
+    batches = GroupedBatches(data, batch_size, seed=seed)
     schedule = cosine_schedule(optimizer, epochs * len(batches), warmup)
     torch.manual_seed(seed)
     head.train()

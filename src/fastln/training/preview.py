@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from fastln.bench.accounting import SavedActivations
-from fastln.data import ImageGroupedBatches, Sample, VQADataset
+from fastln.data import Sample, VQADataset
 from fastln.engines import apply_method
 from fastln.methods import describe_parameters
 from fastln.models import VQATask
@@ -33,9 +33,7 @@ def preview(task: VQATask, data: VQADataset, config: TrainConfig, engine: str | 
     Raises:
         FastLNError: as training would, for what the method, the model and the images of the first batch are.
     """
-    batches = ImageGroupedBatches(
-        data, config.batch_size, seed=config.seed, questions_per_image=config.questions_per_image
-    )
+    batches = task.batches(data, config.batch_size, seed=config.seed, questions_per_image=config.questions_per_image)
     samples = [data[index] for index in next(itertools.islice(batches, 1))]
     batch = task.collate(samples, data)
     model = apply_method(task, config.method, engine, scope=config.scope).train()

@@ -17,7 +17,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader
 from transformers import PrinterCallback, TrainerCallback, TrainingArguments
 
-from fastln.data import ImageGroupedBatches, VQADataset
+from fastln.data import VQADataset
 from fastln.engines import apply_method, check_finishes, finish, save_trained_adapter
 from fastln.errors import FastLNError
 from fastln.methods import HEAD_LEARNING_RATE, count_parameters, describe_parameters
@@ -54,7 +54,8 @@ class TrainConfig:
         weight_decay: of matrices; norms and biases never decay.
         warmup: share of the steps over which the rate rises; it then falls to 0 along a cosine.
         max_grad_norm: gradients are scaled down to this norm.
-        questions_per_image: how many questions on one image go into a batch together (where there are as many).
+        questions_per_image: how many questions on one image go into a batch together (where there are as many), with
+            models that have one vision pass for all of them; others get batches of texts of like length.
         seed: of the batches' order and of dropout.
     """
 
@@ -118,10 +119,11 @@ class TaskTrainer(ResumableTrainer):
         # Losses are means over a batch; nothing is to be divided by a count of labels.
         self.model_accepts_loss_kwargs = False
         self.config = config
+        self.task = task
 
     def get_train_dataloader(self) -> DataLoader:
         """Batch the questions by image."""
-        batches = ImageGroupedBatches(
+        batches = self.task.batches(
             self.train_dataset,
             self.config.batch_size,
             seed=self.config.seed,
