@@ -73,7 +73,7 @@ def finished(process: subprocess.Popen[str], *words: str) -> list[str]:
     """
     printed, _ = process.communicate()
     if process.returncode:
-        raise SystemExit(f"{process.args}: exit status {process.returncode}")
+        raise SystemExit(f"{process.args!r}: exit status {process.returncode}")
     return [line for line in printed.splitlines() if any(word in line for word in words)]
 
 
