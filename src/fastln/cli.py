@@ -23,7 +23,7 @@ app = typer.Typer(
 Data = Annotated[str, typer.Option(help="'phantom' (embedded, synthetic), or a dataset's folder or file.")]
 Layout = Annotated[
     str | None,
-    typer.Option(help="vqa-rad, slake, path-vqa, iu-xray, llava-med or plain; recognised by default."),
+    typer.Option(help="vqa-rad, slake, path-vqa, parquet, iu-xray, llava-med or plain; recognised by default."),
 ]
 Language = Annotated[str | None, typer.Option(help="Of SLAKE's questions: en (the default) or zh.")]
 SkipBadRows = Annotated[bool, typer.Option("--skip-bad-rows", help="Leave bad rows out, with a count.")]

@@ -115,12 +115,13 @@ def bad_rows(name, layout, folder):
     ]
 
 
-def test_each_bad_row_is_told_with_file_index_and_reason(tmp_path, name, layout, monkeypatch):
-    monkeypatch.setattr("fastln.data.rows._MAX_REPORTED", 100)
+def test_each_bad_row_is_told_with_file_index_and_reason(tmp_path, name, layout):
     bad = bad_rows(name, layout, tmp_path)
     spec = layout.make(tmp_path / "data", train=[layout.row(0), *(row for row, _ in bad)])
-    first, *lines = refusal(spec).splitlines()
-    assert first == f"{len(bad)} bad row(s), counted from 0:"
+    first, *lines, last = refusal(spec).splitlines()
+    count = f"{len(bad)} bad row(s) of {len(bad) + len(layout.splits)}"
+    assert first == f"{count}, counted from 0:"
+    assert last == f"That was {count}; --skip-bad-rows (DataOptions.skip_bad_rows) leaves them out."
     where = {"iu-xray": "annotation.json: train"}.get(name, "train")
     in_first = len(bad) // 2 + 1 if name == "path-vqa" else 100  # two files share the rows there
     for number, ((_, reason), line) in enumerate(zip(bad, lines, strict=True), start=1):
@@ -136,11 +137,11 @@ def test_all_bad_rows_of_all_files_are_told_at_once_or_skipped_with_a_count(tmp_
     rows = [layout.row(0), *bad[:3], layout.row(1), *bad[3:]]
     spec = layout.make(tmp_path / "data", train=rows, test=[layout.row(2), layout.answer(layout.row(3), "")])
     message = refusal(spec)
-    assert message.startswith(f"{len(bad) + 1} bad row(s), counted from 0:\n")
-    assert message.count(": row ") == min(10, len(bad) + 1)
+    assert message.startswith(f"{len(bad) + 1} bad row(s) of {len(rows) + 3}, counted from 0:\n")
+    assert message.count(": row ") == len(bad) + 1
     with caplog.at_level(logging.INFO, "fastln"):
         source = load_source(spec, SKIP)
-    assert f"skipped {len(bad) + 1} bad row(s) of {len(rows) + 3}, counted from 0:" in caplog.text
+    assert f"skipped {message.rpartition('That was ')[0]}" in caplog.text  # every row that would have been refused
     assert {split: len(samples) for split, samples in source.splits.items()} == {"train": 2, "validation": 1, "test": 1}
 
 

@@ -139,7 +139,7 @@ def test_a_bad_row_is_told_with_file_index_and_reason(tmp_path, file, change, re
     (data / "images" / "loop.png").symlink_to("loop.png")
     (data / "images" / "folder").symlink_to(tmp_path)
     message = refusal(spec, "test")
-    assert message.startswith("1 bad row(s), counted from 0:\n")
+    assert message.startswith("1 bad row(s) of ")
     assert f"{data / file}: row 1 (qid 6): " in message
     assert reason in message
 
@@ -162,23 +162,22 @@ def test_rows_that_are_no_objects(tmp_path):
     assert "x" * 50 not in message
 
 
-def test_all_bad_rows_of_both_files_are_counted_and_ten_told(tmp_path):
-    bad = [row(number, answer="") for number in range(8)]
+def test_all_bad_rows_of_both_files_are_told(tmp_path):
+    bad = [row(number, answer="") for number in range(800)]
     message = refusal(split_folder(tmp_path, bad, test=bad))
-    assert message.startswith("16 bad row(s)")
-    assert message.count(": field 'answer' is empty") == 10
-    assert "testset.json: row 1 (qid 1)" in message
-    assert message.endswith("... and 6 more")
+    assert message.startswith("1,600 bad row(s) of 1,600, counted from 0:")
+    assert message.count(": field 'answer' is empty") == 1600
+    assert "testset.json: row 799 (qid 799)" in message
 
 
 @pytest.mark.parametrize(
     ("content", "reason"),
     [
         ('[{"qid": 1,\n  "answer" "yes"}]', "line 2, column 12: not valid JSON: Expecting ':' delimiter"),
-        ("", "line 1, column 1: not valid JSON"),
-        ('{"rows": []}', 'a JSON list of rows is needed, this is {"rows": []}'),
-        ("[" * 200_000, "not valid JSON: "),
-        (f"[{'9' * 5000}]", "not valid JSON: "),
+        ("", "a JSON list of rows is needed, this is empty"),
+        ('{"rows": []}', "a JSON list of rows is needed, this begins with '{'; one object a line is .jsonl"),
+        ("[" * 200_000, "line 1, column 2: not valid JSON: "),
+        (f"[{'9' * 5000}]", "line 1, column 2: not valid JSON: "),
     ],
 )
 def test_a_file_that_is_no_list(tmp_path, content, reason):

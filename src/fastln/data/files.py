@@ -1,66 +1,75 @@
-"""The rows of a text file, one after the other: a JSON list, JSON Lines, CSV."""
+"""The rows of a text file, one after the other: a JSON list, JSON Lines, CSV. No file is held in memory whole."""
 
 from __future__ import annotations
 
 import csv
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
+from fastln.data.json_stream import JsonStream
 from fastln.errors import FastLNError
 
 SUFFIXES = (".json", ".jsonl", ".csv")
 
+SPLIT_STEMS = {"train": ("train",), "validation": ("validation", "val", "validate", "valid"), "test": ("test",)}
+"""How the file of each split may be called, where data leaves that to who made it."""
+
 _LONGEST_FIELD = 1 << 24
 """Characters of a CSV field; a report is far shorter, and an unclosed quotation mark swallows the rest of the file."""
+
+_POINTER = b"version https://git-lfs.github.com/"
 
 
 class BadRowError(Exception):
     """What is wrong with one row; `RowChecker.read` adds where it stands."""
 
 
-def read_rows(file: Path) -> Iterator[Any]:
+def read_rows(file: Path, columns: Iterable[str] = ()) -> Iterator[Any]:
     """Give the rows of a file by its suffix; a line that cannot be parsed comes as the `BadRowError` that says why.
+
+    Args:
+        file: JSON Lines (`.jsonl`), CSV (`.csv`), else a JSON list; a `.jsonl` that begins as a list is one, for
+            LLaVA-Med's scripts write such.
+        columns: Those that a CSV file must have.
 
     Raises:
         FastLNError: The file cannot be read, is not UTF-8, or is of another kind than its suffix says.
     """
-    if file.suffix == ".jsonl":
-        return _json_lines(file)
-    if file.suffix == ".csv":
-        return _csv(file)
-    return iter(json_list(load_json(file), file))
+    with opened(file) as stream:
+        if file.suffix == ".csv":
+            yield from _csv(file, stream, columns)
+            return
+        content = JsonStream(stream, file)
+        if file.suffix == ".jsonl" and content.peek() != "[":
+            stream.seek(0)
+            yield from _json_lines(stream)
+            return
+        yield from listed(content, file)
+        content.end()
 
 
-def load_json(file: Path) -> Any:
-    """Load a JSON file.
-
-    Raises:
-        FastLNError: The file cannot be read or is not JSON (with line and column).
-    """
-    text = "".join(_lines(file))
-    try:
-        return json.loads(text)
-    except json.JSONDecodeError as error:
-        raise FastLNError(f"{file}: line {error.lineno}, column {error.colno}: not valid JSON: {error.msg}") from error
-    except (ValueError, RecursionError) as error:  # a number of thousands of digits, thousands of nested brackets
-        raise FastLNError(f"{file}: not valid JSON: {error}") from error
-
-
-def json_list(content: Any, where: object) -> list[Any]:
-    """Check that a piece of a JSON file is a list.
+def listed(content: JsonStream, where: object) -> Iterator[Any]:
+    """Take the values of a list of rows.
 
     Args:
-        content: The piece.
+        content: A JSON text, of which the list is next.
         where: The file (and the place in it), for the message.
 
     Raises:
-        FastLNError: It is not.
+        FastLNError: Something else is next.
     """
-    if not isinstance(content, list):
-        raise FastLNError(f"{where}: a JSON list of rows is needed, this is {shown(content)}")
-    return content
+    if content.peek() != "[":
+        raise FastLNError(f"{where}: a JSON list of rows is needed, {beginning(content)}; one object a line is .jsonl")
+    return content.items()
+
+
+def beginning(content: JsonStream) -> str:
+    """Tell how the next part of a JSON text begins, for a message."""
+    first = content.peek()
+    return f"this begins with {first!r}" if first else "this is empty"
 
 
 def shown(value: Any) -> str:
@@ -69,8 +78,39 @@ def shown(value: Any) -> str:
     return written if len(written) <= 40 else f"{written[:40]}..."
 
 
-def _json_lines(file: Path) -> Iterator[Any]:
-    for line in _lines(file):
+@contextmanager
+def opened(file: Path) -> Iterator[TextIO]:
+    """Open a file of UTF-8 text, with or without a byte-order mark, and tell what cannot be read of it.
+
+    Raises:
+        FastLNError: The file is missing, cannot be read, is not UTF-8, or is the pointer of Git LFS to it.
+    """
+    try:
+        refuse_pointer(file)
+        with file.open(encoding="utf-8-sig", newline="\n") as stream:
+            yield stream
+    except FileNotFoundError as error:
+        raise FastLNError(f"{file}: this file is missing") from error
+    except OSError as error:
+        raise FastLNError(f"{file}: cannot read this file: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise FastLNError(f"{file}: byte {_first_wrong_byte(file)}: not UTF-8 text; save it as UTF-8") from error
+
+
+def refuse_pointer(file: Path) -> None:
+    """Refuse what Git leaves in place of a large file where Git LFS is not installed.
+
+    Raises:
+        FastLNError: It is that.
+        OSError: The file cannot be read.
+    """
+    with file.open("rb") as stream:
+        if stream.read(len(_POINTER)) == _POINTER:
+            raise FastLNError(f"{file}: this is a pointer of Git LFS, not the file itself; fetch that: git lfs pull")
+
+
+def _json_lines(stream: TextIO) -> Iterator[Any]:
+    for line in stream:
         if not line.strip():
             yield BadRowError("the line is empty")
             continue
@@ -82,15 +122,16 @@ def _json_lines(file: Path) -> Iterator[Any]:
             yield BadRowError(f"not valid JSON: {error}")
 
 
-def _csv(file: Path) -> Iterator[Any]:
+def _csv(file: Path, stream: TextIO, columns: Iterable[str]) -> Iterator[Any]:
     csv.field_size_limit(_LONGEST_FIELD)
-    reader = csv.reader(_lines(file), strict=True)
+    reader = csv.reader(stream, strict=True, skipinitialspace=True)
     try:
-        header = next(reader, None)
-        if header is None:
+        header = [name.strip() for name in next(reader, [])]
+        if not header:
             raise FastLNError(f"{file}: the file is empty; its first line must name the columns")
         if repeated := {name for name in header if header.count(name) > 1}:
             raise FastLNError(f"{file}: the first line names a column twice: {', '.join(sorted(repeated))}")
+        check_columns(file, columns, header)
         for fields in reader:
             if len(fields) != len(header):
                 yield BadRowError(f"{len(fields)} fields where the first line names {len(header)}")
@@ -100,16 +141,20 @@ def _csv(file: Path) -> Iterator[Any]:
         raise FastLNError(f"{file}: line {reader.line_num}: not valid CSV: {error}") from error
 
 
-def _lines(file: Path) -> Iterator[str]:
-    start = 0
+def check_columns(file: Path, needed: Iterable[str], present: Iterable[str]) -> None:
+    """Check that a table has the columns that every row needs.
+
+    Raises:
+        FastLNError: It lacks some.
+    """
+    if missing := [name for name in needed if name not in present]:
+        raise FastLNError(f"{file}: no column {', '.join(missing)}; it has {', '.join(present)}")
+
+
+def _first_wrong_byte(file: Path) -> int:
+    content = file.read_bytes()
     try:
-        with file.open("rb") as stream:
-            for line in stream:
-                yield line.decode("utf-8" if start else "utf-8-sig")
-                start += len(line)
-    except FileNotFoundError as error:
-        raise FastLNError(f"{file}: this file is missing") from error
-    except OSError as error:
-        raise FastLNError(f"{file}: cannot read this file: {error.strerror}") from error
+        content.decode()
     except UnicodeDecodeError as error:
-        raise FastLNError(f"{file}: byte {start + error.start}: not UTF-8 text: {error.reason}") from error
+        return error.start
+    return len(content)

@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from fastln.data.dataset import Sample, Source
-from fastln.data.files import BadRowError, json_list, load_json, shown
+from fastln.data.files import BadRowError, beginning, listed, opened, shown
+from fastln.data.json_stream import JsonStream
 from fastln.data.options import DataOptions
 from fastln.data.rows import RowChecker, as_text, image_folder, line, text_or_number
 from fastln.errors import FastLNError
@@ -37,11 +38,8 @@ def read(folder: Path, options: DataOptions) -> Source:
     Raises:
         FastLNError: The file or the image folder is missing; the file is no object of three lists; or rows are bad.
     """
-    rows = RowChecker(image_folder(folder, "images"), skip=options.skip_bad_rows)
+    rows = RowChecker([image_folder(folder, "images")], skip=options.skip_bad_rows)
     file = folder / _FILE
-    content = load_json(file)
-    if not isinstance(content, dict):
-        raise FastLNError(f"{file}: an object with the lists train, val and test is needed, this is {shown(content)}")
 
     def parse(row: dict[str, Any], index: int) -> Sample:
         image, *views = [rows.image(name) for name in _paths(row)]
@@ -54,11 +52,21 @@ def read(folder: Path, options: DataOptions) -> Source:
             views=tuple(views),
         )
 
-    splits = {}
-    for split, name in _LISTS.items():
-        where = f"{file}: {name}"
-        splits[split] = rows.read(where, json_list(content.get(name), where), parse)
-    return rows.source("iu-xray", splits)
+    found = {}
+    with opened(file) as stream:
+        content = JsonStream(stream, file)
+        if content.peek() != "{":
+            raise FastLNError(f"{file}: an object with the lists train, val and test is needed, {beginning(content)}")
+        for name in content.names():
+            where = f"{file}: {name}"
+            if name in _LISTS.values():
+                found[name] = rows.read(where, listed(content, where), parse)
+            else:
+                content.value()
+        content.end()
+    if missing := [name for name in _LISTS.values() if name not in found]:
+        raise FastLNError(f"{file}: no list {', '.join(missing)}; R2Gen's file has train, val and test")
+    return rows.source("iu-xray", {split: found[name] for split, name in _LISTS.items()})
 
 
 def _paths(row: dict[str, Any]) -> list[str]:

@@ -4,9 +4,12 @@
 LLaVA-Med's own files spell the field `conversatons` in places, which is read too. `<image>` in the first question
 marks where the image goes and is taken out: a model puts images where it wants them. One conversation is one sample:
 the last question with its answer, and the turns before as its history. `answer_type`, where there is one, says CLOSED
-or OPEN.
+or OPEN (in PathVQA's words yes/no, other, number): LLaVA-Med turns the three question sets into `train.json` and
+`test.json` of this kind. The rows of its evaluation, `llava_med_eval_qa50_qa.jsonl`, have `text` and `gpt4_answer`
+instead, one question each.
 
-Files, splits and images are found as for plain rows; see `fastln.data.plain`.
+Files, splits and images are found as for plain rows; see `fastln.data.plain`. LLaVA-Med's download puts the files into
+`data/instruct`, `data/alignment` and `data/eval` and the images into `data/images`, where they are found too.
 """
 
 from __future__ import annotations
@@ -19,28 +22,29 @@ from fastln.data.dataset import Sample, Source
 from fastln.data.files import BadRowError, shown
 from fastln.data.options import DataOptions
 from fastln.data.plain import images_beside, read_splits, split_files
-from fastln.data.rows import RowChecker, as_text, closed_label, text_or_number
+from fastln.data.rows import RowChecker, as_text, as_text_or_number, closed_label, row_id
 
 LAYOUT = "a file .json or .jsonl of image, conversations [{from, value}]; or a folder of train, validation, test files"
 
 _FIELDS = ("conversations", "conversatons")
+_EVALUATION = ("text", "gpt4_answer")
 _SPEAKERS = ("human", "gpt")
 _IMAGE = "<image>"
 _PEEKED = 1 << 16
 
 
 def recognises(path: Path) -> bool:
-    """Tell whether any of the files that plain rows would be in begins with conversations."""
-    return any(_holds_conversations(file) for file in split_files(path).values())
+    """Tell whether any of the files that plain rows would be in begins with what LLaVA-Med's rows have."""
+    return any(_is_of_the_kind(file) for file in split_files(path).values())
 
 
-def _holds_conversations(file: Path) -> bool:
+def _is_of_the_kind(file: Path) -> bool:
     try:
         with file.open("rb") as stream:
             start = stream.read(_PEEKED)
     except OSError:  # told by the reader of plain rows, which is next
         return False
-    return any(f'"{field}"'.encode() in start for field in _FIELDS)
+    return any(f'"{field}"'.encode() in start for field in (*_FIELDS, _EVALUATION[1]))
 
 
 def read(path: Path, options: DataOptions) -> Source:
@@ -53,12 +57,12 @@ def read(path: Path, options: DataOptions) -> Source:
     Raises:
         FastLNError: A file cannot be read, or rows are bad.
     """
-    rows = RowChecker(images_beside(path), skip=options.skip_bad_rows)
+    rows = RowChecker(_image_folders(path), skip=options.skip_bad_rows)
 
     def parse(row: dict[str, Any], index: int, images: tuple[str, ...]) -> Sample:
         *history, (question, answer) = _turns(row, len(images))
         return Sample(
-            id=text_or_number(row, "id") if "id" in row else str(index),
+            id=row_id(row, str(index)),
             image=images[0] if images else "",
             question=question,
             answer=answer,
@@ -70,8 +74,17 @@ def read(path: Path, options: DataOptions) -> Source:
     return read_splits(path, rows, parse)
 
 
+def _image_folders(path: Path) -> list[Path]:
+    beside = images_beside(path)
+    above = beside[-1].resolve().parent / "images"
+    return [*beside, above] if above.is_dir() else beside
+
+
 def _turns(row: dict[str, Any], n_images: int) -> list[tuple[str, str]]:
     """Give the questions with their answers."""
+    if all(field in row for field in _EVALUATION):
+        question, answer = ({"value": row[field]} for field in _EVALUATION)
+        return [(_value(question, 0, n_images), _value(answer, 1, n_images))]
     field = next((name for name in _FIELDS if name in row), _FIELDS[0])
     turns = row.get(field)
     if not isinstance(turns, list) or not turns or len(turns) % 2:
@@ -86,12 +99,14 @@ def _turns(row: dict[str, Any], n_images: int) -> list[tuple[str, str]]:
 
 
 def _value(turn: dict[str, Any], number: int, n_images: int) -> str:
-    value = as_text(turn.get("value"), f"the value of turn {number}")
+    what = f"the value of turn {number}"
     if number % 2:
+        value = as_text_or_number(turn.get("value"), what)  # answers of VQA-RAD are numbers in places
         if not normalise_answer(value):
-            raise BadRowError(f"the value of turn {number} is {shown(value)}, of which normalising leaves nothing")
+            raise BadRowError(f"{what} is {shown(value)}, of which normalising leaves nothing")
         return value
+    value = as_text(turn.get("value"), what)
     marks = value.count(_IMAGE)
     if marks > (n_images if number == 0 else 0):
         raise BadRowError(f"turn {number} holds {marks} times {_IMAGE}; the row has {n_images}, due in turn 0")
-    return as_text(" ".join(value.replace(_IMAGE, " ").split()), f"the value of turn {number}")
+    return as_text(" ".join(value.replace(_IMAGE, " ").split()), what)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
 
-from fastln.data import iu_xray, llava_med, path_vqa, phantom, plain, slake, vqa_rad
+from fastln.data import iu_xray, llava_med, parquet, path_vqa, phantom, plain, slake, vqa_rad
 from fastln.data.dataset import Source, VQADataset, check_split
 from fastln.data.options import DataOptions
 from fastln.errors import FastLNError
@@ -34,6 +34,7 @@ READERS = {
     "vqa-rad": Reader(vqa_rad.LAYOUT, vqa_rad.recognises, vqa_rad.read),
     "slake": Reader(slake.LAYOUT, slake.recognises, slake.read, slake.LANGUAGES),
     "path-vqa": Reader(path_vqa.LAYOUT, path_vqa.recognises, path_vqa.read),
+    "parquet": Reader(parquet.LAYOUT, parquet.recognises, parquet.read),
     "iu-xray": Reader(iu_xray.LAYOUT, iu_xray.recognises, iu_xray.read),
     "llava-med": Reader(llava_med.LAYOUT, llava_med.recognises, llava_med.read),
     "plain": Reader(plain.LAYOUT, plain.recognises, plain.read),
@@ -50,7 +51,7 @@ def load_source(spec: str, options: DataOptions | None = None) -> Source:
 
     Raises:
         FastLNError: Unknown data or layout, an option that does not go with it; or bad data: a file that cannot be
-            read, or bad rows, of which all are counted and the first 10 told with file, index and reason.
+            read, or bad rows, all of which are told with file, index and reason.
     """
     options = options or DataOptions()
     if spec == phantom.NAME:
@@ -95,8 +96,14 @@ def _reader(path: Path, layout: str | None) -> Reader:
     for reader in READERS.values():
         if reader.recognises(path):
             return reader
+    inside = [
+        f"; {folder} is {name}: give that"
+        for folder in (sorted(path.iterdir()) if path.is_dir() else ())
+        for name, reader in READERS.items()
+        if folder.is_dir() and reader.recognises(folder)
+    ]
     known = "\n  ".join(f"{name}: {reader.layout}" for name, reader in READERS.items())
-    raise FastLNError(f"{path}: no dataset layout that is known. What each looks like:\n  {known}")
+    raise FastLNError(f"{path}: no dataset layout that is known{''.join(inside[:1])}. What each looks like:\n  {known}")
 
 
 def _refuse_language(spec: str, languages: tuple[str, ...], options: DataOptions) -> None:

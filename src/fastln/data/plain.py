@@ -1,27 +1,28 @@
 """The reader of one's own questions: JSON Lines, CSV or a JSON list with the fields `image`, `question` and `answer`.
 
-A folder holds one file per split: `train`, `validation` (or `val`) and `test`, each with the suffix `.jsonl`, `.csv` or
-`.json`. A single file is all training. Images are named relative to the folder `images` beside the files where there is
-one, to the files' own folder otherwise. Optional fields: `id` (the row's index by default) and `answer_type`, CLOSED
-or OPEN. In JSON, `image` may be a list of several, all views of one study. Where no row at all has the field `image`,
-the questions are about none, for models that read text alone.
+A folder holds one file per split: `train`, `validation` (or `val`, `validate`, `valid`) and `test`, each with the
+suffix `.jsonl`, `.csv` or `.json`. A single file is all training. Images are named relative to the folder `images`
+beside the files where they are there, to the files' own folder otherwise. Optional fields: `id` (or `qid`,
+`question_id`; the row's index by default) and `answer_type`, CLOSED or OPEN. In JSON, `image` may be a list of several,
+all views of one study. Where no row at all has the field `image`, the questions are about none, for models that read
+text alone.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 from fastln.data.dataset import Sample, Source
-from fastln.data.files import SUFFIXES, BadRowError, read_rows
+from fastln.data.files import SPLIT_STEMS, SUFFIXES, BadRowError, read_rows
 from fastln.data.options import DataOptions
-from fastln.data.rows import RowChecker, answer, as_text, closed_label, line, text_or_number
+from fastln.data.rows import RowChecker, answer, as_text, closed_label, line, row_id
 from fastln.errors import FastLNError
 
 LAYOUT = "a file .jsonl, .csv or .json of image, question, answer; or a folder of train, validation and test files"
 
-_STEMS = {"train": ("train",), "validation": ("validation", "val"), "test": ("test",)}
+_COLUMNS = ("question", "answer")
 
 
 def split_files(path: Path) -> dict[str, Path]:
@@ -33,7 +34,7 @@ def split_files(path: Path) -> dict[str, Path]:
     if path.is_file():
         return {"train": path} if path.suffix in SUFFIXES else {}
     found = {}
-    for split, stems in _STEMS.items():
+    for split, stems in SPLIT_STEMS.items():
         files = [file for stem in stems for suffix in SUFFIXES if (file := path / f"{stem}{suffix}").is_file()]
         if len(files) > 1:
             raise FastLNError(f"{path}: which is the {split} split, {' or '.join(file.name for file in files)}?")
@@ -43,7 +44,10 @@ def split_files(path: Path) -> dict[str, Path]:
 
 
 def read_splits(
-    path: Path, rows: RowChecker, parse: Callable[[dict[str, Any], int, tuple[str, ...]], Sample]
+    path: Path,
+    rows: RowChecker,
+    parse: Callable[[dict[str, Any], int, tuple[str, ...]], Sample],
+    columns: Iterable[str] = (),
 ) -> Source:
     """Read the file of each split.
 
@@ -51,6 +55,7 @@ def read_splits(
         path: The file, or the folder of files.
         rows: Checks the rows.
         parse: Makes a sample of a row, its index and the keys of its images: none where no row of the data has any.
+        columns: Those that a CSV file must have.
 
     Raises:
         FastLNError: There is none, one cannot be read, or rows are bad.
@@ -58,19 +63,22 @@ def read_splits(
     files = split_files(path)
     if not files:
         raise FastLNError(f"{path}: no file of rows; looked for train, validation (or val), test{'|'.join(SUFFIXES)}")
-    read = {split: list(read_rows(file)) for split, file in files.items()}
-    illustrated = any(isinstance(row, dict) and "image" in row for found in read.values() for row in found)
+    # Before anything is checked it must be known whether any row has an image; mostly the first one does.
+    illustrated = any(
+        isinstance(row, dict) and "image" in row for file in files.values() for row in read_rows(file, columns)
+    )
 
     def sample(row: dict[str, Any], index: int) -> Sample:
         return parse(row, index, tuple(rows.image(name) for name in image_names(row)) if illustrated else ())
 
-    return rows.source(path.stem, {split: rows.read(files[split], found, sample) for split, found in read.items()})
+    splits = {split: rows.read(file, read_rows(file, columns), sample) for split, file in files.items()}
+    return rows.source(path.stem, splits)
 
 
-def images_beside(path: Path) -> Path:
-    """Give the folder that images are named relative to."""
+def images_beside(path: Path) -> list[Path]:
+    """Give the folders that images may be named relative to: `images`, where there is one, and the files' own."""
     folder = path if path.is_dir() else path.parent
-    return folder / "images" if (folder / "images").is_dir() else folder
+    return [place for place in (folder / "images", folder) if place.is_dir()]
 
 
 def image_names(row: dict[str, Any]) -> list[str]:
@@ -105,7 +113,7 @@ def read(path: Path, options: DataOptions) -> Source:
 
     def parse(row: dict[str, Any], index: int, images: tuple[str, ...]) -> Sample:
         return Sample(
-            id=text_or_number(row, "id") if "id" in row else str(index),
+            id=row_id(row, str(index)),
             image=images[0] if images else "",
             question=line(row, "question"),
             answer=answer(row, "answer"),
@@ -113,4 +121,4 @@ def read(path: Path, options: DataOptions) -> Source:
             views=images[1:],
         )
 
-    return read_splits(path, rows, parse)
+    return read_splits(path, rows, parse, _COLUMNS)

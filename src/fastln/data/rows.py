@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import logging
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -19,8 +19,8 @@ from fastln.errors import FastLNError
 
 T = TypeVar("T")
 
-_MAX_REPORTED = 10
-_NAMES = ("qid", "id")
+ID_FIELDS = ("id", "qid", "question_id")
+"""The fields that may name a row."""
 
 logger = logging.getLogger(__name__)
 
@@ -29,20 +29,17 @@ class RowChecker:
     """Reads the rows of one dataset and remembers the bad ones.
 
     Args:
-        images: The folder of the images.
-        skip: Leave bad rows out, with a count in the log, rather than refuse the data.
-
-    Attributes:
-        paths: The file of each image that a row has named.
+        folders: Where images are looked for, in this order.
+        skip: Leave bad rows out, and tell them in the log, rather than refuse the data.
     """
 
-    def __init__(self, images: Path, *, skip: bool = False) -> None:
-        self.paths: dict[str, Path] = {}
-        self._images = images
-        self._root = images.resolve()
+    def __init__(self, folders: Sequence[Path], *, skip: bool = False) -> None:
+        self._folders = [folder.resolve() for folder in folders]
+        self._shown = " or ".join(map(str, folders))
         self._skip = skip
         self._n_rows = 0
         self._problems: list[str] = []
+        self._found: dict[str, Path] = {}
         self._bad_images: dict[str, str] = {}
 
     def read(self, where: object, rows: Iterable[Any], parse: Callable[[dict[str, Any], int], T]) -> list[T]:
@@ -63,12 +60,12 @@ class RowChecker:
                     raise BadRowError(f"an object with named fields is needed, this is {shown(row)}")
                 parsed.append(parse(row, index))
             except BadRowError as problem:
-                names = [f" ({name} {shown(row[name])})" for name in _NAMES if isinstance(row, dict) and name in row]
+                names = [f" ({name} {shown(row[name])})" for name in ID_FIELDS if isinstance(row, dict) and name in row]
                 self._problems.append(f"{where}: row {index}{''.join(names[:1])}: {problem}")
         return parsed
 
     def image(self, name: str) -> str:
-        """Find the file of an image, check it and note it in `paths`.
+        """Find the file of an image and check it, once.
 
         Returns:
             The name, which is the image's key.
@@ -79,42 +76,45 @@ class RowChecker:
         """
         if name in self._bad_images:
             raise BadRowError(self._bad_images[name])
-        if name not in self.paths:
+        if name not in self._found:
             try:
-                self.paths[name] = self._find(name)
+                self._found[name] = self._find(name)
             except BadRowError as problem:
                 self._bad_images[name] = str(problem)
                 raise
         return name
 
     def _find(self, name: str) -> Path:
-        try:
-            path = (self._root / name).resolve()
-            inside = path.is_relative_to(self._root)
-            present = path.is_file()
-        except (OSError, RuntimeError, ValueError) as error:  # too long, a loop of links, a zero byte
-            raise BadRowError(f"image {shown(name)}: {error}") from error
-        if not inside:
-            raise BadRowError(f"image {shown(name)} leads outside the folder {self._images}")
-        if not present:
-            raise BadRowError(f"image {shown(name)} is missing in {self._images}")
-        try:
-            check_image(path)
-        except FastLNError as error:
-            raise BadRowError(f"image {shown(name)}: {error}") from error
-        return path
+        """Give the folder that the name is relative to."""
+        reason = f"is missing in {self._shown}"
+        for folder in self._folders:
+            try:
+                path = (folder / name).resolve()
+                present = path.is_file()
+            except (OSError, RuntimeError, ValueError) as error:  # too long, a loop of links, a zero byte
+                raise BadRowError(f"image {shown(name)}: {error}") from error
+            if not path.is_relative_to(folder):
+                reason = f"leads outside the folder {self._shown}"
+            elif present:
+                try:
+                    check_image(path)
+                except FastLNError as error:
+                    raise BadRowError(f"image {shown(name)}: {error}") from error
+                return folder
+        raise BadRowError(f"image {shown(name)} {reason}")
 
     def finish(self) -> None:
         """Raise one `FastLNError` about all bad rows so far, if there are any; or log them, where they are skipped."""
         if not self._problems:
             return
-        count = len(self._problems)
-        reported = self._problems[:_MAX_REPORTED]
-        more = [f"... and {count - len(reported)} more"] if count > len(reported) else []
-        lines = "\n  ".join([*reported, *more])
+        count = f"{len(self._problems):,} bad row(s) of {self._n_rows:,}"
+        lines = "\n  ".join(self._problems)
         if not self._skip:
-            raise FastLNError(f"{count} bad row(s), counted from 0:\n  {lines}")
-        logger.warning("skipped %d bad row(s) of %d, counted from 0:\n  %s", count, self._n_rows, lines)
+            raise FastLNError(
+                f"{count}, counted from 0:\n  {lines}\n"
+                f"That was {count}; --skip-bad-rows (DataOptions.skip_bad_rows) leaves them out."
+            )
+        logger.warning("skipped %s, counted from 0:\n  %s\nThat was %s, skipped.", count, lines, count)
 
     def source(
         self, name: str, splits: Mapping[str, list[Sample]], image: Callable[[str], Image.Image] | None = None
@@ -124,31 +124,34 @@ class RowChecker:
         Args:
             name: What the data is called.
             splits: The samples by split.
-            image: Gives an image by its key; by default the images are the files in `paths`.
+            image: Gives an image by its key; by default the images are the files that `image` found.
 
         Raises:
             FastLNError: There were bad rows, and they are not skipped.
         """
         self.finish()
         logger.info("%s: %s", name, ", ".join(f"{split} {len(samples):,}" for split, samples in splits.items()))
-        return Source(name, synthetic=False, splits=splits, image=image or functools.partial(_image, self.paths))
+        return Source(name, synthetic=False, splits=splits, image=image or functools.partial(_image, self._found))
 
 
-def _image(paths: dict[str, Path], key: str) -> Image.Image:
-    if key not in paths:
+def _image(folders: dict[str, Path], key: str) -> Image.Image:
+    if key not in folders:
         raise FastLNError(f"no question of this data is about an image named {key!r}")
-    return read_image(paths[key])
+    return read_image(folders[key] / key)
 
 
 def image_folder(folder: Path, *names: str) -> Path:
     """Give the first of some folders that is there.
 
     Raises:
-        FastLNError: None is.
+        FastLNError: None is; where an archive of one is there, the message says to unpack it.
     """
     for name in names:
         if (folder / name).is_dir():
             return folder / name
+    for name in names:
+        if (archive := folder / f"{name}.zip").is_file():
+            raise FastLNError(f"{archive}: unpack the images first, to {folder / name}")
     raise FastLNError(f"{folder}: no folder of images; looked for {' and '.join(map(repr, names))}")
 
 
@@ -197,11 +200,15 @@ def text_or_number(row: dict[str, Any], field: str) -> str:
     Raises:
         BadRowError: The field is missing, of another type, or empty.
     """
-    value = _value(row, field)
+    return as_text_or_number(_value(row, field), f"field {field!r}")
+
+
+def as_text_or_number(value: Any, what: str) -> str:
+    """Give as text what may be a number as well as a text; the arguments and errors are those of `as_text`."""
     whole = isinstance(value, int) and not isinstance(value, bool)
     if whole or (isinstance(value, float) and math.isfinite(value)):
         return str(value)
-    return text(row, field)
+    return as_text(value, what)
 
 
 def answer(row: dict[str, Any], field: str) -> str:
@@ -229,16 +236,29 @@ def choice(row: dict[str, Any], field: str, choices: dict[str, T]) -> T:
 
 
 ANSWER_TYPES = {"CLOSED": True, "OPEN": False}
-"""What the field `answer_type` of VQA-RAD and its kin says."""
+"""What the field `answer_type` of VQA-RAD and SLAKE says."""
+
+_CLOSED_LABELS = ANSWER_TYPES | {"YES/NO": True, "OTHER": False, "NUMBER": False}
 
 
 def closed_label(row: dict[str, Any]) -> bool | None:
     """Give what an optional field `answer_type` says: whether the question is closed, None without the field.
 
     Raises:
-        BadRowError: It has another value than CLOSED or OPEN.
+        BadRowError: It says something else than CLOSED, OPEN or PathVQA's yes/no, other, number, in any case.
     """
-    return choice(row, "answer_type", ANSWER_TYPES) if row.get("answer_type") else None
+    if not row.get("answer_type"):
+        return None
+    return choice(row | {"answer_type": text(row, "answer_type").upper()}, "answer_type", _CLOSED_LABELS)
+
+
+def row_id(row: dict[str, Any], default: str) -> str:
+    """Give the first of the fields `id`, `qid` and `question_id` that a row has, as text, or the default.
+
+    Raises:
+        BadRowError: It is neither a text nor a number, or empty.
+    """
+    return next((text_or_number(row, name) for name in ID_FIELDS if name in row), default)
 
 
 def _value(row: dict[str, Any], field: str) -> Any:

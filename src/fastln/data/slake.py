@@ -13,19 +13,17 @@ from fastln.data.dataset import Sample, Source
 from fastln.data.files import read_rows
 from fastln.data.options import DataOptions
 from fastln.data.rows import ANSWER_TYPES, RowChecker, answer, choice, image_folder, line, text, text_or_number
-from fastln.errors import FastLNError
 
 LAYOUT = "train.json, validate.json (or validation.json), test.json; imgs/xmlabN/source.jpg"
 LANGUAGES = ("en", "zh")
 
 _FILES = {"train": ("train.json",), "validation": ("validate.json", "validation.json"), "test": ("test.json",)}
 _IMAGES = "imgs"
-_ARCHIVE = "imgs.zip"
 
 
 def recognises(folder: Path) -> bool:
     """Tell whether a folder holds SLAKE's images, or the archive of them, and any of its files."""
-    images = (folder / _IMAGES).is_dir() or (folder / _ARCHIVE).is_file()
+    images = (folder / _IMAGES).is_dir() or (folder / f"{_IMAGES}.zip").is_file()
     return images and any((folder / name).is_file() for names in _FILES.values() for name in names)
 
 
@@ -39,9 +37,7 @@ def read(folder: Path, options: DataOptions) -> Source:
     Raises:
         FastLNError: A file or the image folder is missing; a file is not a JSON list; or rows are bad.
     """
-    if not (folder / _IMAGES).is_dir() and (folder / _ARCHIVE).is_file():
-        raise FastLNError(f"{folder / _ARCHIVE}: unpack the images first, to {folder / _IMAGES}")
-    rows = RowChecker(image_folder(folder, _IMAGES), skip=options.skip_bad_rows)
+    rows = RowChecker([image_folder(folder, _IMAGES)], skip=options.skip_bad_rows)
     language = options.language or LANGUAGES[0]
 
     def parse(row: dict[str, Any], index: int) -> Sample | None:

@@ -50,9 +50,9 @@ def read(folder: Path, options: DataOptions) -> Source:
 
     Raises:
         FastLNError: A file or the image folder is missing; a file is not a JSON list (with line and column); or rows
-            are bad: all of them are counted, the first 10 told with file, index and reason.
+            are bad: all of them are told with file, index and reason.
     """
-    rows = RowChecker(image_folder(folder, *_IMAGE_FOLDERS), skip=options.skip_bad_rows)
+    rows = RowChecker([image_folder(folder, *_IMAGE_FOLDERS)], skip=options.skip_bad_rows)
     if (folder / _PUBLIC_FILE).is_file() and not all((folder / name).is_file() for name in _SPLIT_FILES.values()):
         splits = _read_public(folder / _PUBLIC_FILE, rows)
     else:

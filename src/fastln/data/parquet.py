@@ -1,0 +1,171 @@
+"""The reader of Parquet as the hub has it: the columns `image` (`bytes`, `path`), `question` and `answer`.
+
+The files of a split lie in the folder or in `data`: `train-00000-of-00002-HASH.parquet` and so on, `train.parquet`, or
+a folder `train` of them; so for `validation` (or `val`) and `test`. PathVQA, VQA-RAD and SLAKE are published like this;
+the data is called as its folder is. A single file is all training. Columns that are used where they are there: `id`
+(or `qid`, `question_id`) and `answer_type`.
+
+An image stands in the row of each of its questions; equal bytes are one image here, so that its questions share it.
+Images are not held: each is remembered by the place where it stands first, and read from there when it is asked for.
+pyarrow reads the files (`pip install 'fastln[parquet]'`).
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from PIL import Image
+
+from fastln.data.dataset import Sample, Source
+from fastln.data.files import SPLIT_STEMS, BadRowError, check_columns, refuse_pointer
+from fastln.data.images import check_image, read_image
+from fastln.data.options import DataOptions
+from fastln.data.rows import ID_FIELDS, RowChecker, answer, closed_label, line, row_id
+from fastln.errors import FastLNError
+
+LAYOUT = "files .parquet of image, question, answer: train-*, validation-*, test-*, in data/ or directly; or one"
+
+_COLUMNS = ("image", "question", "answer")
+_OPTIONAL_COLUMNS = (*ID_FIELDS, "answer_type")
+_ROWS_AT_A_TIME = 32
+"""Rows whose images are held at once while they are checked."""
+
+
+def recognises(path: Path) -> bool:
+    """Tell whether this is a Parquet file, or a folder that holds some with the names of splits."""
+    return bool(_split_files(path))
+
+
+def read(path: Path, options: DataOptions) -> Source:
+    """Read the questions.
+
+    Args:
+        path: What `recognises` accepts.
+        options: Whether to skip bad rows.
+
+    Raises:
+        FastLNError: There are no files, one is no Parquet or lacks a column; pyarrow is missing; or rows are bad.
+    """
+    files = _split_files(path)
+    if not files:
+        raise FastLNError(f"{path}: no Parquet files; looked for train-*.parquet, train.parquet and train/*.parquet")
+    rows = RowChecker([], skip=options.skip_bad_rows)
+    images = _Images()
+
+    def parse(file: Path, row: dict[str, Any], index: int) -> Sample:
+        key = f"{file.stem}/{index:06d}"
+        return Sample(
+            id=row_id(row, key),
+            image=images.add(row["image"], row["place"], key),
+            question=line(row, "question"),
+            answer=answer(row, "answer"),
+            closed=closed_label(row),
+        )
+
+    splits: dict[str, list[Sample]] = {}
+    for split, names in files.items():
+        splits[split] = []
+        for file in names:
+            splits[split] += rows.read(file, _rows(file), functools.partial(parse, file))
+    return rows.source(path.resolve().stem, splits, functools.partial(_image, images.places))
+
+
+def _split_files(path: Path) -> dict[str, list[Path]]:
+    if path.is_file():
+        return {"train": [path]} if path.suffix == ".parquet" else {}
+    for place in (path, path / "data"):
+        files = {}
+        for split, stems in SPLIT_STEMS.items():
+            patterns = [f"{stem}{rest}.parquet" for stem in stems for rest in ("-*", "", "/*")]
+            if found := sorted(file for pattern in patterns for file in place.glob(pattern)):
+                files[split] = found
+        if files:
+            return files
+    return {}
+
+
+class _Place(NamedTuple):
+    """Where an image's bytes are: a row of a row group of a file."""
+
+    file: Path
+    group: int
+    row: int
+
+
+class _Images:
+    """The distinct images of some files, each checked once and found again by the place where it stands first."""
+
+    def __init__(self) -> None:
+        self.places: dict[str, _Place] = {}
+        self._keys: dict[bytes, str] = {}
+        self._problems: dict[bytes, str] = {}
+
+    def add(self, content: object, place: _Place, key: str) -> str:
+        """Give the key of the image in a row, `key` where it is a new one.
+
+        Raises:
+            BadRowError: There is none, or none that can be read.
+        """
+        data = content.get("bytes") if isinstance(content, dict) else None
+        if not data:
+            raise BadRowError("field 'image' holds no bytes")
+        digest = hashlib.sha256(data).digest()
+        if digest in self._problems:
+            raise BadRowError(self._problems[digest])
+        if digest not in self._keys:
+            try:
+                check_image(data, "field 'image'")
+            except FastLNError as error:
+                self._problems[digest] = str(error)
+                raise BadRowError(str(error)) from error
+            self._keys[digest] = key
+            self.places[key] = place
+        return self._keys[digest]
+
+
+def _rows(file: Path) -> Iterator[dict[str, Any]]:
+    """Give the rows, each with its `place`, holding few of them at a time."""
+    with _opened(file) as content:
+        present = content.schema_arrow.names
+        check_columns(file, _COLUMNS, present)
+        columns = [*_COLUMNS, *(name for name in _OPTIONAL_COLUMNS if name in present)]
+        for group in range(content.num_row_groups):
+            number = 0
+            for batch in content.iter_batches(_ROWS_AT_A_TIME, row_groups=[group], columns=columns):
+                for row in batch.to_pylist():
+                    yield row | {"place": _Place(file, group, number)}
+                    number += 1
+
+
+def _image(places: dict[str, _Place], key: str) -> Image.Image:
+    if key not in places:
+        raise FastLNError(f"no question of this data is about an image named {key!r}")
+    place = places[key]
+    return read_image(_image_column(place.file, place.group)[place.row].as_py()["bytes"], key)
+
+
+@functools.lru_cache(maxsize=1)
+def _image_column(file: Path, group: int) -> Any:
+    with _opened(file) as content:
+        return content.read_row_group(group, columns=["image"]).column("image")
+
+
+@contextmanager
+def _opened(file: Path) -> Iterator[Any]:
+    """Open a file, and turn what pyarrow raises into one sentence that names it."""
+    try:
+        from pyarrow import ArrowException
+        from pyarrow.parquet import ParquetFile
+    except ImportError as error:
+        raise FastLNError(f"{file}: for Parquet pyarrow is needed: pip install 'fastln[parquet]'") from error
+    try:
+        refuse_pointer(file)
+        with ParquetFile(file, pre_buffer=False) as content:
+            yield content
+    except (ArrowException, OSError) as error:
+        raise FastLNError(f"{file}: cannot read this Parquet file: {error}") from error
