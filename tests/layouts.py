@@ -85,11 +85,11 @@ def _write_slake(folder: Path, splits: dict[str, list[Row]]) -> str:
     return str(folder)
 
 
-def _path_vqa_row(number: int) -> Row:
+def _parquet_row(number: int) -> Row:
     return {"image": {"bytes": jpeg(number), "path": None}, "question": "what  is seen?", "answer": "nuclei"}
 
 
-def _write_path_vqa(folder: Path, splits: dict[str, list[Row]]) -> str:
+def _write_parquet(folder: Path, splits: dict[str, list[Row]]) -> str:
     import pyarrow as pa
     from pyarrow import parquet
 
@@ -104,11 +104,11 @@ def _write_path_vqa(folder: Path, splits: dict[str, list[Row]]) -> str:
     return str(folder)
 
 
-def _original_row(number: int) -> Row:
+def _path_vqa_row(number: int) -> Row:
     return {"image": f"x_{number:04d}", "question": "what  is seen?", "answer": "nuclei"}
 
 
-def _write_original(folder: Path, splits: dict[str, list[Row]]) -> str:
+def _write_path_vqa(folder: Path, splits: dict[str, list[Row]]) -> str:
     for split, rows in splits.items():
         name = {"validation": "val"}.get(split, split)
         for number in range(4):
@@ -196,13 +196,13 @@ def _set(field: str) -> Callable[[Row, Any], Row]:
 
 LAYOUTS = {
     "slake": Layout(_slake_row, _write_slake, _set("img_name"), _set("answer")),
-    "path-vqa": Layout(
-        _path_vqa_row,
-        _write_path_vqa,
+    "parquet": Layout(
+        _parquet_row,
+        _write_parquet,
         lambda row, content: row | {"image": {"bytes": content, "path": None}},
         _set("answer"),
     ),
-    "path-vqa, original": Layout(_original_row, _write_original, _set("image"), _set("answer")),
+    "path-vqa": Layout(_path_vqa_row, _write_path_vqa, _set("image"), _set("answer")),
     "iu-xray": Layout(
         _iu_row, _write_iu, lambda row, name: row | {"image_path": [row["image_path"][0], name]}, _set("report")
     ),

@@ -45,8 +45,10 @@ def test_missing_fields(tmp_path, field):
 @pytest.mark.parametrize(
     ("content", "reason"),
     [
-        ([], "annotation.json: an object with the lists train, val and test is needed, this is []"),
-        ({"train": [], "val": []}, "annotation.json: test: a JSON list of rows is needed, this is null"),
+        ([], "annotation.json: an object with the lists train, val and test is needed, this begins with '['"),
+        ("", "annotation.json: an object with the lists train, val and test is needed, this begins with '\"'"),
+        ({"train": [], "val": [], "dev": {}}, "annotation.json: no list test; R2Gen's file has train, val and test"),
+        ({"train": [], "val": {}}, "annotation.json: val: a JSON list of rows is needed, this begins with '{'"),
     ],
 )
 def test_a_file_without_the_lists(tmp_path, content, reason):

@@ -77,6 +77,10 @@ def test_bad_rows(tmp_path, change, reason):
     assert reason in str(caught.value)
 
 
+def test_answers_that_are_numbers_are_texts(tmp_path):
+    assert sample(tmp_path, conversations=turns("How many?\n<image>", 12)).answer == "12"
+
+
 def test_a_field_of_neither_name(tmp_path):
     spec = LLAVA.make(tmp_path, train=[LLAVA.row(0), without(LLAVA.row(0), "conversations")])
     with pytest.raises(FastLNError, match=r"row 1 .* field 'conversations' must be a list"):

@@ -55,11 +55,15 @@ def test_the_layout_can_be_named(tmp_path):
 @pytest.mark.parametrize(
     ("options", "reason"),
     [
-        (DataOptions(layout="slak"), "there is no layout 'slak'; the layouts are vqa-rad, slake, path-vqa, iu-xray"),
+        (
+            DataOptions(layout="slak"),
+            "there is no layout 'slak'; the layouts are vqa-rad, slake, path-vqa, parquet, iu-xray",
+        ),
         (DataOptions(layout="slak"), "did you mean 'slake'?"),
         (DataOptions(layout="vqa-rad"), "no folder of images; looked for 'images' and 'VQA_RAD Image Folder'"),
         (DataOptions(layout="slake"), "no folder of images; looked for 'imgs'"),
         (DataOptions(layout="path-vqa"), "no folder of images; looked for 'images'"),
+        (DataOptions(layout="parquet"), "no Parquet files; looked for train-*.parquet, train.parquet and train/*"),
         (DataOptions(layout="iu-xray"), "no folder of images; looked for 'images'"),
         (DataOptions(layout="llava-med"), "no file of rows; looked for train, validation (or val), test.json|.jsonl"),
         (DataOptions(layout="plain"), "no file of rows"),

@@ -120,7 +120,48 @@ def test_files_that_are_no_csv(tmp_path, content, reason):
     assert f"{tmp_path / 'train.csv'}: {reason}" in refusal(spec)
 
 
-def test_a_missing_column_is_told_for_each_row(tmp_path):
+def test_a_missing_column_is_told_once(tmp_path):
     spec = CSV.make(tmp_path)
-    (tmp_path / "train.csv").write_text("image,question\n0.jpg,Q\n")
-    assert "train.csv: row 0: field 'answer' is missing" in refusal(spec)
+    (tmp_path / "train.csv").write_text("image;question;answer\n0.jpg;Q;A\n1.jpg;Q;A\n")
+    assert refusal(spec) == f"{tmp_path / 'train.csv'}: no column question, answer; it has image;question;answer"
+    (tmp_path / "train.csv").write_text("question,answer\nQ,A\n")
+    assert "train.csv: row 0: field 'image' is missing" in refusal(spec)  # the other splits have images
+
+
+def test_blanks_after_the_commas_of_csv(tmp_path):
+    save(tmp_path / "a.jpg", jpeg(0))
+    save(tmp_path / "train.csv", b'image, question, answer\na.jpg, "Is it, normal?", no\n')
+    (sample,) = load_source(str(tmp_path)).splits["train"]
+    assert (sample.image, sample.question, sample.answer) == ("a.jpg", "Is it, normal?", "no")
+
+
+def test_a_list_in_a_file_called_jsonl(tmp_path):
+    spec = JSONL.make(tmp_path)
+    (tmp_path / "train.jsonl").write_text(json.dumps([JSONL.row(0), JSONL.row(1)], indent=2))
+    assert len(load_source(spec).splits["train"]) == 2
+
+
+def test_images_are_found_beside_the_files_too_where_there_is_a_folder_of_images(tmp_path):
+    spec = JSONL.make(tmp_path, train=[JSONL.row(0) | {"image": "images/1.jpg"}, JSONL.row(1)])
+    data = load_source(spec).dataset("train")
+    assert data.image("images/1.jpg") == data.image("1.jpg")
+    message = refusal(JSONL.make(tmp_path / "b", train=[JSONL.row(0) | {"image": "x.jpg"}]))
+    assert f'image "x.jpg" is missing in {tmp_path / "b" / "images"} or {tmp_path / "b"}' in message
+
+
+@pytest.mark.parametrize("name", ["train.jsonl", "train.json", "train.csv"])
+def test_files_that_are_no_text_or_only_point_to_it(tmp_path, name):
+    JSONL.make(tmp_path)
+    (tmp_path / "train.jsonl").unlink()
+    (tmp_path / name).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n")
+    assert refusal(tmp_path).startswith(f"{tmp_path / name}: this is a pointer of Git LFS, not the file itself")
+    (tmp_path / name).write_bytes('[{"question": "é"}]'.encode("utf-16"))
+    assert refusal(tmp_path) == f"{tmp_path / name}: byte 0: not UTF-8 text; save it as UTF-8"
+    (tmp_path / name).write_bytes(b'question,answer\n"' + b"x" * 200_000 + "é".encode("latin-1"))
+    assert refusal(tmp_path) == f"{tmp_path / name}: byte 200017: not UTF-8 text; save it as UTF-8"
+
+
+@pytest.mark.parametrize("label", ["CLOSED", "closed", "yes/no", "OPEN", "other", "number"])
+def test_labels(tmp_path, label):
+    (sample,) = load_source(JSONL.make(tmp_path, train=[JSONL.row(0) | {"answer_type": label}])).splits["train"]
+    assert sample.closed is (label.upper() in ("CLOSED", "YES/NO"))

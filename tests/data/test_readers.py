@@ -18,7 +18,7 @@ SKIP = DataOptions(skip_bad_rows=True)
 
 @pytest.fixture(params=LAYOUTS)
 def name(request) -> str:
-    if request.param == "path-vqa":
+    if request.param == "parquet":
         pytest.importorskip("pyarrow")
     return request.param
 
@@ -30,10 +30,10 @@ def layout(name) -> Layout:
 
 FIRST = {
     "slake": Sample("11", "xmlab1/source.jpg", "What modality is this?", "MRI", False),
-    "path-vqa": Sample(
+    "parquet": Sample(
         "train-00000-of-00002-abc/000000", "train-00000-of-00002-abc/000000", "what is seen?", "nuclei", None
     ),
-    "path-vqa, original": Sample("train-0", "train/x_0001.jpg", "what is seen?", "nuclei", None),
+    "path-vqa": Sample("train-0", "train/x_0001.jpg", "what is seen?", "nuclei", None),
     "iu-xray": Sample(
         "CXR1_IM-0001",
         "CXR1_IM-0001/0.png",
@@ -88,30 +88,30 @@ def bad_rows(name, layout, folder):
     rows = [(layout.answer(good, " "), "is empty"), (layout.answer(good, ""), "is empty")]
     if name != "iu-xray":
         rows += [(layout.answer(good, "?!"), "of which normalising leaves nothing")]
-    if name == "path-vqa":
+    if name == "parquet":
         rows += [(layout.image(good, None), "field 'image' holds no bytes")]
         rows += [(layout.image(good, b""), "field 'image' holds no bytes")]
         rows += [(layout.image(good, b"no image"), "this is no image of a known format")]
         rows += [(layout.image(good, jpeg(9)[:1000]), "truncated")]
         return rows
-    images = {"slake": "imgs", "path-vqa, original": "images/train"}.get(name, "images")
+    images = {"slake": "imgs", "path-vqa": "images/train"}.get(name, "images")
     secret = save(folder / "secret.jpg", jpeg(5))
     save(folder / "data" / images / "text.jpg", b"no image")
     save(folder / "data" / images / "cut.jpg", jpeg(9)[:1000])
     (folder / "data" / images / "link.jpg").symlink_to(secret)
     up = "../" * (images.count("/") + 2)
-    original = name == "path-vqa, original"  # which has the suffix and the split's folder to itself
+    fixed = name == "path-vqa"  # which has the suffix and the split's folder to itself
     names = {
         "gone.jpg": "is missing in",
         f"{up}secret.jpg": "leads outside the folder",
-        str(secret): "is missing in" if original else "leads outside the folder",
+        str(secret): "is missing in" if fixed else "leads outside the folder",
         "link.jpg": "leads outside the folder",
         "text.jpg": "this is no image of a known format",
         "cut.jpg": "truncated",
         " ": "is empty",
     }
     return rows + [
-        (layout.image(good, name.removesuffix(".jpg") if original else name), why) for name, why in names.items()
+        (layout.image(good, name.removesuffix(".jpg") if fixed else name), why) for name, why in names.items()
     ]
 
 
@@ -123,7 +123,7 @@ def test_each_bad_row_is_told_with_file_index_and_reason(tmp_path, name, layout)
     assert first == f"{count}, counted from 0:"
     assert last == f"That was {count}; --skip-bad-rows (DataOptions.skip_bad_rows) leaves them out."
     where = {"iu-xray": "annotation.json: train"}.get(name, "train")
-    in_first = len(bad) // 2 + 1 if name == "path-vqa" else 100  # two files share the rows there
+    in_first = len(bad) // 2 + 1 if name == "parquet" else 100  # two files share the rows there
     for number, ((_, reason), line) in enumerate(zip(bad, lines, strict=True), start=1):
         index = number if number < in_first else number - in_first
         assert str(tmp_path / "data") in line
@@ -154,7 +154,7 @@ JSON = st.recursive(
 
 @settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
-@pytest.mark.parametrize("name", [name for name in LAYOUTS if name not in ("path-vqa", "plain, csv")])
+@pytest.mark.parametrize("name", [name for name in LAYOUTS if name not in ("parquet", "plain, csv")])
 def test_whatever_a_field_holds_the_row_is_good_or_told(name, data, caplog):
     caplog.clear()
     row = LAYOUTS[name].row(0)

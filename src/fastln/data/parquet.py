@@ -6,7 +6,8 @@ the data is called as its folder is. A single file is all training. Columns that
 (or `qid`, `question_id`) and `answer_type`.
 
 An image stands in the row of each of its questions; equal bytes are one image here, so that its questions share it.
-Images are not held: each is remembered by the place where it stands first, and read from there when it is asked for.
+Images are not held: each is remembered by the place where it stands first, and read from there when it is asked for,
+which takes the reading of its row group; the hub's have 100 rows.
 pyarrow reads the files (`pip install 'fastln[parquet]'`).
 """
 
@@ -34,6 +35,9 @@ _COLUMNS = ("image", "question", "answer")
 _OPTIONAL_COLUMNS = (*ID_FIELDS, "answer_type")
 _ROWS_AT_A_TIME = 32
 """Rows whose images are held at once while they are checked."""
+
+_BUFFER = 1 << 20
+"""Bytes read ahead of them; without it pyarrow reads a column of a whole row group at once."""
 
 
 def recognises(path: Path) -> bool:
@@ -165,7 +169,7 @@ def _opened(file: Path) -> Iterator[Any]:
         raise FastLNError(f"{file}: for Parquet pyarrow is needed: pip install 'fastln[parquet]'") from error
     try:
         refuse_pointer(file)
-        with ParquetFile(file, pre_buffer=False) as content:
+        with ParquetFile(file, pre_buffer=False, buffer_size=_BUFFER) as content:
             yield content
     except (ArrowException, OSError) as error:
         raise FastLNError(f"{file}: cannot read this Parquet file: {error}") from error

@@ -1,0 +1,79 @@
+"""Parquet as the hub has it: names of files, shared images, and what such files can have wrong."""
+
+import sys
+
+import pytest
+from layouts import LAYOUTS, jpeg
+
+from fastln.data import DataOptions, load_source
+from fastln.data.images import read_image
+from fastln.errors import FastLNError
+
+pyarrow = pytest.importorskip("pyarrow")
+from pyarrow import parquet  # noqa: E402
+
+HUB = LAYOUTS["parquet"]
+
+
+def refusal(spec):
+    with pytest.raises(FastLNError) as caught:
+        load_source(spec)
+    return str(caught.value)
+
+
+def test_equal_bytes_are_one_image_wherever_they_stand(tmp_path):
+    rows = [HUB.row(number) for number in (0, 1, 0, 2, 1)]  # in row groups of two, in two files
+    source = load_source(HUB.make(tmp_path, train=rows, test=[HUB.row(2), HUB.row(3)]))
+    train, test = source.splits["train"], source.splits["test"]
+    assert len({sample.id for sample in train}) == 5
+    assert train[0].image == train[2].image
+    assert train[1].image == train[4].image
+    assert train[3].image == test[0].image
+    assert len({sample.image for sample in train + test}) == 4
+    data = source.dataset("train")
+    for sample, number in zip(train, (0, 1, 0, 2, 1), strict=True):
+        assert data.image(sample.image) == read_image(jpeg(number))
+
+
+def test_optional_columns(tmp_path):
+    rows = [HUB.row(number) | {"qid": number, "answer_type": kind} for number, kind in enumerate(("OPEN", "CLOSED"))]
+    parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "slake.parquet")
+    train = load_source(str(tmp_path / "slake.parquet")).splits["train"]
+    assert [(sample.id, sample.closed) for sample in train] == [("0", False), ("1", True)]
+
+
+@pytest.mark.parametrize(
+    ("train", "validation"),
+    [
+        ("train-00000-of-00001-0f1e.parquet", "validation-00000-of-00001-9a2b.parquet"),
+        ("data/train-00000-of-00001.parquet", "data/val-00000-of-00001.parquet"),
+        ("train.parquet", "valid.parquet"),
+        ("train/0000.parquet", "validation/0000.parquet"),
+    ],
+)
+def test_names_of_files(tmp_path, train, validation):
+    folder = tmp_path / "vqa-rad"
+    for number, name in enumerate((train, validation)):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        parquet.write_table(pyarrow.Table.from_pylist([HUB.row(number)]), folder / name)
+    source = load_source(str(folder))
+    assert source.name == "vqa-rad"
+    assert {split: len(samples) for split, samples in source.splits.items()} == {"train": 1, "validation": 1}
+    assert load_source(str(folder), DataOptions(layout="path-vqa")).splits == source.splits
+
+
+def test_files_that_are_no_parquet_or_lack_a_column(tmp_path):
+    spec = HUB.make(tmp_path)
+    file = tmp_path / "data" / "test-00000-of-00002-abc.parquet"
+    parquet.write_table(pyarrow.table({"image": [b""], "question": ["Q"]}), file)
+    assert refusal(spec) == f"{file}: no column answer; it has image, question"
+    file.write_bytes(b"PAR1 but no more")
+    assert refusal(spec).startswith(f"{file}: cannot read this Parquet file: ")
+    file.write_bytes(b"version https://git-lfs.github.com/spec/v1\n")
+    assert refusal(spec).startswith(f"{file}: this is a pointer of Git LFS, not the file itself; fetch that: ")
+
+
+def test_without_pyarrow(tmp_path, monkeypatch):
+    spec = HUB.make(tmp_path)
+    monkeypatch.setitem(sys.modules, "pyarrow.parquet", None)
+    assert "for Parquet pyarrow is needed: pip install 'fastln[parquet]'" in refusal(spec)
