@@ -31,10 +31,8 @@ def stream(text):
 
 def taken_apart(text):
     content = stream(text)
-    if content.peek() == "{":
-        value = {name: content.value() for name in content.names()}
-    else:
-        value = list(content.items())
+    is_object = content.peek() == "{"
+    value = {name: content.value() for name in content.names()} if is_object else list(content.items())
     content.end()
     return value
 

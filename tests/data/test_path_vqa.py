@@ -79,7 +79,7 @@ def test_the_file_that_says_what_is_closed(tmp_path):
 @pytest.mark.parametrize("label", [{}, {"a": 1, "b": 1}, None, "a"])
 def test_rows_without_one_label(tmp_path, label):
     message = refusal(with_lxmert_files(tmp_path, train=[lxmert(), lxmert(label=label)]))
-    assert f"train_vqa.json: row 1 (question_id 100001000): field 'label' must have the answer as its one" in message
+    assert "train_vqa.json: row 1 (question_id 100001000): field 'label' must have the answer as its one" in message
 
 
 def test_where_both_files_are_the_one_with_all_answers_is_read(tmp_path):

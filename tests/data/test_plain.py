@@ -51,6 +51,13 @@ def test_questions_about_no_image(tmp_path, name):
     assert "images" not in demands(train)
 
 
+@pytest.mark.parametrize("field", ["Image", "image_name", "img_path", "images"])
+def test_an_image_under_another_name_is_not_overlooked(tmp_path, field):
+    rows = [without(JSONL.row(0), "image") | {field: "0.jpg"}]
+    message = refusal(JSONL.make(tmp_path, train=rows, validation=rows, test=rows))
+    assert message.startswith(f"{tmp_path}: no row has the field 'image', but there is {field}: rename what names")
+
+
 def test_some_rows_without_an_image_are_bad_rows(tmp_path):
     rows = [JSONL.row(0), without(JSONL.row(1), "image")]
     assert "train.jsonl: row 1: field 'image' is missing" in refusal(JSONL.make(tmp_path, train=rows))
@@ -98,10 +105,11 @@ def test_lines_that_cannot_be_parsed_are_bad_rows(tmp_path):
 def test_csv_lines_with_too_few_or_many_fields_are_bad_rows(tmp_path):
     spec = CSV.make(tmp_path)
     file = tmp_path / "test.csv"
-    file.write_text(file.read_text() + "a,b\na,b,c,d\n")
+    file.write_text(file.read_text() + "a,b\na,b,c,d\n\n")
     message = refusal(spec)
     assert f"{file}: row 1: 2 fields where the first line names 3" in message
     assert f"{file}: row 2: 4 fields where the first line names 3" in message
+    assert f"{file}: row 3: the line is empty" in message
 
 
 @pytest.mark.parametrize(

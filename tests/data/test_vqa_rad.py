@@ -175,7 +175,7 @@ def test_all_bad_rows_of_both_files_are_told(tmp_path):
     [
         ('[{"qid": 1,\n  "answer" "yes"}]', "line 2, column 12: not valid JSON: Expecting ':' delimiter"),
         ("", "a JSON list of rows is needed, this is empty"),
-        ('{"rows": []}', "a JSON list of rows is needed, this begins with '{'; one object a line is .jsonl"),
+        ('{"rows": []}', "a JSON list of rows is needed, this begins with '{'; a file with an object on each line"),
         ("[" * 200_000, "line 1, column 2: not valid JSON: "),
         (f"[{'9' * 5000}]", "line 1, column 2: not valid JSON: "),
     ],

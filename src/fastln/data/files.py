@@ -47,6 +47,11 @@ def read_rows(file: Path, columns: Iterable[str] = ()) -> Iterator[Any]:
             stream.seek(0)
             yield from _json_lines(stream)
             return
+        if content.peek() == "{":
+            raise FastLNError(
+                f"{file}: a JSON list of rows is needed, this begins with '{{'; a file with an object on each line is "
+                "called .jsonl, and of a published dataset the folder is given"
+            )
         yield from listed(content, file)
         content.end()
 
@@ -62,7 +67,7 @@ def listed(content: JsonStream, where: object) -> Iterator[Any]:
         FastLNError: Something else is next.
     """
     if content.peek() != "[":
-        raise FastLNError(f"{where}: a JSON list of rows is needed, {beginning(content)}; one object a line is .jsonl")
+        raise FastLNError(f"{where}: a JSON list of rows is needed, {beginning(content)}")
     return content.items()
 
 
@@ -133,7 +138,9 @@ def _csv(file: Path, stream: TextIO, columns: Iterable[str]) -> Iterator[Any]:
             raise FastLNError(f"{file}: the first line names a column twice: {', '.join(sorted(repeated))}")
         check_columns(file, columns, header)
         for fields in reader:
-            if len(fields) != len(header):
+            if not fields:
+                yield BadRowError("the line is empty")
+            elif len(fields) != len(header):
                 yield BadRowError(f"{len(fields)} fields where the first line names {len(header)}")
             else:
                 yield dict(zip(header, fields, strict=True))

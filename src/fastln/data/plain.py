@@ -10,6 +10,7 @@ text alone.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -63,16 +64,33 @@ def read_splits(
     files = split_files(path)
     if not files:
         raise FastLNError(f"{path}: no file of rows; looked for train, validation (or val), test{'|'.join(SUFFIXES)}")
-    # Before anything is checked it must be known whether any row has an image; mostly the first one does.
-    illustrated = any(
-        isinstance(row, dict) and "image" in row for file in files.values() for row in read_rows(file, columns)
-    )
+    illustrated = _has_images(path, (row for file in files.values() for row in read_rows(file, columns)))
 
     def sample(row: dict[str, Any], index: int) -> Sample:
         return parse(row, index, tuple(rows.image(name) for name in image_names(row)) if illustrated else ())
 
     splits = {split: rows.read(file, read_rows(file, columns), sample) for split, file in files.items()}
     return rows.source(path.stem, splits)
+
+
+def _has_images(path: Path, rows: Iterable[Any]) -> bool:
+    """Tell, before anything is checked, whether any row has an image; mostly the first one tells.
+
+    Raises:
+        FastLNError: None has, and there is another field that looks as if it were meant.
+    """
+    fields: set[str] = set()
+    for row in rows:
+        if isinstance(row, dict):
+            if "image" in row:
+                return True
+            fields.update(row)
+    if meant := sorted(name for name in fields if re.search("image|img", name, re.IGNORECASE)):
+        raise FastLNError(
+            f"{path}: no row has the field 'image', but there is {', '.join(meant)}: rename what names the image file; "
+            "of a published dataset give the folder, not the file"
+        )
+    return False
 
 
 def images_beside(path: Path) -> list[Path]:
