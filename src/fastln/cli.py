@@ -26,7 +26,7 @@ Layout = Annotated[
     typer.Option(help="vqa-rad, slake, path-vqa, parquet, iu-xray, llava-med or plain; recognised by default."),
 ]
 Language = Annotated[str | None, typer.Option(help="Of SLAKE's questions: en (the default) or zh.")]
-SkipBadRows = Annotated[bool, typer.Option("--skip-bad-rows", help="Leave bad rows out, with a count.")]
+SkipBadRows = Annotated[bool, typer.Option("--skip-bad-rows", help="Leave bad rows out; the log tells which.")]
 Model = Annotated[
     str,
     typer.Option(

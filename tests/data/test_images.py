@@ -6,6 +6,7 @@ import zlib
 import numpy as np
 import pytest
 from PIL import Image
+from PIL.JpegImagePlugin import JpegImageFile
 
 from fastln.data import images
 from fastln.errors import FastLNError
@@ -163,6 +164,19 @@ def test_the_check_of_progressive_and_large_files(tmp_path, name):
     images.check_image(tmp_path / name)
     with pytest.raises(FastLNError, match="bytes: cannot read"):
         images.check_image(content[: len(content) // 2], "bytes")
+
+
+def test_a_jpeg_is_decoded_by_the_check_only_without_its_end(tmp_path, monkeypatch):
+    Image.new("L", (64, 64)).save(tmp_path / "a.jpg")
+    content = (tmp_path / "a.jpg").read_bytes()
+    decoded = []
+    load = JpegImageFile.load
+    monkeypatch.setattr(JpegImageFile, "load", lambda image: (decoded.append(image), load(image))[1])
+    images.check_image(tmp_path / "a.jpg")
+    images.check_image(content, "bytes")
+    assert not decoded
+    images.check_image(content + b"and more", "bytes")  # some cameras and scanners write more
+    assert len(decoded) == 1
 
 
 @pytest.mark.parametrize("side", [8193, 20000])  # beyond our limit, and beyond the one at which Pillow raises

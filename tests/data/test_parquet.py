@@ -1,6 +1,7 @@
 """Parquet as the hub has it: names of files, shared images, and what such files can have wrong."""
 
 import sys
+import tracemalloc
 
 import pytest
 from layouts import LAYOUTS, jpeg
@@ -33,6 +34,20 @@ def test_equal_bytes_are_one_image_wherever_they_stand(tmp_path):
     data = source.dataset("train")
     for sample, number in zip(train, (0, 1, 0, 2, 1), strict=True):
         assert data.image(sample.image) == read_image(jpeg(number))
+
+
+def test_images_are_not_held(tmp_path):
+    rows = [HUB.row(1) | {"image": {"bytes": jpeg(n) + bytes(100_000), "path": None}} for n in range(120)]
+    spec = HUB.make(tmp_path, train=rows)
+    load_source(spec)  # what is loaded once is not the question
+    tracemalloc.start()
+    try:
+        source = load_source(spec)
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert len({sample.image for sample in source.splits["train"]}) == 120
+    assert peak < 4e6, peak  # of 12 MB
 
 
 def test_optional_columns(tmp_path):

@@ -2,6 +2,7 @@
 
 import logging
 import pickle
+import tracemalloc
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -143,6 +144,31 @@ def test_all_bad_rows_of_all_files_are_told_at_once_or_skipped_with_a_count(tmp_
         source = load_source(spec, SKIP)
     assert f"skipped {message.rpartition('That was ')[0]}" in caplog.text  # every row that would have been refused
     assert {split: len(samples) for split, samples in source.splits.items()} == {"train": 2, "validation": 1, "test": 1}
+
+
+def test_an_image_is_checked_once(tmp_path, name, layout, monkeypatch):
+    checked = []
+    monkeypatch.setattr("fastln.data.rows.check_image", lambda path: checked.append(path))
+    monkeypatch.setattr("fastln.data.parquet.check_image", lambda content, what: checked.append(content))
+    load_source(layout.make(tmp_path, train=[layout.row(number) for number in (1, 2, 1, 2, 2)]))
+    assert len(checked) == len(set(checked))
+    assert checked
+
+
+@pytest.mark.parametrize("name", ["slake", "iu-xray", "llava-med", "plain, jsonl", "plain, csv"])
+def test_what_is_held_is_the_samples_not_the_files(tmp_path, name):
+    layout = LAYOUTS[name]
+    row = layout.row(1) | {"caption": "x" * 20_000}
+    spec = layout.make(tmp_path, train=[row] * 600)
+    load_source(spec)  # what is loaded and compiled once is not the question
+    tracemalloc.start()
+    try:
+        samples = load_source(spec).splits["train"]
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert len(samples) == 600
+    assert peak < 4e6, peak  # of 12 MB
 
 
 JSON = st.recursive(

@@ -10,7 +10,7 @@ from typing import Any, TextIO
 
 from fastln.errors import FastLNError
 
-_CHUNK = 1 << 20
+_CHUNK = 1 << 18
 _DECODER = json.JSONDecoder()
 _BLANKS = re.compile(r"[ \t\n\r]*")
 _AFTER_A_VALUE = frozenset(",]}")
