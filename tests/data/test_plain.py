@@ -83,6 +83,14 @@ def test_a_folder_of_any_of_the_splits_and_a_single_file(tmp_path):
     assert list(load_source(str(tmp_path / "val.csv")).splits) == ["train"]
 
 
+def test_data_is_called_as_its_folder_is(tmp_path, monkeypatch):
+    spec = JSONL.make(tmp_path / "set1.0")
+    assert load_source(spec).name == "set1.0"
+    monkeypatch.chdir(spec)
+    assert load_source(".").name == "set1.0"
+    assert load_source("train.jsonl").name == "train"
+
+
 def test_two_files_of_one_split(tmp_path):
     JSONL.make(tmp_path)
     save(tmp_path / "val.csv", b"")

@@ -20,7 +20,7 @@ class Sample:
     """One question about an image or several, or one report that is to be written about them.
 
     Attributes:
-        id: Name of the sample in its data.
+        id: Name of the sample in its data, which may give several the same.
         image: Key of the image, to be given to `VQADataset.image`; several samples share one image. Empty where
             there is none: a question for a language model.
         question: The question; runs of white space are single blanks. Empty where a report is wanted.

@@ -77,6 +77,12 @@ def beginning(content: JsonStream) -> str:
     return f"this begins with {first!r}" if first else "this is empty"
 
 
+def data_name(path: Path) -> str:
+    """Call data as its folder is called, or as its file is without the suffix."""
+    path = path.resolve()
+    return path.name if path.is_dir() else path.stem
+
+
 def shown(value: Any) -> str:
     """Write a value for a message, shortened."""
     written = json.dumps(value, default=str)

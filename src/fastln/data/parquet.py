@@ -23,7 +23,7 @@ from typing import Any, NamedTuple
 from PIL import Image
 
 from fastln.data.dataset import Sample, Source
-from fastln.data.files import SPLIT_STEMS, BadRowError, check_columns, refuse_pointer
+from fastln.data.files import SPLIT_STEMS, BadRowError, check_columns, data_name, refuse_pointer
 from fastln.data.images import check_image, read_image
 from fastln.data.options import DataOptions
 from fastln.data.rows import ID_FIELDS, RowChecker, answer, closed_label, line, row_id
@@ -76,7 +76,7 @@ def read(path: Path, options: DataOptions) -> Source:
         splits[split] = []
         for file in names:
             splits[split] += rows.read(file, _rows(file), functools.partial(parse, file))
-    return rows.source(path.resolve().stem, splits, functools.partial(_image, images.places))
+    return rows.source(data_name(path), splits, functools.partial(_image, images.places))
 
 
 def _split_files(path: Path) -> dict[str, list[Path]]:

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from fastln.data.dataset import Sample, Source
-from fastln.data.files import SPLIT_STEMS, SUFFIXES, BadRowError, read_rows
+from fastln.data.files import SPLIT_STEMS, SUFFIXES, BadRowError, data_name, read_rows
 from fastln.data.options import DataOptions
 from fastln.data.rows import RowChecker, answer, as_text, closed_label, line, row_id
 from fastln.errors import FastLNError
@@ -70,7 +70,7 @@ def read_splits(
         return parse(row, index, tuple(rows.image(name) for name in image_names(row)) if illustrated else ())
 
     splits = {split: rows.read(file, read_rows(file, columns), sample) for split, file in files.items()}
-    return rows.source(path.stem, splits)
+    return rows.source(data_name(path), splits)
 
 
 def _has_images(path: Path, rows: Iterable[Any]) -> bool:
@@ -87,8 +87,8 @@ def _has_images(path: Path, rows: Iterable[Any]) -> bool:
             fields.update(row)
     if meant := sorted(name for name in fields if re.search("image|img", name, re.IGNORECASE)):
         raise FastLNError(
-            f"{path}: no row has the field 'image', but there is {', '.join(meant)}: rename what names the image file; "
-            "of a published dataset give the folder, not the file"
+            f"{path}: no row has the field 'image', but there is {', '.join(meant)}: rename what names the image "
+            "file, or leave such fields out where there are no images; of a published dataset give the folder, not the file"
         )
     return False
 
