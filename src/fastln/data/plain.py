@@ -88,7 +88,7 @@ def _has_images(path: Path, rows: Iterable[Any]) -> bool:
     if meant := sorted(name for name in fields if re.search("image|img", name, re.IGNORECASE)):
         raise FastLNError(
             f"{path}: no row has the field 'image', but there is {', '.join(meant)}: rename what names the image "
-            "file, or leave such fields out where there are no images; of a published dataset give the folder, not the file"
+            "file, or leave such fields out where there is none; of a published dataset give the folder, not the file"
         )
     return False
 
