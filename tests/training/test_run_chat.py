@@ -1,7 +1,6 @@
 """Models that chat through the command line: train, stop, resume, evaluate, merge; answers, reports, conversations."""
 
 import json
-import sys
 
 import pytest
 import tiny_chat
@@ -10,10 +9,8 @@ from layouts import LAYOUTS
 from safetensors.torch import load_file
 
 import fastln
-from fastln import cli
 from fastln.data import load_dataset
 from fastln.models import chat_task, load_task
-from fastln.training.resumable import ResumableTrainer
 
 QUESTIONS = (("What is shown?", "an mri"), ("Is it normal?", "no"), ("Which side?", "left"), ("How many?", "two"))
 
@@ -22,34 +19,6 @@ QUESTIONS = (("What is shown?", "an mri"), ("Is it normal?", "no"), ("Which side
 def short_answers(monkeypatch) -> None:
     monkeypatch.setattr(chat_task, "ANSWER_TOKENS", 8)
     monkeypatch.setattr(chat_task, "LONG_ANSWER_TOKENS", 12)
-
-
-@pytest.fixture
-def command(monkeypatch):
-    """Run the command line in this process, and check its exit status."""
-
-    def run(*words: object, status: int = 0) -> None:
-        monkeypatch.setattr(sys, "argv", ["fastln", *map(str, words)])
-        with pytest.raises(SystemExit) as end:
-            cli.main()
-        assert (end.value.code or 0) == status
-
-    return run
-
-
-@pytest.fixture
-def phantom(tmp_path) -> str:
-    """A few questions of the embedded data, as files."""
-    for split, count in (("train", 12), ("test", 6)):
-        data = load_dataset("phantom", split)
-        rows = []
-        for sample in data.samples[:count]:
-            name = f"{sample.image}.png"
-            (tmp_path / "phantom" / "images").mkdir(parents=True, exist_ok=True)
-            data.image(sample.image).save(tmp_path / "phantom" / "images" / name)
-            rows.append({"image": name, "question": sample.question, "answer": sample.answer})
-        (tmp_path / "phantom" / f"{split}.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    return str(tmp_path / "phantom")
 
 
 def text_rows(folder) -> str:
@@ -67,26 +36,11 @@ def weights(model):
     return load_file(model / "model.safetensors")
 
 
-def stop_after(monkeypatch, n_epochs):
-    """Let a run be interrupted once it has written that many checkpoints."""
-    save = ResumableTrainer._save_checkpoint
-    written = []
-
-    def interrupted(*args, **kwargs):
-        save(*args, **kwargs)
-        written.append(1)
-        if len(written) == n_epochs:
-            raise KeyboardInterrupt
-
-    monkeypatch.setattr(ResumableTrainer, "_save_checkpoint", interrupted)
-    return lambda: monkeypatch.setattr(ResumableTrainer, "_save_checkpoint", save)
-
-
-def test_llava_from_its_configuration_to_a_merged_model(command, phantom, tmp_path, monkeypatch):
+def test_llava_from_its_configuration_to_a_merged_model(command, phantom, tmp_path, stop_after):
     model = tiny_chat.config(tmp_path, "llava")
     train = ("train", "--model", model, "--data", phantom, *SHORT, "--method", "LN-F-LN")
     command(*train, "--out", tmp_path / "straight")
-    go_on = stop_after(monkeypatch, 1)
+    go_on = stop_after(1)
     command(*train, "--out", tmp_path / "stopped", status=130)
     go_on()
     command(*train, "--out", tmp_path / "stopped", "--resume")
