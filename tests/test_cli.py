@@ -41,6 +41,8 @@ def fastln(*arguments, monkeypatch, capsys):
         (["eval", "dual", "--data", "{tmp}", "--layout", "slak"], "did you mean 'slake'?"),
         (["train", "--out", "{tmp}/o", "--language", "zh"], "phantom: no language 'zh' to choose: it has one"),
         (["eval", "dual", "--predictions", "{tmp}"], "is a folder"),
+        (["eval", "dual", "--image-size", "100"], "it must be a multiple of 16, for images are cut into patches"),
+        (["train", "--out", "{tmp}/o", "--image-size", "0"], "image size 0: it must be a multiple of 16"),
         (["eval", "{tmp}/binary"], "config.json: cannot be read"),
         (["merge", "{tmp}", "--base", "{tmp}", "--out", "{tmp}/o"], "there is no config.json"),
         (["merge", "{tmp}", "--base", "{tmp}", "--out", "{tmp}/full"], "full: is there already"),

@@ -39,6 +39,9 @@ FeatureCache = Annotated[
 ]
 FeatureCacheSize = Annotated[str, typer.Option(help="What that folder may take; the least recently used make room.")]
 Device = Annotated[str, typer.Option(help="cpu, cuda or auto.")]
+ImageSize = Annotated[
+    int | None, typer.Option(help="Edge in pixels that images are resized to; what is saved with the model by default.")
+]
 
 
 @app.command()
@@ -64,6 +67,7 @@ def bench(
     dtype: Annotated[list[str] | None, typer.Option(help="float32, bfloat16 or auto; repeatable.")] = None,
     device: Annotated[str | None, typer.Option(help="cpu, cuda or auto.")] = None,
     seed: Annotated[int | None, typer.Option(help="Of weights, batches and dropout.")] = None,
+    image_size: ImageSize = None,
     layout: Layout = None,
     language: Language = None,
     skip_bad_rows: SkipBadRows = False,
@@ -85,6 +89,7 @@ def bench(
         "dtypes": dtype or None,
         "device": device,
         "seed": seed,
+        "image_size": image_size,
         "layout": layout,
         "language": language,
         "skip_bad_rows": skip_bad_rows or None,
@@ -130,6 +135,7 @@ def train(
         str, typer.Option(help="Of the norms in OUT/adapter: float32, or float16 for half the bytes.")
     ] = "float32",
     seed: Annotated[int, typer.Option(help="Of the head's weights, the batches and dropout.")] = 0,
+    image_size: ImageSize = None,
     layout: Layout = None,
     language: Language = None,
     skip_bad_rows: SkipBadRows = False,
@@ -170,6 +176,7 @@ def train(
         device=device,
         options=options,
         adapter_dtype=adapter_dtype,
+        image_size=image_size,
     )
     features = None if feature_cache is None else TensorStore(feature_cache, feature_cache_size)
     run_training(run, out, resume=resume, overwrite=overwrite, features=features, dry_run=dry_run)
@@ -187,6 +194,7 @@ def evaluate(
     device: Device = "auto",
     predictions: Annotated[Path | None, typer.Option(help="Write every answer to this JSON Lines file.")] = None,
     metrics: Annotated[Path | None, typer.Option(help="Write the scores to this JSON file.")] = None,
+    image_size: ImageSize = None,
     layout: Layout = None,
     language: Language = None,
     skip_bad_rows: SkipBadRows = False,
@@ -212,6 +220,7 @@ def evaluate(
         options=DataOptions(layout, language, skip_bad_rows),
         features=features,
         adapter=adapter,
+        image_size=image_size,
     )
 
 

@@ -79,6 +79,13 @@ def test_data_is_read_and_methods_are_named_as_for_training(tmp_path):
     assert load(tmp_path, GOOD).options == DataOptions()
 
 
+def test_an_image_size_is_for_models_that_are_no_shapes(tmp_path):
+    assert load(tmp_path, GOOD).image_size is None
+    assert load(tmp_path, GOOD, image_size=480).image_size == 480
+    with pytest.raises(FastLNError, match="image_size is for models by name; shapes say the size"):
+        load(tmp_path, "methods: [layernorm/peft]\nmodels: [ViTForImageClassification:2x32:1]\nimage_size: 32\n")
+
+
 def test_head_epochs_are_those_of_training_unless_the_suite_says(tmp_path):
     assert load(tmp_path, GOOD).head_epochs == TrainConfig().head_epochs
     assert load(tmp_path, GOOD + "head_epochs: 0\n").head_epochs == 0
@@ -105,6 +112,7 @@ def test_every_packaged_suite_is_listed():
         (GOOD + "dtypes: [bflot16]\n", r"unknown dtype 'bflot16' \(did you mean 'bfloat16'.*auto, float32, bfloat16"),
         (GOOD + "device: tpu\n", "unknown device 'tpu'.*auto, cpu, cuda"),
         (GOOD + "layout: 3\n", "layout must be a name, not 3"),
+        (GOOD + "image_size: large\n", "image_size must be a whole number of pixels, not 'large'"),
         (GOOD + "skip_bad_rows: 2\n", "skip_bad_rows must be true or false, not 2"),
         ("data: phantom\nmodels: [dual]\nmethods: [LN-F/peft]\n", "unknown method/engine 'LN-F/peft'.*LN-F-T/fastln"),
         (GOOD + "timeout_seconds: 0\n", "timeout_seconds must be a positive number"),

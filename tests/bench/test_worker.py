@@ -161,6 +161,14 @@ def _eight_questions(spec, split, options=None):
     return dataset
 
 
+def test_smaller_images_are_less_work(monkeypatch):
+    monkeypatch.setattr(worker, "matrix_rate", lambda *arguments: 1e9)
+    own, smaller = (worker.work(job("check", image_size=size, steps=1)).floor.operations for size in (None, 64))
+    assert own > 2 * smaller, "four times as many patches"
+    with pytest.raises(FastLNError, match="image size 100: it must be a multiple of 16"):
+        worker.work(job("check", image_size=100))
+
+
 def test_a_batch_larger_than_the_data_is_a_user_error():
     with pytest.raises(FastLNError, match="batch_size 100000"):
         worker.work(job("check", batch_size=100_000))

@@ -64,6 +64,22 @@ def test_losses_and_weights_are_those_without_the_cache(kind, engine, dtype, tmp
     assert len(set(results[0])) > 1
 
 
+@pytest.mark.parametrize("kind", tiny.TASKS)
+def test_interpolated_positions_are_cached_as_the_others(kind, tmp_path, store):
+    data = tiny.phantom(16)
+    losses, answers = [], []
+    for features in (None, store, store):
+        task = tiny.TASKS[kind](tmp_path / kind if kind == "blip" else tmp_path, data)
+        task.save(tmp_path / "base")
+        task = tiny.load_task(str(tmp_path / "base"), data, image_size=48)
+        seen = counted(task.vision_tower)
+        losses.append(train_task(task, data, CONFIG, progress=False, features=features).losses)
+        answers.append(predict(task, data, features=features))
+    assert not seen
+    assert losses[0] == losses[1] == losses[2]
+    assert answers[0] == answers[1] == answers[2]
+
+
 def vit(**settings):
     torch.manual_seed(0)
     config = ViTConfig(**tiny.SIZES, image_size=32, patch_size=8, **settings)
@@ -137,12 +153,12 @@ def test_every_change_that_matters_is_another_key(store):
     images = torch.randn(2, 3, 32, 32)
     base = vit()
 
-    def n_new(tower, pixels=images, **settings):
+    def n_new(tower, pixels=images, grad=True, **arguments):
         before = len(files(store))
-        with torch.set_grad_enabled(settings.get("grad", True)), cached_features(tower, store):
-            got = tower(pixel_values=pixels).last_hidden_state
-        with torch.set_grad_enabled(settings.get("grad", True)):
-            assert torch.equal(got, tower(pixel_values=pixels).last_hidden_state)
+        with torch.set_grad_enabled(grad), cached_features(tower, store):
+            got = tower(pixel_values=pixels, **arguments).last_hidden_state
+        with torch.set_grad_enabled(grad):
+            assert torch.equal(got, tower(pixel_values=pixels, **arguments).last_hidden_state)
         return len(files(store)) - before
 
     assert n_new(base) == 2
@@ -158,6 +174,8 @@ def test_every_change_that_matters_is_another_key(store):
     assert n_new(base.bfloat16(), images.bfloat16()) == 2
     assert n_new(vit().train()) == 2
     assert n_new(vit(), grad=False) == 2
+    assert n_new(vit(), interpolate_pos_encoding=False) == 0
+    assert n_new(vit(), interpolate_pos_encoding=True) == 2
     prepared = fastln.prepare(nn.ModuleDict({"vision": vit(), "text": nn.LayerNorm(8)}), scope="text")["vision"]
     assert n_new(prepared) == 2
     assert fingerprint(prepared) != fingerprint(vit())

@@ -70,7 +70,7 @@ class Products(TorchFunctionMode):
 _MATMULS = (torch.matmul, torch.bmm, torch.mm, Tensor.matmul, Tensor.__matmul__, Tensor.bmm, Tensor.mm)
 
 
-def count_operations(model: nn.Module, batch: Mapping[str, Tensor]) -> float:
+def count_operations(model: nn.Module, batch: Mapping[str, Any]) -> float:
     """Return the operations of one step's products.
 
     Args:

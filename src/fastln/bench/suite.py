@@ -45,6 +45,7 @@ class Suite:
     layout: str | None = None  # this and the next two: as `fastln.data.DataOptions` has them
     language: str | None = None
     skip_bad_rows: bool = False
+    image_size: int | None = None  # as `fastln.models.load_task` takes it; a shape says itself
     batch_size: int = 32  # but a shape says itself
     questions_per_image: int = 4  # of one image in one batch
     dtypes: tuple[str, ...] = ("auto",)  # auto: bfloat16 where the device has the units for it, float32 elsewhere
@@ -165,6 +166,11 @@ def _checked(values: dict[str, Any], where: str) -> Suite:
             raise FastLNError(f"{where}: {key} must be a name, not {values[key]!r}")
     if not isinstance(values.get("skip_bad_rows", False), bool):
         raise FastLNError(f"{where}: skip_bad_rows must be true or false, not {values['skip_bad_rows']!r}")
+    size = values.get("image_size")
+    if not isinstance(size, int | None) or isinstance(size, bool):
+        raise FastLNError(f"{where}: image_size must be a whole number of pixels, not {size!r}")
+    if size is not None and all(is_shape(model) for model in values["models"]):
+        raise FastLNError(f"{where}: image_size is for models by name; shapes say the size of their images themselves")
     values["name"], values["data"] = str(values["name"]), str(values.get("data") or "")
     for key, smallest in _SMALLEST.items():
         value = values.get(key, smallest)

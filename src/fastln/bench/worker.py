@@ -39,7 +39,7 @@ def work(job: Job) -> Checked | Steps | Quality:
         shape = make_shape(job.model, **options)
         return _check(job, shape, None) if job.kind == "check" else _steps(job, shape, None)
     data = load_dataset(job.suite.data, "train", options=job.suite.options)
-    task = load_task(job.model, data, **options)
+    task = load_task(job.model, data, **options, image_size=job.suite.image_size)
     if job.kind == "check":
         return _check(job, task, data)
     return _steps(job, task, data) if job.kind == "speed" else _quality(job, task, data)
@@ -105,14 +105,14 @@ def _timed(step: Callable[[], Tensor], device: torch.device) -> tuple[float, Ten
     return time.perf_counter() - start, loss
 
 
-def _saved_bytes(model: nn.Module, batch: dict[str, Tensor]) -> int:
+def _saved_bytes(model: nn.Module, batch: dict[str, Any]) -> int:
     with SavedActivations(model) as saved:
         output = model(**batch)
     del output
     return saved.bytes
 
 
-def _batches(job: Job, task: Task, data: VQADataset | None) -> Iterator[dict[str, Tensor]]:
+def _batches(job: Job, task: Task, data: VQADataset | None) -> Iterator[dict[str, Any]]:
     """Endless full batches in an order that depends on the seed alone; of a shape, the one that it has."""
     suite = job.suite
     if isinstance(task, ShapeTask):

@@ -32,6 +32,7 @@ def load_task(
     dtype: torch.dtype = torch.float32,
     seed: int = 0,
     device: torch.device | str = "cpu",
+    image_size: int | None = None,
 ) -> VQATask:
     """Load the model that `spec` names.
 
@@ -42,29 +43,34 @@ def load_task(
         dtype: of the parameters.
         seed: of everything that starts random.
         device: where the model goes.
+        image_size: edge of the square, in pixels, that images are resized to (for Qwen2.5-VL: whose area they have at
+            most); what stands beside the model by default. No weight depends on it.
 
     Raises:
-        FastLNError: if `spec` is none of these, what it names cannot be loaded, or the data is not for it.
+        FastLNError: if `spec` is none of these, what it names cannot be loaded, the data is not for it, or it does not
+            take images of the size.
     """
-    task = _load(spec, train_data, dtype, seed)
+    task = _load(spec, train_data, dtype, seed, image_size)
+    if image_size is not None and isinstance(task, chat_task.ChatTask):
+        task.set_image_size(image_size)
     task.check_data(train_data)
     task.model.to(device)
     return task
 
 
-def _load(spec: str, train_data: VQADataset, dtype: torch.dtype, seed: int) -> VQATask:
+def _load(spec: str, train_data: VQADataset, dtype: torch.dtype, seed: int, image_size: int | None) -> VQATask:
     kind, _, rest = spec.partition(":")
     if spec == "dual":
-        return dual_task.embedded(train_data, dtype, seed)
+        return dual_task.embedded(train_data, dtype, seed, image_size)
     if spec == "blip":
-        return blip_task.from_config(blip_task.embedded_config(), train_data, dtype, seed, name="blip")
+        return blip_task.from_config(blip_task.embedded_config(), train_data, dtype, seed, image_size, "blip")
     if kind == "dual":
         vision, _, text = (source.strip() for source in rest.partition(","))
         if not vision or not text or "," in text:
             raise FastLNError(f"model {spec!r}: after 'dual:' stand two sources, VISION,TEXT, with one comma between")
-        return dual_task.from_towers(vision, text, train_data, dtype, seed)
+        return dual_task.from_towers(vision, text, train_data, dtype, seed, image_size)
     if kind == "blip":
-        return blip_task.from_source(rest, train_data, dtype, seed)
+        return blip_task.from_source(rest, train_data, dtype, seed, image_size)
     if kind == "chat":
         return chat_task.from_source(rest, train_data, dtype, seed)
     if not Path(spec).is_dir():
@@ -72,9 +78,9 @@ def _load(spec: str, train_data: VQADataset, dtype: torch.dtype, seed: int) -> V
     check_source(spec)
     model_type = _model_type(Path(spec) / "config.json")
     if model_type == MODEL_TYPE:
-        return dual_task.from_saved(spec, train_data, dtype)
+        return dual_task.from_saved(spec, train_data, dtype, image_size)
     if model_type == "blip":
-        return blip_task.from_source(spec, train_data, dtype, seed)
+        return blip_task.from_source(spec, train_data, dtype, seed, image_size)
     if model_type in {*chat_task.MODEL_TYPES, llava_med.MODEL_TYPE}:
         return chat_task.from_source(spec, train_data, dtype, seed)
     raise FastLNError(

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
 from transformers import AutoTokenizer, BlipConfig, BlipForQuestionAnswering
 
 from fastln.errors import FastLNError
+from fastln.models.image_size import INTERPOLATE, position_arguments
 from fastln.models.images import ImagePixels
 from fastln.models.sources import bare_configuration, check_source, loading, refuse_missing
 from fastln.models.task import VQATask
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 MAX_ANSWER_TOKENS = 16
 _ENDS = 2  # of these: the start token and the end token
+_READ = {"pixel_values", "input_ids", "attention_mask", INTERPOLATE}  # before an answer is written
 
 
 class BlipTask(VQATask):
@@ -30,8 +31,11 @@ class BlipTask(VQATask):
     head = ("text_decoder.cls",)
     vision = "vision_model"
 
-    def collate(self, samples: list[Sample], dataset: VQADataset) -> dict[str, Tensor]:
-        """Return pixel_values (batch, ...), question tokens, decoder tokens and labels (batch, n_answer_tokens)."""
+    def collate(self, samples: list[Sample], dataset: VQADataset) -> dict[str, Any]:
+        """Return pixel_values (batch, ...), question tokens, decoder tokens and labels (batch, n_answer_tokens).
+
+        With images of another size than the model's own goes the word that its positions are to be interpolated.
+        """
         pixels = torch.stack([self.images(dataset, sample.image) for sample in samples])
         config = self.model.config.text_config
         # What the decoder reads: its start token, the answer, the end token, padding; what it must say next: the same.
@@ -47,7 +51,8 @@ class BlipTask(VQATask):
             "labels": decoder.masked_fill(mask == 0, -100),
         }
         batch = {name: tensor.to(self.device) for name, tensor in batch.items()}
-        return batch | self.tokenize([sample.question for sample in samples])
+        positions = position_arguments(self.model.vision_model, self.images.image_size)
+        return batch | self.tokenize([sample.question for sample in samples]) | positions
 
     def cut_off(self, samples: list[Sample]) -> dict[str, tuple[list[int], int]]:
         """Return the lengths of questions and of answers, and how much of them is read and learnt."""
@@ -55,10 +60,10 @@ class BlipTask(VQATask):
         answers = [len(row) for row in ids], MAX_ANSWER_TOKENS - _ENDS
         return {"questions": self.question_lengths(samples), "answers": answers}
 
-    def answers(self, batch: dict[str, Tensor]) -> list[str]:
+    def answers(self, batch: dict[str, Any]) -> list[str]:
         """Return the greedily generated answer of each question."""
         tokens = self.model.generate(
-            **{name: batch[name] for name in ("pixel_values", "input_ids", "attention_mask")},
+            **{name: batch[name] for name in _READ & batch.keys()},
             max_new_tokens=MAX_ANSWER_TOKENS,
             do_sample=False,
             num_beams=1,
@@ -93,7 +98,9 @@ def embedded_config() -> BlipConfig:
     )
 
 
-def from_config(config: BlipConfig, train_data: VQADataset, dtype: torch.dtype, seed: int, name: str) -> BlipTask:
+def from_config(
+    config: BlipConfig, train_data: VQADataset, dtype: torch.dtype, seed: int, image_size: int | None, name: str
+) -> BlipTask:
     """Build BLIP-VQA with random weights; its tokenizer is made of the training data's words."""
     text = config.text_config
     texts = [text for sample in train_data.samples for text in (sample.question, sample.answer)]
@@ -103,11 +110,11 @@ def from_config(config: BlipConfig, train_data: VQADataset, dtype: torch.dtype, 
     torch.manual_seed(seed)
     config.random_weights = True
     model = BlipForQuestionAnswering(config).to(dtype)
-    images = ImagePixels.plain(config.vision_config.image_size, dtype)
+    images = ImagePixels.of_source(None, config.vision_config, dtype, image_size)
     return BlipTask(model, tokenizer, images, name=name)
 
 
-def from_source(source: str, train_data: VQADataset, dtype: torch.dtype, seed: int) -> BlipTask:
+def from_source(source: str, train_data: VQADataset, dtype: torch.dtype, seed: int, image_size: int | None) -> BlipTask:
     """Load BLIP-VQA.
 
     Args:
@@ -115,9 +122,10 @@ def from_source(source: str, train_data: VQADataset, dtype: torch.dtype, seed: i
         train_data: makes the tokenizer where `source` is a bare configuration.
         dtype: of the parameters.
         seed: of the initial weights of a bare configuration.
+        image_size: edge length of images; what the preprocessing beside the model says by default.
 
     Raises:
-        FastLNError: if there is nothing to load, or it is not BLIP.
+        FastLNError: if there is nothing to load, it is not BLIP, or its patches do not make up such images.
     """
     path = Path(source)
     if bare := bare_configuration(source):
@@ -125,12 +133,11 @@ def from_source(source: str, train_data: VQADataset, dtype: torch.dtype, seed: i
             config = BlipConfig.from_json_file(bare)
             if config.model_type != "blip":
                 raise FastLNError(f"{bare}: model_type is {config.model_type!r}, not 'blip'")
-            return from_config(config, train_data, dtype, seed, name=f"blip:{path.stem}")
+            return from_config(config, train_data, dtype, seed, image_size, name=f"blip:{path.stem}")
     check_source(source)
     with loading(source):
         model, report = BlipForQuestionAnswering.from_pretrained(source, dtype=dtype, output_loading_info=True)
         tokenizer = AutoTokenizer.from_pretrained(source)
     refuse_missing(source, "BLIP-VQA", report["missing_keys"])
-    vision = model.config.vision_config
-    images = ImagePixels.of_directory(source, vision, dtype, vision.image_size)
+    images = ImagePixels.of_source(source, model.config.vision_config, dtype, image_size)
     return BlipTask(model, tokenizer, images, name=f"blip:{path.name}")

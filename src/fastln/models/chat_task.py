@@ -91,6 +91,16 @@ class ChatTask(VQATask):
         self.max_new_tokens = ANSWER_TOKENS
         self._image_lengths: dict[torch.Size, int] = {}
 
+    def set_image_size(self, image_size: int) -> None:
+        """Have images made of another size; for Qwen2.5-VL, of at most `image_size`² pixels.
+
+        Raises:
+            FastLNError: if the model reads images of its own size alone, or none at all.
+        """
+        if self.chat_vision is None or self.images is None:
+            raise FastLNError(f"image size {image_size}: {self.name} reads text alone; leave the image size out")
+        self.chat_vision.set_size(self.images, self.model.config, image_size)
+
     def check_data(self, dataset: VQADataset) -> None:
         """Check that the model can use what the samples hold, all of it, and see how long answers may get.
 

@@ -19,6 +19,8 @@ from transformers import (
     Qwen2VLImageProcessorPil,
 )
 
+from fastln.errors import FastLNError
+from fastln.models.image_size import check_size
 from fastln.models.images import ImageInputs, ImagePixels
 
 
@@ -30,6 +32,7 @@ class ChatVision:
         placeholder: an image's place in a text, around its token.
         tokens: the special tokens of a tokenizer made for a bare configuration, by the configuration's field.
         images: from a source (None for a bare configuration), the configuration and a dtype to what reads images.
+        set_size: has what reads images make them of another size, or raises where the configuration forbids it.
         n_tokens: how many tokens an image takes, from the configuration and the image's keyword arguments; it depends
             on nothing of these but the shape of `pixel_values`.
         marks_tokens: whether the model must be told which tokens are an image's (`mm_token_type_ids`).
@@ -40,6 +43,7 @@ class ChatVision:
     placeholder: str
     tokens: Mapping[str, str]
     images: Callable[[str | None, PreTrainedConfig, torch.dtype], ImageInputs]
+    set_size: Callable[[ImageInputs, PreTrainedConfig, int], None]
     n_tokens: Callable[[PreTrainedConfig, Mapping[str, Tensor]], int]
     marks_tokens: bool = False
     processor: Callable[[PreTrainedConfig, ImageInputs, PreTrainedTokenizerBase], ProcessorMixin] | None = None
@@ -49,7 +53,16 @@ def _llava_images(source: str | None, config: PreTrainedConfig, dtype: torch.dty
     edge = config.vision_config.image_size
     if source is None:
         return ImagePixels(CLIPImageProcessorPil(), edge, dtype)
-    return ImagePixels.of_directory(source, config.vision_config, dtype, edge)
+    return ImagePixels.of_source(source, config.vision_config, dtype, edge)
+
+
+def _llava_size(images: ImageInputs, config: PreTrainedConfig, image_size: int) -> None:
+    edge = config.vision_config.image_size
+    if image_size != edge:
+        raise FastLNError(
+            f"image size {image_size}: LLaVA reads images of {edge} x {edge} pixels alone, whose patches are as many "
+            "tokens as its language model knows an image by; leave the image size out"
+        )
 
 
 def _llava_tokens(config: PreTrainedConfig, inputs: Mapping[str, Tensor]) -> int:
@@ -86,13 +99,20 @@ def _qwen_images(source: str | None, config: PreTrainedConfig, dtype: torch.dtyp
     return ImageInputs(Qwen2VLImageProcessorPil(**sizes, merge_size=vision.spatial_merge_size), dtype)
 
 
+def _qwen_size(images: ImageInputs, config: PreTrainedConfig, image_size: int) -> None:
+    check_size(image_size, config.vision_config.patch_size * config.vision_config.spatial_merge_size)
+    # Under these names the processor has the least and the most pixels of an image.
+    least, most = min(images.processor.size["shortest_edge"], image_size**2), image_size**2
+    images.processor.size = {"shortest_edge": least, "longest_edge": most}
+
+
 def _qwen_tokens(config: PreTrainedConfig, inputs: Mapping[str, Tensor]) -> int:
     return len(inputs["pixel_values"]) // config.vision_config.spatial_merge_size**2
 
 
 CHAT_VISION = {
     "llava": ChatVision(
-        "{image}", {"image_token_id": "<image>"}, _llava_images, _llava_tokens, processor=llava_processor
+        "{image}", {"image_token_id": "<image>"}, _llava_images, _llava_size, _llava_tokens, processor=llava_processor
     ),
     "qwen2_5_vl": ChatVision(
         "<|vision_start|>{image}<|vision_end|>",
@@ -103,6 +123,7 @@ CHAT_VISION = {
             "vision_end_token_id": "<|vision_end|>",
         },
         _qwen_images,
+        _qwen_size,
         _qwen_tokens,
         marks_tokens=True,
     ),

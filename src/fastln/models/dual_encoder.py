@@ -12,6 +12,7 @@ from transformers.modeling_outputs import SequenceClassifierOutput
 
 from fastln.data.answers import UNKNOWN, AnswerVocabulary
 from fastln.errors import FastLNError
+from fastln.models.image_size import INTERPOLATE
 
 MODEL_TYPE = "fastln-dual-encoder"
 PASS_TOKENS = 128
@@ -124,9 +125,10 @@ class DualEncoder(PreTrainedModel):
                 if isinstance(child, nn.Linear):
                     child.reset_parameters()
 
-    def vision_features(self, pixel_values: Tensor) -> Tensor:
+    def vision_features(self, pixel_values: Tensor, interpolate_pos_encoding: bool = False) -> Tensor:
         """Return (n_images, 2 * hidden) from (n_images, 3, height, width): the pooled output beside the token mean."""
-        outputs = self.vision(pixel_values=pixel_values)
+        positions = {INTERPOLATE: True} if interpolate_pos_encoding else {}  # not every encoder takes this
+        outputs = self.vision(pixel_values=pixel_values, **positions)
         mean = outputs.last_hidden_state.mean(dim=1)
         pooled = getattr(outputs, "pooler_output", None)
         return torch.cat([_standardised(mean if pooled is None else pooled), _standardised(mean)], dim=-1)
@@ -159,6 +161,7 @@ class DualEncoder(PreTrainedModel):
         attention_mask: Tensor,
         image_index: Tensor | None = None,
         labels: Tensor | None = None,
+        interpolate_pos_encoding: bool = False,
         **kwargs: Any,
     ) -> SequenceClassifierOutput:
         """Classify each question's answer.
@@ -170,12 +173,14 @@ class DualEncoder(PreTrainedModel):
             image_index: (batch,), each question's row in `pixel_values`, so that questions on one image share its
                 vision pass; by default there is one image per question.
             labels: (batch,), indices into `config.answers`; -100 for an answer that is not in the vocabulary.
+            interpolate_pos_encoding: whether to ask the vision encoder, which must take this, to interpolate its
+                positions for images of another size than its own.
             **kwargs: what a trainer adds (for example `num_items_in_batch`); not used.
 
         Returns:
             `loss` (None without labels) and `logits` (batch, n_answers).
         """
-        vision = self.vision_features(pixel_values)
+        vision = self.vision_features(pixel_values, interpolate_pos_encoding)
         if image_index is not None:
             vision = vision[image_index]
         logits = self.fusion_head(vision, self.text_features(input_ids, attention_mask))

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import copy
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
 from transformers import AutoConfig, AutoModel, AutoTokenizer, BertConfig, PreTrainedModel, ViTConfig
 
 from fastln.data.answers import UNKNOWN, AnswerVocabulary
 from fastln.errors import FastLNError
 from fastln.models.dual_encoder import DualEncoder, DualEncoderConfig
+from fastln.models.image_size import check_reads, position_arguments
 from fastln.models.images import ImagePixels
 from fastln.models.sources import check_source, loading, refuse_missing
 from fastln.models.task import VQATask
@@ -32,8 +32,11 @@ class DualEncoderTask(VQATask):
     vision = "vision"
     shares_images = True
 
-    def collate(self, samples: list[Sample], dataset: VQADataset) -> dict[str, Tensor]:
-        """Return pixel_values (n_images, ...), image_index, input_ids, attention_mask and labels (batch,)."""
+    def collate(self, samples: list[Sample], dataset: VQADataset) -> dict[str, Any]:
+        """Return pixel_values (n_images, ...), image_index, input_ids, attention_mask and labels (batch,).
+
+        With images of another size than the vision encoder's own goes `positions`.
+        """
         rows = {key: row for row, key in enumerate(dict.fromkeys(sample.image for sample in samples))}
         vocabulary = self.vocabulary
         return {
@@ -41,13 +44,19 @@ class DualEncoderTask(VQATask):
             "image_index": torch.tensor([rows[sample.image] for sample in samples], device=self.device),
             **self.tokenize([sample.question for sample in samples]),
             "labels": torch.tensor([vocabulary.index(sample.answer) for sample in samples], device=self.device),
+            **self.positions,
         }
+
+    @property
+    def positions(self) -> dict[str, bool]:
+        """What the vision encoder must be told about its positions."""
+        return position_arguments(self.model.vision, self.images.image_size)
 
     def cut_off(self, samples: list[Sample]) -> dict[str, tuple[list[int], int]]:
         """Return the lengths of questions, and how much of them is read."""
         return {"questions": self.question_lengths(samples)}
 
-    def answers(self, batch: dict[str, Tensor]) -> list[str]:
+    def answers(self, batch: dict[str, Any]) -> list[str]:
         """Return the most likely answer of each question."""
         with torch.no_grad():
             logits = self.model(**batch).logits
@@ -59,7 +68,7 @@ class DualEncoderTask(VQATask):
         return AnswerVocabulary(self.model.config.answers)
 
 
-def embedded(train_data: VQADataset, dtype: torch.dtype, seed: int) -> DualEncoderTask:
+def embedded(train_data: VQADataset, dtype: torch.dtype, seed: int, image_size: int | None) -> DualEncoderTask:
     """Build a small dual encoder (ViT and BERT, width 384) with random weights."""
     questions = [sample.question for sample in train_data.samples]
     tokenizer = word_tokenizer(questions, 1024)
@@ -90,13 +99,15 @@ def embedded(train_data: VQADataset, dtype: torch.dtype, seed: int) -> DualEncod
     return DualEncoderTask(
         model,
         tokenizer,
-        ImagePixels.plain(vision.image_size, dtype),
+        _images(None, model.vision, dtype, image_size),
         name="dual",
         random_head=HEAD,
     )
 
 
-def from_towers(vision: str, text: str, train_data: VQADataset, dtype: torch.dtype, seed: int) -> DualEncoderTask:
+def from_towers(
+    vision: str, text: str, train_data: VQADataset, dtype: torch.dtype, seed: int, image_size: int | None
+) -> DualEncoderTask:
     """Join two pretrained encoders under a head that starts random.
 
     Args:
@@ -105,9 +116,11 @@ def from_towers(vision: str, text: str, train_data: VQADataset, dtype: torch.dty
         train_data: its answers are the answer vocabulary.
         dtype: of the parameters.
         seed: of the head's initial weights.
+        image_size: edge length of images; what the preprocessing beside the vision encoder says by default.
 
     Raises:
-        FastLNError: if a directory holds no model, or a hub name cannot be had.
+        FastLNError: if a directory holds no model, a hub name cannot be had, or the vision encoder does not take such
+            images.
     """
     vision_model, vision_pooler = _tower(vision, "vision_config", dtype)
     text_model, _ = _tower(text, "text_config", dtype)
@@ -126,13 +139,13 @@ def from_towers(vision: str, text: str, train_data: VQADataset, dtype: torch.dty
     return DualEncoderTask(
         model,
         tokenizer,
-        ImagePixels.of_directory(vision, vision_model.config, dtype),
+        _images(vision, vision_model, dtype, image_size),
         name=f"dual:{names[0]},{names[1]}",
         random_head=HEAD,
     )
 
 
-def from_saved(directory: str, train_data: VQADataset, dtype: torch.dtype) -> DualEncoderTask:
+def from_saved(directory: str, train_data: VQADataset, dtype: torch.dtype, image_size: int | None) -> DualEncoderTask:
     """Load a dual encoder that `VQATask.save` wrote; its head is trained, so it starts random no more.
 
     Raises:
@@ -142,7 +155,7 @@ def from_saved(directory: str, train_data: VQADataset, dtype: torch.dtype) -> Du
         model, report = DualEncoder.from_pretrained(directory, dtype=dtype, output_loading_info=True)
         tokenizer = AutoTokenizer.from_pretrained(directory)
     refuse_missing(directory, "dual encoder", report["missing_keys"])
-    images = ImagePixels.of_directory(directory, model.config.vision_config, dtype)
+    images = _images(directory, model.vision, dtype, image_size)
     task = DualEncoderTask(model, tokenizer, images, name=directory)
     if all(task.vocabulary.index(sample.answer) == UNKNOWN for sample in train_data.samples):
         raise FastLNError(
@@ -150,6 +163,13 @@ def from_saved(directory: str, train_data: VQADataset, dtype: torch.dtype) -> Du
             "chooses from"
         )
     return task
+
+
+def _images(source: str | None, encoder: PreTrainedModel, dtype: torch.dtype, image_size: int | None) -> ImagePixels:
+    images = ImagePixels.of_source(source, encoder.config, dtype, image_size)
+    if image_size is not None:
+        check_reads(encoder, image_size)
+    return images
 
 
 def _answers(train_data: VQADataset) -> list[str]:

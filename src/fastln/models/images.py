@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from transformers import AutoImageProcessor, PreTrainedConfig, ViTImageProcessorPil
 
+from fastln.models.image_size import check_size_for
 from fastln.models.sources import loading
 
 if TYPE_CHECKING:
@@ -45,6 +46,10 @@ class ImageInputs:
                 self._kept[name] = made
         return made
 
+    def __str__(self) -> str:
+        """How large images are when the model gets them; here a processor's that says how many pixels they may have."""
+        return f"{self.processor.size['shortest_edge']:,} to {self.processor.size['longest_edge']:,} pixels each"
+
 
 class ImagePixels(ImageInputs):
     """Resizes and normalises images as a vision encoder of one image size wants them.
@@ -70,22 +75,26 @@ class ImagePixels(ImageInputs):
         self.image_size = edge
 
     @classmethod
-    def of_directory(
-        cls, directory: str, config: PreTrainedConfig, dtype: torch.dtype, image_size: int | None = None
+    def of_source(
+        cls, source: str | None, config: PreTrainedConfig, dtype: torch.dtype, image_size: int | None = None
     ) -> ImagePixels:
         """Read the preprocessing beside a model; where there is none, plain, to the size in its configuration.
 
         Args:
-            directory: a directory or hub name.
+            source: a directory or hub name; None where there is nothing but the configuration.
             config: of the vision encoder.
             dtype: of the pixel values.
             image_size: edge length in pixels; what the preprocessing says by default.
+
+        Raises:
+            FastLNError: if the preprocessing cannot be loaded, or the encoder cannot cut such images into patches.
         """
-        files = (Path(directory) / name for name in ("preprocessor_config.json", "processor_config.json"))
-        if Path(directory).is_dir() and not any(file.is_file() for file in files):
+        check_size_for(config, image_size)
+        names = ("preprocessor_config.json", "processor_config.json")
+        if source is None or (Path(source).is_dir() and not any((Path(source) / name).is_file() for name in names)):
             return cls.plain(image_size or config.image_size, dtype)
-        with loading(directory):
-            processor = AutoImageProcessor.from_pretrained(directory)
+        with loading(source):
+            processor = AutoImageProcessor.from_pretrained(source)
         return cls(processor, image_size, dtype)
 
     @classmethod
@@ -96,6 +105,10 @@ class ImagePixels(ImageInputs):
     def __call__(self, dataset: VQADataset, key: str) -> Tensor:
         """Return one image's pixel values, (3, image_size, image_size)."""
         return self.inputs(dataset, key)["pixel_values"][0]
+
+    def __str__(self) -> str:
+        """How large images are when the model gets them."""
+        return f"{self.image_size} x {self.image_size} pixels"
 
 
 def _edge(processor: Any) -> int:

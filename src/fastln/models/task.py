@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from abc import ABC, abstractmethod
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -127,11 +127,11 @@ class VQATask(Task, ABC):
         )
 
     @abstractmethod
-    def collate(self, samples: list[Sample], dataset: VQADataset) -> dict[str, Tensor]:
+    def collate(self, samples: list[Sample], dataset: VQADataset) -> dict[str, Any]:
         """Make the model's keyword arguments, labels included, of some samples of one dataset."""
 
     @abstractmethod
-    def answers(self, batch: dict[str, Tensor]) -> list[str]:
+    def answers(self, batch: dict[str, Any]) -> list[str]:
         """Return the model's answer to each question of a batch made by `collate`."""
 
     def save(self, directory: Path) -> None:

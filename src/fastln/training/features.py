@@ -23,6 +23,7 @@ from fastln.errors import FastLNError
 from fastln.machine import cpu_model, package_version
 from fastln.methods import get_method, select_parameters
 from fastln.models import VQATask
+from fastln.models.image_size import INTERPOLATE
 from fastln.training.tensor_store import TensorStore, as_bytes
 
 logger = logging.getLogger(__name__)
@@ -36,8 +37,8 @@ _POOLING = ("pooler", "head")  # what transformers' towers call the module that 
 def cached_features(tower: nn.Module, store: TensorStore | None) -> Iterator[None]:
     """Have `tower` run once for each image, in place, as long as the context lasts.
 
-    Within it the weights of the tower must stay as they are. A call with further arguments than pixel values, for
-    example for its attention weights, is the tower's own.
+    Within it the weights of the tower must stay as they are. A call with further arguments than pixel values and
+    `interpolate_pos_encoding`, for example for its attention weights, is the tower's own.
 
     Args:
         tower: a vision model of transformers: of (n_images, channels, height, width) it makes `last_hidden_state`
@@ -115,14 +116,15 @@ class _Memo:
 
     def __call__(self, pixel_values: Tensor, **kwargs: Any) -> Any:
         """Return the output for `pixel_values`, (n_images, channels, height, width)."""
-        if any(value is not None and value is not False for value in kwargs.values()) or "return_dict" in kwargs:
+        positions = {name: value for name, value in kwargs.items() if value is not None and value is not False}
+        if positions.keys() - {INTERPOLATE} or "return_dict" in kwargs:
             return self._forward(pixel_values=pixel_values, **kwargs)
         self._refuse_training()
-        keys = self._keys(pixel_values)
+        keys = self._keys(pixel_values, positions)
         found = {key: self._store.get(key) for key in dict.fromkeys(keys)}
         missing = [key for key, tensors in found.items() if tensors is None]
         if missing:
-            found |= self._compute(pixel_values, keys, missing)
+            found |= self._compute(pixel_values, positions, keys, missing)
         self.n_found += len(found) - len(missing)
         self.n_computed += len(missing)
         rows = [tensors for key in keys if (tensors := found[key]) is not None]
@@ -132,26 +134,28 @@ class _Memo:
             output[POOLED] = getattr(self._tower, self._pooling)(output[HIDDEN])
         return BaseModelOutputWithPooling(**output)
 
-    def _compute(self, pixel_values: Tensor, keys: list[str], missing: list[str]) -> dict[str, dict[str, Tensor]]:
+    def _compute(
+        self, pixel_values: Tensor, positions: dict[str, Any], keys: list[str], missing: list[str]
+    ) -> dict[str, dict[str, Tensor]]:
         """Run the tower on the images under the keys `missing`, once each, and keep what it gives."""
         rows = [keys.index(key) for key in missing]
         if self._tower.training not in self._checked:
-            self._check(pixel_values[rows[:1]])
+            self._check(pixel_values[rows[:1]], positions)
             self._checked.add(self._tower.training)
         # The batch as it is where nothing in it is known or there twice: what has the uncached run's shape is its copy.
-        output = self._run(pixel_values if len(rows) == len(keys) else pixel_values[rows])
+        output = self._run(pixel_values if len(rows) == len(keys) else pixel_values[rows], positions)
         computed = {key: {name: tensor[row] for name, tensor in output.items()} for row, key in enumerate(missing)}
         for key, tensors in computed.items():
             self._store.put(key, tensors)
         return computed
 
-    def _run(self, pixel_values: Tensor) -> dict[str, Tensor]:
+    def _run(self, pixel_values: Tensor, positions: dict[str, Any]) -> dict[str, Tensor]:
         """Return what is kept of the tower's output: the pooled rows only where they are not its pooling module's."""
         pooling = None if self._pooling is None else getattr(self._tower, self._pooling)
         if pooling is not None:
             setattr(self._tower, str(self._pooling), nn.Identity())
         try:
-            output = self._forward(pixel_values=pixel_values)
+            output = self._forward(pixel_values=pixel_values, **positions)
         finally:
             if pooling is not None:
                 setattr(self._tower, str(self._pooling), pooling)
@@ -163,23 +167,23 @@ class _Memo:
             )
         if pooling is not None and pooled is not hidden:
             self._pooling = None  # a module of that name which does something else
-            return self._run(pixel_values)
+            return self._run(pixel_values, positions)
         return {HIDDEN: hidden} if pooled is None or pooled is hidden else {HIDDEN: hidden, POOLED: pooled}
 
-    def _check(self, image: Tensor) -> None:
+    def _check(self, image: Tensor, positions: dict[str, Any]) -> None:
         """Run the tower on one image, (1, channels, height, width), alone and in a batch, and see what that shows."""
         name = type(self._tower).__name__
         norms = nn.modules.batchnorm._NormBase
         if any(isinstance(module, norms) and module.training for module in self._tower.modules()):
             raise FastLNError(f"{name} computes statistics over the batch in training; its features cannot be cached")
         before = _generator_states(image.device)
-        alone = self._run(image)
+        alone = self._run(image, positions)
         if not all(map(torch.equal, before, _generator_states(image.device))):
             raise FastLNError(
                 f"{name} draws random numbers in training (dropout, stochastic depth), so its features differ from "
                 "step to step and cannot be cached; set its dropout to 0 in its config.json, or leave the cache out"
             )
-        together = self._run(image.expand(3, *image.shape[1:]).contiguous())
+        together = self._run(image.expand(3, *image.shape[1:]).contiguous(), positions)
         if not all(torch.equal(alone[part][0], together[part][0]) for part in alone):
             logger.warning(
                 "%s rounds an image's features differently in batches of different sizes: losses with and without the "
@@ -195,12 +199,12 @@ class _Memo:
                 "features change and cannot be cached"
             )
 
-    def _keys(self, pixel_values: Tensor) -> list[str]:
+    def _keys(self, pixel_values: Tensor, positions: dict[str, Any]) -> list[str]:
         device = pixel_values.device.type
         autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
         # Modules choose their way by these, and two ways may round differently.
         state = (self._tower.training, torch.is_grad_enabled(), autocast, torch.get_float32_matmul_precision())
-        salt = repr((self._fingerprint, state, pixel_values.dtype, pixel_values.shape[1:])).encode()
+        salt = repr((self._fingerprint, state, positions, pixel_values.dtype, pixel_values.shape[1:])).encode()
         return [hashlib.sha256(salt + as_bytes(image)).hexdigest() for image in pixel_values.cpu()]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -40,7 +41,9 @@ def preview(task: VQATask, data: VQADataset, config: TrainConfig, engine: str | 
     with SavedActivations(model) as saved:
         loss = model(**batch).loss
     lines = [f"{config.method}: {describe_parameters(model)}", _memory(model, saved.bytes, len(samples))]
-    lines += [f"first batch: {len(samples)} questions, loss {loss.item():.3f} before training", *_tensors(batch)]
+    lines += [f"first batch: {len(samples)} questions, loss {loss.item():.3f} before training"]
+    lines += [f"  images: {task.images}"] if task.images else []
+    lines += _arguments(batch)
     lines += [_sample(task, batch, row, sample) for row, sample in enumerate(samples[:N_SHOWN])]
     return "\n".join(lines)
 
@@ -62,15 +65,18 @@ def _memory(model: nn.Module, stored: int, n_samples: int) -> str:
     )
 
 
-def _tensors(batch: dict[str, Tensor]) -> list[str]:
+def _arguments(batch: dict[str, Any]) -> list[str]:
     lines = []
     for name, tensor in batch.items():
+        if not isinstance(tensor, Tensor):
+            lines.append(f"  {name}: {tensor}")
+            continue
         span = f", {tensor.min().item():.4g} to {tensor.max().item():.4g}" if tensor.numel() else ""
         lines.append(f"  {name}: {tuple(tensor.shape)} {str(tensor.dtype).removeprefix('torch.')}{span}")
     return lines
 
 
-def _sample(task: VQATask, batch: dict[str, Tensor], row: int, sample: Sample) -> str:
+def _sample(task: VQATask, batch: dict[str, Any], row: int, sample: Sample) -> str:
     text = _shortened(task.tokenizer, batch["input_ids"][row].tolist())
     labels = batch["labels"][row]
     learned = repr(task.tokenizer.decode(labels[labels != -100])) if labels.dim() else f"answer {labels.item()}"

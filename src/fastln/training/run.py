@@ -53,6 +53,7 @@ class TrainRun:
         device: "cpu", "cuda" or "auto".
         options: how the data is read.
         adapter_dtype: of the norms in the adapter, "float32" or "float16".
+        image_size: as `fastln.models.load_task` takes it.
     """
 
     data: str
@@ -64,6 +65,7 @@ class TrainRun:
     device: str = "auto"
     options: DataOptions = field(default_factory=DataOptions)
     adapter_dtype: str = "float32"
+    image_size: int | None = None
 
     def __post_init__(self) -> None:
         if self.adapter_dtype not in ADAPTER_DTYPES:
@@ -123,7 +125,7 @@ def run_training(
         check_scorable(dataset.samples)
     if not scored:
         logger.info("%s has neither a test nor a validation split: nothing will be scored", data.name)
-    task = load_task(run.model, data, dtype=dtype, seed=run.config.seed, device=device)
+    task = load_task(run.model, data, dtype=dtype, seed=run.config.seed, device=device, image_size=run.image_size)
     for dataset in scored.values():
         task.check_data(dataset)
     logger.info("%s by %s on %s (%s), %d questions of %s", method.name, engine, task.name, dtype, len(data), data.name)
@@ -186,6 +188,7 @@ def run_evaluation(
     options: DataOptions | None = None,
     features: TensorStore | None = None,
     adapter: Path | None = None,
+    image_size: int | None = None,
 ) -> Accuracy | ReportScores:
     """Score a saved model and print the result.
 
@@ -201,6 +204,7 @@ def run_evaluation(
         options: how the data is read.
         features: keeps what the vision tower gives for each image; None for no caching.
         adapter: folder of an adapter to put into the model, which is then the base that it was trained on.
+        image_size: as `fastln.models.load_task` takes it; a saved model knows the one that it was trained with.
 
     Raises:
         FastLNError: for anything that cannot be had as given.
@@ -215,7 +219,7 @@ def run_evaluation(
     weights = _saved_model(Path(model)) or model
     # A saved model brings its own vocabulary; a new one takes it from the training questions.
     words_from = dataset if Path(weights).is_dir() else source.dataset("train")
-    task = load_task(weights, words_from, dtype=settle_dtype(dtype, place), device=place)
+    task = load_task(weights, words_from, dtype=settle_dtype(dtype, place), device=place, image_size=image_size)
     task.check_data(dataset)
     if features is not None:
         check_cacheable(task)
