@@ -11,7 +11,8 @@ from fastln import FastLNError, cli
 from fastln.configured import expand
 from fastln.training import TrainConfig
 
-TRAIN = typer.main.get_command(cli.app).commands["train"]
+COMMANDS = typer.main.get_command(cli.app).commands
+TRAIN = COMMANDS["train"]
 
 
 def fastln(*arguments, monkeypatch, capsys):
@@ -72,15 +73,45 @@ def test_every_setting_of_a_training_is_an_option_with_the_same_default(monkeypa
     assert {name: values.get(name, "missing") for name in settings} == settings
 
 
-def test_printed_options_are_a_file_that_gives_them_again(config, monkeypatch, capsys):
-    _, first = fastln("train", "--print-config", "epochs=3", monkeypatch=monkeypatch, capsys=capsys)
-    values = yaml.safe_load(first.out)
-    # Every option, what is required among them.
-    assert set(values) == {option.name for option in TRAIN.params if option.name != "help"}
-    _, again = fastln(
-        "train", f"--config={config(first.out)}", "--print-config", monkeypatch=monkeypatch, capsys=capsys
-    )
-    assert again.out == first.out
+@pytest.mark.parametrize(
+    ("command", "words"),
+    [
+        ("train", ["epochs=3"]),
+        ("eval", []),
+        ("eval", ["runs/a=b", "split=train", "--skip-bad-rows"]),
+        ("merge", ["check_base=false"]),
+        ("merge", ["--base", "x=y", "adapter=here", "out=--there"]),
+    ],
+)
+def test_printed_options_are_a_file_that_gives_them_again(command, words, config, monkeypatch, capsys):
+    code, first = fastln(command, "--print-config", *words, monkeypatch=monkeypatch, capsys=capsys)
+    assert code == 0
+    # Every option and argument, what is required among them.
+    assert set(yaml.safe_load(first.out)) == {option.name for option in COMMANDS[command].params} - {"help"}
+    again = fastln(command, f"--config={config(first.out)}", "--print-config", monkeypatch=monkeypatch, capsys=capsys)
+    assert again == (0, first)
+
+
+@pytest.mark.parametrize(
+    ("words", "expanded"),
+    [
+        (["model=runs/ln", "data=d"], ["--data=d", "--", "runs/ln"]),
+        (["--data", "a=b", "runs/lr=1", "split=train"], ["--split=train", "--data", "a=b", "--", "runs/lr=1"]),
+        (["./lr=1"], ["--", "./lr=1"]),
+        (["--", "lr=1"], ["--", "lr=1"]),
+        (["model=lr=1"], ["--", "lr=1"]),
+        (["model=there", "here"], ["--", "here"]),
+        (["dual:a=1,b", "--data=x"], ["--data=x", "--", "dual:a=1,b"]),
+    ],
+)
+def test_an_argument_has_a_key_and_a_path_is_not_mistaken_for_one(words, expanded):
+    assert expand(COMMANDS["eval"], words) == expanded
+
+
+def test_an_argument_stands_in_the_file_too(config):
+    path = config("adapter: a\nbase: b\nout: c\n")
+    assert expand(COMMANDS["merge"], ["--config", str(path), "out=d"]) == ["--out=d", "--base=b", "--", "a"]
+    assert expand(COMMANDS["merge"], ["--config", str(path), "e"]) == ["--out=c", "--base=b", "--", "e"]
 
 
 @pytest.mark.parametrize(
@@ -115,10 +146,23 @@ def test_values_are_checked_as_options_are(config, monkeypatch, capsys):
     assert "--epochs" in output.err
 
 
-def test_other_commands_are_left_alone(monkeypatch, capsys):
-    code, output = fastln("eval", "a=b", monkeypatch=monkeypatch, capsys=capsys)
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (
+            ["eval", "runs/ln", "spilt=test"],
+            "error: spilt=test: unknown key 'spilt'; did you mean 'split'? (valid: model",
+        ),
+        (["merge", "adaptor=x"], "error: adaptor=x: unknown key 'adaptor'; did you mean 'adapter'?"),
+        (["merge", "adapter=[x, y]"], "error: adapter=[x, y]: adapter must be one value, not ['x', 'y']"),
+        (["eval", "split=test"], "Missing argument"),
+        (["doctor", "json=true"], "json=true"),
+    ],
+)
+def test_what_commands_refuse(words, message, monkeypatch, capsys):
+    code, output = fastln(*words, monkeypatch=monkeypatch, capsys=capsys)
     assert code == 2
-    assert "a=b" in output.err
+    assert message in output.err
 
 
 @pytest.mark.parametrize(

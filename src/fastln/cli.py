@@ -10,7 +10,7 @@ from typing import Annotated
 
 import typer
 
-from fastln import configured
+from fastln.configured import ConfiguredCommand
 from fastln.errors import FastLNError
 
 app = typer.Typer(
@@ -101,7 +101,7 @@ def bench(
         raise typer.Exit(1)
 
 
-@app.command(options_metavar="[OPTIONS] [KEY=VALUE]...", epilog=configured.HELP)
+@app.command(cls=ConfiguredCommand)
 def train(
     out: Annotated[Path, typer.Option(help="Folder for the trained model and its log.")] = Path("runs/train"),
     data: Data = "phantom",
@@ -182,7 +182,7 @@ def train(
     run_training(run, out, resume=resume, overwrite=overwrite, features=features, dry_run=dry_run)
 
 
-@app.command("eval")
+@app.command("eval", cls=ConfiguredCommand)
 def evaluate(
     model: Annotated[str, typer.Argument(help="A folder that `fastln train` wrote, or any --model of it.")],
     data: Data = "phantom",
@@ -224,7 +224,7 @@ def evaluate(
     )
 
 
-@app.command()
+@app.command(cls=ConfiguredCommand)
 def merge(
     adapter: Annotated[Path, typer.Argument(help="A folder such as OUT/adapter, fastln's or peft's.")],
     base: Annotated[str, typer.Option(help="The model it was trained on: a directory or hub name.")],
@@ -253,7 +253,7 @@ def main() -> None:
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     logging.getLogger("httpx").setLevel(logging.WARNING)
     try:
-        app(configured.configure(app, sys.argv[1:]), standalone_mode=True)
+        app()
     except FastLNError as error:
         typer.echo(f"error: {error}", err=True)
         sys.exit(2)
