@@ -74,6 +74,24 @@ def test_every_setting_of_a_training_is_an_option_with_the_same_default(monkeypa
 
 
 @pytest.mark.parametrize(
+    ("words", "engine", "rate", "head"),
+    [
+        ([], "fastln", "0.003", "0.001"),
+        (["method=lora"], "peft", "0.0005", "0.001"),
+        (["method=layernorm+lora"], "fastln", "0.0005; norms 0.003", "0.001"),
+        (["method=LN-F-T", "engine=torch"], None, "5e-05; norms 0.003", "0.001"),
+        (["method=head", "learning_rate=0.5"], "fastln", None, "0.5"),
+    ],
+)
+def test_defaults_that_the_method_brings_are_told(words, engine, rate, head, monkeypatch, capsys):
+    _, output = fastln("train", "--print-config", *words, monkeypatch=monkeypatch, capsys=capsys)
+    for name, value in (("engine", engine), ("learning_rate", rate), ("head_learning_rate", head)):
+        line = next(line for line in output.out.splitlines() if line.startswith(f"{name}: "))
+        assert line == f"{name}: null  # {value}" if value else "null" not in line
+    assert "language: null  # Of SLAKE's questions: en (the default) or zh." in output.out
+
+
+@pytest.mark.parametrize(
     ("command", "words"),
     [
         ("train", ["epochs=3"]),
@@ -166,13 +184,18 @@ def test_what_commands_refuse(words, message, monkeypatch, capsys):
 
 
 @pytest.mark.parametrize(
-    ("model", "method", "shown"),
+    ("model", "method", "shown", "rates"),
     [
-        ("dual", "layernorm", "vision 9,984 of 11,116,032"),
-        ("blip", "LN-F-T", "text 0 of 9,884,928, decoder 10,034,560"),
+        ("dual", "layernorm", "vision 9,984 of 11,116,032", "norms 0.003, task head 0.001"),
+        (
+            "blip",
+            "LN-F-T",
+            "text 0 of 9,884,928, decoder 10,034,560",
+            "norms 0.003, the method's others 5e-05, task head 0.001",
+        ),
     ],
 )
-def test_a_dry_run_shows_what_would_be_and_writes_nothing(model, method, shown, tmp_path, monkeypatch, capsys):
+def test_a_dry_run_shows_what_would_be_and_writes_nothing(model, method, shown, rates, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     words = [f"model={model}", f"method={method}", "batch_size=4", "dtype=float32"]
     monkeypatch.setattr(sys, "argv", ["fastln", "train", "--dry-run", *words])
@@ -181,6 +204,7 @@ def test_a_dry_run_shows_what_would_be_and_writes_nothing(model, method, shown, 
     assert caught.value.code == 0
     text = capsys.readouterr().out
     assert shown in text
+    assert f"learning rates at their highest: {rates}" in text
     assert "memory, predicted: " in text
     assert "first batch: 4 questions, loss " in text
     assert "reads '" in text

@@ -6,7 +6,7 @@ import json
 import logging
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -42,6 +42,19 @@ Device = Annotated[str, typer.Option(help="cpu, cuda or auto.")]
 ImageSize = Annotated[
     int | None, typer.Option(help="Edge in pixels that images are resized to; what is saved with the model by default.")
 ]
+
+
+class TrainCommand(ConfiguredCommand):
+    """`fastln train`, which knows what a method's defaults are."""
+
+    def defaults(self, values: dict[str, Any]) -> dict[str, str]:
+        """Return the engine and the learning rates that the method brings."""
+        from fastln.methods import get_method, learning_rates
+
+        _, engine = get_method(values["method"], values["engine"])
+        rates = learning_rates(values["method"], values["learning_rate"], values["head_learning_rate"])
+        norms = "" if rates.norms == rates.own else f"; norms {rates.norms:g}"
+        return {"engine": engine, "learning_rate": f"{rates.own:g}{norms}", "head_learning_rate": f"{rates.head:g}"}
 
 
 @app.command()
@@ -101,7 +114,7 @@ def bench(
         raise typer.Exit(1)
 
 
-@app.command(cls=ConfiguredCommand)
+@app.command(cls=TrainCommand)
 def train(
     out: Annotated[Path, typer.Option(help="Folder for the trained model and its log.")] = Path("runs/train"),
     data: Data = "phantom",

@@ -35,6 +35,21 @@ class Method:
     norm_learning_rate: float | None = None
 
 
+@dataclass(frozen=True)
+class LearningRates:
+    """How fast what trains moves, at the schedule's highest.
+
+    Attributes:
+        own: the method's own parameters, but for norms.
+        norms: norms.
+        head: the task head.
+    """
+
+    own: float
+    norms: float
+    head: float
+
+
 def norm_parameters(model: nn.Module) -> list[str]:
     """Return the names of the parameters that the model's norms own, wherever they stand (in attention, too)."""
     return [f"{name}.{own}" for name, norm in find_norms(model) for own, _ in norm.named_parameters(recurse=False)]
@@ -158,6 +173,24 @@ def get_method(name: str, engine: str | None = None) -> tuple[Method, str]:
     if engine not in method.engines:
         raise FastLNError(f"method {name!r} does not run on engine {engine!r} (valid: {', '.join(method.engines)})")
     return method, engine
+
+
+def learning_rates(method: str, own: float | None = None, head: float | None = None) -> LearningRates:
+    """Return the rates at which a method trains.
+
+    Args:
+        method: as `get_method` takes it.
+        own: of the method's own parameters (norms keep theirs where the method gives them one), under method `head` of
+            the head; the method's by default.
+        head: of the task head under the other methods; `HEAD_LEARNING_RATE` by default.
+
+    Raises:
+        FastLNError: for an unknown method.
+    """
+    chosen, _ = get_method(method)
+    own = chosen.learning_rate if own is None else own
+    head = own if method == "head" else HEAD_LEARNING_RATE if head is None else head
+    return LearningRates(own, chosen.norm_learning_rate or own, head)
 
 
 def _by_sub_model(notation: str) -> Method:

@@ -20,7 +20,7 @@ from transformers import (
 from fastln.data import Sample
 from fastln.engines import apply_method
 from fastln.errors import FastLNError
-from fastln.methods import count_parameters
+from fastln.methods import count_parameters, learning_rates
 from fastln.models import load_task
 from fastln.models.tokens import word_tokenizer
 from fastln.training import parameter_groups
@@ -151,7 +151,7 @@ def test_a_tower_that_has_a_head_of_its_own(tmp_path):
         task = load_task(f"dual:{tmp_path / 'siglip'},{tmp_path / 'text'}", data)
         model = apply_method(task, "layernorm", engine)
         counts.add(count_parameters(model)[0])
-        head = parameter_groups(model, "layernorm", task.head, head_learning_rate=7.0)
+        head = parameter_groups(model, task.head, learning_rates("layernorm", head=7.0))
         n_head = sum(p.numel() for group in head if group["lr"] == 7.0 for p in group["params"])
         assert n_head == count_parameters(task.model.fusion_head)[0]
     assert len(counts) == 1

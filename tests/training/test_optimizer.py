@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from fastln.engines import apply_method
-from fastln.methods import HEAD_LEARNING_RATE, METHODS, get_method
+from fastln.methods import HEAD_LEARNING_RATE, METHODS, get_method, learning_rates
 from fastln.training import MasterAdamW, parameter_groups
 
 
@@ -101,7 +101,7 @@ def test_resumed_from_its_state_it_goes_on_bit_for_bit(dtype):
 def test_groups_hold_all_that_trains_once_and_norms_never_decay(method, tmp_path):
     task = tiny.dual(tmp_path, tiny.phantom())
     model = apply_method(task, method)
-    groups = parameter_groups(model, method, task.head, weight_decay=0.1)
+    groups = parameter_groups(model, task.head, learning_rates(method), weight_decay=0.1)
     grouped = [id(parameter) for group in groups for parameter in group["params"]]
     assert sorted(grouped) == sorted(id(parameter) for parameter in model.parameters() if parameter.requires_grad)
     for group in groups:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, overload
 
 import torch
@@ -13,7 +13,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from transformers import get_cosine_schedule_with_warmup
 
 from fastln.families import find_norms
-from fastln.methods import HEAD_LEARNING_RATE, get_method
+from fastln.methods import LearningRates
 
 WEIGHT_DECAY = 0.01
 PEFT_PREFIX = "base_model.model."  # what peft's wrapper puts before every name
@@ -120,13 +120,7 @@ def cosine_schedule(optimizer: torch.optim.Optimizer, n_steps: int, warmup: floa
 
 
 def parameter_groups(
-    model: nn.Module,
-    method: str,
-    head: Iterable[str],
-    *,
-    learning_rate: float | None = None,
-    head_learning_rate: float | None = None,
-    weight_decay: float = WEIGHT_DECAY,
+    model: nn.Module, head: Iterable[str], rates: LearningRates, *, weight_decay: float = WEIGHT_DECAY
 ) -> list[dict[str, Any]]:
     """Group the parameters that train: the task head's, norms with a rate of their own, and the method's others.
 
@@ -136,32 +130,36 @@ def parameter_groups(
 
     Args:
         model: the module to train.
-        method: as `fastln.methods.get_method` takes it; gives the default rates.
         head: names of the task head's modules (peft's wrappers around them are recognised).
-        learning_rate: of the method's own parameters (norms keep theirs where the method gives them one); for method
-            `head`, of the head.
-        head_learning_rate: of the task head under the other methods.
+        rates: of the three.
         weight_decay: of what decays.
 
     Returns:
         Parameter groups for an optimizer, empty ones left out.
     """
-    chosen = get_method(method)[0]
-    own_rate = chosen.learning_rate if learning_rate is None else learning_rate
-    norm_rate = chosen.norm_learning_rate or own_rate
-    head_rate = HEAD_LEARNING_RATE if head_learning_rate is None else head_learning_rate
-    if method == "head":
-        head_rate = own_rate
-    norms = {id(parameter) for _, norm in find_norms(model) for parameter in norm.parameters(recurse=False)}
-    prefixes = tuple(f"{name}." for name in head)
     groups: dict[tuple[float, bool], list[nn.Parameter]] = {}
-    for name, parameter in model.named_parameters():
-        if parameter.requires_grad:
-            in_head = name.removeprefix(PEFT_PREFIX).startswith(prefixes)
-            is_norm = id(parameter) in norms
-            rate = head_rate if in_head else norm_rate if is_norm else own_rate
-            groups.setdefault((rate, parameter.dim() > 1 and not is_norm), []).append(parameter)
+    for parameter, rate, decays in _trained(model, head):
+        groups.setdefault((getattr(rates, rate), decays), []).append(parameter)
     return [
         {"params": parameters, "lr": rate, "weight_decay": weight_decay if decays else 0.0}
         for (rate, decays), parameters in groups.items()
     ]
+
+
+def describe_rates(model: nn.Module, head: Iterable[str], rates: LearningRates) -> str:
+    """Say at which rates the parameters train that `parameter_groups` groups."""
+    used = {rate for _, rate, _ in _trained(model, head)}
+    names = {"norms": "norms", "own": "the method's others" if "norms" in used else "the method's", "head": "task head"}
+    found = [f"{words} {getattr(rates, rate):g}" for rate, words in names.items() if rate in used]
+    return f"learning rates at their highest: {', '.join(found)}"
+
+
+def _trained(model: nn.Module, head: Iterable[str]) -> Iterator[tuple[nn.Parameter, str, bool]]:
+    """Yield each parameter that trains, which of `LearningRates` is its own, and whether it decays."""
+    norms = {id(parameter) for _, norm in find_norms(model) for parameter in norm.parameters(recurse=False)}
+    prefixes = tuple(f"{name}." for name in head)
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            in_head = name.removeprefix(PEFT_PREFIX).startswith(prefixes)
+            is_norm = id(parameter) in norms
+            yield parameter, "head" if in_head else "norms" if is_norm else "own", parameter.dim() > 1 and not is_norm

@@ -14,6 +14,7 @@ from fastln.data import Sample, VQADataset
 from fastln.engines import apply_method
 from fastln.methods import describe_parameters
 from fastln.models import VQATask
+from fastln.training.optimizer import describe_rates
 from fastln.training.trainer import TrainConfig
 
 N_SHOWN = 3
@@ -40,7 +41,8 @@ def preview(task: VQATask, data: VQADataset, config: TrainConfig, engine: str | 
     model = apply_method(task, config.method, engine, scope=config.scope).train()
     with SavedActivations(model) as saved:
         loss = model(**batch).loss
-    lines = [f"{config.method}: {describe_parameters(model)}", _memory(model, saved.bytes, len(samples))]
+    lines = [f"{config.method}: {describe_parameters(model)}", describe_rates(model, task.head, config.rates)]
+    lines += [_memory(model, saved.bytes, len(samples))]
     lines += [f"first batch: {len(samples)} questions, loss {loss.item():.3f} before training"]
     lines += [f"  images: {task.images}"] if task.images else []
     lines += _arguments(batch)

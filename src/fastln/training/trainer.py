@@ -20,7 +20,7 @@ from transformers import PrinterCallback, TrainerCallback, TrainingArguments
 from fastln.data import VQADataset
 from fastln.engines import apply_method, check_finishes, finish, save_trained_adapter
 from fastln.errors import FastLNError
-from fastln.methods import HEAD_LEARNING_RATE, count_parameters, describe_parameters
+from fastln.methods import LearningRates, count_parameters, describe_parameters, learning_rates
 from fastln.models import Task, VQATask
 from fastln.models.dual_task import DualEncoderTask
 from fastln.prepare import check_norm_gradients
@@ -50,7 +50,7 @@ class TrainConfig:
             the method's own epochs; under method `head` they are all there is to train, and `epochs` are added to them.
         batch_size: questions per step.
         learning_rate: of the method's own parameters; the method's default where None.
-        head_learning_rate: of a task head under the other methods; `HEAD_LEARNING_RATE` where None.
+        head_learning_rate: of a task head under the other methods; `fastln.methods.HEAD_LEARNING_RATE` where None.
         weight_decay: of matrices; norms and biases never decay.
         warmup: share of the steps over which the rate rises; it then falls to 0 along a cosine.
         max_grad_norm: gradients are scaled down to this norm.
@@ -86,6 +86,11 @@ class TrainConfig:
             raise FastLNError(f"weight_decay is {self.weight_decay}; it must be at least 0")
         if not 0 <= self.warmup <= 1:
             raise FastLNError(f"warmup is {self.warmup}; it is a share of the steps, from 0 to 1")
+
+    @property
+    def rates(self) -> LearningRates:
+        """The learning rates, the method's where none are given."""
+        return learning_rates(self.method, self.learning_rate, self.head_learning_rate)
 
 
 @dataclass(frozen=True)
@@ -149,15 +154,7 @@ class TaskTrainer(ResumableTrainer):
 
 def build_optimizer(model: nn.Module, task: Task, config: TrainConfig) -> MasterAdamW:
     """Return the optimizer of everything in `model` that trains, at the rates of `config`."""
-    groups = parameter_groups(
-        model,
-        config.method,
-        task.head,
-        learning_rate=config.learning_rate,
-        head_learning_rate=config.head_learning_rate,
-        weight_decay=config.weight_decay,
-    )
-    return MasterAdamW(groups)
+    return MasterAdamW(parameter_groups(model, task.head, config.rates, weight_decay=config.weight_decay))
 
 
 def train_task(
@@ -212,7 +209,7 @@ def train_task(
                 data,
                 epochs=epochs,
                 batch_size=config.batch_size,
-                learning_rate=(config.learning_rate if head_alone else config.head_learning_rate) or HEAD_LEARNING_RATE,
+                learning_rate=config.rates.head,
                 weight_decay=config.weight_decay,
                 warmup=config.warmup,
                 max_grad_norm=config.max_grad_norm,
