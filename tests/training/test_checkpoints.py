@@ -5,7 +5,9 @@ import os
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from small_run import Sentences, arguments, llama
+from transformers import TrainerCallback
 
 from fastln import FastLNError, FastLNTrainer
 from fastln.training import checkpoints
@@ -73,6 +75,34 @@ def test_a_checkpoint_of_another_run_is_refused(run):
     other.model.model.norm.weight = torch.nn.Parameter(torch.ones(16))
     with pytest.raises(FastLNError, match=r"of another model: model.norm.weight has shape \(32,\) there and \(16,\)"):
         other.train(resume_from_checkpoint=True)
+
+
+class Poison(TrainerCallback):
+    """Makes one element of a norm NaN at the end of a step, before that step's checkpoint."""
+
+    def __init__(self, step):
+        self.step = step
+
+    def on_step_end(self, args, state, control, model=None, **kwargs):
+        if state.global_step == self.step:
+            model.model.norm.weight.data[3] = float("nan")
+
+
+def test_a_norm_that_turned_nan_comes_into_no_checkpoint(run, tmp_path):
+    _, trained = run
+    folder = tmp_path / "poisoned"
+    poisoned = trainer(folder, logging_steps=50)
+    poisoned.add_callback(Poison(10))
+    with pytest.raises(FastLNError, match=r"^model\.norm\.weight turned NaN or infinite by step 10; try a lower"):
+        poisoned.train()
+    kept = checkpoints.checkpoints_in(folder)
+    assert [path.name for path in kept] == ["checkpoint-8", "checkpoint-6"]
+    assert not (folder / checkpoints.STAGING).exists()
+    for path in kept:
+        assert all(tensor.isfinite().all() for tensor in load_file(path / checkpoints.TRAINED).values())
+    again = trainer(folder)
+    again.train(resume_from_checkpoint=True)
+    assert all(torch.equal(p, trained[name]) for name, p in again.model.named_parameters())
 
 
 @pytest.mark.parametrize("method", ["layernorm", "adalora"])

@@ -23,7 +23,7 @@ from fastln.training.adalora import AdaLoRASteps
 from fastln.training.progress import check_loss
 from fastln.training.resumable import ResumableTrainer
 from fastln.training.sample_ids import KEY, WithSampleIds
-from fastln.training.watch import NormWatch
+from fastln.training.watch import NormWatch, check_finite
 
 logger = logging.getLogger(__name__)
 
@@ -202,7 +202,7 @@ class FastLNTrainer(ResumableTrainer):
         if torch.isnan(loss):
             step = self.state.global_step + 1
             if self._watch is not None:
-                self._watch.check_finite(step)
+                check_finite(self._watch.parameters, step)
             check_loss(loss.item(), step, ids)
         if self.state.global_step == 0 and not self._sharded:
             check_norm_gradients(self.model)
@@ -227,7 +227,7 @@ class FastLNTrainer(ResumableTrainer):
         """
         if "loss" in logs:
             if self._watch is not None:
-                self._watch.check_finite(self.state.global_step)
+                check_finite(self._watch.parameters, self.state.global_step)
                 shift = self._watch.gamma_shift()
                 logs |= {} if shift is None else {"gamma_shift": shift}
             seconds = time.perf_counter() - self._since

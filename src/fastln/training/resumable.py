@@ -14,6 +14,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from fastln.errors import FastLNError
 from fastln.training import adalora, checkpoints
+from fastln.training.watch import check_finite
 
 logger = logging.getLogger(__name__)
 
@@ -21,8 +22,9 @@ logger = logging.getLogger(__name__)
 class ResumableTrainer(Trainer):
     """A Trainer whose checkpoints hold what trains, beside the states of optimizer, scheduler, sampler and generators.
 
-    They appear complete or not at all (`fastln.training.checkpoints`). `train(resume_from_checkpoint=True)` takes the
-    last whole one. Sharded models (FSDP, DeepSpeed) are saved in transformers' own form.
+    They appear complete or not at all (`fastln.training.checkpoints`), and never with a value that is not finite.
+    `train(resume_from_checkpoint=True)` takes the last whole one. Sharded models (FSDP, DeepSpeed) are saved in
+    transformers' own form.
     """
 
     _staging: Path | None = None
@@ -62,6 +64,8 @@ class ResumableTrainer(Trainer):
             adalora.save_importance(self.model, folder)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        if not self._sharded:
+            check_finite(checkpoints.trained_parameters(self.model), self.state.global_step)
         # The Trainer's own code writes into the staging folder, which `_get_output_dir` gives it meanwhile.
         place = Path(self._get_output_dir(trial))
         name = f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"

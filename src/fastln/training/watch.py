@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ LEAST_RATE = 1e-5  # below it a float32 γ of 1 may take many steps to change
 
 
 class NormWatch(TrainerCallback):
-    """Stops training when a trained norm stays put, or turns NaN.
+    """Stops training when a trained norm stays put, and knows how far norms moved.
 
     Staying put: after `PATIENCE` optimizer steps at a rate of `LEAST_RATE` or more not one element of a γ or β has
     another value than it began with. That happens to a norm in bfloat16, whose steps all round to nothing, to one that
@@ -62,20 +63,6 @@ class NormWatch(TrainerCallback):
                     "their gradients are 0"
                 )
 
-    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """See that what was saved is numbers."""
-        self.check_finite(state.global_step)
-
-    def check_finite(self, step: int) -> None:
-        """Raise where a trained norm is not finite.
-
-        Raises:
-            FastLNError: naming the norms.
-        """
-        broken = [name for name, parameter in self.parameters.items() if not parameter.isfinite().all()]
-        if broken:
-            raise FastLNError(f"{_some(broken)} turned NaN or infinite by step {step}; try a lower learning rate")
-
     def gamma_shift(self) -> float | None:
         """Return the mean |γ - γ at the start| over all elements of trained norms; None where no γ trains."""
         shifts = [
@@ -90,6 +77,17 @@ class NormWatch(TrainerCallback):
         if self.start[name].device != parameter.device:
             self.start[name] = self.start[name].to(parameter.device)
         return self.start[name]
+
+
+def check_finite(parameters: Mapping[str, Tensor], step: int) -> None:
+    """Raise where a parameter is not finite.
+
+    Raises:
+        FastLNError: naming those that are not.
+    """
+    broken = [name for name, parameter in parameters.items() if not parameter.isfinite().all()]
+    if broken:
+        raise FastLNError(f"{_some(broken)} turned NaN or infinite by step {step}; try a lower learning rate")
 
 
 def _some(names: list[str]) -> str:
