@@ -8,6 +8,7 @@ import os
 import pytest
 import tiny
 import torch
+from PIL import Image
 from safetensors.torch import load_file, save_file
 from transformers import AutoModel
 
@@ -288,6 +289,41 @@ def test_resuming_with_other_options_is_refused(tmp_path):
     with pytest.raises(FastLNError, match="the run to resume had data 'phantom', not 'elsewhere'"):
         run_training(TrainRun("elsewhere", source, None, CONFIG), tmp_path / "out", resume=True)
     assert (tmp_path / "out" / "run.json").read_text() == record
+
+
+@pytest.mark.parametrize(
+    ("change", "which"),
+    [
+        (lambda rows: rows["train"][3].update(answer="maybe"), "train"),
+        (lambda rows: rows["train"].reverse(), "train"),
+        (lambda rows: rows["test"].pop(), "test"),
+        (lambda rows: rows["test"][0].update(image="1.png"), "test"),
+    ],
+)
+def test_resuming_on_data_that_changed_is_refused(change, which, tmp_path):
+    (tmp_path / "images").mkdir()
+    for name in ("0.png", "1.png"):
+        Image.new("L", (8, 8)).save(tmp_path / "images" / name)
+    row = {"image": "0.png", "question": "is it bright?"}
+    rows = {
+        split: [row | {"id": f"{split}{n}", "answer": ("yes", "no")[n % 2]} for n in range(8)]
+        for split in ("train", "test")
+    }
+
+    def write():
+        for split, own in rows.items():
+            (tmp_path / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in own))
+
+    write()
+    run, out = TrainRun(str(tmp_path), spec(tmp_path / "towers"), None, CONFIG), tmp_path / "out"
+    run_training(run, out)
+    record = (out / "run.json").read_text()
+    run_training(run, out, resume=True)
+    assert json.loads((out / "run.json").read_text())["digests"] == json.loads(record)["digests"]
+    change(rows)
+    write()
+    with pytest.raises(FastLNError, match=rf"its {which} questions are not those that the run to resume read"):
+        run_training(run, out, resume=True)
 
 
 @pytest.mark.usefixtures("few")

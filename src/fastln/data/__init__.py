@@ -2,7 +2,7 @@
 
 from fastln.data.answers import AnswerVocabulary, normalise_answer
 from fastln.data.batching import GroupedBatches
-from fastln.data.dataset import Sample, Source, VQADataset, demands
+from fastln.data.dataset import Sample, Source, VQADataset, demands, digest
 from fastln.data.loading import load_dataset, load_source
 from fastln.data.options import DataOptions
 
@@ -14,6 +14,7 @@ __all__ = [
     "Source",
     "VQADataset",
     "demands",
+    "digest",
     "load_dataset",
     "load_source",
     "normalise_answer",

@@ -69,6 +69,14 @@ def demands(samples: Iterable[Sample]) -> frozenset[str]:
     return frozenset(found)
 
 
+def digest(samples: Iterable[Sample]) -> str:
+    """Return a digest of samples, in their order: all that they say and the keys of their images, not the pixels."""
+    hashed = hashlib.sha256()
+    for sample in samples:
+        hashed.update(repr(sample).encode())
+    return hashed.hexdigest()
+
+
 @dataclass(frozen=True, slots=True)
 class Source:
     """What a reader hands over: all its splits, and a function that gives an image by its key.

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 
-from fastln.data import DataOptions, VQADataset, load_source
+from fastln.data import DataOptions, VQADataset, digest, load_source
 from fastln.data.answers import normalise_answer
 from fastln.data.dataset import check_split
 from fastln.engines import check_finishes, load_trained_adapter
@@ -106,7 +106,8 @@ def run_training(
         dry_run: print what would train, the memory it takes and the first batch; write nothing and return None.
 
     Raises:
-        FastLNError: for anything in `run` that cannot be had as given, or an `out` that already holds a run.
+        FastLNError: for anything in `run` that cannot be had as given, an `out` that already holds a run, or one to
+            resume that had other options or read other questions.
     """
     method, engine = get_method(run.config.method, run.engine)
     check_finishes(run.config.method)
@@ -116,6 +117,9 @@ def run_training(
     if is_first:
         _check_folder(run, out, resume=resume, overwrite=overwrite)
     source = load_source(run.data, run.options)
+    digests = {split: digest(samples) for split, samples in source.splits.items()}
+    if is_first and resume:
+        _check_same_data(run, digests, out / RECORD)
     data = source.dataset("train", validation_fraction=run.validation)
     # What cannot be had is better found before the training than after.
     scored = {split: source.dataset(split) for split in ("validation", "test") if split in source.splits}
@@ -136,8 +140,9 @@ def run_training(
         return None
     if is_first and not resume:
         _clear(out)
+    record = {"run": asdict(run), "engine": engine, "dtype": str(dtype), "digests": digests}
     if is_first:
-        _write(out / RECORD, {"run": asdict(run), "engine": engine, "dtype": str(dtype), "finished": False})
+        _write(out / RECORD, record | {"finished": False})
     try:
         result = train_task(
             task,
@@ -167,8 +172,7 @@ def run_training(
         for split, dataset in scored.items()
     }
     outcome = Outcome(scores.get("test"), scores.get("validation"), result)
-    record = {"run": asdict(run), "engine": engine, "dtype": str(dtype), "finished": True}
-    _write(out / RECORD, record | {"adapter_bytes": adapter_bytes, **asdict(outcome)})
+    _write(out / RECORD, record | {"finished": True, "adapter_bytes": adapter_bytes, **asdict(outcome)})
     for split, value in scores.items():
         _report(task, data, split, value, trained=True)
     logger.info("the model is in %s; score it again with: fastln eval %s --data %s", out / MODEL, out / MODEL, run.data)
@@ -288,17 +292,31 @@ def _came_to_nothing(out: Path) -> bool:
 
 
 def _check_same(run: TrainRun, record: Path) -> None:
-    try:
-        before = _options(json.loads(record.read_text())["run"])
-    except (OSError, ValueError, KeyError, TypeError):
-        raise FastLNError(f"{record}: is no record of a run to resume") from None
+    before = _options(_recorded(record, "run"))
     for name, value in json.loads(json.dumps(_options(asdict(run)))).items():  # as the record has it: lists, no tuples
         if before.get(name) != value:
             raise FastLNError(f"{record}: the run to resume had {name} {before.get(name)!r}, not {value!r}")
 
 
+def _check_same_data(run: TrainRun, digests: dict[str, str], record: Path) -> None:
+    before = _recorded(record, "digests")
+    changed = sorted(split for split in before.keys() | digests.keys() if before.get(split) != digests.get(split))
+    if changed:
+        raise FastLNError(
+            f"{run.data}: its {' and '.join(changed)} questions are not those that the run to resume read, as {record} "
+            "has it: bring them back, or train anew with --overwrite"
+        )
+
+
+def _recorded(record: Path, name: str) -> dict[str, Any]:
+    try:
+        return dict(json.loads(record.read_text())[name])
+    except (OSError, ValueError, KeyError, TypeError):
+        raise FastLNError(f"{record}: is no record of a run to resume") from None
+
+
 def _options(run: dict[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in run.items() if name != "config"} | run["config"]
+    return {name: value for name, value in run.items() if name != "config"} | run.get("config", {})
 
 
 def _clear(out: Path) -> None:
