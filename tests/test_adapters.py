@@ -11,9 +11,10 @@ import peft
 import pytest
 import tiny
 import torch
+from launch import HERE, TORCHRUN, script
 from safetensors import safe_open
 from safetensors.torch import load_file
-from torch import nn
+from torch import distributed, nn
 from transformers import AutoModelForImageTextToText, LlavaConfig, Qwen2_5_VLConfig
 
 import fastln
@@ -479,3 +480,24 @@ def test_the_adapter_of_blip_vqa_is_below_a_megabyte(tmp_path):
     assert sum(p.numel() for p in model.parameters() if p.requires_grad) == 153_600
     fastln.save_adapter(model, tmp_path)
     assert sum(path.stat().st_size for path in tmp_path.iterdir()) < 1e6
+
+
+def test_of_several_processes_the_first_alone_writes(tmp_path, monkeypatch):
+    model = tuned("llama")
+    monkeypatch.setattr(distributed, "is_initialized", lambda: True)
+    for rank in (1, 0):
+        monkeypatch.setattr(distributed, "get_rank", lambda *group, rank=rank: rank)
+        fastln.save_adapter(model, tmp_path / "adapter")
+        fastln.merge_adapter(model, tmp_path / "merged")
+        assert (tmp_path / "adapter" / WEIGHTS).exists() == (tmp_path / "merged" / "config.json").exists() == (not rank)
+    monkeypatch.setattr(distributed, "get_rank", lambda *group: 1)
+    fastln.merge_adapter(model, tmp_path / "merged")
+    assert (tmp_path / "merged" / "model.safetensors").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_two_processes_save_into_one_folder(tmp_path):
+    script(HERE / "saving_run.py", tmp_path, python=TORCHRUN)
+    assert {path.name for path in tmp_path.iterdir()} == {"adapter", "merged"}
+    assert {path.name for path in (tmp_path / "adapter").iterdir()} == {WEIGHTS, CONFIG}

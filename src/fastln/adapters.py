@@ -56,7 +56,8 @@ def save_adapter(model: nn.Module, directory: str | Path, *, dtype: torch.dtype 
     """Write what training changed: the tuned norms, and the modules that train whole in their own dtype.
 
     `peft.PeftModel.from_pretrained(base, directory)` reads it, and `load_adapter`. Files appear whole or not at all.
-    Where FSDP2 shards the model every process must call this, for it gathers the values; the first one writes.
+    Of several processes (torch.distributed's) the first writes, the others nothing, as in `save_pretrained`. Where
+    FSDP2 shards the model every one of them must call this, for it gathers the values.
 
     Args:
         model: a model that `prepare` was called on, with method `layernorm` (and perhaps `also`).
@@ -120,7 +121,7 @@ def save_adapter(model: nn.Module, directory: str | Path, *, dtype: torch.dtype 
         "target_modules": _targets(model, [name for name, _ in norms]),
         "modules_to_save": list(modules) or None,
     }
-    if _is_sharded(model) and distributed.get_rank() != 0:
+    if not _writes():
         return
     contents = {WEIGHTS: save(tensors, metadata), CONFIG: (json.dumps(config, indent=2) + "\n").encode()}
     try:
@@ -179,6 +180,8 @@ def load_adapter(model: nn.Module, directory: str | Path, *, check_base: bool = 
 def merge_adapter(model: PreTrainedModel, directory: str | Path) -> None:
     """Write the whole model by `save_pretrained`, tuned values in the base's dtype; the model itself stays as it is.
 
+    Of several processes the first writes, the others nothing.
+
     Args:
         model: a model that `prepare` was called on, or a stock one after `load_adapter`.
         directory: the folder; a model in it is replaced once the new one is on the disk whole.
@@ -192,6 +195,8 @@ def merge_adapter(model: PreTrainedModel, directory: str | Path) -> None:
             f"{type(model).__name__} is sharded over processes and not written whole: save its adapter, which "
             "`fastln merge` puts into the base"
         )
+    if not _writes():
+        return
     folder = Path(directory)
     if folder.is_file():
         raise FastLNError(f"{directory}: is a file; give a folder for the model")
@@ -260,6 +265,11 @@ def fingerprint(model: nn.Module, without: Collection[str] = ()) -> str:
 
 def _is_sharded(model: nn.Module) -> bool:
     return any(isinstance(parameter, DTensor) for parameter in model.parameters())
+
+
+def _writes() -> bool:
+    """Whether this is the first of the processes, or the only one."""
+    return not distributed.is_initialized() or distributed.get_rank() == 0
 
 
 def _gathered(tensor: Tensor) -> Tensor:
