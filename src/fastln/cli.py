@@ -240,7 +240,9 @@ def evaluate(
 @app.command(cls=ConfiguredCommand)
 def merge(
     adapter: Annotated[Path, typer.Argument(help="A folder such as OUT/adapter, fastln's or peft's.")],
-    base: Annotated[str, typer.Option(help="The model it was trained on: a directory or hub name.")],
+    base: Annotated[
+        str, typer.Option(help="The model it was trained on: a directory, a hub name, or what `fastln train` wrote.")
+    ],
     out: Annotated[Path, typer.Option(help="A new folder for the merged model.")],
     check_base: Annotated[bool, typer.Option(help="Refuse a base whose frozen weights are not the adapter's.")] = True,
 ) -> None:

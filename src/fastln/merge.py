@@ -16,7 +16,7 @@ from fastln.errors import FastLNError
 from fastln.files import STAGING, written_whole
 from fastln.models import Task, llava_med
 from fastln.models.chat_vision import llava_processor
-from fastln.models.sources import check_source, load_tokenizer, loading
+from fastln.models.sources import check_source, load_tokenizer, loading, saved_model
 from fastln.prepare import prepare
 
 
@@ -24,7 +24,7 @@ def merge_into_base(base: str, adapter: Path, out: Path, *, check_base: bool = T
     """Write the base model with an adapter's values, in the base's dtype, and its tokenizer and image preprocessing.
 
     Args:
-        base: directory or hub name of any transformers model, or what `fastln train` wrote.
+        base: directory or hub name of any transformers model, or the output folder of `fastln train`.
         adapter: the adapter's folder.
         out: a new or empty folder.
         check_base: as `fastln.load_adapter` takes it.
@@ -34,6 +34,7 @@ def merge_into_base(base: str, adapter: Path, out: Path, *, check_base: bool = T
     """
     if out.is_file() or (out.is_dir() and any(path.name != STAGING for path in out.iterdir())):
         raise FastLNError(f"{out}: is there already; give a new folder for the merged model")
+    base = saved_model(base)
     check_source(base)
     kind = adapter_type(adapter)  # before the base is loaded, which may take minutes
     with loading(base):

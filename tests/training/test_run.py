@@ -162,7 +162,7 @@ def test_the_adapter_on_its_base_scores_as_the_whole_model_and_is_small(method, 
     assert score == outcome.test
     assert predictions[0].read_text() == predictions[1].read_text()
     if method in ("layernorm", "LN-F"):
-        merge_into_base(str(out / "model"), out / "adapter", tmp_path / "merged")
+        merge_into_base(str(out), out / "adapter", tmp_path / "merged")
         assert run_evaluation(str(tmp_path / "merged"), "phantom", "test") == score
 
 
@@ -338,6 +338,8 @@ def test_a_run_that_came_to_nothing_can_be_started_again(tmp_path):
         run_training(run, out)
     with pytest.raises(FastLNError, match="did not finish"):
         run_evaluation(str(out), "phantom", "test")
+    with pytest.raises(FastLNError, match="out: this run did not finish"):
+        merge_into_base(str(out), tmp_path, tmp_path / "merged")
     save_file(good, weights, metadata={"format": "pt"})
     assert run_training(run, out).test.n_all == 24
 

@@ -12,7 +12,7 @@ from fastln.errors import FastLNError
 from fastln.models import blip_task, chat_task, dual_task, llava_med
 from fastln.models.chat_vision import CHAT_VISION
 from fastln.models.dual_encoder import MODEL_TYPE, DualEncoder, DualEncoderConfig
-from fastln.models.sources import check_source
+from fastln.models.sources import check_source, saved_model
 from fastln.models.task import Task, VQATask
 
 if TYPE_CHECKING:
@@ -38,7 +38,7 @@ def load_task(
 
     Args:
         spec: `dual`, `dual:VISION,TEXT`, `blip`, `blip:SOURCE`, `chat:SOURCE`, or a directory that `fastln train`
-            wrote.
+            wrote: its output folder, or the model in it.
         train_data: makes the answer vocabulary of a new dual encoder and the tokenizer of a bare configuration.
         dtype: of the parameters.
         seed: of everything that starts random.
@@ -73,6 +73,7 @@ def _load(spec: str, train_data: VQADataset, dtype: torch.dtype, seed: int, imag
         return blip_task.from_source(rest, train_data, dtype, seed, image_size)
     if kind == "chat":
         return chat_task.from_source(rest, train_data, dtype, seed)
+    spec = saved_model(spec)
     if not Path(spec).is_dir():
         raise FastLNError(f"model {spec!r}: no such directory and no known form; valid: {SPECS}")
     check_source(spec)

@@ -10,6 +10,24 @@ from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBas
 
 from fastln.errors import FastLNError
 
+# What `fastln train` writes into its output folder.
+RECORD = "run.json"
+MODEL = "model"
+
+
+def saved_model(source: str) -> str:
+    """Return the directory of the model in the output folder of `fastln train`; any other source as it is.
+
+    Raises:
+        FastLNError: if that run did not finish.
+    """
+    folder = Path(source)
+    if (folder / MODEL / "config.json").is_file():
+        return str(folder / MODEL)
+    if (folder / RECORD).is_file():
+        raise FastLNError(f"{source}: this run did not finish, so there is no model yet; continue it with --resume")
+    return source
+
 
 def check_source(source: str) -> None:
     """Check that `source` is a model's directory, or could be a hub name.

@@ -23,6 +23,7 @@ from fastln.machine import settle_device, settle_dtype
 from fastln.methods import get_method
 from fastln.metrics import Accuracy, ReportScores, check_scorable, score
 from fastln.models import VQATask, load_task
+from fastln.models.sources import MODEL, RECORD
 from fastln.training.checkpoints import checkpoints_in
 from fastln.training.evaluate import evaluate, predict
 from fastln.training.features import check_cacheable, check_frozen
@@ -32,8 +33,6 @@ from fastln.training.trainer import TrainConfig, TrainResult, train_task
 
 logger = logging.getLogger(__name__)
 
-RECORD = "run.json"
-MODEL = "model"
 ADAPTER = "adapter"
 CHECKPOINTS = "checkpoints"
 ADAPTER_DTYPES = {"float32": torch.float32, "float16": torch.float16}
@@ -197,7 +196,7 @@ def run_evaluation(
     """Score a saved model and print the result.
 
     Args:
-        model: as `fastln.models.load_task` takes it; the output folder of `fastln train` will do too.
+        model: as `fastln.models.load_task` takes it.
         data: "phantom", or a dataset's folder or file.
         split: "train", "validation" or "test".
         batch_size: questions per batch.
@@ -220,10 +219,9 @@ def run_evaluation(
     source = load_source(data, options)
     dataset = source.dataset(split)
     check_scorable(dataset.samples)
-    weights = _saved_model(Path(model)) or model
     # A saved model brings its own vocabulary; a new one takes it from the training questions.
-    words_from = dataset if Path(weights).is_dir() else source.dataset("train")
-    task = load_task(weights, words_from, dtype=settle_dtype(dtype, place), device=place, image_size=image_size)
+    words_from = dataset if Path(model).is_dir() else source.dataset("train")
+    task = load_task(model, words_from, dtype=settle_dtype(dtype, place), device=place, image_size=image_size)
     task.check_data(dataset)
     if features is not None:
         check_cacheable(task)
@@ -246,14 +244,6 @@ def _check_file(path: Path | None, what: str) -> None:
         raise FastLNError(f"{path}: the folder for the {what} does not exist")
     if path is not None and path.is_dir():
         raise FastLNError(f"{path}: is a folder; name a file for the {what}")
-
-
-def _saved_model(folder: Path) -> str | None:
-    if (folder / MODEL / "config.json").is_file():
-        return str(folder / MODEL)
-    if (folder / RECORD).is_file():
-        raise FastLNError(f"{folder}: this run did not finish, so there is no model yet; continue it with --resume")
-    return None
 
 
 def _report(task: VQATask, data: VQADataset, split: str, scores: Accuracy | ReportScores, *, trained: bool) -> None:
