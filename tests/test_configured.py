@@ -1,5 +1,6 @@
 """Options from a YAML file and key=value words: what overrules what, and what is refused."""
 
+import re
 import sys
 from dataclasses import asdict
 
@@ -206,6 +207,8 @@ def test_a_dry_run_shows_what_would_be_and_writes_nothing(model, method, shown, 
     assert shown in text
     assert f"learning rates at their highest: {rates}" in text
     assert "memory, predicted: " in text
+    assert re.search(r"stored for backward by the first batch, 4 questions on [1-4] images \(measured\) ", text)
+    assert "batches of longer texts or more images store more\n" in text
     assert "first batch: 4 questions, loss " in text
     assert "reads '" in text
     assert ("learns '" in text) == (model == "blip")

@@ -42,7 +42,7 @@ def preview(task: VQATask, data: VQADataset, config: TrainConfig, engine: str | 
     with SavedActivations(model) as saved:
         loss = model(**batch).loss
     lines = [f"{config.method}: {describe_parameters(model)}", describe_rates(model, task.head, config.rates)]
-    lines += [_memory(model, saved.bytes, len(samples))]
+    lines += [_memory(model, saved.bytes, samples)]
     lines += [f"first batch: {len(samples)} questions, loss {loss.item():.3f} before training"]
     lines += [f"  images: {task.images}"] if task.images else []
     lines += _arguments(batch)
@@ -50,7 +50,8 @@ def preview(task: VQATask, data: VQADataset, config: TrainConfig, engine: str | 
     return "\n".join(lines)
 
 
-def _memory(model: nn.Module, stored: int, n_samples: int) -> str:
+def _memory(model: nn.Module, stored: int, samples: list[Sample]) -> str:
+    n_images = len({image for sample in samples for image in sample.images})
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     sizes = {
         "weights": sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers())),
@@ -58,12 +59,12 @@ def _memory(model: nn.Module, stored: int, n_samples: int) -> str:
         "optimizer": sum(
             parameter.numel() * (MOMENTS + MASTER * (parameter.dtype != torch.float32)) for parameter in trained
         ),
-        f"stored for backward by {n_samples} questions (measured)": stored,
+        f"stored for backward by the first batch, {len(samples)} questions on {n_images} images (measured)": stored,
     }
     parts = ", ".join(f"{name} {size / 2**20:,.1f}" for name, size in sizes.items())
     return (
         f"memory, predicted: {sum(sizes.values()) / 2**20:,.1f} MiB: {parts}; "
-        "libraries and intermediate results come on top"
+        "libraries and intermediate results come on top, and batches of longer texts or more images store more"
     )
 
 
