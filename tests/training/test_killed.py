@@ -7,6 +7,8 @@ import tiny
 import torch
 from launch import HERE, TORCHRUN, result, script
 
+pytestmark = pytest.mark.timeout(900)  # many processes, which import everything: minutes on a busy machine
+
 
 @pytest.mark.parametrize(
     ("how", "first", "last"),
@@ -16,7 +18,6 @@ from launch import HERE, TORCHRUN, result, script
         *[pytest.param("random", 24, seed, marks=pytest.mark.slow) for seed in range(2)],
     ],
 )
-@pytest.mark.timeout(900)
 def test_killed_and_resumed_it_ends_with_the_same_bits(how, first, last, tmp_path):
     words = script(HERE / "kill_run.py", tmp_path, how, first, last).split()
     n_killed = int(words[words.index("killed") + 1].rstrip(","))
