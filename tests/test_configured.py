@@ -127,6 +127,13 @@ def test_an_argument_has_a_key_and_a_path_is_not_mistaken_for_one(words, expande
     assert expand(COMMANDS["eval"], words) == expanded
 
 
+@pytest.mark.parametrize("name", ["1.10", "010", "1_000", "12:30", "2026-11-26", "1e3", "0x10", "'null'", '"true"'])
+def test_a_name_that_looks_like_a_number_stays_as_it_is(name, config):
+    bare = name.strip("'\"")
+    for words in ([f"out={name}"], ["--config", str(config(f"out: {name}"))]):
+        assert expand(TRAIN, words) == [f"--out={bare}"]
+
+
 def test_an_argument_stands_in_the_file_too(config):
     path = config("adapter: a\nbase: b\nout: c\n")
     assert expand(COMMANDS["merge"], ["--config", str(path), "out=d"]) == ["--out=d", "--base=b", "--", "a"]
@@ -138,9 +145,9 @@ def test_an_argument_stands_in_the_file_too(config):
     [
         ("epoch: 3", [], "run.yaml: unknown key 'epoch'; did you mean 'epochs'? (valid: out, data"),
         ("", ["bach_size=3"], "bach_size=3: unknown key 'bach_size'; did you mean 'batch_size'?"),
-        ("epochs: [1, 2]", [], "run.yaml: epochs must be one value, not [1, 2]"),
+        ("epochs: [1, 2]", [], "run.yaml: epochs must be one value, not ['1', '2']"),
         ("scope: [[vision]]", [], "run.yaml: scope must be a list of values, not [['vision']]"),
-        ("resume: 3", [], "run.yaml: resume must be true or false, not 3"),
+        ("resume: 3", [], "run.yaml: resume must be true or false, not '3'"),
         ("- epochs", [], "run.yaml: must hold lines of `key: value`, not a list"),
         ("epochs: {", [], "run.yaml: not YAML: while parsing"),
         ("", ["epochs=]"], "epochs=]: the value is not YAML"),

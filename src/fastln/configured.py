@@ -19,6 +19,16 @@ PRINT = "--print-config"
 _WORD = re.compile(r"([A-Za-z_][\w-]*)=(.*)", re.DOTALL)
 
 
+class _Loader(yaml.SafeLoader):
+    """Leaves all but null, true and false as written: options read numbers themselves, and a folder may be 1.10."""
+
+
+_Loader.yaml_implicit_resolvers = {
+    first: [(tag, form) for tag, form in resolvers if tag.endswith((":null", ":bool"))]
+    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+
+
 class ConfiguredCommand(TyperCommand):
     """A command whose options and arguments come from `--config FILE` and `key=value` words too.
 
@@ -143,7 +153,7 @@ def _words(parameters: dict[str, Any], key: str, value: Any, where: str) -> dict
 
 def _read(path: str) -> dict[Any, Any]:
     try:
-        values = yaml.safe_load(Path(path).read_text())
+        values = yaml.load(Path(path).read_text(), _Loader)
     except (OSError, UnicodeDecodeError) as error:
         raise FastLNError(f"--config {path}: cannot be read: {error}") from None
     except yaml.YAMLError as error:
@@ -155,6 +165,6 @@ def _read(path: str) -> dict[Any, Any]:
 
 def _parsed(text: str, word: str) -> Any:
     try:
-        return yaml.safe_load(text)
+        return yaml.load(text, _Loader)
     except yaml.YAMLError:
         raise FastLNError(f"{word}: the value is not YAML; put it into quotes, and those into others") from None
