@@ -66,8 +66,7 @@ def apply_method(
     """
     if method == "head" and not task.head:
         raise FastLNError(f"method 'head' trains a task head, and {task.name} has none")
-    head = task.head if method == "head" else task.random_head
-    return put_method(task.model, method, engine, scope=scope, also=head, backend=backend)
+    return put_method(task.model, method, engine, scope=scope, also=task.head_under(method), backend=backend)
 
 
 def put_method(

@@ -9,7 +9,8 @@ from torch import nn
 
 from fastln.engines import apply_method
 from fastln.methods import HEAD_LEARNING_RATE, METHODS, get_method, learning_rates
-from fastln.training import MasterAdamW, parameter_groups
+from fastln.training import MasterAdamW, TrainConfig, parameter_groups
+from fastln.training.trainer import build_optimizer
 
 
 def walk(optimizer, parameters, n_steps=5, seed=0):
@@ -101,7 +102,7 @@ def test_resumed_from_its_state_it_goes_on_bit_for_bit(dtype):
 def test_groups_hold_all_that_trains_once_and_norms_never_decay(method, tmp_path):
     task = tiny.dual(tmp_path, tiny.phantom())
     model = apply_method(task, method)
-    groups = parameter_groups(model, task.head, learning_rates(method), weight_decay=0.1)
+    groups = parameter_groups(model, task.head_under(method), learning_rates(method), weight_decay=0.1)
     grouped = [id(parameter) for group in groups for parameter in group["params"]]
     assert sorted(grouped) == sorted(id(parameter) for parameter in model.parameters() if parameter.requires_grad)
     for group in groups:
@@ -110,3 +111,18 @@ def test_groups_hold_all_that_trains_once_and_norms_never_decay(method, tmp_path
     rates = {group["lr"] for group in groups}
     chosen = get_method(method)[0]
     assert rates == {chosen.learning_rate, chosen.norm_learning_rate or chosen.learning_rate, HEAD_LEARNING_RATE}
+
+
+@pytest.mark.parametrize("method", ["full", "LN-F-T", "head"])
+def test_a_pretrained_head_has_the_rate_of_the_method(method, tmp_path):
+    task = tiny.blip(tmp_path, tiny.phantom())
+    config = TrainConfig(method, head_learning_rate=7.0)
+    optimizer = build_optimizer(apply_method(task, method), task, config)
+    rates = {
+        group["lr"]
+        for group in optimizer.param_groups
+        for parameter in group["params"]
+        if any(parameter is own for own in task.model.text_decoder.cls.parameters())
+    }
+    assert config.rates.own in rates
+    assert rates <= {config.rates.own, config.rates.norms}  # its own norm is one like every other

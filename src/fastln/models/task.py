@@ -40,6 +40,10 @@ class Task:
         self.name = name
         self.random_head = random_head
 
+    def head_under(self, method: str) -> tuple[str, ...]:
+        """Name the head's modules that train as one, at its rate: those that start random; under `head` all of it."""
+        return self.head if method == "head" else self.random_head
+
     @property
     def device(self) -> torch.device:
         """Where the model is."""

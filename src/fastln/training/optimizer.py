@@ -130,7 +130,7 @@ def parameter_groups(
 
     Args:
         model: the module to train.
-        head: names of the task head's modules (peft's wrappers around them are recognised).
+        head: names of the modules that train as a task head (peft's wrappers around them are recognised).
         rates: of the three.
         weight_decay: of what decays.
 

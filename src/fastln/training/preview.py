@@ -41,7 +41,8 @@ def preview(task: VQATask, data: VQADataset, config: TrainConfig, engine: str | 
     model = apply_method(task, config.method, engine, scope=config.scope).train()
     with SavedActivations(model) as saved:
         loss = model(**batch).loss
-    lines = [f"{config.method}: {describe_parameters(model)}", describe_rates(model, task.head, config.rates)]
+    lines = [f"{config.method}: {describe_parameters(model)}"]
+    lines += [describe_rates(model, task.head_under(config.method), config.rates)]
     lines += [_memory(model, saved.bytes, samples)]
     lines += [f"first batch: {len(samples)} questions, loss {loss.item():.3f} before training"]
     lines += [f"  images: {task.images}"] if task.images else []

@@ -154,7 +154,8 @@ class TaskTrainer(ResumableTrainer):
 
 def build_optimizer(model: nn.Module, task: Task, config: TrainConfig) -> MasterAdamW:
     """Return the optimizer of everything in `model` that trains, at the rates of `config`."""
-    return MasterAdamW(parameter_groups(model, task.head, config.rates, weight_decay=config.weight_decay))
+    head = task.head_under(config.method)
+    return MasterAdamW(parameter_groups(model, head, config.rates, weight_decay=config.weight_decay))
 
 
 def train_task(
