@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+import weakref
 
 import pytest
 import torch
@@ -47,6 +48,23 @@ def test_views_count_once_and_as_the_whole_storage():
         y[:10].sin()
         y[50:].sin()
     assert saved.bytes == 400
+
+
+def test_a_graph_that_was_counted_is_freed_with_its_last_tensor():
+    x = torch.randn(100, requires_grad=True)
+    with SavedActivations(nn.Module()):
+        y = x.exp()  # saves its own result
+    gone = weakref.ref(y)
+    del y
+    assert gone() is None
+
+
+def test_what_is_counted_still_gives_its_gradients():
+    x = torch.randn(100, requires_grad=True)
+    with SavedActivations(nn.Module()):
+        y = x.exp().sin().sum()
+    (gradient,) = torch.autograd.grad(y, x)
+    torch.testing.assert_close(gradient, x.exp().cos() * x.exp())
 
 
 def test_only_what_is_saved_inside_the_context_counts():

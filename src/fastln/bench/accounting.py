@@ -39,7 +39,7 @@ class SavedActivations:
         address = _address(tensor)
         if address not in self._excluded:
             self._sizes[address] = tensor.untyped_storage().nbytes()
-        return tensor
+        return tensor.detach()  # a result packed as it is would hold the node that holds it, for ever
 
     def __enter__(self) -> "SavedActivations":
         self._hooks.__enter__()
