@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
-import functools
 import importlib.metadata
 import os
 import platform
@@ -12,12 +10,11 @@ from pathlib import Path
 import torch
 
 from fastln.errors import FastLNError
+from fastln_kernels.cpu import memory
+from fastln_kernels.cpu.library import KernelsUnavailableError
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 DEVICES = ("auto", "cpu", "cuda")
-# M_MMAP_MAX: no mappings of their own for large blocks. M_TRIM_THRESHOLD: the heap's end stays, of whatever size (-1).
-# M_TOP_PAD: it grows by 64 MiB at a time. The numbers are those of glibc's malloc.h.
-_KEEP_PAGES = ((-4, 0), (-1, -1), (-2, 64 << 20))
 
 
 def settle_device(name: str) -> torch.device:
@@ -56,26 +53,23 @@ def has_bfloat16_units(device: torch.device) -> bool:
     return bool({"avx512_bf16", "amx_bf16", "bf16"} & cpu_flags())
 
 
-@functools.cache
 def keep_pages() -> str:
-    """Have the C library keep the memory that this process frees, for the next step to use as it is.
+    """Have this process keep the memory of large CPU tensors that are freed, for the next step to use as it is.
 
-    A training step frees and asks again for the same large tensors. By default glibc gives those of 32 MiB and more
-    back to the system at once, and the end of its heap every so often; each page is then mapped and zeroed again, at
-    the next touch. Memory that a process has had stays its own instead, until it ends. `FASTLN_KEEP_PAGES=0` leaves
-    the C library alone; only glibc is known to have the switches.
+    A training step frees and asks again for the same large tensors. Left alone, the C library gives the largest back
+    to the system at once; each page is then mapped and zeroed again, at the next touch. Memory that a process has had
+    for tensors of 64 KiB and more stays theirs instead, until it ends. `FASTLN_KEEP_PAGES=0` leaves torch alone.
 
     Returns:
         What was done, in words for a user.
     """
     if os.environ.get("FASTLN_KEEP_PAGES", "1") == "0":
-        return "given back to the system when freed (FASTLN_KEEP_PAGES=0)"
-    if platform.libc_ver()[0] != "glibc":
-        return "as the C library pleases: it is not glibc"
-    mallopt = ctypes.CDLL(None).mallopt
-    if not all(mallopt(option, value) for option, value in _KEEP_PAGES):
-        return "as the C library pleases: glibc refused"
-    return "kept for the next step when freed (glibc; FASTLN_KEEP_PAGES=0 to give it back)"
+        return "as the C library pleases (FASTLN_KEEP_PAGES=0)"
+    try:
+        memory.keep()
+    except KernelsUnavailableError as error:
+        return f"as the C library pleases ({error})"
+    return "of large tensors kept for the next step (FASTLN_KEEP_PAGES=0: as the C library pleases)"
 
 
 def cpu_flags() -> set[str]:

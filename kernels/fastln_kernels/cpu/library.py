@@ -1,8 +1,9 @@
 """Kernels in C++ for CPUs: compiled by the machine's compiler when they are first used, kept for all later processes.
 
 A source file `NAME.cpp` beside this module, with the headers beside it, becomes one shared library with a C interface.
-It includes nothing of torch and links nothing, so that it compiles in seconds; threads are those of the OpenMP runtime
-that torch has loaded (`parallel.h`). Libraries lie in `$FASTLN_CACHE`, else `$XDG_CACHE_HOME/fastln`, else
+It includes nothing of torch and links nothing, so that it compiles in seconds and outlives torch's versions (but
+`memory.cpp` is a part of torch's own); threads are those of the OpenMP runtime that torch has loaded (`parallel.h`).
+Libraries lie in `$FASTLN_CACHE`, else `$XDG_CACHE_HOME/fastln`, else
 `~/.cache/fastln`, under the hash of everything that they depend on: sources, compiler, flags, processor.
 
 Environment: `FASTLN_CPU_KERNELS=0` does without compiled kernels, `CXX` names the compiler, `FASTLN_CPU_ARCH` what
@@ -34,6 +35,9 @@ DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 SOURCES = Path(__file__).parent
 # NaN and Inf must pass through, so of -ffast-math only what leaves values alone.
 _FLAGS = ("-std=c++17", "-O2", "-fPIC", "-shared", "-fno-math-errno", "-fno-trapping-math", "-w")
+_TORCH = Path(torch.__file__).parent
+# For a source that is a part of torch's own: headers and core library; the version, so that another compiles it again.
+_WITH_TORCH = (f"-DTORCH={torch.__version__}", "-isystem", f"{_TORCH}/include", f"-L{_TORCH}/lib", "-lc10")
 _COMPILERS = ("c++", "g++", "clang++")
 
 
@@ -42,8 +46,12 @@ class KernelsUnavailableError(Exception):
 
 
 @functools.cache
-def load(name: str) -> ctypes.CDLL:
+def load(name: str, *, with_torch: bool = False) -> ctypes.CDLL:
     """Return the library made of `name`.cpp, compiled now if it is not in the cache.
+
+    Args:
+        name: of the source.
+        with_torch: whether it includes torch's headers; then it belongs to this version of torch alone.
 
     Raises:
         KernelsUnavailableError: If the kernels are switched off, or there is no compiler, or it fails (a warning says
@@ -52,7 +60,7 @@ def load(name: str) -> ctypes.CDLL:
     if os.environ.get("FASTLN_CPU_KERNELS", "1") == "0":
         raise KernelsUnavailableError("FASTLN_CPU_KERNELS=0 switches the compiled kernels off")
     try:
-        return ctypes.CDLL(str(_build(name)))
+        return ctypes.CDLL(str(_build(name, _WITH_TORCH if with_torch else ())))
     except (KernelsUnavailableError, OSError) as error:
         logger.warning("%s on CPU tensors is slower than it could be: no compiled kernels (%s)", name, error)
         raise KernelsUnavailableError(str(error)) from error
@@ -93,7 +101,7 @@ def compiler() -> list[str]:
     return next(([path] for name in _COMPILERS if (path := shutil.which(name))), [])
 
 
-def _build(name: str) -> Path:
+def _build(name: str, more_flags: Sequence[str] = ()) -> Path:
     """Return the path of a library, compiled now if it is not there. Processes that do so at once do no harm."""
     command = compiler()
     if not command:
@@ -101,7 +109,7 @@ def _build(name: str) -> Path:
     flags = [*_FLAGS, f"-march={os.environ.get('FASTLN_CPU_ARCH', 'native')}"]
     sources = [SOURCES / f"{name}.cpp", *sorted(SOURCES.glob("*.h"))]
     depends = hashlib.sha256()
-    for part in (*(s.read_text() for s in sources), _run([*command, "--version"]), *flags, _processor()):
+    for part in (*(s.read_text() for s in sources), _run([*command, "--version"]), *flags, *more_flags, _processor()):
         depends.update(part.encode() + b"\0")
     directory = cache_directory()
     target = directory / f"{name}-{depends.hexdigest()[:32]}.so"
@@ -112,7 +120,7 @@ def _build(name: str) -> Path:
     directory.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=directory) as scratch:
         made = Path(scratch) / target.name
-        _run([*command, *flags, str(sources[0]), "-o", str(made)])
+        _run([*command, *flags, str(sources[0]), "-o", str(made), *more_flags])
         made.replace(target)  # at once: nobody sees half a library
     logger.info("compiled %s.cpp in %.1f s", name, time.perf_counter() - start)
     return target

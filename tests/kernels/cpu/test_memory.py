@@ -1,0 +1,181 @@
+"""The arena of large tensors: blocks that are whole, aligned and apart, holes that merge, children, doing without."""
+
+import itertools
+import random
+import subprocess
+import sys
+import threading
+
+import pytest
+import torch
+
+from fastln_kernels.cpu import library, memory
+from fastln_kernels.cpu.library import KernelsUnavailableError
+
+try:
+    memory.keep()
+    WHY_NOT = None
+except KernelsUnavailableError as error:
+    WHY_NOT = str(error)
+needs_arena = pytest.mark.skipif(WHY_NOT is not None, reason=f"{WHY_NOT}")
+KIB, MIB = 1 << 10, 1 << 20
+
+START = """
+import os, threading, torch
+from fastln_kernels.cpu import memory
+KIB, MIB = 1 << 10, 1 << 20
+def empty(n_bytes):
+    return torch.empty(n_bytes, dtype=torch.uint8)
+"""
+
+# In a process of its own, whose arena nothing else has cut up.
+HOLES = """
+memory.keep()
+sizes = (MIB, 2 * MIB, 3 * MIB, 4 * MIB, MIB - 1, 64 * KIB)
+begins = (0, MIB, 3 * MIB, 6 * MIB, 10 * MIB, 11 * MIB)  # each where the one before ends
+begin, blocks = empty(MIB).data_ptr(), []
+def place(tensor):
+    return tensor.data_ptr() - begin
+def free(*which):  # of as many blocks as there are sizes
+    blocks.clear()
+    blocks.extend(empty(n) for n in sizes)
+    assert tuple(map(place, blocks)) == begins
+    for number in which:
+        blocks[number] = None
+free(0, 1)  # the neighbour before is free
+assert place(empty(3 * MIB)) == 0
+free(2, 1)  # the one after
+assert place(empty(5 * MIB)) == MIB
+free(0, 2, 1)  # both
+assert place(empty(6 * MIB)) == 0
+free(1, 3)  # the smallest hole that is large enough; what is left of it stays free
+first, second, third = empty(MIB), empty(3 * MIB), empty(MIB)
+assert (place(first), place(second)) == (MIB, 6 * MIB)
+assert place(third) == 2 * MIB  # of two that fit alike the lowest
+"""
+
+SMALL_ONES_STAY = """
+memory.keep()
+kept, addresses = [], []
+for n in (8, 40, 20, 80):  # as many bytes each time, in other pieces
+    tensors = []
+    for _ in range(80 // n):
+        tensors.append(empty(n * MIB))
+        kept.append(empty(KIB))
+        addresses.append(tensors[-1].data_ptr())
+        assert addresses[-1] + n * MIB <= addresses[0] + 80 * MIB
+"""
+
+CHILDREN = """
+before = empty(MIB).fill_(7)
+memory.keep()
+def die_of(child):
+    _, status = os.waitpid(child, 0)
+    assert status == 0, status
+weights = empty(MIB).fill_(3)
+stop = threading.Event()
+def work():
+    while not stop.is_set():
+        assert (empty(100 * KIB).fill_(1) == 1).all()
+threads = [threading.Thread(target=work) for _ in range(3)]
+for thread in threads:
+    thread.start()
+for _ in range(30):
+    child = os.fork()
+    if not child:
+        mine = empty(MIB).fill_(4)
+        good = (weights == 3).all() and (mine == 4).all() and mine.data_ptr() != weights.data_ptr()
+        del mine, globals()["weights"]
+        os._exit(0 if good else 1)
+    die_of(child)
+stop.set()
+for thread in threads:
+    thread.join()
+assert (weights == 3).all()
+# A tensor from before is torch's standard allocator's, and stays so when it grows.
+before.untyped_storage().resize_(2 * MIB)
+assert (before == 7).all()
+data = torch.utils.data.DataLoader(torch.arange(4.0).repeat_interleave(MIB // 4).view(4, -1), num_workers=2)
+assert [batch.mean().item() for batch in data] == [0, 1, 2, 3]
+"""
+
+
+def run(program, **settings):
+    done = subprocess.run([sys.executable, "-c", START + program], capture_output=True, text=True, **settings)
+    assert done.returncode == 0, done.stderr
+
+
+@needs_arena
+@pytest.mark.parametrize("program", [HOLES, SMALL_ONES_STAY, CHILDREN], ids=["holes", "small_ones_stay", "children"])
+def test_in_a_process_of_its_own(program):
+    run(program, timeout=280)
+
+
+@needs_arena
+@pytest.mark.parametrize("n_bytes", [0, 1, 64 * KIB - 1, 64 * KIB, 64 * KIB + 1, 5 * MIB + 3])
+def test_every_size_is_aligned_and_apart(n_bytes):
+    tensors = [torch.empty(n_bytes, dtype=torch.uint8) for _ in range(5)]
+    assert all(tensor.data_ptr() % 64 == 0 for tensor in tensors)
+    starts = sorted(tensor.data_ptr() for tensor in tensors)
+    assert all(right - left >= n_bytes for left, right in itertools.pairwise(starts))
+
+
+@needs_arena
+def test_threads_that_free_each_other_s_tensors_see_their_own_values():
+    held: list[tuple[torch.Tensor, int]] = [(torch.zeros(1), 0)] * 16
+    wrong = []
+
+    def work(seed):
+        draw = random.Random(seed)
+        for number in range(300):
+            value = seed * 1000 + number
+            tensor = torch.full((draw.choice((1, 1000, 20_000, 100_000, 400_000)) + draw.randrange(99),), float(value))
+            place = draw.randrange(len(held))
+            old, expected = held[place]
+            held[place] = (tensor, value)
+            if not (old == expected).all():
+                wrong.append(expected)
+
+    threads = [threading.Thread(target=work, args=(seed,)) for seed in range(1, 5)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
+    assert all((tensor == value).all() for tensor, value in held)
+
+
+@needs_arena
+def test_what_no_machine_has_is_torch_s_error():
+    with pytest.raises(RuntimeError, match="can't allocate memory"):
+        torch.empty(1 << 60, dtype=torch.uint8)
+
+
+@needs_arena
+def test_the_profiler_sees_large_tensors():
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        torch.empty(MIB, dtype=torch.uint8)
+    assert max(event.self_cpu_memory_usage for event in profile.events()) == MIB
+
+
+def test_without_compiled_kernels_the_error_says_why(monkeypatch):
+    library.load.cache_clear()
+    monkeypatch.setenv("FASTLN_CPU_KERNELS", "0")
+    with pytest.raises(KernelsUnavailableError, match="FASTLN_CPU_KERNELS=0" if sys.platform == "linux" else "Linux"):
+        memory.keep.__wrapped__()
+
+
+@needs_arena
+def test_where_no_addresses_are_to_be_had_torch_keeps_its_own():
+    run("""
+import resource
+resource.setrlimit(resource.RLIMIT_AS, (8 << 30, 8 << 30))
+os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGESIZE") > 8 << 30 or exit()
+try:
+    memory.keep()
+except memory.KernelsUnavailableError as error:
+    assert "ulimit" in str(error), error
+else:
+    raise AssertionError("kept")
+assert (empty(MIB).fill_(1) == 1).all()
+""")
