@@ -199,7 +199,7 @@ def test_what_commands_refuse(words, message, monkeypatch, capsys):
             "blip",
             "LN-F-T",
             "text 0 of 9,884,928, decoder 10,034,560",
-            "norms 0.003, the method's others 5e-05, task head 0.001",
+            "norms 0.003, the method's others 5e-05",
         ),
     ],
 )
