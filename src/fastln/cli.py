@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 import logging
 import sys
+import warnings
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from tqdm.contrib.logging import logging_redirect_tqdm
 
 from fastln.configured import ConfiguredCommand
 from fastln.errors import FastLNError
@@ -263,12 +265,18 @@ def doctor(
     typer.echo(json.dumps(findings, indent=2) if as_json else render(findings))
 
 
+def _one_line(message: Warning | str, *_: object, **__: object) -> str:
+    return f"warning: {message}\n"
+
+
 def main() -> None:
     """Run the command line; a user's error is one line on stderr and exit status 2."""
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     logging.getLogger("httpx").setLevel(logging.WARNING)
+    warnings.formatwarning = _one_line
     try:
-        app()
+        with logging_redirect_tqdm():  # a message has a line of its own beside a progress bar
+            app()
     except FastLNError as error:
         typer.echo(f"error: {error}", err=True)
         sys.exit(2)

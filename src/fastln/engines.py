@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -181,7 +182,10 @@ def load_trained_adapter(task: Task, directory: Path) -> None:
             as `load_adapter` does.
     """
     if (kind := adapter_type(directory)) == LN_TUNING:
-        load_adapter(task.model, directory)
+        with warnings.catch_warnings():
+            # What `fastln train` saved and scored was rounded to the model's dtype just so.
+            warnings.filterwarnings("ignore", message=".* rounds ")
+            load_adapter(task.model, directory)
     else:
         if kind in _VIRTUAL:
             raise FastLNError(

@@ -100,14 +100,16 @@ def test_two_files_of_one_split(tmp_path):
 def test_lines_that_cannot_be_parsed_are_bad_rows(tmp_path):
     spec = JSONL.make(tmp_path)
     file = tmp_path / "train.jsonl"
-    file.write_text(file.read_text() + '\n{"image" "a"}\n["a"]\n[' + "9" * 5000 + "]\n" + "[" * 200_000)
+    odd = ['{"image" "a"}', '["a"]', "[" + "9" * 5000 + "]", "[" * 200_000, '{"image": ', "{}"]
+    file.write_text("\n".join((file.read_text(), *odd)))
     message = refusal(spec)
-    assert message.startswith("5 bad row(s)")
+    assert message.startswith("7 bad row(s)")
     assert f"{file}: row 1: the line is empty" in message
     assert f"{file}: row 2: column 10: not valid JSON: Expecting ':' delimiter" in message
     assert f'{file}: row 3: an object with named fields is needed, this is ["a"]' in message
     assert f"{file}: row 4: not valid JSON: " in message
     assert f"{file}: row 5: not valid JSON: " in message
+    assert f"{file}: row 6: column 11: not valid JSON: Expecting value" in message
 
 
 def test_csv_lines_with_too_few_or_many_fields_are_bad_rows(tmp_path):
@@ -139,7 +141,10 @@ def test_files_that_are_no_csv(tmp_path, content, reason):
 def test_a_missing_column_is_told_once(tmp_path):
     spec = CSV.make(tmp_path)
     (tmp_path / "train.csv").write_text("image;question;answer\n0.jpg;Q;A\n1.jpg;Q;A\n")
-    assert refusal(spec) == f"{tmp_path / 'train.csv'}: no column question, answer; it has image;question;answer"
+    found = "it has image;question;answer; commas must stand between columns"
+    assert refusal(spec) == f"{tmp_path / 'train.csv'}: no column question, answer; {found}"
+    (tmp_path / "train.csv").write_text("Image,Question,Answer\n0.jpg,Q,A\n")
+    assert refusal(spec).endswith("it has Image, Question, Answer; names of columns are in small letters")
     (tmp_path / "train.csv").write_text("question,answer\nQ,A\n")
     assert "train.csv: row 0: field 'image' is missing" in refusal(spec)  # the other splits have images
 

@@ -116,7 +116,7 @@ def test_a_stopped_run_resumes_to_the_same_weights(kind, tmp_path):
         return tiny.TASKS[kind](tmp_path / kind if kind == "blip" else tmp_path, data)
 
     straight = fresh()
-    train_task(straight, data, CONFIG, checkpoints=tmp_path / "a", progress=False)
+    whole = train_task(straight, data, CONFIG, checkpoints=tmp_path / "a", progress=False)
 
     class StoppedError(Exception):
         pass
@@ -137,11 +137,13 @@ def test_a_stopped_run_resumes_to_the_same_weights(kind, tmp_path):
         train_task(stopped, data, CONFIG, checkpoints=tmp_path / "b", progress=False)
     handle.remove()
     resumed = fresh()
-    train_task(resumed, data, CONFIG, checkpoints=tmp_path / "b", resume=True, progress=False)
+    rest = train_task(resumed, data, CONFIG, checkpoints=tmp_path / "b", resume=True, progress=False)
+    assert rest.losses == whole.losses[-6:]
     for name, tensor in straight.model.state_dict().items():
         assert torch.equal(tensor, resumed.model.state_dict()[name]), name
-    log = [json.loads(line)["step"] for line in (tmp_path / "a" / "log.jsonl").read_text().splitlines()]
-    assert log == list(range(1, 7))
+    logs = [(tmp_path / name / "log.jsonl").read_text() for name in ("a", "b")]
+    assert logs[0] == logs[1]
+    assert [json.loads(line)["step"] for line in logs[0].splitlines()] == list(range(1, 7))
 
 
 @pytest.mark.usefixtures("few")
@@ -411,3 +413,14 @@ def test_evaluation_leaves_the_mode_as_it_was(tmp_path):
     task.model.train()
     evaluate(task, data)
     assert task.model.training
+
+
+@pytest.mark.usefixtures("few")
+def test_a_finished_run_is_left_alone_and_a_dry_run_beside_it_shows(tmp_path, capsys):
+    run, out = TrainRun("phantom", spec(tmp_path), None, CONFIG), tmp_path / "out"
+    run_training(run, out)
+    before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+    assert run_training(run, out, resume=True) is None
+    assert run_training(run, out, dry_run=True) is None
+    assert "first batch" in capsys.readouterr().out
+    assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == before

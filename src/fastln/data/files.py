@@ -126,7 +126,7 @@ def _json_lines(stream: TextIO) -> Iterator[Any]:
             yield BadRowError("the line is empty")
             continue
         try:
-            yield json.loads(line)
+            yield json.loads(line.rstrip("\r\n"))  # where a line breaks off is told as its end
         except json.JSONDecodeError as error:
             yield BadRowError(f"column {error.colno}: not valid JSON: {error.msg}")
         except (ValueError, RecursionError) as error:
@@ -160,8 +160,15 @@ def check_columns(file: Path, needed: Iterable[str], present: Iterable[str]) -> 
     Raises:
         FastLNError: It lacks some.
     """
+    present = list(present)
     if missing := [name for name in needed if name not in present]:
-        raise FastLNError(f"{file}: no column {', '.join(missing)}; it has {', '.join(present)}")
+        found = ", ".join(present)
+        hint = ""
+        if {name.lower() for name in present} >= set(missing):
+            hint = "; names of columns are in small letters"
+        elif len(present) == 1 and any(mark in found for mark in ";\t"):
+            hint = "; commas must stand between columns"
+        raise FastLNError(f"{file}: no column {', '.join(missing)}; it has {found}{hint}")
 
 
 def _first_wrong_byte(file: Path) -> int:

@@ -70,7 +70,7 @@ class VQATask(Task, ABC):
 
     vision: str = ""
     takes: frozenset[str] = frozenset({"images"})
-    does: str = "it answers one question about one image"
+    does: str = "it answers one question about one image (models that chat, chat:SOURCE, take all of these)"
     shares_images: bool = False
 
     def __init__(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 from collections.abc import Sequence
@@ -71,6 +72,16 @@ class StepLog(TrainerCallback):
     def __init__(self, path: Path | None) -> None:
         self.losses: list[float] = []
         self.path = path
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Take up a resumed run's losses; what its file has from after the checkpoint goes: those steps come again."""
+        self.losses = [entry["loss"] for entry in state.log_history if "loss" in entry]
+        if self.path is not None and self.path.is_file() and state.is_world_process_zero:
+            with self.path.open() as file:
+                rows = list(itertools.islice(file, state.global_step))  # a row is a step's
+            self.path.write_text("".join(rows))
 
     def on_log(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: Any = None, **kwargs: Any

@@ -104,6 +104,9 @@ def run_training(
         features: keeps what a frozen vision tower gives for each image; None for no caching.
         dry_run: print what would train, the memory it takes and the first batch; write nothing and return None.
 
+    Returns:
+        What came of it; None where nothing was to be done.
+
     Raises:
         FastLNError: for anything in `run` that cannot be had as given, an `out` that already holds a run, or one to
             resume that had other options or read other questions.
@@ -113,12 +116,15 @@ def run_training(
     device = settle_device(run.device)
     dtype = settle_dtype(run.dtype, device)
     is_first = os.environ.get("RANK", "0") == "0"  # torchrun's; accelerate is not set up before the Trainer is
-    if is_first:
+    if is_first and not dry_run:
         _check_folder(run, out, resume=resume, overwrite=overwrite)
     source = load_source(run.data, run.options)
     digests = {split: digest(samples) for split, samples in source.splits.items()}
     if is_first and resume:
         _check_same_data(run, digests, out / RECORD)
+    if resume and _is_finished(out):
+        logger.info("%s: this run is finished, and nothing is left to resume", out)
+        return None
     data = source.dataset("train", validation_fraction=run.validation)
     # What cannot be had is better found before the training than after.
     scored = {split: source.dataset(split) for split in ("validation", "test") if split in source.splits}
@@ -274,18 +280,22 @@ def _check_folder(run: TrainRun, out: Path, *, resume: bool, overwrite: bool) ->
 
 def _came_to_nothing(out: Path) -> bool:
     """Whether the run in `out` ended before its first checkpoint, so that nothing is lost by starting again."""
+    return _is_finished(out) is False and not checkpoints_in(out / CHECKPOINTS)
+
+
+def _is_finished(out: Path) -> bool | None:
+    """Whether the run in `out` came to its end; None where no record says so."""
     try:
-        finished = json.loads((out / RECORD).read_text())["finished"]
+        return bool(json.loads((out / RECORD).read_text())["finished"])
     except (OSError, ValueError, KeyError, TypeError):
-        return False
-    return not finished and not checkpoints_in(out / CHECKPOINTS)
+        return None
 
 
 def _check_same(run: TrainRun, record: Path) -> None:
     before = _options(_recorded(record, "run"))
     for name, value in json.loads(json.dumps(_options(asdict(run)))).items():  # as the record has it: lists, no tuples
         if before.get(name) != value:
-            raise FastLNError(f"{record}: the run to resume had {name} {before.get(name)!r}, not {value!r}")
+            raise FastLNError(f"{record}: the run to resume had {name} {_shown(before.get(name))}, not {_shown(value)}")
 
 
 def _check_same_data(run: TrainRun, digests: dict[str, str], record: Path) -> None:
@@ -303,6 +313,10 @@ def _recorded(record: Path, name: str) -> dict[str, Any]:
         return dict(json.loads(record.read_text())[name])
     except (OSError, ValueError, KeyError, TypeError):
         raise FastLNError(f"{record}: is no record of a run to resume") from None
+
+
+def _shown(value: object) -> str:
+    return "by default" if value is None else repr(value)
 
 
 def _options(run: dict[str, Any]) -> dict[str, Any]:

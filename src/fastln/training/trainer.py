@@ -98,8 +98,8 @@ class TrainResult:
     """What a training run did.
 
     Attributes:
-        losses: the loss of every step (of those that this call took, where a run was resumed).
-        seconds: wall-clock time of training.
+        losses: the loss of every step (without those of the head alone, where a run was resumed).
+        seconds: wall-clock time of training, of this call.
         trainable_parameters: how many parameters the method trained.
         total_parameters: how many the model has.
     """
