@@ -128,7 +128,8 @@ def table(records: list[Record], timed: dict[tuple[str, str], Record]) -> str:
         cells = [method, engine, rates, f"{rate_of(full[0]):.1e}", *accuracies, seeds]
         cells += [f"{full[0]['training']['trainable_parameters']:,}"]
         if row := timed.get((method, engine)) or timed.get((method, "torch")):
-            cells += [f"{row['step_seconds']:.2f}", f"{row['peak_memory_bytes'] / 2**20:,.0f}"]
+            by = "" if row["engine"] == engine else f" ({row['engine']})"
+            cells += [f"{row['step_seconds']:.2f}{by}", f"{row['peak_memory_bytes'] / 2**20:,.0f}{by}"]
         else:
             cells += ["–", "–"]
         cells.append(f"{max(sizes):,}" if sizes else "none")

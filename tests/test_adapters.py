@@ -128,6 +128,10 @@ def test_half_precision_takes_half_the_bytes_and_says_what_it_rounds(tmp_path):
         assert torch.equal(again.get_parameter(name), model.get_parameter(name).half().float())
     with pytest.raises(FastLNError, match="an adapter in torch"):
         fastln.save_adapter(model, tmp_path / "half", dtype=torch.int16)
+    with torch.no_grad():
+        model.model.norm.weight[3] = 7e4
+    with pytest.raises(FastLNError, match=r"model\.norm\.weight has values beyond the range of torch\.float16"):
+        fastln.save_adapter(model, tmp_path / "half", dtype=torch.float16)
 
 
 LARGE = {

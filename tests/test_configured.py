@@ -127,7 +127,9 @@ def test_an_argument_has_a_key_and_a_path_is_not_mistaken_for_one(words, expande
     assert expand(COMMANDS["eval"], words) == expanded
 
 
-@pytest.mark.parametrize("name", ["1.10", "010", "1_000", "12:30", "2026-11-26", "1e3", "0x10", "'null'", '"true"'])
+@pytest.mark.parametrize(
+    "name", ["1.10", "010", "no", "on", "Off", "1_000", "12:30", "2026-11-26", "1e3", "0x10", "'null'", '"true"']
+)
 def test_a_name_that_looks_like_a_number_stays_as_it_is(name, config):
     bare = name.strip("'\"")
     for words in ([f"out={name}"], ["--config", str(config(f"out: {name}"))]):

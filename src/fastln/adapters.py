@@ -1,8 +1,9 @@
 """Adapters: the tuned norms of a model in a file of some hundred kilobytes, in peft's layout for LN tuning.
 
 An adapter is a folder with `adapter_model.safetensors` and `adapter_config.json`. It holds the norms that were tuned,
-in float32, and whole modules beside them, such as a task head (`also` of `prepare`; peft's `modules_to_save`). The
-metadata of the tensors' file has a fingerprint of the frozen parameters: an adapter meets no other base than its own.
+in float32 unless another dtype is asked for, and whole modules beside them, such as a task head (`also` of `prepare`;
+peft's `modules_to_save`). The metadata of the tensors' file has a fingerprint of the frozen parameters: an adapter
+meets no other base than its own.
 """
 
 from __future__ import annotations
@@ -66,9 +67,9 @@ def save_adapter(model: nn.Module, directory: str | Path, *, dtype: torch.dtype 
             much. A bfloat16 base takes merged values with an eighth of that precision.
 
     Raises:
-        FastLNError: if `dtype` is none of 16 bits or more, the model is not prepared, no norm of it trains, something
-            else trains than norms and the modules in `also` (an adapter of this kind cannot hold it), or the folder
-            cannot be written to, in which case what was there before is whole.
+        FastLNError: if `dtype` is none of 16 bits or more, or too narrow for a value, the model is not prepared, no
+            norm of it trains, something else trains than norms and the modules in `also` (an adapter of this kind
+            cannot hold it), or the folder cannot be written to, in which case what was there before is whole.
     """
     if not dtype.is_floating_point or dtype.itemsize < 2:
         raise FastLNError(f"an adapter in {dtype}: its norms can be float32, bfloat16, float16 or float64")
@@ -123,12 +124,15 @@ def save_adapter(model: nn.Module, directory: str | Path, *, dtype: torch.dtype 
     }
     if not _writes():
         return
+    written = {name: tensors[f"{_PREFIX}{_TUNED.join(name.rsplit('.', 1))}"] for name in tuned}
+    for name, tensor in written.items():
+        if tensor.isinf().any() and not _gathered(tuned[name]).isinf().any():
+            raise FastLNError(f"{name} has values beyond the range of {dtype}: save the adapter in a wider dtype")
     contents = {WEIGHTS: save(tensors, metadata), CONFIG: (json.dumps(config, indent=2) + "\n").encode()}
     try:
         replace_files(Path(directory), contents)
     except OSError as error:
         raise FastLNError(f"{directory}: the adapter cannot be written, and nothing there changed: {error}") from error
-    written = {name: tensors[f"{_PREFIX}{_TUNED.join(name.rsplit('.', 1))}"] for name in tuned}
     _warn_of_rounding({name: _gathered(p) for name, p in tuned.items()}, written, "a wider dtype keeps every digit")
 
 

@@ -183,7 +183,7 @@ def load_trained_adapter(task: Task, directory: Path) -> None:
     """
     if (kind := adapter_type(directory)) == LN_TUNING:
         with warnings.catch_warnings():
-            # What `fastln train` saved and scored was rounded to the model's dtype just so.
+            # The model is scored in its own dtype, as `fastln train` saves and scores it.
             warnings.filterwarnings("ignore", message=".* rounds ")
             load_adapter(task.model, directory)
     else:

@@ -75,6 +75,9 @@ def test_names_of_files(tmp_path, train, validation):
     assert source.name == "vqa-rad"
     assert {split: len(samples) for split, samples in source.splits.items()} == {"train": 1, "validation": 1}
     assert load_source(str(folder), DataOptions(layout="path-vqa")).splits == source.splits
+    for number, split in enumerate(("train", "validation")):
+        data = source.dataset(split)
+        assert data.image(data[0].image).tobytes() == read_image(jpeg(number), "").tobytes()
 
 
 def test_files_that_are_no_parquet_or_lack_a_column(tmp_path):

@@ -62,7 +62,7 @@ def load(name: str, *, with_torch: bool = False) -> ctypes.CDLL:
     try:
         return ctypes.CDLL(str(_build(name, _WITH_TORCH if with_torch else ())))
     except (KernelsUnavailableError, OSError) as error:
-        logger.warning("%s on CPU tensors is slower than it could be: no compiled kernels (%s)", name, error)
+        logger.warning("%s on CPUs: no compiled code, so that steps are slower than they could be (%s)", name, error)
         raise KernelsUnavailableError(str(error)) from error
 
 

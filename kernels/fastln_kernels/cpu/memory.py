@@ -8,7 +8,6 @@ from fastln_kernels.cpu import library
 from fastln_kernels.cpu.library import KernelsUnavailableError
 
 
-@functools.cache
 def keep() -> None:
     """Have torch allocate large CPU tensors, from now on and in the whole process, in memory that is kept when freed.
 
@@ -17,9 +16,18 @@ def keep() -> None:
     Raises:
         KernelsUnavailableError: If this is not Linux, or as `library.load`, or torch or the system refuses.
     """
+    if refusal := _refusal():
+        raise KernelsUnavailableError(refusal)
+
+
+@functools.cache  # tried once, also where it is refused
+def _refusal() -> str | None:
     if sys.platform != "linux":
-        raise KernelsUnavailableError(f"the arena is written for Linux, and this is {sys.platform}")
-    install = library.load("memory", with_torch=True).fastln_keep_memory
+        return f"the arena is written for Linux, and this is {sys.platform}"
+    try:
+        install = library.load("memory", with_torch=True).fastln_keep_memory
+    except KernelsUnavailableError as error:
+        return str(error)
     install.argtypes, install.restype = [], ctypes.c_char_p
-    if refusal := install():
-        raise KernelsUnavailableError(refusal.decode())
+    refusal = install()
+    return refusal.decode() if refusal else None

@@ -17,7 +17,8 @@ _AFTER_A_VALUE = frozenset(",]}")
 
 
 class JsonStream:
-    """Takes the parts of a JSON text one after the other; only the value at hand and what was read ahead are held.
+    """Takes the parts of a JSON text one after the other; only the value at hand and what was read ahead are held
+    (of a value that is no JSON all that follows, for it might have been a long one).
 
     Args:
         stream: The text.

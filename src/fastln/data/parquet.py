@@ -61,8 +61,8 @@ def read(path: Path, options: DataOptions) -> Source:
     rows = RowChecker([], skip=options.skip_bad_rows)
     images = _Images()
 
-    def parse(file: Path, row: dict[str, Any], index: int) -> Sample:
-        key = f"{file.stem}/{index:06d}"
+    def parse(name: str, row: dict[str, Any], index: int) -> Sample:
+        key = f"{name}/{index:06d}"
         return Sample(
             id=row_id(row, key),
             image=images.add(row["image"], row["place"], key),
@@ -75,7 +75,7 @@ def read(path: Path, options: DataOptions) -> Source:
     for split, names in files.items():
         splits[split] = []
         for file in names:
-            splits[split] += rows.read(file, _rows(file), functools.partial(parse, file))
+            splits[split] += rows.read(file, _rows(file), functools.partial(parse, _name(path, file)))
     return rows.source(data_name(path), splits, functools.partial(_image, images.places))
 
 
@@ -91,6 +91,11 @@ def _split_files(path: Path) -> dict[str, list[Path]]:
         if files:
             return files
     return {}
+
+
+def _name(path: Path, file: Path) -> str:
+    """Name a file apart from all others of the data: those in folders of splits may be called alike."""
+    return file.relative_to(path).with_suffix("").as_posix().removeprefix("data/") if path.is_dir() else file.stem
 
 
 class _Place(NamedTuple):

@@ -22,11 +22,11 @@ def saved_model(source: str) -> str:
         FastLNError: if that run did not finish.
     """
     folder = Path(source)
-    if (folder / MODEL / "config.json").is_file():
-        return str(folder / MODEL)
-    if (folder / RECORD).is_file():
+    if not (folder / RECORD).is_file():
+        return source
+    if not (folder / MODEL / "config.json").is_file():
         raise FastLNError(f"{source}: this run did not finish, so there is no model yet; continue it with --resume")
-    return source
+    return str(folder / MODEL)
 
 
 def check_source(source: str) -> None:

@@ -271,7 +271,7 @@ def _check_folder(run: TrainRun, out: Path, *, resume: bool, overwrite: bool) ->
     if out.exists() and not out.is_dir():
         raise FastLNError(f"{out}: is a file; give a folder")
     if resume:
-        if not checkpoints_in(out / CHECKPOINTS):
+        if not checkpoints_in(out / CHECKPOINTS) and not _is_finished(out):
             raise FastLNError(f"{out}: there is no checkpoint to resume from")
         _check_same(run, out / RECORD)
     if not resume and not overwrite and out.is_dir() and any(out.iterdir()) and not _came_to_nothing(out):
@@ -279,8 +279,9 @@ def _check_folder(run: TrainRun, out: Path, *, resume: bool, overwrite: bool) ->
 
 
 def _came_to_nothing(out: Path) -> bool:
-    """Whether the run in `out` ended before its first checkpoint, so that nothing is lost by starting again."""
-    return _is_finished(out) is False and not checkpoints_in(out / CHECKPOINTS)
+    """Whether the run in `out` ended before it wrote anything, so that nothing is lost by starting again."""
+    wrote = checkpoints_in(out / CHECKPOINTS) or (out / MODEL).exists() or (out / ADAPTER).exists()
+    return _is_finished(out) is False and not wrote
 
 
 def _is_finished(out: Path) -> bool | None:

@@ -111,7 +111,7 @@ class TrainResult:
 
 
 class TaskTrainer(ResumableTrainer):
-    """transformers' Trainer over a `VQATask`: image-grouped batches, float32 optimizer state, gradient check."""
+    """transformers' Trainer over a `VQATask`: its batches, float32 optimizer state, gradient check."""
 
     def __init__(self, task: VQATask, model: nn.Module, data: VQADataset, config: TrainConfig, **kwargs: Any) -> None:
         super().__init__(
@@ -127,7 +127,7 @@ class TaskTrainer(ResumableTrainer):
         self.task = task
 
     def get_train_dataloader(self) -> DataLoader:
-        """Batch the questions by image."""
+        """Return the task's batches."""
         batches = self.task.batches(
             self.train_dataset,
             self.config.batch_size,
