@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from fastln.rows import _Rows
+
 if "PYTEST_XDIST_WORKER" in os.environ:
     torch.set_num_threads(1)
 
@@ -20,3 +22,16 @@ def fastln_data() -> Path:
     if "FASTLN_DATA" not in os.environ:
         pytest.skip("FASTLN_DATA is not set: no folder of real data")
     return Path(os.environ["FASTLN_DATA"]).resolve()
+
+
+@pytest.fixture
+def computed_rows(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """How many rows each function of rows that waited was computed for, in order."""
+    counts: list[int] = []
+    make = _Rows.__init__
+
+    def counting(rows: _Rows, function, *args) -> None:
+        make(rows, lambda *parts: counts.append(len(parts[0])) or function(*parts), *args)
+
+    monkeypatch.setattr(_Rows, "__init__", counting)
+    return counts

@@ -19,6 +19,7 @@ from torch.utils._pytree import tree_map_only
 from fastln import ops
 from fastln.errors import FastLNError
 from fastln.ops.linear_cross_entropy import shaped_logits
+from fastln.rows import METADATA, computed, labelled
 
 
 class LazyLogits(Tensor):
@@ -67,7 +68,7 @@ class LazyLogits(Tensor):
         cls, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        if func in _METADATA:
+        if func in METADATA:
             with torch._C.DisableTorchFunctionSubclass():
                 return func(*args, **kwargs)
         rule = _RULES.get(func)
@@ -111,7 +112,9 @@ class LazyLogits(Tensor):
             # Leaving inference mode turns autograd on, even where it was off for another reason.
             with torch.inference_mode(False), torch.autocast(self.device.type, enabled=False):
                 if self._origin is None:
-                    self._computed = shaped_logits(F.linear(*self._parts()), *self._shape).to(self.dtype)
+                    hidden, weight, bias = self._parts()
+                    logits = F.linear(computed(hidden), weight, bias)
+                    self._computed = shaped_logits(logits, *self._shape).to(self.dtype)
                 else:
                     base, view = self._origin
                     self._computed = view(base._compute())
@@ -298,9 +301,13 @@ def _cross_entropy(
         one = torch.zeros(1, dtype=logits.dtype, device=logits.device)
         dtype = F.cross_entropy(one[None], torch.zeros_like(one, dtype=torch.int64)).dtype  # autocast decides, too
         with torch.autocast(logits.device.type, enabled=False):
+            hidden, weight, bias = logits._parts()
+            if reduction == "none":
+                hidden = computed(hidden)
+            else:
+                hidden, target = labelled(hidden, target, ignore_index)
             return ops.linear_cross_entropy(
-                *logits._parts(),
-                target,
+                *(hidden, weight, bias, target),
                 **logits._shape._asdict(),
                 ignore_index=ignore_index,
                 label_smoothing=label_smoothing,
@@ -326,12 +333,4 @@ _RULES: dict[Callable[..., Any], _Rule] = {
     Tensor.tanh: _tanh,
     torch.tanh: _tanh,
     F.cross_entropy: _cross_entropy,
-}
-
-# What the wrapper itself knows.
-_PROPERTIES = "shape dtype device layout ndim requires_grad is_leaf is_cpu is_cuda is_meta is_nested is_sparse"
-_METADATA = {
-    *(getattr(Tensor, name).__get__ for name in _PROPERTIES.split()),
-    *(Tensor.size, Tensor.stride, Tensor.dim, Tensor.numel, Tensor.__len__),
-    *(Tensor.is_contiguous, Tensor.is_floating_point, torch.is_floating_point),
 }

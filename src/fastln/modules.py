@@ -21,6 +21,7 @@ from transformers.pytorch_utils import Conv1D as StockConv1D
 from fastln import ops
 from fastln.logits import LazyLogits
 from fastln.ops import ActivationKind, NormKind
+from fastln.rows import LazyRows
 
 ATTRIBUTE = "_fastln"
 
@@ -266,19 +267,26 @@ class LMHead(nn.Linear):
         parameters = [self.weight] if self.bias is None else [self.weight, self.bias]
         return (
             self.training
-            and torch.is_grad_enabled()
-            and not torch.compiler.is_compiling()
-            and not torch.jit.is_tracing()
-            and not torch._C._are_functorch_transforms_active()
-            and type(input) is Tensor  # fakes, proxies and distributed tensors are others
-            and input.ndim > 1
+            and may_be_late(input)
             and all(type(parameter) is nn.Parameter for parameter in parameters)
             and any(t.requires_grad for t in (input, *parameters))
             and self.out_features > 1
-            and torch.amp.is_autocast_available(input.device.type)  # not on meta tensors
             and _dtypes_fit({t.dtype for t in (input, *parameters)}, input.device.type)
             and unwatched(self)
         )
+
+
+def may_be_late(x: Tensor) -> bool:
+    """Whether what is made of `x` may be computed after the module that makes it has returned."""
+    return (
+        torch.is_grad_enabled()
+        and not torch.compiler.is_compiling()
+        and not torch.jit.is_tracing()
+        and not torch._C._are_functorch_transforms_active()
+        and type(x) in (Tensor, LazyRows)  # fakes, proxies and distributed tensors are others
+        and x.ndim > 1
+        and torch.amp.is_autocast_available(x.device.type)  # not on meta tensors
+    )
 
 
 def unwatched(*modules: nn.Module) -> bool:

@@ -17,6 +17,7 @@ from fastln.families import find_norms
 from fastln.families.attention import restore_attention, use_fast_attention
 from fastln.families.blocks import use_stand_ins
 from fastln.families.head import use_lazy_head
+from fastln.families.last_block import spare_last_rows
 from fastln.families.linears import use_fast_linears
 from fastln.families.steps import spare_training_steps
 from fastln.machine import keep_pages
@@ -52,8 +53,9 @@ def prepare(
     """Choose what trains and have fastln compute all that stores more than it owes, in place.
 
     That is norms, activations, dropouts, post-norm blocks, gated MLPs, attention, the language-model head and, on a
-    CPU, linear layers. In training models make no cache of keys and values, unless they are told to, and gradient
-    checkpointing is done without reentry.
+    CPU, linear layers. In training models make no cache of keys and values, unless they are told to, gradient
+    checkpointing is done without reentry, and of the last block's tokens those that are read are computed beyond its
+    attention.
 
     Modules stay the objects that they are, with their hooks and attributes, and `state_dict()` keeps its keys and
     shapes. The parameters of trained norms become float32 in models of lower precision: at bfloat16 a step of 1e-4 on
@@ -124,6 +126,8 @@ def prepare(
     use_lazy_head(model)
     use_fast_linears(model, backend, device)
     state.hooks += spare_training_steps(model)
+    if backend != "reference":
+        state.hooks += spare_last_rows(model)
     setattr(model, STATE, state)
     return model
 

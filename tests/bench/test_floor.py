@@ -3,13 +3,16 @@
 import pytest
 import torch
 import transformers
+from family_models import batch, make
 from tiny import SIZES, blip_config
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from fastln.bench.floor import Products, count_operations, matrix_rate
 from fastln.methods import norm_parameters
+from fastln.modules import is_stand_in
 
+PER_ROW = 32 * 32 + 2 * 32 * 64  # of a block's products behind its attention
 TEXT = {**SIZES, "vocab_size": 64, "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
 
 
@@ -39,15 +42,28 @@ def test_blip_s_own_attention_is_counted_too():
     model = with_norms_alone(transformers.BlipForQuestionAnswering(config))
     ids = torch.randint(3, 100, (2, 6))
     batch = {"pixel_values": torch.randn(2, 3, 32, 32), "input_ids": ids, "decoder_input_ids": ids, "labels": ids}
-    assert count_operations(model, batch) == pytest.approx(counted_by_torch(model, batch), rel=1e-3)
+    first_tokens = 4 * 2 * PER_ROW  # of the images, pooled apart though nobody reads them
+    last_tokens = 4 * 2 * (PER_ROW + 32 * 32 + 32 * 160)  # of the answers, whose logits have no label: block and head
+    want = counted_by_torch(model, batch) + first_tokens - last_tokens
+    assert count_operations(model, batch) == pytest.approx(want, rel=1e-3)
 
 
-def test_the_head_counts_where_labels_are():
+def test_the_last_block_and_the_head_count_where_labels_are():
     model = with_norms_alone(transformers.BertForMaskedLM(transformers.BertConfig(**TEXT)))
     ids = torch.randint(0, 64, (2, 12))
     few = torch.where(torch.arange(12) < 3, ids, -100)
     all_, some = (count_operations(model, {"input_ids": ids, "labels": labels}) for labels in (ids, few))
-    assert all_ - some == 4 * (24 - 6) * 32 * 64
+    assert all_ - some == 4 * (24 - 6) * (PER_ROW + 32 * 32 + 32 * 64)  # the block, the head's transform and the head
+    assert not any(map(is_stand_in, model.modules()))
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "vit"])
+def test_the_last_block_counts_where_something_is_read(name):
+    model, inputs = with_norms_alone(make(name)), batch(name)
+    with Products(model, inputs["labels"]) as products:
+        model(**inputs)
+    n_read, n_tokens, per_row = {"llama": (4, 24, 7168), "gpt2": (4, 24, 9216), "vit": (2, 34, PER_ROW)}[name]
+    assert products.operations - count_operations(model, inputs) == 4 * (n_tokens - n_read) * per_row
 
 
 @pytest.mark.parametrize("frozen", [False, True])

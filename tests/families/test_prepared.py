@@ -165,9 +165,9 @@ def test_what_a_layer_with_dropout_stores(make_layers):
 
 
 def test_what_vit_base_stores():
-    model = transformers.ViTModel(transformers.ViTConfig(), add_pooling_layer=False)
+    model = transformers.ViTForImageClassification(transformers.ViTConfig())
     images = torch.randn(1, 3, 224, 224, dtype=torch.bfloat16)
-    assert units(model, {"pixel_values": images}, 197, 768, 12) <= 10.2
+    assert units(model, {"pixel_values": images}, 197, 768, 12) <= 9.7
 
 
 def test_what_bert_base_with_dropout_stores():
@@ -175,7 +175,7 @@ def test_what_bert_base_with_dropout_stores():
     assert model.config.hidden_dropout_prob == model.config.attention_probs_dropout_prob == 0.1
     ids = torch.randint(0, 30000, (2, 128))
     labels = torch.where(torch.arange(256).view(2, 128) % 20 < 3, ids, -100)  # 15% of the tokens
-    assert units(model, {"input_ids": ids, "labels": labels, "return_dict": False}, 256, 768, 12) <= 10.3
+    assert units(model, {"input_ids": ids, "labels": labels, "return_dict": False}, 256, 768, 12) <= 9.8
 
 
 def test_what_llama_stores():
@@ -186,7 +186,7 @@ def test_what_llama_stores():
     labels = torch.full_like(ids, -100)
     labels[:, -8:] = ids[:, -8:]
     inputs = {"input_ids": ids, "labels": labels, "return_dict": False}
-    assert units(transformers.LlamaForCausalLM(config), inputs, 160, 1024, 8) <= 11.8
+    assert units(transformers.LlamaForCausalLM(config), inputs, 160, 1024, 8) <= 10.9
 
 
 @pytest.mark.slow

@@ -12,7 +12,11 @@ from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
 from fastln.bench.accounting import synchronize
+from fastln.families.blocks import use_stand_ins
 from fastln.families.head import find_heads
+from fastln.families.last_block import spare_last_rows
+from fastln.modules import stand_back
+from fastln.rows import METADATA, LazyRows
 
 
 class Products(TorchFunctionMode):
@@ -21,7 +25,8 @@ class Products(TorchFunctionMode):
     A product of (n, k) by (k, m) has 2 n k m operations, and as many again for each of its two factors that needs a
     gradient. So a frozen linear layer counts twice, once where nothing before it trains; attention counts its two
     products and the four that their gradients take, and half of that where it is causal, but none twice, as a backward
-    that finds the scores again has it. The language-model head counts at the positions that carry labels alone.
+    that finds the scores again has it. The language-model head counts at the positions that carry labels alone, and
+    rows that wait (`fastln.rows`) where they are computed.
 
     Args:
         model: Its heads are told by their weights.
@@ -38,6 +43,9 @@ class Products(TorchFunctionMode):
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         """Call `func` and count what it multiplies."""
+        if func not in METADATA and any(isinstance(arg, LazyRows) for arg in args):
+            with self:  # for what is computed inside
+                return LazyRows.__torch_function__(func, types, args, kwargs)
         result = func(*args, **(kwargs or {}))
         if func is functional.linear:
             self._linear(*args[:2])
@@ -52,7 +60,9 @@ class Products(TorchFunctionMode):
         return result
 
     def _linear(self, x: Tensor, weight: Tensor) -> None:
-        n_rows = self._n_labels if id(weight) in self._heads else x.numel() // x.shape[-1]
+        n_rows = x.numel() // x.shape[-1]
+        if id(weight) in self._heads:
+            n_rows = min(n_rows, self._n_labels)
         self._add(n_rows * weight.numel(), x, weight)
 
     def _attention(self, q: Tensor, k: Tensor, v: Tensor, causal: bool) -> None:
@@ -71,14 +81,21 @@ _MATMULS = (torch.matmul, torch.bmm, torch.mm, Tensor.matmul, Tensor.__matmul__,
 
 
 def count_operations(model: nn.Module, batch: Mapping[str, Any]) -> float:
-    """Return the operations of one step's products.
+    """Return the operations of one step's products, of the last block's for tokens that are read alone.
 
     Args:
         model: Of stock code, in training, with gradients switched on where they are wanted.
         batch: What it takes.
     """
-    with Products(model, batch.get("labels")) as products:
-        model(**batch)
+    use_stand_ins(model, "reference")  # norms as operations of rows; products stay torch's
+    handles = spare_last_rows(model)
+    try:
+        with Products(model, batch.get("labels")) as products:
+            model(**batch)
+    finally:
+        for handle in handles:
+            handle.remove()
+        stand_back(model)
     return products.operations
 
 

@@ -26,7 +26,7 @@ from torch import Tensor
 
 from fastln.errors import FastLNError
 from fastln.ops.backends import resolve
-from fastln.ops.dispatch import define, is_transformed, needs_operator, wants_gradient
+from fastln.ops.dispatch import define, is_transformed, needs_operator, overridable, wants_gradient
 from fastln_kernels import reference_activation
 from fastln_kernels.cpu import activation as torch_activation
 from fastln_kernels.cpu import library, native_activation
@@ -44,6 +44,7 @@ class _Implementation(NamedTuple):
     gated_backward: Callable[..., GatedGradients]
 
 
+@overridable
 def activation(x: Tensor, kind: ActivationKind, *, backend: str = "auto") -> Tensor:
     """Apply an activation elementwise; differentiable once.
 
@@ -69,6 +70,7 @@ def activation(x: Tensor, kind: ActivationKind, *, backend: str = "auto") -> Ten
     return _activation(x, kind, backend)
 
 
+@overridable
 def gated_activation(gate: Tensor, up: Tensor, kind: ActivationKind, *, backend: str = "auto") -> Tensor:
     """Compute `activation(gate) * up` elementwise, rounded once; differentiable once.
 
@@ -100,6 +102,7 @@ def gated_activation(gate: Tensor, up: Tensor, kind: ActivationKind, *, backend:
     return _gated_activation(gate, up, kind, backend)
 
 
+@overridable
 def packed_gated_activation(gate_up: Tensor, kind: ActivationKind, *, backend: str = "auto") -> Tensor:
     """Compute `activation(gate) * up` of the two halves of a fused projection's result; differentiable once.
 

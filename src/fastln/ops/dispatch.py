@@ -1,11 +1,27 @@
 """Which way a call of an operation goes: past the dispatcher, through its operator, or through its definition."""
 
+import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
+from torch.overrides import handle_torch_function, has_torch_function
+
+FunctionT = TypeVar("FunctionT", bound=Callable[..., Any])
+
+
+def overridable(function: FunctionT) -> FunctionT:
+    """Have tensors among the positional arguments that have `__torch_function__` decide about a call, as torch has."""
+
+    @functools.wraps(function)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        if has_torch_function(args):
+            return handle_torch_function(call, args, *args, **kwargs)
+        return function(*args, **kwargs)
+
+    return call  # type: ignore[return-value]
 
 
 def needs_operator(*tensors: Tensor | None) -> bool:

@@ -16,11 +16,12 @@ from torch import Tensor
 
 from fastln.errors import FastLNError
 from fastln.ops.backends import resolve
-from fastln.ops.dispatch import define, is_transformed, needs_operator, wants_gradient
+from fastln.ops.dispatch import define, is_transformed, needs_operator, overridable, wants_gradient
 from fastln_kernels import reference
 from fastln_kernels.cpu import native_dropout
 
 
+@overridable
 def dropout(x: Tensor, p: float, *, seed: Tensor | None = None, backend: str = "auto") -> Tensor:
     """Drop elements of `x` at random and scale the others, so that the expected value stays.
 

@@ -14,10 +14,11 @@ from torch import Tensor
 from torch.nn import functional
 
 from fastln.ops.backends import resolve
-from fastln.ops.dispatch import is_transformed, needs_operator, wants_gradient
+from fastln.ops.dispatch import is_transformed, needs_operator, overridable, wants_gradient
 from fastln_kernels.cpu import native_linear
 
 
+@overridable
 def linear(
     x: Tensor, weight: Tensor, bias: Tensor | None = None, *, transpose: bool = True, backend: str = "auto"
 ) -> Tensor:

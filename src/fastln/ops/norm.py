@@ -29,7 +29,7 @@ from torch import Tensor
 
 from fastln.errors import FastLNError
 from fastln.ops.backends import resolve
-from fastln.ops.dispatch import define, is_transformed, needs_operator, wants_gradient
+from fastln.ops.dispatch import define, is_transformed, needs_operator, overridable, wants_gradient
 from fastln_kernels import reference
 from fastln_kernels.cpu import library, native_norm
 from fastln_kernels.cpu import norm as torch_norm
@@ -78,6 +78,7 @@ class _Settings(NamedTuple):
         return cls(NormKind(*flat[:4]), *flat[4:])
 
 
+@overridable
 def layer_norm(
     x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float = 1e-5, *, backend: str = "auto"
 ) -> Tensor:
@@ -100,6 +101,7 @@ def layer_norm(
     return _norm(x, weight, bias, None, None, _Settings(NormKind(eps), 0.0, "x", backend))[0]
 
 
+@overridable
 def rms_norm(
     x: Tensor,
     weight: Tensor | None,
@@ -131,6 +133,7 @@ def rms_norm(
     ]
 
 
+@overridable
 def dropout_add_norm(
     x: Tensor,
     residual: Tensor | None,

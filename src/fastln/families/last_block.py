@@ -1,0 +1,56 @@
+"""The last block of a model: what comes after its attention is computed for the tokens that are read."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+from transformers.pytorch_utils import Conv1D
+
+from fastln.families.parts import attention_maps
+from fastln.modules import may_be_late, unwatched
+from fastln.rows import LazyRows
+
+
+def spare_last_rows(model: nn.Module) -> list[RemovableHandle]:
+    """Have the last block of every stack in `model` wait, in training, from its attention's output projection on.
+
+    What is computed of a token there depends on no other token; `fastln.rows` tells what becomes of it.
+
+    Returns:
+        The handles that undo it.
+    """
+    return [
+        projection.register_forward_pre_hook(functools.partial(_wait, block))
+        for block, projection in _last_projections(model)
+    ]
+
+
+def _last_projections(model: nn.Module) -> list[tuple[nn.Module, nn.Module]]:
+    """Return the last block of each outermost stack of blocks, with the last linear layer of the last attention in it.
+
+    Where that is another layer than the output projection, its result is wanted whole, and is computed whole.
+    """
+    linears = [name for name, module in attention_maps(model).items() if isinstance(module, nn.Linear | Conv1D)]
+    found: dict[str, tuple[nn.Module, nn.Module]] = {}
+    for name, stack in model.named_modules():
+        if not isinstance(stack, nn.ModuleList) or not len(stack) or name.startswith(tuple(found)):
+            continue
+        inside = [linear for linear in linears if linear.startswith(f"{name}.{len(stack) - 1}.")]
+        if inside:
+            found[f"{name}."] = stack[-1], model.get_submodule(inside[-1])
+    return list(found.values())
+
+
+def _wait(block: nn.Module, projection: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
+    if len(args) != 1 or type(args[0]) is not Tensor or not projection.training or not may_be_late(args[0]):
+        return None
+    others = [module for module in block.modules() if module is not projection]
+    # Hooks may gather weights around a call and release them after it, as may a forward put in the class's place.
+    if not unwatched(*others) or len(projection._forward_pre_hooks) > 1 or projection._forward_hooks:
+        return None
+    if any("forward" in vars(module) for module in (*others, projection)):
+        return None
+    return (LazyRows.of(args[0]),)

@@ -1,0 +1,299 @@
+"""Rows that wait: which uses compute but some of them, and that every use finds what stock code would."""
+
+import copy
+import gc
+import pickle
+import weakref
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+from fastln import ops
+from fastln.errors import FastLNError
+from fastln.ops import NormKind
+from fastln.rows import LazyRows
+
+BATCH, LENGTH, WIDTH = 2, 12, 6
+N_ROWS = BATCH * LENGTH
+LABELS = torch.full((BATCH, LENGTH), -100)
+LABELS[0, 2], LABELS[1, 5], LABELS[1, 6] = 3, 0, 5
+
+
+class Twice(torch.autograd.Function):
+    """Its arguments pass `__torch_function__` by."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return x * 2
+
+    @staticmethod
+    def backward(ctx, dy):
+        return dy * 2
+
+
+class Tail(nn.Module):
+    """What a block does after its attention, and the model's last norm."""
+
+    def __init__(self, dropout=0.0):
+        super().__init__()
+        torch.manual_seed(0)
+        self.out, self.up, self.down = nn.Linear(5, WIDTH), nn.Linear(WIDTH, 12), nn.Linear(12, WIDTH)
+        self.norms = nn.ParameterList(torch.randn(WIDTH) for _ in range(4))
+        self.scale = nn.Parameter(torch.randn(WIDTH))
+        self.dropout = dropout
+
+    def forward(self, attended, residual):
+        hidden = residual + F.dropout(self.out(attended), 0.0, self.training)
+        normed = ops.layer_norm(hidden, self.norms[0], self.norms[1])
+        inner = ops.activation(ops.linear(normed, self.up.weight, self.up.bias), "gelu")
+        hidden = hidden + self.scale * self.down(inner)
+        if self.dropout:
+            hidden = ops.dropout(hidden, self.dropout)
+        kind, settings = NormKind(1e-5), {"dropout": self.dropout}
+        return ops.dropout_add_norm(hidden, None, self.norms[2], self.norms[3], kind, **settings)
+
+
+def inputs(dtype=torch.float32):
+    torch.manual_seed(1)
+    attended, residual = torch.randn(BATCH, LENGTH, 5), torch.randn(BATCH, LENGTH, WIDTH)
+    return [x.to(dtype).requires_grad_() for x in (attended, residual)]
+
+
+def loss_of(hidden, labels=LABELS, **settings):
+    return F.cross_entropy(hidden.view(-1, WIDTH), labels.view(-1), **settings)
+
+
+def overwritten_after_a_sum(h):
+    later = h + 1
+    h.mul_(0.5)
+    return later.sin().sum() + h.sum()
+
+
+def looked_at_without_autograd(h):
+    with torch.no_grad():
+        assert not h.argmax(-1).requires_grad
+    return h[:, 0].sin().sum()
+
+
+PICKS = {  # and how many rows of them
+    "first": (lambda h: h[:, 0].sin().sum(), 2),
+    "first, all columns": (lambda h: h[:, 0, :].sin().sum(), 2),
+    "last": (lambda h: h[:, -1:].sin().sum(), 2),
+    "a sequence": (lambda h: h[1].sin().sum(), LENGTH),
+    "one each": (lambda h: h[torch.arange(BATCH), torch.tensor([3, 5])].sin().sum(), 2),
+    "by a mask": (lambda h: h[LABELS != -100].sin().sum(), 3),
+    "of all in a row": (lambda h: h.reshape(-1, WIDTH)[3:5].sin().sum(), 2),
+    "after a whole slice": (lambda h: h[:, slice(0, None), :][:, 0].sin().sum(), 2),
+    "with labels": (lambda h: loss_of(h.float()), 3),
+    "with labels, summed": (lambda h: loss_of(h, reduction="sum", label_smoothing=0.1), 3),
+    "with labels and weights": (lambda h: loss_of(h, weight=torch.arange(1.0, WIDTH + 1)), 3),
+    "then more": (lambda h: loss_of(torch.tanh(h * 0.5) + 1), 3),
+    "by a layer's result": (lambda h: F.linear(h, torch.ones(3, WIDTH))[:, 2].sin().sum(), 2),
+    "shifted": (lambda h: loss_of(h[..., :-1, :].reshape(-1, WIDTH), LABELS[..., 1:].reshape(-1)), 3),
+    "shifted, most of them": (lambda h: loss_of((h[:, :-1] * 2).contiguous(), LABELS[:, :-1].reshape(-1)), 3),
+    "first of the last": (lambda h: h[:, 1:][:, 0].sin().sum(), 2),
+    "the last, whatever stands before": (lambda h: h[..., -1, :].sin().sum(), 2),
+    "the same again": (lambda h: h[:, 0].sin().sum() + h[:, 0].cos().sum(), 2),
+}
+OTHER_USES = {
+    "mean": lambda h: h.mean(1).sin().sum(),
+    "whole": lambda h: h.sin().sum(),
+    "most": lambda h: h.repeat(1, 2, 1).view(BATCH, 2 * LENGTH, WIDTH)[:, 1:].sin().sum() + h[:, 1:].sin().sum(),
+    "columns of all": lambda h: h[..., 1:4].sin().sum() + h[..., 2].sum() + h[:, :, 2:3].sum(),
+    "a new dimension": lambda h: h[:, None].sin().sum() + h[[0, 1]].sum() + h[:, True].sum(),
+    "one row, then another": lambda h: h[:, 0].sin().sum() + h[:, 1].sin().sum(),
+    "one row, then all": lambda h: h[:, 0].sin().sum() + h.cos().sum(),
+    "all, then one row": lambda h: h.cos().sum() + h[:, 0].sin().sum(),
+    "one row, then more of it": lambda h: h[:, 0].sin().sum() + (h * 2)[:, :2].sin().sum(),
+    "columns": lambda h: h[..., 2].sin().sum(),
+    "some columns": lambda h: h[:, 0, :3].sin().sum(),
+    "heads": lambda h: h.view(BATCH, LENGTH, 2, 3).transpose(1, 2).sin().sum(),
+    "each label": lambda h: loss_of(h, reduction="none").sin().sum(),
+    "probabilities": lambda h: F.cross_entropy(h.view(-1, WIDTH), torch.full((N_ROWS, WIDTH), 1 / WIDTH)),
+    "plus one sequence": lambda h: (h + torch.ones(1, LENGTH, WIDTH))[:, 0].sin().sum(),
+    "plus a column": lambda h: (h + torch.ones(BATCH, LENGTH, 1)).sin().sum(),
+    "as a weight": lambda h: F.linear(torch.ones(3, WIDTH), h[0] * 1).sin().sum() + F.linear(h, h[0, :3]).sum(),
+    "function": lambda h: Twice.apply(h).sin().sum(),
+    "function, then itself": lambda h: Twice.apply(h).sin().sum() + h[:, 0].sin().sum(),
+    "concatenated": lambda h: torch.cat([h, h]).exp().sum(),
+    "overwritten": lambda h: h.mul_(0.5).sin().sum() + h[:, 0].sum(),
+    "overwritten after a sum": overwritten_after_a_sum,
+    "row overwritten": lambda h: h.index_fill_(1, torch.tensor([0]), 0.0)[:, :2].sin().sum(),
+    "activated in place": lambda h: F.relu(h, inplace=True).sum() + h.sin().sum(),
+    "without autograd": looked_at_without_autograd,
+    "no label": lambda h: torch.nan_to_num(loss_of(h, torch.full_like(LABELS, -100))) + h.sin().sum(),
+}
+
+
+def run(use, lazy, tail=None):
+    tail, (attended, residual) = tail or Tail(), inputs()
+    hidden = tail(LazyRows.of(attended * 1) if lazy else attended * 1, residual * 1)
+    assert isinstance(hidden, LazyRows) == lazy
+    loss = use(hidden)
+    assert type(loss) is Tensor
+    gradients = torch.autograd.grad(loss, [attended, residual, *tail.parameters()], allow_unused=True)
+    return [loss, *gradients]
+
+
+def check(got, want):
+    for actual, expected in zip(got, want, strict=True):
+        assert (actual is None) == (expected is None)
+        if expected is not None:
+            torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("use", PICKS)
+def test_picked_rows_alone_are_computed(use, computed_rows):
+    function, n_rows = PICKS[use]
+    got = run(function, lazy=True)
+    assert set(computed_rows) == {n_rows}
+    check(got, run(function, lazy=False))
+
+
+@pytest.mark.parametrize("use", OTHER_USES)
+def test_every_other_use(use):
+    check(run(OTHER_USES[use], lazy=True), run(OTHER_USES[use], lazy=False))
+
+
+def test_what_nobody_reads_is_not_computed(computed_rows):
+    tail, (attended, residual) = Tail(), inputs()
+    tail(LazyRows.of(attended), residual)
+    assert not computed_rows
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_dtypes_and_shapes_are_those_of_stock(autocast, computed_rows):
+    tail = Tail() if autocast else Tail().bfloat16()
+    attended, residual = inputs(torch.float32 if autocast else torch.bfloat16)
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        lazy, stock = tail(LazyRows.of(attended), residual), tail(attended, residual)
+        first = lazy[:, 0] * 1  # what is picked is picked under the autocast of the forward pass
+    second = tail(LazyRows.of(attended), residual)[:, 0] if not autocast else lazy[:, 0]
+    assert not any(n == N_ROWS for n in computed_rows)
+    for a, b in ((lazy, stock), (lazy.view(-1, WIDTH), stock.view(-1, WIDTH)), (lazy.float(), stock.float())):
+        assert (a.shape, a.stride(), a.dtype, a.device, a.ndim) == (b.shape, b.stride(), b.dtype, b.device, b.ndim)
+        assert (a.size(-1), a.numel(), len(a), a.dim()) == (b.size(-1), b.numel(), len(b), b.dim())
+        assert a.requires_grad
+        assert not a.is_leaf
+    for picked in (first, second):
+        torch.testing.assert_close(picked, stock[:, 0], rtol=2e-2, atol=2e-2)
+    torch.testing.assert_close(lazy + 0, stock, rtol=2e-2, atol=2e-2)
+
+
+def test_dropout_draws_once():
+    """What a row was when it was picked, it is later; nothing is drawn when rows are computed."""
+    tail, (attended, residual) = Tail(dropout=0.5), inputs()
+    lazy = tail(LazyRows.of(attended), residual)
+    state = torch.get_rng_state()
+    rows = lazy[:, 2]
+    doubled = (lazy * 2)[:, 1:4]
+    torch.testing.assert_close(doubled[:, 1], 2 * rows)
+    torch.testing.assert_close(lazy.detach()[:, 2], rows)
+    assert torch.equal(torch.get_rng_state(), state)
+    other = tail(LazyRows.of(attended), residual)[:, 2]
+    assert not torch.equal(other, rows)
+    F.dropout(tail(LazyRows.of(attended), residual), 0.5)  # by stock code, which draws when it is called
+    assert not torch.equal(torch.get_rng_state(), state)
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_a_checkpoint_around_the_block(use_reentrant):
+    tail, (attended, residual) = Tail(dropout=0.5), inputs()
+
+    def block(attended, residual):
+        return tail(LazyRows.of(attended) if torch.is_grad_enabled() else attended, residual)
+
+    def gradients(hidden):
+        for x in (attended, residual, *tail.parameters()):
+            x.grad = None
+        hidden[:, 0].sin().sum().backward()
+        return [x.grad for x in (attended, residual, *tail.parameters())]
+
+    torch.manual_seed(2)
+    got = gradients(checkpoint(block, attended, residual, use_reentrant=use_reentrant))
+    torch.manual_seed(2)
+    want = gradients(block(attended, residual))
+    if use_reentrant:  # computes all rows at first, which draws other numbers for the one that is picked
+        assert all((a is None) == (b is None) for a, b in zip(got, want, strict=True))
+    else:
+        check(got, want)
+
+
+def test_a_checkpoint_that_the_rows_go_into():
+    """Its backward computes it again, with the rows as they were."""
+    tail, (attended, residual) = Tail(dropout=0.5), inputs()
+    weight = torch.randn(WIDTH, WIDTH)
+
+    def after(hidden):
+        mixed = F.linear(hidden, weight).view(BATCH, LENGTH, 2, 3).transpose(1, 2)
+        return ops.dropout(mixed.softmax(-1).contiguous(), 0.5).sin().sum() + hidden[:, 0].sum()
+
+    def gradients(after):
+        torch.manual_seed(3)
+        loss = after(tail(LazyRows.of(attended * 1), residual * 1))
+        return [loss, *torch.autograd.grad(loss, [attended, residual, *tail.parameters()])]
+
+    check(gradients(lambda h: checkpoint(after, h, use_reentrant=False)), gradients(after))
+
+
+def test_hooks_on_saved_tensors_see_what_is_kept_for_the_rows():
+    tail, (attended, residual) = Tail(), inputs()
+    seen = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: seen.append(x.shape) or x, lambda x: x):
+        hidden = tail(LazyRows.of(attended), residual)
+        before = len(seen)
+        hidden[:, 0].sum()
+        assert len(seen) > before
+    assert all(len(shape) < 2 or shape[0] != N_ROWS for shape in seen)
+
+
+def test_copies_are_plain_tensors():
+    tail, (attended, residual) = Tail(), inputs()
+    lazy, plain = tail(LazyRows.of(attended), residual), tail(attended, residual)
+    assert type(pickle.loads(pickle.dumps(lazy.detach()))) is Tensor
+    assert torch.equal(copy.deepcopy(lazy.detach()), plain)
+    assert repr(lazy.detach()) == repr(plain.detach())
+
+
+def test_compiled_code_cannot_write():
+    tail, (attended, residual) = Tail(), inputs()
+    lazy = tail(LazyRows.of(attended), residual)
+    with torch._C.DisableTorchFunctionSubclass(), pytest.raises(FastLNError, match="clone"):
+        lazy.mul_(2)
+
+
+@pytest.mark.parametrize("use", [Tensor.sum, loss_of, lambda h: h[:, 0]], ids=["all", "labels", "first"])
+def test_written_parts_are_an_error(use):
+    tail, (attended, residual) = Tail(), inputs()
+    lazy, seen = (tail(LazyRows.of(attended), residual) for _ in range(2))
+    seen.sum()
+    with torch.no_grad():
+        tail.scale.add_(1)
+    with pytest.raises(FastLNError, match="before the optimizer's step"):
+        use(lazy)
+    use(seen)
+
+
+def test_a_write_through_a_view_is_an_error():
+    tail, (attended, residual) = Tail(), inputs()
+    hidden = tail(LazyRows.of(attended), residual)
+    later = hidden + 1
+    hidden.transpose(1, 2).mul_(2)
+    with pytest.raises(FastLNError, match="through a view"):
+        later.sum()
+
+
+def test_nothing_is_left_behind():
+    tail, (attended, residual) = Tail(), inputs()
+    lazy = tail(LazyRows.of(attended), residual)
+    loss_of(lazy).backward()
+    gone = weakref.ref(lazy)
+    gc.disable()
+    try:
+        del lazy
+        assert gone() is None
+    finally:
+        gc.enable()
