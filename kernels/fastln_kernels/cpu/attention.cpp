@@ -18,7 +18,7 @@ namespace fastln {
 namespace {
 
 constexpr int64_t QUERIES = 64;  // of a block
-constexpr int64_t KEYS = 256;
+constexpr int64_t MOST_KEYS = 320;  // likewise
 constexpr float INFINITE = std::numeric_limits<float>::infinity();
 constexpr float HIDDEN = -1e30f;  // below it lie scores to which a mask added the lowest number of its type
 constexpr int DEAD_EXPONENT = 100;
@@ -51,6 +51,12 @@ namespace {
 constexpr int64_t BOOLEAN_MASK = 3;  // after the dtypes of dispatch.h
 
 int64_t round_up(int64_t size, int64_t multiple) { return (size + multiple - 1) / multiple * multiple; }
+
+// How many keys a block has: blocks are about equal, so that none has few (257 keys are one, and not 256 and one).
+int64_t keys_of_a_block(int64_t keys) {
+  const int64_t n_blocks = std::max<int64_t>((keys + MOST_KEYS - 1) / MOST_KEYS, 1);
+  return std::max(round_up((keys + n_blocks - 1) / n_blocks, 2 * PAD), 2 * PAD);
+}
 
 Float maximum(Float a, Float b) { return select(a > b, a, b); }
 
@@ -104,7 +110,7 @@ class Head {
   // How many keys from `first` on the queries of a block see at most.
   int64_t visible(int64_t first_query, int64_t n_queries, int64_t first) const {
     const int64_t end = a_.causal ? std::min(a_.keys, first_query + n_queries) : a_.keys;
-    return std::clamp<int64_t>(end - first, 0, KEYS);
+    return std::clamp<int64_t>(end - first, 0, block_keys_);
   }
 
   // Makes scores of products: scale, mask, and -infinity for keys that are not seen. Returns the largest.
@@ -137,29 +143,29 @@ class Head {
     thread_local Buffer<C> query_buffer, key_buffer, value_buffer, probability_buffer;
     thread_local Buffer<float> score_buffer, sum_buffer;
     const int64_t dim = round_up(a_.dim, 2 * PAD), v_dim = round_up(a_.v_dim, 2 * PAD);
-    const int64_t n_blocks = (a_.keys + KEYS - 1) / KEYS, kv_head = head_ / (a_.heads / a_.kv_heads);
-    C* q = query_buffer.at_least(KEYS * dim);
-    C* keys = key_buffer.at_least(n_blocks * KEYS * dim);
-    C* values = value_buffer.at_least(n_blocks * KEYS * v_dim);
-    C* p = probability_buffer.at_least(QUERIES * KEYS);
-    float* scores = score_buffer.at_least(QUERIES * KEYS);
+    const int64_t n_blocks = (a_.keys + block_keys_ - 1) / block_keys_, kv_head = head_ / (a_.heads / a_.kv_heads);
+    C* q = query_buffer.at_least(std::max(block_keys_, QUERIES) * dim);  // or keys, for a moment
+    C* keys = key_buffer.at_least(n_blocks * block_keys_ * dim);
+    C* values = value_buffer.at_least(n_blocks * block_keys_ * v_dim);
+    C* p = probability_buffer.at_least(QUERIES * block_keys_);
+    float* scores = score_buffer.at_least(QUERIES * block_keys_);
     float* out = sum_buffer.at_least(QUERIES * v_dim);
     for (int64_t block = 0; block < n_blocks; block++) {
-      const int64_t first = block * KEYS, n_keys = std::min(KEYS, a_.keys - first);
+      const int64_t first = block * block_keys_, n_keys = std::min(block_keys_, a_.keys - first);
       copy_rows(a_.k.at<const T>(batch_, kv_head, first), a_.k.row, n_keys, a_.dim, q, dim);
-      transpose_to_pairs(q, n_keys, dim, keys + first * dim, KEYS);
+      transpose_to_pairs(q, n_keys, dim, keys + first * dim, block_keys_);
       pair_rows(a_.v.at<const T>(batch_, kv_head, first), a_.v.row, n_keys, a_.v_dim, values + first * v_dim, v_dim);
     }
     for (int64_t first_query = 0; first_query < a_.queries; first_query += QUERIES) {
       const int64_t n_queries = std::min(QUERIES, a_.queries - first_query);
       copy_rows(a_.q.at<const T>(batch_, head_, first_query), a_.q.row, n_queries, a_.dim, q, dim);
       float top[QUERIES], sums[QUERIES];
-      for (int64_t first = 0; first < a_.keys; first += KEYS) {
+      for (int64_t first = 0; first < a_.keys; first += block_keys_) {
         const int64_t n_cols = padded(visible(first_query, n_queries, first));
         if (!n_cols) break;
-        multiply(padded(n_queries), n_cols, dim, q, dim, keys + first * dim, KEYS, scores, KEYS, false);
+        multiply(padded(n_queries), n_cols, dim, q, dim, keys + first * dim, block_keys_, scores, block_keys_, false);
         for (int64_t row = 0; row < n_queries; row++) {
-          float* row_scores = scores + row * KEYS;
+          float* row_scores = scores + row * block_keys_;
           float new_top = finish_row(row_scores, first_query + row, first, n_cols);
           float before = 0;
           if (first) {
@@ -169,12 +175,12 @@ class Head {
             for (int64_t column = 0; column < v_dim && before != 1; column += LANES)
               store(sum + column, load(sum + column, AllLanes{}) * before, AllLanes{});
           }
-          const float sum = exponentials(row_scores, new_top > -INFINITE ? new_top : 0, p + row * KEYS,
+          const float sum = exponentials(row_scores, new_top > -INFINITE ? new_top : 0, p + row * block_keys_,
                                          numbers(first_query + row, first, n_cols, 0), n_cols);
           sums[row] = (first ? sums[row] * before : 0) + sum;
           top[row] = new_top;
         }
-        multiply(padded(n_queries), padded(a_.v_dim), n_cols, p, KEYS, values + first * v_dim, v_dim, out,
+        multiply(padded(n_queries), padded(a_.v_dim), n_cols, p, block_keys_, values + first * v_dim, v_dim, out,
                  v_dim, first > 0);
       }
       for (int64_t row = 0; row < n_queries; row++) {
@@ -196,7 +202,7 @@ class Head {
   const float* mask_row(int64_t query, int64_t first, int64_t n_cols) const {
     if (!a_.mask.data || query >= a_.queries) return nullptr;
     thread_local Buffer<float> buffer;
-    float* to = buffer.at_least(KEYS);
+    float* to = buffer.at_least(block_keys_);
     n_cols = std::min(n_cols, a_.keys - first);
     if (a_.mask_dtype == BOOLEAN_MASK) {
       const auto* from = a_.mask.at<const uint8_t>(batch_, head_, query) + first;
@@ -224,7 +230,7 @@ class Head {
 
   const Arguments& a_;
   const Dropout& dropout_;
-  const int64_t batch_, head_;
+  const int64_t batch_, head_, block_keys_ = keys_of_a_block(a_.keys);
 };
 
 // A head of keys and values, with the heads of queries that look at it.
@@ -238,21 +244,21 @@ class Gradients {
     const bool need_ds = a_.dq.data || a_.dk.data;
     thread_local Buffer<C> key_buffer, keys_t_buffer, values_t_buffer;
     thread_local Buffer<float> dk_buffer, dv_buffer;
-    C *rows = key_buffer.at_least(KEYS * std::max(dim_, v_dim_)), *keys_t = keys_t_buffer.at_least(KEYS * dim_);
-    C* values_t = values_t_buffer.at_least(KEYS * v_dim_);
-    float *dk = dk_buffer.at_least(KEYS * dim_), *dv = dv_buffer.at_least(KEYS * v_dim_);
+    C* rows = key_buffer.at_least(block_keys_ * std::max(dim_, v_dim_));
+    C *keys_t = keys_t_buffer.at_least(block_keys_ * dim_), *values_t = values_t_buffer.at_least(block_keys_ * v_dim_);
+    float *dk = dk_buffer.at_least(block_keys_ * dim_), *dv = dv_buffer.at_least(block_keys_ * v_dim_);
     read_queries();
-    for (int64_t first = 0; first < a_.keys; first += KEYS) {
-      const int64_t n_keys = std::min(KEYS, a_.keys - first);
+    for (int64_t first = 0; first < a_.keys; first += block_keys_) {
+      const int64_t n_keys = std::min(block_keys_, a_.keys - first);
       if (need_ds) {
         copy_rows(a_.v.at<const T>(batch_, kv_head_, first), a_.v.row, n_keys, a_.v_dim, rows, v_dim_);
-        transpose_to_pairs(rows, n_keys, v_dim_, values_t, KEYS);
+        transpose_to_pairs(rows, n_keys, v_dim_, values_t, block_keys_);
       }
       copy_rows(a_.k.at<const T>(batch_, kv_head_, first), a_.k.row, n_keys, a_.dim, rows, dim_);
-      transpose_to_pairs(rows, n_keys, dim_, keys_t, KEYS);
+      transpose_to_pairs(rows, n_keys, dim_, keys_t, block_keys_);
       if (a_.dq.data) pair_rows(a_.k.at<const T>(batch_, kv_head_, first), a_.k.row, n_keys, a_.dim, rows, dim_);
-      std::fill_n(dk, KEYS * dim_, 0.0f);
-      std::fill_n(dv, KEYS * v_dim_, 0.0f);
+      std::fill_n(dk, block_keys_ * dim_, 0.0f);
+      std::fill_n(dv, block_keys_ * v_dim_, 0.0f);
       for (int64_t g = 0; g < group_; g++) {
         for (int64_t query = a_.causal ? first / QUERIES * QUERIES : 0; query < a_.queries; query += QUERIES)
           block(g, query, first, keys_t, values_t, rows, dk, dv);
@@ -319,56 +325,59 @@ class Gradients {
              float* dv) {
     thread_local Buffer<float> score_buffer, dp_buffer;
     thread_local Buffer<C> p_buffer, ds_buffer, ds_pair_buffer;
-    float *scores = score_buffer.at_least(QUERIES * KEYS), *dp = dp_buffer.at_least(QUERIES * KEYS);
-    C *p = p_buffer.at_least(QUERIES * KEYS), *ds = ds_buffer.at_least(QUERIES * KEYS);
-    C* ds_pairs = PAIRED<C> ? ds_pair_buffer.at_least(QUERIES * KEYS) : ds;
+    float *scores = score_buffer.at_least(QUERIES * block_keys_), *dp = dp_buffer.at_least(QUERIES * block_keys_);
+    C *p = p_buffer.at_least(QUERIES * block_keys_), *ds = ds_buffer.at_least(QUERIES * block_keys_);
+    C* ds_pairs = PAIRED<C> ? ds_pair_buffer.at_least(QUERIES * block_keys_) : ds;
     const Head<T, C> head(a_, dropout_, batch_, kv_head_ * group_ + g);
     const int64_t n_queries = std::min(QUERIES, a_.queries - query), n_rows = padded(n_queries);
     const int64_t n_cols = padded(head.visible(query, n_queries, first)), row = g * padded_queries_ + query;
     if (!n_cols) return;
     const bool need_ds = a_.dq.data || a_.dk.data;
-    multiply(n_rows, n_cols, dim_, q_ + row * dim_, dim_, keys_t, KEYS, scores, KEYS, false);
+    multiply(n_rows, n_cols, dim_, q_ + row * dim_, dim_, keys_t, block_keys_, scores, block_keys_, false);
     if (need_ds)
-      multiply(n_rows, n_cols, v_dim_, dout_ + row * v_dim_, v_dim_, values_t, KEYS, dp, KEYS, false);
+      multiply(n_rows, n_cols, v_dim_, dout_ + row * v_dim_, v_dim_, values_t, block_keys_, dp, block_keys_, false);
     const float* lse = a_.lse + (batch_ * a_.heads + kv_head_ * group_ + g) * a_.queries;
     for (int64_t r = 0; r < n_rows; r += 2) {
       float lses[2];
       const uint16_t* numbers[2];
       for (int i = 0; i < 2; i++) {
-        head.finish_row(scores + (r + i) * KEYS, query + r + i, first, n_cols);
+        head.finish_row(scores + (r + i) * block_keys_, query + r + i, first, n_cols);
         lses[i] = r + i < n_queries ? lse[query + r + i] : 0;
-        if (is_dead_row(lses[i])) lses[i] = revive(scores + (r + i) * KEYS, n_cols, lses[i]);
+        if (is_dead_row(lses[i])) lses[i] = revive(scores + (r + i) * block_keys_, n_cols, lses[i]);
         numbers[i] = head.numbers(query + r + i, first, n_cols, i);
       }
       for (int64_t column = 0; column < n_cols; column += LANES) {
         Float kept[2], slope[2];
         for (int i = 0; i < 2; i++) {
-          const int64_t at = (r + i) * KEYS + column;
+          const int64_t at = (r + i) * block_keys_ + column;
           const Float probability = exponential_for(load(scores + at, AllLanes{}) - lses[i], C{});
           kept[i] = numbers[i] ? dropout_.keep(probability, numbers[i] + column) : probability;
           if (!need_ds) continue;
           slope[i] = kept[i] * dropout_.scale() * load(dp + at, AllLanes{}) - probability * delta_[row + r + i];
           store(ds + at, slope[i], AllLanes{});
         }
-        if (a_.dv.data) store_pair(pair_at(p, KEYS, r / 2, column), KEYS, kept[0], kept[1]);
-        if (a_.dk.data && PAIRED<C>) store_pair(pair_at(ds_pairs, KEYS, r / 2, column), KEYS, slope[0], slope[1]);
+        if (a_.dv.data) store_pair(pair_at(p, block_keys_, r / 2, column), block_keys_, kept[0], kept[1]);
+        if (a_.dk.data && PAIRED<C>)
+          store_pair(pair_at(ds_pairs, block_keys_, r / 2, column), block_keys_, slope[0], slope[1]);
       }
     }
     if (a_.dv.data)
-      multiply(padded(a_.v_dim), n_cols, n_rows, dout_t_ + row * v_dim_, QUERIES, p, KEYS, dv, KEYS, true);
+      multiply(padded(a_.v_dim), n_cols, n_rows, dout_t_ + row * v_dim_, QUERIES, p, block_keys_, dv, block_keys_,
+               true);
     if (a_.dk.data)
-      multiply(padded(a_.dim), n_cols, n_rows, q_t_ + row * dim_, QUERIES, ds_pairs, KEYS, dk, KEYS, true);
+      multiply(padded(a_.dim), n_cols, n_rows, q_t_ + row * dim_, QUERIES, ds_pairs, block_keys_, dk, block_keys_,
+               true);
     if (a_.dq.data)
-      multiply(n_rows, padded(a_.dim), n_cols, ds, KEYS, keys, dim_, dq_ + row * dim_, dim_, first > 0);
+      multiply(n_rows, padded(a_.dim), n_cols, ds, block_keys_, keys, dim_, dq_ + row * dim_, dim_, first > 0);
   }
 
-  // Writes the transpose of a sum (ld, KEYS), times `factor`, from row `first` of `to` on.
+  // Writes the transpose of a sum (ld, block_keys_), times `factor`, from row `first` of `to` on.
   void write_transposed(const float* sum, int64_t n_keys, int64_t ld, int64_t n_cols, float factor, const Rows& to,
                         int64_t first) const {
     thread_local Buffer<float> buffer;
-    float* rows = buffer.at_least(KEYS * ld);
-    transpose_words(reinterpret_cast<const uint32_t*>(sum), KEYS, ld, padded(n_keys), reinterpret_cast<uint32_t*>(rows),
-                    ld);
+    float* rows = buffer.at_least(block_keys_ * ld);
+    transpose_words(reinterpret_cast<const uint32_t*>(sum), block_keys_, ld, padded(n_keys),
+                    reinterpret_cast<uint32_t*>(rows), ld);
     for (int64_t row = 0; row < n_keys; row++) {
       T* result = to.at<T>(batch_, kv_head_, first + row);
       for_columns(n_cols, [&](int64_t column, auto lanes) {
@@ -379,7 +388,7 @@ class Gradients {
 
   const Arguments& a_;
   const Dropout& dropout_;
-  const int64_t batch_, kv_head_, group_ = a_.heads / a_.kv_heads;
+  const int64_t batch_, kv_head_, group_ = a_.heads / a_.kv_heads, block_keys_ = keys_of_a_block(a_.keys);
   const int64_t dim_ = round_up(a_.dim, 2 * PAD), v_dim_ = round_up(a_.v_dim, 2 * PAD);
   const int64_t padded_queries_ = round_up(a_.queries, QUERIES);
   C *q_, *q_t_, *dout_, *dout_t_;  // the transposed ones block by block

@@ -1,8 +1,8 @@
 """Attention for CPU tensors by the compiled kernels of `attention.cpp`; `reference_attention` defines it.
 
 For float32, bfloat16 and float16, whose sums are float32. Whatever the lengths, a thread holds the scores of 64 queries
-and 256 keys; beside them it holds one head in the layouts that products want. Results depend on the inputs alone and
-not on the number of threads.
+and at most 320 keys; beside them it holds one head in the layouts that products want. Results depend on the inputs
+alone and not on the number of threads.
 """
 
 import ctypes

@@ -74,7 +74,7 @@ def check(implementation, q, k, v, dout, mask=None, scale=0.3, tolerance=None, *
 
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-SIZES = [1, 2, 17, 64, 65, 197, 256, 257]
+SIZES = [1, 2, 17, 64, 65, 197, 257, 320, 321]
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.1])
@@ -100,7 +100,7 @@ def test_head_dimensions(dtype, dim, v_dim):
     check(native_attention, *make(dtype, n_queries=70, dim=dim, v_dim=v_dim), dropout=0.1)
 
 
-@pytest.mark.parametrize(("n_queries", "n_keys"), [(5, 33), (33, 5), (1, 300), (300, 1), (70, 600)])
+@pytest.mark.parametrize(("n_queries", "n_keys"), [(5, 33), (33, 5), (1, 350), (350, 1), (70, 600)])
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 def test_different_numbers_of_queries_and_keys(implementation, n_queries, n_keys, causal):
@@ -113,7 +113,7 @@ def test_grouped_queries(implementation, kv_heads):
     check(implementation, *make(torch.bfloat16, h=6, kv_heads=kv_heads, n_queries=130), causal=True, dropout=0.1)
 
 
-SHAPES = [(37, 300), (1, 300), (37, 1), (2, 1, 1, 300), (2, 1, 37, 300), (2, 3, 37, 300), (1, 3, 37, 300)]
+SHAPES = [(37, 350), (1, 350), (37, 1), (2, 1, 1, 350), (2, 1, 37, 350), (2, 3, 37, 350), (1, 3, 37, 350)]
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -128,7 +128,7 @@ def test_masks(implementation, kind, dtype):
         else:
             mask = torch.randn(shape, generator=generator).masked_fill(~keep, torch.finfo(dtype).min)
             mask = mask if "float32" in kind else mask.to(dtype)
-        check(implementation, *make(dtype, n_queries=37, n_keys=300), mask=mask)
+        check(implementation, *make(dtype, n_queries=37, n_keys=350), mask=mask)
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
@@ -136,8 +136,8 @@ def test_masks(implementation, kind, dtype):
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 def test_fully_masked_rows(implementation, kind, dropout):
     """Without a key a row is 0; where every key carries the lowest number, stock code takes the mean of all values."""
-    q, k, v, dout = make(torch.bfloat16, n_queries=9, n_keys=300)
-    mask = torch.ones(2, 1, 9, 300, dtype=torch.bool).tril_()
+    q, k, v, dout = make(torch.bfloat16, n_queries=9, n_keys=350)
+    mask = torch.ones(2, 1, 9, 350, dtype=torch.bool).tril_()
     mask[0, :, :4] = False
     if kind != "boolean":
         low = -math.inf if kind == "minus infinity" else torch.finfo(torch.bfloat16).min
@@ -170,7 +170,7 @@ def test_nothing_at_all(implementation):
 @pytest.mark.parametrize("wanted", [("dq",), ("dk",), ("dv",), ("dq", "dk"), ("dq", "dv"), ("dk", "dv")])
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 def test_only_the_gradients_asked_for(implementation, wanted):
-    q, k, v, dout = make(torch.bfloat16, n_queries=70, n_keys=300)
+    q, k, v, dout = make(torch.bfloat16, n_queries=70, n_keys=350)
     options = {"scale": 0.3, "dropout": 0.1, "seed": SEED}
     out, lse = implementation.attention_forward(q, k, v, **options)
     complete = implementation.attention_backward(dout, q, k, v, out, lse, **options, **ALL)
@@ -195,7 +195,7 @@ def test_any_strides(dtype):
 
 
 @needs_kernels
-@pytest.mark.parametrize(("n_queries", "n_keys", "dim"), [(1, 1, 1), (17, 5, 20), (65, 257, 33), (300, 300, 64)])
+@pytest.mark.parametrize(("n_queries", "n_keys", "dim"), [(1, 1, 1), (17, 5, 20), (65, 321, 33), (350, 350, 64)])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_the_number_of_threads_changes_no_bit(dtype, n_queries, n_keys, dim):
     q, k, v, dout = make(dtype, n_queries=n_queries, n_keys=n_keys, dim=dim)
@@ -215,12 +215,12 @@ def test_the_number_of_threads_changes_no_bit(dtype, n_queries, n_keys, dim):
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 def test_what_is_not_finite_passes_through(implementation):
     for value, others in ((math.nan, False), (math.inf, False)):
-        q, k, v, _ = make(torch.float32, b=1, h=1, n_queries=300)
+        q, k, v, _ = make(torch.float32, b=1, h=1, n_queries=350)
         q[0, 0, 3, 2] = value
         out, _ = implementation.attention_forward(q, k, v, scale=0.3)
         assert out[0, 0, 3].isnan().all()
         assert out[0, 0, 4:].isnan().any() == others
-        v[0, 0, 270, 5] = math.nan
+        v[0, 0, 330, 5] = math.nan
         out, _ = implementation.attention_forward(q, k, v, scale=0.3)
         assert out[0, 0, :, 5].isnan().all()
         assert not out[0, 0, 4:, 6].isnan().any()
@@ -232,14 +232,14 @@ def test_scores_of_any_height(implementation, height):
     """The largest score is taken off before any exponential; float32 has 8e-6 between two scores of this height."""
     q, k, v, dout = make(torch.float32, n_queries=70, n_keys=600, dim=8)
     mask = torch.full((1, 600), height)
-    mask[:, 300:] += 30
+    mask[:, 350:] += 30
     check(implementation, q, k, v, dout, mask=mask, tolerance=2e-5)
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 def test_dropout_s_numbers_depend_on_seed_head_query_and_key_alone(implementation):
     """Values that are unit vectors read the weights off the output."""
-    b, h, n_queries, n_keys, dropout = 2, 2, 70, 300, 0.25
+    b, h, n_queries, n_keys, dropout = 2, 2, 70, 350, 0.25
     q = torch.zeros(b, h, n_queries, 8)
     v = torch.eye(n_keys).expand(b, h, n_keys, n_keys)
     options = {"scale": 1.0, "dropout": dropout}
