@@ -19,7 +19,7 @@ from torch.utils._pytree import tree_map_only
 from fastln import ops
 from fastln.errors import FastLNError
 from fastln.ops.linear_cross_entropy import shaped_logits
-from fastln.rows import METADATA, computed, labelled
+from fastln.rows import METADATA, LazyRows, computed, labelled
 
 
 class LazyLogits(Tensor):
@@ -135,8 +135,10 @@ class _Wrap(torch.autograd.Function):
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, twin: Tensor, shape: _Shape) -> Tensor:
         need_dhidden, need_dweight = ctx.needs_input_grad[:2]
         capped = shape.softcap is not None
+        # Rows that wait are no numbers yet that hooks on saved tensors could see.
+        ctx.waiting = hidden if isinstance(hidden, LazyRows) else None
         ctx.save_for_backward(
-            hidden if need_dweight or capped else None,
+            hidden if ctx.waiting is None and (need_dweight or capped) else None,
             weight if need_dhidden or capped else None,
             bias if capped else None,
         )
@@ -149,6 +151,8 @@ class _Wrap(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dlogits: Tensor) -> tuple[Tensor | None, ...]:
         hidden, weight, bias = ctx.saved_tensors
+        if ctx.waiting is not None:
+            hidden = computed(ctx.waiting).detach()
         dtype, weight_dtype, bias_dtype = ctx.dtypes
         need_dhidden, need_dweight, need_dbias = ctx.needs_input_grad[:3]
         scale, softcap = ctx.shape

@@ -39,6 +39,19 @@ def step(model, inputs):
     return loss.item(), {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
 
 
+class Square(torch.autograd.Function):
+    """Its argument passes `__torch_function__` by."""
+
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward(x.detach())
+        return x.square()
+
+    @staticmethod
+    def backward(ctx, dy):
+        return 2 * ctx.saved_tensors[0] * dy
+
+
 @pytest.mark.parametrize("name", [*MODELS, *VISION_MODELS])
 def test_what_is_read_is_computed(name, computed_rows):
     step(fastln.prepare(make(name)), batch(name))
@@ -100,6 +113,34 @@ def test_stock_code_runs_without_autograd_and_in_the_definition(computed_rows):
         fastln.prepare(make("llama"))(**inputs)
     fastln.prepare(make("llama"), backend="reference")(**inputs)
     assert not computed_rows
+
+
+def test_a_frozen_tower_is_computed_whole(computed_rows):
+    """As it is where its features come from a cache: the bits of a product may depend on the number of rows."""
+    model, inputs = make("clip"), batch("clip")
+    fastln.prepare(model, scope="text")
+    model(**inputs)
+    assert set(computed_rows) == {2}
+
+
+@pytest.mark.parametrize(("name", "also"), [("bert", ("cls",)), ("llama", ("lm_head",)), ("gemma2", ())])
+def test_heads_that_train_and_capped_ones(name, also):
+    """They keep rows, of those that are there; and logits that autograd alone sees have their gradient."""
+    model, inputs = make(name), batch(name)
+    stock = copy.deepcopy(model)
+    for key, parameter in stock.named_parameters():
+        parameter.requires_grad_(key in norm_parameters(model) or key.startswith(also))
+    want = stock(**inputs)
+    (want.loss + want.logits.square().mean()).backward()
+    fastln.prepare(model, also=also)
+    with SavedActivations(model):
+        got = model(**inputs)
+    (got.loss + Square.apply(got.logits).mean()).backward()
+    gradients = {key: parameter.grad for key, parameter in stock.named_parameters()}
+    for key, parameter in model.named_parameters():
+        assert (parameter.grad is None) == (gradients[key] is None), key
+        if parameter.grad is not None:
+            torch.testing.assert_close(parameter.grad, gradients[key], rtol=1e-4, atol=1e-6)
 
 
 def test_restore_takes_it_away(computed_rows):

@@ -47,6 +47,8 @@ def _last_projections(model: nn.Module) -> list[tuple[nn.Module, nn.Module]]:
 def _wait(block: nn.Module, projection: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
     if len(args) != 1 or type(args[0]) is not Tensor or not projection.training or not may_be_late(args[0]):
         return None
+    if not args[0].requires_grad and not any(parameter.requires_grad for parameter in block.parameters()):
+        return None  # a frozen tower: a cache may have its features, with the bits of all rows computed at once
     others = [module for module in block.modules() if module is not projection]
     # Hooks may gather weights around a call and release them after it, as may a forward put in the class's place.
     if not unwatched(*others) or len(projection._forward_pre_hooks) > 1 or projection._forward_hooks:
