@@ -21,13 +21,14 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
-from torch import Tensor, distributed, nn
+from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
 from fastln.errors import FastLNError
 from fastln.families import find_norms
 from fastln.files import replace_files, written_whole
+from fastln.machine import is_first_process
 from fastln.prepare import STATE
 
 logger = logging.getLogger(__name__)
@@ -122,7 +123,7 @@ def save_adapter(model: nn.Module, directory: str | Path, *, dtype: torch.dtype 
         "target_modules": _targets(model, [name for name, _ in norms]),
         "modules_to_save": list(modules) or None,
     }
-    if not _writes():
+    if not is_first_process():
         return
     written = {name: tensors[f"{_PREFIX}{_TUNED.join(name.rsplit('.', 1))}"] for name in tuned}
     for name, tensor in written.items():
@@ -199,7 +200,7 @@ def merge_adapter(model: PreTrainedModel, directory: str | Path) -> None:
             f"{type(model).__name__} is sharded over processes and not written whole: save its adapter, which "
             "`fastln merge` puts into the base"
         )
-    if not _writes():
+    if not is_first_process():
         return
     folder = Path(directory)
     if folder.is_file():
@@ -269,11 +270,6 @@ def fingerprint(model: nn.Module, without: Collection[str] = ()) -> str:
 
 def _is_sharded(model: nn.Module) -> bool:
     return any(isinstance(parameter, DTensor) for parameter in model.parameters())
-
-
-def _writes() -> bool:
-    """Whether this is the first of the processes, or the only one."""
-    return not distributed.is_initialized() or distributed.get_rank() == 0
 
 
 def _gathered(tensor: Tensor) -> Tensor:

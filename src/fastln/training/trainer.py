@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import PartialState
 from safetensors import SafetensorError
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
@@ -20,6 +19,7 @@ from transformers import PrinterCallback, TrainerCallback, TrainingArguments
 from fastln.data import VQADataset
 from fastln.engines import apply_method, check_finishes, finish, save_trained_adapter
 from fastln.errors import FastLNError
+from fastln.machine import is_first_process
 from fastln.methods import LearningRates, count_parameters, describe_parameters, learning_rates
 from fastln.models import Task, VQATask
 from fastln.models.dual_task import DualEncoderTask
@@ -224,7 +224,7 @@ def train_task(
     if not head_alone:
         with cached_features(task.vision_tower, features):
             losses += _train_method(task, model, data, config, checkpoints, resume, progress)
-    if adapter is not None and PartialState().is_main_process:
+    if adapter is not None and is_first_process():
         try:
             save_trained_adapter(model, adapter, adapter_dtype)
         except FastLNError as error:

@@ -1,0 +1,115 @@
+"""Merging: the whole model, stock, with the tuned values; from a model or by folders, fastln's adapters and peft's."""
+
+import errno
+import os
+import signal
+
+import family_models
+import pytest
+import tiny
+import torch
+from tuned import loss, move, tuned
+
+import fastln
+from fastln.engines import put_method, save_trained_adapter
+from fastln.errors import FastLNError
+from fastln.merge import merge_into_base
+from fastln.training import evaluate
+
+
+@pytest.mark.parametrize("name", ["bert", "llama", "blip"])
+def test_a_merged_model_is_stock_in_the_bases_dtype(name, tmp_path):
+    model = tuned(name, dtype=torch.bfloat16)
+    exact = {key: tensor.clone() for key, tensor in model.state_dict().items()}
+    with pytest.warns(UserWarning, match=r"bfloat16 rounds [\d,]+ of [\d,]+ tuned values, by up to .*keep the adapter"):
+        fastln.merge_adapter(model, tmp_path)
+    assert all(torch.equal(tensor, exact[key]) for key, tensor in model.state_dict().items())
+    again = type(model).from_pretrained(tmp_path, dtype="auto")
+    assert all(parameter.dtype == torch.bfloat16 for parameter in again.parameters())
+    fastln.restore(model)
+    assert all(torch.equal(tensor, again.state_dict()[key]) for key, tensor in model.state_dict().items())
+
+
+@pytest.mark.parametrize("is_there", [False, True])
+def test_a_merge_killed_or_without_space_leaves_the_target_as_it_was(is_there, tmp_path, monkeypatch):
+    model, target = tuned("llama"), tmp_path / "merged"
+    if is_there:
+        fastln.merge_adapter(model, target)
+        (target / "model-00001-of-00002.safetensors").touch()  # of a model in two files
+        (target / "tokenizer.json").write_text("{}")
+        move(model)
+
+    def files():
+        return {path.name: path.read_bytes() for path in target.iterdir() if path.is_file()} if target.exists() else {}
+
+    before = files()
+    for name in ("fsync", "rename"):
+        pid = os.fork()
+        if pid == 0:
+            monkeypatch.setattr(os, name, lambda *args: os.kill(os.getpid(), signal.SIGKILL))
+            fastln.merge_adapter(model, target)
+            os._exit(0)
+        assert os.WTERMSIG(os.waitpid(pid, 0)[1]) == signal.SIGKILL
+        assert files() == before
+
+    def full(*args):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", full)
+        with pytest.raises(FastLNError, match=r"cannot be written: .*No space left"):
+            fastln.merge_adapter(model, target)
+    assert files() == before
+    assert {path.name for path in tmp_path.iterdir()} == ({"merged"} if is_there else set())
+    fastln.merge_adapter(model, target)
+    again = type(model).from_pretrained(target)
+    assert all(torch.equal(tensor, again.state_dict()[key]) for key, tensor in model.state_dict().items())
+    kept = {"tokenizer.json"} if is_there else set()
+    assert {path.name for path in target.iterdir()} == {
+        "config.json",
+        "generation_config.json",
+        "model.safetensors",
+    } | kept
+
+
+@pytest.mark.parametrize("kind", ["vit", "dual"])
+def test_merging_by_folders(kind, tmp_path):
+    data = tiny.phantom(12)
+    if kind == "dual":
+        task = tiny.dual(tmp_path, data)
+        task.save(tmp_path / "base")
+        model = fastln.prepare(task.model, also=task.head, backend="reference")
+    else:
+        base = family_models.make("vit")
+        base.save_pretrained(tmp_path / "base")
+        model = fastln.prepare(base, also=["classifier"], backend="reference")
+    move(model)
+    fastln.save_adapter(model, tmp_path / "adapter")
+    merge_into_base(str(tmp_path / "base"), tmp_path / "adapter", tmp_path / "merged")
+    again = type(model).from_pretrained(tmp_path / "merged")
+    assert all(torch.equal(tensor, again.state_dict()[name]) for name, tensor in model.state_dict().items())
+    if kind == "dual":
+        fastln.restore(model)
+        assert evaluate(tiny.load_task(str(tmp_path / "merged"), data), data) == evaluate(task, data)
+    with pytest.raises(FastLNError, match="merged: is there already"):
+        merge_into_base(str(tmp_path / "base"), tmp_path / "adapter", tmp_path / "merged")
+
+
+@pytest.mark.parametrize("method", ["lora", "dora", "ia3"])
+def test_an_adapter_of_pefts_is_merged_by_folders(method, tmp_path):
+    family_models.make("llama").save_pretrained(tmp_path / "base")
+    wrapped = put_method(family_models.make("llama"), method)
+    move(wrapped)
+    save_trained_adapter(wrapped, tmp_path / "adapter")
+    merge_into_base(str(tmp_path / "base"), tmp_path / "adapter", tmp_path / "merged")
+    again = type(family_models.make("llama")).from_pretrained(tmp_path / "merged")
+    torch.testing.assert_close(loss(again, "llama"), loss(wrapped, "llama"))
+    assert (loss(again, "llama") - loss(family_models.make("llama"), "llama")).abs() > 1e-3
+
+
+def test_an_adapter_of_virtual_tokens_is_refused(tmp_path):
+    family_models.make("llama").save_pretrained(tmp_path / "base")
+    save_trained_adapter(put_method(family_models.make("llama"), "prompt"), tmp_path / "adapter")
+    with pytest.raises(FastLNError, match="a PROMPT_TUNING adapter is of virtual tokens"):
+        merge_into_base(str(tmp_path / "base"), tmp_path / "adapter", tmp_path / "merged")
+    assert not (tmp_path / "merged").exists()
