@@ -50,8 +50,9 @@ def main(folder, dtype, max_steps):
     }
     dtypes = {str(p.dtype) for p in trainer.model.parameters() if p.requires_grad}
     if trainer.is_world_process_zero():
-        losses = [row["loss"] for row in trainer.state.log_history if "loss" in row]
-        found = {"losses": losses, "trained": trained, "sharded": all(sharded), "dtypes": sorted(dtypes)}
+        rows = [row for row in trainer.state.log_history if "loss" in row]
+        logged = {key: [row[key] for row in rows] for key in ("loss", "gamma_shift")}
+        found = {**logged, "trained": trained, "sharded": all(sharded), "dtypes": sorted(dtypes)}
         (folder / "result.json").write_text(json.dumps(found))
     if n_processes > 1:  # or its threads may still be at work when the process ends
         torch.distributed.barrier()

@@ -364,6 +364,21 @@ def test_the_adapter_of_blip_vqa_is_below_a_megabyte(tmp_path):
     assert sum(path.stat().st_size for path in tmp_path.iterdir()) < 1e6
 
 
+def test_all_processes_gather_alike(tmp_path, monkeypatch):
+    """One that gathered alone would wait for the others for ever."""
+    model, counts = tuned("llama"), []
+    monkeypatch.setattr(distributed, "is_initialized", lambda: True)
+    for rank in (0, 1):
+        gathered = []
+        monkeypatch.setattr(distributed, "get_rank", lambda *group, rank=rank: rank)
+        monkeypatch.setattr(
+            adapters, "gathered", lambda tensor, own=gathered: own.append(tensor.shape) or tensor.detach()
+        )
+        fastln.save_adapter(model, tmp_path / "adapter", dtype=torch.float16)
+        counts.append(gathered)
+    assert counts[0] == counts[1]
+
+
 def test_of_several_processes_the_first_alone_writes(tmp_path, monkeypatch):
     model = tuned("llama")
     monkeypatch.setattr(distributed, "is_initialized", lambda: True)

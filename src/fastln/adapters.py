@@ -22,14 +22,13 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
 from fastln.errors import FastLNError
 from fastln.families import find_norms
 from fastln.files import replace_files, written_whole
-from fastln.machine import is_first_process
 from fastln.prepare import STATE
+from fastln.processes import gathered, is_first_process, is_sharded
 
 logger = logging.getLogger(__name__)
 
@@ -110,9 +109,10 @@ def save_adapter(model: nn.Module, directory: str | Path, *, dtype: torch.dtype 
     }
     whole = {name: tensor for name, tensor in model.state_dict().items() if name.startswith(inside)} if inside else {}
     tensors |= {f"{_PREFIX}{name}": tensor for name, tensor in whole.items()}
+    exact = {name: gathered(parameter) for name, parameter in tuned.items()}  # by all, before all but the first return
     # Copies, for safetensors takes no views of one memory, which tied weights are.
     tensors = {
-        name: _gathered(tensor).cpu().clone(memory_format=torch.contiguous_format) for name, tensor in tensors.items()
+        name: gathered(tensor).cpu().clone(memory_format=torch.contiguous_format) for name, tensor in tensors.items()
     }
     metadata = {"format": "pt", FINGERPRINT: fingerprint(model, tuned.keys() | whole.keys())}
     config = {
@@ -127,14 +127,14 @@ def save_adapter(model: nn.Module, directory: str | Path, *, dtype: torch.dtype 
         return
     written = {name: tensors[f"{_PREFIX}{_TUNED.join(name.rsplit('.', 1))}"] for name in tuned}
     for name, tensor in written.items():
-        if tensor.isinf().any() and not _gathered(tuned[name]).isinf().any():
+        if tensor.isinf().any() and not exact[name].isinf().any():
             raise FastLNError(f"{name} has values beyond the range of {dtype}: save the adapter in a wider dtype")
     contents = {WEIGHTS: save(tensors, metadata), CONFIG: (json.dumps(config, indent=2) + "\n").encode()}
     try:
         replace_files(Path(directory), contents)
     except OSError as error:
         raise FastLNError(f"{directory}: the adapter cannot be written, and nothing there changed: {error}") from error
-    _warn_of_rounding({name: _gathered(p) for name, p in tuned.items()}, written, "a wider dtype keeps every digit")
+    _warn_of_rounding(exact, written, "a wider dtype keeps every digit")
 
 
 def load_adapter(model: nn.Module, directory: str | Path, *, check_base: bool = True) -> None:
@@ -195,7 +195,7 @@ def merge_adapter(model: PreTrainedModel, directory: str | Path) -> None:
         FastLNError: if the model is sharded, or the folder cannot be written to, in which case what was there before is
             whole.
     """
-    if _is_sharded(model):
+    if is_sharded(model):
         raise FastLNError(
             f"{type(model).__name__} is sharded over processes and not written whole: save its adapter, which "
             "`fastln merge` puts into the base"
@@ -259,23 +259,13 @@ def fingerprint(model: nn.Module, without: Collection[str] = ()) -> str:
     digest = hashlib.sha256()
     for name, parameter in sorted(model.named_parameters()):
         if name not in without:
-            values = _gathered(parameter).reshape(-1)
+            values = gathered(parameter).reshape(-1)
             values = values[:: max(1, len(values) // _N_SAMPLED)].to("cpu", torch.bfloat16).contiguous()
             digest.update(repr((name, tuple(parameter.shape))).encode())
             digest.update(values.view(torch.uint8).numpy().tobytes())
     if answers := getattr(getattr(model, "config", None), "answers", None):
         digest.update(repr(list(answers)).encode())
     return digest.hexdigest()
-
-
-def _is_sharded(model: nn.Module) -> bool:
-    return any(isinstance(parameter, DTensor) for parameter in model.parameters())
-
-
-def _gathered(tensor: Tensor) -> Tensor:
-    """Return a tensor's values, those of all processes where it is distributed."""
-    tensor = tensor.detach()
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def _targets(model: nn.Module, names: list[str]) -> list[str] | str:

@@ -8,7 +8,6 @@ import platform
 from pathlib import Path
 
 import torch
-from torch import distributed
 
 from fastln.errors import FastLNError
 from fastln_kernels.cpu import memory
@@ -16,11 +15,6 @@ from fastln_kernels.cpu.library import KernelsUnavailableError
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 DEVICES = ("auto", "cpu", "cuda")
-
-
-def is_first_process() -> bool:
-    """Whether this is the first of the processes that torch.distributed joins, or the only one."""
-    return not distributed.is_initialized() or distributed.get_rank() == 0
 
 
 def settle_device(name: str) -> torch.device:

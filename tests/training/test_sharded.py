@@ -9,12 +9,13 @@ from safetensors import safe_open
 from small_run import llama
 from torch import distributed, nn
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import Replicate, distribute_tensor, init_device_mesh
+from torch.distributed.tensor import DTensor, Replicate, distribute_tensor, init_device_mesh
 
 import fastln
 from fastln import ops
 from fastln.adapters import WEIGHTS
 from fastln.errors import FastLNError
+from fastln.training.watch import PATIENCE, NormWatch, check_finite
 
 # A bfloat16 gradient is the sum of two rounded ones, and Adam's first steps have the gradient's sign alone.
 BOUNDS = {"float32": {}, "bfloat16": {"rtol": 1e-3, "atol": 1e-3}}
@@ -33,7 +34,8 @@ def test_two_processes_that_shard_have_the_losses_of_one(dtype, tmp_path):
     assert whole["sharded"]
     assert not result(one)["sharded"]
     assert whole["dtypes"] == result(one)["dtypes"] == ["torch.float32"]
-    torch.testing.assert_close(torch.tensor(whole["losses"]), torch.tensor(result(one)["losses"]), **BOUNDS[dtype])
+    for key in ("loss", "gamma_shift"):
+        torch.testing.assert_close(torch.tensor(whole[key]), torch.tensor(result(one)[key]), **BOUNDS[dtype])
     if dtype == "float32":
         for name, values in result(one)["trained"].items():
             torch.testing.assert_close(torch.tensor(whole["trained"][name]), torch.tensor(values), msg=name)
@@ -86,6 +88,35 @@ def test_an_adapter_of_a_sharded_model_is_that_of_the_whole_one(mesh, tmp_path):
     with pytest.raises(FastLNError, match="LlamaForCausalLM is sharded over processes and not written whole"):
         fastln.merge_adapter(sharded, tmp_path / "merged")
     assert not (tmp_path / "merged").exists()
+
+
+def test_gamma_is_watched_where_it_is_sharded(mesh):
+    """The watch is set before the model is sharded, as the Trainer does it."""
+    model = fastln.prepare(llama())
+    watch = NormWatch(model)
+    fully_shard(model, mesh=mesh)
+    assert all(isinstance(parameter, DTensor) for parameter in watch.parameters.values())
+    assert watch.gamma_shift() == 0
+    stuck = "model.layers.1.input_layernorm.weight"
+    optimizer = torch.optim.SGD([p for name, p in watch.parameters.items() if name != stuck], lr=0.5)
+    events = {"args": None, "state": None, "control": None, "optimizer": optimizer}
+    for parameter in watch.parameters.values():
+        parameter.grad = torch.ones_like(parameter)
+
+    def steps():
+        for _ in range(PATIENCE):
+            watch.on_pre_optimizer_step(**events)
+            optimizer.step()
+            watch.on_step_end(**events)
+
+    with pytest.raises(FastLNError, match=f"{stuck} .*did not move in {PATIENCE} optimizer steps"):
+        steps()
+    n_norms = len(watch.parameters)
+    assert watch.gamma_shift() == pytest.approx(0.5 * PATIENCE * (n_norms - 1) / n_norms)
+    check_finite(watch.parameters, 1)
+    watch.parameters[stuck].detach().to_local()[0] = torch.nan
+    with pytest.raises(FastLNError, match=f"{stuck} turned NaN"):
+        check_finite(watch.parameters, 1)
 
 
 @pytest.mark.parametrize("name", ["model.norm", "model.layers.0.mlp.down_proj", "lm_head"])

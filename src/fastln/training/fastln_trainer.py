@@ -129,8 +129,13 @@ class FastLNTrainer(ResumableTrainer):
             print(f"{self._method['method']}: {describe_parameters(self.model)}")
         return super()._prepare_for_training(*args, **kwargs)
 
+    @property
+    def _shows_norms(self) -> bool:
+        """Whether norms keep parameters of their own; DeepSpeed and the first FSDP put them into others."""
+        return not self._sharded or self.accelerator.is_fsdp2
+
     def _begin_watch(self) -> None:
-        if self._watch is None and not self._sharded:
+        if self._watch is None and self._shows_norms:
             self._watch = NormWatch(self.model)
             self.add_callback(self._watch)
 
@@ -204,7 +209,7 @@ class FastLNTrainer(ResumableTrainer):
             if self._watch is not None:
                 check_finite(self._watch.parameters, step)
             check_loss(loss.item(), step, ids)
-        if self.state.global_step == 0 and not self._sharded:
+        if self.state.global_step == 0 and self._shows_norms:
             check_norm_gradients(self.model)
         return loss
 

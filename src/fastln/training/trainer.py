@@ -19,11 +19,11 @@ from transformers import PrinterCallback, TrainerCallback, TrainingArguments
 from fastln.data import VQADataset
 from fastln.engines import apply_method, check_finishes, finish, save_trained_adapter
 from fastln.errors import FastLNError
-from fastln.machine import is_first_process
 from fastln.methods import LearningRates, count_parameters, describe_parameters, learning_rates
 from fastln.models import Task, VQATask
 from fastln.models.dual_task import DualEncoderTask
 from fastln.prepare import check_norm_gradients
+from fastln.processes import is_first_process
 from fastln.training.adalora import AdaLoRASteps
 from fastln.training.checkpoints import checkpoints_in
 from fastln.training.features import cached_features, check_frozen

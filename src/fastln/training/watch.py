@@ -11,6 +11,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from fastln.errors import FastLNError
 from fastln.families import find_norms
+from fastln.processes import gathered, own_part
 
 PATIENCE = 3
 LEAST_RATE = 1e-5  # below it a float32 γ of 1 may take many steps to change
@@ -23,19 +24,26 @@ class NormWatch(TrainerCallback):
     another value than it began with. That happens to a norm in bfloat16, whose steps all round to nothing, to one that
     the optimizer was not given, or to one that the loss does not depend on.
 
+    FSDP2 may shard the model between its making and its first step; all processes then see the same.
+
     Args:
         model: The model that trains, before its first step.
     """
 
     def __init__(self, model: nn.Module) -> None:
-        self.parameters = {
-            f"{name}.{own}": parameter
+        self._norms = [
+            (f"{name}.{own}", norm, own)
             for name, norm in find_norms(model)
             for own, parameter in norm.named_parameters(recurse=False)
             if parameter.requires_grad
-        }
-        self.start = {name: parameter.detach().clone() for name, parameter in self.parameters.items()}
+        ]
+        self.start = {name: gathered(parameter).clone() for name, parameter in self.parameters.items()}
         self.n_steps = 0
+
+    @property
+    def parameters(self) -> dict[str, nn.Parameter]:
+        """Those of trained norms: sharding puts others in their places."""
+        return {name: getattr(norm, own) for name, norm, own in self._norms}
 
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -54,38 +62,39 @@ class NormWatch(TrainerCallback):
             self.n_steps -= 1
         elif self.n_steps == PATIENCE:
             self.n_steps += 1  # once is enough
-            still = [name for name, parameter in self.parameters.items() if torch.equal(parameter, self._start(name))]
+            still = {name: p.dtype for name, p in self.parameters.items() if torch.equal(*self._now_and_then(name, p))}
             if still:
-                dtypes = {str(self.parameters[name].dtype).removeprefix("torch.") for name in still}
+                dtypes = ", ".join(sorted({str(dtype).removeprefix("torch.") for dtype in still.values()}))
                 raise FastLNError(
-                    f"{_some(still)} ({', '.join(sorted(dtypes))}) did not move in {PATIENCE} optimizer steps: the "
+                    f"{_some(list(still))} ({dtypes}) did not move in {PATIENCE} optimizer steps: the "
                     "values were cast to a dtype that rounds the steps away, the optimizer does not have them, or "
                     "their gradients are 0"
                 )
 
     def gamma_shift(self) -> float | None:
         """Return the mean |γ - γ at the start| over all elements of trained norms; None where no γ trains."""
-        shifts = [
-            (parameter.detach().float() - self._start(name).float()).abs().flatten()
+        pairs = (
+            self._now_and_then(name, parameter)
             for name, parameter in self.parameters.items()
             if name.endswith(".weight")
-        ]
+        )
+        shifts = [(now.float() - then.float()).abs().flatten() for now, then in pairs]
         return torch.cat(shifts).mean().item() if shifts else None
 
-    def _start(self, name: str) -> Tensor:
-        parameter = self.parameters[name]
-        if self.start[name].device != parameter.device:
-            self.start[name] = self.start[name].to(parameter.device)
-        return self.start[name]
+    def _now_and_then(self, name: str, parameter: Tensor) -> tuple[Tensor, Tensor]:
+        now = gathered(parameter)
+        if self.start[name].device != now.device:
+            self.start[name] = self.start[name].to(now.device)
+        return now, self.start[name]
 
 
 def check_finite(parameters: Mapping[str, Tensor], step: int) -> None:
-    """Raise where a parameter is not finite.
+    """Raise where a parameter is not finite; of a sharded one this process sees its part.
 
     Raises:
         FastLNError: naming those that are not.
     """
-    broken = [name for name, parameter in parameters.items() if not parameter.isfinite().all()]
+    broken = [name for name, parameter in parameters.items() if not own_part(parameter).isfinite().all()]
     if broken:
         raise FastLNError(f"{_some(broken)} turned NaN or infinite by step {step}; try a lower learning rate")
 

@@ -1,0 +1,26 @@
+"""Several processes that train one model: which of them this is, and what of the model is here."""
+
+from torch import Tensor, distributed, nn
+from torch.distributed.tensor import DTensor
+
+
+def is_first_process() -> bool:
+    """Whether this is the first of the processes that torch.distributed joins, or the only one."""
+    return not distributed.is_initialized() or distributed.get_rank() == 0
+
+
+def is_sharded(model: nn.Module) -> bool:
+    """Whether parameters of `model` are distributed tensors, as FSDP2 makes them."""
+    return any(isinstance(parameter, DTensor) for parameter in model.parameters())
+
+
+def gathered(tensor: Tensor) -> Tensor:
+    """Return a tensor's values: where it is distributed those of all processes, which must all call this."""
+    tensor = tensor.detach()
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def own_part(tensor: Tensor) -> Tensor:
+    """Return a tensor's values, those that this process has where it is distributed."""
+    tensor = tensor.detach()
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
