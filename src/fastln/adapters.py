@@ -57,8 +57,8 @@ def save_adapter(model: nn.Module, directory: str | Path, *, dtype: torch.dtype 
     """Write what training changed: the tuned norms, and the modules that train whole in their own dtype.
 
     `peft.PeftModel.from_pretrained(base, directory)` reads it, and `load_adapter`. Files appear whole or not at all.
-    Of several processes (torch.distributed's) the first writes, the others nothing, as in `save_pretrained`. Where
-    FSDP2 shards the model every one of them must call this, for it gathers the values.
+    Of several processes (torch.distributed's, torchrun's) the first writes, the others nothing, as in
+    `save_pretrained`. Where FSDP2 shards the model every one of them must call this, for it gathers the values.
 
     Args:
         model: a model that `prepare` was called on, with method `layernorm` (and perhaps `also`).

@@ -1,12 +1,22 @@
 """Several processes that train one model: which of them this is, and what of the model is here."""
 
+from __future__ import annotations
+
+import os
+
 from torch import Tensor, distributed, nn
 from torch.distributed.tensor import DTensor
 
 
 def is_first_process() -> bool:
-    """Whether this is the first of the processes that torch.distributed joins, or the only one."""
-    return not distributed.is_initialized() or distributed.get_rank() == 0
+    """Whether this is the first of the processes that train together, or the only one.
+
+    The Trainer joins them by torch.distributed. Before that, and where only a head trains, there is torchrun's word: a
+    rank among several, for a number alone may be a job's that has nothing to do with others.
+    """
+    if distributed.is_initialized():
+        return distributed.get_rank() == 0
+    return os.environ.get("RANK", "0") == "0" or os.environ.get("WORLD_SIZE", "1") == "1"
 
 
 def is_sharded(model: nn.Module) -> bool:

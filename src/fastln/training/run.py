@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import shutil
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -24,6 +23,7 @@ from fastln.methods import get_method
 from fastln.metrics import Accuracy, ReportScores, check_scorable, score
 from fastln.models import VQATask, load_task
 from fastln.models.sources import MODEL, RECORD
+from fastln.processes import is_first_process
 from fastln.training.checkpoints import checkpoints_in
 from fastln.training.evaluate import evaluate, predict
 from fastln.training.features import check_cacheable, check_frozen
@@ -115,7 +115,7 @@ def run_training(
     check_finishes(run.config.method)
     device = settle_device(run.device)
     dtype = settle_dtype(run.dtype, device)
-    is_first = os.environ.get("RANK", "0") == "0"  # torchrun's; accelerate is not set up before the Trainer is
+    is_first = is_first_process()
     if is_first and not dry_run:
         _check_folder(run, out, resume=resume, overwrite=overwrite)
     source = load_source(run.data, run.options)
