@@ -17,12 +17,12 @@ def dataset(questions_of_image):
         for image, count in enumerate(questions_of_image)
         for number in range(count)
     ]
-    return VQADataset(Source("test", True, {}, lambda key: None), "train", samples)
+    return VQADataset(Source("test", True, {}, lambda key: None, {}), "train", samples)
 
 
 def texts(lengths):
     samples = [Sample(str(number), str(number), "", "a" * length, None) for number, length in enumerate(lengths)]
-    return VQADataset(Source("test", True, {}, lambda key: None), "train", samples)
+    return VQADataset(Source("test", True, {}, lambda key: None, {}), "train", samples)
 
 
 COUNTS = st.lists(st.integers(1, 9), min_size=1, max_size=12)

@@ -141,8 +141,7 @@ def test_a_file_cut_anywhere_is_found_by_the_check(tmp_path, name):
     noise = np.random.default_rng(0).integers(0, 256, (64, 64), dtype=np.uint8)
     Image.fromarray(noise).save(tmp_path / name)
     content = (tmp_path / name).read_bytes()
-    images.check_image(tmp_path / name)
-    images.check_image(content, "bytes")
+    assert images.check_image(tmp_path / name) == images.check_image(content, "bytes") == (64, 64, len(content))
     for share in (0.1, 0.5, 0.9):
         (tmp_path / name).write_bytes(content[: int(share * len(content))])
         with pytest.raises(FastLNError, match=name):

@@ -68,12 +68,16 @@ def test_rows_become_samples_and_splits_are_as_published(tmp_path, name, layout)
     assert first.image == again.image != second.image
 
 
-def test_images_decode_and_their_reader_can_be_sent_to_workers(tmp_path, layout):
+def test_images_decode_and_their_reader_can_be_sent_to_workers(tmp_path, name, layout):
     source = load_source(layout.make(tmp_path, train=[layout.row(number) for number in (0, 1, 2, 3)]))
     data = pickle.loads(pickle.dumps(source)).dataset("train")
     images = [data.image(key) for sample in data.samples for key in sample.images]
     assert {image.mode for image in images} == {"RGB"}
     assert len({image.tobytes() for image in images}) == len(images)
+    stats = [source.stats[key] for sample in data.samples for key in sample.images]
+    assert [(stat.width, stat.height) for stat in stats] == [image.size for image in images]
+    if name != "iu-xray":
+        assert [stat.n_bytes for stat in stats] == [len(jpeg(number)) for number in range(4)]
     with pytest.raises(FastLNError, match=r"no question .* '\.\./x\.png'"):
         data.image("../x.png")
 

@@ -21,6 +21,7 @@ from transformers.image_utils import OPENAI_CLIP_MEAN
 
 from fastln import prepare, save_adapter
 from fastln.data import Sample, Source, VQADataset
+from fastln.data.images import ImageStat
 from fastln.engines import apply_method
 from fastln.errors import FastLNError
 from fastln.merge import merge_into_base
@@ -35,14 +36,15 @@ QUESTIONS = {
     "How many?": "two or so",
 }
 GREY = {"a": 40, "b": 200}
+STATS = {"a": ImageStat(60, 40, 0), "b": ImageStat(30, 90, 0)}
 
 
 def image(key: str) -> Image.Image:
-    return Image.new("RGB", (60, 40) if key == "a" else (30, 90), (GREY[key],) * 3)
+    return Image.new("RGB", STATS[key][:2], (GREY[key],) * 3)
 
 
 def dataset(*samples: Sample) -> VQADataset:
-    return VQADataset(Source("made", synthetic=True, splits={}, image=image), "train", list(samples))
+    return VQADataset(Source("made", synthetic=True, splits={}, image=image, stats=STATS), "train", list(samples))
 
 
 def text_data() -> VQADataset:

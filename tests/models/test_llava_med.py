@@ -12,6 +12,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor, CLIPVisionC
 
 from fastln.adapters import load_adapter, save_adapter
 from fastln.data import Sample, Source, VQADataset
+from fastln.data.images import ImageStat
 from fastln.errors import FastLNError
 from fastln.merge import merge_into_base
 from fastln.models import llava_med, load_task
@@ -65,7 +66,9 @@ def original(folder, **changes):
 
 def data() -> VQADataset:
     sample = Sample("1", "tall", "What is shown?", "an mri", closed=None)
-    source = Source("made", synthetic=True, splits={}, image=lambda key: Image.new("RGB", (28, 56), (255, 0, 0)))
+    image = Image.new("RGB", (28, 56), (255, 0, 0))
+    stats = {"tall": ImageStat(*image.size, 0)}
+    source = Source("made", synthetic=True, splits={}, image=lambda key: image, stats=stats)
     return VQADataset(source, "train", [sample])
 
 

@@ -4,6 +4,7 @@ import dataclasses
 import errno
 import json
 import os
+import shutil
 
 import pytest
 import tiny
@@ -296,16 +297,18 @@ def test_resuming_with_other_options_is_refused(tmp_path):
 @pytest.mark.parametrize(
     ("change", "which"),
     [
-        (lambda rows: rows["train"][3].update(answer="maybe"), "train"),
-        (lambda rows: rows["train"].reverse(), "train"),
-        (lambda rows: rows["test"].pop(), "test"),
-        (lambda rows: rows["test"][0].update(image="1.png"), "test"),
+        (lambda rows, images: rows["train"][3].update(answer="maybe"), "train"),
+        (lambda rows, images: rows["train"].reverse(), "train"),
+        (lambda rows, images: rows["test"].pop(), "test"),
+        (lambda rows, images: rows["test"][0].update(image="1.png"), "test"),
+        (lambda rows, images: Image.effect_noise((8, 8), 50).save(images / "0.png"), "test and train"),
     ],
 )
-def test_resuming_on_data_that_changed_is_refused(change, which, tmp_path):
-    (tmp_path / "images").mkdir()
+def test_resuming_on_data_that_changed_is_refused_and_a_copy_is_not(change, which, tmp_path):
+    data = tmp_path / "data"
+    (data / "images").mkdir(parents=True)
     for name in ("0.png", "1.png"):
-        Image.new("L", (8, 8)).save(tmp_path / "images" / name)
+        Image.new("L", (8, 8)).save(data / "images" / name)
     row = {"image": "0.png", "question": "is it bright?"}
     rows = {
         split: [row | {"id": f"{split}{n}", "answer": ("yes", "no")[n % 2]} for n in range(8)]
@@ -314,17 +317,19 @@ def test_resuming_on_data_that_changed_is_refused(change, which, tmp_path):
 
     def write():
         for split, own in rows.items():
-            (tmp_path / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in own))
+            (data / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in own))
 
     write()
-    run, out = TrainRun(str(tmp_path), spec(tmp_path / "towers"), None, CONFIG), tmp_path / "out"
+    run, out = TrainRun(str(data), spec(tmp_path / "towers"), None, CONFIG), tmp_path / "out"
     run_training(run, out)
     record = (out / "run.json").read_text()
+    data.rename(tmp_path / "before")
+    shutil.copytree(tmp_path / "before", data, copy_function=shutil.copyfile)  # new times
     run_training(run, out, resume=True)
     assert json.loads((out / "run.json").read_text())["digests"] == json.loads(record)["digests"]
-    change(rows)
+    change(rows, data / "images")
     write()
-    with pytest.raises(FastLNError, match=rf"its {which} questions are not those that the run to resume read"):
+    with pytest.raises(FastLNError, match=rf"its {which} questions or images are not those that the run to resume"):
         run_training(run, out, resume=True)
 
 

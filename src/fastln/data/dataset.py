@@ -10,6 +10,7 @@ from difflib import get_close_matches
 from PIL import Image
 from torch.utils.data import Dataset
 
+from fastln.data.images import ImageStat
 from fastln.errors import FastLNError
 
 SPLITS = ("train", "validation", "test")
@@ -69,11 +70,14 @@ def demands(samples: Iterable[Sample]) -> frozenset[str]:
     return frozenset(found)
 
 
-def digest(samples: Iterable[Sample]) -> str:
-    """Return a digest of samples, in their order: all that they say and the keys of their images, not the pixels."""
+def digest(samples: Iterable[Sample], stats: Mapping[str, ImageStat]) -> str:
+    """Return a digest of samples, in their order: all that they say, and of their images the keys and stats alone.
+
+    To read the whole of every image at each start would take too long.
+    """
     hashed = hashlib.sha256()
     for sample in samples:
-        hashed.update(repr(sample).encode())
+        hashed.update(repr((sample, [tuple(stats[key]) for key in sample.images])).encode())
     return hashed.hexdigest()
 
 
@@ -86,12 +90,14 @@ class Source:
         synthetic: True where the images are drawn by a program.
         splits: The samples by split, in the order of the data; a split that the data does not have is missing.
         image: Takes a key, gives the image in mode RGB; can be pickled, for worker processes.
+        stats: What is known of each image without decoding it, by its key.
     """
 
     name: str
     synthetic: bool
     splits: Mapping[str, list[Sample]]
     image: Callable[[str], Image.Image]
+    stats: Mapping[str, ImageStat]
 
     def dataset(self, split: str, *, validation_fraction: float = 0.0) -> VQADataset:
         """Give one split.

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from io import BytesIO
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
@@ -21,6 +22,20 @@ FORMATS = ("BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP")
 """What is decoded, whatever a file is called: Pillow would hand others, such as EPS, to programs outside."""
 
 _JPEG_END = b"\xff\xd9"
+
+
+class ImageStat(NamedTuple):
+    """What is known of an image before it is decoded.
+
+    Attributes:
+        width: In pixels, before an orientation stored with it is applied.
+        height: As `width`.
+        n_bytes: Of its file, or of what is embedded; 0 where it is drawn by a program.
+    """
+
+    width: int
+    height: int
+    n_bytes: int
 
 
 def read_image(source: Path | bytes, name: object = None) -> Image.Image:
@@ -49,28 +64,33 @@ def read_image(source: Path | bytes, name: object = None) -> Image.Image:
             return _to_rgb(ImageOps.exif_transpose(image))
 
 
-def check_image(source: Path | bytes, name: object = None) -> None:
+def check_image(source: Path | bytes, name: object = None) -> ImageStat:
     """Check that `read_image` can read an image, more cheaply: JPEG by its header and end, PNG by its checksums.
 
     A JPEG that does not end with its mark of the end, which stands nowhere inside the pixels, is decoded, at an eighth
     of its size.
 
+    Returns:
+        What the check has seen of it.
+
     Raises:
         FastLNError: As for `read_image`.
     """
     with _told(name or source):
+        n_bytes = len(source) if isinstance(source, bytes) else source.stat().st_size
         if dicom.is_dicom(source):
-            dicom.read(source, MAX_PIXELS)
-            return
+            return ImageStat(*dicom.read(source, MAX_PIXELS).size, n_bytes)
         with _opened(source) as image:
+            stat = ImageStat(*image.size, n_bytes)
             if image.format == "PNG":
                 image.verify()
-                return
+                return stat
             if image.format == "JPEG":
                 if _last_bytes(source, len(_JPEG_END)) == _JPEG_END:
-                    return
+                    return stat
                 image.draft(None, (max(1, image.width // 8), max(1, image.height // 8)))
             image.load()
+            return stat
 
 
 def _last_bytes(source: Path | bytes, count: int) -> bytes:

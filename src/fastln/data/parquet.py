@@ -24,7 +24,7 @@ from PIL import Image
 
 from fastln.data.dataset import Sample, Source
 from fastln.data.files import SPLIT_STEMS, BadRowError, check_columns, data_name, refuse_pointer
-from fastln.data.images import check_image, read_image
+from fastln.data.images import ImageStat, check_image, read_image
 from fastln.data.options import DataOptions
 from fastln.data.rows import ID_FIELDS, RowChecker, answer, closed_label, line, row_id
 from fastln.errors import FastLNError
@@ -76,7 +76,7 @@ def read(path: Path, options: DataOptions) -> Source:
         splits[split] = []
         for file in names:
             splits[split] += rows.read(file, _rows(file), functools.partial(parse, _name(path, file)))
-    return rows.source(data_name(path), splits, functools.partial(_image, images.places))
+    return rows.source(data_name(path), splits, (functools.partial(_image, images.places), images.stats))
 
 
 def _split_files(path: Path) -> dict[str, list[Path]]:
@@ -111,6 +111,7 @@ class _Images:
 
     def __init__(self) -> None:
         self.places: dict[str, _Place] = {}
+        self.stats: dict[str, ImageStat] = {}
         self._keys: dict[bytes, str] = {}
         self._problems: dict[bytes, str] = {}
 
@@ -128,7 +129,7 @@ class _Images:
             raise BadRowError(self._problems[digest])
         if digest not in self._keys:
             try:
-                check_image(data, "field 'image'")
+                self.stats[key] = check_image(data, "field 'image'")
             except FastLNError as error:
                 self._problems[digest] = str(error)
                 raise BadRowError(str(error)) from error

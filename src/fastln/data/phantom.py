@@ -19,6 +19,7 @@ import numpy as np
 from PIL import Image, ImageChops, ImageDraw, ImageFilter
 
 from fastln.data.dataset import Sample, Source
+from fastln.data.images import ImageStat
 from fastln.errors import FastLNError
 
 NAME = "phantom"
@@ -68,7 +69,13 @@ def source() -> Source:
         ]
         for split in IMAGES
     }
-    return Source(name=f"{NAME} (synthetic)", synthetic=True, splits=splits, image=functools.partial(_image, scenes))
+    return Source(
+        name=f"{NAME} (synthetic)",
+        synthetic=True,
+        splits=splits,
+        image=functools.partial(_image, scenes),
+        stats=dict.fromkeys(scenes, ImageStat(IMAGE_SIZE, IMAGE_SIZE, 0)),
+    )
 
 
 def draw(scene: Scene) -> Image.Image:

@@ -14,7 +14,7 @@ from PIL import Image
 from fastln.data.answers import normalise_answer
 from fastln.data.dataset import Sample, Source
 from fastln.data.files import BadRowError, shown
-from fastln.data.images import check_image, read_image
+from fastln.data.images import ImageStat, check_image, read_image
 from fastln.errors import FastLNError
 
 T = TypeVar("T")
@@ -40,6 +40,7 @@ class RowChecker:
         self._n_rows = 0
         self._problems: list[str] = []
         self._found: dict[str, Path] = {}
+        self._stats: dict[str, ImageStat] = {}
         self._bad_images: dict[str, str] = {}
 
     def read(self, where: object, rows: Iterable[Any], parse: Callable[[dict[str, Any], int], T]) -> list[T]:
@@ -78,14 +79,14 @@ class RowChecker:
             raise BadRowError(self._bad_images[name])
         if name not in self._found:
             try:
-                self._found[name] = self._find(name)
+                self._found[name], self._stats[name] = self._find(name)
             except BadRowError as problem:
                 self._bad_images[name] = str(problem)
                 raise
         return name
 
-    def _find(self, name: str) -> Path:
-        """Give the folder that the name is relative to."""
+    def _find(self, name: str) -> tuple[Path, ImageStat]:
+        """Give the folder that the name is relative to, and what the check has seen of the image."""
         reason = f"is missing in {self._shown}"
         for folder in self._folders:
             try:
@@ -97,10 +98,9 @@ class RowChecker:
                 reason = f"leads outside the folder {self._shown}"
             elif present:
                 try:
-                    check_image(path)
+                    return folder, check_image(path)
                 except FastLNError as error:
                     raise BadRowError(f"image {shown(name)}: {error}") from error
-                return folder
         raise BadRowError(f"image {shown(name)} {reason}")
 
     def finish(self) -> None:
@@ -117,21 +117,25 @@ class RowChecker:
         logger.warning("skipped %s, counted from 0:\n  %s\nThat was %s, skipped.", count, lines, count)
 
     def source(
-        self, name: str, splits: Mapping[str, list[Sample]], image: Callable[[str], Image.Image] | None = None
+        self,
+        name: str,
+        splits: Mapping[str, list[Sample]],
+        images: tuple[Callable[[str], Image.Image], Mapping[str, ImageStat]] | None = None,
     ) -> Source:
         """Finish, and make the source of the data.
 
         Args:
             name: What the data is called.
             splits: The samples by split.
-            image: Gives an image by its key; by default the images are the files that `image` found.
+            images: `Source.image` and `Source.stats`; by default they are of the files that `image` found.
 
         Raises:
             FastLNError: There were bad rows, and they are not skipped.
         """
         self.finish()
         logger.info("%s: %s", name, ", ".join(f"{split} {len(samples):,}" for split, samples in splits.items()))
-        return Source(name, synthetic=False, splits=splits, image=image or functools.partial(_image, self._found))
+        image, stats = images or (functools.partial(_image, self._found), self._stats)
+        return Source(name, synthetic=False, splits=splits, image=image, stats=stats)
 
 
 def _image(folders: dict[str, Path], key: str) -> Image.Image:

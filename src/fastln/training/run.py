@@ -109,7 +109,7 @@ def run_training(
 
     Raises:
         FastLNError: for anything in `run` that cannot be had as given, an `out` that already holds a run, or one to
-            resume that had other options or read other questions.
+            resume that had other options or read other questions or images.
     """
     method, engine = get_method(run.config.method, run.engine)
     check_finishes(run.config.method)
@@ -119,7 +119,7 @@ def run_training(
     if is_first and not dry_run:
         _check_folder(run, out, resume=resume, overwrite=overwrite)
     source = load_source(run.data, run.options)
-    digests = {split: digest(samples) for split, samples in source.splits.items()}
+    digests = {split: digest(samples, source.stats) for split, samples in source.splits.items()}
     if is_first and resume:
         _check_same_data(run, digests, out / RECORD)
     if resume and _is_finished(out):
@@ -304,8 +304,8 @@ def _check_same_data(run: TrainRun, digests: dict[str, str], record: Path) -> No
     changed = sorted(split for split in before.keys() | digests.keys() if before.get(split) != digests.get(split))
     if changed:
         raise FastLNError(
-            f"{run.data}: its {' and '.join(changed)} questions are not those that the run to resume read, as {record} "
-            "has it: bring them back, or train anew with --overwrite"
+            f"{run.data}: its {' and '.join(changed)} questions or images are not those that the run to resume read, "
+            f"as {record} has it: bring them back, or train anew with --overwrite"
         )
 
 
