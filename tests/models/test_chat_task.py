@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 
 import chat_tokenizers
 import pytest
@@ -226,10 +227,40 @@ def test_what_is_too_long_is_told_before_training(tmp_path):
     (tmp_path / "large.json").write_text(json.dumps(large))
     fits = Sample("fits", "a", "", "no effusion " * 60, closed=None)
     load_task(f"chat:{tmp_path / 'large.json'}", dataset(fits))
-    with pytest.raises(
-        FastLNError, match=r"sample two takes \d+ tokens, and chat:large reads 256: no answer is cut off"
-    ):
-        load_task(f"chat:{tmp_path / 'large.json'}", dataset(fits, dataclasses.replace(fits, id="two", views=("b",))))
+    two = dataclasses.replace(fits, id="two", views=("b",))
+    with pytest.raises(FastLNError) as caught:
+        load_task(f"chat:{tmp_path / 'large.json'}", dataset(two, fits, dataclasses.replace(two, id="again")))
+    first, *lines = str(caught.value).splitlines()
+    assert first == "made train: 2 of 3 samples cannot be used; leave them out, or shorten them:"
+    for name, line in zip(("two", "again"), lines, strict=True):
+        told = (
+            rf"  sample {name} takes \d+ tokens \(200 for its images\), and chat:large reads 256: no answer is cut off"
+        )
+        assert re.fullmatch(told, line)
+
+
+def test_images_that_take_too_many_tokens_are_told_without_decoding_them(tmp_path):
+    sizes = {"small": (60, 40), "large": (600, 400), "thin": (3000, 10)}
+    source = Source("made", True, {}, None, {key: ImageStat(*size, 0) for key, size in sizes.items()})
+    samples = [Sample(key, key, "Is it normal?", "no", closed=None) for key in sizes]
+    spec = tiny_chat.config(tmp_path, "qwen2_5_vl")
+    with pytest.raises(FastLNError) as caught:
+        load_task(spec, VQADataset(source, "train", samples))
+    first, large, thin = str(caught.value).splitlines()
+    assert first.startswith("made train: 2 of 3 samples cannot be used; leave them out, ")
+    assert first.endswith(", or have images made smaller (--image-size):")
+    assert re.match(r"  sample large takes 3\d\d tokens \(294 for its images\), and chat:qwen2_5_vl reads 256", large)
+    assert thin.startswith("  sample thin: image thin: an image of 3000 x 10 pixels: absolute aspect ratio must be")
+    load_task(spec, VQADataset(source, "train", samples[:2]), image_size=280)
+
+
+@pytest.mark.parametrize("image_size", [None, 56, 280])
+def test_an_image_has_the_shape_that_is_told_of_it(image_size, tmp_path):
+    images = load_task(tiny_chat.config(tmp_path, "qwen2_5_vl"), image_data(), image_size=image_size).images
+    for size in ((1, 1), (28, 28), (60, 40), (30, 90), (42, 70), (5, 900), (333, 512), (1100, 1900)):
+        made = images.processor(Image.new("RGB", size), return_tensors="pt")["pixel_values"]
+        turned = ImageStat(size[1], size[0], 0)
+        assert images.shape(ImageStat(*size, 0)) == images.shape(turned) == made.shape
 
 
 def test_a_batch_draws_no_random_numbers(tmp_path):
@@ -267,5 +298,7 @@ def test_what_it_cannot_do_is_told(tmp_path):
     with pytest.raises(FastLNError, match="'prompt' trains virtual tokens, which no model can be saved with"):
         train_task(load_task(llama, texts), texts, TrainConfig("prompt"), engine="peft", progress=False)
     long = dataclasses.replace(images.samples[0], id="long", answer="no " * 400)
-    with pytest.raises(FastLNError, match=r"sample long takes \d+ tokens, and chat:llava reads 256: no answer is cut"):
+    with pytest.raises(
+        FastLNError, match=r"sample long takes \d+ tokens \(4 for its images\), and chat:llava reads 256: no answer"
+    ):
         load_task(llava, dataset(*images.samples, long))

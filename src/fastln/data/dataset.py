@@ -158,6 +158,7 @@ class VQADataset(Dataset[Sample]):
         self.synthetic = source.synthetic
         self.samples = samples
         self._image = source.image
+        self._stats = source.stats
 
     def __len__(self) -> int:
         return len(self.samples)
@@ -178,6 +179,10 @@ class VQADataset(Dataset[Sample]):
             FastLNError: The image cannot be decoded, or no sample has this key.
         """
         return self._image(key)
+
+    def stat(self, key: str) -> ImageStat:
+        """Give what is known of an image, one of `Sample.images`, without decoding it."""
+        return self._stats[key]
 
 
 def check_split(split: str, validation_fraction: float = 0.0) -> None:

@@ -105,25 +105,37 @@ class ChatTask(VQATask):
         """Check that the model can use what the samples hold, all of it, and see how long answers may get.
 
         Raises:
-            FastLNError: as for every task, and if a sample is longer than the model's context; nothing is cut off.
+            FastLNError: as for every task, and if samples are longer than the model's context, all of which are told;
+                nothing is cut off.
         """
         super().check_data(dataset)
         if demands(dataset.samples) & {"reports", "conversations"}:
             self.max_new_tokens = LONG_ANSWER_TOKENS
-        per_image = self._n_tokens_of_any_image()
+        problems = []
         for sample in dataset.samples:
-            lengths = [per_image] * len(sample.images)
-            # Most are short, whatever their tokens, none of which is less than a byte; a batch checks all again.
-            most = sum(len(text.encode()) + _BYTES_BESIDE for turn in _turns(sample) for text in turn)
-            if sum(lengths) + most > self.max_tokens:
-                self.encode(sample, lengths)
+            try:
+                lengths = self._image_tokens(sample, dataset)
+                # Most are short, whatever their tokens, none of which is less than a byte; a batch checks all again.
+                most = sum(len(text.encode()) + _BYTES_BESIDE for turn in _turns(sample) for text in turn)
+                if sum(lengths) + most > self.max_tokens:
+                    self.encode(sample, lengths)
+            except FastLNError as error:
+                problems.append(str(error))
+        if problems:
+            of_one_size = self.images is None or isinstance(self.images, ImagePixels)
+            smaller = "" if of_one_size else ", or have images made smaller (--image-size)"
+            lines = "\n  ".join(problems)
+            raise FastLNError(
+                f"{dataset.name} {dataset.split}: {len(problems)} of {len(dataset)} samples cannot be used; leave them "
+                f"out, or shorten them{smaller}:\n  {lines}"
+            )
 
     def collate(self, samples: list[Sample], dataset: VQADataset) -> dict[str, Tensor]:
         """Return input_ids, attention_mask and labels (batch, longest), and what the model reads of all images."""
         rows, images = [], []
         for sample in samples:
             inputs = [self.images.inputs(dataset, key) for key in sample.images] if self.images else []
-            rows.append(self.encode(sample, [self._n_tokens(one) for one in inputs]))
+            rows.append(self.encode(sample, [self._n_tokens(one["pixel_values"].shape) for one in inputs]))
             images += inputs
         ids, labels = [row[0] for row in rows], [row[1] for row in rows]
         padded = nn.utils.rnn.pad_sequence
@@ -159,9 +171,10 @@ class ChatTask(VQATask):
         if ids[:1] != self._first:
             ids, places = [*self._first, *ids], [*((0, 0) for _ in self._first), *places]
         if len(ids) > self.max_tokens:
+            images = f" ({sum(image_lengths)} for its images)" if image_lengths else ""
             raise FastLNError(
-                f"sample {sample.id} takes {len(ids)} tokens, and {self.name} reads {self.max_tokens}: no answer is "
-                "cut off; leave the sample out, or shorten it"
+                f"sample {sample.id} takes {len(ids)} tokens{images}, and {self.name} reads {self.max_tokens}: "
+                "no answer is cut off"
             )
         labels = _labels(ids, places, conversation)
         if labels.count(self._end_id) != len(conversation.answers):
@@ -207,18 +220,22 @@ class ChatTask(VQATask):
             eos_token_id=sorted({self._end_id, self.tokenizer.eos_token_id} - {None}),
         )
 
-    def _n_tokens_of_any_image(self) -> int:
-        """Return how many tokens every image takes, where all take as many; at least one otherwise."""
-        if not isinstance(self.images, ImagePixels):
-            return 1
-        edge = self.images.image_size
-        return self._n_tokens({"pixel_values": torch.empty(1, 3, edge, edge)})
+    def _image_tokens(self, sample: Sample, dataset: VQADataset) -> list[int]:
+        """Return how many tokens each image of a sample takes, without decoding it."""
+        if self.images is None:
+            return []
+        lengths = []
+        for key in sample.images:
+            try:
+                lengths.append(self._n_tokens(self.images.shape(dataset.stat(key))))
+            except FastLNError as error:
+                raise FastLNError(f"sample {sample.id}: image {key}: {error}") from None
+        return lengths
 
-    def _n_tokens(self, inputs: dict[str, Tensor]) -> int:
+    def _n_tokens(self, shape: torch.Size) -> int:
         assert self.chat_vision is not None
-        shape = inputs["pixel_values"].shape
         if shape not in self._image_lengths:
-            self._image_lengths[shape] = self.chat_vision.n_tokens(self.model.config, inputs)
+            self._image_lengths[shape] = self.chat_vision.n_tokens(self.model.config, shape)
         return self._image_lengths[shape]
 
     @property

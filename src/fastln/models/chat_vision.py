@@ -7,7 +7,6 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
 from transformers import (
     AutoImageProcessor,
     AutoModel,
@@ -33,8 +32,7 @@ class ChatVision:
         tokens: the special tokens of a tokenizer made for a bare configuration, by the configuration's field.
         images: from a source (None for a bare configuration), the configuration and a dtype to what reads images.
         set_size: has what reads images make them of another size, or raises where the configuration forbids it.
-        n_tokens: how many tokens an image takes, from the configuration and the image's keyword arguments; it depends
-            on nothing of these but the shape of `pixel_values`.
+        n_tokens: how many tokens an image takes, from the configuration and the shape of its `pixel_values`.
         marks_tokens: whether the model must be told which tokens are an image's (`mm_token_type_ids`).
         processor: from the configuration, what reads images and the tokenizer to transformers' processor, where that
             is more than the two together and must be saved.
@@ -44,7 +42,7 @@ class ChatVision:
     tokens: Mapping[str, str]
     images: Callable[[str | None, PreTrainedConfig, torch.dtype], ImageInputs]
     set_size: Callable[[ImageInputs, PreTrainedConfig, int], None]
-    n_tokens: Callable[[PreTrainedConfig, Mapping[str, Tensor]], int]
+    n_tokens: Callable[[PreTrainedConfig, torch.Size], int]
     marks_tokens: bool = False
     processor: Callable[[PreTrainedConfig, ImageInputs, PreTrainedTokenizerBase], ProcessorMixin] | None = None
 
@@ -65,11 +63,11 @@ def _llava_size(images: ImageInputs, config: PreTrainedConfig, image_size: int) 
         )
 
 
-def _llava_tokens(config: PreTrainedConfig, inputs: Mapping[str, Tensor]) -> int:
+def _llava_tokens(config: PreTrainedConfig, shape: torch.Size) -> int:
     # As many as the tower makes rows, of which the class token's may be cut off: asked of a tower without weights.
     with torch.device("meta"):
         tower = AutoModel.from_config(copy.deepcopy(config.vision_config))
-        rows = tower(torch.empty(inputs["pixel_values"].shape)).last_hidden_state.shape[1]
+        rows = tower(torch.empty(shape)).last_hidden_state.shape[1]
     return rows - (config.vision_feature_select_strategy == "default")
 
 
@@ -79,7 +77,7 @@ def llava_processor(
     """Return transformers' processor of a LLaVA, which knows how many tokens an image takes."""
     assert isinstance(images, ImagePixels)
     edge, patch, strategy = images.image_size, config.vision_config.patch_size, config.vision_feature_select_strategy
-    n_tokens = _llava_tokens(config, {"pixel_values": torch.empty(1, 3, edge, edge)})
+    n_tokens = _llava_tokens(config, images.shape())
     return LlavaProcessor(
         images.processor,
         tokenizer,
@@ -106,8 +104,8 @@ def _qwen_size(images: ImageInputs, config: PreTrainedConfig, image_size: int) -
     images.processor.size = {"shortest_edge": least, "longest_edge": most}
 
 
-def _qwen_tokens(config: PreTrainedConfig, inputs: Mapping[str, Tensor]) -> int:
-    return len(inputs["pixel_values"]) // config.vision_config.spatial_merge_size**2
+def _qwen_tokens(config: PreTrainedConfig, shape: torch.Size) -> int:
+    return shape[0] // config.vision_config.spatial_merge_size**2
 
 
 CHAT_VISION = {

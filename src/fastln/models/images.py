@@ -9,11 +9,13 @@ import torch
 from torch import Tensor
 from transformers import AutoImageProcessor, PreTrainedConfig, ViTImageProcessorPil
 
+from fastln.errors import FastLNError
 from fastln.models.image_size import check_size_for
 from fastln.models.sources import loading
 
 if TYPE_CHECKING:
     from fastln.data import VQADataset
+    from fastln.data.images import ImageStat
 
 CACHE_BYTES = 1 << 30
 
@@ -45,6 +47,21 @@ class ImageInputs:
                 self._room -= size
                 self._kept[name] = made
         return made
+
+    def shape(self, stat: ImageStat) -> torch.Size:
+        """Return the shape of an image's `pixel_values`, without decoding it; here (n_patches, values of a patch).
+
+        It is the same for an image turned by a quarter, so it does not matter that `stat` has it as it is stored.
+
+        Raises:
+            FastLNError: if the processor takes no images of this size.
+        """
+        processor = self.processor
+        try:
+            n_patches = processor.get_number_of_image_patches(stat.height, stat.width)
+        except ValueError as error:
+            raise FastLNError(f"an image of {stat.width} x {stat.height} pixels: {error}") from None
+        return torch.Size((n_patches, 3 * processor.temporal_patch_size * processor.patch_size**2))
 
     def __str__(self) -> str:
         """How large images are when the model gets them; here a processor's that says how many pixels they may have."""
@@ -105,6 +122,10 @@ class ImagePixels(ImageInputs):
     def __call__(self, dataset: VQADataset, key: str) -> Tensor:
         """Return one image's pixel values, (3, image_size, image_size)."""
         return self.inputs(dataset, key)["pixel_values"][0]
+
+    def shape(self, stat: ImageStat | None = None) -> torch.Size:
+        """Return the shape of an image's `pixel_values`, which all have."""
+        return torch.Size((1, 3, self.image_size, self.image_size))
 
     def __str__(self) -> str:
         """How large images are when the model gets them."""
