@@ -6,6 +6,7 @@ import pytest
 import tiny_chat
 import torch
 from layouts import LAYOUTS
+from PIL import Image
 from safetensors.torch import load_file
 
 import fastln
@@ -90,6 +91,24 @@ def test_llava_writes_reports_and_talks(command, name, n_images, asked, learned,
     assert record["test"]
     command("eval", tmp_path / "out", "--data", data, "--predictions", tmp_path / "p.jsonl")
     assert len((tmp_path / "p.jsonl").read_text().splitlines()) == 1
+
+
+def test_a_dry_run_takes_the_largest_batch(command, tmp_path, capsys):
+    """Most images, and of those the longest text, wherever they stand in the data."""
+    row, long = {"question": "Is it normal?", "answer": "no"}, "no " * 30
+    rows = [{**row, "id": f"{n}", "image": "small.png"} for n in range(12)]
+    rows[7]["answer"] = long
+    (tmp_path / "data" / "images").mkdir(parents=True)
+    for name, size in (("small.png", (60, 40)), ("large.png", (120, 160))):
+        Image.new("L", size).save(tmp_path / "data" / "images" / name)
+    train = ("train", "--model", tiny_chat.config(tmp_path, "qwen2_5_vl"), "--data", tmp_path / "data", *SHORT)
+    for at, image in ((7, "small.png"), (4, "large.png")):
+        rows[at]["image"] = image
+        (tmp_path / "data" / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        command(*train, "--batch-size", 1, "--out", tmp_path / "out", "--dry-run")
+        shown = capsys.readouterr().out
+        assert "largest batch: 1 questions" in shown
+        assert f"\n  {at}: 'Is it normal?' {rows[at]['answer'].strip()!r}" in shown
 
 
 @pytest.mark.parametrize("kind", ["qwen2_5_vl", "llama"])

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 from torch.utils.data import Sampler
 
-from fastln.data.dataset import Sample, VQADataset
+from fastln.data.dataset import VQADataset
 
 _STRETCH = 16  # batches: texts of like length are found among so many, and which those are is still left to chance
 
@@ -56,7 +56,7 @@ class GroupedBatches(Sampler[list[int]]):
         self.epoch = 0
         self._n_questions = len(dataset)
         # In characters: no tokenizer is asked.
-        self._lengths = [_n_characters(sample) for sample in dataset.samples] if by_length else None
+        self._lengths = [sample.n_characters for sample in dataset.samples] if by_length else None
         self._by_image: dict[str, list[int]] = {}
         for index, sample in enumerate(dataset.samples):
             self._by_image.setdefault(sample.image, []).append(index)
@@ -96,7 +96,3 @@ class GroupedBatches(Sampler[list[int]]):
                 ordered += sorted(stretch, key=lambda group: max(lengths[index] for index in group))
                 stretch = []
         return ordered + sorted(stretch, key=lambda group: max(lengths[index] for index in group))
-
-
-def _n_characters(sample: Sample) -> int:
-    return sum(len(text) for turn in ((sample.question, sample.answer), *sample.history) for text in turn)

@@ -47,6 +47,11 @@ class Sample:
         return (self.image, *self.views) if self.image else ()
 
     @property
+    def n_characters(self) -> int:
+        """How long the texts of all its turns are together."""
+        return sum(len(text) for turn in ((self.question, self.answer), *self.history) for text in turn)
+
+    @property
     def is_report(self) -> bool:
         """Whether there is no question: a report is to be written."""
         return not self.question

@@ -1,4 +1,4 @@
-"""What a training run would do, told before it does it: what trains, the memory it takes, its first batch."""
+"""What a training run would do, told before it does it: what trains, the memory it takes, its largest batch."""
 
 from __future__ import annotations
 
@@ -24,7 +24,10 @@ MASTER = 4  # bytes a trained parameter of lower precision: its float32 copy
 
 
 def preview(task: VQATask, data: VQADataset, config: TrainConfig, engine: str | None) -> str:
-    """Put the method on the task's model, run one batch forward, and say what came of it, in several lines.
+    """Put the method on the task's model, run the largest batch forward, and say what came of it, in several lines.
+
+    The largest of the first epoch's batches is taken to be the one of the most pixels and, of those, the longest texts,
+    padding included; it is found without decoding images or making tokens.
 
     Args:
         task: the model; it stays as the method made it.
@@ -33,10 +36,10 @@ def preview(task: VQATask, data: VQADataset, config: TrainConfig, engine: str | 
         engine: who runs the method.
 
     Raises:
-        FastLNError: as training would, for what the method, the model and the images of the first batch are.
+        FastLNError: as training would, for what the method, the model and the images of that batch are.
     """
     batches = task.batches(data, config.batch_size, seed=config.seed, questions_per_image=config.questions_per_image)
-    samples = [data[index] for index in next(itertools.islice(batches, 1))]
+    samples = max(([data[index] for index in batch] for batch in batches), key=lambda batch: _extent(task, data, batch))
     batch = task.collate(samples, data)
     model = apply_method(task, config.method, engine, scope=config.scope).train()
     with SavedActivations(model) as saved:
@@ -44,11 +47,21 @@ def preview(task: VQATask, data: VQADataset, config: TrainConfig, engine: str | 
     lines = [f"{config.method}: {describe_parameters(model)}"]
     lines += [describe_rates(model, task.head_under(config.method), config.rates)]
     lines += [_memory(model, saved.bytes, samples)]
-    lines += [f"first batch: {len(samples)} questions, loss {loss.item():.3f} before training"]
+    lines += [f"largest batch: {len(samples)} questions, loss {loss.item():.3f} before training"]
     lines += [f"  images: {task.images}"] if task.images else []
     lines += _arguments(batch)
     lines += [_sample(task, batch, row, sample) for row, sample in enumerate(samples[:N_SHOWN])]
     return "\n".join(lines)
+
+
+def _extent(task: VQATask, data: VQADataset, samples: list[Sample]) -> tuple[int, int]:
+    """Return how many pixel values a batch has and how many characters, with its padding."""
+    n_characters = len(samples) * max(sample.n_characters for sample in samples)
+    if task.images is None:
+        return 0, n_characters
+    keys = [key for sample in samples for key in sample.images]
+    shapes = [task.images.shape(data.stat(key)) for key in (set(keys) if task.shares_images else keys)]
+    return sum(shape.numel() for shape in shapes), n_characters
 
 
 def _memory(model: nn.Module, stored: int, samples: list[Sample]) -> str:
@@ -60,12 +73,12 @@ def _memory(model: nn.Module, stored: int, samples: list[Sample]) -> str:
         "optimizer": sum(
             parameter.numel() * (MOMENTS + MASTER * (parameter.dtype != torch.float32)) for parameter in trained
         ),
-        f"stored for backward by the first batch, {len(samples)} questions on {n_images} images (measured)": stored,
+        f"stored for backward by the largest batch, {len(samples)} questions on {n_images} images (measured)": stored,
     }
     parts = ", ".join(f"{name} {size / 2**20:,.1f}" for name, size in sizes.items())
     return (
         f"memory, predicted: {sum(sizes.values()) / 2**20:,.1f} MiB: {parts}; "
-        "libraries and intermediate results come on top, and batches of longer texts or more images store more"
+        "libraries and intermediate results come on top"
     )
 
 
