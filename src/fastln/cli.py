@@ -157,7 +157,7 @@ def train(
     resume: Annotated[bool, typer.Option(help="Continue from the last checkpoint in the folder.")] = False,
     overwrite: Annotated[bool, typer.Option(help="Replace an earlier run in the folder.")] = False,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Show what trains, memory, the largest batch; stop.")
+        bool, typer.Option("--dry-run", help="Show what trains, memory, the first batch; stop.")
     ] = False,
 ) -> None:
     """Tune a model, save it and count its right answers on the test questions."""

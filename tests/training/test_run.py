@@ -427,5 +427,5 @@ def test_a_finished_run_is_left_alone_and_a_dry_run_beside_it_shows(tmp_path, ca
     before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
     assert run_training(run, out, resume=True) is None
     assert run_training(run, out, dry_run=True) is None
-    assert "largest batch" in capsys.readouterr().out
+    assert "first batch" in capsys.readouterr().out
     assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == before

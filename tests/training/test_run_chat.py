@@ -1,6 +1,7 @@
 """Models that chat through the command line: train, stop, resume, evaluate, merge; answers, reports, conversations."""
 
 import json
+import re
 
 import pytest
 import tiny_chat
@@ -93,22 +94,23 @@ def test_llava_writes_reports_and_talks(command, name, n_images, asked, learned,
     assert len((tmp_path / "p.jsonl").read_text().splitlines()) == 1
 
 
-def test_a_dry_run_takes_the_largest_batch(command, tmp_path, capsys):
-    """Most images, and of those the longest text, wherever they stand in the data."""
-    row, long = {"question": "Is it normal?", "answer": "no"}, "no " * 30
-    rows = [{**row, "id": f"{n}", "image": "small.png"} for n in range(12)]
-    rows[7]["answer"] = long
+def test_a_dry_run_predicts_memory_of_the_largest_batch(command, tmp_path, capsys):
+    """Most images, and of those the longest text, wherever they stand in the data; what is shown is the first batch."""
+    rows = [{"id": f"{n}", "image": "small.png", "question": "Is it normal?", "answer": "no"} for n in range(12)]
     (tmp_path / "data" / "images").mkdir(parents=True)
     for name, size in (("small.png", (60, 40)), ("large.png", (120, 160))):
         Image.new("L", size).save(tmp_path / "data" / "images" / name)
     train = ("train", "--model", tiny_chat.config(tmp_path, "qwen2_5_vl"), "--data", tmp_path / "data", *SHORT)
-    for at, image in ((7, "small.png"), (4, "large.png")):
-        rows[at]["image"] = image
+    stored, shown = [], []
+    for at, change in ((0, {}), (7, {"answer": "no " * 30}), (4, {"image": "large.png"})):
+        rows[at] |= change
         (tmp_path / "data" / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
         command(*train, "--batch-size", 1, "--out", tmp_path / "out", "--dry-run")
-        shown = capsys.readouterr().out
-        assert "largest batch: 1 questions" in shown
-        assert f"\n  {at}: 'Is it normal?' {rows[at]['answer'].strip()!r}" in shown
+        text = capsys.readouterr().out
+        stored.append(float(re.search(r"largest batch, 1 questions on 1 images \(measured\) ([\d.]+)", text)[1]))
+        shown.append(re.search(r"\n  (\d+): 'Is it normal\?'", text)[1])
+    assert stored[0] < stored[1] < stored[2]
+    assert (shown[1], shown[2]) != ("7", "4")
 
 
 @pytest.mark.parametrize("kind", ["qwen2_5_vl", "llama"])

@@ -1,4 +1,4 @@
-"""What a training run would do, told before it does it: what trains, the memory it takes, its largest batch."""
+"""What a training run would do, told before it does it: what trains, the memory it takes, its first batch."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ MASTER = 4  # bytes a trained parameter of lower precision: its float32 copy
 
 
 def preview(task: VQATask, data: VQADataset, config: TrainConfig, engine: str | None) -> str:
-    """Put the method on the task's model, run the largest batch forward, and say what came of it, in several lines.
+    """Put the method on the task's model, run two batches forward, and say what came of it, in several lines.
 
-    The largest of the first epoch's batches is taken to be the one of the most pixels and, of those, the longest texts,
-    padding included; it is found without decoding images or making tokens.
+    The first batch is shown, and the memory is that of the first epoch's largest: the one of the most pixels and, of
+    those, the longest texts, padding included, which is found without decoding images or making tokens.
 
     Args:
         task: the model; it stays as the method made it.
@@ -36,21 +36,25 @@ def preview(task: VQATask, data: VQADataset, config: TrainConfig, engine: str | 
         engine: who runs the method.
 
     Raises:
-        FastLNError: as training would, for what the method, the model and the images of that batch are.
+        FastLNError: as training would, for what the method, the model and the images of these batches are.
     """
     batches = task.batches(data, config.batch_size, seed=config.seed, questions_per_image=config.questions_per_image)
-    samples = max(([data[index] for index in batch] for batch in batches), key=lambda batch: _extent(task, data, batch))
-    batch = task.collate(samples, data)
+    first, *others = ([data[index] for index in batch] for batch in batches)
+    largest = max((first, *others), key=lambda samples: _extent(task, data, samples))
     model = apply_method(task, config.method, engine, scope=config.scope).train()
     with SavedActivations(model) as saved:
+        output = model(**task.collate(largest, data))
+    del output
+    batch = task.collate(first, data)
+    with torch.no_grad():
         loss = model(**batch).loss
     lines = [f"{config.method}: {describe_parameters(model)}"]
     lines += [describe_rates(model, task.head_under(config.method), config.rates)]
-    lines += [_memory(model, saved.bytes, samples)]
-    lines += [f"largest batch: {len(samples)} questions, loss {loss.item():.3f} before training"]
+    lines += [_memory(model, saved.bytes, largest)]
+    lines += [f"first batch: {len(first)} questions, loss {loss.item():.3f} before training"]
     lines += [f"  images: {task.images}"] if task.images else []
     lines += _arguments(batch)
-    lines += [_sample(task, batch, row, sample) for row, sample in enumerate(samples[:N_SHOWN])]
+    lines += [_sample(task, batch, row, sample) for row, sample in enumerate(first[:N_SHOWN])]
     return "\n".join(lines)
 
 

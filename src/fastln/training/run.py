@@ -102,7 +102,7 @@ def run_training(
         resume: continue from the last checkpoint in `out`.
         overwrite: delete an earlier run in `out` first.
         features: keeps what a frozen vision tower gives for each image; None for no caching.
-        dry_run: print what would train, the memory it takes and the largest batch; write nothing and return None.
+        dry_run: print what would train, the memory it takes and the first batch; write nothing and return None.
 
     Returns:
         What came of it; None where nothing was to be done.
