@@ -13,6 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 from fastln import ops
 from fastln.errors import FastLNError
+from fastln.logits import LazyLogits
 from fastln.ops import NormKind
 from fastln.rows import LazyRows
 
@@ -98,7 +99,53 @@ PICKS = {  # and how many rows of them
     "the last, whatever stands before": (lambda h: h[..., -1, :].sin().sum(), 2),
     "the same again": (lambda h: h[:, 0].sin().sum() + h[:, 0].cos().sum(), 2),
 }
+
+
+def written_through_a_view(h):
+    h.view(-1, WIDTH)[torch.tensor([0, 5])] = 0.0
+    return h.sin().sum() + h[:, 0].cos().sum()
+
+
+def written_under_a_view(h):
+    view = h.view(-1, WIDTH)
+    h.mul_(2)
+    h.add_(1)
+    return view.sin().sum() + h[:, 0].sum()
+
+
+def written_under_a_cast(h):
+    same = h.float()
+    same.mul_(2)
+    return h.sin().sum()
+
+
+def doubled_by_a_hook(h):
+    h.register_hook(lambda gradient: gradient * 2)
+    return h.sin().sum() + h[:, 0].cos().sum()
+
+
+def kept_gradient(h):
+    h.retain_grad()
+    loss = h[:, 0].sin().sum()
+    gradient = torch.autograd.grad(loss, h, retain_graph=True)[0]
+    return loss + gradient.abs().sum()
+
+
+def dropped_by_name(h):
+    torch.manual_seed(4)
+    return (ops.dropout(h, p=0.5) != 0).float().mean() + h.sin().sum()
+
+
 OTHER_USES = {
+    "written through a view": written_through_a_view,
+    "written under a view": written_under_a_view,
+    "written under a cast": written_under_a_cast,
+    "doubled by a hook": doubled_by_a_hook,
+    "with its gradient": kept_gradient,
+    "dropped by name": dropped_by_name,
+    "silu in place": lambda h: F.silu(h, inplace=True).sum() + h.sin().sum(),
+    "elu in place": lambda h: F.elu(h, 1.0, inplace=True).sum() + h.sin().sum(),
+    "added to a product": lambda h: torch.addmm(torch.ones(N_ROWS, 2), h.view(-1, WIDTH), torch.ones(WIDTH, 2)).sum(),
     "mean": lambda h: h.mean(1).sin().sum(),
     "whole": lambda h: h.sin().sum(),
     "most": lambda h: h.repeat(1, 2, 1).view(BATCH, 2 * LENGTH, WIDTH)[:, 1:].sin().sum() + h[:, 1:].sin().sum(),
@@ -284,6 +331,26 @@ def test_a_write_through_a_view_is_an_error():
     hidden.transpose(1, 2).mul_(2)
     with pytest.raises(FastLNError, match="through a view"):
         later.sum()
+
+
+def test_rows_that_autograd_alone_saw_are_checked_too():
+    tail, (attended, residual) = Tail(), inputs()
+    loss = Twice.apply(tail(LazyRows.of(attended), residual)).sin().sum()
+    with pytest.raises(FastLNError, match="create_graph"):
+        torch.autograd.grad(loss, attended, create_graph=True)
+    with torch.no_grad():
+        tail.scale.add_(1)
+    with pytest.raises(FastLNError, match="before the optimizer's step"):
+        loss.backward()
+
+
+def test_logits_of_rows_that_were_written_to_are_an_error():
+    tail, (attended, residual) = Tail(), inputs()
+    hidden = tail(LazyRows.of(attended), residual)
+    logits = LazyLogits.of(hidden, torch.randn(3, WIDTH), None)
+    hidden.mul_(0)
+    with pytest.raises(FastLNError, match="has been written to since"):
+        F.cross_entropy(logits.view(-1, 3), LABELS.view(-1).clamp(max=2))
 
 
 def test_nothing_is_left_behind():

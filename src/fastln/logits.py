@@ -142,6 +142,7 @@ class _Wrap(torch.autograd.Function):
             weight if need_dhidden or capped else None,
             bias if capped else None,
         )
+        ctx.set_materialize_grads(False)
         ctx.dtypes = (hidden.dtype, weight.dtype, None if bias is None else bias.dtype)
         ctx.shape = shape
         return Tensor._make_wrapper_subclass(
@@ -149,7 +150,9 @@ class _Wrap(torch.autograd.Function):
         )
 
     @staticmethod
-    def backward(ctx: Any, dlogits: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, dlogits: Tensor | None) -> tuple[Tensor | None, ...]:
+        if dlogits is None:
+            return (None,) * 5
         hidden, weight, bias = ctx.saved_tensors
         if ctx.waiting is not None:
             hidden = computed(ctx.waiting).detach()
@@ -185,7 +188,7 @@ def _lazy(
 
 
 def _versions(*tensors: Tensor | None) -> tuple[int, ...]:
-    return tuple(0 if t is None else t._version for t in tensors)
+    return tuple(0 if t is None else t._n_writes if isinstance(t, LazyRows) else t._version for t in tensors)
 
 
 # Each rule returns what a call of `func` is, done lazily, or None where it has to be done on computed logits. The call

@@ -8,6 +8,7 @@ computed; every other use computes all.
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from itertools import takewhile
@@ -34,8 +35,9 @@ class LazyRows(Tensor):
 
     Linear layers, norms, activations, dropouts, sums and products of rows stay lazy; so do views that leave rows whole.
     Picking rows by index computes those, as does `cross_entropy` those with a label. Any other use computes all rows,
-    once, and works on those from then on, with the values, gradients and hooks that they would have had from the start.
-    Rows that dropout was drawn for keep their numbers in what is picked or computed of the same tensor later.
+    once, and works on those from then on, with the values and gradients that they would have had from the start; what
+    is written into them is seen by every view. Rows that dropout was drawn for keep their numbers in what is picked or
+    computed of the same tensor later. A hook or `retain_grad` is told of the uses that come after it.
 
     As with `LazyLogits`, calls from Python are seen by `__torch_function__`; what does not pass there meets a tensor
     with a `grad_fn` of its own. Made by `LazyRows.of`.
@@ -43,7 +45,8 @@ class LazyRows(Tensor):
 
     _rows: _Rows
     _modes: _Modes
-    _own: Tensor | None  # what it is once somebody writes into it
+    _own: Tensor | None  # what it is, once all of it was computed
+    _n_writes: int  # into it or a view of it
 
     @staticmethod
     def of(x: Tensor) -> LazyRows:
@@ -82,13 +85,18 @@ class LazyRows(Tensor):
 
     def _compute(self, writes: bool = False) -> Tensor:
         """Return all of it, with its autograd history whatever the modes of now."""
-        if self._own is not None:
-            return self._own
         with self._modes.restored():
-            result = self._rows.compute().reshape(self.shape)
-            if writes:  # in memory that no other tensor is a view of
-                result = self._own = result.clone()
-        return result
+            if self._own is None:
+                self._own = self._rows.compute().reshape(self.shape)
+            if writes:
+                # In memory that tensors made of these rows before do not look at, and all views of them do.
+                written = self._own if self._n_writes else self._own.clone()
+                for alias in self._rows.aliases():
+                    if not self._n_writes:
+                        alias._own = written.view(alias.shape)
+                    alias._n_writes = self._n_writes + (alias is not self)
+                self._n_writes += 1
+        return self._own
 
     def _take(self, index: Tensor) -> Tensor:
         """Return the rows of these numbers, shaped `(*index.shape, d)`, with their autograd history."""
@@ -124,9 +132,15 @@ class _Rows:
     ) -> None:
         self.function = function
         self.inputs = inputs
+        self._aliases: list[weakref.ref[LazyRows]] = []
+        self._n_users = 0  # that have not been computed
         self.tensors = {id(t): (t, t._version) for t in tensors}
         for part in inputs:
-            self.tensors |= part.tensors if isinstance(part, _Rows) else {id(part): (part, part._version)}
+            if isinstance(part, _Rows):
+                self.tensors |= part.tensors
+                part._n_users += 1
+            else:
+                self.tensors[id(part)] = part, part._version
         self.all: Tensor | None = None
         self._version = 0  # of that
         self._some: tuple[Tensor, Tensor] | None = None  # which rows were taken, and what they are
@@ -134,16 +148,25 @@ class _Rows:
     def compute(self) -> Tensor:
         """Return `(n_rows, d)`."""
         if self.all is None:
-            self._check_unwritten()
+            self.check_unwritten()
             result = self.function(*(part.compute() if isinstance(part, _Rows) else part for part in self.inputs))
             self.all = result if self._some is None else result.index_copy(0, *self._some)
             self._version = self.all._version
+            for part in self.inputs:
+                if isinstance(part, _Rows):
+                    part._n_users -= 1
+                    if not part._n_users and not part.aliases():
+                        part.all = None  # nobody will ask for it again
         elif self.all._version != self._version:
             raise FastLNError(
                 "hidden states of the last block were written to through a view, before others were computed of them; "
                 "write into a clone"
             )
         return self.all
+
+    def aliases(self) -> list[LazyRows]:
+        """Return the tensors that stand for these rows, in one shape or another."""
+        return [alias for reference in self._aliases if (alias := reference()) is not None]
 
     def again(self, done: dict[int, Tensor]) -> Tensor:
         """Return `(n_rows, d)`, computed of the tensors anew, with a history of its own."""
@@ -158,12 +181,13 @@ class _Rows:
             return self._some[1]
         if self.all is not None or self._some is not None:  # rows are computed once, for what dropout drew to stay
             return self.compute().index_select(0, index)
-        self._check_unwritten()
+        self.check_unwritten()
         parts = (part.take(index) if isinstance(part, _Rows) else part.index_select(0, index) for part in self.inputs)
         self._some = index, self.function(*parts)
         return self._some[1]
 
-    def _check_unwritten(self) -> None:
+    def check_unwritten(self) -> None:
+        """Raise where a tensor that the rows are made of has been written to."""
         if any(tensor._version != version for tensor, version in self.tensors.values()):
             raise FastLNError(
                 "these hidden states were left uncomputed, and what they are made of (activations, weights) has been "
@@ -194,10 +218,16 @@ class _Wrap(torch.autograd.Function):
         ctx: Any, rows: _Rows, shape: torch.Size, dtype: torch.dtype, modes: _Modes, *tensors: Tensor
     ) -> Tensor:
         ctx.rows, ctx.modes, ctx.tensors = rows, modes, tensors  # which the rows hold anyway
+        ctx.set_materialize_grads(False)
         return Tensor._make_wrapper_subclass(LazyRows, shape, dtype=dtype, device=modes.device)
 
     @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, dy: Tensor | None) -> tuple[Tensor | None, ...]:
+        if dy is None:
+            return (None,) * (4 + len(ctx.tensors))
+        if torch.is_grad_enabled():
+            raise FastLNError("rows that waited are differentiable once: no backward with create_graph=True")
+        ctx.rows.check_unwritten()
         with ctx.modes.restored():
             y = ctx.rows.again({}).reshape(dy.shape)
         gradients = torch.autograd.grad(y, ctx.tensors, dy, allow_unused=True)
@@ -208,7 +238,8 @@ def _lazy(rows: _Rows, shape: torch.Size, dtype: torch.dtype, modes: _Modes) -> 
     tensors = [tensor for tensor, _ in rows.tensors.values() if tensor.requires_grad]
     with torch._C.DisableTorchFunctionSubclass():
         lazy: LazyRows = _Wrap.apply(rows, shape, dtype, modes, *tensors)
-    lazy._rows, lazy._own, lazy._modes = rows, None, modes
+    lazy._rows, lazy._own, lazy._modes, lazy._n_writes = rows, None, modes, 0
+    rows._aliases.append(weakref.ref(lazy))
     return lazy
 
 
@@ -281,8 +312,8 @@ def _leaf(x: Tensor) -> Tensor:
 
 def _writes(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
     """Whether a call writes into an argument."""
-    if func in _IN_PLACE_AT:
-        return bool(kwargs.get("inplace") or any(args[_IN_PLACE_AT[func] :]))
+    if kwargs.get("inplace") or (func in _IN_PLACE_AT and any(args[_IN_PLACE_AT[func] :])):
+        return True
     name = getattr(func, "__name__", "")
     return "out" in kwargs or name in ("__setitem__", "__set__") or (name.endswith("_") and not name.endswith("__"))
 
@@ -319,9 +350,11 @@ def _by_rows(*places: int) -> Callable[..., Tensor | None]:
             elif isinstance(value, Tensor):
                 constants.append(value)
 
+        at, others = tuple(inputs), [None if i in inputs else value for i, value in enumerate(args)]
+
         def function(*rows: Tensor) -> Tensor:
-            merged = list(args)
-            for i, value in zip(inputs, rows, strict=True):
+            merged = list(others)
+            for i, value in zip(at, rows, strict=True):
                 merged[i] = value
             return func(*merged, **kwargs)
 
@@ -331,6 +364,8 @@ def _by_rows(*places: int) -> Callable[..., Tensor | None]:
         elsewhere = isinstance(probe, Tensor) and any(probe.device != x.device for x in inputs.values())
         if not isinstance(probe, Tensor) or not probe.is_floating_point() or elsewhere:
             return None
+        if func in _CASTS and all(isinstance(x, LazyRows) and x.dtype == probe.dtype for x in inputs.values()):
+            return args[0]
         parts = tuple(x._rows if isinstance(x, LazyRows) else _leaf(x) for x in inputs.values())
         return _lazy(_Rows(function, parts, constants), leading + probe.shape[1:], probe.dtype, modes)
 
@@ -339,7 +374,7 @@ def _by_rows(*places: int) -> Callable[..., Tensor | None]:
 
 def _dropping(func: Callable[..., Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
     """A function of rows that may drop elements: the seed is drawn now, as it would be if nothing waited."""
-    p = args[1] if func is ops.dropout else kwargs.get("dropout", 0.0)
+    p = kwargs.get("p", args[1] if len(args) > 1 else 0.0) if func is ops.dropout else kwargs.get("dropout", 0.0)
     if p > 0 and kwargs.get("seed") is None:
         device = next(value.device for value in args if isinstance(value, LazyRows))
         kwargs = {**kwargs, "seed": torch.randint(2**63 - 1, (1,), dtype=torch.int64, device=device)}
@@ -351,6 +386,11 @@ def _dropping_nothing(func: Callable[..., Tensor], args: tuple[Any, ...], kwargs
         return p > 0 and training
 
     return None if drops(*args, **kwargs) else _by_rows(0)(func, args, kwargs)
+
+
+def _addmm(func: Callable[..., Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
+    is_bias = isinstance(args[0], Tensor) and args[0].ndim == 1
+    return _by_rows(1)(func, args, kwargs) if is_bias else None
 
 
 def _same_rows(func: Callable[..., Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
@@ -424,7 +464,7 @@ _RULES: dict[Callable[..., Any], Callable[..., Tensor | None]] = {
     **dict.fromkeys((F.gelu, F.relu, F.silu, torch.relu, torch.tanh, Tensor.tanh), _by_rows(0)),
     F.dropout: _dropping_nothing,
     **dict.fromkeys((Tensor.to, Tensor.float, ops.packed_gated_activation), _by_rows(0)),
-    torch.addmm: _by_rows(1),
+    torch.addmm: _addmm,
     **dict.fromkeys((ops.dropout, ops.dropout_add_norm), _dropping),
     ops.gated_activation: _by_rows(0, 1),
     **dict.fromkeys((Tensor.add, torch.add, Tensor.sub, Tensor.mul, torch.mul, Tensor.div), _by_rows(0, 1)),
@@ -434,6 +474,7 @@ _RULES: dict[Callable[..., Any], Callable[..., Tensor | None]] = {
     F.cross_entropy: _cross_entropy,
 }
 
+_CASTS = (Tensor.to, Tensor.float)
 _IN_PLACE_AT = {F.relu: 1, F.silu: 1, F.dropout: 3}  # where the argument is that says so
 
 # What the wrapper itself knows.

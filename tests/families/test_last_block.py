@@ -1,6 +1,7 @@
 """The last block of whole models: what is computed of it, where that waits, and where stock code runs instead."""
 
 import copy
+import itertools
 
 import pytest
 import torch
@@ -8,6 +9,7 @@ import transformers
 from family_models import MODELS, VISION_MODELS, batch, cut_dropout, make
 from tiny import blip_config
 from torch import nn
+from torch.profiler import ProfilerActivity, profile
 
 import fastln
 from fastln.bench.accounting import SavedActivations
@@ -28,6 +30,7 @@ READ |= {
     "dinov2": {2, 34},
     "dinov2, swiglu": {2, 34},
     "siglip": {2, 32},
+    "llava": {2, 4},  # of its vision tower's last layer nobody reads more than the pooler
 }
 
 
@@ -72,6 +75,34 @@ def test_less_is_stored(name):
     n_tokens = 34 if name == "vit" else 24
     hidden = n_tokens * 64 * 4  # of an activation's input in float32; a gated one keeps two
     assert stored[0] - stored[1] > 0.7 * hidden
+
+
+def peak_bytes(model, inputs):
+    """The most that a step, after one to warm up, has allocated at once, from where it begins."""
+
+    def step():
+        model(**inputs).loss.backward()
+        model.zero_grad()
+
+    step()
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as found:
+        step()
+    changes = (event.nbytes() for event in found.profiler.kineto_results.events() if event.name() == "[memory]")
+    return max(itertools.accumulate(changes))
+
+
+@pytest.mark.parametrize("labels", ["all", "few"])
+def test_the_peak_is_no_higher_whatever_is_read(labels):
+    """What is computed of the block on the way goes when it would in stock code."""
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 128, "intermediate_size": 512, "num_hidden_layers": 2, "num_attention_heads": 4}
+    stock = transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes, vocab_size=256)).train()
+    ids = torch.randint(256, (2, 256))
+    inputs = {"input_ids": ids, "labels": ids if labels == "all" else torch.where(torch.arange(256) > 250, ids, -100)}
+    waits, hooked = (fastln.prepare(copy.deepcopy(stock)) for _ in range(2))
+    last_block(hooked).register_forward_hook(lambda *_: None)
+    peaks = [peak_bytes(model, inputs) for model in (waits, hooked)]
+    assert peaks[0] <= (1.01 if labels == "all" else 0.85) * peaks[1]
 
 
 def last_block(model):
@@ -158,6 +189,15 @@ def test_outputs_are_those_of_stock():
     torch.testing.assert_close(ours.logits + 0, stock.logits, rtol=1e-5, atol=1e-5)
     for got, want in zip(ours.hidden_states, stock.hidden_states, strict=True):
         torch.testing.assert_close(got + 0, want, rtol=1e-5, atol=1e-5)
+
+
+def test_outputs_captured_once_change_nothing(computed_rows):
+    """transformers leaves its hooks on the modules."""
+    model, inputs = fastln.prepare(make("llama")), batch("llama")
+    with torch.no_grad():
+        model.eval()(**inputs, output_hidden_states=True, output_attentions=True)
+    step(model.train(), inputs)
+    assert set(computed_rows) == {4}
 
 
 def test_a_classifier_reads_one_token_of_each_text(computed_rows):

@@ -6,7 +6,7 @@ import pytest
 import torch
 from launch import HERE, TORCHRUN, result, script
 from safetensors import safe_open
-from small_run import llama
+from small_run import Sentences, llama
 from torch import distributed, nn
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Replicate, distribute_tensor, init_device_mesh
@@ -117,6 +117,25 @@ def test_gamma_is_watched_where_it_is_sharded(mesh):
     watch.parameters[stuck].detach().to_local()[0] = torch.nan
     with pytest.raises(FastLNError, match=f"{stuck} turned NaN"):
         check_finite(watch.parameters, 1)
+
+
+@pytest.mark.parametrize("units", [("model.layers.1",), ("model",), ("model.norm", "lm_head"), ()])
+def test_rows_do_not_wait_for_weights_that_go(units, mesh):
+    """Whatever FSDP2 gathers and releases around a forward, the step is that of the whole model."""
+    whole, sharded = (fastln.prepare(llama()) for _ in range(2))
+    sample = Sentences()[3]
+    inputs = {name: sample[name][None] for name in ("input_ids", "labels")}
+    for unit in units:
+        fully_shard(sharded.get_submodule(unit), mesh=mesh, reshard_after_forward=True)
+    fully_shard(sharded, mesh=mesh)
+    losses = [model(**inputs).loss for model in (whole, sharded)]
+    torch.testing.assert_close(*losses)
+    for loss in losses:
+        loss.backward()
+    gradients = {name: p.grad for name, p in whole.named_parameters() if p.grad is not None}
+    for name, parameter in sharded.named_parameters():
+        if name in gradients:
+            torch.testing.assert_close(parameter.grad.full_tensor(), gradients[name], rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize("name", ["model.norm", "model.layers.0.mlp.down_proj", "lm_head"])
