@@ -7,6 +7,7 @@ import weakref
 
 import pytest
 import torch
+from tiny import Twice
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
@@ -21,18 +22,6 @@ BATCH, LENGTH, WIDTH = 2, 12, 6
 N_ROWS = BATCH * LENGTH
 LABELS = torch.full((BATCH, LENGTH), -100)
 LABELS[0, 2], LABELS[1, 5], LABELS[1, 6] = 3, 0, 5
-
-
-class Twice(torch.autograd.Function):
-    """Its arguments pass `__torch_function__` by."""
-
-    @staticmethod
-    def forward(ctx, x):
-        return x * 2
-
-    @staticmethod
-    def backward(ctx, dy):
-        return dy * 2
 
 
 class Tail(nn.Module):

@@ -15,6 +15,18 @@ WIDTH = 32
 SIZES = {"hidden_size": WIDTH, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
 
 
+class Twice(torch.autograd.Function):
+    """Its arguments pass `__torch_function__` by."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return x * 2
+
+    @staticmethod
+    def backward(ctx, dy):
+        return dy * 2
+
+
 def phantom(n_questions: int = 48) -> VQADataset:
     data = load_dataset("phantom", "train")
     data.samples = data.samples[:n_questions]

@@ -19,10 +19,10 @@ from torch.utils._pytree import tree_map_only
 from fastln import ops
 from fastln.errors import FastLNError
 from fastln.ops.linear_cross_entropy import shaped_logits
-from fastln.rows import METADATA, LazyRows, computed, labelled
+from fastln.rows import METADATA, LateTensor, LazyRows, computed, labelled
 
 
-class LazyLogits(Tensor):
+class LazyLogits(LateTensor):
     """`F.linear(hidden, weight, bias)`, scaled and softly capped perhaps, not computed yet.
 
     Views of whole rows, slices of positions, casts to float32, products with positive numbers and `tanh` stay lazy; so
@@ -77,16 +77,6 @@ class LazyLogits(Tensor):
             if result is not None:
                 return result
         args, kwargs = tree_map_only(cls, cls._compute, (args, kwargs))
-        return func(*args, **kwargs)
-
-    @classmethod
-    def __torch_dispatch__(  # type: ignore[override]
-        cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        if func._schema.is_mutable:
-            raise FastLNError(f"{func} would write into logits that fastln has not computed; pass it a clone of them")
-        # Computed with their history even here, as the dispatcher gives Python the state back that the call began in.
-        args, kwargs = tree_map_only(cls, lambda logits: logits._compute().detach(), (args, kwargs or {}))
         return func(*args, **kwargs)
 
     def _waits(self) -> bool:

@@ -30,7 +30,25 @@ them 95, seven eighths 110, all gathered 130.
 """
 
 
-class LazyRows(Tensor):
+class LateTensor(Tensor):
+    """A tensor that is yet to be computed, as operations below autograd meet it."""
+
+    @classmethod
+    def __torch_dispatch__(  # type: ignore[override]
+        cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if func._schema.is_mutable:
+            raise FastLNError(f"{func} would write into what fastln has not computed; pass it a clone")
+        # Computed with their history even here, as the dispatcher gives Python the state back that the call began in.
+        args, kwargs = tree_map_only(cls, lambda late: late._compute().detach(), (args, kwargs or {}))
+        return func(*args, **kwargs)
+
+    def _compute(self) -> Tensor:
+        """Return it, computed, with its autograd history."""
+        raise NotImplementedError
+
+
+class LazyRows(LateTensor):
     """A tensor whose rows, those of its last dimension, are a function of the same rows of other tensors.
 
     Linear layers, norms, activations, dropouts, sums and products of rows stay lazy; so do views that leave rows whole.
@@ -68,15 +86,6 @@ class LazyRows(Tensor):
             if result is not None:
                 return result
         args, kwargs = tree_map_only(cls, lambda rows: rows._compute(writes), (args, kwargs))
-        return func(*args, **kwargs)
-
-    @classmethod
-    def __torch_dispatch__(  # type: ignore[override]
-        cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        if func._schema.is_mutable:
-            raise FastLNError(f"{func} would write into rows that fastln has not computed; pass it a clone of them")
-        args, kwargs = tree_map_only(cls, lambda rows: rows._compute().detach(), (args, kwargs or {}))
         return func(*args, **kwargs)
 
     def _waits(self) -> bool:
