@@ -1,6 +1,7 @@
-"""A small run of FastLNTrainer whose model FSDP2 shards, as a script: `torchrun sharded_run.py FOLDER DTYPE MAX_STEPS`.
+"""A small run of FastLNTrainer whose model FSDP2 shards: `torchrun sharded_run.py FOLDER DTYPE MAX_STEPS STATE`.
 
-It goes on from a checkpoint where there is one. As a single process it trains without FSDP: the losses to compare with.
+STATE is the `state_dict_type` of its checkpoints; it goes on from one where there is one. As a single process it trains
+without FSDP: the losses to compare with.
 """
 
 import json
@@ -9,7 +10,7 @@ import sys
 from pathlib import Path
 
 import torch
-from accelerate.state import AcceleratorState, DistributedType
+from accelerate.state import AcceleratorState, DistributedType, PartialState
 from small_run import Sentences, arguments, llama
 from torch.distributed.tensor import DTensor
 
@@ -26,17 +27,24 @@ def allow_fsdp_on_cpus():
         stock(self, *args, fsdp_plugin=fsdp_plugin, **kwargs)
         if fsdp_plugin is not None:
             self.distributed_type, self.fsdp_plugin = DistributedType.FSDP, fsdp_plugin
+            # As accelerate does: from here every later state is told.
+            PartialState._shared_state["distributed_type"] = DistributedType.FSDP
 
     AcceleratorState.__init__ = init
 
 
-def main(folder, dtype, max_steps):
+def sharding(**config):
+    """The Trainer's settings for FSDP2."""
+    layers = {"transformer_layer_cls_to_wrap": ["LlamaDecoderLayer"]}
+    return {"ddp_backend": "gloo", "fsdp": True, "fsdp_config": {"version": 2, **layers, **config}}
+
+
+def main(folder, dtype, max_steps, state_dict_type):
     n_processes = int(os.environ.get("WORLD_SIZE", "1"))
     settings = {"max_steps": max_steps, "lr_scheduler_type": "constant"}
     if n_processes > 1:
         allow_fsdp_on_cpus()
-        layers = {"transformer_layer_cls_to_wrap": ["LlamaDecoderLayer"], "state_dict_type": "SHARDED_STATE_DICT"}
-        settings |= {"ddp_backend": "gloo", "fsdp": True, "fsdp_config": {"version": 2, **layers}}
+        settings |= sharding(state_dict_type=state_dict_type)
     args = arguments(folder, per_device_train_batch_size=4 // n_processes, **settings)
     model = llama().to(dtype)
     trainer = FastLNTrainer(model, args, train_dataset=Sentences(), norm_learning_rate=0.02)
@@ -60,4 +68,4 @@ def main(folder, dtype, max_steps):
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), getattr(torch, sys.argv[2]), int(sys.argv[3]))
+    main(Path(sys.argv[1]), getattr(torch, sys.argv[2]), int(sys.argv[3]), sys.argv[4])
