@@ -28,9 +28,3 @@ def gathered(tensor: Tensor) -> Tensor:
     """Return a tensor's values: where it is distributed those of all processes, which must all call this."""
     tensor = tensor.detach()
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-
-
-def own_part(tensor: Tensor) -> Tensor:
-    """Return a tensor's values, those that this process has where it is distributed."""
-    tensor = tensor.detach()
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor

@@ -1,5 +1,7 @@
 """FSDP2: sharded over two processes a run has one's losses; our operations get no sharded tensor unsaid."""
 
+import json
+import re
 import shutil
 
 import pytest
@@ -49,6 +51,37 @@ def test_two_processes_that_shard_have_the_losses_of_one(dtype, state, tmp_path)
     shutil.rmtree(two / "checkpoint-6")
     script(HERE / "sharded_run.py", two, dtype, 6, state, python=TORCHRUN)
     assert result(two) == whole
+
+
+BROKEN = r"model\.norm\.weight turned NaN or infinite by step"
+STOPS = {
+    "without a norm": [r"model\.norm\.weight \(float32\) did not move in 3 optimizer steps"] * 2,
+    "stuck, with an empty shard": [r"norm\.weight \(float32\) did not move in 3 optimizer steps"] * 2,
+    "NaN in a shard": [f"{BROKEN} 2"] * 2,
+    "NaN in a shard, seen by the loss": [f"{BROKEN} 3"] * 2,
+    "NaN loss": [
+        "the loss is not a number at step 2 in the batch of another process",
+        r"the loss is not a number at step 2 in the batch of samples s\d+, s\d+",
+    ],
+}
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_what_stops_one_process_stops_both(tmp_path):
+    runs = ["accumulating", "loaded by the first", *STOPS]
+    script(HERE / "watched_run.py", tmp_path, *runs, python=TORCHRUN)
+    found = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2)]
+    for run, patterns in STOPS.items():
+        for process, pattern in zip(found, patterns, strict=True):
+            assert re.match(pattern, process[run]), process[run]
+    # Gradients that are still to be summed are none that a norm lacks.
+    shifts = found[0]["accumulating"]
+    assert len(shifts) == 4
+    assert shifts[0] > 0
+    # γ's start is the model's, not what a process has that did not load it.
+    assert found[0]["loaded by the first"] == found[1]["loaded by the first"]
+    assert found[0]["loaded by the first"][0] == pytest.approx(1e-2, rel=0.1)  # Adam's first step is the rate
 
 
 @pytest.fixture(scope="module")

@@ -124,10 +124,12 @@ class FastLNTrainer(ResumableTrainer):
         super()._load_from_checkpoint(resume_from_checkpoint, model)
 
     def _prepare_for_training(self, *args: Any, **kwargs: Any) -> Any:
-        self._begin_watch()
         if self.is_world_process_zero():
             print(f"{self._method['method']}: {describe_parameters(self.model)}")
-        return super()._prepare_for_training(*args, **kwargs)
+        prepared = super()._prepare_for_training(*args, **kwargs)
+        # Not before: with `cpu_ram_efficient_loading` the first process alone has the values until they are sharded.
+        self._begin_watch()
+        return prepared
 
     @property
     def _shows_norms(self) -> bool:
@@ -204,12 +206,15 @@ class FastLNTrainer(ResumableTrainer):
         ids = inputs.pop(KEY, None)
         self._count(inputs)
         loss = super().training_step(model, inputs, *args, **kwargs)
-        if torch.isnan(loss):
+        # One process that stopped alone would leave the others waiting for it.
+        if self.accelerator.reduce(torch.isnan(loss).float(), "sum"):
             step = self.state.global_step + 1
             if self._watch is not None:
                 check_finite(self._watch.parameters, step)
             check_loss(loss.item(), step, ids)
-        if self.state.global_step == 0 and self._shows_norms:
+            raise FastLNError(f"the loss is not a number at step {step} in the batch of another process")
+        # Before the last batch of a step FSDP2 keeps gradients apart from the parameters.
+        if self.state.global_step == 0 and self._shows_norms and self.accelerator.sync_gradients:
             check_norm_gradients(self.model)
         return loss
 

@@ -11,7 +11,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from fastln.errors import FastLNError
 from fastln.families import find_norms
-from fastln.processes import gathered, own_part
+from fastln.processes import gathered
 
 PATIENCE = 3
 LEAST_RATE = 1e-5  # below it a float32 γ of 1 may take many steps to change
@@ -89,12 +89,12 @@ class NormWatch(TrainerCallback):
 
 
 def check_finite(parameters: Mapping[str, Tensor], step: int) -> None:
-    """Raise where a parameter is not finite; of a sharded one this process sees its part.
+    """Raise where a parameter is not finite; of several processes all must call this, and all raise.
 
     Raises:
         FastLNError: naming those that are not.
     """
-    broken = [name for name, parameter in parameters.items() if not own_part(parameter).isfinite().all()]
+    broken = [name for name, parameter in parameters.items() if not gathered(parameter).isfinite().all()]
     if broken:
         raise FastLNError(f"{_some(broken)} turned NaN or infinite by step {step}; try a lower learning rate")
 
