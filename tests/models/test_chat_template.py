@@ -125,5 +125,7 @@ def test_what_would_mislead_the_labels_is_refused():
 def test_nothing_is_cut_off():
     task = chat("byte level", "plain")
     long = Sample("s7", "a.png", "Q?", "no effusion " * 400, closed=None)
-    with pytest.raises(FastLNError, match=r"sample s7 takes \d+ tokens, and tiny reads 256: no answer is cut off"):
+    with pytest.raises(
+        FastLNError, match=r"s7 takes \d+ tokens \(1 for its images\), and tiny reads 256: no answer is cut off"
+    ):
         task.encode(long, [1])
