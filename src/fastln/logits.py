@@ -14,12 +14,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from torch.utils._pytree import tree_map_only
 
 from fastln import ops
 from fastln.errors import FastLNError
+from fastln.late import LateTensor
 from fastln.ops.linear_cross_entropy import shaped_logits
-from fastln.rows import METADATA, LateTensor, LazyRows, computed, labelled
+from fastln.rows import LazyRows, computed, labelled
 
 
 class LazyLogits(LateTensor):
@@ -63,21 +63,11 @@ class LazyLogits(LateTensor):
         return _lazy(hidden, weight, bias, twin, None, _Shape())
 
     @classmethod
-    @torch.compiler.disable
-    def __torch_function__(
-        cls, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        kwargs = kwargs or {}
-        if func in METADATA:
-            with torch._C.DisableTorchFunctionSubclass():
-                return func(*args, **kwargs)
+    def _later(cls, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         rule = _RULES.get(func)
-        if rule is not None and args and isinstance(args[0], cls) and args[0]._waits():
-            result = rule(args[0], func, args[1:], kwargs)
-            if result is not None:
-                return result
-        args, kwargs = tree_map_only(cls, cls._compute, (args, kwargs))
-        return func(*args, **kwargs)
+        if rule is None or not args or not isinstance(args[0], cls) or not args[0]._waits():
+            return None
+        return rule(args[0], func, args[1:], kwargs)
 
     def _waits(self) -> bool:
         """Whether neither these logits nor any that they are a view of have been computed."""
@@ -96,7 +86,7 @@ class LazyLogits(LateTensor):
                 "been written to since; look at them before the optimizer's step"
             )
 
-    def _compute(self) -> Tensor:
+    def _compute(self, writes: bool = False) -> Tensor:
         """Return the logits, computed at the first call, with their autograd history whatever the modes of now."""
         if self._computed is None:
             # Leaving inference mode turns autograd on, even where it was off for another reason.

@@ -9,18 +9,17 @@ computed; every other use computes all.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
-from itertools import takewhile
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from torch.utils._pytree import tree_leaves, tree_map_only
+from torch.utils._pytree import tree_leaves
 
 from fastln import ops
 from fastln.errors import FastLNError
+from fastln.late import LateTensor, Modes
 
 WHOLE = 0.9
 """From this share of the rows on all are computed: to gather some and scatter their gradients costs, too.
@@ -28,24 +27,6 @@ WHOLE = 0.9
 Measured on a CPU (the tail of a block, 2,048 x 768 in bfloat16, forward and backward): all 124 ms, three quarters of
 them 95, seven eighths 110, all gathered 130.
 """
-
-
-class LateTensor(Tensor):
-    """A tensor that is yet to be computed, as operations below autograd meet it."""
-
-    @classmethod
-    def __torch_dispatch__(  # type: ignore[override]
-        cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        if func._schema.is_mutable:
-            raise FastLNError(f"{func} would write into what fastln has not computed; pass it a clone")
-        # Computed with their history even here, as the dispatcher gives Python the state back that the call began in.
-        args, kwargs = tree_map_only(cls, lambda late: late._compute().detach(), (args, kwargs or {}))
-        return func(*args, **kwargs)
-
-    def _compute(self) -> Tensor:
-        """Return it, computed, with its autograd history."""
-        raise NotImplementedError
 
 
 class LazyRows(LateTensor):
@@ -62,31 +43,19 @@ class LazyRows(LateTensor):
     """
 
     _rows: _Rows
-    _modes: _Modes
+    _modes: Modes
     _own: Tensor | None  # what it is, once all of it was computed
     _n_writes: int  # into it or a view of it
 
     @staticmethod
     def of(x: Tensor) -> LazyRows:
         """Stand for `x`, of two dimensions or more."""
-        return _lazy(_Rows(_same, (_leaf(x),)), x.shape, x.dtype, _Modes(x.device))
+        return _lazy(_Rows(_same, (_leaf(x),)), x.shape, x.dtype, Modes(x.device))
 
     @classmethod
-    @torch.compiler.disable
-    def __torch_function__(
-        cls, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        kwargs = kwargs or {}
-        if func in METADATA:
-            with torch._C.DisableTorchFunctionSubclass():
-                return func(*args, **kwargs)
-        rule, writes = _RULES.get(func), _writes(func, args, kwargs)
-        if rule is not None and not writes and torch.is_grad_enabled():
-            result = rule(func, args, kwargs)
-            if result is not None:
-                return result
-        args, kwargs = tree_map_only(cls, lambda rows: rows._compute(writes), (args, kwargs))
-        return func(*args, **kwargs)
+    def _later(cls, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        rule = _RULES.get(func)
+        return rule(func, args, kwargs) if rule is not None and torch.is_grad_enabled() else None
 
     def _waits(self) -> bool:
         """Whether there are rows yet to be computed."""
@@ -100,11 +69,11 @@ class LazyRows(LateTensor):
             if writes:
                 # In memory that tensors made of these rows before do not look at, and all views of them do.
                 written = self._own if self._n_writes else self._own.clone()
-                for alias in self._rows.aliases():
-                    if not self._n_writes:
+                aliases, n_writes = self._rows.aliases(), self._n_writes + 1
+                for alias in aliases:
+                    if n_writes == 1:
                         alias._own = written.view(alias.shape)
-                    alias._n_writes = self._n_writes + (alias is not self)
-                self._n_writes += 1
+                    alias._n_writes = n_writes
         return self._own
 
     def _take(self, index: Tensor) -> Tensor:
@@ -223,9 +192,7 @@ class _Wrap(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(
-        ctx: Any, rows: _Rows, shape: torch.Size, dtype: torch.dtype, modes: _Modes, *tensors: Tensor
-    ) -> Tensor:
+    def forward(ctx: Any, rows: _Rows, shape: torch.Size, dtype: torch.dtype, modes: Modes, *tensors: Tensor) -> Tensor:
         ctx.rows, ctx.modes, ctx.tensors = rows, modes, tensors  # which the rows hold anyway
         ctx.set_materialize_grads(False)
         return Tensor._make_wrapper_subclass(LazyRows, shape, dtype=dtype, device=modes.device)
@@ -243,7 +210,7 @@ class _Wrap(torch.autograd.Function):
         return None, None, None, None, *gradients
 
 
-def _lazy(rows: _Rows, shape: torch.Size, dtype: torch.dtype, modes: _Modes) -> LazyRows:
+def _lazy(rows: _Rows, shape: torch.Size, dtype: torch.dtype, modes: Modes) -> LazyRows:
     tensors = [tensor for tensor, _ in rows.tensors.values() if tensor.requires_grad]
     with torch._C.DisableTorchFunctionSubclass():
         lazy: LazyRows = _Wrap.apply(rows, shape, dtype, modes, *tensors)
@@ -252,79 +219,12 @@ def _lazy(rows: _Rows, shape: torch.Size, dtype: torch.dtype, modes: _Modes) -> 
     return lazy
 
 
-class _Modes:
-    """What torch's modes are where rows begin to wait, for them to be computed under the same.
-
-    Hooks on saved tensors that came on since, such as a checkpoint's, are not for them: what the checkpoint computes
-    again has these rows as they are.
-    """
-
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
-        self.autocast = _autocast(device)
-        self._hooks = _hooks()
-
-    def last(self) -> bool:
-        """Whether they are the same now, but for hooks that went."""
-        hooks = _hooks()
-        return self.autocast == _autocast(self.device) and hooks == self._hooks[: len(hooks)]
-
-    @contextmanager
-    def restored(self) -> Iterator[None]:
-        """Bring them back; autograd is on."""
-        enabled, dtype = self.autocast
-        hooks = _pop_hooks()
-        common = takewhile(lambda pair: pair[0] == pair[1], zip(hooks, self._hooks, strict=False))
-        _push_hooks([hook for hook, _ in common])
-        try:
-            with torch.inference_mode(False), torch.enable_grad(), torch.autocast(self.device.type, dtype, enabled):
-                yield
-        finally:
-            _pop_hooks()
-            _push_hooks(hooks)
-
-
-_Hooks = list[tuple[Callable[[Tensor], Any], Callable[[Any], Tensor]]]
-
-
-def _hooks() -> _Hooks:
-    hooks = _pop_hooks()
-    _push_hooks(hooks)
-    return hooks
-
-
-def _pop_hooks() -> _Hooks:
-    """Take the hooks on saved tensors off, and return them, the outermost first."""
-    found: _Hooks = []
-    while (pair := torch._C._autograd._top_saved_tensors_default_hooks(True)) is not None:
-        torch._C._autograd._pop_saved_tensors_default_hooks()
-        found.append(pair)
-    return found[::-1]
-
-
-def _push_hooks(hooks: _Hooks) -> None:
-    for pair in hooks:
-        torch._C._autograd._push_saved_tensors_default_hooks(*pair)
-
-
-def _autocast(device: torch.device) -> tuple[bool, torch.dtype]:
-    return torch.is_autocast_enabled(device.type), torch.get_autocast_dtype(device.type)
-
-
 def _same(x: Tensor) -> Tensor:
     return x
 
 
 def _leaf(x: Tensor) -> Tensor:
     return x.reshape(-1, x.shape[-1])
-
-
-def _writes(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-    """Whether a call writes into an argument."""
-    if kwargs.get("inplace") or (func in _IN_PLACE_AT and any(args[_IN_PLACE_AT[func] :])):
-        return True
-    name = getattr(func, "__name__", "")
-    return "out" in kwargs or name in ("__setitem__", "__set__") or (name.endswith("_") and not name.endswith("__"))
 
 
 def _may_go_on(x: LazyRows) -> bool:
@@ -484,12 +384,3 @@ _RULES: dict[Callable[..., Any], Callable[..., Tensor | None]] = {
 }
 
 _CASTS = (Tensor.to, Tensor.float)
-_IN_PLACE_AT = {F.relu: 1, F.silu: 1, F.dropout: 3}  # where the argument is that says so
-
-# What the wrapper itself knows.
-_PROPERTIES = "shape dtype device layout ndim requires_grad is_leaf is_cpu is_cuda is_meta is_nested is_sparse _version"
-METADATA = {
-    *(getattr(Tensor, name).__get__ for name in _PROPERTIES.split()),
-    *(Tensor.size, Tensor.stride, Tensor.dim, Tensor.numel, Tensor.__len__),
-    *(Tensor.is_contiguous, Tensor.is_floating_point, torch.is_floating_point),
-}

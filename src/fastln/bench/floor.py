@@ -15,8 +15,9 @@ from fastln.bench.accounting import synchronize
 from fastln.families.blocks import use_stand_ins
 from fastln.families.head import find_heads
 from fastln.families.last_block import spare_last_rows
+from fastln.late import METADATA
 from fastln.modules import stand_back
-from fastln.rows import METADATA, LazyRows
+from fastln.rows import LazyRows
 
 
 class Products(TorchFunctionMode):
