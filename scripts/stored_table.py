@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 import fastln
-from fastln.bench.accounting import SavedActivations
+from fastln.memory import SavedActivations
 from fastln.methods import norm_parameters
 from fastln.models.shapes import FAMILIES, Family, vision_family
 

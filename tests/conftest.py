@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from fastln.rows import _Rows
+from fastln.late.rows import _Rows
 
 if "PYTEST_XDIST_WORKER" in os.environ:
     torch.set_num_threads(1)

@@ -14,8 +14,8 @@ from fastln.data import GroupedBatches
 from fastln.engines import apply_method, finish
 from fastln.errors import FastLNError
 from fastln.methods import norm_parameters
-from fastln.modules import LayerNorm
 from fastln.prepare import check_norm_gradients
+from fastln.standins.modules import LayerNorm
 from fastln.training import TrainConfig, build_optimizer
 
 

@@ -26,8 +26,8 @@ from fastln.files import written_whole
 from fastln.methods import IA3_TARGETS, LORA_RANK, LORA_TARGETS, get_method, select_parameters, settle_scope
 from fastln.models import Task
 from fastln.models.sources import loading
-from fastln.modules import stand_back
 from fastln.prepare import STATE, prepare, restore
+from fastln.standins.modules import stand_back
 
 N_VIRTUAL_TOKENS = 20
 PROMPT_METHODS = ("prefix", "p-tuning", "prompt")

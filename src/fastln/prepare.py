@@ -14,16 +14,16 @@ from transformers import PreTrainedConfig
 
 from fastln.errors import FastLNError
 from fastln.families import find_norms
-from fastln.families.attention import restore_attention, use_fast_attention
-from fastln.families.blocks import use_stand_ins
-from fastln.families.head import use_lazy_head
-from fastln.families.last_block import spare_last_rows
-from fastln.families.linears import use_fast_linears
-from fastln.families.steps import spare_training_steps
 from fastln.machine import keep_pages
 from fastln.methods import describe_other_norms, get_method, select_parameters, settle_scope
-from fastln.modules import is_stand_in, output_dtype, remember_dtype, stand_back
 from fastln.ops.backends import resolve
+from fastln.standins.attention import restore_attention, use_fast_attention
+from fastln.standins.blocks import use_stand_ins
+from fastln.standins.last_block import spare_last_rows
+from fastln.standins.linear import use_fast_linears
+from fastln.standins.lm_head import use_lazy_head
+from fastln.standins.modules import is_stand_in, output_dtype, remember_dtype, stand_back
+from fastln.standins.training_steps import spare_training_steps
 
 logger = logging.getLogger(__name__)
 

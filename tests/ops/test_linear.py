@@ -9,7 +9,7 @@ from transformers.pytorch_utils import Conv1D
 import fastln
 from fastln import ops
 from fastln.errors import FastLNError
-from fastln.modules import Linear
+from fastln.standins.modules import Linear
 from fastln_kernels import reference
 from fastln_kernels.cpu import native_linear, products
 

@@ -9,7 +9,7 @@ from torch import nn
 
 from fastln import ops
 from fastln.errors import FastLNError
-from fastln.modules import LayerNorm, stand_in
+from fastln.standins.modules import LayerNorm, stand_in
 
 OPERATOR = torch.ops.fastln.norm.default
 BACKWARD = torch.ops.fastln.norm_backward.default

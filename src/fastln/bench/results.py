@@ -51,7 +51,7 @@ class Job:
 
 @dataclass(frozen=True, slots=True)
 class Floor:
-    """What a step of norm tuning cannot go below: see `fastln.bench.floor`."""
+    """What a step of norm tuning cannot go below: see `fastln.cost`."""
 
     operations: float  # of its products
     operations_per_second: float  # that the machine reached in a product, in the run's dtype

@@ -10,12 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastln.bench.accounting import SavedActivations, peak_bytes, reset_peak, synchronize
-from fastln.bench.floor import count_operations, matrix_rate
 from fastln.bench.results import Checked, Floor, Job, Quality, Steps
+from fastln.cost import count_operations, matrix_rate
 from fastln.data import VQADataset, load_dataset
 from fastln.engines import apply_method
 from fastln.errors import FastLNError
+from fastln.memory import SavedActivations, peak_bytes, reset_peak, synchronize
 from fastln.methods import count_parameters
 from fastln.models import Task, VQATask, load_task
 from fastln.models.dual_task import DualEncoderTask

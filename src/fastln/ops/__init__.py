@@ -6,6 +6,7 @@ from fastln.ops.dropout import dropout
 from fastln.ops.linear import linear
 from fastln.ops.linear_cross_entropy import linear_cross_entropy
 from fastln.ops.norm import dropout_add_norm, layer_norm, rms_norm
+from fastln.ops.settings import OpSettings
 from fastln_kernels.reference import NormKind
 from fastln_kernels.reference_activation import ACTIVATION_KINDS, ActivationKind
 
@@ -13,6 +14,7 @@ __all__ = [
     "ACTIVATION_KINDS",
     "ActivationKind",
     "NormKind",
+    "OpSettings",
     "activation",
     "attention",
     "dropout",

@@ -28,8 +28,7 @@ from fastln.errors import FastLNError
 from fastln.ops.backends import resolve
 from fastln.ops.dispatch import define, is_transformed, needs_operator, overridable, wants_gradient
 from fastln_kernels import reference_activation
-from fastln_kernels.cpu import activation as torch_activation
-from fastln_kernels.cpu import library, native_activation
+from fastln_kernels.cpu import library, native_activation, torch_activation
 from fastln_kernels.reference_activation import ACTIVATION_KINDS, ActivationKind, GatedGradients
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)

@@ -31,8 +31,7 @@ from fastln.errors import FastLNError
 from fastln.ops.backends import resolve
 from fastln.ops.dispatch import define, is_transformed, needs_operator, overridable, wants_gradient
 from fastln_kernels import reference
-from fastln_kernels.cpu import library, native_norm
-from fastln_kernels.cpu import norm as torch_norm
+from fastln_kernels.cpu import library, native_norm, torch_norm
 from fastln_kernels.reference import NormGradients, NormKind, NormOutputs, arithmetic_dtype
 
 _aten = torch.ops.aten

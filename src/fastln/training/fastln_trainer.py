@@ -13,10 +13,10 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset
 from transformers import TrainingArguments
 
-from fastln.bench.accounting import peak_bytes
 from fastln.engines import put_method
 from fastln.errors import FastLNError
 from fastln.families import find_norms
+from fastln.memory import peak_bytes
 from fastln.methods import describe_parameters
 from fastln.prepare import check_norm_gradients
 from fastln.training.adalora import AdaLoRASteps

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
-from fastln.bench.accounting import SavedActivations
 from fastln.data import Sample, VQADataset
 from fastln.engines import apply_method
+from fastln.memory import SavedActivations
 from fastln.methods import describe_parameters
 from fastln.models import VQATask
 from fastln.training.optimizer import describe_rates

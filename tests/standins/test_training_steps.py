@@ -9,7 +9,7 @@ import transformers
 from family_models import batch, make
 
 import fastln
-from fastln.bench.accounting import SavedActivations
+from fastln.memory import SavedActivations
 from fastln.methods import norm_parameters
 
 

@@ -12,10 +12,10 @@ import transformers
 from family_models import MODELS, VISION_MODELS, batch, make
 
 import fastln
-from fastln.bench.accounting import SavedActivations
 from fastln.families import find_norms
+from fastln.memory import SavedActivations
 from fastln.methods import norm_parameters
-from fastln.modules import Part
+from fastln.standins.modules import Part
 
 FAMILIES = [*MODELS, *VISION_MODELS]
 

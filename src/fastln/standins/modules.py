@@ -19,9 +19,9 @@ from torch.overrides import TorchFunctionMode
 from transformers.pytorch_utils import Conv1D as StockConv1D
 
 from fastln import ops
-from fastln.logits import LazyLogits
+from fastln.late.logits import LazyLogits
+from fastln.late.rows import LazyRows
 from fastln.ops import ActivationKind, NormKind
-from fastln.rows import LazyRows
 
 ATTRIBUTE = "_fastln"
 
@@ -248,7 +248,7 @@ class Conv1D(StockConv1D):
 
 
 class LMHead(nn.Linear):
-    """A language-model head, `torch.nn.Linear`, whose logits wait in training: see `fastln.logits.LazyLogits`.
+    """A language-model head, `torch.nn.Linear`, whose logits wait in training: see `fastln.late.logits.LazyLogits`.
 
     The logits are computed at once, by the stock code, in evaluation, without autograd, under `torch.compile` and other
     transforms, and where hooks are registered on the head: they see logits, and may gather and release its weight

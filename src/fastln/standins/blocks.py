@@ -18,7 +18,7 @@ from transformers.models.llama.modeling_llama import LlamaMLP
 
 from fastln.families.activations import activation_kind
 from fastln.families.norms import is_norm, is_stock_layer_norm, norm_kind
-from fastln.modules import (
+from fastln.standins.modules import (
     Activation,
     DenseDropoutAddNorm,
     Dropout,

@@ -12,14 +12,14 @@ from transformers.pytorch_utils import Conv1D
 from transformers.utils import output_capturing
 
 from fastln.families.parts import attention_maps
-from fastln.modules import may_be_late
-from fastln.rows import LazyRows
+from fastln.late.rows import LazyRows
+from fastln.standins.modules import may_be_late
 
 
 def spare_last_rows(model: nn.Module) -> list[RemovableHandle]:
     """Have the last block of every stack in `model` wait, in training, from its attention's output projection on.
 
-    What is computed of a token there depends on no other token; `fastln.rows` tells what becomes of it.
+    What is computed of a token there depends on no other token; `fastln.late.rows` tells what becomes of it.
 
     Returns:
         The handles that undo it.

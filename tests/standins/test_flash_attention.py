@@ -8,8 +8,8 @@ from torch.nn import functional as F
 from transformers import modeling_flash_attention_utils as flash
 
 import fastln
-from fastln.families import attention as families
-from fastln.families.attention import FLASH_ATTENTION, restore_attention, use_fast_attention
+from fastln.standins import attention as families
+from fastln.standins.attention import FLASH_ATTENTION, restore_attention, use_fast_attention
 
 
 class FlashAttention:

@@ -12,11 +12,11 @@ from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
 import fastln
-from fastln.bench.accounting import SavedActivations
-from fastln.families.last_block import spare_last_rows
+from fastln.late.rows import LazyRows
+from fastln.memory import SavedActivations
 from fastln.methods import norm_parameters
-from fastln.modules import may_be_late
-from fastln.rows import LazyRows
+from fastln.standins.last_block import spare_last_rows
+from fastln.standins.modules import may_be_late
 
 # Rows of which something is read, where that is not every row with a label. Those of towers whose every token goes on
 # are computed whole, beside.

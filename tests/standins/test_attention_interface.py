@@ -17,8 +17,8 @@ from transformers import (
     ViTModel,
 )
 
-from fastln.families import attention as families
-from fastln.families.attention import restore_attention, use_fast_attention
+from fastln.standins import attention as families
+from fastln.standins.attention import restore_attention, use_fast_attention
 
 TEXT = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48, "vocab_size": 50}
 VISION = {

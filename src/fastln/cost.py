@@ -11,13 +11,13 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
-from fastln.bench.accounting import synchronize
-from fastln.families.blocks import use_stand_ins
-from fastln.families.head import find_heads
-from fastln.families.last_block import spare_last_rows
-from fastln.late import METADATA
-from fastln.modules import stand_back
-from fastln.rows import LazyRows
+from fastln.late.rows import LazyRows
+from fastln.late.tensor import METADATA
+from fastln.memory import synchronize
+from fastln.standins.blocks import use_stand_ins
+from fastln.standins.last_block import spare_last_rows
+from fastln.standins.lm_head import find_heads
+from fastln.standins.modules import stand_back
 
 
 class Products(TorchFunctionMode):
@@ -27,7 +27,7 @@ class Products(TorchFunctionMode):
     gradient. So a frozen linear layer counts twice, once where nothing before it trains; attention counts its two
     products and the four that their gradients take, and half of that where it is causal, but none twice, as a backward
     that finds the scores again has it. The language-model head counts at the positions that carry labels alone, and
-    rows that wait (`fastln.rows`) where they are computed.
+    rows that wait (`fastln.late.rows`) where they are computed.
 
     Args:
         model: Its heads are told by their weights.

@@ -1,4 +1,4 @@
-"""Tensors that are computed when somebody needs them: what `fastln.logits` and `fastln.rows` have in common."""
+"""Tensors that are computed when somebody needs them: what logits and rows that wait have in common."""
 
 from __future__ import annotations
 

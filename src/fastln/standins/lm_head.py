@@ -3,7 +3,7 @@
 from torch import nn
 from transformers import PreTrainedModel
 
-from fastln.modules import LMHead, stand_in
+from fastln.standins.modules import LMHead, stand_in
 
 
 def find_heads(model: nn.Module) -> dict[str, nn.Linear]:
@@ -22,7 +22,7 @@ def find_heads(model: nn.Module) -> dict[str, nn.Linear]:
 def use_lazy_head(model: nn.Module) -> list[str]:
     """Leave the logits of every language-model head of `model` uncomputed in training, in place.
 
-    Parameters, tied or not, and `state_dict()` stay as they are; `fastln.modules.stand_back` undoes it.
+    Parameters, tied or not, and `state_dict()` stay as they are; `fastln.standins.modules.stand_back` undoes it.
 
     Args:
         model: A `PreTrainedModel`, or a module that contains some.

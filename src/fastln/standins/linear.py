@@ -6,8 +6,8 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D as StockConv1D
 
-from fastln.modules import Conv1D, Linear, stand_in
 from fastln.ops.backends import resolve
+from fastln.standins.modules import Conv1D, Linear, stand_in
 
 
 def use_fast_linears(model: nn.Module, backend: str, device: torch.device) -> None:

@@ -10,9 +10,9 @@ from tiny import blip_config
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import Trainer, TrainingArguments
 
-from fastln.families.head import use_lazy_head
-from fastln.logits import LazyLogits
-from fastln.modules import LMHead, stand_back
+from fastln.late.logits import LazyLogits
+from fastln.standins.lm_head import use_lazy_head
+from fastln.standins.modules import LMHead, stand_back
 
 
 def step(model, inputs, **settings):

@@ -17,9 +17,9 @@ from torch.nn import functional as F
 
 from fastln import ops
 from fastln.errors import FastLNError
-from fastln.late import LateTensor
+from fastln.late.rows import LazyRows, computed, labelled
+from fastln.late.tensor import LateTensor
 from fastln.ops.linear_cross_entropy import shaped_logits
-from fastln.rows import LazyRows, computed, labelled
 
 
 class LazyLogits(LateTensor):

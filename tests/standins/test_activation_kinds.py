@@ -11,8 +11,8 @@ from transformers.models.llama.configuration_llama import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaMLP
 
 from fastln.families import activation_kind
-from fastln.modules import Activation, GatedMLP, stand_back, stand_in
 from fastln.ops import ACTIVATION_KINDS, activation
+from fastln.standins.modules import Activation, GatedMLP, stand_back, stand_in
 
 MAKERS = {name: functools.partial(ACT2FN.__getitem__, name) for name in ACT2CLS} | {
     "nn.GELU": nn.GELU,

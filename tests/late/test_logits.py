@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fastln.errors import FastLNError
-from fastln.logits import LazyLogits
-from fastln.modules import LMHead, stand_back, stand_in
+from fastln.late.logits import LazyLogits
+from fastln.standins.modules import LMHead, stand_back, stand_in
 
 N_CLASSES = 7
 LABELS = torch.tensor([[3, -100, 0, 6, 2], [-100, 5, 5, 1, -100]])

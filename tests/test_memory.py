@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from fastln.bench.accounting import SavedActivations
+from fastln.memory import SavedActivations
 
 
 def test_a_chain_of_known_tensors():
@@ -79,7 +79,7 @@ def test_only_what_is_saved_inside_the_context_counts():
 
 PEAKS = """
 import torch
-from fastln.bench.accounting import peak_bytes, reset_peak
+from fastln.memory import peak_bytes, reset_peak
 cpu = torch.device("cpu")
 reset_peak(cpu)
 print(peak_bytes(cpu))

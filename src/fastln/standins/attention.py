@@ -19,8 +19,8 @@ from transformers.models.blip.modeling_blip_text import BlipTextSelfAttention
 from transformers.utils import is_flash_attn_2_available, output_capturing
 from transformers.utils.output_capturing import _active_collector
 
-from fastln.modules import Part, stand_in, unwatched
 from fastln.ops.attention import attention, has_own
+from fastln.standins.modules import Part, stand_in, unwatched
 
 NAME = "fastln"
 FLASH_ATTENTION = "flash_attention_2"
@@ -38,7 +38,7 @@ def use_fast_attention(model: nn.Module) -> list[PreTrainedConfig]:
 
     Returns:
         The configurations changed, for `restore_attention`. Modules that became stand-ins are given back by
-        `fastln.modules.stand_back`.
+        `fastln.standins.modules.stand_back`.
     """
     for module in model.modules():
         if type(module) in _STAND_INS:

@@ -11,8 +11,8 @@ from torch.nn import functional as F
 from transformers.models.opt.modeling_opt import OPTDecoderLayer
 
 import fastln
-from fastln.bench.accounting import SavedActivations
-from fastln.modules import CallsDropout
+from fastln.memory import SavedActivations
+from fastln.standins.modules import CallsDropout
 
 
 def opt(p, n_layers=2):

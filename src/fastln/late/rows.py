@@ -19,7 +19,7 @@ from torch.utils._pytree import tree_leaves
 
 from fastln import ops
 from fastln.errors import FastLNError
-from fastln.late import LateTensor, Modes
+from fastln.late.tensor import LateTensor, Modes
 
 WHOLE = 0.9
 """From this share of the rows on all are computed: to gather some and scatter their gradients costs, too.

@@ -9,8 +9,8 @@ from transformers.models.blip.modeling_blip import BlipAttention
 from transformers.models.blip.modeling_blip_text import BlipTextSelfAttention
 
 import fastln
-from fastln.families.attention import use_fast_attention
-from fastln.modules import stand_back
+from fastln.standins.attention import use_fast_attention
+from fastln.standins.modules import stand_back
 
 N_PATCHES, N_WORDS, N_ANSWER = 17, 9, 5
 

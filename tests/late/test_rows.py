@@ -14,9 +14,9 @@ from torch.utils.checkpoint import checkpoint
 
 from fastln import ops
 from fastln.errors import FastLNError
-from fastln.logits import LazyLogits
+from fastln.late.logits import LazyLogits
+from fastln.late.rows import LazyRows
 from fastln.ops import NormKind
-from fastln.rows import LazyRows
 
 BATCH, LENGTH, WIDTH = 2, 12, 6
 N_ROWS = BATCH * LENGTH
