@@ -11,6 +11,7 @@ import torch
 
 from fastln.machine import cpu_flags, cpu_model, has_bfloat16_units, keep_pages, package_version, settle_device
 from fastln.ops.backends import OPERATIONS, resolve
+from fastln.ops.settings import DEFAULT
 from fastln_kernels.cpu import library
 
 PACKAGES = ("fastln", "torch", "triton", "transformers", "peft", "accelerate", "flash-attn", "liger-kernel")
@@ -29,7 +30,7 @@ def examine() -> dict[str, Any]:
     """
     device = settle_device("auto")
     flags = cpu_flags()
-    choices = {operation: resolve(operation, device, "auto") for operation in OPERATIONS}
+    choices = {operation: resolve(operation, device, DEFAULT) for operation in OPERATIONS}
     return {
         "packages": {package: package_version(package) for package in PACKAGES},
         "machine": {

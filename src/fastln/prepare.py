@@ -17,6 +17,7 @@ from fastln.families import find_norms
 from fastln.machine import keep_pages
 from fastln.methods import describe_other_norms, get_method, select_parameters, settle_scope
 from fastln.ops.backends import resolve
+from fastln.ops.settings import OpSettings
 from fastln.standins.attention import restore_attention, use_fast_attention
 from fastln.standins.blocks import use_stand_ins
 from fastln.standins.last_block import spare_last_rows
@@ -94,7 +95,7 @@ def prepare(
     if (left_out := describe_other_norms(model, trained, scope)) is not None:
         logger.warning("%s", left_out)
     device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
-    resolve("layer_norm", device, backend)
+    resolve("layer_norm", device, OpSettings(backend))
     if device.type == "cpu":
         keep_pages()
 

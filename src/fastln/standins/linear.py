@@ -7,6 +7,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D as StockConv1D
 
 from fastln.ops.backends import resolve
+from fastln.ops.settings import OpSettings
 from fastln.standins.modules import Conv1D, Linear, stand_in
 
 
@@ -18,7 +19,7 @@ def use_fast_linears(model: nn.Module, backend: str, device: torch.device) -> No
         backend: A name from `fastln.ops.backends.BACKENDS`.
         device: Where the model is. Where fastln has no linear layers of its own, nothing changes.
     """
-    if resolve("linear", device, backend).backend != "cpu":
+    if resolve("linear", device, OpSettings(backend)).backend != "cpu":
         return
     for module in model.modules():
         if type(module) in _STAND_INS and not module.weight.requires_grad:

@@ -21,7 +21,7 @@ from transformers.pytorch_utils import Conv1D as StockConv1D
 from fastln import ops
 from fastln.late.logits import LazyLogits
 from fastln.late.rows import LazyRows
-from fastln.ops import ActivationKind, NormKind
+from fastln.ops import ActivationKind, NormKind, OpSettings
 
 ATTRIBUTE = "_fastln"
 
@@ -83,7 +83,7 @@ class Norm(nn.Module):
         _warn_if_rounded(self.weight)
         y = ops.dropout_add_norm(
             *(hidden_states, None, self.weight, getattr(self, "bias", None), self._fastln.kind),
-            backend=self._fastln.backend,
+            settings=OpSettings(self._fastln.backend),
         )
         assert isinstance(y, Tensor)
         return y.to(output_dtype(hidden_states, self._fastln.dtype))
@@ -100,7 +100,7 @@ class LayerNorm(nn.LayerNorm):
     def forward(self, input: Tensor) -> Tensor:
         """Normalise `input` (..., n_cols) over its last dimension."""
         _warn_if_rounded(self.weight)
-        y = ops.layer_norm(input, self.weight, self.bias, self.eps, backend=self._fastln.backend)
+        y = ops.layer_norm(input, self.weight, self.bias, self.eps, settings=OpSettings(self._fastln.backend))
         return y.to(output_dtype(input, self._fastln.dtype))
 
 
@@ -111,7 +111,7 @@ class Dropout(nn.Dropout):
 
     def forward(self, input: Tensor) -> Tensor:
         """Drop elements of `input`, of any shape, in training."""
-        return _dropout(input, self.p, self.training, self.inplace, backend=self._fastln.backend)
+        return _dropout(input, self.p, self.training, self.inplace, settings=OpSettings(self._fastln.backend))
 
 
 class CallsDropout(nn.Module):
@@ -160,15 +160,17 @@ class _WithoutMasks(TorchFunctionMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         if func is F.dropout:
-            return _dropout(*args, **(kwargs or {}), backend=self.backend)
+            return _dropout(*args, **(kwargs or {}), settings=OpSettings(self.backend))
         return func(*args, **(kwargs or {}))
 
 
-def _dropout(input: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False, *, backend: str) -> Tensor:
+def _dropout(
+    input: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False, *, settings: OpSettings
+) -> Tensor:
     """`torch.nn.functional.dropout`, with its defaults, without a mask where it drops some elements but not all."""
     if not training or p in (0, 1) or inplace or not input.ndim:
         return F.dropout(input, p, training, inplace)
-    return ops.dropout(input, p, backend=backend)
+    return ops.dropout(input, p, settings=settings)
 
 
 class DenseDropoutAddNorm(nn.Module):
@@ -193,7 +195,7 @@ class DenseDropoutAddNorm(nn.Module):
         y = ops.dropout_add_norm(
             *(self.dense(hidden_states), input_tensor, norm.weight, norm.bias, NormKind(norm.eps)),
             dropout=self.dropout.p if self.dropout.training else 0.0,
-            backend=self._fastln.backend,
+            settings=OpSettings(self._fastln.backend),
         )
         assert isinstance(y, Tensor)
         return y
@@ -206,7 +208,7 @@ class Activation(nn.Module):
 
     def forward(self, input: Tensor) -> Tensor:
         """Apply the activation to `input`, of any shape."""
-        return ops.activation(input, self._fastln.kind, backend=self._fastln.backend)
+        return ops.activation(input, self._fastln.kind, settings=OpSettings(self._fastln.backend))
 
 
 class GatedMLP(nn.Module):
@@ -224,7 +226,7 @@ class GatedMLP(nn.Module):
             return self._fastln.stock.forward(self, x)
         kind: ActivationKind = self._fastln.kind
         gate, up = self.gate_proj(x), self.up_proj(x)
-        return self.down_proj(ops.gated_activation(gate, up, kind, backend=self._fastln.backend))
+        return self.down_proj(ops.gated_activation(gate, up, kind, settings=OpSettings(self._fastln.backend)))
 
 
 class Linear(nn.Linear):
@@ -234,7 +236,7 @@ class Linear(nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         """Return what the stock module does of `input` (..., in_features)."""
-        return ops.linear(input, self.weight, self.bias, backend=self._fastln.backend)
+        return ops.linear(input, self.weight, self.bias, settings=OpSettings(self._fastln.backend))
 
 
 class Conv1D(StockConv1D):
@@ -244,7 +246,7 @@ class Conv1D(StockConv1D):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return what the stock module does of `x` (..., in_features)."""
-        return ops.linear(x, self.weight, self.bias, transpose=False, backend=self._fastln.backend)
+        return ops.linear(x, self.weight, self.bias, transpose=False, settings=OpSettings(self._fastln.backend))
 
 
 class LMHead(nn.Linear):
