@@ -27,9 +27,9 @@ from torch import nn
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from fastln.engines import apply_method
+from fastln.families.heads import find_heads
 from fastln.machine import DTYPES, cpu_model
 from fastln.models.shapes import make_shape
-from fastln.standins.lm_head import find_heads
 from fastln.training.optimizer import MasterAdamW
 
 # In the order of precedence: an operation is of the first kind that it, or one around it, has the name of.

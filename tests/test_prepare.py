@@ -15,7 +15,7 @@ from fastln.engines import apply_method, finish
 from fastln.errors import FastLNError
 from fastln.methods import norm_parameters
 from fastln.prepare import check_norm_gradients
-from fastln.standins.modules import LayerNorm
+from fastln.standins.norm import LayerNorm
 from fastln.training import TrainConfig, build_optimizer
 
 
@@ -87,7 +87,7 @@ def test_state_dict_keys_and_shapes_stay_and_restore_gives_stock_modules():
     assert {name: tensor.shape for name, tensor in model.state_dict().items()} == shapes
     norms = [module for module in model.modules() if isinstance(module, nn.LayerNorm)]
     assert norms
-    assert all(type(norm) is LayerNorm for norm in norms)
+    assert all(isinstance(norm, LayerNorm) for norm in norms)
     trained = {name: p.dtype for name, p in model.named_parameters() if p.requires_grad}
     assert trained == dict.fromkeys(norm_parameters(model), torch.float32)
     with torch.no_grad():
@@ -108,7 +108,7 @@ def test_a_prepared_model_can_be_copied_and_the_copy_trains_alone():
     assert all(p.grad is not None for p in twin.parameters() if p.requires_grad)
     assert all(p.grad is None for p in model.parameters())
     fastln.restore(twin)
-    assert any(type(module) is LayerNorm for module in model.modules())
+    assert any(isinstance(module, LayerNorm) for module in model.modules())
 
 
 def test_a_float64_model_stays_one():
@@ -213,8 +213,10 @@ def test_a_duplicate_restores_to_its_own_parameters(duplicate):
 @pytest.mark.parametrize(("backend", "attention"), [("auto", "fastln"), ("cpu", "fastln"), ("reference", "sdpa")])
 def test_backend_reaches_attention(backend, attention):
     model = fastln.prepare(small_bert(), backend=backend)
-    assert model.config._attn_implementation == attention
+    module = model.encoder.layer[0].attention.self
+    assert module.config._attn_implementation == attention
     fastln.restore(model)
+    assert module.config is model.config
     assert model.config._attn_implementation == "sdpa"
 
 
@@ -278,7 +280,7 @@ def test_what_does_not_exist_is_named_and_leaves_the_model_alone(arguments, mess
     with pytest.raises(FastLNError, match=message):
         fastln.prepare(model, **arguments)
     assert all(parameter.requires_grad for parameter in model.parameters())
-    assert not any(type(module) is LayerNorm for module in model.modules())
+    assert not any(isinstance(module, LayerNorm) for module in model.modules())
 
 
 def test_preparing_twice_and_restoring_nothing_are_errors():

@@ -9,7 +9,7 @@ from transformers.pytorch_utils import Conv1D
 import fastln
 from fastln import ops
 from fastln.ops import OpSettings
-from fastln.standins.modules import Linear
+from fastln.standins.linear import Linear
 from fastln_kernels import reference
 from fastln_kernels.cpu import native_linear, products
 

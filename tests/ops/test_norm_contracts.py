@@ -10,7 +10,8 @@ from torch import nn
 from fastln import ops
 from fastln.errors import FastLNError
 from fastln.ops import OpSettings
-from fastln.standins.modules import LayerNorm, stand_in
+from fastln.standins.norm import LayerNorm
+from fastln.standins.part import stand_in
 
 OPERATOR = torch.ops.fastln.norm.default
 BACKWARD = torch.ops.fastln.norm_backward.default
@@ -109,7 +110,7 @@ class Block(nn.Module):
         torch.manual_seed(1)
         self.settings = OpSettings(backend)
         self.norm, self.linear = nn.LayerNorm(N_COLS), nn.Linear(N_COLS, N_COLS)
-        stand_in(self.norm, LayerNorm, backend)
+        stand_in(self.norm, LayerNorm, OpSettings(backend))
         self.weight, self.bias = nn.Parameter(torch.randn(N_COLS)), nn.Parameter(torch.randn(N_COLS))
 
     def forward(self, x):

@@ -96,12 +96,14 @@ def norm_kind(module: nn.Module) -> NormKind | None:
         return None
     probe = copy.copy(module)
     n_cols = dict(module.named_parameters(recurse=False))["weight"].shape[0]
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator("cpu").manual_seed(0)
     probe.__dict__["_parameters"] = {
-        name: None if parameter is None else nn.Parameter(1 + 0.5 * torch.randn(n_cols, generator=generator))
+        name: None
+        if parameter is None
+        else nn.Parameter(1 + 0.5 * torch.randn(n_cols, generator=generator, device="cpu"))
         for name, parameter in module._parameters.items()
     }
-    ordinary = 1 + torch.randn(8, n_cols, generator=generator)
+    ordinary = 1 + torch.randn(8, n_cols, generator=generator, device="cpu")  # whatever the default is
     try:
         with torch.no_grad():
             return _matching(probe, eps, [ordinary, ordinary * eps**0.5, ordinary.bfloat16()])
