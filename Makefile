@@ -27,11 +27,11 @@ bench: $(READY)  ## compare the methods on the embedded data and models: runs/qu
 bench-cpu: $(READY)  ## fastln beside peft on models of usual sizes, bfloat16 and float32: runs/cpu (the better part of an hour)
 	.venv/bin/fastln bench --suite cpu --out runs/cpu --overwrite
 
-test: lint  ## lint, then the tests that run in CI
-	$(PY) -m pytest -n 2 -q
+test: lint  ## lint, then the tests that run in CI, a sample of the exhaustive sweeps among them
+	$(PY) -m pytest -n 2 -q --slow sample
 
 test-all: lint  ## lint, then every test, the exhaustive sweeps included
-	$(PY) -m pytest -n 2 -q -m "slow or not slow"
+	$(PY) -m pytest -n 2 -q --slow all
 
 lint: $(READY)  ## ruff (lint and format) and mypy
 	.venv/bin/ruff check .

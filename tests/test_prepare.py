@@ -60,22 +60,26 @@ def test_in_bfloat16_the_norms_move(kind, tmp_path):
     assert moved.float().mean() >= 0.99
 
 
-def test_in_bfloat16_the_stock_way_leaves_norms_where_they_are(tmp_path):
-    """Plain bfloat16 parameters under torch's own AdamW, at a rate that is usual elsewhere: γ = 1 swallows the step."""
+@pytest.mark.parametrize(("engine", "moves"), [("torch", False), ("fastln", True)])
+def test_in_bfloat16_the_stock_way_leaves_norms_where_they_are(engine, moves, tmp_path):
+    """Plain bfloat16 parameters under torch's own AdamW, at a rate that is usual elsewhere: γ = 1 swallows the step.
+
+    A step is at most rate (1 - β1)/√(1 - β2) = 3.2e-4. Below 1 bfloat16's values lie 2^-8 = 3.9e-3 apart and above it
+    7.8e-3, so less than half of 3.9e-3 is rounded away, every time.
+    """
     data = tiny.phantom()
     task = tiny.dual(tmp_path, data, torch.bfloat16)
-    model = apply_method(task, "layernorm", "torch")
-    weights = [parameter for name, parameter in model.named_parameters() if name in norm_parameters(model)]
-    weights = [weight for weight in weights if weight.requires_grad and bool((weight == 1).all())]
-    assert weights
-    optimizer = torch.optim.AdamW((p for p in model.parameters() if p.requires_grad), lr=1e-3, weight_decay=0.0)
+    ones = {name for name in norm_parameters(task.model) if bool((task.model.get_parameter(name) == 1).all())}
+    assert len(ones) == 10, "γ of every norm"
+    model = apply_method(task, "layernorm", engine)
+    optimizer = torch.optim.AdamW((p for p in model.parameters() if p.requires_grad), lr=1e-4, weight_decay=0.0)
     batch = task.collate(data.samples[:8], data)
     for _ in range(20):
         model(**batch).loss.backward()
         optimizer.step()
         optimizer.zero_grad()
-    moved = torch.cat([weight.detach() != 1 for weight in weights]).float().mean()
-    assert moved < 0.99
+    moved = torch.cat([model.get_parameter(name).detach() != 1 for name in ones]).float().mean()
+    assert moved >= 0.99 if moves else moved == 0
 
 
 def test_state_dict_keys_and_shapes_stay_and_restore_gives_stock_modules():
