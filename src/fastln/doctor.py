@@ -9,7 +9,7 @@ from typing import Any
 import psutil
 import torch
 
-from fastln.machine import cpu_flags, cpu_model, has_bfloat16_units, keep_pages, package_version, settle_device
+from fastln.machine import cpu_flags, cpu_model, has_bfloat16_units, package_version, settle_device
 from fastln.ops.backends import OPERATIONS, resolve
 from fastln_kernels.cpu import library
 
@@ -41,7 +41,7 @@ def examine() -> dict[str, Any]:
             "memory_gib": round(psutil.virtual_memory().total / 2**30, 1),
             "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
             "bfloat16_units": has_bfloat16_units(device),
-            "freed_memory": keep_pages() if device.type == "cpu" else None,
+            "freed_memory": None,
             "compiler": shlex.join(library.compiler()) or None,
             "device": str(device),
             "slower": _slower(flags) if device.type == "cpu" else None,

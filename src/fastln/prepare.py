@@ -14,9 +14,10 @@ from transformers import PreTrainedConfig
 
 from fastln.errors import FastLNError
 from fastln.families import find_norms
-from fastln.machine import keep_pages
+from fastln.machine import why_no_arena
 from fastln.methods import describe_other_norms, get_method, select_parameters, settle_scope
 from fastln.ops.backends import resolve
+from fastln.standins.arena import Arena
 from fastln.standins.attention import restore_attention, use_fast_attention
 from fastln.standins.blocks import use_stand_ins
 from fastln.standins.last_block import spare_last_rows
@@ -40,6 +41,7 @@ class _Prepared:
     requires_grad: dict[str, bool] = field(default_factory=dict)
     hooks: list[Any] = field(default_factory=list)
     attention: list[PreTrainedConfig] = field(default_factory=list)
+    arena: Arena = field(default_factory=Arena)
 
 
 def prepare(
@@ -95,8 +97,6 @@ def prepare(
         logger.warning("%s", left_out)
     device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
     resolve("layer_norm", device, backend)
-    if device.type == "cpu":
-        keep_pages()
 
     state = _Prepared(also)
     if backend != "reference":  # before a norm, perhaps the parameter whose dtype a model goes by, becomes float32
@@ -128,6 +128,8 @@ def prepare(
     state.hooks += spare_training_steps(model)
     if backend != "reference":
         state.hooks += spare_last_rows(model)
+    if why_no_arena(device) is None:
+        state.arena.put()
     setattr(model, STATE, state)
     return model
 
@@ -166,6 +168,7 @@ def restore(model: ModelT) -> ModelT:
         parameter.requires_grad_(state.requires_grad[name])
         parameter.grad = None
     restore_attention(state.attention)
+    state.arena.remove()
     delattr(model, STATE)
     return model
 
