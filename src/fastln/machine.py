@@ -13,6 +13,7 @@ from pathlib import Path
 
 import psutil
 import torch
+from packaging.specifiers import SpecifierSet
 
 from fastln.errors import FastLNError
 from fastln_kernels.cpu import memory
@@ -21,6 +22,9 @@ logger = logging.getLogger(__name__)
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 DEVICES = ("auto", "cpu", "cuda")
+
+TESTED_VERSIONS = {"torch": ">=2.13,<2.14", "transformers": ">=5.23,<5.24"}
+"""The versions that fastln is tested with, as in pyproject.toml. It uses private parts of these packages."""
 
 
 def settle_device(name: str) -> torch.device:
@@ -148,6 +152,27 @@ def package_version(package: str) -> str | None:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
         return None
+
+
+def warn_of_untested_versions() -> None:
+    """Warn, in one line, of versions of torch and transformers that fastln is not tested with.
+
+    `FASTLN_UNTESTED_VERSIONS=1` silences it, for who tests just that (`make test-newest`).
+    """
+    if os.environ.get("FASTLN_UNTESTED_VERSIONS", "0") != "0":
+        return
+    found = {package: package_version(package) for package in TESTED_VERSIONS}
+    untested = [
+        f"{package} {version} (tested: {TESTED_VERSIONS[package]})"
+        for package, version in found.items()
+        if version is not None and not SpecifierSet(TESTED_VERSIONS[package]).contains(version, prereleases=True)
+    ]
+    if untested:
+        logger.warning(
+            "fastln is not tested with %s: results may be wrong; install a tested version, or set "
+            "FASTLN_UNTESTED_VERSIONS=1 to silence this",
+            " and ".join(untested),
+        )
 
 
 def _cpu_info(key: str) -> str | None:

@@ -7,6 +7,7 @@ whole process, the last one puts it back.
 import ctypes
 import functools
 import sys
+from typing import Any
 
 from fastln_kernels.cpu import library
 from fastln_kernels.cpu.library import KernelsUnavailableError
@@ -73,9 +74,13 @@ def users() -> int:
 @functools.cache
 def _library() -> ctypes.CDLL:
     found = library.load("memory")
-    found.fastln_arena_obstacle.argtypes, found.fastln_arena_obstacle.restype = [], ctypes.c_char_p
-    found.fastln_arena_users.argtypes, found.fastln_arena_users.restype = [], ctypes.c_size_t
-    install_arguments = [ctypes.c_size_t, ctypes.POINTER(ctypes.c_size_t)]
-    found.fastln_install_arena.argtypes, found.fastln_install_arena.restype = install_arguments, ctypes.c_char_p
-    found.fastln_release_arena.argtypes, found.fastln_release_arena.restype = [], None
+    signatures: dict[str, tuple[list[Any], Any]] = {
+        "fastln_arena_obstacle": ([], ctypes.c_char_p),
+        "fastln_arena_users": ([], ctypes.c_size_t),
+        "fastln_install_arena": ([ctypes.c_size_t, ctypes.c_void_p], ctypes.c_char_p),
+        "fastln_release_arena": ([], None),
+    }
+    for name, (arguments, result) in signatures.items():
+        function = getattr(found, name)
+        function.argtypes, function.restype = arguments, result
     return found
