@@ -233,10 +233,12 @@ def test_doctor_names_what_is_wrong_with_a_model(bert, tmp_path, monkeypatch, ca
     config = json.loads((bert / "config.json").read_text())
     (tmp_path / "other" / "config.json").write_text(json.dumps(config | {"architectures": ["BertForPoetry"]}))
     for source, message in (
+        (f"chat:{tmp_path}/nowhere", "nowhere: no such directory"),
         (tmp_path / "nowhere", "nowhere: no such directory"),
         (tmp_path / "empty", "there is no config.json in this directory"),
         (tmp_path / "other", "names the class 'BertForPoetry', which transformers does not have"),
         ("BertForMaskedLN:8x128", "did you mean 'BertForMaskedLM'?"),
+        ("dual", "model 'dual': the size of its head depends on the data; give one of its encoders"),
     ):
         code, output = fastln("doctor", source, monkeypatch=monkeypatch, capsys=capsys)
         assert code == 2

@@ -134,7 +134,7 @@ def test_the_limit_of_a_cgroup(tmp_path, cgroup, mountinfo, limits, expected):
     limit = groups(tmp_path, cgroup, mountinfo, limits)
     physical = psutil.virtual_memory().total
     assert limit.n_bytes == (expected or physical)
-    assert limit.source == ("the cgroup's limit" if expected else "all memory")
+    assert limit.source == ("the cgroup's limit" if expected else "the machine's memory")
 
 
 def test_a_machine_without_cgroups(tmp_path):
@@ -148,7 +148,7 @@ def test_this_machine_has_a_limit():
 def test_half_of_what_ulimit_leaves(monkeypatch):
     used = psutil.Process().memory_info().vms
     monkeypatch.setattr(resource, "getrlimit", lambda which: (used + 2 * GIB, resource.RLIM_INFINITY))
-    monkeypatch.setattr(machine, "memory_limit", lambda: machine.MemoryLimit(64 * GIB, "all memory"))
+    monkeypatch.setattr(machine, "memory_limit", lambda: machine.MemoryLimit(64 * GIB, "the machine's memory"))
     limit = arena_limit()
     assert limit.source == "half of what ulimit -v leaves"
     assert 0.9 * GIB < limit.n_bytes < 1.1 * GIB

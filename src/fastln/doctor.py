@@ -111,28 +111,28 @@ def render(findings: dict[str, Any]) -> str:
     if machine["memory_limit_gib"] < machine["memory_gib"]:
         memory += f", of which {machine['memory_limit_gib']} GiB may be used ({machine['memory_limit']})"
     lines = ["packages"]
-    lines += [f"  {name:14} {version or 'not installed'}" for name, version in findings["packages"].items()]
+    lines += [f"  {name:16} {version or 'not installed'}" for name, version in findings["packages"].items()]
     lines += [
         "machine",
-        f"  {'system':14} {machine['system']}, Python {machine['python']}",
-        f"  {'cpu':14} {machine['cpu']}, {machine['threads']} threads",
-        f"  {'memory':14} {memory}",
-        f"  {'vectors':14} {' '.join(machine['cpu_vectors']) or 'none known'}",
-        f"  {'gpu':14} {machine['gpu'] or 'none'}",
-        f"  {'bfloat16':14} "
+        f"  {'system':16} {machine['system']}, Python {machine['python']}",
+        f"  {'cpu':16} {machine['cpu']}, {machine['threads']} threads",
+        f"  {'memory':16} {memory}",
+        f"  {'vectors':16} {' '.join(machine['cpu_vectors']) or 'none known'}",
+        f"  {'gpu':16} {machine['gpu'] or 'none'}",
+        f"  {'bfloat16':16} "
         + ("in hardware" if machine["bfloat16_units"] else "emulated: dtype auto means float32 here"),
-        f"  {'freed memory':14} {machine['freed_memory']}",
-        f"  {'compiler':14} {machine['compiler'] or 'none: CPU kernels cannot be compiled'}",
+        f"  {'freed memory':16} {machine['freed_memory']}",
+        f"  {'compiler':16} {machine['compiler'] or 'none: CPU kernels cannot be compiled'}",
     ]
     if machine["slower"]:
-        lines.append(f"  {'slower':14} {machine['slower']}")
+        lines.append(f"  {'slower':16} {machine['slower']}")
     lines.append(f"operations on {machine['device']}")
     lines += [
-        f"  {operation:14} {choice['backend']}: {choice['reason']}"
+        f"  {operation:16} {choice['backend']}: {choice['reason']}"
         for operation, choice in findings["operations"].items()
     ]
     lines.append("what prepare() may change (leave out with without=(...))")
-    lines += [f"  {name:14} {trick['gains']} (risk: {trick['risk']})" for name, trick in findings["tricks"].items()]
+    lines += [f"  {name:16} {trick['gains']} (risk: {trick['risk']})" for name, trick in findings["tricks"].items()]
     if findings["plan"] is not None:
         lines += ["what prepare() would do with this model", *(f"  {line}" for line in findings["plan"])]
     return "\n".join(lines)

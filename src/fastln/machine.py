@@ -84,7 +84,9 @@ def memory_limit(proc: Path = Path("/proc/self")) -> MemoryLimit:
     """
     physical = psutil.virtual_memory().total
     in_cgroup = min(_cgroup_limits(proc), default=physical)
-    return MemoryLimit(in_cgroup, "the cgroup's limit") if in_cgroup < physical else MemoryLimit(physical, "all memory")
+    if in_cgroup < physical:
+        return MemoryLimit(in_cgroup, "the cgroup's limit")
+    return MemoryLimit(physical, "the machine's memory")
 
 
 def arena_limit() -> MemoryLimit:

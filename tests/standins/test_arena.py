@@ -6,7 +6,9 @@ import logging
 import pickle
 
 import pytest
+import torch
 
+import fastln
 from fastln import machine
 from fastln.standins.arena import Arena
 from fastln_kernels.cpu import memory
@@ -92,3 +94,19 @@ def test_a_refusal_is_one_warning(monkeypatch, caplog, added):
     assert record.levelno == logging.WARNING
     assert record.getMessage() == "CPU memory: torch's allocator stays (torch has an allocator of higher priority)"
     arena.remove()
+
+
+def test_a_prepared_model_holds_it_until_it_is_restored_or_gone(added):
+    model = fastln.prepare(torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.LayerNorm(4)))
+    assert added() == 1
+    other = copy.deepcopy(model)
+    assert added() == 1
+    fastln.restore(other)
+    assert added() == 1
+    fastln.restore(model)
+    assert added() == 0
+    fastln.prepare(model)
+    assert added() == 1
+    del model
+    gc.collect()
+    assert added() == 0

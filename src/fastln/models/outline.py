@@ -9,6 +9,7 @@ import transformers
 from transformers import AutoConfig, AutoModel, PreTrainedConfig, PreTrainedModel
 
 from fastln.errors import FastLNError
+from fastln.models.blip_task import embedded_config
 from fastln.models.dual_encoder import DualEncoder
 from fastln.models.shapes import FAMILIES, is_shape, parse_shape
 from fastln.models.sources import bare_configuration, check_source, loading, saved_model
@@ -18,8 +19,8 @@ def outline(spec: str) -> PreTrainedModel:
     """Build a model on the meta device from its configuration alone. No weight is read, no memory allocated.
 
     Args:
-        spec: A directory, a hub name, a configuration's .json file, a folder that `fastln train` wrote, or a shape
-            such as `BertForMaskedLM:8x128`.
+        spec: A directory, a hub name, a configuration's .json file (`blip:` or `chat:` may stand before these), a
+            folder that `fastln train` wrote, or a shape such as `BertForMaskedLM:8x128`.
 
     Raises:
         FastLNError: If it is none of these, or transformers has no such model.
@@ -28,7 +29,16 @@ def outline(spec: str) -> PreTrainedModel:
         shape = parse_shape(spec)
         with torch.device("meta"):
             return FAMILIES[shape.family].make(shape.size, shape.n_layers)
-    source = saved_model(spec)
+    kind, _, rest = spec.partition(":")
+    if kind == "dual":
+        raise FastLNError(
+            f"model {spec!r}: the size of its head depends on the data; give one of its encoders, or a folder that "
+            "`fastln train` wrote"
+        )
+    if spec == "blip":
+        with torch.device("meta"):
+            return transformers.BlipForQuestionAnswering(embedded_config())
+    source = saved_model(rest if kind in ("blip", "chat") else spec)
     bare = bare_configuration(source)
     if bare is None:
         check_source(source)
