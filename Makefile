@@ -9,7 +9,7 @@ ifneq ($(wildcard ../shared/data/vqa-rad),)
 export FASTLN_DATA ?= ../shared
 endif
 
-.PHONY: help setup test test-all lint format bench bench-cpu compile-report sanitize clean
+.PHONY: help setup test test-all test-newest lint format bench bench-cpu compile-report sanitize clean
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 14
@@ -32,6 +32,15 @@ test: lint  ## lint, then the tests that run in CI, a sample of the exhaustive s
 
 test-all: lint  ## lint, then every test, the exhaustive sweeps included
 	$(PY) -m pytest -n 2 -q --slow all
+
+# pyproject.toml's bounds exclude these versions; pip says so, and installs them all the same. For a nightly build of
+# torch: make test-newest NEWEST="--pre --index-url URL torch".
+NEWEST ?= torch transformers
+test-newest:  ## the tests with the newest torch and transformers, in .venv-newest
+	test -x .venv-newest/bin/pip || $(PYTHON) -m venv --clear .venv-newest
+	.venv-newest/bin/pip install --quiet --disable-pip-version-check -e '.[dev]'
+	.venv-newest/bin/pip install --quiet --disable-pip-version-check --upgrade $(NEWEST)
+	FASTLN_UNTESTED_VERSIONS=1 .venv-newest/bin/python -m pytest -n 2 -q
 
 lint: $(READY)  ## ruff (lint and format) and mypy
 	.venv/bin/ruff check .
@@ -56,4 +65,4 @@ sanitize: .venv-sanitize/.ready  ## check the kernels' accesses against their te
 	touch $@
 
 clean:  ## remove what setup and the runs made
-	rm -rf .venv .venv-sanitize runs
+	rm -rf .venv .venv-newest .venv-sanitize runs

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any
 from fastln import ops
 from fastln.adapters import load_adapter, merge_adapter, save_adapter
 from fastln.errors import FastLNError
+from fastln.machine import warn_of_untested_versions
 from fastln.plan import Plan, plan
 from fastln.prepare import prepare, restore
 
@@ -23,6 +24,8 @@ __all__ = [
     "restore",
     "save_adapter",
 ]
+
+warn_of_untested_versions()
 
 
 def __getattr__(name: str) -> Any:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from fastln.errors import FastLNError
 from fastln.families.recognise import Found, recognise
-from fastln.machine import settle_device
+from fastln.machine import settle_device, why_no_arena
 from fastln.methods import describe_other_norms, get_method, select_parameters, settle_scope
 from fastln.ops import OpSettings
 from fastln.ops.backends import resolve
@@ -119,17 +119,19 @@ class Plan:
         return "\n".join([*lines, *(f"note: {note}" for note in self.notes)])
 
     def summary(self) -> list[str]:
-        """Return the plan in five lines or fewer, for the log."""
+        """Return the plan in four lines or fewer, for the log; notes are warnings of their own."""
         becomes = Counter((change.kind, _becomes(change)) for change in self.changes)
         parts = [f"{_counted(count, kind)} → {what}" for (kind, what), count in becomes.items()]
         lines = [self._headline(), f"changes: {'; '.join(parts) or 'nothing'}"]
-        if slow := [f"{change.name} ({change.kind})" for change in self.changes if change.stand_in == "slow_norm"]:
+        slow = [change for change in self.changes if change.stand_in == "slow_norm"]
+        if slow:
+            names = ", ".join(f"{change.name} ({change.kind})" for change in slow[:9])
             more = f" and {len(slow) - 9} more" if len(slow) > 9 else ""
-            lines.append(f"tuned with stock code, for want of a fast form: {', '.join(slow[:9])}{more}")
+            lines.append(f"tuned with stock code: {names}{more}: {slow[0].reason}")
         if stays := Counter((stay.kind, stay.reason) for stay in self.stays):
             parts = [f"{_counted(count, kind)} ({reason})" for (kind, reason), count in stays.items()]
             lines.append(f"stays stock: {'; '.join(parts)}")
-        return [*lines, *([f"note: {'; '.join(self.notes)}"] if self.notes else [])]
+        return lines
 
     def _headline(self) -> str:
         share = 100 * self.n_trained / max(self.n_total, 1)
@@ -304,7 +306,8 @@ class _Decider:
             made = self._of(entry)
             decided += [] if made is None else [made]
         if self._device.type == "cpu":
-            made = self._of(Found("", "arena", "memory of large tensors"))
+            arena = Found("", "arena", "memory of large tensors", obstacle=why_no_arena(self._device))
+            made = self._of(arena)
             decided += [] if made is None else [made]
         return decided
 

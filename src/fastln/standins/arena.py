@@ -1,19 +1,51 @@
-"""The memory of large CPU tensors: kept by the process for the next step while a prepared model is there."""
+"""The arena of large CPU tensors, as something that a prepared model holds and gives back."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import logging
+import weakref
+from typing import Any
 
-from fastln.machine import keep_pages
+from fastln.machine import install_arena, release_arena
+from fastln_kernels.cpu.library import KernelsUnavailableError
+
+logger = logging.getLogger(__name__)
 
 
-@dataclass
 class Arena:
-    """Has torch allocate large CPU tensors in memory that is kept when they are freed."""
+    """One user's hold on the process's arena (`fastln.machine.install_arena`).
+
+    It ends with `remove`, or when this object is collected together with the model that it belongs to. A copy, or what
+    comes out of a pickle, holds nothing.
+    """
+
+    def __init__(self) -> None:
+        self._release: weakref.finalize[[], Arena] | None = None
 
     def put(self) -> None:
-        """Begin."""
-        keep_pages()
+        """Take hold of the arena, unless this object holds it already.
+
+        Where torch or the system refuses, a warning says so, and torch's allocator stays.
+        """
+        if self.holds:
+            return
+        try:
+            install_arena()
+        except KernelsUnavailableError as error:
+            logger.warning("CPU memory: torch's allocator stays (%s)", error)
+            return
+        self._release = weakref.finalize(self, release_arena)
+        self._release.atexit = False  # the process ends with its memory; other threads may still use it
 
     def remove(self) -> None:
-        """Nothing is given back yet."""
+        """Let go of the arena, if this object holds it."""
+        if self._release is not None:
+            self._release()
+
+    @property
+    def holds(self) -> bool:
+        """Whether this object is one of the arena's users."""
+        return self._release is not None and self._release.alive
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Arena, ()

@@ -86,6 +86,29 @@ def test_a_change_is_compiled_again(source, cache, caplog, monkeypatch, change):
 
 
 @needs_compiler
+@pytest.mark.parametrize("name", sorted(path.stem for path in library.SOURCES.glob("*.cpp")))
+def test_our_sources_compile_without_a_warning(name, monkeypatch):
+    monkeypatch.setenv("FASTLN_CPU_WARNINGS", "1")
+    assert library._build(name).exists()  # in the usual cache, so that only what changed is compiled
+
+
+@needs_compiler
+def test_a_warning_is_an_error_where_asked_for_and_else_in_the_log_at_debug(source, caplog, monkeypatch):
+    source.write_text(SOURCE.replace("{", "{ int unused;"))
+    monkeypatch.setenv("FASTLN_CPU_WARNINGS", "1")
+    with pytest.raises(library.KernelsUnavailableError, match=r"1 warnings, the first: .*small\.cpp.*unused"):
+        library._build("small")
+    assert not list(library.cache_directory().glob("*.so"))
+    monkeypatch.delenv("FASTLN_CPU_WARNINGS")
+    source.write_text('#warning "mind the step"\n' + SOURCE)
+    with caplog.at_level(logging.DEBUG, logger="fastln"):
+        assert answer() == 42
+    (record,) = [record for record in caplog.records if record.levelno == logging.DEBUG]
+    assert "the compiler says about small.cpp:" in record.getMessage()
+    assert "mind the step" in record.getMessage()
+
+
+@needs_compiler
 @pytest.mark.skipif("fork" not in multiprocessing.get_all_start_methods(), reason="no fork")
 def test_processes_that_compile_at_once_do_no_harm(source, cache):
     with multiprocessing.get_context("fork").Pool(3) as pool:
