@@ -7,9 +7,10 @@ import torch
 from transformers import BlipConfig, BlipForQuestionAnswering
 
 import fastln
-from fastln.engines import apply_method, finish, put_method
+from fastln.engines import put_method
 from fastln.errors import FastLNError
 from fastln.methods import METHODS, count_parameters, describe_parameters, get_method, norm_parameters
+from fastln.training.tasks import apply_method, finish
 
 PROMPTS = ("prefix", "p-tuning", "prompt")  # for language models
 ON_TASKS = [method for method in METHODS if method not in PROMPTS]

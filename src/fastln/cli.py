@@ -249,7 +249,7 @@ def merge(
     check_base: Annotated[bool, typer.Option(help="Refuse a base whose frozen weights are not the adapter's.")] = True,
 ) -> None:
     """Write a base model with an adapter's values in it, in the base's dtype."""
-    from fastln.merge import merge_into_base
+    from fastln.models.merge import merge_into_base
 
     merge_into_base(base, adapter, out, check_base=check_base)
 

@@ -21,10 +21,10 @@ from transformers import (
 )
 
 import fastln
-from fastln.adapters import fingerprint
 from fastln.data import load_dataset
 from fastln.errors import FastLNError
 from fastln.families import find_norms
+from fastln.fingerprint import fingerprint
 from fastln.models import load_task
 from fastln.models.image_size import INTERPOLATE
 

@@ -14,8 +14,8 @@ from fastln.adapters import load_adapter, save_adapter
 from fastln.data import Sample, Source, VQADataset
 from fastln.data.images import ImageStat
 from fastln.errors import FastLNError
-from fastln.merge import merge_into_base
 from fastln.models import llava_med, load_task
+from fastln.models.merge import merge_into_base
 from fastln.prepare import prepare
 from fastln.training import TrainConfig, train_task
 

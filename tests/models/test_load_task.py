@@ -18,12 +18,12 @@ from transformers import (
 )
 
 from fastln.data import Sample
-from fastln.engines import apply_method
 from fastln.errors import FastLNError
 from fastln.methods import count_parameters, learning_rates
 from fastln.models import load_task
 from fastln.models.tokens import word_tokenizer
 from fastln.training import parameter_groups
+from fastln.training.tasks import apply_method
 
 
 @pytest.mark.parametrize("kind", tiny.TASKS)

@@ -16,8 +16,8 @@ from transformers import AutoModel
 from fastln.adapters import load_adapter
 from fastln.data import DataOptions, Source, load_source
 from fastln.errors import FastLNError
-from fastln.merge import merge_into_base
 from fastln.models import load_task
+from fastln.models.merge import merge_into_base
 from fastln.training import TrainConfig, checkpoints, evaluate, train_task
 from fastln.training import run as run_module
 from fastln.training.head import train_head

@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers import AutoTokenizer, BlipConfig, BlipForQuestionAnswering
 
-from fastln.errors import FastLNError
+from fastln.errors import FastLNError, loading
 from fastln.models.image_size import INTERPOLATE, position_arguments
 from fastln.models.images import ImagePixels
-from fastln.models.sources import bare_configuration, check_source, loading, refuse_missing
+from fastln.models.sources import bare_configuration, check_source, refuse_missing
 from fastln.models.task import VQATask
 from fastln.models.tokens import word_tokenizer
 

@@ -19,12 +19,12 @@ from transformers import (
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
 from fastln.data import demands
-from fastln.errors import FastLNError
+from fastln.errors import FastLNError, loading
 from fastln.models import llava_med
 from fastln.models.chat_template import ChatTemplate, Conversation
 from fastln.models.chat_vision import CHAT_VISION, ChatVision
 from fastln.models.images import ImageInputs, ImagePixels
-from fastln.models.sources import bare_configuration, check_source, load_tokenizer, loading, refuse_missing
+from fastln.models.sources import bare_configuration, check_source, load_tokenizer, refuse_missing
 from fastln.models.task import VQATask
 from fastln.models.tokens import chat_tokenizer
 

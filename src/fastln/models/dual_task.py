@@ -9,11 +9,11 @@ import torch
 from transformers import AutoConfig, AutoModel, AutoTokenizer, BertConfig, PreTrainedModel, ViTConfig
 
 from fastln.data.answers import UNKNOWN, AnswerVocabulary
-from fastln.errors import FastLNError
+from fastln.errors import FastLNError, loading
 from fastln.models.dual_encoder import DualEncoder, DualEncoderConfig
 from fastln.models.image_size import check_reads, position_arguments
 from fastln.models.images import ImagePixels
-from fastln.models.sources import check_source, loading, refuse_missing
+from fastln.models.sources import check_source, refuse_missing
 from fastln.models.task import VQATask
 from fastln.models.tokens import word_tokenizer
 

@@ -9,9 +9,8 @@ import torch
 from torch import Tensor
 from transformers import AutoImageProcessor, PreTrainedConfig, ViTImageProcessorPil
 
-from fastln.errors import FastLNError
+from fastln.errors import FastLNError, loading
 from fastln.models.image_size import check_size_for
-from fastln.models.sources import loading
 
 if TYPE_CHECKING:
     from fastln.data import VQADataset

@@ -10,11 +10,11 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from fastln.data import Sample, VQADataset
-from fastln.engines import apply_method
 from fastln.memory import SavedActivations
 from fastln.methods import describe_parameters
 from fastln.models import VQATask
 from fastln.training.optimizer import describe_rates
+from fastln.training.tasks import apply_method
 from fastln.training.trainer import TrainConfig
 
 N_SHOWN = 3

@@ -15,7 +15,7 @@ from safetensors import SafetensorError
 from fastln.data import DataOptions, VQADataset, digest, load_source
 from fastln.data.answers import normalise_answer
 from fastln.data.dataset import check_split
-from fastln.engines import check_finishes, load_trained_adapter
+from fastln.engines import check_finishes
 from fastln.errors import FastLNError
 from fastln.files import written_whole
 from fastln.machine import settle_device, settle_dtype
@@ -28,6 +28,7 @@ from fastln.training.checkpoints import checkpoints_in
 from fastln.training.evaluate import evaluate, predict
 from fastln.training.features import check_cacheable, check_frozen
 from fastln.training.preview import preview
+from fastln.training.tasks import load_task_adapter
 from fastln.training.tensor_store import TensorStore
 from fastln.training.trainer import TrainConfig, TrainResult, train_task
 
@@ -232,7 +233,7 @@ def run_evaluation(
     if features is not None:
         check_cacheable(task)
     if adapter is not None:
-        load_trained_adapter(task, adapter)
+        load_task_adapter(task, adapter)
     answers = predict(task, dataset, batch_size=batch_size, progress=True, features=features)
     if predictions is not None:
         with predictions.open("w") as file:

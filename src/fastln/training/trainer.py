@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader
 from transformers import PrinterCallback, TrainerCallback, TrainingArguments
 
 from fastln.data import VQADataset
-from fastln.engines import apply_method, check_finishes, finish, save_trained_adapter
+from fastln.engines import check_finishes, save_trained_adapter
 from fastln.errors import FastLNError
 from fastln.methods import LearningRates, count_parameters, describe_parameters, learning_rates
 from fastln.models import Task, VQATask
@@ -32,6 +32,7 @@ from fastln.training.optimizer import WEIGHT_DECAY, MasterAdamW, cosine_schedule
 from fastln.training.progress import ProgressBar, StepLog, check_loss
 from fastln.training.resumable import ResumableTrainer
 from fastln.training.sample_ids import KEY, WithSampleIds
+from fastln.training.tasks import apply_method, finish
 from fastln.training.tensor_store import TensorStore
 from fastln.training.watch import NormWatch
 
