@@ -9,6 +9,7 @@ from PIL import Image
 from transformers import BertConfig
 
 from fastln import cli, doctor
+from fastln.data.loading import READERS
 from fastln.machine import MemoryLimit
 from fastln.ops.backends import OPERATIONS, resolve
 from fastln.standins.tricks import TRICKS
@@ -125,6 +126,15 @@ def test_an_option_of_the_wrong_kind_is_status_2(monkeypatch, capsys):
     code, output = fastln("train", "--out", "x", "--epochs", "many", monkeypatch=monkeypatch, capsys=capsys)
     assert code == 2
     assert "--epochs" in output.err
+
+
+@pytest.mark.parametrize("command", ["train", "eval", "bench"])
+def test_the_help_names_every_layout(command, monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", "200")
+    status, printed = fastln(command, "--help", monkeypatch=monkeypatch, capsys=capsys)
+    assert status == 0
+    text = " ".join(printed.out.replace("│", " ").split())
+    assert f"laid out: {', '.join(READERS)}; recognised" in text
 
 
 def test_doctor_names_a_backend_and_a_reason_for_each_operation(monkeypatch, capsys):

@@ -13,6 +13,7 @@ import typer
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from fastln.configured import ConfiguredCommand
+from fastln.data.loading import READERS
 from fastln.errors import FastLNError
 
 app = typer.Typer(
@@ -25,7 +26,7 @@ app = typer.Typer(
 Data = Annotated[str, typer.Option(help="'phantom' (embedded, synthetic), or a dataset's folder or file.")]
 Layout = Annotated[
     str | None,
-    typer.Option(help="vqa-rad, slake, path-vqa, parquet, iu-xray, llava-med or plain; recognised by default."),
+    typer.Option(help=f"How the data is laid out: {', '.join(READERS)}; recognised by default."),
 ]
 Language = Annotated[str | None, typer.Option(help="Of SLAKE's questions: en (the default) or zh.")]
 SkipBadRows = Annotated[bool, typer.Option("--skip-bad-rows", help="Leave bad rows out; the log tells which.")]
