@@ -6,9 +6,10 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 
 from fastln.errors import FastLNError
+from fastln.ops.linear_cross_entropy import IGNORE_INDEX
 
-UNKNOWN = -100
-"""The index of an answer that is not in the vocabulary: the one that PyTorch's cross-entropy ignores."""
+UNKNOWN = IGNORE_INDEX
+"""The index of an answer that is not in the vocabulary, which counts for nothing in the loss."""
 
 _SURROUNDING = " .,;:!?\"'`"
 
@@ -55,7 +56,7 @@ class AnswerVocabulary:
         return cls(sorted(counts, key=lambda answer: (-counts[answer], answer)))
 
     def index(self, answer: str) -> int:
-        """Give the index of an answer in any spelling, `UNKNOWN` (-100) where the vocabulary lacks it."""
+        """Give the index of an answer in any spelling, `UNKNOWN` where the vocabulary lacks it."""
         return self._indices.get(normalise_answer(answer), UNKNOWN)
 
     def __getitem__(self, index: int) -> str:

@@ -19,7 +19,7 @@ from fastln import ops
 from fastln.errors import FastLNError
 from fastln.late.rows import LazyRows, computed, labelled
 from fastln.late.tensor import LateTensor
-from fastln.ops.linear_cross_entropy import shaped_logits
+from fastln.ops.linear_cross_entropy import IGNORE_INDEX, shaped_logits
 
 
 class LazyLogits(LateTensor):
@@ -270,7 +270,7 @@ def _cross_entropy(
         target: Tensor,
         weight: Tensor | None = None,
         size_average: bool | None = None,
-        ignore_index: int = -100,
+        ignore_index: int = IGNORE_INDEX,
         reduce: bool | None = None,
         reduction: str = "mean",
         label_smoothing: float = 0.0,

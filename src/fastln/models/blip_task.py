@@ -14,6 +14,7 @@ from fastln.models.images import ImagePixels
 from fastln.models.sources import bare_configuration, check_source, refuse_missing
 from fastln.models.task import VQATask
 from fastln.models.tokens import word_tokenizer
+from fastln.ops.linear_cross_entropy import IGNORE_INDEX
 
 if TYPE_CHECKING:
     from fastln.data import Sample, VQADataset
@@ -48,7 +49,7 @@ class BlipTask(VQATask):
             "pixel_values": pixels,
             "decoder_input_ids": decoder,
             "decoder_attention_mask": mask,
-            "labels": decoder.masked_fill(mask == 0, -100),
+            "labels": decoder.masked_fill(mask == 0, IGNORE_INDEX),
         }
         batch = {name: tensor.to(self.device) for name, tensor in batch.items()}
         positions = position_arguments(self.model.vision_model, self.images.image_size)

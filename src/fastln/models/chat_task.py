@@ -27,6 +27,7 @@ from fastln.models.images import ImageInputs, ImagePixels
 from fastln.models.sources import bare_configuration, check_source, load_tokenizer, refuse_missing
 from fastln.models.task import VQATask
 from fastln.models.tokens import chat_tokenizer
+from fastln.ops.linear_cross_entropy import IGNORE_INDEX
 
 if TYPE_CHECKING:
     from fastln.data import Sample, VQADataset
@@ -43,7 +44,6 @@ _LANGUAGE_MODELS = set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES) - set(MODEL_FOR_MASKED
 MODEL_TYPES = frozenset({*CHAT_VISION, *_LANGUAGE_MODELS})
 """What a configuration's model_type may be."""
 
-_NO_LABEL = -100
 _BY_TOKEN = {"input_ids", "attention_mask", "mm_token_type_ids"}
 _TEXT = {"questions without an image", "reports", "conversations"}
 _BYTES_BESIDE = 512  # of a template around a text; more than most have
@@ -142,7 +142,7 @@ class ChatTask(VQATask):
         batch = {
             "input_ids": padded(ids, batch_first=True, padding_value=self._pad_id),
             "attention_mask": padded([torch.ones_like(row) for row in ids], batch_first=True),
-            "labels": padded(labels, batch_first=True, padding_value=_NO_LABEL),
+            "labels": padded(labels, batch_first=True, padding_value=IGNORE_INDEX),
         }
         if self.chat_vision is not None and self.chat_vision.marks_tokens:
             batch["mm_token_type_ids"] = (batch["input_ids"] == self.model.config.image_token_id).long()
@@ -196,7 +196,7 @@ class ChatTask(VQATask):
 
     def _prompts(self, batch: dict[str, Tensor]) -> tuple[dict[str, Tensor], int]:
         """Return the batch without labels and last answers, and the length of the prompts, padded on the left."""
-        labelled = batch["labels"] != _NO_LABEL
+        labelled = batch["labels"] != IGNORE_INDEX
         begins = labelled & ~labelled.roll(1, dims=1)
         ends = (begins * torch.arange(labelled.shape[1], device=labelled.device)).amax(dim=1).tolist()
         longest = max(ends)
@@ -323,12 +323,12 @@ def _turns(sample: Sample) -> list[tuple[str, str]]:
 
 
 def _labels(ids: list[int], places: list[tuple[int, int]], conversation: Conversation) -> list[int]:
-    """Return the tokens that stand, with any of their characters, in an answer; -100 elsewhere."""
+    """Return the tokens that stand, with any of their characters, in an answer; `IGNORE_INDEX` elsewhere."""
 
     def is_answer(start: int, end: int) -> bool:
         return start < end and any(start < after and first < end for first, after in conversation.answers)
 
-    return [token if is_answer(*place) else _NO_LABEL for token, place in zip(ids, places, strict=True)]
+    return [token if is_answer(*place) else IGNORE_INDEX for token, place in zip(ids, places, strict=True)]
 
 
 def _max_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> int:

@@ -172,7 +172,7 @@ class DualEncoder(PreTrainedModel):
             attention_mask: (batch, n_tokens), 1 for tokens and 0 for padding.
             image_index: (batch,), each question's row in `pixel_values`, so that questions on one image share its
                 vision pass; by default there is one image per question.
-            labels: (batch,), indices into `config.answers`; -100 for an answer that is not in the vocabulary.
+            labels: (batch,), indices into `config.answers`; `UNKNOWN` for an answer that is not in the vocabulary.
             interpolate_pos_encoding: whether to ask the vision encoder, which must take this, to interpolate its
                 positions for images of another size than its own.
             **kwargs: what a trainer adds (for example `num_items_in_batch`); not used.

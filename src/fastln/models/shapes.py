@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 
 from fastln.errors import FastLNError
 from fastln.models.task import Task
+from fastln.ops.linear_cross_entropy import IGNORE_INDEX
 
 QUESTION_TOKENS = 16  # of BLIP-VQA
 ANSWER_TOKENS = 8  # of a causal language model, whose other tokens carry no label, and of BLIP-VQA
@@ -105,7 +106,7 @@ def text_family(
         ids = torch.randint(3, vocabulary, (n, n_tokens))
         place = torch.arange(n_tokens)
         labelled = place % 20 < 3 if masked else place >= n_tokens - ANSWER_TOKENS
-        return {"input_ids": ids, "labels": torch.where(labelled, ids, -100)}
+        return {"input_ids": ids, "labels": torch.where(labelled, ids, IGNORE_INDEX)}
 
     return Family(n_layers, sizes.get("hidden_size") or sizes["n_embd"], lambda n_tokens: n_tokens, make, batch)
 
