@@ -288,7 +288,7 @@ def test_what_it_cannot_do_is_told(tmp_path):
         tiny.blip(tmp_path, texts)
     outside = tiny_chat.CONFIGS["llava"] | {"image_token_index": 32000}
     (tmp_path / "outside.json").write_text(json.dumps(outside))
-    with pytest.raises(FastLNError, match="gives <image> the id 32000, and has a vocabulary of 256 ids"):
+    with pytest.raises(FastLNError, match="gives <image> the id 32000, but its vocabulary has 256 ids"):
         load_task(f"chat:{tmp_path / 'outside.json'}", images)
     task = load_task(llava, images)
     with pytest.raises(FastLNError, match="'head' trains a task head, and chat:llava has none"):

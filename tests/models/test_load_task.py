@@ -213,7 +213,7 @@ def test_bad_sources_are_named(tmp_path):
         str(other): "model_type is 'bert'",
         str(broken): "not JSON: line 1, column 2",
         str(empty): "there is no config.json",
-        "dul": "no such directory and no known form; valid: dual",
+        "dul": "this is neither a directory nor a known form; valid: dual",
     }
     for spec, message in cases.items():
         with pytest.raises(FastLNError) as caught:

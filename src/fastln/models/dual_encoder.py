@@ -73,7 +73,7 @@ class FusionHead(nn.Module):
 
 
 class DualEncoder(PreTrainedModel):
-    """A vision encoder and a text encoder whose pooled features a fusion head classifies over an answer vocabulary."""
+    """A vision encoder, a text encoder, and a fusion head that chooses an answer by their pooled features."""
 
     config: DualEncoderConfig
     config_class = DualEncoderConfig
@@ -220,7 +220,7 @@ def answer_loss(logits: Tensor, labels: Tensor) -> Tensor:
 
 
 def _standardised(features: Tensor) -> Tensor:
-    # The towers' scales differ by an order of magnitude; without this the head hears the louder one.
+    # The towers' scales differ by an order of magnitude; without this the larger one decides.
     return nn.functional.layer_norm(features, features.shape[-1:])
 
 

@@ -1,4 +1,4 @@
-"""Models of usual sizes with random weights, each with a random batch of a chosen shape: to be timed, not to learn.
+"""Models of usual sizes with random weights, each with a random batch of a chosen shape: for timing, not learning.
 
 A shape is written CLASS:BATCHxSIZE, for example `BertForMaskedLM:8x128` (sequences of 128 tokens) or
 `ViTForImageClassification:8x224` (images of 224² pixels); CLASS:BATCHxSIZE:LAYERS has another depth than the usual.
@@ -53,7 +53,7 @@ class Family:
 
 @dataclass(frozen=True)
 class Shape:
-    """A model and a batch for it, still to be made: what `parse_shape` reads out of a specification."""
+    """What to make a model and a batch for it from: what `parse_shape` reads from a specification."""
 
     family: str
     batch_size: int
@@ -177,7 +177,7 @@ published with."""
 
 
 def is_shape(spec: str) -> bool:
-    """Whether `spec` is meant as a shape."""
+    """Whether `spec` has the form of a shape."""
     return spec.partition(":")[0] in FAMILIES or bool(_SHAPE.fullmatch(spec))
 
 

@@ -1,4 +1,4 @@
-"""Where models come from: directories, configuration files and hub names, and what to say when there is nothing."""
+"""Where models come from: directories, configuration files and hub names."""
 
 from __future__ import annotations
 
@@ -70,11 +70,11 @@ def file_of(source: str, name: str) -> Path | None:
 
 
 def load_tokenizer(source: str, config: PreTrainedConfig | None = None) -> PreTrainedTokenizerBase:
-    """Load a tokenizer, with the processor's chat template where there is one: it may stand in a file of its own.
+    """Load a tokenizer, with the processor's chat template, where there is one.
 
     Args:
         source: a directory or hub name.
-        config: of the model, where that beside the tokenizer is none of transformers'.
+        config: of the model, where the one beside the tokenizer is not transformers' own.
     """
     tokenizer = AutoTokenizer.from_pretrained(source, config=config)
     processor, _ = ProcessorMixin.get_processor_dict(source)
