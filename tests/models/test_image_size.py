@@ -197,7 +197,7 @@ def test_models_that_cannot_say_so(tmp_path, data):
     for spec, message in (
         (llava, "image size 56: this LLaVA reads only images of 28 x 28 pixels"),
         (qwen, "image size 50: it must be a multiple of 28"),
-        (llama, "image size 56: chat:llama reads text alone"),
+        (llama, "image size 56: chat:llama reads only text"),
     ):
         with pytest.raises(FastLNError, match=message):
             load_task(spec, images, image_size=50 if spec == qwen else 56)
