@@ -25,9 +25,9 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from fastln.errors import FastLNError
-from fastln.families import find_norms
 from fastln.files import replace_files
 from fastln.fingerprint import FINGERPRINT, difference, fingerprint
+from fastln.methods import norm_parameters
 from fastln.plan import prepared
 from fastln.processes import gathered, is_first_process
 
@@ -81,12 +81,9 @@ def save_adapter(model: nn.Module, directory: str | Path, *, dtype: torch.dtype 
         )
     modules = _with_sharers(model, state.plan.also)
     inside = _prefixes(modules)
-    norms = [
-        (name, norm)
-        for name, norm in find_norms(model)
-        if not f"{name}.".startswith(inside) and any(p.requires_grad for p in norm.parameters(recurse=False))
-    ]
-    tuned = {f"{name}.{own}": p for name, norm in norms for own, p in norm.named_parameters(recurse=False)}
+    names = [name for name in norm_parameters(model) if not name.startswith(inside)]
+    norms = list(dict.fromkeys(_owner(name) for name in names if model.get_parameter(name).requires_grad))
+    tuned = {name: model.get_parameter(name) for name in names if _owner(name) in norms}
     loose = [
         name
         for name, parameter in model.named_parameters()
@@ -102,11 +99,8 @@ def save_adapter(model: nn.Module, directory: str | Path, *, dtype: torch.dtype 
             "no norm of this model trains, and an adapter is made of norms: write the whole model with "
             "fastln.merge_adapter(model, directory)"
         )
-    tensors = {
-        f"{PEFT_PREFIX}{name}{_TUNED}{own}": parameter.to(dtype)
-        for name, norm in norms
-        for own, parameter in norm.named_parameters(recurse=False)
-    }
+    stored_as = {name: f"{PEFT_PREFIX}{_TUNED.join(name.rsplit('.', 1))}" for name in tuned}
+    tensors = {stored_as[name]: parameter.to(dtype) for name, parameter in tuned.items()}
     whole = {name: tensor for name, tensor in model.state_dict().items() if name.startswith(inside)}
     tensors |= {f"{PEFT_PREFIX}{name}": tensor for name, tensor in whole.items()}
     exact = {name: gathered(parameter) for name, parameter in tuned.items()}  # by all, before all but the first return
@@ -121,12 +115,12 @@ def save_adapter(model: nn.Module, directory: str | Path, *, dtype: torch.dtype 
         "task_type": None,
         "inference_mode": True,
         "base_model_name_or_path": _name_or_path(model),
-        "target_modules": _targets(model, [name for name, _ in norms]),
+        "target_modules": _targets(model, norms),
         "modules_to_save": modules or None,
     }
     if not is_first_process():
         return
-    written = {name: tensors[f"{PEFT_PREFIX}{_TUNED.join(name.rsplit('.', 1))}"] for name in tuned}
+    written = {name: tensors[stored_as[name]] for name in tuned}
     for name, tensor in written.items():
         if tensor.isinf().any() and not exact[name].isinf().any():
             raise FastLNError(f"{name} has values beyond the range of {dtype}: save the adapter in a wider dtype")
@@ -219,6 +213,11 @@ def warn_of_rounding(exact: Mapping[str, Tensor], kept: Mapping[str, Tensor], ad
         )
 
 
+def _owner(name: str) -> str:
+    """Return the name of the module that owns the parameter of this name; the model itself is the empty name."""
+    return name.rpartition(".")[0]
+
+
 def _prefixes(modules: Collection[str]) -> tuple[str, ...]:
     """Return what the names of everything inside these modules begin with."""
     return tuple(f"{name}." for name in modules)
@@ -241,7 +240,7 @@ def _with_sharers(model: nn.Module, also: Collection[str]) -> list[str]:
     modules = list(also)
     for names in _shared(model):
         if names[0].startswith(_prefixes(also)):
-            for owner in (name.rpartition(".")[0] for name in names if not name.startswith(_prefixes(modules))):
+            for owner in (_owner(name) for name in names if not name.startswith(_prefixes(modules))):
                 if not owner:
                     raise FastLNError(
                         f"{names[0]} trains and is also a parameter of the model itself, which no adapter can hold: "
