@@ -44,7 +44,8 @@ def put_method(
     engine: str | None = None,
     *,
     scope: str | Iterable[str] | None = None,
-    also: Iterable[str] = (),
+    also: str | Iterable[str] = (),
+    without: str | Iterable[str] = (),
     backend: str = "auto",
 ) -> nn.Module:
     """Put `method` on any model, in place.
@@ -55,26 +56,34 @@ def put_method(
         engine: who runs it; the method's first by default.
         scope: as `fastln.prepare` takes it.
         also: names of further modules that train whole.
+        without: names of what `fastln.prepare` leaves out; for engine `fastln` only.
         backend: of fastln's operations; for engine `fastln` only.
 
     Returns:
         The module to train: the model itself, or peft's wrapper of it.
 
     Raises:
-        FastLNError: for an unknown pair or scope, or a model that the method finds nothing in.
+        FastLNError: for an unknown pair or scope, a model that the method finds nothing in, or `without` under another
+            engine.
     """
     method, scope = settle_scope(method, scope)
     also = (also,) if isinstance(also, str) else tuple(also)
+    without = (without,) if isinstance(without, str) else tuple(without)
     chosen, engine = get_method(method, engine)
+    if without and engine != "fastln":
+        raise FastLNError(
+            f"engine {engine!r} runs stock code, so there is nothing to leave out: without {', '.join(without)} is for "
+            "engine 'fastln'"
+        )
     if engine == "torch":
         trained = select_parameters(model, chosen, scope, also)
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(name in trained)
         return model
     if method == "layernorm+lora":
-        return _norms_and_lora(model, scope, also, backend)
+        return _norms_and_lora(model, scope, also, without, backend)
     if engine == "fastln":
-        return prepare(model, method, scope=scope, also=also, backend=backend)
+        return prepare(model, method, scope=scope, also=also, without=without, backend=backend)
     config = _peft_config(model, method, scope)
     if isinstance(config, peft.PromptLearningConfig):
         if also:
@@ -172,11 +181,15 @@ def load_trained_adapter(model: nn.Module, directory: Path) -> nn.Module:
 
 
 def _norms_and_lora(
-    model: nn.Module, scope: str | Iterable[str] | None, also: tuple[str, ...], backend: str
+    model: nn.Module,
+    scope: str | Iterable[str] | None,
+    also: tuple[str, ...],
+    without: tuple[str, ...],
+    backend: str,
 ) -> nn.Module:
     # The names are found before anything is swapped for a stand-in.
     config = _peft_config(model, "lora", scope)
-    prepare(model, "layernorm", scope=scope, also=also, backend=backend)
+    prepare(model, "layernorm", scope=scope, also=also, without=without, backend=backend)
     own = [parameter for parameter in model.parameters() if parameter.requires_grad]
     for name in config.target_modules:
         stand_back(model.get_submodule(name))  # peft asks for stock layers
@@ -187,7 +200,7 @@ def _norms_and_lora(
 
 
 def _peft_config(model: nn.Module, method: str, scope: str | Iterable[str] | None) -> peft.PeftConfig:
-    """Return peft's configuration of a method; with LoRA's usual settings where the method is a kind of it."""
+    """Return peft's configuration of a method, with LoRA's usual settings for LoRA and its kinds."""
     inside = parameters_in(model, scope)
     if method == "layernorm":
         return peft.LNTuningConfig(target_modules=[name for name, _ in find_norms(model) if f"{name}.weight" in inside])

@@ -18,6 +18,7 @@ def apply_method(
     engine: str | None = None,
     *,
     scope: Iterable[str] | None = None,
+    without: str | Iterable[str] = (),
     backend: str = "auto",
 ) -> nn.Module:
     """Put `method` on the task's model, in place.
@@ -29,6 +30,7 @@ def apply_method(
         method: as `fastln.methods.get_method` takes it.
         engine: who runs it; the method's first by default.
         scope: the sub-models to tune; all by default.
+        without: names of what `fastln.prepare` leaves out; for engine `fastln` only.
         backend: of fastln's operations; for engine `fastln` only.
 
     Returns:
@@ -39,7 +41,8 @@ def apply_method(
     """
     if method == "head" and not task.head:
         raise FastLNError(f"method 'head' trains a task head, and {task.name} has none")
-    return put_method(task.model, method, engine, scope=scope, also=task.head_under(method), backend=backend)
+    also = task.head_under(method)
+    return put_method(task.model, method, engine, scope=scope, also=also, without=without, backend=backend)
 
 
 def finish(task: Task, trained: nn.Module) -> None:
