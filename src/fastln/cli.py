@@ -164,7 +164,7 @@ def train(
     from fastln.data import DataOptions
     from fastln.training.run import TrainRun, run_training
     from fastln.training.tensor_store import TensorStore
-    from fastln.training.trainer import TrainConfig
+    from fastln.training.config import TrainConfig
 
     config = TrainConfig(
         method=method,

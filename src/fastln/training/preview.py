@@ -15,7 +15,7 @@ from fastln.memory import SavedActivations
 from fastln.methods import describe_parameters
 from fastln.models import VQATask
 from fastln.training.optimizer import describe_rates
-from fastln.training.trainer import TrainConfig
+from fastln.training.config import TrainConfig
 
 N_SHOWN = 3
 N_SAME = 4

@@ -45,6 +45,11 @@ class NormWatch(TrainerCallback):
         """Those of trained norms: sharding puts others in their places."""
         return {name: getattr(norm, own) for name, norm, own in self._norms}
 
+    @property
+    def began_finite(self) -> dict[str, nn.Parameter]:
+        """Those of `parameters` that held neither NaN nor infinity when the watch began."""
+        return {name: p for name, p in self.parameters.items() if self.start[name].isfinite().all()}
+
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
