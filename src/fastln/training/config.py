@@ -9,7 +9,6 @@ import torch
 
 from fastln.errors import FastLNError
 from fastln.methods import LearningRates, learning_rates
-from fastln.training.checkpoints import checkpoints_in
 from fastln.training.optimizer import WEIGHT_DECAY
 
 
@@ -84,10 +83,6 @@ class TrainFiles:
     resume: bool = False
     adapter: Path | None = None
     adapter_dtype: torch.dtype = torch.float32
-
-    def __post_init__(self) -> None:
-        if self.resume and not (self.checkpoints and checkpoints_in(self.checkpoints)):
-            raise FastLNError(f"{self.checkpoints}: there is no checkpoint to resume from")
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,7 @@ from fastln.methods import count_parameters, describe_parameters
 from fastln.models import Task, VQATask
 from fastln.models.dual_task import DualEncoderTask
 from fastln.processes import is_first_process
+from fastln.training.checkpoints import checkpoints_in
 from fastln.training.config import TrainConfig, TrainFiles, TrainResult
 from fastln.training.features import cached_features, check_frozen
 from fastln.training.head import train_head
@@ -53,11 +54,13 @@ def train_task(
         progress: whether to show a progress bar.
 
     Raises:
-        FastLNError: if a trained norm gets no gradient, the loss turns NaN, what the method trains cannot become part
-            of the model, a setting of `config` has no effect on this model, or `features` is given and the vision tower
-            trains.
+        FastLNError: if a trained norm gets no gradient, the loss turns NaN, there is no checkpoint to resume from, what
+            the method trains cannot become part of the model, a setting of `config` has no effect on this model, or
+            `features` is given and the vision tower trains.
     """
     files = files or TrainFiles()
+    if files.resume and not (files.checkpoints and checkpoints_in(files.checkpoints)):
+        raise FastLNError(f"{files.checkpoints}: there is no checkpoint to resume from")
     check_settings(task, config)
     check_finishes(config.method)
     if features is not None:
