@@ -29,7 +29,9 @@ def test_what_a_release_renames_is_named_with_its_version(internal):
         pass
 
     supported = rf"; install {internal.package}>=\d"
-    with pytest.raises(FastLNError, match=rf"^{internal.package} \d\S* .*Renamed\.{internal.name} is missing{supported}"):
+    with pytest.raises(
+        FastLNError, match=rf"^{internal.package} \d\S* .*Renamed\.{internal.name} is missing{supported}"
+    ):
         check_internals([dataclasses.replace(internal, owner=Renamed)])
 
 

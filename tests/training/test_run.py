@@ -56,6 +56,9 @@ def test_an_adapter_in_half_precision(tmp_path):
     run_evaluation(EvalRun(source, "phantom", "test", adapter=tmp_path / "out" / "adapter"))
     with pytest.raises(FastLNError, match=r"unknown dtype 'int8' of an adapter \(valid: float32, float16\)"):
         TrainRun("phantom", "dual", None, CONFIG, adapter_dtype="int8")
+    for method, engine in (("lora", None), ("layernorm", "peft")):
+        with pytest.raises(FastLNError, match=f"peft writes the adapter of method '{method}' in its own dtype"):
+            TrainRun("phantom", "dual", engine, TrainConfig(method), adapter_dtype="float16")
 
 
 @pytest.mark.usefixtures("few")
@@ -393,6 +396,40 @@ def test_options_out_of_range_are_named():
         TrainConfig(weight_decay=float("nan"))
     with pytest.raises(FastLNError, match="warmup is 5; it is a share of the steps, from 0 to 1"):
         TrainConfig(warmup=5)
+
+
+@pytest.mark.parametrize(
+    ("kind", "method", "message"),
+    [
+        ("blip", "layernorm", r"is for a task head that starts random, and blip:\S+ has none; leave it out"),
+        ("dual", "head", "method 'head' trains the head at learning_rate; give that in place of head_learning_rate"),
+    ],
+)
+def test_a_head_learning_rate_without_effect_is_an_error(kind, method, message, tmp_path):
+    data = tiny.phantom(24)
+    config = TrainConfig(method, head_learning_rate=1e-3)
+    with pytest.raises(FastLNError, match=message):
+        train_task(tiny.TASKS[kind](tmp_path, data), data, config, progress=False)
+    model = f"blip:{tmp_path / 'tiny.json'}" if kind == "blip" else f"dual:{tmp_path / 'vision'},{tmp_path / 'text'}"
+    with pytest.raises(FastLNError, match=message):
+        run_training(TrainRun("phantom", model, None, config), tmp_path / "out", dry_run=True)
+
+
+def test_settings_without_effect_on_the_model_are_told(tmp_path, caplog):
+    data = tiny.phantom(24)
+    config = TrainConfig(epochs=1, head_epochs=2, questions_per_image=4)
+    model = f"blip:{tmp_path / 'tiny.json'}"  # whose name is blip:tiny
+    with caplog.at_level("WARNING", "fastln"):
+        train_task(tiny.blip(tmp_path, data), data, config, progress=False)
+        run_training(TrainRun("phantom", model, None, config), tmp_path / "out", dry_run=True)
+        for name, what in (("head_epochs 2", "no head of blip:tiny"), ("questions_per_image 4", "blip:tiny")):
+            (in_training, in_a_dry_run) = (message for message in caplog.messages if name in message)
+            assert in_training == in_a_dry_run
+            assert in_training.startswith(f"{name} has no effect: {what}")
+        caplog.clear()
+        train_task(tiny.dual(tmp_path, data), data, config, progress=False)
+        train_task(tiny.blip(tmp_path, data), data, TrainConfig(epochs=1), progress=False)
+    assert not [message for message in caplog.messages if "has no effect" in message]
 
 
 @pytest.mark.parametrize("method", ["layernorm", "head"])

@@ -27,7 +27,7 @@ from fastln.training.features import check_frozen
 from fastln.training.preview import preview
 from fastln.training.record import check_same_data, check_same_options, is_finished, write_json
 from fastln.training.tensor_store import TensorStore
-from fastln.training.train import check_settings, train_task
+from fastln.training.train import check_settings, tell_unused, train_task
 
 logger = logging.getLogger(__name__)
 
@@ -138,6 +138,7 @@ def run_training(
     if features is not None:
         check_frozen(task, run.config.method, run.config.scope)
     if dry_run:
+        tell_unused(task, run.config)
         print(preview(task, data, run.config, engine))
         return None
     record = {"run": asdict(run), "engine": engine, "dtype": str(dtype), "digests": digests}

@@ -65,19 +65,18 @@ def train_task(
     check_finishes(config.method)
     if features is not None:
         check_frozen(task, config.method, config.scope)
+    tell_unused(task, config)
     start = time.perf_counter()
-    # The towers of a dual encoder stand still as long as nothing but its head learns.
-    head_alone = config.method == "head" and isinstance(task, DualEncoderTask)
+    head_epochs, epochs = epochs_of(task, config)
     losses: list[float] = []
-    if isinstance(task, DualEncoderTask) and (head_alone or (task.random_head and not files.resume)):
-        epochs = config.head_epochs + (config.epochs if head_alone else 0)
+    if isinstance(task, DualEncoderTask) and (not epochs or (task.random_head and not files.resume)):
         with cached_features(task.vision_tower, features):
-            losses = train_head(task, data, config, epochs=epochs, progress=progress)
+            losses = train_head(task, data, config, epochs=head_epochs, progress=progress)
     _, total = count_parameters(task.model)
     model = apply_method(task, config.method, engine, scope=config.scope)
     trainable, _ = count_parameters(model)
     logger.info("%s: %s", config.method, describe_parameters(model))
-    if not head_alone:
+    if epochs:
         with cached_features(task.vision_tower, features):
             losses += _train_method(task, model, data, config, files, progress)
     if files.adapter is not None and is_first_process():
@@ -92,10 +91,10 @@ def train_task(
 
 
 def check_settings(task: Task, config: TrainConfig) -> None:
-    """Check that every setting that was given has an effect.
+    """Check that a rate given for the task head has an effect.
 
     Raises:
-        FastLNError: for a `head_learning_rate` where no head trains at that rate.
+        FastLNError: if no head trains at `head_learning_rate`.
     """
     if config.head_learning_rate is None:
         return
@@ -105,6 +104,28 @@ def check_settings(task: Task, config: TrainConfig) -> None:
         raise FastLNError(
             f"head_learning_rate is for a task head that starts random, and {task.name} has none; leave it out"
         )
+
+
+def tell_unused(task: VQATask, config: TrainConfig) -> None:
+    """Log which settings, given other values than their defaults, have no effect on this model."""
+    head_epochs, _ = epochs_of(task, config)
+    if not head_epochs and config.head_epochs not in (0, TrainConfig.head_epochs):
+        logger.warning("head_epochs %d has no effect: no head of %s trains alone", config.head_epochs, task.name)
+    if not task.shares_images and config.questions_per_image not in (1, TrainConfig.questions_per_image):
+        logger.warning(
+            "questions_per_image %d has no effect: %s shares no vision pass between questions",
+            *(config.questions_per_image, task.name),
+        )
+
+
+def epochs_of(task: Task, config: TrainConfig) -> tuple[int, int]:
+    """Return how many epochs train the head alone, and how many then train all that the method trains."""
+    if not isinstance(task, DualEncoderTask):
+        return 0, config.epochs
+    # The towers stand still as long as nothing but the head learns.
+    if config.method == "head":
+        return config.head_epochs + config.epochs, 0
+    return config.head_epochs if task.random_head else 0, config.epochs
 
 
 def _train_method(
