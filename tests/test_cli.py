@@ -29,6 +29,8 @@ def fastln(*arguments, monkeypatch, capsys):
         (["train", "--out", "{tmp}/o", "--method", "layernrm"], "did you mean 'layernorm'"),
         (["train", "--out", "{tmp}/o", "--method", "lora", "--engine", "torch"], "(valid: peft)"),
         (["train", "--out", "{tmp}/o", "--data", "{tmp}/nowhere"], "nowhere"),
+        (["train", "--out", "{tmp}/o", "--without", "late_row"], "unknown name 'late_row' in `without`; did you mean"),
+        (["train", "--out", "{tmp}/o", "--without", "cache", "--engine", "torch"], "without cache is for engine 'fas"),
         (["train", "--out", "{tmp}/o", "--model", "{tmp}"], "there is no config.json"),
         (["train", "--out", "{tmp}/o", "--dtype", "float8"], "unknown dtype 'float8' (valid: auto, float32"),
         (["train", "--out", "{tmp}/o", "--feature-cache", "{tmp}/c"], "a vision tower that is frozen, and method"),

@@ -127,15 +127,17 @@ def base_and_adapter(folder, tokenizer):
 
 
 def test_a_base_without_a_tokenizer_merges_without_a_word_of_warning(tmp_path, caplog):
+    arguments = base_and_adapter(tmp_path, tokenizer=False)
     caplog.set_level("INFO", "fastln")
-    merge_into_base(*base_and_adapter(tmp_path, tokenizer=False))
+    merge_into_base(*arguments)
     assert [record.getMessage() for record in caplog.records] == [f"{tmp_path / 'merged'}: wrote the model"]
     assert not (tmp_path / "merged" / "tokenizer.json").exists()
 
 
 def test_the_tokenizer_comes_with_the_merged_model(tmp_path, caplog):
+    arguments = base_and_adapter(tmp_path, tokenizer=True)
     caplog.set_level("INFO", "fastln")
-    merge_into_base(*base_and_adapter(tmp_path, tokenizer=True))
+    merge_into_base(*arguments)
     assert [record.getMessage() for record in caplog.records] == [
         f"{tmp_path / 'merged'}: wrote the model, its tokenizer"
     ]

@@ -130,6 +130,9 @@ def train(
     scope: Annotated[
         list[str] | None, typer.Option(help="vision, text, decoder or projector; repeatable; all by default.")
     ] = None,
+    without: Annotated[
+        list[str] | None, typer.Option(help="Leave out one thing that fastln changes; repeatable; see fastln doctor.")
+    ] = None,
     epochs: Annotated[int, typer.Option(min=1)] = 15,
     head_epochs: Annotated[
         int, typer.Option(min=0, help="Epochs before those in which only a head that starts random trains.")
@@ -173,6 +176,7 @@ def train(
     config = TrainConfig(
         method=method,
         scope=tuple(scope) if scope else None,
+        without=tuple(without) if without else None,
         epochs=epochs,
         head_epochs=head_epochs,
         batch_size=batch_size,

@@ -24,7 +24,7 @@ from fastln.families import find_norms, parameters_in
 from fastln.families.parts import attention_maps, ffn_maps
 from fastln.files import written_whole
 from fastln.methods import IA3_TARGETS, LORA_RANK, LORA_TARGETS, get_method, select_parameters, settle_scope
-from fastln.plan import prepared
+from fastln.plan import prepared, settle_without
 from fastln.prepare import prepare, restore
 from fastln.standins.part import stand_back
 
@@ -68,13 +68,8 @@ def put_method(
     """
     method, scope = settle_scope(method, scope)
     also = (also,) if isinstance(also, str) else tuple(also)
-    without = (without,) if isinstance(without, str) else tuple(without)
     chosen, engine = get_method(method, engine)
-    if without and engine != "fastln":
-        raise FastLNError(
-            f"engine {engine!r} runs stock code, so there is nothing to leave out: without {', '.join(without)} is for "
-            "engine 'fastln'"
-        )
+    check_without(without, engine)
     if engine == "torch":
         trained = select_parameters(model, chosen, scope, also)
         for name, parameter in model.named_parameters():
@@ -94,6 +89,20 @@ def put_method(
         config.modules_to_save = list(also) or None
     # The optimizer keeps float32 copies of low-precision parameters for every engine; peft's own would slow it down.
     return peft.get_peft_model(model, config, autocast_adapter_dtype=False)
+
+
+def check_without(without: str | Iterable[str], engine: str) -> None:
+    """Check that `prepare` knows what is to be left out, and that the engine is the one that has it.
+
+    Raises:
+        FastLNError: for an unknown name, or any name under another engine than `fastln`.
+    """
+    names = settle_without(without)
+    if names and engine != "fastln":
+        raise FastLNError(
+            f"engine {engine!r} runs stock code, so there is nothing to leave out: without {', '.join(names)} is for "
+            "engine 'fastln'"
+        )
 
 
 def check_finishes(method: str) -> None:
@@ -184,7 +193,7 @@ def _norms_and_lora(
     model: nn.Module,
     scope: str | Iterable[str] | None,
     also: tuple[str, ...],
-    without: tuple[str, ...],
+    without: str | Iterable[str],
     backend: str,
 ) -> nn.Module:
     # The names are found before anything is swapped for a stand-in.

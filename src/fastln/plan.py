@@ -215,7 +215,7 @@ def plan(
     """
     _check_stock(model)
     settings = OpSettings(backend, activations, products)
-    left_out = _settle_without(without)
+    left_out = settle_without(without)
     method, scope = settle_scope(method, scope)
     also = (also,) if isinstance(also, str) else tuple(also)
     chosen, _ = get_method(method)
@@ -406,7 +406,12 @@ def _counted(count: int, kind: str) -> str:
     return f"{count} {kind}{'s' if counts else ''}"
 
 
-def _settle_without(without: str | Iterable[str]) -> tuple[str, ...]:
+def settle_without(without: str | Iterable[str]) -> tuple[str, ...]:
+    """Return the names of what is left out, each once.
+
+    Raises:
+        FastLNError: If one is not a key of `TRICKS`.
+    """
     names = (without,) if isinstance(without, str) else tuple(without)
     for name in names:
         if name not in TRICKS:

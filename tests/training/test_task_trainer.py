@@ -10,9 +10,9 @@ from launch import HERE, TORCHRUN, script
 from small_run import Sentences, arguments, llama
 
 from fastln import FastLNError, FastLNTrainer
-from fastln.engines import apply_method
 from fastln.training import TrainConfig, TrainFiles, train_task
 from fastln.training.task_trainer import TaskTrainer
+from fastln.training.tasks import apply_method
 
 
 def task_trainer(folder):

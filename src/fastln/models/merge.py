@@ -27,7 +27,8 @@ from fastln.merge import save_merged
 from fastln.models import llava_med
 from fastln.models.chat_vision import llava_processor
 from fastln.models.sources import check_source, file_of, load_tokenizer, saved_model
-from fastln.prepare import prepare
+from fastln.plan import apply, plan
+from fastln.standins.tricks import TRICKS
 
 logger = logging.getLogger(__name__)
 
@@ -64,8 +65,9 @@ def merge_into_base(base: str, adapter: Path, out: Path, *, check_base: bool = T
     with loading(base):
         model, tools = _load(base)
     if kind == LN_TUNING:
-        # In a prepared model the norms are float32: they are rounded last, with a warning.
-        load_adapter(prepare(model), adapter, check_base=check_base)
+        # In a prepared model the norms are float32: they are rounded last, with a warning. It never runs.
+        apply(plan(model, without=TRICKS, backend="reference"), model)
+        load_adapter(model, adapter, check_base=check_base)
     else:
         model = load_trained_adapter(model, adapter)
     try:
