@@ -8,11 +8,13 @@ import tiny
 import torch
 from launch import HERE, TORCHRUN, script
 from small_run import Sentences, arguments, llama
+from transformers import TrainingArguments
 
 from fastln import FastLNError, FastLNTrainer
 from fastln.training import TrainConfig, TrainFiles, train_task
 from fastln.training.task_trainer import TaskTrainer
 from fastln.training.tasks import apply_method
+from fastln.training.train import OneDeviceArguments
 
 
 def task_trainer(folder):
@@ -60,6 +62,13 @@ def test_a_nan_loss_of_one_process_stops_both(tmp_path):
     for rank, pattern in enumerate(patterns):
         error = json.loads((tmp_path / f"{rank}.json").read_text())
         assert re.match(pattern, error), error
+
+
+def test_a_process_uses_one_gpu_of_several(tmp_path, monkeypatch):
+    monkeypatch.setattr(TrainingArguments, "n_gpu", 2)
+    settings = {"per_device_train_batch_size": 4, "use_cpu": True}
+    batches = [cls(str(tmp_path), **settings).train_batch_size for cls in (TrainingArguments, OneDeviceArguments)]
+    assert batches == [8, 4]
 
 
 def test_a_task_s_norms_are_watched_too(tmp_path):

@@ -98,8 +98,8 @@ def check_cacheable(task: VQATask) -> None:
     """
     if not task.vision:
         raise FastLNError(
-            f"the feature cache keeps a vision tower's last hidden states, and {task.name} does not read those: leave "
-            "the cache out"
+            f"the feature cache keeps a vision tower's last hidden states, which {task.name} does not read: leave the "
+            "cache out"
         )
 
 

@@ -29,6 +29,18 @@ from fastln.training.tensor_store import TensorStore
 logger = logging.getLogger(__name__)
 
 
+class OneDeviceArguments(TrainingArguments):
+    """TrainingArguments of a process that uses one GPU at most; torchrun is the way to use several.
+
+    Several GPUs in one process would split a batch's images and its questions differently.
+    """
+
+    @property
+    def n_gpu(self) -> int:
+        """How many GPUs this process uses."""
+        return min(super().n_gpu, 1)
+
+
 def train_task(
     task: VQATask,
     data: VQADataset,
@@ -116,7 +128,8 @@ def tell_unused(task: VQATask, config: TrainConfig) -> None:
     if not task.shares_images and config.questions_per_image not in (1, TrainConfig.questions_per_image):
         logger.warning(
             "questions_per_image %d has no effect: %s shares no vision pass between questions",
-            *(config.questions_per_image, task.name),
+            config.questions_per_image,
+            task.name,
         )
 
 
@@ -136,7 +149,7 @@ def _train_method(
     """Train what the method trains, and return the loss of every step."""
     checkpoints = files.checkpoints
     with tempfile.TemporaryDirectory() as scratch:
-        arguments = TrainingArguments(
+        arguments = OneDeviceArguments(
             output_dir=str(checkpoints or scratch),
             num_train_epochs=config.epochs,
             per_device_train_batch_size=config.batch_size,
@@ -152,8 +165,6 @@ def _train_method(
             dataloader_pin_memory=False,
             use_cpu=task.device.type == "cpu",
         )
-        # Several GPUs in one process would split images and questions differently; torchrun is the way to use them.
-        arguments._n_gpu = min(arguments.n_gpu, 1)
         log = StepLog(checkpoints / "log.jsonl" if checkpoints else None)
         callbacks: list[TrainerCallback] = [log, *([ProgressBar()] if progress else [])]
         trainer = TaskTrainer(task, model, data, config, args=arguments, callbacks=callbacks)
