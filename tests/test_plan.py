@@ -240,26 +240,6 @@ def test_stand_ins_are_what_they_were_to_isinstance_and_repr():
     assert isinstance(bert.bert.embeddings.LayerNorm, LayerNorm)
 
 
-def test_every_class_whose_code_depends_on_the_name_sdpa_keeps_it():
-    """In all of transformers' modelling code: no attention that branches on "sdpa" is switched, and most are."""
-    from transformers.models.bert.modeling_bert import BertSelfAttention
-    from transformers.models.deepseek_v32.modeling_deepseek_v32 import DeepseekV32Attention
-    from transformers.models.dots3_note import modeling_dots3_note
-    from transformers.models.gpt2.modeling_gpt2 import GPT2Attention
-    from transformers.models.llama.modeling_llama import LlamaAttention
-    from transformers.models.minimax_m3_vl import modeling_minimax_m3_vl
-
-    from fastln.families.attention import depends_on_name
-
-    assert depends_on_name(DeepseekV32Attention) == (
-        "the code of DeepseekV32Attention depends on attention being called sdpa"
-    )
-    for module in (modeling_dots3_note, modeling_minimax_m3_vl):
-        classes = [value for name, value in vars(module).items() if name.endswith("Attention")]
-        assert any(depends_on_name(cls) for cls in classes if isinstance(cls, type))
-    assert [depends_on_name(cls) for cls in (BertSelfAttention, LlamaAttention, GPT2Attention)] == [None] * 3
-
-
 def test_a_changed_entry_is_another_plan():
     decided = plan(make("vit"))
     assert isinstance(decided.changes[0], Change)

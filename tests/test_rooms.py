@@ -18,7 +18,7 @@ LAYERS = """
     errors
     files machine processes sizes
     ops
-    families late
+    decision families late
     methods standins
     plan
     memory

@@ -96,8 +96,24 @@ def test_a_refusal_is_one_warning(monkeypatch, caplog, added):
     arena.remove()
 
 
+def norm():
+    return torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.LayerNorm(4))
+
+
+def test_the_plan_says_why_it_is_not_used(monkeypatch, added):
+    assert "arena" in [change.stand_in for change in fastln.plan(norm()).changes]
+    assert "arena" not in [change.stand_in for change in fastln.plan(norm(), without="arena").changes]
+    assert added() == 0
+    monkeypatch.setenv("FASTLN_KEEP_PAGES", "0")
+    plan = fastln.plan(norm())
+    assert "arena" not in [change.stand_in for change in plan.changes]
+    assert ("memory of large tensors", "FASTLN_KEEP_PAGES=0 switches it off") in [
+        (stay.kind, stay.reason) for stay in plan.stays
+    ]
+
+
 def test_a_prepared_model_holds_it_until_it_is_restored_or_gone(added):
-    model = fastln.prepare(torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.LayerNorm(4)))
+    model = fastln.prepare(norm())
     assert added() == 1
     other = copy.deepcopy(model)
     assert added() == 1
