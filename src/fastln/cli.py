@@ -162,9 +162,9 @@ def train(
 ) -> None:
     """Tune a model, save it and count its right answers on the test questions."""
     from fastln.data import DataOptions
+    from fastln.training.config import TrainConfig
     from fastln.training.run import TrainRun, run_training
     from fastln.training.tensor_store import TensorStore
-    from fastln.training.trainer import TrainConfig
 
     config = TrainConfig(
         method=method,
@@ -219,11 +219,11 @@ def evaluate(
 ) -> None:
     """Score a model's answers (all, closed, open) or its reports (BLEU, ROUGE-L, CIDEr)."""
     from fastln.data import DataOptions
-    from fastln.training.run import run_evaluation
+    from fastln.training.eval_run import EvalRun, run_evaluation
     from fastln.training.tensor_store import TensorStore
 
     features = None if feature_cache is None else TensorStore(feature_cache, feature_cache_size)
-    run_evaluation(
+    run = EvalRun(
         model,
         data,
         split,
@@ -233,10 +233,10 @@ def evaluate(
         predictions=predictions,
         metrics=metrics,
         options=DataOptions(layout, language, skip_bad_rows),
-        features=features,
         adapter=adapter,
         image_size=image_size,
     )
+    run_evaluation(run, features)
 
 
 @app.command(cls=ConfiguredCommand)

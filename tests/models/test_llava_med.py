@@ -17,7 +17,7 @@ from fastln.errors import FastLNError
 from fastln.merge import merge_into_base
 from fastln.models import llava_med, load_task
 from fastln.prepare import prepare
-from fastln.training import TrainConfig, train_task
+from fastln.training import TrainConfig, TrainFiles, train_task
 
 N_WORDS = 128
 
@@ -98,7 +98,9 @@ def test_adapters_fit_it_and_the_merged_model_is_transformers(tmp_path):
     original(tmp_path / "med")
     spec = f"chat:{tmp_path / 'med'}"
     task = load_task(spec, data())
-    train_task(task, data(), TrainConfig(epochs=3, batch_size=1, learning_rate=1e-2), adapter=tmp_path / "adapter")
+    train_task(
+        task, data(), TrainConfig(epochs=3, batch_size=1, learning_rate=1e-2), TrainFiles(adapter=tmp_path / "adapter")
+    )
     task.save(tmp_path / "saved")
     merge_into_base(str(tmp_path / "med"), tmp_path / "adapter", tmp_path / "merged")
     saved, merged = (load_file(tmp_path / name / "model.safetensors") for name in ("saved", "merged"))

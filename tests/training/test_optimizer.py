@@ -9,8 +9,7 @@ from torch import nn
 
 from fastln.engines import apply_method
 from fastln.methods import HEAD_LEARNING_RATE, METHODS, get_method, learning_rates
-from fastln.training import MasterAdamW, TrainConfig, parameter_groups
-from fastln.training.trainer import build_optimizer
+from fastln.training import MasterAdamW, TrainConfig, build_optimizer, parameter_groups
 
 
 def walk(optimizer, parameters, n_steps=5, seed=0):

@@ -14,8 +14,8 @@ from fastln.engines import apply_method
 from fastln.memory import SavedActivations
 from fastln.methods import describe_parameters
 from fastln.models import VQATask
+from fastln.training.config import TrainConfig
 from fastln.training.optimizer import describe_rates
-from fastln.training.trainer import TrainConfig
 
 N_SHOWN = 3
 N_SAME = 4
