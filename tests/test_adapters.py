@@ -354,7 +354,7 @@ def test_the_fingerprint_is_in_the_tensors_file_and_peft_has_none(tmp_path):
         assert len(file.metadata()[FINGERPRINT]) == 64
 
 
-@pytest.mark.slow
+@pytest.mark.slow(pool="large")
 def test_the_adapter_of_blip_vqa_is_below_a_megabyte(tmp_path):
     from transformers import BlipConfig, BlipForQuestionAnswering
 
@@ -392,7 +392,7 @@ def test_of_several_processes_the_first_alone_writes(tmp_path, monkeypatch):
     assert (tmp_path / "merged" / "model.safetensors").exists()
 
 
-@pytest.mark.slow
+@pytest.mark.slow(pool="processes")
 @pytest.mark.timeout(900)
 def test_two_processes_save_into_one_folder(tmp_path):
     script(HERE / "saving_run.py", tmp_path, python=TORCHRUN)
