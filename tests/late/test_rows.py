@@ -182,6 +182,11 @@ OTHER_USES = {
     "second pick written": second_pick_written,
     "written after later ones were read": read_after_later_ones_and_written,
     "logits written under": logits_of_written,
+    "by names": lambda h: (
+        torch.reshape(input=h, shape=(-1, WIDTH)).sin().sum()
+        + ops.dropout(x=h, p=0.0).sum()
+        + F.cross_entropy(input=h.view(-1, WIDTH), target=LABELS.view(-1))
+    ),
     "a copied cast written": lambda h: h.to(h.dtype, copy=True).mul_(2).sum() + h.sin().sum(),
     "a slice, a sum of it, all": lambda h: (h[:, 1:] + 1).sin().sum() + h.cos().sum(),
     "a slice of a slice": lambda h: h[:, 1:][:, :-1].contiguous().view(-1, WIDTH).sin().sum(),

@@ -22,8 +22,9 @@ from torch.utils._pytree import tree_leaves
 from fastln import ops
 from fastln.errors import FastLNError
 from fastln.late.cross_entropy import CrossEntropy, bind
+from fastln.late.layout import has_whole_rows, is_basic
 from fastln.late.modes import Modes
-from fastln.late.rows import LazyRows, as_they_are, computed, has_whole_rows, is_basic, labelled
+from fastln.late.rows import LazyRows, as_they_are, computed, labelled
 from fastln.late.tensor import Call, LateTensor, Unwritten, as_it_is_now
 
 
@@ -122,8 +123,8 @@ class LazyLogits(LateTensor):
 
     @classmethod
     def _later(cls, call: Call) -> Any:
-        logits = call.args[0] if call.args else None
-        if call.func not in _RULES or not isinstance(logits, LazyLogits) or not logits._waits():
+        logits = call.args[0] if call.func in _RULES and call.args else None
+        if not isinstance(logits, LazyLogits) or not logits._waits():
             return None
         return _RULES[call.func](logits, call.open_at(0))
 

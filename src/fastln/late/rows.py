@@ -22,6 +22,7 @@ from fastln import ops
 from fastln.errors import FastLNError
 from fastln.late.cross_entropy import bind
 from fastln.late.graph import Rows, Slice
+from fastln.late.layout import has_whole_rows, is_basic, laid_out, row_numbers
 from fastln.late.modes import Modes
 from fastln.late.tensor import Call, LateTensor, as_it_is_now
 
@@ -56,8 +57,8 @@ class LazyRows(LateTensor):
 
     @classmethod
     def _later(cls, call: Call) -> Any:
-        rule = _RULES.get(call.func)
-        return rule(call) if rule is not None and torch.is_grad_enabled() else None
+        is_known = call.func in _RULES and any(isinstance(value, LazyRows) for value in call.args)
+        return _RULES[call.func](call) if is_known and torch.is_grad_enabled() else None
 
     def _waits(self) -> bool:
         return self._rows.waits()
@@ -69,7 +70,7 @@ class LazyRows(LateTensor):
     def _compute(self, writes: bool = False) -> Tensor:
         if self._own is None:
             with self._modes.restored():
-                self._own = _laid_out(self._rows.memory(writes), self._twin)
+                self._own = laid_out(self._rows.memory(writes), self._twin)
         return self._own
 
     def _source(self) -> Rows:
@@ -98,7 +99,7 @@ def labelled(x: Tensor, labels: Tensor, ignore_index: int) -> tuple[Tensor, Tens
     if not isinstance(x, LazyRows):
         return x, labels
     index = (labels != ignore_index).nonzero()[:, 0]
-    rows = x._pick(_numbers(x)[index])
+    rows = x._pick(row_numbers(x._twin, x.device)[index])
     return (computed(x), labels) if rows is None else (rows, labels[index])
 
 
@@ -124,7 +125,7 @@ class _Wait(torch.autograd.Function):
             raise FastLNError("an autograd.Function took late hidden states without reading them; pass it `hidden + 0`")
         (rows,) = ctx.held
         with ctx.modes.restored():
-            y = _laid_out(rows.anew({}).compute(), ctx.twin)
+            y = laid_out(rows.anew({}).compute(), ctx.twin)
         gradients = torch.autograd.grad(y, tuple(rows.tensors.values()), dy, allow_unused=True)
         return None, None, None, *gradients
 
@@ -135,34 +136,6 @@ def _lazy(rows: Rows, twin: Tensor, modes: Modes) -> LazyRows:
         lazy: LazyRows = _Wait.apply(held, twin, modes, *rows.tensors.values())
     lazy._rows, lazy._twin, lazy._modes, lazy._held, lazy._own = rows, twin, modes, held, None
     return lazy
-
-
-def _laid_out(rows: Tensor, twin: Tensor) -> Tensor:
-    """Return the view of all rows `(n_rows, d)` that lies in them as `twin` says."""
-    if twin.is_contiguous() and twin.numel() == rows.numel():
-        return rows.view(twin.shape)
-    return rows.as_strided(twin.shape, twin.stride(), rows.storage_offset() + twin.storage_offset())
-
-
-def _numbers(x: LazyRows, twin: Tensor | None = None) -> Tensor:
-    """Return the number of each row of `x`, or of its view that lies as `twin` says, in a shape `(n,)`."""
-    twin = x._twin if twin is None else twin
-    d = twin.shape[-1]
-    n_rows = twin.untyped_storage().nbytes() // (twin.itemsize * d)
-    strides = [stride // d for stride in twin.stride()[:-1]]
-    numbers = torch.arange(n_rows, device=x.device)
-    return numbers.as_strided(twin.shape[:-1], strides, twin.storage_offset() // d).reshape(-1)
-
-
-def is_basic(index: Any) -> bool:
-    """Whether an index gives a view: whole numbers, slices and dots."""
-    return all(type(part) in (int, slice, type(...)) for part in (index if isinstance(index, tuple) else (index,)))
-
-
-def has_whole_rows(twin: Tensor, d: int) -> bool:
-    """Whether the last dimension of `twin`, a view of `(..., d)`, is still that of the rows."""
-    is_last = twin.shape[-1:] == (d,) and d > 1 and twin.stride(-1) == 1
-    return is_last and not any(stride % d for stride in twin.stride()[:-1])
 
 
 # Each rule returns the result of a call, late or of the rows that it picks, or None where the call needs all rows.
@@ -192,7 +165,7 @@ def _by_rows(call: Call, places: tuple[int, ...] = (0,)) -> Tensor | None:
 def _node(x: LazyRows) -> Rows:
     """Return the rows of `x` in their order."""
     is_all = x._twin.is_contiguous() and (x._twin._base is None or x._twin._base.numel() == x._twin.numel())
-    return x._rows if is_all else Slice(x._rows, _numbers(x))
+    return x._rows if is_all else Slice(x._rows, row_numbers(x._twin, x.device))
 
 
 def _ours_with_dropout(call: Call) -> Tensor | None:
@@ -246,9 +219,11 @@ def _index(call: Call) -> Tensor | None:
     if not is_basic(index):
         return _index_by_tensors(lazy, index if isinstance(index, tuple) else (index,))
     twin = call(lazy._twin)
-    if twin.shape == lazy.shape or not has_whole_rows(twin, lazy.shape[-1]):
-        return lazy if twin.shape == lazy.shape else None
-    rows = lazy._pick(_numbers(lazy, twin))
+    if twin.shape == lazy.shape:
+        return lazy
+    if not has_whole_rows(twin, lazy.shape[-1]):
+        return None
+    rows = lazy._pick(row_numbers(twin, lazy.device))
     if rows is not None:
         return rows.view(twin.shape)
     return _lazy(lazy._rows, twin, lazy._modes) if twin.ndim > 1 and lazy._may_go_on() else None
@@ -256,22 +231,18 @@ def _index(call: Call) -> Tensor | None:
 
 def _index_by_tensors(lazy: LazyRows, parts: tuple[Any, ...]) -> Tensor | None:
     """Pick rows by masks and numbers of the leading dimensions."""
-    n_indexed = 0
-    for part in parts:
-        is_mask = isinstance(part, Tensor) and part.dtype == torch.bool
-        if not is_mask and not is_basic(part) and not (isinstance(part, Tensor) and part.dtype == torch.int64):
-            return None
-        n_indexed += part.ndim if is_mask else lazy.ndim if part is ... else 1
-    if n_indexed >= lazy.ndim:
+    kinds = {part.dtype if isinstance(part, Tensor) else type(part) for part in parts}
+    n_indexed = sum(part.ndim if isinstance(part, Tensor) and part.dtype == torch.bool else 1 for part in parts)
+    if not kinds <= {torch.bool, torch.int64, int, slice} or n_indexed >= lazy.ndim:
         return None
-    numbers = _numbers(lazy).view(lazy.shape[:-1])[parts]
+    numbers = row_numbers(lazy._twin, lazy.device).view(lazy.shape[:-1])[parts]
     rows = lazy._pick(numbers.reshape(-1))
     # A copy, as in stock code: who writes into it writes into nothing else.
     return None if rows is None else rows.view(*numbers.shape, rows.shape[-1]).clone()
 
 
 def _cross_entropy(call: Call) -> Tensor | None:
-    bound = bind(*call.args, **call.kwargs)
+    bound = bind(*call.args, **call.kwargs) if isinstance(call.args[0], LazyRows) else None
     if bound is None or bound[2].reduction == "none":
         return None
     rows, labels, cross_entropy = bound
