@@ -12,6 +12,8 @@ import torch
 
 from fastln.late.graph import Rows
 
+pytest_plugins = ["sampling"]
+
 if "PYTEST_XDIST_WORKER" in os.environ:
     torch.set_num_threads(1)
 

@@ -28,6 +28,32 @@ class NormKind:
     round_normed: bool = False
 
 
+class NormForward(NamedTuple):
+    """What `norm_forward` computes from.
+
+    Attributes:
+        x: `(n_rows, n_cols)`, any strides; float32, bfloat16, float16 or float64.
+        weight: `(n_cols,)` or None for ones (and no offset).
+        bias: `(n_cols,)` or None for zeros.
+        kind: Which norm.
+        residual: Shaped and typed like `x`, or None for zeros.
+        dropout: Probability of dropping an element of `x`; from 0 to below 1, in steps of 2^-16.
+        seed: `(1,)`, int64, of the numbers that decide which; None will do without dropout.
+        want_stream: Whether to return the sum, which is then rounded to the dtype of `x` before it is normalised.
+        want_normed: Whether to return x_hat.
+    """
+
+    x: Tensor
+    weight: Tensor | None
+    bias: Tensor | None
+    kind: NormKind
+    residual: Tensor | None = None
+    dropout: float = 0.0
+    seed: Tensor | None = None
+    want_stream: bool = False
+    want_normed: bool = False
+
+
 class NormOutputs(NamedTuple):
     """What `norm_forward` returns.
 
@@ -42,6 +68,42 @@ class NormOutputs(NamedTuple):
     stream: Tensor | None
     normed: Tensor | None
     rstd: Tensor
+
+
+class NormBackward(NamedTuple):
+    """What `norm_backward` computes from.
+
+    Attributes:
+        dy: `(n_rows, n_cols)`, the gradient of `y`.
+        saved: What was normalised, or x_hat; None will do where only `dbias` is wanted.
+        weight: As in the forward; read for `dx` and `dresidual` only.
+        rstd: From the forward; None will do where `saved` may be None.
+        kind: As in the forward.
+        saved_is_normed: Whether `saved` is x_hat.
+        dstream: `(n_rows, n_cols)`, the gradient that reached the returned sum by other ways, or None for none.
+        dropout: As in the forward.
+        seed: As in the forward; read for `dx` only.
+        need_dx: Whether the gradient of `x` is wanted.
+        need_dresidual: Whether the gradient of `residual` is wanted.
+        need_dweight: Whether the gradient of the weight is wanted.
+        need_dbias: Whether the gradient of the bias is wanted.
+        grad_dtype: The dtype of the parameters' gradients; they are summed in the dtype of the arithmetic.
+    """
+
+    dy: Tensor
+    saved: Tensor | None
+    weight: Tensor | None
+    rstd: Tensor | None
+    kind: NormKind
+    saved_is_normed: bool = False
+    dstream: Tensor | None = None
+    dropout: float = 0.0
+    seed: Tensor | None = None
+    need_dx: bool = False
+    need_dresidual: bool = False
+    need_dweight: bool = False
+    need_dbias: bool = False
+    grad_dtype: torch.dtype = torch.float32
 
 
 class NormGradients(NamedTuple):
@@ -60,40 +122,19 @@ class NormGradients(NamedTuple):
     dbias: Tensor | None
 
 
-def norm_forward(
-    x: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    kind: NormKind,
-    *,
-    residual: Tensor | None = None,
-    dropout: float = 0.0,
-    seed: Tensor | None = None,
-    want_stream: bool = False,
-    want_normed: bool = False,
-) -> NormOutputs:
+def norm_forward(request: NormForward) -> NormOutputs:
     """Normalise each row of `residual + dropout(x)`, then scale and shift it.
 
     The mean is rounded before it is subtracted, which costs a row with mean 1e4 and deviation 1 its fourth digit; so
     what the rounding left over, the mean of the differences, is subtracted too.
-
-    Args:
-        x: `(n_rows, n_cols)`, any strides; float32, bfloat16, float16 or float64.
-        weight: `(n_cols,)` or None for ones (and no offset).
-        bias: `(n_cols,)` or None for zeros.
-        kind: Which norm.
-        residual: Shaped and typed like `x`, or None for zeros.
-        dropout: Probability of dropping an element of `x`; from 0 to below 1, in steps of 2^-16.
-        seed: `(1,)`, int64, of the numbers that decide which; None will do without dropout.
-        want_stream: Whether to return the sum, which is then rounded to the dtype of `x` before it is normalised.
-        want_normed: Whether to return x_hat.
     """
+    x, kind = request.x, request.kind
     stream = x.to(arithmetic_dtype(x))
-    if dropout:
-        stream = _dropped_out(stream, dropout, seed)
-    if residual is not None:
-        stream = stream + residual
-    rounded = stream.to(x.dtype, copy=True).contiguous() if want_stream else None
+    if request.dropout:
+        stream = _dropped_out(stream, request.dropout, request.seed)
+    if request.residual is not None:
+        stream = stream + request.residual
+    rounded = stream.to(x.dtype, copy=True).contiguous() if request.want_stream else None
     if rounded is not None:
         stream = rounded.to(stream.dtype)
     if kind.centre:
@@ -101,75 +142,45 @@ def norm_forward(
     rstd = (stream.square().mean(-1) + kind.eps).rsqrt()
     normed = stream * rstd[:, None]
     y = _rounded_if(kind, normed, x.dtype)
-    if weight is not None:
-        y = y * (weight.to(y.dtype) + kind.offset)
-    if bias is not None:
-        y = y + bias
-    # Copies, for no two results may share their memory.
-    kept = normed.to(x.dtype, copy=True).contiguous() if want_normed else None
+    if request.weight is not None:
+        y = y * (request.weight.to(y.dtype) + kind.offset)
+    if request.bias is not None:
+        y = y + request.bias
+    # Copies: no two results may share their memory.
+    kept = normed.to(x.dtype, copy=True).contiguous() if request.want_normed else None
     return NormOutputs(y.to(x.dtype).contiguous(), rounded, kept, rstd)
 
 
-def norm_backward(
-    dy: Tensor,
-    saved: Tensor | None,
-    weight: Tensor | None,
-    rstd: Tensor | None,
-    kind: NormKind,
-    *,
-    saved_is_normed: bool = False,
-    dstream: Tensor | None = None,
-    dropout: float = 0.0,
-    seed: Tensor | None = None,
-    need_dx: bool = False,
-    need_dresidual: bool = False,
-    need_dweight: bool = False,
-    need_dbias: bool = False,
-    grad_dtype: torch.dtype = torch.float32,
-) -> NormGradients:
-    """Compute the wanted ones of the gradients, and nothing else.
-
-    Args:
-        dy: `(n_rows, n_cols)`, the gradient of `y`.
-        saved: What was normalised, or x_hat; None will do where only `dbias` is wanted.
-        weight: As in the forward; looked at for `dx` and `dresidual` only.
-        rstd: From the forward; None will do where `saved` may be None.
-        kind: As in the forward.
-        saved_is_normed: Whether `saved` is x_hat.
-        dstream: `(n_rows, n_cols)`, the gradient that reached the returned sum by other ways, or None for none.
-        dropout: As in the forward.
-        seed: As in the forward; looked at for `dx` only.
-        need_dx: Whether the gradient of `x` is wanted.
-        need_dresidual: Whether the gradient of `residual` is wanted.
-        need_dweight: Whether the gradient of the weight is wanted.
-        need_dbias: Whether the gradient of the bias is wanted.
-        grad_dtype: The dtype of the parameters' gradients; they are summed in the dtype of the arithmetic.
-    """
+def norm_backward(request: NormBackward) -> NormGradients:
+    """Compute the wanted ones of the gradients, and nothing else."""
+    dy, kind = request.dy, request.kind
     dy_wide = dy.to(arithmetic_dtype(dy))
     dx = dresidual = dweight = None
-    if need_dx or need_dresidual or need_dweight:
-        assert saved is not None
-        assert rstd is not None
-        rstd = rstd[:, None]
-        normed = saved.to(dy_wide.dtype)
-        if not saved_is_normed:
+    need_rows = request.need_dx or request.need_dresidual
+    if need_rows or request.need_dweight:
+        assert request.saved is not None
+        assert request.rstd is not None
+        rstd = request.rstd[:, None]
+        normed = request.saved.to(dy_wide.dtype)
+        if not request.saved_is_normed:
             normed = (_centred(normed) if kind.centre else normed) * rstd
-        if need_dx or need_dresidual:
+        if need_rows:
+            weight = request.weight
             dnormed = dy_wide if weight is None else dy_wide * (weight.to(dy_wide.dtype) + kind.offset)
             inner = dnormed - normed * (dnormed * normed).mean(-1, keepdim=True)
             if kind.centre:
                 inner = inner - dnormed.mean(-1, keepdim=True)
             inner = rstd * inner
-            if dstream is not None:
-                inner = inner + dstream
-            if need_dresidual:
+            if request.dstream is not None:
+                inner = inner + request.dstream
+            if request.need_dresidual:
                 dresidual = inner.to(dy.dtype).contiguous()
-            if need_dx:
-                dx = _dropped_out(inner, dropout, seed) if dropout else inner
-                dx = dx.to(dy.dtype, copy=need_dresidual).contiguous()
-        if need_dweight:
-            dweight = (dy_wide * _rounded_if(kind, normed, dy.dtype)).sum(0).to(grad_dtype)
-    dbias = dy_wide.sum(0).to(grad_dtype) if need_dbias else None
+            if request.need_dx:
+                dx = _dropped_out(inner, request.dropout, request.seed) if request.dropout else inner
+                dx = dx.to(dy.dtype, copy=request.need_dresidual).contiguous()
+        if request.need_dweight:
+            dweight = (dy_wide * _rounded_if(kind, normed, dy.dtype)).sum(0).to(request.grad_dtype)
+    dbias = dy_wide.sum(0).to(request.grad_dtype) if request.need_dbias else None
     return NormGradients(dx, dresidual, dweight, dbias)
 
 

@@ -27,7 +27,7 @@ from transformers import PreTrainedModel
 from fastln.errors import FastLNError
 from fastln.families import find_norms
 from fastln.files import replace_files, written_whole
-from fastln.prepare import STATE
+from fastln.plan import prepared
 from fastln.processes import gathered, is_first_process, is_sharded
 
 logger = logging.getLogger(__name__)
@@ -73,13 +73,13 @@ def save_adapter(model: nn.Module, directory: str | Path, *, dtype: torch.dtype 
     """
     if not dtype.is_floating_point or dtype.itemsize < 2:
         raise FastLNError(f"an adapter in {dtype}: its norms can be float32, bfloat16, float16 or float64")
-    state = getattr(model, STATE, None)
+    state = prepared(model)
     if state is None:
         raise FastLNError(
             "this model is not prepared, so there is no telling what was tuned: save the adapter between "
             "fastln.prepare(model) and fastln.restore(model) (a model of peft's saves itself: model.save_pretrained)"
         )
-    modules = state.also
+    modules = state.plan.also
     inside = tuple(f"{name}." for name in modules)
     norms = [
         (name, norm)
@@ -218,7 +218,7 @@ def merge_adapter(model: PreTrainedModel, directory: str | Path) -> None:
 
 def save_merged(model: PreTrainedModel, directory: Path) -> None:
     """Call `save_pretrained` with the tuned values in the base's dtype; a full disk can leave half a model."""
-    state = getattr(model, STATE, None)
+    state = prepared(model)
     dtypes: Mapping[str, torch.dtype] = {} if state is None else state.dtypes
     tuned = {name: parameter for name, parameter in model.named_parameters() if name in dtypes}
     exact = {name: parameter.data for name, parameter in tuned.items()}

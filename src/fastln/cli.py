@@ -256,12 +256,19 @@ def merge(
 
 @app.command()
 def doctor(
+    model: Annotated[
+        str | None,
+        typer.Argument(
+            help="Show the plan for this model: a directory, a hub name, a configuration's .json file, a folder that "
+            "`fastln train` wrote, or a shape such as BertForMaskedLM:8x128. No weights are read."
+        ),
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """Say what this machine has, and which backend each operation will use and why."""
+    """Say what this machine has, which backend each operation will use, and what `prepare` would change in a model."""
     from fastln.doctor import examine, render
 
-    findings = examine()
+    findings = examine(model)
     typer.echo(json.dumps(findings, indent=2) if as_json else render(findings))
 
 

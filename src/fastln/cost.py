@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -11,13 +12,12 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
+from fastln.families.heads import find_heads
 from fastln.late.rows import LazyRows
 from fastln.late.tensor import METADATA
 from fastln.memory import synchronize
-from fastln.standins.blocks import use_stand_ins
-from fastln.standins.last_block import spare_last_rows
-from fastln.standins.lm_head import find_heads
-from fastln.standins.modules import stand_back
+from fastln.plan import apply, plan
+from fastln.prepare import restore
 
 
 class Products(TorchFunctionMode):
@@ -88,15 +88,15 @@ def count_operations(model: nn.Module, batch: Mapping[str, Any]) -> float:
         model: Of stock code, in training, with gradients switched on where they are wanted.
         batch: What it takes.
     """
-    use_stand_ins(model, "reference")  # norms as operations of rows; products stay torch's
-    handles = spare_last_rows(model)
+    # Norms as operations of rows, and rows that wait; products stay torch's, which are counted.
+    stock = ("attention", "linears", "late_logits", "cache", "checkpointing", "arena")
+    training = frozenset(name for name, parameter in model.named_parameters() if parameter.requires_grad)
+    apply(dataclasses.replace(plan(model, "full", without=stock), trained=training), model)
     try:
         with Products(model, batch.get("labels")) as products:
             model(**batch)
     finally:
-        for handle in handles:
-            handle.remove()
-        stand_back(model)
+        restore(model)
     return products.operations
 
 

@@ -26,8 +26,9 @@ from fastln.files import written_whole
 from fastln.methods import IA3_TARGETS, LORA_RANK, LORA_TARGETS, get_method, select_parameters, settle_scope
 from fastln.models import Task
 from fastln.models.sources import loading
-from fastln.prepare import STATE, prepare, restore
-from fastln.standins.modules import stand_back
+from fastln.plan import prepared
+from fastln.prepare import prepare, restore
+from fastln.standins.part import stand_back
 
 N_VIRTUAL_TOKENS = 20
 PROMPT_METHODS = ("prefix", "p-tuning", "prompt")
@@ -146,7 +147,7 @@ def finish(task: Task, trained: nn.Module) -> None:
             if isinstance(module, ModulesToSaveWrapper):
                 base.set_submodule(name, module.modules_to_save[module.active_adapter])
         task.model = trained.merge_and_unload()
-    if hasattr(task.model, STATE):
+    if prepared(task.model) is not None:
         restore(task.model)
 
 
@@ -164,7 +165,7 @@ def save_trained_adapter(trained: nn.Module, directory: Path, dtype: torch.dtype
     """
     if not isinstance(trained, peft.PeftModel):
         save_adapter(trained, directory, dtype=dtype)
-    elif hasattr(trained.get_base_model(), STATE):
+    elif prepared(trained.get_base_model()) is not None:
         raise FastLNError("an adapter holds norms or peft's layers, and here both train")
     else:
         try:

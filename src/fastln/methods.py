@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
 
 from torch import nn
@@ -250,7 +250,7 @@ def select_parameters(
     return chosen
 
 
-def describe_other_norms(model: nn.Module, trained: set[str], scope: str | Iterable[str] | None) -> str | None:
+def describe_other_norms(model: nn.Module, trained: Collection[str], scope: str | Iterable[str] | None) -> str | None:
     """Say which norms stay as they are where norms train: group norms, and those whose scale comes from a layer inside.
 
     Args:
@@ -261,7 +261,7 @@ def describe_other_norms(model: nn.Module, trained: set[str], scope: str | Itera
     Returns:
         A sentence; None where no norm trains, or none is left out (in the sub-models in which norms train).
     """
-    norms = trained & set(norm_parameters(model))
+    norms = set(norm_parameters(model)).intersection(trained)
     inside = parameters_in(model, scope)
     for part in sub_models(model).values():
         if norms.isdisjoint(part):

@@ -67,7 +67,8 @@ def test_a_norm_is_one_whatever_its_vector_and_what_it_is_made_of_are_called(cap
     assert [name for name, _ in find_norms(model)] == ["norm"]
     with caplog.at_level("INFO"):
         fastln.prepare(model)
-    assert "norm (MoonshineStreamingLayerNorm) is tuned with its stock code" in caplog.text
+    assert "norm (MoonshineStreamingLayerNorm)" in caplog.text
+    assert "tuned with stock code" in caplog.text
     y = model["norm"](torch.randn(2, WIDTH, dtype=torch.bfloat16))
     assert y.dtype == torch.bfloat16
     y.float().square().sum().backward()

@@ -8,7 +8,7 @@ from transformers import EarlyStoppingCallback, Trainer, TrainerCallback
 
 import fastln
 from fastln import FastLNError, FastLNTrainer
-from fastln.methods import METHODS, norm_parameters
+from fastln.methods import norm_parameters
 from fastln.training.sample_ids import WithSampleIds
 
 
@@ -166,7 +166,9 @@ def test_a_norm_that_the_optimizer_does_not_have_is_named(tmp_path):
 
 
 def test_rates_too_small_to_tell_are_let_pass(tmp_path):
-    train(tmp_path, save_strategy="no", learning_rate=1e-9)
+    trainer = train(tmp_path, save_strategy="no", learning_rate=1e-9)
+    assert trainer.state.global_step == 12
+    assert "model.norm.weight" not in moved(trainer, llama()), "1 - 1e-9 is 1 in float32"
 
 
 def test_a_norm_that_turns_nan_is_named_and_not_the_loss(tmp_path):
@@ -266,6 +268,7 @@ def test_the_saved_model_is_a_stock_one(tmp_path):
 
 
 def test_what_the_method_does_not_find_is_told_before_training(tmp_path):
+    model = llama()
     with pytest.raises(FastLNError, match="did you mean 'layernorm'"):
-        FastLNTrainer(llama(), arguments(tmp_path), method="layernrm")
-    assert METHODS
+        FastLNTrainer(model, arguments(tmp_path), method="layernrm")
+    assert all(parameter.requires_grad for parameter in model.parameters()), "the model stays as it was"

@@ -1,13 +1,13 @@
 """Kernels in C++ for CPUs: compiled by the machine's compiler when they are first used, kept for all later processes.
 
 A source file `NAME.cpp` beside this module, with the headers beside it, becomes one shared library with a C interface.
-It includes nothing of torch and links nothing, so that it compiles in seconds and outlives torch's versions (but
-`memory.cpp` is a part of torch's own); threads are those of the OpenMP runtime that torch has loaded (`parallel.h`).
-Libraries lie in `$FASTLN_CACHE`, else `$XDG_CACHE_HOME/fastln`, else
-`~/.cache/fastln`, under the hash of everything that they depend on: sources, compiler, flags, processor.
+It includes nothing of torch and links nothing, so that it compiles in seconds and outlives torch's versions
+(`memory.cpp` alone includes torch's headers). Its threads are those of the OpenMP runtime that torch has loaded
+(`parallel.h`). Libraries lie in `$FASTLN_CACHE`, else `$XDG_CACHE_HOME/fastln`, else `~/.cache/fastln`, under the hash
+of everything that they depend on: sources, compiler, flags, processor.
 
-Environment: `FASTLN_CPU_KERNELS=0` does without compiled kernels, `CXX` names the compiler, `FASTLN_CPU_ARCH` what
-`-march` gets instead of `native`.
+Environment: `FASTLN_CPU_KERNELS=0` switches compiled kernels off, `CXX` names the compiler, `FASTLN_CPU_ARCH` replaces
+`native` in `-march=native`, and `FASTLN_CPU_WARNINGS=1` makes every warning about our sources an error (for tests).
 """
 
 import ctypes
@@ -34,10 +34,11 @@ DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
 SOURCES = Path(__file__).parent
 # NaN and Inf must pass through, so of -ffast-math only what leaves values alone.
-_FLAGS = ("-std=c++17", "-O2", "-fPIC", "-shared", "-fno-math-errno", "-fno-trapping-math", "-w")
+_FLAGS = ("-std=c++17", "-O2", "-fPIC", "-shared", "-fno-math-errno", "-fno-trapping-math")
+_WARNINGS = ("-Wall", "-Wextra")
 _TORCH = Path(torch.__file__).parent
-# For a source that is a part of torch's own: headers and core library; the version, so that another compiles it again.
-_WITH_TORCH = (f"-DTORCH={torch.__version__}", "-isystem", f"{_TORCH}/include", f"-L{_TORCH}/lib", "-lc10")
+# What else a source needs: torch's headers and core library, and the version, so that another torch compiles it again.
+_MORE_FLAGS = {"memory": (f"-DTORCH={torch.__version__}", "-isystem", f"{_TORCH}/include", f"-L{_TORCH}/lib", "-lc10")}
 _COMPILERS = ("c++", "g++", "clang++")
 
 
@@ -46,12 +47,8 @@ class KernelsUnavailableError(Exception):
 
 
 @functools.cache
-def load(name: str, *, with_torch: bool = False) -> ctypes.CDLL:
+def load(name: str) -> ctypes.CDLL:
     """Return the library made of `name`.cpp, compiled now if it is not in the cache.
-
-    Args:
-        name: of the source.
-        with_torch: whether it includes torch's headers; then it belongs to this version of torch alone.
 
     Raises:
         KernelsUnavailableError: If the kernels are switched off, or there is no compiler, or it fails (a warning says
@@ -60,7 +57,7 @@ def load(name: str, *, with_torch: bool = False) -> ctypes.CDLL:
     if os.environ.get("FASTLN_CPU_KERNELS", "1") == "0":
         raise KernelsUnavailableError("FASTLN_CPU_KERNELS=0 switches the compiled kernels off")
     try:
-        return ctypes.CDLL(str(_build(name, _WITH_TORCH if with_torch else ())))
+        return ctypes.CDLL(str(_build(name)))
     except (KernelsUnavailableError, OSError) as error:
         logger.warning("%s on CPUs: no compiled code, so that steps are slower than they could be (%s)", name, error)
         raise KernelsUnavailableError(str(error)) from error
@@ -101,15 +98,20 @@ def compiler() -> list[str]:
     return next(([path] for name in _COMPILERS if (path := shutil.which(name))), [])
 
 
-def _build(name: str, more_flags: Sequence[str] = ()) -> Path:
+def _build(name: str) -> Path:
     """Return the path of a library, compiled now if it is not there. Processes that do so at once do no harm."""
     command = compiler()
     if not command:
         raise KernelsUnavailableError(f"no C++ compiler: none of {', '.join(_COMPILERS)} is on the path")
     flags = [*_FLAGS, f"-march={os.environ.get('FASTLN_CPU_ARCH', 'native')}"]
+    strict = os.environ.get("FASTLN_CPU_WARNINGS", "0") != "0"
+    if strict:
+        flags += _WARNINGS
+    more_flags = _MORE_FLAGS.get(name, ())  # behind the source: libraries among them
     sources = [SOURCES / f"{name}.cpp", *sorted(SOURCES.glob("*.h"))]
     depends = hashlib.sha256()
-    for part in (*(s.read_text() for s in sources), _run([*command, "--version"]), *flags, *more_flags, _processor()):
+    version = _run([*command, "--version"]).stdout
+    for part in (*(source.read_text() for source in sources), version, *flags, *more_flags, _processor()):
         depends.update(part.encode() + b"\0")
     directory = cache_directory()
     target = directory / f"{name}-{depends.hexdigest()[:32]}.so"
@@ -120,13 +122,19 @@ def _build(name: str, more_flags: Sequence[str] = ()) -> Path:
     directory.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=directory) as scratch:
         made = Path(scratch) / target.name
-        _run([*command, *flags, str(sources[0]), "-o", str(made), *more_flags])
+        said = _run([*command, *flags, str(sources[0]), "-o", str(made), *more_flags]).stderr
+        if said.strip():
+            logger.debug("the compiler says about %s.cpp:\n%s", name, said.rstrip())
+        # Not -Werror: GCC 12 warns about its own AVX-512 headers.
+        ours = [line for line in said.splitlines() if line.startswith(f"{SOURCES}/") and "warning:" in line]
+        if strict and ours:
+            raise KernelsUnavailableError(f"{len(ours)} warnings, the first: {ours[0]}")
         made.replace(target)  # at once: nobody sees half a library
     logger.info("compiled %s.cpp in %.1f s", name, time.perf_counter() - start)
     return target
 
 
-def _run(command: Sequence[str]) -> str:
+def _run(command: Sequence[str]) -> subprocess.CompletedProcess[str]:
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=600)
     except (OSError, subprocess.TimeoutExpired) as error:
@@ -135,7 +143,7 @@ def _run(command: Sequence[str]) -> str:
         said = done.stderr.strip().splitlines() or ["no message"]
         first = next((line for line in said if "error" in line), said[0])
         raise KernelsUnavailableError(f"{command[0]} fails: {first}")
-    return done.stdout
+    return done
 
 
 def _processor() -> str:

@@ -21,8 +21,15 @@ def dropout(x: Tensor, dropout: float, seed: Tensor) -> Tensor:
     x = x if x.stride(1) == 1 or n_cols == 1 else x.contiguous()
     y = x.new_empty((n_rows, n_cols))
     _kernel()(
-        *(DTYPES[x.dtype], torch.get_num_threads(), n_rows, n_cols),
-        *(x.data_ptr(), x.stride(0), dropout_threshold(dropout), seed.data_ptr(), y.data_ptr()),
+        DTYPES[x.dtype],
+        torch.get_num_threads(),
+        n_rows,
+        n_cols,
+        x.data_ptr(),
+        x.stride(0),
+        dropout_threshold(dropout),
+        seed.data_ptr(),
+        y.data_ptr(),
     )
     return y
 

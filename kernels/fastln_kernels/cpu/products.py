@@ -1,11 +1,13 @@
-"""Products of blocks, for compiled kernels that want them: torch's own.
+"""Products of blocks for compiled kernels: torch's own.
 
-`at::native::cpublas::brgemm`, which torch exports and its own attention is made of: oneDNN's kernels for blocks in the
-cache, made for the processor's matrix or vector units.
+They are `at::native::cpublas::brgemm`, which torch exports and uses for its own attention: oneDNN's kernels for blocks
+in the cache, made for the processor's matrix or vector units. No promise of torch's covers these names: a version may
+do without them. A warning then says once what runs slower.
 """
 
 import ctypes
 import functools
+import logging
 from collections.abc import Callable, Sequence
 from ctypes import c_int64, c_void_p
 from pathlib import Path
@@ -15,6 +17,11 @@ import torch
 
 from fastln_kernels.cpu import library
 from fastln_kernels.cpu.library import DTYPES, KernelsUnavailableError
+
+logger = logging.getLogger("fastln")
+
+LIBRARIES = {"attention": "attention", "linear": "frozen linear layers"}
+"""The libraries made of these products, and what they compute."""
 
 # The names that the C++ functions have in torch's library.
 _BRGEMM_BFLOAT16 = "_ZN2at6native7cpublas6brgemmEllllllbPKN3c108BFloat16ES5_Pfb"
@@ -44,6 +51,16 @@ def why_not(name: str) -> str | None:
 
 
 @functools.cache
+def _warn(reason: str) -> None:
+    """Say, once a process for each reason, what runs without these products."""
+    logger.warning(
+        "%s run on torch's own code, so that steps on CPUs are slower than they could be: %s",
+        " and ".join(LIBRARIES.values()),
+        reason,
+    )
+
+
+@functools.cache
 def usable(name: str) -> frozenset[torch.dtype]:
     """Give the library made of `name`.cpp torch's products, and return the dtypes whose products this processor has.
 
@@ -52,14 +69,17 @@ def usable(name: str) -> frozenset[torch.dtype]:
     """
     flags = (c_int64 * len(DTYPES))()
     take = library.function(name, "fastln_take_products", (c_void_p, c_void_p, c_void_p, c_void_p))
+    reason = None
     try:
-        addresses = [_address(symbol) for symbol in (_BRGEMM_BFLOAT16, _BRGEMM_FLOAT32, _RELEASE)]
+        take(*[_address(symbol) for symbol in (_BRGEMM_BFLOAT16, _BRGEMM_FLOAT32, _RELEASE)], flags)
     except (AttributeError, OSError) as error:
-        raise KernelsUnavailableError(f"torch {torch.__version__} exports no products of blocks ({error})") from error
-    take(*addresses, flags)
+        reason = f"torch {torch.__version__} exports no products of blocks ({error})"
     dtypes = frozenset(dtype for dtype, number in DTYPES.items() if flags[number])
-    if torch.float32 not in dtypes:
-        raise KernelsUnavailableError("torch's products of blocks do not work on this processor")
+    if reason is None and torch.float32 not in dtypes:
+        reason = "torch's products of blocks do not work on this processor"
+    if reason is not None:
+        _warn(reason)
+        raise KernelsUnavailableError(reason)
     return dtypes
 
 

@@ -6,19 +6,21 @@ that torch's backward reads: `(2, n_rows, 1)`, mean and rstd.
 """
 
 import functools
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from fastln_kernels.reference import NormGradients, NormKind, NormOutputs, arithmetic_dtype
+from fastln_kernels.reference import NormBackward, NormForward, NormGradients, NormOutputs, arithmetic_dtype
 
 _aten = torch.ops.aten
 _BLOCK_ROWS = 512
+N_STATS = 2
+"""How many numbers per row stand as `rstd`."""
 
 
-def norm_forward(x: Tensor, weight: Tensor | None, bias: Tensor | None, kind: NormKind, **_: Any) -> NormOutputs:
+def norm_forward(request: NormForward) -> NormOutputs:
     """Normalise each row of `x`, then scale and shift it."""
+    x, weight, bias, kind = request[:4]
     dtype = arithmetic_dtype(x)
     if weight is None and x.dtype != dtype:
         # torch rounds the statistics to the dtype of x, unless the weight is float32.
@@ -27,33 +29,22 @@ def norm_forward(x: Tensor, weight: Tensor | None, bias: Tensor | None, kind: No
     return NormOutputs(y, None, None, torch.stack((mean, rstd)))
 
 
-def norm_backward(
-    dy: Tensor,
-    saved: Tensor | None,
-    weight: Tensor | None,
-    rstd: Tensor | None,
-    kind: NormKind,
-    *,
-    need_dx: bool = False,
-    need_dweight: bool = False,
-    need_dbias: bool = False,
-    grad_dtype: torch.dtype = torch.float32,
-    **_: Any,
-) -> NormGradients:
+def norm_backward(request: NormBackward) -> NormGradients:
     """Compute the wanted ones of the gradients, and nothing else."""
+    dy, saved, weight, stats = request[:4]
     dtype = arithmetic_dtype(dy)
-    if saved is None or rstd is None:
-        return NormGradients(None, None, None, dy.sum(0, dtype=dtype).to(grad_dtype))
+    if saved is None or stats is None:
+        return NormGradients(None, None, None, dy.sum(0, dtype=dtype).to(request.grad_dtype))
     n_rows, n_cols = saved.shape
     ones = _ones(n_cols, dtype)  # torch asks for parameters, if only for their shape
     parameters = (ones if weight is None else _cast(weight, dtype), ones)
-    wanted = [need_dx, need_dweight, need_dbias]
+    wanted = [request.need_dx, request.need_dweight, request.need_dbias]
     torch_backward = _aten.native_layer_norm_backward.default
-    mean, rstd = rstd
-    if n_rows and saved.dtype != dtype and (need_dweight or need_dbias):
+    mean, rstd = stats
+    if n_rows and saved.dtype != dtype and (request.need_dweight or request.need_dbias):
         # Over a bfloat16 x torch sums the parameters' gradients in bfloat16: a few percent off at 1,000 rows. So the
         # rows are cast to float32, a block at a time that stays in the cache.
-        dx = torch.empty_like(saved, memory_format=torch.contiguous_format) if need_dx else None
+        dx = torch.empty_like(saved, memory_format=torch.contiguous_format) if request.need_dx else None
         sums: list[Tensor | None] = [None, None]
         for rows in (slice(start, start + _BLOCK_ROWS) for start in range(0, n_rows, _BLOCK_ROWS)):
             block = (dy[rows].to(dtype), saved[rows].to(dtype), (n_cols,), mean[rows], rstd[rows])
@@ -63,7 +54,7 @@ def norm_backward(
             sums = [b if a is None else a.add_(b) for a, b in zip(sums, block_sums, strict=True)]
     else:
         dx, *sums = torch_backward(dy, saved, (n_cols,), mean, rstd, *parameters, wanted)
-    return NormGradients(dx, None, *(_cast(grad, grad_dtype) for grad in sums))
+    return NormGradients(dx, None, *(_cast(grad, request.grad_dtype) for grad in sums))
 
 
 def _cast(tensor: Tensor | None, dtype: torch.dtype) -> Tensor | None:

@@ -30,3 +30,15 @@ def activation_kind(module: nn.Module) -> ActivationKind | None:
     if type(module) is nn.GELU:
         return "gelu_tanh" if module.approximate == "tanh" else "gelu"
     return _KINDS.get(type(module))
+
+
+def is_activation(module: nn.Module) -> bool:
+    """Whether `module` is an activation of torch's or transformers', known to fastln or not."""
+    return type(module).__module__ in (nn.modules.activation.__name__, activations.__name__) and not any(
+        True for _ in module.children()
+    )
+
+
+def is_shared(module: nn.Module) -> bool:
+    """Whether transformers holds this very object for every model: changed in place, it would change in all of them."""
+    return any(module is value for value in vars(activations).values())

@@ -10,7 +10,7 @@ from typing import TypeGuard
 import torch
 from torch import Tensor, nn
 
-from fastln_kernels.reference import NormKind, norm_forward
+from fastln_kernels.reference import NormForward, NormKind, norm_forward
 
 _EPS = ("eps", "variance_epsilon", "epsilon", "norm_eps", "layer_norm_eps")  # what transformers' classes call it
 
@@ -96,12 +96,14 @@ def norm_kind(module: nn.Module) -> NormKind | None:
         return None
     probe = copy.copy(module)
     n_cols = dict(module.named_parameters(recurse=False))["weight"].shape[0]
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator("cpu").manual_seed(0)
     probe.__dict__["_parameters"] = {
-        name: None if parameter is None else nn.Parameter(1 + 0.5 * torch.randn(n_cols, generator=generator))
+        name: None
+        if parameter is None
+        else nn.Parameter(1 + 0.5 * torch.randn(n_cols, generator=generator, device="cpu"))
         for name, parameter in module._parameters.items()
     }
-    ordinary = 1 + torch.randn(8, n_cols, generator=generator)
+    ordinary = 1 + torch.randn(8, n_cols, generator=generator, device="cpu")  # whatever the default is
     try:
         with torch.no_grad():
             return _matching(probe, eps, [ordinary, ordinary * eps**0.5, ordinary.bfloat16()])
@@ -120,10 +122,10 @@ def _matching(probe: nn.Module, eps: float, inputs: list[Tensor]) -> NormKind | 
         for offset in (0.0, 1.0):
             kinds = [NormKind(eps, centre, offset, round_normed) for round_normed in (False, True)]
             if all(
-                _error(norm_forward(x, weight, bias, kinds[0]).y, y) < 1e-5
+                _error(norm_forward(NormForward(x, weight, bias, kinds[0])).y, y) < 1e-5
                 for x, y in zip(inputs[:2], wanted, strict=False)
             ):
-                found = [norm_forward(inputs[2], weight, bias, kind).y for kind in kinds]
+                found = [norm_forward(NormForward(inputs[2], weight, bias, kind)).y for kind in kinds]
                 # A float32 weight promotes what some stock code returns.
                 differing = [(y != wanted[2].to(y.dtype)).float().mean().item() for y in found]
                 return kinds[differing[1] < differing[0]]

@@ -25,7 +25,7 @@ _MATRIX = re.compile(r"(weight|proj)$")
 
 def attention_maps(model: nn.Module) -> dict[str, nn.Module]:
     """Return the linear maps of all attention, self and cross, by name: query, key, value and output projections."""
-    prefixes = tuple(f"{name}." for name in _attention(model))
+    prefixes = tuple(f"{name}." for name in outermost_attention(model))
     return {
         name: module
         for name, module in model.named_modules()
@@ -35,7 +35,7 @@ def attention_maps(model: nn.Module) -> dict[str, nn.Module]:
 
 def ffn_maps(model: nn.Module) -> dict[str, dict[str, nn.Module]]:
     """Return, by block, the linear maps of its feed-forward network by name, in the block's order."""
-    attention = _attention(model)
+    attention = outermost_attention(model)
     inside = tuple(f"{name}." for name in attention)
     # The innermost block counts, where a block holds another.
     blocks = sorted({_parent(name) for name in attention}, key=len, reverse=True)
@@ -52,7 +52,7 @@ def embedding_parameters(model: nn.Module) -> list[str]:
     """Return the names of the word embeddings' parameters: not of positions, token types, patches, class tokens."""
     wanted = {
         id(parameter)
-        for _, part in _pretrained(model)
+        for _, part in pretrained_models(model)
         if isinstance(embeddings := _ask(part, "get_input_embeddings"), nn.Embedding)
         for parameter in embeddings.parameters()
     }
@@ -62,8 +62,8 @@ def embedding_parameters(model: nn.Module) -> list[str]:
 def head_parameters(model: nn.Module) -> list[str]:
     """Return the names of parameters of output embeddings, and of what a model for a task has beside its base."""
     wanted = set()
-    for _, part in _pretrained(model):
-        if (head := _ask(part, "get_output_embeddings")) is not None:
+    for _, part in pretrained_models(model):
+        if (head := output_embeddings(part)) is not None:
             wanted |= {id(parameter) for parameter in head.parameters()}
         if part.base_model is not part:
             base = {id(parameter) for parameter in part.base_model.parameters()}
@@ -80,7 +80,8 @@ def own_parameters(modules: dict[str, nn.Module]) -> list[str]:
     ]
 
 
-def _attention(model: nn.Module) -> list[str]:
+def outermost_attention(model: nn.Module) -> list[str]:
+    """Return the names of the modules that are attention and stand in no other attention."""
     found: list[str] = []
     for name, module in model.named_modules():
         if name and type(module).__name__.endswith("Attention") and not name.startswith(tuple(f"{n}." for n in found)):
@@ -98,10 +99,16 @@ def _parent(name: str) -> str:
     return name.rpartition(".")[0]
 
 
-def _pretrained(model: nn.Module) -> Iterator[tuple[str, PreTrainedModel]]:
+def pretrained_models(model: nn.Module) -> Iterator[tuple[str, PreTrainedModel]]:
+    """Yield (name, module) of every transformers model in `model`, itself among them, in the model's order."""
     for name, module in model.named_modules():
         if isinstance(module, PreTrainedModel):
             yield name, module
+
+
+def output_embeddings(model: PreTrainedModel) -> nn.Module | None:
+    """Return what a model makes its logits with; None where it has no such layer."""
+    return _ask(model, "get_output_embeddings")
 
 
 def _ask(model: PreTrainedModel, accessor: str) -> nn.Module | None:

@@ -1,0 +1,462 @@
+"""Decide, then do: what `prepare` will change in a model, as data, and the carrying out of it."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastln.errors import FastLNError
+from fastln.families.recognise import Found, recognise
+from fastln.machine import settle_device, why_no_arena
+from fastln.methods import describe_other_norms, get_method, select_parameters, settle_scope
+from fastln.ops import OpSettings
+from fastln.ops.backends import resolve
+from fastln.standins.attention import NAME, ViewSpec, flash_views
+from fastln.standins.part import Undo, is_stand_in
+from fastln.standins.table import STAND_INS, Place
+from fastln.standins.tricks import TRICKS
+
+STATE = "_fastln_state"
+
+
+@dataclass(frozen=True)
+class Change:
+    """One thing that `prepare` changes.
+
+    Attributes:
+        name: Of the module, in the model; empty for the model itself.
+        kind: What the module is, for a user: LayerNorm, gated MLP, attention, ...
+        stand_in: What takes its place: a key of `fastln.standins.table.STAND_INS`.
+        trick: The name by which `without` leaves it out; None where it is owed.
+        keeps: What is kept of it for backward.
+        products: In which form its matrix products run; None where it has none.
+        reason: Why it changes.
+        stock: The module's class.
+        detail: What the stand-in must know, such as which norm it computes.
+        dtypes: Names of its own parameters that become float32, each with the dtype that it has.
+    """
+
+    name: str
+    kind: str
+    stand_in: str
+    trick: str | None
+    keeps: str
+    products: str | None
+    reason: str
+    stock: str
+    detail: Any = None
+    dtypes: tuple[tuple[str, torch.dtype], ...] = ()
+
+
+@dataclass(frozen=True)
+class Stay:
+    """One thing that stays stock although fastln knows its kind.
+
+    Attributes:
+        name: Of the module, in the model.
+        kind: What it is, for a user.
+        reason: Why it stays.
+    """
+
+    name: str
+    kind: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What `prepare` will change in a model, and what trains. Two plans are equal if they say the same.
+
+    Attributes:
+        model: The model's class.
+        method: What trains, as `fastln.methods` has it.
+        also: Names of further modules that train whole.
+        device: Where the model will be, as torch writes it.
+        settings: How operations will run.
+        without: Names of what is left out.
+        trained: Names of the parameters that train.
+        n_trained: How many numbers these have, and `n_total` how many all parameters have, shared ones counted once.
+        changes: What changes, in the order in which it is done.
+        stays: What stays stock, with the reason.
+        notes: What else a user should know, a sentence each.
+    """
+
+    model: str
+    method: str
+    also: tuple[str, ...]
+    device: str
+    settings: OpSettings
+    without: tuple[str, ...]
+    trained: frozenset[str]
+    n_trained: int
+    n_total: int
+    changes: tuple[Change, ...]
+    stays: tuple[Stay, ...]
+    notes: tuple[str, ...] = ()
+
+    def table(self) -> str:
+        """Return the plan for a person: what trains, what changes and what stays, grouped by kind."""
+        rows = [("", "what", "becomes", "keeps for backward", "products", "left out by")]
+        rows += [
+            (str(count), kind, becomes, keeps, products or "-", f"without={trick!r}" if trick else "-")
+            for (kind, becomes, keeps, products, trick), count in self._groups().items()
+        ]
+        widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+        lines = [self._headline()]
+        for count, *cells in rows:
+            padded = [cell.ljust(width) for cell, width in zip(cells, widths[1:], strict=True)]
+            lines.append(f"  {count.rjust(widths[0])} {'  '.join(padded)}".rstrip())
+        stays = Counter((stay.kind, stay.reason) for stay in self.stays)
+        lines += ["stays stock:"] if stays else ["nothing that fastln knows stays stock"]
+        lines += [f"  {count} {kind}: {reason}" for (kind, reason), count in stays.items()]
+        return "\n".join([*lines, *(f"note: {note}" for note in self.notes)])
+
+    def summary(self) -> list[str]:
+        """Return the plan in four lines or fewer, for the log; notes are warnings of their own."""
+        becomes = Counter((change.kind, _becomes(change)) for change in self.changes)
+        parts = [f"{_counted(count, kind)} → {what}" for (kind, what), count in becomes.items()]
+        lines = [self._headline(), f"changes: {'; '.join(parts) or 'nothing'}"]
+        slow = [change for change in self.changes if change.stand_in == "slow_norm"]
+        if slow:
+            names = ", ".join(f"{change.name} ({change.kind})" for change in slow[:9])
+            more = f" and {len(slow) - 9} more" if len(slow) > 9 else ""
+            lines.append(f"tuned with stock code: {names}{more}: {slow[0].reason}")
+        if stays := Counter((stay.kind, stay.reason) for stay in self.stays):
+            parts = [f"{_counted(count, kind)} ({reason})" for (kind, reason), count in stays.items()]
+            lines.append(f"stays stock: {'; '.join(parts)}")
+        return lines
+
+    def _headline(self) -> str:
+        share = 100 * self.n_trained / max(self.n_total, 1)
+        settings = (
+            f"backend {self.settings.backend}, activations {self.settings.storage}, products {self.settings.products}"
+        )
+        return (
+            f"{self.model}, method {self.method}: {self.n_trained:,} of {self.n_total:,} parameters train "
+            f"({share:.4g}%); device {self.device}, {settings}"
+        )
+
+    def _groups(self) -> Counter[tuple[str, str, str, str | None, str | None]]:
+        return Counter(
+            (change.kind, _becomes(change), change.keeps, change.products, change.trick) for change in self.changes
+        )
+
+
+@dataclass
+class Prepared:
+    """What was done to a model: what `restore` undoes.
+
+    Attributes:
+        plan: What was decided.
+        requires_grad: Of every parameter, by name, what it had before.
+        dtypes: Of parameters that became float32, by name, what they had before.
+        undo: What takes the changes back, in the order in which they were made.
+    """
+
+    plan: Plan
+    requires_grad: dict[str, bool] = field(default_factory=dict)
+    dtypes: dict[str, torch.dtype] = field(default_factory=dict)
+    undo: list[Undo] = field(default_factory=list)
+
+    def remove(self, model: nn.Module) -> None:
+        """Take everything back that was done to `model`; tuned values stay, in the model's own dtype."""
+        for change in reversed(self.undo):
+            change.remove()
+        for name, parameter in model.named_parameters():
+            if parameter.requires_grad != self.requires_grad.get(name, parameter.requires_grad):
+                parameter.requires_grad_(self.requires_grad[name])
+        if hasattr(model, STATE):
+            delattr(model, STATE)
+
+
+def prepared(model: nn.Module) -> Prepared | None:
+    """Return what was done to `model` by `prepare`; None for a stock model. The one place that knows."""
+    state: Prepared | None = model.__dict__.get(STATE)
+    return state
+
+
+def plan(
+    model: nn.Module,
+    method: str = "layernorm",
+    *,
+    scope: str | Iterable[str] | None = None,
+    also: str | Iterable[str] = (),
+    activations: str = "exact",
+    products: str = "exact",
+    without: str | Iterable[str] = (),
+    backend: str = "auto",
+    device: torch.device | str | None = None,
+) -> Plan:
+    """Decide what `prepare` would do with a model, and change nothing.
+
+    Args:
+        model: Any transformers model, which may lie on the meta device.
+        method: As `fastln.prepare` takes it.
+        scope: Likewise.
+        also: Likewise.
+        activations: Likewise.
+        products: Likewise.
+        without: Likewise.
+        backend: Likewise.
+        device: Where the model will be. By default where it is; for one on the meta device a GPU where there is one.
+
+    Returns:
+        The plan: print its `table()`, or carry it out with `apply`.
+
+    Raises:
+        FastLNError: As `fastln.prepare` does.
+    """
+    _check_stock(model)
+    settings = OpSettings(backend, activations, products)
+    left_out = _settle_without(without)
+    method, scope = settle_scope(method, scope)
+    also = (also,) if isinstance(also, str) else tuple(also)
+    chosen, _ = get_method(method)
+    trained = frozenset(select_parameters(model, chosen, scope, also))
+    if not trained:
+        raise FastLNError(f"method {method!r} trains nothing by itself; name the task head's modules with `also`")
+    place = _settle_place(model, device)
+    resolve("layer_norm", place, settings)  # refuses a backend that there is not
+    decided = _Decider(model, trained, left_out, settings, place).decide()
+    left = describe_other_norms(model, trained, scope)
+    parameters = dict(model.named_parameters())
+    return Plan(
+        model=type(model).__name__,
+        method=method,
+        also=also,
+        device=str(place),
+        settings=settings,
+        without=left_out,
+        trained=trained,
+        n_trained=sum(parameters[name].numel() for name in trained),
+        n_total=sum(parameter.numel() for parameter in parameters.values()),
+        changes=tuple(entry for entry in decided if isinstance(entry, Change)),
+        stays=tuple(entry for entry in decided if isinstance(entry, Stay)),
+        notes=() if left is None else (left,),
+    )
+
+
+def apply(plan: Plan, model: nn.Module) -> None:
+    """Carry a plan out, in place: all of it, or nothing.
+
+    Args:
+        plan: Made for this model, or for one of the same configuration on the meta device.
+        model: The model.
+
+    Raises:
+        FastLNError: If the plan was made for another model, or the model is prepared already; nothing changed then.
+        BaseException: Whatever a step raised, a KeyboardInterrupt among it; the model is as it was.
+    """
+    _check_stock(model)
+    _check_fits(plan, model)
+    state = Prepared(plan)
+    before: dict[str, Tensor] = {}
+    setattr(model, STATE, state)
+    try:
+        for name, parameter in model.named_parameters():
+            state.requires_grad[name] = parameter.requires_grad
+            parameter.requires_grad_(name in plan.trained)
+        for change in plan.changes:
+            dtypes = dict(change.dtypes)
+            for own, dtype in dtypes.items():
+                name = _joined(change.name, own)
+                before[name] = model.get_parameter(name).data
+                state.dtypes[name] = dtype
+            place = Place(model, change.name, change.detail, plan.settings, dtypes, state.undo)
+            STAND_INS[change.stand_in].put(place)
+    except BaseException:
+        state.remove(model)
+        for name, tensor in before.items():
+            model.get_parameter(name).data = tensor  # the very one, not one that was cast there and back
+        raise
+
+
+class _Decider:
+    """Decides about each place that fastln knows: a change, or why it stays."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        trained: frozenset[str],
+        without: tuple[str, ...],
+        settings: OpSettings,
+        device: torch.device,
+    ) -> None:
+        self._model = model
+        self._without = without
+        self._settings = settings
+        self._device = device
+        self._modules = dict(model.named_modules())
+        self._trained = {id(p): p for name, p in model.named_parameters() if name in trained}
+
+    def decide(self) -> list[Change | Stay]:
+        found = recognise(self._model)
+        heads = {entry.name for entry in found if entry.what == "lm_head" and self._waits()}
+        decided: list[Change | Stay] = self._flash_attention(found)
+        for entry in found:
+            if entry.what in ("linear", "conv1d") and entry.name in heads:
+                continue
+            made = self._of(entry)
+            decided += [] if made is None else [made]
+        if self._device.type == "cpu":
+            arena = Found("", "arena", "memory of large tensors", obstacle=why_no_arena(self._device))
+            made = self._of(arena)
+            decided += [] if made is None else [made]
+        return decided
+
+    def _of(self, entry: Found) -> Change | Stay | None:
+        match entry.what:
+            case "layer_norm" | "norm" | "slow_norm":
+                return self._norm(entry)
+            case "attention":
+                return self._attention(entry)
+            case "linear" | "conv1d":
+                return self._linear(entry)
+            case "lm_head" | "last_block" | "arena" if self._settings.backend == "reference":
+                return None  # plain PyTorch throughout
+            case "blip_attention" | "blip_text_attention" if self._settings.backend == "reference":
+                return None
+        return self._known(entry)
+
+    def _known(self, entry: Found, detail: Any = None) -> Change | Stay:
+        """Change what nothing speaks against."""
+        row = STAND_INS[entry.what]
+        if entry.obstacle is not None:
+            return Stay(entry.name, entry.label, entry.obstacle)
+        if row.trick in self._without:
+            return Stay(entry.name, entry.label, f"left out: without={row.trick!r}")
+        return self._change(entry, entry.what, entry.detail if detail is None else detail)
+
+    def _change(
+        self, entry: Found, stand_in: str, detail: Any, dtypes: tuple[tuple[str, torch.dtype], ...] = ()
+    ) -> Change:
+        row = STAND_INS[stand_in]
+        return Change(
+            name=entry.name,
+            kind=entry.label,
+            stand_in=stand_in,
+            trick=row.trick,
+            keeps=row.keeps,
+            products=self._settings.products if row.has_products else None,
+            reason=row.reason,
+            stock=_class_name(self._modules[entry.name]),
+            detail=detail,
+            dtypes=dtypes,
+        )
+
+    def _norm(self, entry: Found) -> Change | Stay:
+        norm = self._modules[entry.name]
+        dtypes = tuple(
+            (own, parameter.dtype)
+            for own, parameter in norm.named_parameters(recurse=False)
+            if id(parameter) in self._trained
+        )
+        left_out = "norms" in self._without
+        if entry.obstacle is None and not left_out:
+            return self._change(entry, entry.what, entry.detail, dtypes)
+        reason = entry.obstacle or "left out: without='norms'"
+        if not dtypes:
+            return Stay(entry.name, entry.label, reason)
+        return dataclasses.replace(self._change(entry, "slow_norm", None, dtypes), reason=reason)
+
+    def _waits(self) -> bool:
+        return "late_logits" not in self._without and self._settings.backend != "reference"
+
+    def _attention(self, entry: Found) -> Change | Stay | None:
+        if self._device.type != "cpu" or self._settings.backend == "reference":
+            return None  # sdpa, which is torch's best; flash-attn was decided on before
+        choice = resolve("attention", self._device, self._settings)
+        if choice.backend != "cpu":
+            return None if entry.obstacle else Stay(entry.name, entry.label, choice.reason)
+        return self._known(entry, ViewSpec(NAME))
+
+    def _flash_attention(self, found: list[Found]) -> list[Change | Stay]:
+        if self._device.type != "cuda" or self._settings.backend == "reference":
+            return []
+        kept = [entry.name for entry in found if entry.what == "attention" and entry.obstacle is not None]
+        views = flash_views(self._model, kept)
+        return [self._known(Found(name, "attention", "attention"), spec) for name, spec in views.items()]
+
+    def _linear(self, entry: Found) -> Change | Stay | None:
+        if resolve("linear", self._device, self._settings).backend != "cpu":
+            return None  # torch's own is the best there is
+        if id(self._modules[entry.name].weight) in self._trained:
+            return Stay(entry.name, entry.label, "its weight trains")
+        return self._known(entry)
+
+
+def _becomes(change: Change) -> str:
+    what = STAND_INS[change.stand_in].becomes
+    if isinstance(change.detail, ViewSpec) and change.detail.name != NAME:
+        what = "flash-attn"
+    if not change.dtypes:
+        return what
+    return f"{what}, {'float64' if any(dtype == torch.float64 for _, dtype in change.dtypes) else 'float32'}"
+
+
+def _counted(count: int, kind: str) -> str:
+    counts = count > 1 and kind[-1] not in "s)" and not kind.startswith(("attention", "dropout", "cache", "memory"))
+    return f"{count} {kind}{'s' if counts else ''}"
+
+
+def _settle_without(without: str | Iterable[str]) -> tuple[str, ...]:
+    names = (without,) if isinstance(without, str) else tuple(without)
+    for name in names:
+        if name not in TRICKS:
+            near = difflib.get_close_matches(str(name), TRICKS, n=1)
+            hint = f"; did you mean {near[0]!r}?" if near else ""
+            raise FastLNError(f"unknown name {name!r} in `without`{hint} (valid: {', '.join(TRICKS)})")
+    return tuple(dict.fromkeys(names))
+
+
+def _settle_place(model: nn.Module, device: torch.device | str | None) -> torch.device:
+    if device is not None:
+        return torch.device(device)
+    here = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
+    return settle_device("auto") if here.type == "meta" else here
+
+
+def _check_stock(model: nn.Module) -> None:
+    if prepared(model) is not None:
+        raise FastLNError("this model is prepared already; call fastln.restore(model) first")
+    inside = next(
+        (name for name, module in model.named_modules() if prepared(module) is not None or is_stand_in(module)), None
+    )
+    if inside is not None:
+        raise FastLNError(
+            f"{inside!r} in this model, or a model around it, is prepared already; restore that first, then prepare "
+            "the outermost model, with `scope` for the sub-models to tune"
+        )
+
+
+def _check_fits(plan: Plan, model: nn.Module) -> None:
+    modules = dict(model.named_modules())
+    parameters = {name for name, _ in model.named_parameters()}
+    for change in plan.changes:
+        module = modules.get(change.name)
+        if module is None or _class_name(module) != change.stock:
+            held = "no such module" if module is None else f"a {_class_name(module)}"
+            raise FastLNError(
+                f"the plan is for another model: it has {change.name!r} as a {change.stock}, and this "
+                f"{type(model).__name__} has {held} there"
+            )
+    if missing := sorted(plan.trained - parameters):
+        raise FastLNError(
+            f"the plan is for another model: {missing[0]!r} is to train, and this {type(model).__name__} has no such "
+            "parameter"
+        )
+
+
+def _class_name(module: nn.Module) -> str:
+    return f"{type(module).__module__}.{type(module).__qualname__}"
+
+
+def _joined(module: str, own: str) -> str:
+    return f"{module}.{own}" if module else own
