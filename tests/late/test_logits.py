@@ -336,6 +336,22 @@ def test_a_head_that_an_optimizer_wrote_to_is_an_error(settings):
         lazy.argmax(-1)
 
 
+@pytest.mark.parametrize("value", [0.0, float("nan")])
+def test_what_no_gradient_moves_hides_nothing(value):
+    """A first column without a gradient; and weights that are no numbers have not been written to for that."""
+    hidden, weight, bias = parts()
+    with torch.no_grad():
+        hidden[..., 0], weight[0, 1] = 0.0, value
+    lazy = LazyLogits.of(hidden, weight, bias)
+    rows(lazy).backward()
+    torch.testing.assert_close(lazy + 0, F.linear(hidden, weight, bias), equal_nan=True)
+    if value == 0:
+        lazy = LazyLogits.of(hidden, weight, bias)
+        torch.optim.Adam([weight], fused=True).step()
+        with pytest.raises(FastLNError, match=r"read it before optimizer.step\(\)"):
+            lazy.argmax(-1)
+
+
 def test_a_bias_that_trains_counts_as_it_was():
     hidden, weight, bias = parts()
     weight.requires_grad_(False)

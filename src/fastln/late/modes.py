@@ -14,8 +14,8 @@ from torch import Tensor
 class Modes:
     """Autocast and the hooks on saved tensors, as they are now.
 
-    Hooks that came on since, such as a checkpoint's, are left out:
-    the checkpoint's second forward pass finds the late tensor computed, so its first must not see the computation.
+    Hooks that came on since, such as a checkpoint's, are left out: the checkpoint's second forward pass finds the late
+    tensor computed, so its first must not see the computation.
     """
 
     def __init__(self, device: torch.device) -> None:

@@ -107,17 +107,17 @@ class LateTensor(Tensor):
 class Unwritten:
     """Tensors that must stay as they are until a late tensor has been computed from them.
 
-    Optimizers with `fused=True` write without raising the version of a tensor, so a column of every trained matrix is
-    kept and compared, too.
+    Optimizers with `fused=True` write without raising the version of a tensor. So the first row and column of every
+    trained matrix are kept and compared, too.
     """
 
     def __init__(self, tensors: Iterable[Tensor]) -> None:
-        self._tensors = [(tensor, tensor._version, _column(tensor)) for tensor in tensors]
+        self._tensors = [(tensor, tensor._version, _edges(tensor)) for tensor in tensors]
 
     def check(self) -> None:
         """Raise a `FastLNError` if anybody has written to one of the tensors."""
-        for tensor, version, column in self._tensors:
-            if tensor._version != version or (column is not None and not torch.equal(tensor.detach()[..., 0], column)):
+        for tensor, version, edges in self._tensors:
+            if tensor._version != version or not _same(_edges(tensor), edges):
                 raise FastLNError(
                     f"a late tensor cannot be computed any more: a tensor {(*tensor.shape,)} that it is made of has "
                     "been written to since the forward pass; read it before optimizer.step(), or use "
@@ -125,8 +125,16 @@ class Unwritten:
                 )
 
 
-def _column(tensor: Tensor) -> Tensor | None:
-    return tensor.detach()[..., 0].clone() if tensor.requires_grad and tensor.is_leaf and tensor.ndim > 1 else None
+def _edges(tensor: Tensor) -> Tensor | None:
+    if not tensor.requires_grad or not tensor.is_leaf or tensor.ndim < 2 or not tensor.numel():
+        return None
+    return torch.cat([tensor.detach()[0].flatten(), tensor.detach()[..., 0].flatten()])
+
+
+def _same(a: Tensor | None, b: Tensor | None) -> bool:
+    if a is None or b is None:
+        return a is b
+    return torch.allclose(a, b, rtol=0, atol=0, equal_nan=True)
 
 
 def as_it_is_now(tensor: Tensor) -> Tensor:
@@ -151,6 +159,12 @@ _IN_PLACE_AT = {F.relu: 1, F.silu: 1, F.dropout: 3}  # the place of the argument
 _PROPERTIES = "shape dtype device layout ndim requires_grad is_leaf is_cpu is_cuda is_meta is_nested is_sparse _version"
 METADATA = {
     *(getattr(Tensor, name).__get__ for name in _PROPERTIES.split()),
-    *(Tensor.size, Tensor.stride, Tensor.dim, Tensor.numel, Tensor.__len__),
-    *(Tensor.is_contiguous, Tensor.is_floating_point, torch.is_floating_point),
+    Tensor.size,
+    Tensor.stride,
+    Tensor.dim,
+    Tensor.numel,
+    Tensor.__len__,
+    Tensor.is_contiguous,
+    Tensor.is_floating_point,
+    torch.is_floating_point,
 }
