@@ -469,3 +469,19 @@ def test_nothing_is_left_behind():
         assert gone() is None
     finally:
         gc.enable()
+
+
+def test_a_loss_does_not_keep_alive_what_waits():
+    """The inputs of the last block's rows go with the outputs, though its graph reaches the late tensors' nodes."""
+    tail, (attended, residual) = Tail(), inputs()
+    hidden = tail(LazyRows.of(attended), residual)
+    logits = LazyLogits.of(hidden, torch.randn(6, WIDTH), None)
+    loss = loss_of(logits.float())
+    rows = weakref.ref(hidden._rows)
+    gc.disable()
+    try:
+        del hidden, logits
+        assert rows() is None
+    finally:
+        gc.enable()
+    loss.backward()

@@ -73,8 +73,8 @@ class LazyRows(LateTensor):
                 self._own = laid_out(self._rows.memory(writes), self._twin)
         return self._own
 
-    def _source(self) -> Rows:
-        return self._rows
+    def _source(self) -> tuple[Rows, Modes]:
+        return self._rows, self._modes
 
     def _pick(self, numbers: Tensor) -> Tensor | None:
         """Return rows by their numbers, `(n, d)`; None where those are too many, or others were computed before."""
@@ -110,10 +110,10 @@ class _Wait(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, held: list[Rows], twin: Tensor, modes: Modes, *tensors: Tensor) -> Tensor:
-        ctx.held, ctx.twin, ctx.modes, ctx.n_tensors = held, twin, modes, len(tensors)
+    def forward(ctx: Any, held: list[Any], twin: Tensor, device: torch.device, *tensors: Tensor) -> Tensor:
+        ctx.held, ctx.twin, ctx.n_tensors = held, twin, len(tensors)
         ctx.set_materialize_grads(False)
-        return LazyRows._wrapper(twin, modes.device)
+        return LazyRows._wrapper(twin, device)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -123,17 +123,17 @@ class _Wait(torch.autograd.Function):
             raise FastLNError("rows that waited are differentiable once: no backward with create_graph=True")
         if not ctx.held:
             raise FastLNError("an autograd.Function took late hidden states without reading them; pass it `hidden + 0`")
-        (rows,) = ctx.held
-        with ctx.modes.restored():
+        ((rows, modes),) = ctx.held
+        with modes.restored():
             y = laid_out(rows.anew({}).compute(), ctx.twin)
         gradients = torch.autograd.grad(y, tuple(rows.tensors.values()), dy, allow_unused=True)
         return None, None, None, *gradients
 
 
 def _lazy(rows: Rows, twin: Tensor, modes: Modes) -> LazyRows:
-    held: list[Rows] = []
+    held: list[Any] = []
     with torch._C.DisableTorchFunctionSubclass():
-        lazy: LazyRows = _Wait.apply(held, twin, modes, *rows.tensors.values())
+        lazy: LazyRows = _Wait.apply(held, twin, modes.device, *rows.tensors.values())
     lazy._rows, lazy._twin, lazy._modes, lazy._held, lazy._own = rows, twin, modes, held, None
     return lazy
 
