@@ -26,11 +26,11 @@ import torch
 from torch import nn
 from torch.profiler import ProfilerActivity, profile, record_function
 
-from fastln.engines import apply_method
 from fastln.families.heads import find_heads
 from fastln.machine import DTYPES, cpu_model
 from fastln.models.shapes import make_shape
 from fastln.training.optimizer import MasterAdamW
+from fastln.training.tasks import apply_method
 
 # In order of precedence: an operation has the first kind whose pattern matches it or an operation around it.
 KINDS = {

@@ -9,6 +9,7 @@ from PIL import Image
 from transformers import BertConfig
 
 from fastln import cli, doctor
+from fastln.data.loading import READERS
 from fastln.machine import MemoryLimit
 from fastln.ops.backends import OPERATIONS, resolve
 from fastln.standins.tricks import TRICKS
@@ -28,6 +29,8 @@ def fastln(*arguments, monkeypatch, capsys):
         (["train", "--out", "{tmp}/o", "--method", "layernrm"], "did you mean 'layernorm'"),
         (["train", "--out", "{tmp}/o", "--method", "lora", "--engine", "torch"], "(valid: peft)"),
         (["train", "--out", "{tmp}/o", "--data", "{tmp}/nowhere"], "nowhere"),
+        (["train", "--out", "{tmp}/o", "--without", "late_row"], "unknown name 'late_row' in `without`; did you mean"),
+        (["train", "--out", "{tmp}/o", "--without", "cache", "--engine", "torch"], "without cache is for engine 'fas"),
         (["train", "--out", "{tmp}/o", "--model", "{tmp}"], "there is no config.json"),
         (["train", "--out", "{tmp}/o", "--dtype", "float8"], "unknown dtype 'float8' (valid: auto, float32"),
         (["train", "--out", "{tmp}/o", "--feature-cache", "{tmp}/c"], "a vision tower that is frozen, and method"),
@@ -44,7 +47,7 @@ def fastln(*arguments, monkeypatch, capsys):
         (["eval", "dual", "--data", "{tmp}", "--layout", "slak"], "did you mean 'slake'?"),
         (["train", "--out", "{tmp}/o", "--language", "zh"], "phantom: no language 'zh' to choose: it has one"),
         (["eval", "dual", "--predictions", "{tmp}"], "is a folder"),
-        (["eval", "dual", "--image-size", "100"], "it must be a multiple of 16, for images are cut into patches"),
+        (["eval", "dual", "--image-size", "100"], "it must be a multiple of 16, because images are cut into patches"),
         (["train", "--out", "{tmp}/o", "--image-size", "0"], "image size 0: it must be a multiple of 16"),
         (["eval", "{tmp}/binary"], "config.json: cannot be read"),
         (["merge", "{tmp}", "--base", "{tmp}", "--out", "{tmp}/o"], "there is no config.json"),
@@ -78,7 +81,7 @@ QUESTION = {"qid": 1, "image_name": "a.png", "question": "Is it?", "answer": "ye
         ({"answer": None}, "trainset.json: row 1 (qid 2): field 'answer' must be a text, not null"),
         ({"image_name": "gone.png"}, 'trainset.json: row 1 (qid 2): image "gone.png" is missing in'),
         ({"image_name": "../a.png"}, 'trainset.json: row 1 (qid 2): image "../a.png" leads outside the folder'),
-        ({"image_name": "text.png"}, "text.png: this is no image of a known format"),
+        ({"image_name": "text.png"}, "text.png: this is not an image of a known format"),
         ("[{]", "trainset.json: line 1, column 3: not valid JSON"),
         ("[]", "the train split holds no usable row"),
     ],
@@ -125,6 +128,15 @@ def test_an_option_of_the_wrong_kind_is_status_2(monkeypatch, capsys):
     code, output = fastln("train", "--out", "x", "--epochs", "many", monkeypatch=monkeypatch, capsys=capsys)
     assert code == 2
     assert "--epochs" in output.err
+
+
+@pytest.mark.parametrize("command", ["train", "eval", "bench"])
+def test_the_help_names_every_layout(command, monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", "200")
+    status, printed = fastln(command, "--help", monkeypatch=monkeypatch, capsys=capsys)
+    assert status == 0
+    text = " ".join(printed.out.replace("│", " ").split())
+    assert f"laid out: {', '.join(READERS)}; recognised" in text
 
 
 def test_doctor_names_a_backend_and_a_reason_for_each_operation(monkeypatch, capsys):

@@ -11,12 +11,12 @@ from transformers import BertConfig, BertForMaskedLM, BertModel
 
 import fastln
 from fastln.data import GroupedBatches
-from fastln.engines import apply_method, finish
 from fastln.errors import FastLNError
 from fastln.methods import norm_parameters
 from fastln.prepare import check_norm_gradients
 from fastln.standins.norm import LayerNorm
 from fastln.training import TrainConfig, build_optimizer
+from fastln.training.tasks import apply_method, finish
 
 
 def small_bert() -> BertModel:

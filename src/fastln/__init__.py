@@ -3,10 +3,11 @@
 from typing import TYPE_CHECKING, Any
 
 from fastln import ops
-from fastln.adapters import load_adapter, merge_adapter, save_adapter
+from fastln.adapters import load_adapter, save_adapter
 from fastln.decision import Plan
 from fastln.errors import FastLNError
 from fastln.machine import warn_of_untested_versions
+from fastln.merge import merge_adapter
 from fastln.plan import plan
 from fastln.prepare import prepare, restore
 

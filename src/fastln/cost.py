@@ -16,6 +16,7 @@ from fastln.families.heads import find_heads
 from fastln.late.rows import LazyRows
 from fastln.late.tensor import METADATA
 from fastln.memory import synchronize
+from fastln.ops.linear_cross_entropy import IGNORE_INDEX
 from fastln.plan import apply, plan
 from fastln.prepare import restore
 
@@ -31,14 +32,14 @@ class Products(TorchFunctionMode):
 
     Args:
         model: Its heads are told by their weights.
-        labels: Of the batch; those of -100 are no labels.
+        labels: of the batch; those of `IGNORE_INDEX` are left out.
     """
 
     def __init__(self, model: nn.Module, labels: Tensor | None = None) -> None:
         super().__init__()
         self.operations = 0.0
         self._heads = {id(head.weight) for head in find_heads(model).values()}
-        self._n_labels = 0 if labels is None else int((labels != -100).sum())
+        self._n_labels = 0 if labels is None else int((labels != IGNORE_INDEX).sum())
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None

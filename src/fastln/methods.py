@@ -245,9 +245,22 @@ def select_parameters(
     for module in also:
         inside = {name for name, _ in model.named_parameters() if name.startswith(f"{module}.")}
         if not inside:
-            raise FastLNError(f"there is no module {module!r} with parameters in {type(model).__name__}, to train also")
+            raise FastLNError(_no_parameters(model, module))
         chosen |= inside
     return chosen
+
+
+def _no_parameters(model: nn.Module, module: str) -> str:
+    """Say why `also` finds nothing to train in a module: there is none, or another module shares all of its weights."""
+    names_of = {parameter: name for name, parameter in model.named_parameters()}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        if name.startswith(f"{module}."):
+            owner = names_of[parameter].rpartition(".")[0]
+            return (
+                f"{module!r} shares all its weights with modules before it in {type(model).__name__}, to which they "
+                f"belong: train them by also={owner!r}"
+            )
+    return f"there is no module {module!r} with parameters in {type(model).__name__}, to train also"
 
 
 def describe_other_norms(model: nn.Module, trained: Collection[str], scope: str | Iterable[str] | None) -> str | None:

@@ -92,7 +92,7 @@ def plan(
     """
     _check_stock(model)
     settings = OpSettings(backend, activations, products)
-    left_out = _settle_without(without)
+    left_out = settle_without(without)
     method, scope = settle_scope(method, scope)
     also = (also,) if isinstance(also, str) else tuple(also)
     chosen, _ = get_method(method)
@@ -278,7 +278,12 @@ def _becomes(what: str, detail: Any, dtypes: tuple[tuple[str, torch.dtype], ...]
     return f"{what}, {'float64' if any(dtype == torch.float64 for _, dtype in dtypes) else 'float32'}"
 
 
-def _settle_without(without: str | Iterable[str]) -> tuple[str, ...]:
+def settle_without(without: str | Iterable[str]) -> tuple[str, ...]:
+    """Return the names of what is left out, each once.
+
+    Raises:
+        FastLNError: If one is not a key of `TRICKS`.
+    """
     names = (without,) if isinstance(without, str) else tuple(without)
     for name in names:
         if name not in TRICKS:

@@ -9,7 +9,7 @@ from typing import TypeVar
 from torch import nn
 
 from fastln.errors import FastLNError
-from fastln.families import find_norms
+from fastln.methods import norm_parameters
 from fastln.plan import apply, plan, prepared
 
 logger = logging.getLogger(__name__)
@@ -108,14 +108,10 @@ def check_norm_gradients(model: nn.Module) -> None:
     Raises:
         FastLNError: Naming the norms that did not.
     """
-    silent = [
-        f"{name}.{part}"
-        for name, norm in find_norms(model)
-        for part, parameter in norm.named_parameters(recurse=False)
-        if parameter.requires_grad and parameter.grad is None
-    ]
+    norms = {name: model.get_parameter(name) for name in norm_parameters(model)}
+    silent = [name for name, parameter in norms.items() if parameter.requires_grad and parameter.grad is None]
     if silent:
         raise FastLNError(
-            f"{len(silent)} trained norm parameters received no gradient, for the loss does not depend on them: "
+            f"{len(silent)} trained norm parameters received no gradient, because the loss does not depend on them: "
             f"{', '.join(silent[:5])}{', ...' if len(silent) > 5 else ''}; leave them out with `scope`"
         )

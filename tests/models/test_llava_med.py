@@ -14,8 +14,8 @@ from fastln.adapters import load_adapter, save_adapter
 from fastln.data import Sample, Source, VQADataset
 from fastln.data.images import ImageStat
 from fastln.errors import FastLNError
-from fastln.merge import merge_into_base
 from fastln.models import llava_med, load_task
+from fastln.models.merge import merge_into_base
 from fastln.prepare import prepare
 from fastln.training import TrainConfig, TrainFiles, train_task
 
@@ -130,8 +130,8 @@ def test_the_tower_of_the_published_checkpoint_is_known():
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"mm_projector_type": "linear"}, "mm_projector_type is 'linear'; transformers' LLaVA has 'mlp2x_gelu' alone"),
-        ({"mm_use_im_start_end": True}, "mm_use_im_start_end is True; transformers' LLaVA has False alone"),
+        ({"mm_projector_type": "linear"}, "mm_projector_type is 'linear'; transformers' LLaVA takes only 'mlp2x_gelu'"),
+        ({"mm_use_im_start_end": True}, "mm_use_im_start_end is True; transformers' LLaVA takes only False"),
         ({"num_hidden_layers": 3}, "the checkpoint lacks 9 tensors of its LLaVA-Med, for example model.language_model"),
     ],
 )

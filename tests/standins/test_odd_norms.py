@@ -135,3 +135,20 @@ def test_a_sub_model_that_is_frozen_is_not_told_of(caplog):
         caplog.clear()
         fastln.restore(fastln.prepare(clip, scope=scope))
         assert sum("1 norms stay as they are" in text for text in caplog.messages) == n_told, scope
+
+
+def test_what_a_forward_raises_that_looks_like_a_norms_is_in_the_debug_log(caplog):
+    class Scale(nn.Module):
+        eps = 1e-6
+
+        def __init__(self):
+            super().__init__()
+            self.weight = nn.Parameter(torch.ones(4))
+
+        def forward(self, x):
+            raise RuntimeError("takes pairs alone")
+
+    model = nn.Sequential(Scale(), nn.LayerNorm(4))
+    with caplog.at_level("DEBUG", "fastln"):
+        assert [name for name, _ in find_norms(model)] == ["1"]
+    assert "Scale is taken for no norm: its forward raised RuntimeError('takes pairs alone')" in caplog.text

@@ -16,12 +16,14 @@ from transformers import AutoModel
 from fastln.adapters import load_adapter
 from fastln.data import DataOptions, Source, load_source
 from fastln.errors import FastLNError
-from fastln.merge import merge_into_base
 from fastln.models import load_task
-from fastln.training import TrainConfig, TrainFiles, checkpoints, eval_run, evaluate, train_task
+from fastln.models.merge import merge_into_base
+from fastln.plan import prepared
+from fastln.training import TrainConfig, TrainFiles, checkpoints, eval_run, evaluate, tasks, train_task
 from fastln.training import run as run_module
 from fastln.training.eval_run import EvalRun, run_evaluation
 from fastln.training.head import train_head
+from fastln.training.preview import preview
 from fastln.training.run import TrainRun, run_training
 
 
@@ -93,6 +95,26 @@ def test_training_lowers_the_loss_and_moves_only_norms_and_head(tmp_path):
     norms = {name for name in before if "norm" in name.lower()}
     head = {name for name in before if name.startswith("fusion_head.")}
     assert changed == norms | head
+
+
+def test_what_a_run_leaves_out_stays_stock_in_the_training_and_in_the_preview(tmp_path, monkeypatch):
+    data, plans = tiny.phantom(12), []
+    put_method = tasks.put_method
+
+    def watched(*args, **kwargs):
+        model = put_method(*args, **kwargs)
+        plans.append(prepared(model).plan)
+        return model
+
+    monkeypatch.setattr(tasks, "put_method", watched)
+    config = TrainConfig(epochs=1, head_epochs=0, batch_size=12, without=("dropout", "cache"))
+    train_task(tiny.dual(tmp_path, data), data, config, progress=False)
+    preview(tiny.dual(tmp_path, data), data, config, None)
+    assert [plan.without for plan in plans] == [config.without] * 2
+    with pytest.raises(FastLNError, match="without dropout, cache is for engine 'fastln'"):
+        train_task(tiny.dual(tmp_path, data), data, config, engine="peft", progress=False)
+    with pytest.raises(FastLNError, match="without dropout, cache is for engine 'fastln'"):
+        TrainRun("phantom", "dual", "torch", config)
 
 
 def test_the_head_trains_on_the_features_that_the_model_computes(tmp_path):
@@ -173,7 +195,7 @@ def test_the_adapter_on_its_base_scores_as_the_whole_model_and_is_small(method, 
     ("method", "why"),
     [
         ("full/fastln", "an adapter holds norms and the modules named in `also`"),
-        ("layernorm+lora/fastln", "an adapter holds norms or peft's layers, and here both train"),
+        ("layernorm+lora/fastln", "an adapter holds either norms or peft's layers, and here both train"),
         ("layernorm/torch", "this model is not prepared"),
         ("head/fastln", "no norm of this model trains"),
     ],
@@ -194,7 +216,7 @@ def test_an_adapter_meets_no_other_base_and_no_other_answers(tmp_path):
     run_training(TrainRun("phantom", base, None, CONFIG), out)
     model = load_task(base, tiny.phantom(24)).model
     model.config.answers = model.config.answers[::-1]
-    with pytest.raises(FastLNError, match="or the answers that it chooses from, differ"):
+    with pytest.raises(FastLNError, match="or the answers that the model chooses from, differ"):
         load_adapter(model, out / "adapter")
     vision = AutoModel.from_pretrained(tmp_path / "vision")
     with torch.no_grad():

@@ -11,9 +11,9 @@ from small_run import Sentences, arguments, llama
 from transformers import TrainingArguments
 
 from fastln import FastLNError, FastLNTrainer
-from fastln.engines import apply_method
 from fastln.training import TrainConfig, TrainFiles, train_task
 from fastln.training.task_trainer import TaskTrainer
+from fastln.training.tasks import apply_method
 from fastln.training.train import OneDeviceArguments
 
 

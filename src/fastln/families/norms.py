@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import logging
 from collections.abc import Iterator
 from typing import TypeGuard
 
@@ -11,6 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from fastln_kernels.reference import NormForward, NormKind, norm_forward
+
+logger = logging.getLogger(__name__)
 
 _EPS = ("eps", "variance_epsilon", "epsilon", "norm_eps", "layer_norm_eps")  # what transformers' classes call it
 
@@ -107,8 +110,9 @@ def norm_kind(module: nn.Module) -> NormKind | None:
     try:
         with torch.no_grad():
             return _matching(probe, eps, [ordinary, ordinary * eps**0.5, ordinary.bfloat16()])
-    # Whatever a class that happens to have a norm's shape does with such an input, it is no norm then.
-    except Exception:
+    # A class that happens to have a norm's shape may raise anything; it is no norm that fastln knows then.
+    except Exception as error:
+        logger.debug("%s is taken for no norm: its forward raised %r", type(module).__name__, error)
         return None
 
 

@@ -8,11 +8,11 @@ import torch
 import transformers
 from transformers import AutoConfig, AutoModel, PreTrainedConfig, PreTrainedModel
 
-from fastln.errors import FastLNError
+from fastln.errors import FastLNError, loading
 from fastln.models.blip_task import embedded_config
 from fastln.models.dual_encoder import DualEncoder
 from fastln.models.shapes import FAMILIES, is_shape, parse_shape
-from fastln.models.sources import bare_configuration, check_source, loading, saved_model
+from fastln.models.sources import bare_configuration, check_source, saved_model
 
 
 def outline(spec: str) -> PreTrainedModel:

@@ -24,7 +24,7 @@ from fastln.errors import FastLNError
 from fastln_kernels import linear_cross_entropy as kernels
 
 IGNORE_INDEX = -100
-"""The label of a position that counts for nothing, unless a caller names another: torch's and transformers'."""
+"""The label of a position without one: PyTorch's cross-entropy ignores it, and transformers' datasets write it."""
 
 _REDUCTIONS = ("mean", "sum", "none")
 

@@ -21,9 +21,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from fastln.adapters import FINGERPRINT, fingerprint
 from fastln.errors import FastLNError
 from fastln.files import STAGING, flush
+from fastln.fingerprint import FINGERPRINT, difference, fingerprint
 
 logger = logging.getLogger(__name__)
 
@@ -136,7 +136,7 @@ def trained_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
 def save_trained(model: nn.Module, folder: Path) -> None:
     """Write the parameters that train, and a fingerprint of the frozen ones, which come with the base model."""
     tensors = {name: p.detach().contiguous() for name, p in trained_parameters(model).items()}
-    save_file(tensors, folder / TRAINED, {"format": "pt", FINGERPRINT: _frozen(model)})
+    save_file(tensors, folder / TRAINED, {"format": "pt", FINGERPRINT: fingerprint(model, _not_frozen(model))})
 
 
 def load_trained(model: nn.Module, folder: Path) -> None:
@@ -165,17 +165,15 @@ def load_trained(model: nn.Module, folder: Path) -> None:
                 f"{path}: it is of another model: {name} has shape {tuple(saved[name].shape)} there and "
                 f"{tuple(parameter.shape)} here"
             )
-    if base is not None and base != _frozen(model):
+    if base is not None and (differs := difference(base, model, _not_frozen(model))) is not None:
         raise FastLNError(
-            f"{path}: it is of another base model: the frozen weights are not those of the run that wrote it; "
-            "resume with that base, or train anew"
+            f"{path}: it is of another base model: {differs}; resume with that base, or start a new training"
         )
     with torch.no_grad():
         for name, parameter in trained.items():
             parameter.copy_(saved[name])
 
 
-def _frozen(model: nn.Module) -> str:
-    names = [name for name, _ in model.named_parameters()]
+def _not_frozen(model: nn.Module) -> set[str]:
     # AdaLoRA counts its ranks in parameters that no optimizer has, and they change.
-    return fingerprint(model, trained_parameters(model).keys() | {name for name in names if "ranknum" in name})
+    return {name for name, p in model.named_parameters() if p.requires_grad or "ranknum" in name}

@@ -19,6 +19,7 @@ class TrainConfig:
     Attributes:
         method: as `fastln.methods.get_method` takes it; it brings the learning rate and its groups.
         scope: the sub-models that the method tunes; None for all.
+        without: names of what `fastln.prepare` leaves out; None for nothing. For engine `fastln` only.
         epochs: passes over the training questions.
         head_epochs: passes that train a head which starts random, alone and on the frozen towers' features, before
             the method's own epochs. Method `head` trains nothing else, for `head_epochs` and `epochs` together.
@@ -36,6 +37,7 @@ class TrainConfig:
 
     method: str = "layernorm"
     scope: tuple[str, ...] | None = None
+    without: tuple[str, ...] | None = None
     epochs: int = 15
     head_epochs: int = 3
     batch_size: int = 32

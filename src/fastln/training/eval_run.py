@@ -9,7 +9,6 @@ from pathlib import Path
 from fastln.data import DataOptions, load_source
 from fastln.data.answers import normalise_answer
 from fastln.data.dataset import check_split
-from fastln.engines import load_trained_adapter
 from fastln.errors import FastLNError
 from fastln.machine import settle_device, settle_dtype
 from fastln.metrics import Accuracy, ReportScores, check_scorable, score
@@ -17,6 +16,7 @@ from fastln.models import load_task
 from fastln.training.evaluate import predict, print_scores
 from fastln.training.features import check_cacheable
 from fastln.training.record import write_json
+from fastln.training.tasks import load_task_adapter
 from fastln.training.tensor_store import TensorStore
 
 
@@ -82,7 +82,7 @@ def run_evaluation(run: EvalRun, features: TensorStore | None = None) -> Accurac
     if features is not None:
         check_cacheable(task)
     if run.adapter is not None:
-        load_trained_adapter(task, run.adapter)
+        load_task_adapter(task, run.adapter)
     answers = predict(task, dataset, batch_size=run.batch_size, progress=True, features=features)
     if run.predictions is not None:
         with run.predictions.open("w") as file:

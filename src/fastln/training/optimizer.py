@@ -12,10 +12,10 @@ from torch.optim.adamw import adamw
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import get_cosine_schedule_with_warmup
 
+from fastln.adapters import PEFT_PREFIX
 from fastln.methods import LearningRates, norm_parameters
 
 WEIGHT_DECAY = 0.01
-PEFT_PREFIX = "base_model.model."  # what peft's wrapper puts before every name
 
 
 class MasterAdamW(torch.optim.Optimizer):

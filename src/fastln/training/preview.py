@@ -10,12 +10,13 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from fastln.data import Sample, VQADataset
-from fastln.engines import apply_method
 from fastln.memory import SavedActivations
 from fastln.methods import describe_parameters
 from fastln.models import VQATask
+from fastln.ops.linear_cross_entropy import IGNORE_INDEX
 from fastln.training.config import TrainConfig
 from fastln.training.optimizer import describe_rates
+from fastln.training.tasks import apply_method
 
 N_SHOWN = 3
 N_SAME = 4
@@ -41,7 +42,7 @@ def preview(task: VQATask, data: VQADataset, config: TrainConfig, engine: str | 
     batches = task.batches(data, config.batch_size, seed=config.seed, questions_per_image=config.questions_per_image)
     first, *others = ([data[index] for index in batch] for batch in batches)
     largest = max((first, *others), key=lambda samples: _extent(task, data, samples))
-    model = apply_method(task, config.method, engine, scope=config.scope).train()
+    model = apply_method(task, config.method, engine, scope=config.scope, without=config.without or ()).train()
     with SavedActivations(model) as saved:
         output = model(**task.collate(largest, data))
     del output
@@ -100,7 +101,7 @@ def _arguments(batch: dict[str, Any]) -> list[str]:
 def _sample(task: VQATask, batch: dict[str, Any], row: int, sample: Sample) -> str:
     text = _shortened(task.tokenizer, batch["input_ids"][row].tolist())
     labels = batch["labels"][row]
-    learned = repr(task.tokenizer.decode(labels[labels != -100])) if labels.dim() else f"answer {labels.item()}"
+    learned = repr(task.tokenizer.decode(labels[labels != IGNORE_INDEX])) if labels.dim() else f"answer {labels.item()}"
     return f"  {sample.id}: {sample.question!r} {sample.answer!r}: reads {text!r}, learns {learned}"
 
 

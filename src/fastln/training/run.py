@@ -11,7 +11,7 @@ import torch
 from safetensors import SafetensorError
 
 from fastln.data import DataOptions, Source, VQADataset, digest, load_source
-from fastln.engines import check_finishes
+from fastln.engines import check_finishes, check_without
 from fastln.errors import FastLNError
 from fastln.files import written_whole
 from fastln.machine import settle_device, settle_dtype
@@ -69,7 +69,9 @@ class TrainRun:
             raise FastLNError(
                 f"unknown dtype {self.adapter_dtype!r} of an adapter (valid: {', '.join(ADAPTER_DTYPES)})"
             )
-        if self.adapter_dtype != "float32" and get_method(self.config.method, self.engine)[1] == "peft":
+        _, engine = get_method(self.config.method, self.engine)
+        check_without(self.config.without or (), engine)
+        if self.adapter_dtype != "float32" and engine == "peft":
             raise FastLNError(
                 f"adapter_dtype {self.adapter_dtype!r} is for norms that fastln trains; peft writes the adapter of "
                 f"method {self.config.method!r} in its own dtype, so leave it out"

@@ -11,9 +11,9 @@ from torch import nn
 from transformers import PrinterCallback, TrainerCallback, TrainingArguments
 
 from fastln.data import VQADataset
-from fastln.engines import apply_method, check_finishes, finish, save_trained_adapter
+from fastln.engines import check_finishes, check_without, save_trained_adapter
 from fastln.errors import FastLNError
-from fastln.methods import count_parameters, describe_parameters
+from fastln.methods import count_parameters, describe_parameters, get_method
 from fastln.models import Task, VQATask
 from fastln.models.dual_task import DualEncoderTask
 from fastln.processes import is_first_process
@@ -23,6 +23,7 @@ from fastln.training.features import cached_features, check_frozen
 from fastln.training.head import train_head
 from fastln.training.progress import ProgressBar, StepLog
 from fastln.training.task_trainer import TaskTrainer
+from fastln.training.tasks import apply_method, finish
 from fastln.training.tensor_store import TensorStore
 
 logger = logging.getLogger(__name__)
@@ -75,6 +76,7 @@ def train_task(
         raise FastLNError(f"{files.checkpoints}: there is no checkpoint to resume from")
     check_settings(task, config)
     check_finishes(config.method)
+    check_without(config.without or (), get_method(config.method, engine)[1])
     if features is not None:
         check_frozen(task, config.method, config.scope)
     tell_unused(task, config)
@@ -85,7 +87,7 @@ def train_task(
         with cached_features(task.vision_tower, features):
             losses = train_head(task, data, config, epochs=head_epochs, progress=progress)
     _, total = count_parameters(task.model)
-    model = apply_method(task, config.method, engine, scope=config.scope)
+    model = apply_method(task, config.method, engine, scope=config.scope, without=config.without or ())
     trainable, _ = count_parameters(model)
     logger.info("%s: %s", config.method, describe_parameters(model))
     if epochs:

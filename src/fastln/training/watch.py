@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from fastln.errors import FastLNError
-from fastln.families import find_norms
+from fastln.methods import norm_parameters
 from fastln.processes import gathered
 
 PATIENCE = 3
@@ -31,19 +31,18 @@ class NormWatch(TrainerCallback):
     """
 
     def __init__(self, model: nn.Module) -> None:
-        self._norms = [
-            (f"{name}.{own}", norm, own)
-            for name, norm in find_norms(model)
-            for own, parameter in norm.named_parameters(recurse=False)
-            if parameter.requires_grad
-        ]
+        trained = [name for name in norm_parameters(model) if model.get_parameter(name).requires_grad]
+        places = [name.rpartition(".") for name in trained]
+        self._norms = {
+            name: (model.get_submodule(norm), own) for name, (norm, _, own) in zip(trained, places, strict=True)
+        }
         self.start = {name: gathered(parameter).clone() for name, parameter in self.parameters.items()}
         self.n_steps = 0
 
     @property
     def parameters(self) -> dict[str, nn.Parameter]:
         """The parameters of trained norms as they are now: sharding replaces them."""
-        return {name: getattr(norm, own) for name, norm, own in self._norms}
+        return {name: getattr(norm, own) for name, (norm, own) in self._norms.items()}
 
     @property
     def began_finite(self) -> dict[str, nn.Parameter]:
