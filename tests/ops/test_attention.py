@@ -164,6 +164,21 @@ def test_who_serves(implementation, monkeypatch):
         assert not own()
 
 
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
+def test_meta_tensors_go_the_way_of_cpu_tensors(implementation, dropout):
+    """So what a plan stores can be counted on a model without values."""
+    saved = []
+    for device in ("cpu", "meta"):
+        q, k, v = (x.to(device).requires_grad_() for x in make())
+        assert has_own(q, k, v, mask=None, dropout=dropout) == (implementation == "native" or dropout > 0)
+        with torch.autograd.graph.saved_tensors_hooks(lambda x: saved[-1].append((x.shape, x.dtype)), lambda x: x):
+            saved.append([])
+            out = attention(q, k, v, dropout=dropout)
+        assert out.device.type == device
+    if implementation == "native" or dropout:  # else torch's own serves
+        assert saved[0] == saved[1]
+
+
 def test_the_reference_is_torch_s_attention_and_keeps_no_mask_of_dropout():
     leaves = wanting(make(torch.float32))
     out = attention(*leaves, causal=True, settings=REFERENCE)

@@ -104,7 +104,7 @@ def attention(
         raise FastLNError(f"dropout is {dropout}; it must be from 0 to below 1")
     if causal and mask is not None:
         raise FastLNError("causal attention takes no mask: put what is causal into the mask")
-    if torch.is_autocast_enabled(q.device.type):
+    if not q.is_meta and torch.is_autocast_enabled(q.device.type):
         q, k, v = (_autocast(x) for x in (q, k, v))
     if not has_own(q, k, v, mask=mask, dropout=dropout, settings=settings):
         groups = q.ndim == 4 and q.shape[1] != k.shape[1]
@@ -120,7 +120,8 @@ def has_own(
 ) -> bool:
     """Whether `attention` computes this itself rather than by torch's own attention.
 
-    A few queries in inference, a step of generation, are torch's: the kernels lay out all keys anew for them.
+    A few queries in inference, a step of generation, are torch's: the kernels lay out all keys anew for them. Meta
+    tensors go the way of CPU tensors.
 
     Args:
         q: As `attention` takes it.
@@ -135,7 +136,8 @@ def has_own(
     """
     compiled = _has_kernels(q, settings)
     if not (
-        q.device.type == k.device.type == v.device.type == "cpu"
+        q.device.type == k.device.type == v.device.type
+        and q.device.type in ("cpu", "meta")
         and q.dtype == k.dtype == v.dtype
         and q.is_floating_point()
         and q.ndim == k.ndim == v.ndim == 4
@@ -145,7 +147,7 @@ def has_own(
         and q.shape[3] == k.shape[3]
         and k.shape[1] > 0
         and q.shape[1] % k.shape[1] == 0
-        and (mask is None or (mask.device.type == "cpu" and not mask.requires_grad))
+        and (mask is None or (mask.device.type == q.device.type and not mask.requires_grad))
         and not is_transformed()
     ):
         return False
@@ -157,7 +159,7 @@ def has_own(
 
 def _has_kernels(x: Tensor, settings: OpSettings) -> bool:
     """Whether there are compiled kernels for tensors like `x`."""
-    has_library = _has_library(x.device, settings)
+    has_library = _has_library(torch.device("cpu") if x.is_meta else x.device, settings)
     # torch refuses the products where oneDNN is switched off.
     return has_library and x.dtype in DTYPES and bool(torch.backends.mkldnn.enabled)
 
