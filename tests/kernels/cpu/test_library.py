@@ -174,6 +174,7 @@ print(sum("omp" in file.rpartition("/")[2] for file in files), len(os.listdir("/
 
 @needs_compiler
 @pytest.mark.slow(pool="large")
+@pytest.mark.timeout(900)
 @pytest.mark.skipif(platform.machine() != "x86_64", reason="the names are those of x86")
 @pytest.mark.parametrize("architecture", ["x86-64", "haswell", "skylake-avx512"])
 def test_kernels_for_narrower_vectors(architecture):
