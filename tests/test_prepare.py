@@ -11,6 +11,7 @@ from transformers import BertConfig, BertForMaskedLM, BertModel
 
 import fastln
 from fastln.data import GroupedBatches
+from fastln.engines import put_method
 from fastln.errors import FastLNError
 from fastln.methods import norm_parameters
 from fastln.prepare import check_norm_gradients
@@ -350,3 +351,12 @@ def test_a_model_cast_after_it_was_prepared_is_warned_of(recwarn):
     assert not [w for w in recwarn if "cast after" in str(w.message)]
     with pytest.warns(UserWarning, match="cast after fastln.prepare"):
         model.to(torch.bfloat16)(input_ids=tokens)
+
+
+@pytest.mark.parametrize("engine", ["torch", "peft"])
+@pytest.mark.parametrize("given", [{"without": "arena"}, {"backend": "cpu"}])
+def test_what_other_engines_do_not_have_is_refused_and_leaves_the_model_alone(engine, given):
+    model = small_bert()
+    with pytest.raises(FastLNError, match=f"engine '{engine}' runs stock code"):
+        put_method(model, "layernorm", engine, **given)
+    assert all(parameter.requires_grad for parameter in model.parameters())
