@@ -17,7 +17,7 @@ LAYERS = """
     fastln_kernels
     errors
     files machine processes sizes
-    ops
+    fingerprint ops
     decision families late
     methods standins
     plan
