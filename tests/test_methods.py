@@ -144,7 +144,7 @@ def test_scope_holds_for_peft():
 
 def test_a_module_to_train_also_must_exist(tmp_path):
     model = tiny.dual(tmp_path, tiny.phantom()).model
-    with pytest.raises(FastLNError, match="there is no module 'fusion_haed' with parameters"):
+    with pytest.raises(FastLNError, match="has no module 'fusion_haed' with parameters"):
         fastln.prepare(model, also=["fusion_haed"])
 
 
