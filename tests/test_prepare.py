@@ -273,7 +273,7 @@ def test_bitfit_asks_a_norm_for_dbeta_alone():
     ("arguments", "message"),
     [
         ({"method": "layernrm"}, "did you mean 'layernorm'"),
-        ({"method": "lora"}, "wraps the model in peft's modules"),
+        ({"method": "lora"}, "adds peft modules to the model"),
         ({"scope": "visoin"}, "did you mean 'vision'"),
         ({"scope": "decoder"}, "matches nothing in BertModel"),
         ({"scope": ()}, "scope is empty"),
@@ -293,7 +293,7 @@ def test_preparing_twice_and_restoring_nothing_are_errors():
     with pytest.raises(FastLNError, match="not prepared"):
         fastln.restore(model)
     fastln.prepare(model)
-    with pytest.raises(FastLNError, match="prepared already"):
+    with pytest.raises(FastLNError, match="already prepared"):
         fastln.prepare(model)
 
 
@@ -331,7 +331,7 @@ def test_a_model_inside_a_prepared_one_or_around_it_is_refused_and_restore_is_wh
     before = [type(module) for module in model.modules()]
     first, second = (model.bert, model) if inner_first else (model, model.bert)
     fastln.prepare(first)
-    with pytest.raises(FastLNError, match="prepared already"):
+    with pytest.raises(FastLNError, match="already prepared"):
         fastln.prepare(second)
     fastln.restore(first)
     assert [type(module) for module in model.modules()] == before

@@ -188,7 +188,7 @@ def test_models_inside_another_module():
 def test_own_attention_is_left_alone():
     falcon = FalconModel(FalconConfig(hidden_size=32, num_hidden_layers=1, num_attention_heads=2, vocab_size=20))
     stays = [stay.reason for stay in plan(falcon).stays if stay.kind == "attention"]
-    assert stays == ["it computes attention with code of its own"]
+    assert stays == ["it computes attention with its own code"]
     prepare_only(falcon, "attention")
     assert falcon.h[0].self_attention.config is falcon.config
 
