@@ -111,11 +111,11 @@ class ColumnTile:
 
 @dataclass(frozen=True, slots=True)
 class WideTile:
-    """Blocks of the columns of a row, through which one program goes.
+    """Blocks of a row's columns; one program goes through all of them.
 
     Attributes:
         cols: Columns of a block, a power of two.
-        group: Blocks that are asked for at once.
+        group: How many blocks are loaded at once.
         sums: How many sums over rows (of dweight, of dbias) the program keeps.
         warps: Warps that share it.
         max_registers: How many a lane may have; None leaves it to the compiler.
@@ -171,7 +171,7 @@ def backward_tile(
     need_rows: bool,
     prologue: bool,
 ) -> BackwardTile | None:
-    """The backward's tile of whole rows, or None where the registers cannot hold what is asked for.
+    """The backward's tile of whole rows, or None where the registers cannot hold it.
 
     Args:
         n_cols: Columns of a row.

@@ -1,4 +1,4 @@
-"""The loss of a language-model head and its gradient, some rows at a time: all logits at once never exist.
+"""The loss of a language-model head and its gradient, some rows at a time: the logits never all exist at once.
 
 For one row, with u = W h + b, logits z = s u, p = softmax(z), v classes, label y and smoothing e:
 
@@ -18,7 +18,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 CHUNK_BYTES = 32 << 20
-"""Of one chunk's wide logits, two of which exist at a time (four where capped), beside one in the tensors' dtype.
+"""Size of one chunk's logits in the wide dtype. Two such tensors exist at a time (four with a softcap), and one in the
+tensors' own dtype.
 
 Measured, roughly, on two CPU cores in bf16: every product reads (and repacks) the whole weight, so with 30,522 classes
 and d = 768 chunks of 8 MiB take 1.7 times as long and of 2 MiB five times; 64 MiB gain nothing there, and a tenth with

@@ -38,7 +38,7 @@ class NormForward(NamedTuple):
         kind: Which norm.
         residual: Shaped and typed like `x`, or None for zeros.
         dropout: Probability of dropping an element of `x`; from 0 to below 1, in steps of 2^-16.
-        seed: `(1,)`, int64, of the numbers that decide which; None will do without dropout.
+        seed: `(1,)`, int64, of the numbers that decide which; may be None without dropout.
         want_stream: Whether to return the sum, which is then rounded to the dtype of `x` before it is normalised.
         want_normed: Whether to return x_hat.
     """
@@ -75,9 +75,9 @@ class NormBackward(NamedTuple):
 
     Attributes:
         dy: `(n_rows, n_cols)`, the gradient of `y`.
-        saved: What was normalised, or x_hat; None will do where only `dbias` is wanted.
+        saved: What was normalised, or x_hat; may be None where only `dbias` is wanted.
         weight: As in the forward; read for `dx` and `dresidual` only.
-        rstd: From the forward; None will do where `saved` may be None.
+        rstd: From the forward; may be None where `saved` may.
         kind: As in the forward.
         saved_is_normed: Whether `saved` is x_hat.
         dstream: `(n_rows, n_cols)`, the gradient that reached the returned sum by other ways, or None for none.
@@ -152,7 +152,7 @@ def norm_forward(request: NormForward) -> NormOutputs:
 
 
 def norm_backward(request: NormBackward) -> NormGradients:
-    """Compute the wanted ones of the gradients, and nothing else."""
+    """Compute the gradients that are wanted, and nothing else."""
     dy, kind = request.dy, request.kind
     dy_wide = dy.to(arithmetic_dtype(dy))
     dx = dresidual = dweight = None

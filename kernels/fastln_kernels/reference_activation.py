@@ -53,7 +53,7 @@ def activation_backward(dy: Tensor, saved: Tensor, kind: ActivationKind) -> Tens
 
     Args:
         dy: The gradient of the result.
-        saved: What the activation was applied to; for "relu" its result will do as well, since only the sign counts.
+        saved: What the activation was applied to; for "relu" its result works too, since only the sign counts.
         kind: Which activation.
     """
     return _times_slope(_wide(dy), _wide(saved), kind).to(dy.dtype).contiguous()
@@ -80,12 +80,12 @@ def gated_backward(
     need_dup: bool = False,
     out: GatedGradients | None = None,
 ) -> GatedGradients:
-    """Compute the wanted ones of the gradients, and nothing else.
+    """Compute the gradients that are wanted, and nothing else.
 
     Args:
         dy: The gradient of the result.
         gate: As in the forward.
-        up: As in the forward; None will do where only `dup` is wanted.
+        up: As in the forward; may be None where only `dup` is wanted.
         kind: As in the forward.
         need_dgate: Whether the gradient of `gate` is wanted.
         need_dup: Whether the gradient of `up` is wanted.

@@ -69,7 +69,7 @@ class AttentionBackward(NamedTuple):
     Attributes:
         forward: What the forward computed from.
         dout: Gradient of out `(B, H, Sq, Dv)`.
-        out: From the forward; None will do where dv alone is wanted.
+        out: From the forward; may be None where dv alone is wanted.
         lse: From the forward.
         need_dq: Whether the gradient of q is wanted.
         need_dk: Whether the gradient of k is wanted.
@@ -124,7 +124,7 @@ def attention_forward(request: AttentionForward) -> AttentionOutputs:
 
 
 def attention_backward(request: AttentionBackward) -> AttentionGradients:
-    """Compute the wanted ones of the gradients of `attention_forward`."""
+    """Compute the gradients that are wanted of `attention_forward`."""
     q, k, v, scale = request.forward[:4]
     wide = arithmetic_dtype(q)
     dq, dk, dv = (

@@ -24,7 +24,7 @@ def activation_forward(x: Tensor, kind: ActivationKind) -> Tensor:
     """Apply an activation.
 
     Takes and returns what `fastln_kernels.reference_activation.activation_forward` does, for float32, bfloat16 and
-    float16; so do the other three functions.
+    float16. The other three functions follow the definition likewise.
 
     Raises:
         KernelsUnavailableError: If there are no compiled kernels; as do the other three functions.
@@ -58,7 +58,7 @@ def gated_backward(
     need_dup: bool = False,
     out: GatedGradients | None = None,
 ) -> GatedGradients:
-    """Compute the wanted ones of the gradients; nothing is loaded or stored for the others."""
+    """Compute the gradients that are wanted; nothing is loaded or stored for the others."""
     if out is None:
         out = GatedGradients(
             dy.new_empty(dy.shape) if need_dgate else None, dy.new_empty(dy.shape) if need_dup else None

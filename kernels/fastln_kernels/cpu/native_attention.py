@@ -68,7 +68,7 @@ def attention_forward(request: AttentionForward) -> AttentionOutputs:
 
 
 def attention_backward(request: AttentionBackward) -> AttentionGradients:
-    """Compute the wanted ones of the gradients; no product that only the others need is taken.
+    """Compute the gradients that are wanted; no product that only the others need is taken.
 
     Takes and returns what `fastln_kernels.reference_attention.attention_backward` does.
 

@@ -12,7 +12,9 @@ from fastln_kernels.reference import dropout_threshold
 
 
 def dropout(x: Tensor, dropout: float, seed: Tensor) -> Tensor:
-    """Return `x` with dropout applied; takes and returns what `fastln_kernels.reference.dropout` does, but float64.
+    """Return `x` with dropout applied.
+
+    Takes and returns what `fastln_kernels.reference.dropout` does, except for float64.
 
     Raises:
         KernelsUnavailableError: If there are no compiled kernels.

@@ -44,7 +44,7 @@ def norm_forward(request: NormForward) -> NormOutputs:
 
 
 def norm_backward(request: NormBackward) -> NormGradients:
-    """Compute the wanted ones of the gradients, and nothing else."""
+    """Compute the gradients that are wanted, and nothing else."""
     dy, saved, stats, kind = request.dy, request.saved, request.rstd, request.kind
     dtype = arithmetic_dtype(dy)
     if saved is None or stats is None:
