@@ -83,10 +83,11 @@ def _by_seed(x: Tensor, seed: Tensor, arguments: _Arguments) -> Tensor:
 
 
 def _dropout(x: Tensor, seed: Tensor, arguments: _Arguments) -> Tensor:
+    kernels = implementation("dropout", x, arguments.settings)
     if x.numel() == 0:
         return torch.empty_like(x, memory_format=torch.contiguous_format)
     rows = x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
-    y = implementation("dropout", x, arguments.settings).dropout(rows, arguments.p, seed)
+    y = kernels.dropout(rows, arguments.p, seed)
     # Not a view to autograd: a view could not be written to in place.
     return torch.ops.aten._unsafe_view.default(y, x.shape)
 

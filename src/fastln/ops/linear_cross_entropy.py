@@ -1,8 +1,8 @@
 """A language-model head and its cross-entropy in one: the operation and its autograd formula.
 
 The rows without a label are left out before anything is computed. The gradient is made in the forward, while a chunk's
-logits are at hand (`fastln_kernels.linear_cross_entropy`), and the backward scales it by `dy`. For the rows with a label
-alone, this is kept for backward:
+logits are at hand (`fastln_kernels.linear_cross_entropy`), and the backward scales it by `dy`. This is kept for
+backward, for the rows with a label alone:
 
 | gradients wanted       | kept                                                                     |
 |------------------------|--------------------------------------------------------------------------|
