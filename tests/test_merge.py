@@ -14,9 +14,9 @@ from tuned import loss, move, tuned
 import fastln
 from fastln.engines import put_method, save_trained_adapter
 from fastln.errors import FastLNError
-from fastln.models.merge import merge_into_base
 from fastln.models.tokens import word_tokenizer
 from fastln.training import evaluate
+from fastln.training.merge_run import merge_into_base
 
 
 @pytest.mark.parametrize("name", ["bert", "llama", "blip"])

@@ -116,7 +116,7 @@ def test_norms_and_lora_train_fused_projections():
 def test_virtual_tokens_need_a_language_model(method):
     with pytest.raises(FastLNError, match="sequence-classification language model, which BlipForQuestionAnswering is"):
         put_method(family_models.make("blip"), method)
-    with pytest.raises(FastLNError, match="leave the scope 'decoder' out"):
+    with pytest.raises(FastLNError, match="leave out the scope 'decoder'"):
         put_method(family_models.make("opt"), method, scope="decoder")
 
 
@@ -146,13 +146,13 @@ def test_scope_holds_for_peft():
 
 def test_a_module_to_train_also_must_exist(tmp_path):
     model = tiny.dual(tmp_path, tiny.phantom()).model
-    with pytest.raises(FastLNError, match="there is no module 'fusion_haed' with parameters"):
+    with pytest.raises(FastLNError, match="has no module 'fusion_haed' with parameters"):
         fastln.prepare(model, also=["fusion_haed"])
 
 
 def test_a_method_that_trains_nothing_says_so(tmp_path):
     model = tiny.dual(tmp_path, tiny.phantom()).model
-    with pytest.raises(FastLNError, match="name the task head's modules with `also`"):
+    with pytest.raises(FastLNError, match="list the task head's modules in `also`"):
         fastln.prepare(model, "head")
     fastln.prepare(model, "head", also="fusion_head")
     assert count_parameters(model)[0] == count_parameters(model.fusion_head)[1]

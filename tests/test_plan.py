@@ -68,7 +68,7 @@ def test_a_plan_made_on_meta_is_carried_out_on_the_real_model():
 def test_a_plan_for_another_model_is_refused_and_changes_nothing():
     model = make("llama")
     before = looks(model)
-    with pytest.raises(FastLNError, match="the plan is for another model: it has 'bert"):
+    with pytest.raises(FastLNError, match="the plan is for another model: it expects 'bert"):
         apply(plan(make("bert")), model)
     assert looks(model) == before
 
@@ -215,7 +215,7 @@ def test_the_table_groups_what_changes_and_what_stays():
     table = decided.table().splitlines()
     assert "160 of 28,840 parameters train" in table[0]
     assert any(line.split()[:4] == ["5", "RMSNorm", "fastln,", "float32"] for line in table)
-    assert any("without='late_logits'" in line and "logits wait" in line for line in table)
+    assert any("without='late_logits'" in line and "computed late" in line for line in table)
     stays = table[table.index("stays stock:") + 1 :]
     assert "  1 attention: its attention is set to 'eager'" in stays
     assert any(line.startswith("  1 GroupNorm: ") for line in stays)
@@ -227,7 +227,7 @@ def test_prepare_logs_the_plan_in_five_lines_or_fewer(caplog):
         fastln.prepare(make("bert"))
     assert 2 <= len(caplog.messages) <= 5
     assert "6 LayerNorms → fastln, float32" in caplog.text
-    assert "1 lm_head → logits wait" in caplog.text
+    assert "1 lm_head → computed late" in caplog.text
 
 
 def test_stand_ins_are_what_they_were_to_isinstance_and_repr():

@@ -11,6 +11,7 @@ from transformers import BertConfig, BertForMaskedLM, BertModel
 
 import fastln
 from fastln.data import GroupedBatches
+from fastln.engines import put_method
 from fastln.errors import FastLNError
 from fastln.methods import norm_parameters
 from fastln.prepare import check_norm_gradients
@@ -272,7 +273,7 @@ def test_bitfit_asks_a_norm_for_dbeta_alone():
     ("arguments", "message"),
     [
         ({"method": "layernrm"}, "did you mean 'layernorm'"),
-        ({"method": "lora"}, "wraps the model in peft's modules"),
+        ({"method": "lora"}, "adds peft modules to the model"),
         ({"scope": "visoin"}, "did you mean 'vision'"),
         ({"scope": "decoder"}, "matches nothing in BertModel"),
         ({"scope": ()}, "scope is empty"),
@@ -292,7 +293,7 @@ def test_preparing_twice_and_restoring_nothing_are_errors():
     with pytest.raises(FastLNError, match="not prepared"):
         fastln.restore(model)
     fastln.prepare(model)
-    with pytest.raises(FastLNError, match="prepared already"):
+    with pytest.raises(FastLNError, match="already prepared"):
         fastln.prepare(model)
 
 
@@ -330,7 +331,7 @@ def test_a_model_inside_a_prepared_one_or_around_it_is_refused_and_restore_is_wh
     before = [type(module) for module in model.modules()]
     first, second = (model.bert, model) if inner_first else (model, model.bert)
     fastln.prepare(first)
-    with pytest.raises(FastLNError, match="prepared already"):
+    with pytest.raises(FastLNError, match="already prepared"):
         fastln.prepare(second)
     fastln.restore(first)
     assert [type(module) for module in model.modules()] == before
@@ -350,3 +351,12 @@ def test_a_model_cast_after_it_was_prepared_is_warned_of(recwarn):
     assert not [w for w in recwarn if "cast after" in str(w.message)]
     with pytest.warns(UserWarning, match="cast after fastln.prepare"):
         model.to(torch.bfloat16)(input_ids=tokens)
+
+
+@pytest.mark.parametrize("engine", ["torch", "peft"])
+@pytest.mark.parametrize("given", [{"without": "arena"}, {"backend": "cpu"}])
+def test_what_other_engines_do_not_have_is_refused_and_leaves_the_model_alone(engine, given):
+    model = small_bert()
+    with pytest.raises(FastLNError, match=f"engine '{engine}' runs stock code"):
+        put_method(model, "layernorm", engine, **given)
+    assert all(parameter.requires_grad for parameter in model.parameters())

@@ -1,12 +1,12 @@
-"""Softmax attention in plain PyTorch: the definition that the other implementations are tested against.
+"""Softmax attention in plain PyTorch: the definition for testing the other implementations.
 
-Arithmetic is float32, and float64 for float64 inputs. With P = softmax(scale q k^T + mask) along the keys, and D what
-dropout makes of 1 (0 or its scale), element by element:
+Arithmetic is float32, or float64 for float64 inputs. With P = softmax(scale q k^T + mask) along the keys, and D the
+dropout factor of each element (0 or dropout's scale):
 
     out = (D P) v        delta = rowsum(dout out)        dS = P (D (dout v^T) - delta)
     dv = (D P)^T dout    dq = scale dS k                 dk = scale dS^T q
 
-It works query block by query block, so that no more than `BLOCK_SCORES` scores exist at a time, or one row of them.
+It processes blocks of queries, so that at most `BLOCK_SCORES` scores, or one row of them, exist at a time.
 """
 
 from collections.abc import Iterator
@@ -20,23 +20,23 @@ from fastln_kernels.reference import arithmetic_dtype, dropout_keep, dropout_sca
 BLOCK_SCORES = 1 << 20
 """How many scores exist at a time."""
 
-_HIDDEN = -1e30  # below it lie scores to which a mask added the lowest number of its type
+_HIDDEN = -1e30  # lower scores come from a mask that added the lowest number of its dtype
 _DEAD = 2.0**100
 
 
 class AttentionForward(NamedTuple):
-    """What `attention_forward` computes from.
+    """The inputs of `attention_forward`.
 
     Attributes:
         q: Queries `(B, H, Sq, D)`, any floating dtype.
         k: Keys `(B, Hk, Sk, D)`, same dtype; Hk divides H (grouped queries).
         v: Values `(B, Hk, Sk, Dv)`, same dtype.
         scale: Factor on the scores.
-        causal: Query i sees keys 0..i.
+        causal: Whether query i sees only keys 0..i.
         mask: Boolean (True: attend) or additive, broadcastable to `(B, H, Sq, Sk)`.
-        dropout: Probability to drop an attention weight.
-        seed: `(1,)`, int64. The weight of query i and key j in head h of sequence b is dropped where
-            `reference.dropout_keep` drops row `(b H + h) Sq + i` and column j.
+        dropout: Probability of dropping an attention weight.
+        seed: `(1,)`, int64. The weight of query i and key j in head h of sequence b is dropped if
+            `reference.dropout_keep` drops row `(b H + h) Sq + i`, column j.
     """
 
     q: Tensor
@@ -50,13 +50,13 @@ class AttentionForward(NamedTuple):
 
 
 class AttentionOutputs(NamedTuple):
-    """What the forward returns.
+    """The results of the forward.
 
     Attributes:
-        out: `(B, H, Sq, Dv)`, laid out as `(B, Sq, H, Dv)`.
-        lse: `(B, H, Sq)`, the log of each row's sum of exponentials, in the dtype of the arithmetic; for the backward
-            alone. Of a row without a key it is 0; of one whose every key carries the lowest number it is their count
-            times 2^100, since no float32 can hold both height and number.
+        out: `(B, H, Sq, Dv)`, with the memory layout `(B, Sq, H, Dv)`.
+        lse: `(B, H, Sq)`, the log of each row's sum of exponentials, in the dtype of the arithmetic. Only the backward
+            uses it. It is 0 for a row without visible keys. If the mask adds its dtype's lowest number to every key of
+            a row, it is the number of keys times 2^100, because a float32 cannot hold both the score and the count.
     """
 
     out: Tensor
@@ -64,16 +64,16 @@ class AttentionOutputs(NamedTuple):
 
 
 class AttentionBackward(NamedTuple):
-    """What `attention_backward` computes from.
+    """The inputs of `attention_backward`.
 
     Attributes:
-        forward: What the forward computed from.
+        forward: The inputs of the forward.
         dout: Gradient of out `(B, H, Sq, Dv)`.
-        out: From the forward; None will do where dv alone is wanted.
+        out: From the forward; may be None if only dv is requested.
         lse: From the forward.
-        need_dq: Whether the gradient of q is wanted.
-        need_dk: Whether the gradient of k is wanted.
-        need_dv: Whether the gradient of v is wanted.
+        need_dq: Whether to compute the gradient of q.
+        need_dk: Whether to compute the gradient of k.
+        need_dv: Whether to compute the gradient of v.
     """
 
     forward: AttentionForward
@@ -86,7 +86,7 @@ class AttentionBackward(NamedTuple):
 
 
 class AttentionGradients(NamedTuple):
-    """What the backward returns; None where not wanted. Laid out like `AttentionOutputs.out`."""
+    """The results of the backward, with the memory layout of `AttentionOutputs.out`; None if not requested."""
 
     dq: Tensor | None
     dk: Tensor | None
@@ -102,11 +102,11 @@ class _Block(NamedTuple):
     k: Tensor
     v: Tensor
     scores: Tensor
-    kept: Tensor | None  # what dropout makes of 1
+    kept: Tensor | None  # dropout's factors
 
 
 def attention_forward(request: AttentionForward) -> AttentionOutputs:
-    """Softmax attention with what its backward needs; a row without a key is 0."""
+    """Compute softmax attention and what its backward needs. A row without visible keys is 0."""
     q = request.q
     n_batches, n_heads, n_queries, _ = q.shape
     wide = arithmetic_dtype(q)
@@ -124,7 +124,7 @@ def attention_forward(request: AttentionForward) -> AttentionOutputs:
 
 
 def attention_backward(request: AttentionBackward) -> AttentionGradients:
-    """Compute the wanted ones of the gradients of `attention_forward`."""
+    """Compute the requested gradients of `attention_forward`."""
     q, k, v, scale = request.forward[:4]
     wide = arithmetic_dtype(q)
     dq, dk, dv = (
@@ -153,7 +153,7 @@ def attention_backward(request: AttentionBackward) -> AttentionGradients:
 
 
 def _blocks(request: AttentionForward) -> Iterator[_Block]:
-    """Yield the blocks in order; scores that are not seen are -infinity."""
+    """Yield the blocks in order. Scores of hidden keys are -infinity."""
     q, k, v, scale, causal, mask, dropout, seed = request
     n_batches, n_heads, n_queries, _ = q.shape
     n_keys, group, wide = k.shape[2], n_heads // max(k.shape[1], 1), arithmetic_dtype(q)

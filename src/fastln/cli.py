@@ -262,7 +262,7 @@ def merge(
     ] = True,
 ) -> None:
     """Write a base model with an adapter's values in it, in the base's dtype, and its tokenizer and preprocessing."""
-    from fastln.models.merge import merge_into_base
+    from fastln.training.merge_run import merge_into_base
 
     merge_into_base(base, adapter, out, check_base=check_base)
 

@@ -1,4 +1,4 @@
-"""What a plan is: data that says of each thing that fastln knows in a model what becomes of it, and why."""
+"""The plan as data: for each module that fastln recognises, what changes or stays stock, and why."""
 
 from __future__ import annotations
 
@@ -13,20 +13,20 @@ from fastln.ops import OpSettings
 
 @dataclass(frozen=True)
 class Change:
-    """One thing that `prepare` changes.
+    """One change that `prepare` makes.
 
     Attributes:
-        name: Of the module, in the model; empty for the model itself.
-        kind: What the module is, for a user: LayerNorm, gated MLP, attention, ...
-        stand_in: What takes its place: a key of `fastln.standins.table.STAND_INS`.
-        becomes: The same for a user.
-        trick: The name by which `without` leaves it out; None where it is owed.
-        keeps: What is kept of it for backward.
-        products: In which form its matrix products run; None where it has none.
+        name: The module's name in the model; empty for the model itself.
+        kind: What the module is, in words for the user: LayerNorm, gated MLP, attention, ...
+        stand_in: What replaces it: a key of `fastln.standins.table.STAND_INS`.
+        becomes: What replaces it, in words for the user.
+        trick: The name for `without` that leaves this change out; None if it cannot be left out.
+        keeps: What it keeps for backward.
+        products: The form in which its matrix products run; None if it has none.
         reason: Why it changes.
-        stock: The module's class.
-        detail: What the stand-in must know, such as which norm it computes.
-        dtypes: Names of its own parameters that become float32, each with the dtype that it has.
+        stock: The module's stock class.
+        detail: What the stand-in needs to know, such as which norm to compute.
+        dtypes: The module's own parameters that become float32: each name with its current dtype.
     """
 
     name: str
@@ -44,12 +44,12 @@ class Change:
 
 @dataclass(frozen=True)
 class Stay:
-    """One thing that stays stock although fastln knows its kind.
+    """A module of a kind that fastln knows but leaves stock.
 
     Attributes:
-        name: Of the module, in the model.
-        kind: What it is, for a user.
-        reason: Why it stays.
+        name: The module's name in the model.
+        kind: What the module is, in words for the user.
+        reason: Why it stays stock.
     """
 
     name: str
@@ -59,20 +59,21 @@ class Stay:
 
 @dataclass(frozen=True)
 class Plan:
-    """What `prepare` will change in a model, and what trains. Two plans are equal if they say the same.
+    """What `prepare` will change in a model, and what trains. Plans with equal contents are equal.
 
     Attributes:
         model: The model's class.
-        method: What trains, as `fastln.methods` has it.
-        also: Names of further modules that train whole.
-        device: Where the model will be, as torch writes it.
+        method: The tuning method: a name or notation that `fastln.methods.get_method` takes.
+        also: Names of further modules that train in full.
+        device: The device that the model will run on, as torch writes it.
         settings: How operations will run.
-        without: Names of what is left out.
+        without: Names of the changes that are left out.
         trained: Names of the parameters that train.
-        n_trained: How many numbers these have, and `n_total` how many all parameters have, shared ones counted once.
-        changes: What changes, in the order in which it is done.
-        stays: What stays stock, with the reason.
-        notes: What else a user should know, a sentence each.
+        n_trained: The number of elements in the trained parameters, counting shared ones once.
+        n_total: The number of elements in all parameters, counting shared ones once.
+        changes: The changes, in the order in which they are made.
+        stays: What stays stock, with the reasons.
+        notes: Other things the user should know, one sentence each.
     """
 
     model: str
@@ -89,7 +90,7 @@ class Plan:
     notes: tuple[str, ...] = ()
 
     def table(self) -> str:
-        """Return the plan for a person: what trains, what changes and what stays, grouped by kind."""
+        """Return the plan as readable text: what trains, what changes and what stays stock, grouped by kind."""
         rows = [("", "what", "becomes", "keeps for backward", "products", "left out by")]
         rows += [
             (str(count), kind, becomes, keeps, products or "-", f"without={trick!r}" if trick else "-")
@@ -101,12 +102,12 @@ class Plan:
             padded = [cell.ljust(width) for cell, width in zip(cells, widths[1:], strict=True)]
             lines.append(f"  {count.rjust(widths[0])} {'  '.join(padded)}".rstrip())
         stays = Counter((stay.kind, stay.reason) for stay in self.stays)
-        lines += ["stays stock:"] if stays else ["nothing that fastln knows stays stock"]
+        lines += ["stays stock:"] if stays else ["stays stock: nothing that fastln knows"]
         lines += [f"  {count} {kind}: {reason}" for (kind, reason), count in stays.items()]
         return "\n".join([*lines, *(f"note: {note}" for note in self.notes)])
 
     def summary(self) -> list[str]:
-        """Return the plan in four lines or fewer, for the log; notes are warnings of their own."""
+        """Return the plan in at most four lines, for the log. It leaves out the notes, which are logged as warnings."""
         becomes = Counter((change.kind, change.becomes) for change in self.changes)
         parts = [f"{_counted(count, kind)} → {what}" for (kind, what), count in becomes.items()]
         lines = [self._headline(), f"changes: {'; '.join(parts) or 'nothing'}"]
@@ -114,7 +115,7 @@ class Plan:
         if slow:
             names = ", ".join(f"{change.name} ({change.kind})" for change in slow[:9])
             more = f" and {len(slow) - 9} more" if len(slow) > 9 else ""
-            lines.append(f"tuned with stock code: {names}{more}: {slow[0].reason}")
+            lines.append(f"trains with stock code: {names}{more}: {slow[0].reason}")
         if stays := Counter((stay.kind, stay.reason) for stay in self.stays):
             parts = [f"{_counted(count, kind)} ({reason})" for (kind, reason), count in stays.items()]
             lines.append(f"stays stock: {'; '.join(parts)}")

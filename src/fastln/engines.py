@@ -63,13 +63,15 @@ def put_method(
         The module to train: the model itself, or peft's wrapper of it.
 
     Raises:
-        FastLNError: for an unknown pair or scope, a model that the method finds nothing in, or `without` under another
-            engine.
+        FastLNError: for an unknown pair or scope, a model that the method finds nothing in, or `without` or a backend
+            under another engine.
     """
     method, scope = settle_scope(method, scope)
     also = (also,) if isinstance(also, str) else tuple(also)
     chosen, engine = get_method(method, engine)
     check_without(without, engine)
+    if backend != "auto" and engine != "fastln":
+        raise FastLNError(f"engine {engine!r} runs stock code: backend {backend!r} is for engine 'fastln'")
     if engine == "torch":
         trained = select_parameters(model, chosen, scope, also)
         for name, parameter in model.named_parameters():

@@ -1,4 +1,4 @@
-"""The one exception that fastln raises for what a user can put right."""
+"""The exception that fastln raises for errors that the user can fix."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from pathlib import Path
 
 
 class FastLNError(ValueError):
-    """Bad input: the message says what was wrong, where, and what would be right.
+    """Invalid input. The message says what is wrong, where, and how to fix it.
 
-    The command line prints the message alone and exits with status 2; library users catch it as a `ValueError`.
+    The command line prints only the message and exits with status 2. Library users can catch it as a `ValueError`.
     """
 
 

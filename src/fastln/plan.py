@@ -1,4 +1,4 @@
-"""Decide, then do: what `prepare` will change in a model, as data, and the carrying out of it."""
+"""plan() decides what `prepare` will change in a model, and returns it as data. apply() carries it out."""
 
 from __future__ import annotations
 
@@ -28,13 +28,13 @@ STATE = "_fastln_state"
 
 @dataclass
 class Prepared:
-    """What was done to a model: what `restore` undoes.
+    """A record of what `prepare` did to a model, so that `restore` can undo it.
 
     Attributes:
-        plan: What was decided.
-        requires_grad: Of every parameter, by name, what it had before.
-        dtypes: Of parameters that became float32, by name, what they had before.
-        undo: What takes the changes back, in the order in which they were made.
+        plan: The plan that was carried out.
+        requires_grad: The earlier `requires_grad` of every parameter, by name.
+        dtypes: The earlier dtype of each parameter that became float32, by name.
+        undo: Objects that undo the changes, in the order in which the changes were made.
     """
 
     plan: Plan
@@ -43,7 +43,7 @@ class Prepared:
     undo: list[Undo] = field(default_factory=list)
 
     def remove(self, model: nn.Module) -> None:
-        """Take everything back that was done to `model`; tuned values stay, in the model's own dtype."""
+        """Undo every change to `model`. Tuned values stay, cast to the model's own dtype."""
         for change in reversed(self.undo):
             change.remove()
         for name, parameter in model.named_parameters():
@@ -54,7 +54,7 @@ class Prepared:
 
 
 def prepared(model: nn.Module) -> Prepared | None:
-    """Return what was done to `model` by `prepare`; None for a stock model. The one place that knows."""
+    """Return the record of what `prepare` did to `model`; None if the model is not prepared."""
     state: Prepared | None = model.__dict__.get(STATE)
     return state
 
@@ -71,24 +71,25 @@ def plan(
     backend: str = "auto",
     device: torch.device | str | None = None,
 ) -> Plan:
-    """Decide what `prepare` would do with a model, and change nothing.
+    """Decide what `prepare` would change in a model, without changing it.
 
     Args:
-        model: Any transformers model, which may lie on the meta device.
-        method: As `fastln.prepare` takes it.
-        scope: Likewise.
-        also: Likewise.
-        activations: Likewise.
-        products: Likewise.
-        without: Likewise.
-        backend: Likewise.
-        device: Where the model will be. By default where it is; for one on the meta device a GPU where there is one.
+        model: Any transformers model. It may be on the meta device.
+        method: As for `fastln.prepare`.
+        scope: As for `fastln.prepare`.
+        also: As for `fastln.prepare`.
+        activations: As for `fastln.prepare`.
+        products: As for `fastln.prepare`.
+        without: As for `fastln.prepare`.
+        backend: As for `fastln.prepare`.
+        device: The device that the model will run on. By default the model's current device; for a model on the meta
+            device, the GPU if there is one.
 
     Returns:
-        The plan: print its `table()`, or carry it out with `apply`.
+        The plan. Print its `table()`, or carry it out with `apply`.
 
     Raises:
-        FastLNError: As `fastln.prepare` does.
+        FastLNError: As for `fastln.prepare`.
     """
     _check_stock(model)
     settings = OpSettings(backend, activations, products)
@@ -98,9 +99,9 @@ def plan(
     chosen, _ = get_method(method)
     trained = frozenset(select_parameters(model, chosen, scope, also))
     if not trained:
-        raise FastLNError(f"method {method!r} trains nothing by itself; name the task head's modules with `also`")
+        raise FastLNError(f"method {method!r} trains nothing by itself; list the task head's modules in `also`")
     place = _settle_place(model, device)
-    resolve("layer_norm", place, settings)  # refuses a backend that there is not
+    resolve("layer_norm", place, settings)  # raises if the backend is not available
     decided = _Decider(model, trained, left_out, settings, place).decide()
     left = describe_other_norms(model, trained, scope)
     parameters = dict(model.named_parameters())
@@ -121,15 +122,15 @@ def plan(
 
 
 def apply(plan: Plan, model: nn.Module) -> None:
-    """Carry a plan out, in place: all of it, or nothing.
+    """Carry out a plan, in place. If anything fails, the model stays unchanged.
 
     Args:
-        plan: Made for this model, or for one of the same configuration on the meta device.
+        plan: A plan for this model, or for a model of the same configuration on the meta device.
         model: The model.
 
     Raises:
-        FastLNError: If the plan was made for another model, or the model is prepared already; nothing changed then.
-        BaseException: Whatever a step raised, a KeyboardInterrupt among it; the model is as it was.
+        FastLNError: If the plan is for another model, or the model is already prepared. Nothing changes then.
+        BaseException: Any exception from a step, including KeyboardInterrupt. All changes are undone first.
     """
     _check_stock(model)
     _check_fits(plan, model)
@@ -151,12 +152,12 @@ def apply(plan: Plan, model: nn.Module) -> None:
     except BaseException:
         state.remove(model)
         for name, tensor in before.items():
-            model.get_parameter(name).data = tensor  # the very one, not one that was cast there and back
+            model.get_parameter(name).data = tensor  # the original tensor, not a copy that was cast and cast back
         raise
 
 
 class _Decider:
-    """Decides about each place that fastln knows: a change, or why it stays."""
+    """Decides for each module that fastln recognises: a change, or why it stays stock."""
 
     def __init__(
         self,
@@ -203,7 +204,7 @@ class _Decider:
         return self._known(entry)
 
     def _known(self, entry: Found, detail: Any = None) -> Change | Stay:
-        """Change what nothing speaks against."""
+        """Change the module, unless it has an obstacle or `without` leaves it out."""
         row = STAND_INS[entry.what]
         if entry.obstacle is not None:
             return Stay(entry.name, entry.label, entry.obstacle)
@@ -249,7 +250,7 @@ class _Decider:
 
     def _attention(self, entry: Found) -> Change | Stay | None:
         if self._device.type != "cpu" or self._settings.backend == "reference":
-            return None  # sdpa, which is torch's best; flash-attn was decided on before
+            return None  # sdpa is torch's best; `_flash_attention` has already decided about flash-attn
         choice = resolve("attention", self._device, self._settings)
         if choice.backend != "cpu":
             return None if entry.obstacle else Stay(entry.name, entry.label, choice.reason)
@@ -264,7 +265,7 @@ class _Decider:
 
     def _linear(self, entry: Found) -> Change | Stay | None:
         if resolve("linear", self._device, self._settings).backend != "cpu":
-            return None  # torch's own is the best there is
+            return None  # torch's own linear is the best available
         if id(self._modules[entry.name].weight) in self._trained:
             return Stay(entry.name, entry.label, "its weight trains")
         return self._known(entry)
@@ -302,14 +303,14 @@ def _settle_place(model: nn.Module, device: torch.device | str | None) -> torch.
 
 def _check_stock(model: nn.Module) -> None:
     if prepared(model) is not None:
-        raise FastLNError("this model is prepared already; call fastln.restore(model) first")
+        raise FastLNError("this model is already prepared; call fastln.restore(model) first")
     inside = next(
         (name for name, module in model.named_modules() if prepared(module) is not None or is_stand_in(module)), None
     )
     if inside is not None:
         raise FastLNError(
-            f"{inside!r} in this model, or a model around it, is prepared already; restore that first, then prepare "
-            "the outermost model, with `scope` for the sub-models to tune"
+            f"{inside!r} in this model, or a model around it, is already prepared; restore that first, then prepare "
+            "the outermost model and use `scope` to choose the sub-models to tune"
         )
 
 
@@ -321,12 +322,12 @@ def _check_fits(plan: Plan, model: nn.Module) -> None:
         if module is None or _class_name(module) != change.stock:
             held = "no such module" if module is None else f"a {_class_name(module)}"
             raise FastLNError(
-                f"the plan is for another model: it has {change.name!r} as a {change.stock}, and this "
+                f"the plan is for another model: it expects {change.name!r} to be a {change.stock}, but this "
                 f"{type(model).__name__} has {held} there"
             )
     if missing := sorted(plan.trained - parameters):
         raise FastLNError(
-            f"the plan is for another model: {missing[0]!r} is to train, and this {type(model).__name__} has no such "
+            f"the plan is for another model: it trains {missing[0]!r}, but this {type(model).__name__} has no such "
             "parameter"
         )
 

@@ -1,4 +1,4 @@
-"""prepare() and restore(): make a model train its norms fast, and give it back."""
+"""prepare() makes a model train its norms fast; restore() undoes it."""
 
 from __future__ import annotations
 
@@ -28,30 +28,33 @@ def prepare(
     without: str | Iterable[str] = (),
     backend: str = "auto",
 ) -> ModelT:
-    """Choose what trains, and have fastln compute what stores more than it must, in place.
+    """Choose which parameters train, and replace modules by versions that store and compute less, in place.
 
-    `fastln.plan` with the same arguments says beforehand what changes; `fastln doctor` lists the names for `without`.
+    Call `fastln.plan` with the same arguments to see the changes beforehand. `fastln doctor` lists the names for
+    `without`.
 
-    Modules stay the objects that they are, with their hooks and attributes, and `state_dict()` keeps its keys and
-    shapes. The parameters of trained norms become float32 in models of lower precision: at bfloat16 a step of 1e-4 on
-    a weight of 1.0 rounds to nothing. If anything fails, the model is as it was.
+    Modules stay the same objects and keep their hooks and attributes. `state_dict()` keeps its keys and shapes. In a
+    model of lower precision the parameters of trained norms become float32, because in bfloat16 a step of 1e-4 on a
+    weight of 1.0 rounds to nothing. If anything fails, the model stays unchanged.
 
     Args:
-        model: Any transformers model (any `nn.Module` whose norms are LayerNorms or RMSNorms).
-        method: A name from `fastln.methods.METHODS`, or one code for each sub-model, in the model's order, joined by
-            dashes: T trained, F frozen, LN its norms, ATT its attention, FFN its feed-forward networks (`LN-F-T`).
-        scope: The sub-models to tune (`vision`, `text`, `decoder`, `projector`), all by default; or such codes.
-        also: Names of further modules that train whole, such as a task head that starts random.
+        model: Any transformers model, or any `nn.Module` with LayerNorm or RMSNorm modules.
+        method: A name from `fastln.methods.METHODS`, or one code per sub-model, in the model's order, joined by dashes
+            (`LN-F-T`): T trains everything, F nothing, LN the norms, ATT attention, FFN the feed-forward networks.
+        scope: The sub-models to tune (`vision`, `text`, `decoder`, `projector`), or such codes. By default all
+            sub-models.
+        also: Names of further modules that train in full, such as a randomly initialised task head.
         activations: What is kept for backward: a name from `fastln.ops.settings.STORAGES`.
-        products: In which form matrix products run: a name from `fastln.ops.settings.PRODUCTS`.
+        products: The form in which matrix products run: a name from `fastln.ops.settings.PRODUCTS`.
         without: Names of changes to leave out: keys of `fastln.standins.tricks.TRICKS`.
-        backend: `auto`, `triton`, `cpu` or `reference`, which is plain PyTorch throughout.
+        backend: `auto`, `triton`, `cpu`, or `reference` for plain PyTorch throughout.
 
     Returns:
         The same model.
 
     Raises:
-        FastLNError: If the model is prepared already, or for an unknown method, scope, backend or other name.
+        FastLNError: If the model is already prepared, or if the method, the scope, the backend or another name is
+            unknown.
     """
     decided = plan(
         model,
@@ -72,20 +75,20 @@ def prepare(
 
 
 def restore(model: ModelT) -> ModelT:
-    """Give the modules their stock code back, in place; the tuned values stay, in the model's own dtype.
+    """Undo `prepare`, in place. The tuned values stay, cast to the model's own dtype.
 
-    In a bfloat16 model that rounds them: a γ of 1.001 becomes 1. To keep every digit, take `state_dict()` first, or
-    turn the model to float32 before.
+    In a bfloat16 model the cast rounds them: a γ of 1.001 becomes 1. To keep full precision, save `state_dict()` before
+    you restore, or convert the model to float32 before you prepare it.
 
     Args:
-        model: A model that went through `prepare`.
+        model: A prepared model.
 
     Returns:
         The same model.
 
     Raises:
-        FastLNError: If the model is not prepared, or has got parameters since (a parametrization, an adapter's layers);
-            nothing of it has changed then.
+        FastLNError: If the model is not prepared, or has gained parameters since (from a parametrization or an
+            adapter). The model stays unchanged then.
     """
     state = prepared(model)
     if state is None:
@@ -93,8 +96,8 @@ def restore(model: ModelT) -> ModelT:
     new = [name for name, _ in model.named_parameters() if name not in state.requires_grad]
     if new:
         raise FastLNError(
-            f"{len(new)} parameters came to the model after fastln.prepare(), for example {new[0]}: take away what "
-            "brought them (torch.nn.utils.parametrize.remove_parametrizations, peft's unload()), then restore"
+            f"the model gained {len(new)} parameters after fastln.prepare(), for example {new[0]}: remove what added "
+            "them (torch.nn.utils.parametrize.remove_parametrizations, peft's unload()), then restore"
         )
     state.remove(model)
     for parameter in model.parameters():
@@ -103,15 +106,15 @@ def restore(model: ModelT) -> ModelT:
 
 
 def check_norm_gradients(model: nn.Module) -> None:
-    """Check, after a backward pass, that every trained norm received its gradients.
+    """Check after a backward pass that every parameter of every trained norm received a gradient.
 
     Raises:
-        FastLNError: Naming the norms that did not.
+        FastLNError: If some did not. The message names them.
     """
     norms = {name: model.get_parameter(name) for name in norm_parameters(model)}
     silent = [name for name, parameter in norms.items() if parameter.requires_grad and parameter.grad is None]
     if silent:
         raise FastLNError(
-            f"{len(silent)} trained norm parameters received no gradient, because the loss does not depend on them: "
+            f"{len(silent)} trained norm parameters received no gradient because the loss does not depend on them: "
             f"{', '.join(silent[:5])}{', ...' if len(silent) > 5 else ''}; leave them out with `scope`"
         )

@@ -25,9 +25,9 @@ from fastln.data import Sample, Source, VQADataset
 from fastln.data.images import ImageStat
 from fastln.errors import FastLNError
 from fastln.models import chat_task, load_task
-from fastln.models.merge import merge_into_base
 from fastln.training import TrainConfig, evaluate, train_task
 from fastln.training.features import check_frozen
+from fastln.training.merge_run import merge_into_base
 from fastln.training.tasks import apply_method
 
 QUESTIONS = {

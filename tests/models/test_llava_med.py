@@ -15,9 +15,9 @@ from fastln.data import Sample, Source, VQADataset
 from fastln.data.images import ImageStat
 from fastln.errors import FastLNError
 from fastln.models import llava_med, load_task
-from fastln.models.merge import merge_into_base
 from fastln.prepare import prepare
 from fastln.training import TrainConfig, TrainFiles, train_task
+from fastln.training.merge_run import merge_into_base
 
 N_WORDS = 128
 

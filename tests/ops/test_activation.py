@@ -262,7 +262,7 @@ def test_compiled_whole_graph_equals_eager(kind, backend):
         torch.testing.assert_close(gradients(compiled, tensors), gradients(function, tensors))
 
 
-@pytest.mark.slow
+@pytest.mark.slow(pool="inductor")
 def test_inductor_equals_eager():
     def function(gate, up):
         return ops.activation(ops.gated_activation(gate * 2, up, "silu"), "gelu").sin()

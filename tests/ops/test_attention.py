@@ -61,10 +61,11 @@ def test_is_torch_s_attention(dtype, options):
 @pytest.mark.parametrize("dropout", [0.0, 0.2])
 @pytest.mark.parametrize("masked", [False, True])
 def test_keeps_inputs_output_and_a_number_per_row(dropout, masked, implementation):
-    if implementation == "reference" and not dropout:
-        pytest.skip("torch's own attention serves")
     q, k, v = wanting(make())
     mask = torch.ones(17, 17, dtype=torch.bool).tril() if masked else None
+    if implementation == "reference" and not dropout:
+        assert not has_own(q, k, v, mask=mask, dropout=dropout), "torch's own attention serves"
+        return
     out, kept = saved_by(lambda: attention(q, k, v, mask=mask, dropout=dropout))
     kept = {x.untyped_storage().data_ptr(): x for x in kept}
     for x in (q, k, v, out, *([mask] if masked else [])):
@@ -161,6 +162,21 @@ def test_who_serves(implementation, monkeypatch):
         assert own(dropout=0.1) == native
     with torch.backends.mkldnn.flags(enabled=False):
         assert not own()
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
+def test_meta_tensors_go_the_way_of_cpu_tensors(implementation, dropout):
+    """So what a plan stores can be counted on a model without values."""
+    saved = []
+    for device in ("cpu", "meta"):
+        q, k, v = (x.to(device).requires_grad_() for x in make())
+        assert has_own(q, k, v, mask=None, dropout=dropout) == (implementation == "native" or dropout > 0)
+        with torch.autograd.graph.saved_tensors_hooks(lambda x: saved[-1].append((x.shape, x.dtype)), lambda x: x):
+            saved.append([])
+            out = attention(q, k, v, dropout=dropout)
+        assert out.device.type == device
+    if implementation == "native" or dropout:  # else torch's own serves
+        assert saved[0] == saved[1]
 
 
 def test_the_reference_is_torch_s_attention_and_keeps_no_mask_of_dropout():

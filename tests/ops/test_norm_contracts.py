@@ -139,7 +139,7 @@ def test_a_module_compiled_whole_equals_eager(training, backend):
         torch.testing.assert_close(outcome(compiled, module, n_rows), outcome(module, module, n_rows))
 
 
-@pytest.mark.slow
+@pytest.mark.slow(pool="inductor")
 @pytest.mark.parametrize("training", [True, False])
 def test_inductor_equals_eager(training):
     module = Block("auto").train(training)

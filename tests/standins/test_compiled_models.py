@@ -22,7 +22,7 @@ def _compiled_anew():
     torch.compiler.reset()
 
 
-@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow(pool="inductor"))])
 @pytest.mark.parametrize("name", ["bert", "vit", "llama", "opt"])
 def test_a_step_is_that_of_eager_mode(name, backend):
     model, inputs = fastln.prepare(make(name)), batch(name)

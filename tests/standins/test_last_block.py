@@ -23,7 +23,7 @@ from fastln.methods import norm_parameters
 READ = {name: {4} for name in MODELS} | {"vit": {2}, "deit": {2}, "clip": {2}}
 READ |= {
     "bert, two losses": {2, 4, 24},  # the pooler has the first tokens, and then all are there
-    "gpt2, two heads": {2, 24},
+    "gpt2, two heads": {2, 4, 24},  # those with a label are picked from all, which are there
     "t5": {4, 24},
     "blip": {2, 4, 24, 34},
     "qwen2.5-vl": {4, 8},

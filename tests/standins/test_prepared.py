@@ -189,7 +189,7 @@ def test_what_llama_stores():
     assert units(transformers.LlamaForCausalLM(config), inputs, 160, 1024, 8) <= 10.9
 
 
-@pytest.mark.slow
+@pytest.mark.slow(pool="large")
 def test_what_blip_vqa_at_480_stores():
     config = transformers.BlipConfig(vision_config={"image_size": 480}, text_config={})
     model = transformers.BlipForQuestionAnswering(config)

@@ -40,7 +40,7 @@ def test_logits_stay(family):
         stays = [stay for stay in fastln.plan(model).stays if stay.kind == "attention"]
         got = fastln.prepare(model)(input_ids=ids, use_cache=False)[0]
     torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
-    assert any("depends on attention being called sdpa" in stay.reason for stay in stays)
+    assert any("depends on the attention name sdpa" in stay.reason for stay in stays)
 
 
 @pytest.mark.parametrize(
@@ -68,7 +68,7 @@ class Sparse(LlamaAttention):
 
 
 def test_a_class_of_somebodys_own_is_looked_at_too():
-    assert depends_on_name(Sparse) == "the code of Sparse depends on attention being called sdpa"
+    assert depends_on_name(Sparse) == "the code of Sparse depends on the attention name sdpa"
 
 
 def test_an_argument_that_is_not_known_means_sdpa(caplog):

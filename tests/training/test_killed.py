@@ -8,14 +8,15 @@ import torch
 from launch import HERE, TORCHRUN, result, script
 
 pytestmark = pytest.mark.timeout(900)  # many processes, which import everything: minutes on a busy machine
+MANY = pytest.mark.slow(take=0)  # dozens of runs, one after the other
 
 
 @pytest.mark.parametrize(
     ("how", "first", "last"),
     [
         ("saving", 5, 7),
-        pytest.param("saving", 1, 60, marks=pytest.mark.slow),
-        *[pytest.param("random", 24, seed, marks=pytest.mark.slow) for seed in range(2)],
+        pytest.param("saving", 1, 60, marks=MANY),
+        *[pytest.param("random", 24, seed, marks=MANY) for seed in range(2)],
     ],
 )
 def test_killed_and_resumed_it_ends_with_the_same_bits(how, first, last, tmp_path):
@@ -28,7 +29,7 @@ def test_killed_and_resumed_it_ends_with_the_same_bits(how, first, last, tmp_pat
     assert left == {"result.json", "checkpoint-39", "checkpoint-40"}
 
 
-@pytest.mark.slow
+@pytest.mark.slow(pool="processes")
 @pytest.mark.parametrize("accumulate", [1, 2])
 def test_two_processes_have_the_losses_of_one(accumulate, tmp_path):
     one, two = tmp_path / "one", tmp_path / "two"
@@ -49,7 +50,7 @@ def test_two_processes_have_the_losses_of_one(accumulate, tmp_path):
     assert result(two) == whole
 
 
-@pytest.mark.slow
+@pytest.mark.slow(pool="processes")
 def test_two_processes_of_the_command_line_take_the_whole_schedule_and_one_of_them_writes(tmp_path):
     tiny.blip_config().to_json_file(tmp_path / "tiny.json")
     out = tmp_path / "out"

@@ -17,12 +17,12 @@ from fastln.adapters import load_adapter
 from fastln.data import DataOptions, Source, load_source
 from fastln.errors import FastLNError
 from fastln.models import load_task
-from fastln.models.merge import merge_into_base
 from fastln.plan import prepared
 from fastln.training import TrainConfig, TrainFiles, checkpoints, eval_run, evaluate, tasks, train_task
 from fastln.training import run as run_module
 from fastln.training.eval_run import EvalRun, run_evaluation
 from fastln.training.head import train_head
+from fastln.training.merge_run import merge_into_base
 from fastln.training.preview import preview
 from fastln.training.run import TrainRun, run_training
 

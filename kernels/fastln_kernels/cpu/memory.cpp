@@ -1,10 +1,10 @@
-// An arena for large tensors that keeps its pages; `memory.py` makes it torch's CPU allocator, and undoes that.
+// An arena for large tensors that keeps its pages. `memory.py` makes it torch's CPU allocator, and undoes that.
 //
-// A training step frees large tensors and asks for the same ones again. The C library does one of two things. It gives
-// their pages back, and the system maps and zeroes them again at the next touch. Or it keeps them in its heap, between
-// small blocks that outlive the step: there a freed block does not merge with its neighbours, and the next large tensor
-// finds no hole that fits. The arena holds no small blocks, and free neighbours always merge. So it ends little above
-// the most that ever lived at once.
+// A training step frees large tensors and allocates the same ones again. The C library does one of two things. It
+// returns their pages to the system, which maps and zeroes them again at the next access. Or it keeps them in its heap,
+// between small blocks that outlive the step. There a freed block does not merge with its neighbours, and the next
+// large tensor finds no gap that fits. The arena holds no small blocks, and free neighbours always merge. So it grows
+// little beyond the largest total size of live tensors.
 #include <c10/core/CPUAllocator.h>
 #include <pthread.h>
 #include <sys/mman.h>
@@ -21,21 +21,21 @@
 
 namespace {
 
-constexpr size_t LARGE = 64 << 10;  // smaller ones go to the C library, which maps none below 128 KiB on their own
-constexpr size_t ALIGNMENT = 64;    // torch's, a cache line
+constexpr size_t LARGE = 64 << 10;  // smaller blocks go to the C library, which maps none below 128 KiB separately
+constexpr size_t ALIGNMENT = 64;    // a cache line, as in torch
 constexpr size_t GROWTH = 64 << 20;
 
 constexpr size_t round_up(size_t n, size_t unit) { return (n + unit - 1) / unit * unit; }
 
-// It reserves all its addresses at once, so that all blocks are neighbours; the system gives pages when they are
-// touched. `take` chooses the smallest free block that is large enough, and among equals the lowest. What was never
-// used is the largest block, so it is touched last. Not thread-safe: callers hold `mutex`.
+// The arena reserves its whole address range at once, so that all blocks are adjacent. The system provides pages at
+// first access. `take` chooses the smallest free block that is large enough, and the lowest of equal ones. Unused
+// address space is the largest block, so it is used last. Not thread-safe: callers hold `mutex`.
 class Arena {
  public:
   explicit Arena(size_t size) : size_(size) {
     void* reserved = mmap(nullptr, size_, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
     if (reserved == MAP_FAILED) return;
-    madvise(reserved, size_, MADV_HUGEPAGE);  // fewer misses of the TLB; a system without huge pages refuses, no harm
+    madvise(reserved, size_, MADV_HUGEPAGE);  // fewer TLB misses; fails harmlessly on systems without huge pages
     begin_ = end_ = static_cast<char*>(reserved);
     add_free(begin_, size_);
   }
@@ -50,7 +50,7 @@ class Arena {
   bool is_unused() const { return blocks_.size() == 1 && blocks_.begin()->second.is_free; }
   bool holds(const char* address) const { return begin_ <= address && address < begin_ + size_; }
 
-  // Null where the arena or the system has no more.
+  // Returns null if the arena or the system has no more memory.
   void* take(size_t n) {
     n = round_up(n, ALIGNMENT);
     const auto fit = free_.lower_bound({n, nullptr});
@@ -63,7 +63,7 @@ class Arena {
     return block;
   }
 
-  // Returns where the free block begins that the freed one is now a part of.
+  // Returns the start of the free block that now contains the freed block.
   char* give_back(char* address) {
     auto block = blocks_.find(address);
     size_t size = block->second.size;
@@ -78,7 +78,7 @@ class Arena {
     return address;
   }
 
-  // Gives a free block's pages back to the system; its addresses stay the arena's.
+  // Returns a free block's pages to the system. The arena keeps the addresses.
   void drop_pages(char* block) {
     static const auto page = static_cast<size_t>(sysconf(_SC_PAGESIZE));
     char* const end = std::min(block + blocks_.at(block).size, end_);
@@ -110,7 +110,7 @@ class Arena {
     return size;
   }
 
-  // Makes the addresses below `end` usable: a piece at a time, since a system that does not overcommit counts them.
+  // Makes the addresses below `end` usable, piece by piece, because a system without overcommit counts them.
   bool open_up_to(char* end) {
     if (end <= end_) return true;
     const size_t more = std::min(round_up(end - end_, GROWTH), static_cast<size_t>(begin_ + size_ - end_));
@@ -121,16 +121,16 @@ class Arena {
 
   const size_t size_;
   char* begin_ = nullptr;
-  char* end_ = nullptr;                       // of what is usable
-  Blocks blocks_;                             // all of them; each begins where the one before ends
+  char* end_ = nullptr;                       // end of the usable addresses
+  Blocks blocks_;                             // all blocks; each begins at the end of the previous one
   std::set<std::pair<size_t, char*>> free_;  // by size, then by address
 };
 
-// None of these is ever destroyed: tensors may be freed when the process ends, after everything else.
+// These are never destroyed, because tensors may be freed at the end of the process, after everything else.
 std::mutex mutex;                    // guards the next four
-size_t n_users = 0;                  // torch's allocator is ours while there is one
-Arena* arena = nullptr;              // there while it has users, or blocks that outlive the last user
-c10::Allocator* standard = nullptr;  // torch's, from the first install on
+size_t n_users = 0;                  // while it is not 0, torch uses our allocator
+Arena* arena = nullptr;              // exists while it has users, or blocks that outlive the last user
+c10::Allocator* standard = nullptr;  // torch's own, set at the first install
 c10::Allocator* ours = nullptr;
 
 // Call while nobody uses the arena.
@@ -157,7 +157,7 @@ void give_back(void* address) {
     arena->drop_pages(block);
 }
 
-// Tensors from before the last release still ask it when they grow; then it passes them on.
+// After a release, tensors of this allocator still use it when they grow. It then forwards to torch's allocator.
 class Allocator final : public c10::Allocator {
  public:
   c10::DataPtr allocate(size_t n) override {
@@ -176,7 +176,7 @@ class Allocator final : public c10::Allocator {
   }
 };
 
-// Why torch's allocator cannot be replaced now, or null.
+// Returns why torch's allocator cannot be replaced now, or null.
 const char* obstacle() {
   if (n_users > 0) return nullptr;
   c10::Allocator* const now = c10::GetCPUAllocator();
@@ -185,36 +185,37 @@ const char* obstacle() {
   return nullptr;
 }
 
-// At the first install. Returns why it failed, or null.
+// Runs at the first install. Returns why it failed, or null.
 const char* prepare() {
   if (ours) return nullptr;
-  // A child gets the arena as it is at the fork, so no other thread may be half through a change of it then.
+  // A fork copies the arena, so no other thread may be changing it at that moment.
   if (pthread_atfork([] { mutex.lock(); }, [] { mutex.unlock(); }, [] { mutex.unlock(); }) != 0)
     return "the system has no memory for a handler of forks";
   standard = c10::GetCPUAllocator();
   ours = new Allocator;
-  // glibc maps and unmaps blocks of 128 KiB and more (decoded images, say) one by one until a larger one is freed; from
-  // then on it keeps all up to that size in its heap. Without the arena torch's first large tensors teach it that.
+  // glibc maps and unmaps blocks of 128 KiB and more (such as decoded images) one by one until a large mapped block is
+  // freed. From then on it keeps blocks up to that size in its heap. Without the arena, torch's first large tensors
+  // have this effect.
   standard->raw_deallocate(standard->raw_allocate(31 << 20));
   return nullptr;
 }
 
 }  // namespace
 
-// Why the arena cannot become torch's allocator, or null. Changes nothing.
+// Returns why the arena cannot become torch's allocator, or null. Changes nothing.
 extern "C" const char* fastln_arena_obstacle() {
   const std::lock_guard<std::mutex> guard(mutex);
   return obstacle();
 }
 
-// How many users the arena has now.
+// Returns the number of the arena's users.
 extern "C" size_t fastln_arena_users() {
   const std::lock_guard<std::mutex> guard(mutex);
   return n_users;
 }
 
-// Counts one user more. For the first it reserves `size` bytes of addresses, makes the arena torch's allocator for what
-// is allocated from now on, and sets `*reserved` to the arena's size (else to 0). Returns why it failed, or null.
+// Adds a user. The first user reserves `size` bytes of addresses and makes the arena torch's allocator from now on.
+// Sets `*reserved` to the arena's size for the first user, else to 0. Returns why it failed, or null.
 extern "C" const char* fastln_install_arena(size_t size, size_t* reserved) {
   const std::lock_guard<std::mutex> guard(mutex);
   *reserved = 0;
@@ -240,8 +241,8 @@ extern "C" const char* fastln_install_arena(size_t size, size_t* reserved) {
   return nullptr;
 }
 
-// Counts one user less. The last one gives torch its standard allocator back and the system all pages that hold no
-// tensor; the pages and addresses of tensors that live on follow when these are freed.
+// Removes a user. The last one gives torch its standard allocator back, and returns all pages without tensors to the
+// system. The pages and addresses of live tensors follow when those are freed.
 extern "C" void fastln_release_arena() {
   const std::lock_guard<std::mutex> guard(mutex);
   if (n_users == 0 || --n_users > 0) return;

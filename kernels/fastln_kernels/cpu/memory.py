@@ -1,7 +1,7 @@
-"""Memory for large CPU tensors, in an arena of their own that keeps its pages (`memory.cpp`).
+"""An arena for large CPU tensors that keeps its pages (`memory.cpp`).
 
-Whoever wants the arena calls `install`, and `release` when done. The first user replaces torch's CPU allocator for the
-whole process, the last one puts it back.
+A user of the arena calls `install`, and `release` when done. The first user replaces torch's CPU allocator in the whole
+process. The last one puts it back.
 """
 
 import ctypes
@@ -13,13 +13,13 @@ from fastln_kernels.cpu import library
 from fastln_kernels.cpu.library import KernelsUnavailableError
 
 MIN_BYTES = 64 << 20
-"""The smallest arena that is worth it: what it grows by."""
+"""The smallest useful arena: one growth step."""
 
 
 def why_not() -> str | None:
-    """Say why `install` would fail; None where it would not. This replaces nothing, but may compile."""
+    """Say why `install` would fail; None if it would not. This changes nothing, but it may compile the library."""
     if sys.platform != "linux":
-        return f"the arena works on Linux, and this is {sys.platform}"
+        return f"the arena works only on Linux, and this is {sys.platform}"
     if reason := library.why_not("memory"):
         return reason
     obstacle = _library().fastln_arena_obstacle()
@@ -27,18 +27,18 @@ def why_not() -> str | None:
 
 
 def install(n_bytes: int) -> int:
-    """Have torch allocate large CPU tensors in the arena from now on, in the whole process; count one user more.
+    """Add a user. From the first user on, torch allocates large CPU tensors in the arena, in the whole process.
 
-    Tensors that exist already stay where they are.
+    Existing tensors stay where they are.
 
     Args:
-        n_bytes: How much the arena may hold. Further users share the first one's arena.
+        n_bytes: Maximum size of the arena. Further users share the first user's arena.
 
     Returns:
-        How many bytes the arena may hold, or 0 if it had a user already.
+        The maximum size of the arena in bytes, or 0 if it already had a user.
 
     Raises:
-        KernelsUnavailableError: If this is not Linux, there is no compiled code, or torch or the system refuses.
+        KernelsUnavailableError: If this is not Linux, the library is not available, or torch or the system refuses.
     """
     if reason := why_not():
         raise KernelsUnavailableError(reason)
@@ -50,10 +50,10 @@ def install(n_bytes: int) -> int:
 
 
 def release() -> None:
-    """Count one user less; after the last one torch's own allocator is back.
+    """Remove a user. After the last one, torch's own allocator is back.
 
-    Free pages go back to the system at once. Tensors in the arena live on; each gives its pages back when it is freed,
-    and the last one the arena's addresses.
+    Free pages then go back to the system immediately. Tensors in the arena stay valid. Each returns its pages when it
+    is freed, and the last one also returns the arena's address range.
 
     Raises:
         RuntimeError: If there is no user.
@@ -64,7 +64,7 @@ def release() -> None:
 
 
 def users() -> int:
-    """How many users the arena has; torch's allocator is its own while there are none."""
+    """Return how many users the arena has. While there are none, torch uses its own allocator."""
     if sys.platform != "linux" or library.why_not("memory"):
         return 0
     count: int = _library().fastln_arena_users()

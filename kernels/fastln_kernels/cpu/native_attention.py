@@ -1,8 +1,8 @@
-"""Attention for CPU tensors by the compiled kernels of `attention.cpp`; `reference_attention` defines it.
+"""Attention for CPU tensors, computed by the compiled kernels of `attention.cpp`; `reference_attention` defines it.
 
-For float32, bfloat16 and float16, whose sums are float32. Whatever the lengths, a thread holds the scores of 64 queries
-and at most 320 keys; beside them it holds one head in the layouts that products want. Results depend on the inputs
-alone and not on the number of threads.
+The kernels take float32, bfloat16 and float16 and sum in float32. Each thread holds the scores of 64 queries and at
+most 320 keys, for any sequence length. It also holds one head in the memory layouts that products need. Results do not
+depend on the number of threads.
 """
 
 import ctypes
@@ -27,7 +27,7 @@ _BOOLEAN_MASK = 3
 
 
 class _Rows(ctypes.Structure):
-    """A tensor of four dimensions whose last is contiguous."""
+    """A four-dimensional tensor whose last dimension is contiguous."""
 
     _fields_ = (("data", c_void_p), ("batch", c_int64), ("head", c_int64), ("row", c_int64))
 
@@ -37,7 +37,7 @@ class _Rows(ctypes.Structure):
 
 
 class _Arguments(ctypes.Structure):
-    """The struct of that name in `attention.cpp`."""
+    """The struct `Arguments` in `attention.cpp`."""
 
     _fields_ = (
         *((name, c_int64) for name in ("dtype", "n_threads", "batches", "heads", "kv_heads", "queries", "keys")),
@@ -50,9 +50,10 @@ class _Arguments(ctypes.Structure):
 
 
 def attention_forward(request: AttentionForward) -> AttentionOutputs:
-    """Softmax attention with what its backward needs.
+    """Compute softmax attention and what its backward needs.
 
-    Takes and returns what `fastln_kernels.reference_attention.attention_forward` does, for float32, bfloat16, float16.
+    Arguments and results are those of `fastln_kernels.reference_attention.attention_forward`, for float32, bfloat16 and
+    float16.
 
     Raises:
         KernelsUnavailableError: If there are no compiled kernels.
@@ -68,16 +69,16 @@ def attention_forward(request: AttentionForward) -> AttentionOutputs:
 
 
 def attention_backward(request: AttentionBackward) -> AttentionGradients:
-    """Compute the wanted ones of the gradients; no product that only the others need is taken.
+    """Compute only the requested gradients, and only the products that they need.
 
-    Takes and returns what `fastln_kernels.reference_attention.attention_backward` does.
+    Arguments and results are those of `fastln_kernels.reference_attention.attention_backward`.
 
     Raises:
         KernelsUnavailableError: If there are no compiled kernels.
     """
     q, k, v = request.forward[:3]
     wanted = {"dq": (q, request.need_dq), "dk": (k, request.need_dk), "dv": (v, request.need_dv)}
-    # Laid out as models make them, tokens before heads.
+    # The memory layout that models use: tokens before heads.
     made = {
         name: x.new_empty(x.shape[0], x.shape[2], x.shape[1], x.shape[3]).transpose(1, 2)
         for name, (x, need) in wanted.items()
@@ -94,7 +95,7 @@ def attention_backward(request: AttentionBackward) -> AttentionGradients:
 
 
 def _call(symbol: str, request: AttentionForward, more: dict[str, Tensor], lse: Tensor) -> None:
-    """Call a kernel with the tensors of `request`, those of `more` and `lse`."""
+    """Call a kernel with the tensors in `request` and `more`, and with `lse`."""
     # Copies must live until the kernel has run.
     tensors = {
         name: x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
@@ -127,7 +128,7 @@ def _call(symbol: str, request: AttentionForward, more: dict[str, Tensor], lse: 
 
 
 def _mask(mask: Tensor, q: Tensor, k: Tensor) -> Tensor:
-    """The mask as (B, H, Sq, Sk), expanded where it can be: all but the columns."""
+    """Return the mask as (B, H, Sq, Sk). All dimensions but the last may be expanded."""
     if mask.dtype != torch.bool and mask.dtype not in DTYPES:
         mask = mask.to(torch.float32)
     n_keys = k.shape[2]

@@ -1,4 +1,4 @@
-"""Linear layers for CPU tensors, by the compiled kernel of `linear.cpp`: no copy of a weight is kept."""
+"""Linear layers for CPU tensors, computed by the compiled kernel of `linear.cpp`, which keeps no copy of a weight."""
 
 import ctypes
 import functools
@@ -12,11 +12,11 @@ from fastln_kernels.cpu import products
 from fastln_kernels.cpu.library import DTYPES
 
 _MULTIPLE = 16  # the widths must be multiples of this
-_ROWS = 32  # with this many rows or more, laying the weight out pays
+_ROWS = 32  # with fewer rows, packing the weight does not pay
 
 
 class _Arguments(ctypes.Structure):
-    """The struct of that name in `linear.cpp`."""
+    """The struct `Arguments` in `linear.cpp`."""
 
     _fields_ = (
         *((name, c_int64) for name in ("dtype", "parameter_dtype", "n_threads")),
@@ -27,13 +27,13 @@ class _Arguments(ctypes.Structure):
 
 
 def has_own(x: Tensor, weight: Tensor, bias: Tensor | None, *, transpose: bool = True) -> bool:
-    """Whether the kernel takes these, their shapes fit, and it is the faster way.
+    """Whether the kernel supports these tensors and is faster than torch.
 
     Args:
         x: The rows, (..., n_inner).
-        weight: As `linear` has it.
-        bias: Likewise.
-        transpose: Likewise.
+        weight: As for `linear`.
+        bias: As for `linear`.
+        transpose: As for `linear`.
 
     Raises:
         KernelsUnavailableError: If there are no compiled kernels.
@@ -50,18 +50,18 @@ def has_own(x: Tensor, weight: Tensor, bias: Tensor | None, *, transpose: bool =
         and weight.is_contiguous()
         and (bias is None or (bias.dtype == weight.dtype and bias.shape == (n_cols,) and bias.is_contiguous()))
         and x.dtype in products.usable("linear")
-        and bool(torch.backends.mkldnn.enabled)  # or torch refuses the products
+        and bool(torch.backends.mkldnn.enabled)  # otherwise torch refuses the products
     )
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, transpose: bool = True) -> Tensor:
-    """Compute what `fastln_kernels.reference.linear` does, summed in float32 and rounded once.
+    """Compute `fastln_kernels.reference.linear`, summed in float32 and rounded once.
 
     Args:
         x: `(n_rows, n_inner)`, float32 or bfloat16.
-        weight: `(n_cols, n_inner)`, or `(n_inner, n_cols)` without `transpose`; contiguous, both widths positive
-            multiples of 16; of the dtype of `x` or float32, which is then rounded to it.
-        bias: `(n_cols,)`, contiguous, of the dtype of `weight`, or None.
+        weight: `(n_cols, n_inner)`, or `(n_inner, n_cols)` if `transpose` is False; contiguous, both widths positive
+            multiples of 16. Its dtype is that of `x`, or float32, which is then rounded to the dtype of `x`.
+        bias: `(n_cols,)`, contiguous, in the dtype of `weight`, or None.
         transpose: Whether the rows of `weight` belong to the columns of the result.
 
     Returns:

@@ -1,8 +1,8 @@
-"""LayerNorm and RMSNorm for CPU tensors by the compiled kernels of `norm.cpp`; `fastln_kernels.reference` defines them.
+"""LayerNorm and RMSNorm for CPU tensors, computed by the compiled kernels of `norm.cpp`.
 
-For float32, bfloat16 and float16 rows; arithmetic and statistics are float32. Rows may have any stride; rows whose
-columns are not contiguous, and such weights and biases, are copied first. Results depend on the inputs alone and not on
-the number of threads.
+`fastln_kernels.reference` defines them. Rows may be float32, bfloat16 or float16, with any stride. Arithmetic and
+statistics are float32. Rows with non-contiguous columns, and non-contiguous weights and biases, are copied first.
+Results do not depend on the number of threads.
 """
 
 import functools
@@ -26,8 +26,8 @@ _DROPOUT = (c_int64, c_void_p)  # threshold, seed
 def norm_forward(request: NormForward) -> NormOutputs:
     """Normalise each row of `residual + dropout(x)`, then scale and shift it.
 
-    Takes and returns what `fastln_kernels.reference.norm_forward` does, for float32, bfloat16 and float16; weight and
-    bias may be of any dtype.
+    Arguments and results are those of `fastln_kernels.reference.norm_forward`, for float32, bfloat16 and float16.
+    Weight and bias may have any dtype.
 
     Raises:
         KernelsUnavailableError: If there are no compiled kernels.
@@ -64,9 +64,9 @@ def norm_forward(request: NormForward) -> NormOutputs:
 
 
 def norm_backward(request: NormBackward) -> NormGradients:
-    """Compute the wanted ones of the gradients; nothing is loaded or stored for the others.
+    """Compute only the requested gradients. The kernel loads and stores nothing for the others.
 
-    Takes and returns what `fastln_kernels.reference.norm_backward` does.
+    Arguments and results are those of `fastln_kernels.reference.norm_backward`.
 
     Raises:
         KernelsUnavailableError: If there are no compiled kernels.

@@ -1,8 +1,8 @@
-"""LayerNorm for CPU tensors by torch's own fused kernel, with float32 sums where torch's are of the dtype of `x`.
+"""LayerNorm for CPU tensors by torch's own fused kernel, with float32 sums where torch's have the dtype of `x`.
 
-The functions take and return what those of `fastln_kernels.reference` do, with three differences: the kind is that of
-LayerNorm (centred, no offset, no rounding), nothing comes before the norm, and as `rstd` stand the two numbers per row
-that torch's backward reads: `(2, n_rows, 1)`, mean and rstd.
+The functions take and return what those of `fastln_kernels.reference` do, with three differences: the mean is always
+subtracted, nothing comes before the norm, and in place of `rstd` are the two numbers per row that torch's backward
+reads: `(2, n_rows, 1)`, mean and rstd.
 """
 
 import functools
@@ -10,34 +10,49 @@ import functools
 import torch
 from torch import Tensor
 
-from fastln_kernels.reference import NormBackward, NormForward, NormGradients, NormOutputs, arithmetic_dtype
+from fastln_kernels.reference import (
+    NormBackward,
+    NormForward,
+    NormGradients,
+    NormKind,
+    NormOutputs,
+    arithmetic_dtype,
+)
 
 _aten = torch.ops.aten
 _BLOCK_ROWS = 512
 N_STATS = 2
-"""How many numbers per row stand as `rstd`."""
+"""How many numbers per row are in place of `rstd`."""
 
 
 def norm_forward(request: NormForward) -> NormOutputs:
     """Normalise each row of `x`, then scale and shift it."""
-    x, weight, bias, kind = request[:4]
+    x, kind = request.x, request.kind
     dtype = arithmetic_dtype(x)
-    if weight is None and x.dtype != dtype:
-        # torch rounds the statistics to the dtype of x, unless the weight is float32.
-        weight = _ones(x.shape[-1], dtype)
-    y, mean, rstd = _aten.native_layer_norm.default(x, x.shape[-1:], _cast(weight, dtype), _cast(bias, dtype), kind.eps)
+    weight, bias = _gain(request.weight, kind, dtype), _cast(request.bias, dtype)
+    # torch rounds the statistics to the dtype of x, unless the weight is float32.
+    ones = None if x.dtype == dtype else _ones(x.shape[-1], dtype)
+    if kind.round_normed and x.dtype != dtype:
+        x_hat, mean, rstd = _aten.native_layer_norm.default(x, x.shape[-1:], ones, None, kind.eps)
+        y = x_hat.to(dtype)
+        y = y if weight is None else y * weight
+        y = (y if bias is None else y + bias).to(x.dtype)
+    else:
+        weight = ones if weight is None else weight
+        y, mean, rstd = _aten.native_layer_norm.default(x, x.shape[-1:], weight, bias, kind.eps)
     return NormOutputs(y, None, None, torch.stack((mean, rstd)))
 
 
 def norm_backward(request: NormBackward) -> NormGradients:
-    """Compute the wanted ones of the gradients, and nothing else."""
-    dy, saved, weight, stats = request[:4]
+    """Compute the gradients that are wanted, and nothing else."""
+    dy, saved, stats, kind = request.dy, request.saved, request.rstd, request.kind
     dtype = arithmetic_dtype(dy)
     if saved is None or stats is None:
         return NormGradients(None, None, None, dy.sum(0, dtype=dtype).to(request.grad_dtype))
     n_rows, n_cols = saved.shape
     ones = _ones(n_cols, dtype)  # torch asks for parameters, if only for their shape
-    parameters = (ones if weight is None else _cast(weight, dtype), ones)
+    weight = _gain(request.weight, kind, dtype)
+    parameters = (ones if weight is None else weight, ones)
     wanted = [request.need_dx, request.need_dweight, request.need_dbias]
     torch_backward = _aten.native_layer_norm_backward.default
     mean, rstd = stats
@@ -51,10 +66,19 @@ def norm_backward(request: NormBackward) -> NormGradients:
             block_dx, *block_sums = torch_backward(*block, *parameters, wanted)
             if dx is not None:
                 dx[rows] = block_dx
+            if kind.round_normed and request.need_dweight:
+                x_hat = ((block[1] - mean[rows]) * rstd[rows]).to(saved.dtype)
+                block_sums[0] = (block[0] * x_hat).sum(0)
             sums = [b if a is None else a.add_(b) for a, b in zip(sums, block_sums, strict=True)]
     else:
         dx, *sums = torch_backward(dy, saved, (n_cols,), mean, rstd, *parameters, wanted)
     return NormGradients(dx, None, *(_cast(grad, request.grad_dtype) for grad in sums))
+
+
+def _gain(weight: Tensor | None, kind: NormKind, dtype: torch.dtype) -> Tensor | None:
+    """What x_hat is multiplied by; None for ones."""
+    weight = _cast(weight, dtype)
+    return weight + kind.offset if weight is not None and kind.offset else weight
 
 
 def _cast(tensor: Tensor | None, dtype: torch.dtype) -> Tensor | None:

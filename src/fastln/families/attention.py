@@ -1,8 +1,8 @@
-"""Which modules compute attention, and by whom: transformers' attention interface or code of their own.
+"""Find the modules that compute attention, through transformers' attention interface or with their own code.
 
-Most families ask the interface, `ALL_ATTENTION_FUNCTIONS`, for a function by the name in the module's configuration,
-at every call. Such a module can be given another function by a name of its own, if nothing else in its code depends on
-the name. Some code does: families with sparse attention build their mask only under the names "eager" and "sdpa".
+In most families each call looks up a function in the interface, `ALL_ATTENTION_FUNCTIONS`, by the name in the module's
+configuration. A new name gives such a module another function, if nothing else in its code depends on the name. Some
+code does: families with sparse attention build their mask only for the names "eager" and "sdpa".
 """
 
 from __future__ import annotations
@@ -31,9 +31,9 @@ class Attention:
     """A module that computes attention.
 
     Attributes:
-        name: In the model.
-        what: "attention" where it asks the interface, or the name of the class that has a stand-in.
-        obstacle: Why it must keep its own way; None where it need not.
+        name: Its name in the model.
+        what: "attention" if it uses the interface, or the name of the stand-in for its class.
+        obstacle: Why fastln must not change it; None if it may.
     """
 
     name: str
@@ -52,17 +52,17 @@ def find_attention(model: nn.Module) -> Iterator[Attention]:
         elif name in asking:
             yield Attention(name, "attention", _obstacle(module))
         elif name in own:
-            yield Attention(name, "attention", "it computes attention with code of its own")
+            yield Attention(name, "attention", "it computes attention with its own code")
 
 
 def depends_on_name(cls: type[nn.Module]) -> str | None:
-    """Say what in the code of a class depends on attention's name being "sdpa"; None where nothing does.
+    """Say which code of a class depends on the attention name being "sdpa"; None if no code does.
 
-    The name may go to the interface, and it may be compared with names other than "sdpa": whatever the name then is,
-    such a comparison comes out the same.
+    Two uses of the name are harmless: to look up a function in the interface, and to compare it with names other than
+    "sdpa". Such a comparison has the same result for "sdpa" and for a new name.
 
     Args:
-        cls: A module's class. Its bases are looked at too, up to torch's.
+        cls: A module's class. Its bases are checked too, up to torch's classes.
     """
     for base in cls.__mro__:
         if base.__module__.startswith("torch.") or base is object:
@@ -91,7 +91,7 @@ def _depends_on_name(cls: type[nn.Module]) -> str | None:
             isinstance(node, ast.Constant) and node.value in _NAMES
         )
         if named and node not in harmless:
-            return f"the code of {cls.__name__} depends on attention being called sdpa"
+            return f"the code of {cls.__name__} depends on the attention name sdpa"
     return None
 
 
@@ -100,7 +100,7 @@ def _is_interface(node: ast.AST) -> bool:
 
 
 def _compares_other_names(node: ast.Compare) -> bool:
-    """Whether the name is compared with fixed names alone, none of them "sdpa"."""
+    """Whether the name is compared only with constants, none of which is "sdpa"."""
     constants = [inner.value for inner in ast.walk(node) if isinstance(inner, ast.Constant)]
     others = [side for side in (node.left, *node.comparators) if not isinstance(side, ast.Attribute)]
     fixed = all(isinstance(side, ast.Constant | ast.Tuple | ast.List | ast.Set) for side in others)

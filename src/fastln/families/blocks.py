@@ -1,4 +1,4 @@
-"""Blocks that fastln computes in one: recognised by their code, for transformers' families share it by copying."""
+"""Recognise blocks that fastln computes in one operation, by their code: transformers' families copy it."""
 
 from __future__ import annotations
 
@@ -42,19 +42,19 @@ def gated_mlp_kind(module: nn.Module) -> ActivationKind | None:
 
 
 def calls_dropout(module: nn.Module) -> bool:
-    """Whether the code of `module` calls dropout as a function, in its own forward and not in layers inside it."""
+    """Whether the forward of `module` itself, not of layers inside it, calls dropout as a function."""
     return _calls_dropout(type(module).forward) and not _holds_layers(module)
 
 
 def _holds_layers(module: nn.Module) -> bool:
-    """Whether it is a model, or has layers that may be computed again in the backward, outside of its forward."""
+    """Whether it is a model, or has layers that backward may compute again, outside its forward."""
     layers = (inner for inner in module.modules() if isinstance(inner, GradientCheckpointingLayer))
     return isinstance(module, PreTrainedModel) or any(layer is not module for layer in layers)
 
 
 @functools.cache
 def _calls_dropout(forward: Callable[..., Any]) -> bool:
-    """Whether this code calls `torch.nn.functional.dropout`, under its usual names, or a `dropout_add` that does."""
+    """Whether this code calls `functional.dropout` or `F.dropout`, or a `dropout_add` function that does."""
     forward = inspect.unwrap(forward)
     if not isinstance(forward, FunctionType):
         return False

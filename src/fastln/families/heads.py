@@ -1,4 +1,4 @@
-"""The language-model heads of a transformers model: the layers that turn hidden states into logits."""
+"""Find the language-model heads of a transformers model: the layers that turn hidden states into logits."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from fastln.families.parts import output_embeddings, pretrained_models
 def find_heads(model: nn.Module) -> dict[str, nn.Linear]:
     """Return the language-model heads of `model` by name.
 
-    A head is what `get_output_embeddings` of the model, or of a model inside it, returns, where that is a plain
-    `torch.nn.Linear`; others (quantised, adapted, sharded ones) are left alone.
+    A head is the result of `get_output_embeddings` of the model, or of a model inside it, if it is a plain
+    `torch.nn.Linear`. Other heads (quantised, adapted or sharded ones) are not returned.
 
     Args:
         model: A `PreTrainedModel`, or a module that contains some.

@@ -1,4 +1,4 @@
-"""The last block of a stack: where, behind the last attention, each token is computed by itself."""
+"""Find the last block of each stack. After its attention, each token is computed independently."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ class LastBlock:
     """The last block of a stack of blocks.
 
     Attributes:
-        name: Of the block, in the model.
-        projection: Name of the last linear layer of the block's last attention. Where that is another layer than the
-            output projection, its result is wanted whole, and is computed whole.
+        name: The block's name in the model.
+        projection: Name of the last linear layer of the block's last attention. If that is not the output projection,
+            its whole result is needed, and the whole result is computed.
     """
 
     name: str
@@ -25,7 +25,7 @@ class LastBlock:
 
 
 def last_blocks(model: nn.Module) -> list[LastBlock]:
-    """Return the last block of each outermost stack of blocks that has attention in it."""
+    """Return the last block of each outermost stack whose last block contains attention."""
     linears = [name for name, module in attention_maps(model).items() if isinstance(module, nn.Linear | Conv1D)]
     found: dict[str, LastBlock] = {}
     for name, stack in model.named_modules():

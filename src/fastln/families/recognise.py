@@ -1,4 +1,4 @@
-"""Everything in a model that fastln has a stand-in for, found in one pass and returned as data. Nothing changes."""
+"""Find everything in a model that fastln has a stand-in for, and return it as data. Nothing changes."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ from fastln.ops import ActivationKind
 
 @dataclass(frozen=True)
 class Found:
-    """A place in a model that fastln knows.
+    """A module that fastln recognises.
 
     Attributes:
-        name: Of the module, in the model; empty for the model itself.
-        what: Which part it is: a key of `fastln.standins.STAND_INS`.
-        label: What a user calls it: LayerNorm, GELU, attention, ...
-        detail: Which norm or activation it computes, and the like; None where that needs no saying.
-        obstacle: Why it must stay as it is; None where it need not.
+        name: The module's name in the model; empty for the model itself.
+        what: Which part it is: a key of `fastln.standins.table.STAND_INS`.
+        label: What it is, in words for the user: LayerNorm, GELU, attention, ...
+        detail: Details such as which norm or activation it computes; None if there are none.
+        obstacle: Why it must stay stock; None if it may change.
     """
 
     name: str
@@ -39,7 +39,7 @@ class Found:
 
 
 def recognise(model: nn.Module) -> list[Found]:
-    """Return what is known of `model`, kind by kind and each in the model's order."""
+    """Return everything that fastln recognises in `model`, grouped by kind, each kind in the model's order."""
     attention = [Found(found.name, found.what, "attention", obstacle=found.obstacle) for found in find_attention(model)]
     own_way = {found.name for found in attention if found.what != "attention"}
     return [
@@ -64,7 +64,7 @@ _ACTIVATIONS: dict[ActivationKind, str] = {
 
 
 def _of(name: str, module: nn.Module) -> Iterator[Found]:
-    """Yield what a module is by itself: at most one thing."""
+    """Yield what a module is by itself: at most one entry."""
     cls = type(module).__name__
     if is_norm(module):
         yield _norm(name, module)
@@ -93,7 +93,7 @@ def _norm(name: str, module: nn.Module) -> Found:
 
 def _other_norms(model: nn.Module) -> Iterator[Found]:
     for name, module in find_other_norms(model):
-        reason = "group and batch norms, and norms whose scale comes from a layer inside, are not tuned"
+        reason = "norm tuning leaves out group and batch norms, and norms whose scale comes from a layer inside them"
         yield Found(name, "slow_norm", type(module).__name__, obstacle=reason)
 
 
@@ -107,7 +107,7 @@ def _heads(model: nn.Module) -> Iterator[Found]:
             others[name] = type(head).__name__
     yield from (Found(name, "lm_head", "lm_head") for name in heads)
     for name, cls in others.items():
-        yield Found(name, "lm_head", "lm_head", obstacle=f"the head is a {cls}, no plain torch.nn.Linear")
+        yield Found(name, "lm_head", "lm_head", obstacle=f"the head is a {cls}, not a plain torch.nn.Linear")
 
 
 def _linears(model: nn.Module) -> Iterator[Found]:

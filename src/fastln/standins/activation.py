@@ -1,4 +1,4 @@
-"""Activations, which keep one tensor for backward."""
+"""Activations that store one tensor for backward."""
 
 from __future__ import annotations
 

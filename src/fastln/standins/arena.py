@@ -1,4 +1,4 @@
-"""The arena of large CPU tensors, as something that a prepared model holds and gives back."""
+"""A prepared model's hold on the arena for large CPU tensors."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ logger = logging.getLogger(__name__)
 class Arena:
     """One user's hold on the process's arena (`fastln.machine.install_arena`).
 
-    It ends with `remove`, or when this object is collected together with the model that it belongs to. A copy, or what
-    comes out of a pickle, holds nothing.
+    The hold ends with `remove`, or when Python collects this object together with its model. A copied or unpickled
+    object holds nothing.
     """
 
     def __init__(self) -> None:
         self._release: weakref.finalize[[], Arena] | None = None
 
     def put(self) -> None:
-        """Take hold of the arena, unless this object holds it already.
+        """Acquire the arena, unless this object already holds it.
 
-        Where torch or the system refuses, a warning says so, and torch's allocator stays.
+        If torch or the system refuses, this logs a warning and torch's allocator stays.
         """
         if self.holds:
             return
@@ -35,10 +35,10 @@ class Arena:
             logger.warning("CPU memory: torch's allocator stays (%s)", error)
             return
         self._release = weakref.finalize(self, release_arena)
-        self._release.atexit = False  # the process ends with its memory; other threads may still use it
+        self._release.atexit = False  # at exit other threads may still use the memory, and the system frees it anyway
 
     def remove(self) -> None:
-        """Let go of the arena, if this object holds it."""
+        """Release the arena, if this object holds it."""
         if self._release is not None:
             self._release()
 

@@ -1,11 +1,11 @@
-"""fastln's attention in transformers' models.
+"""fastln's attention in transformers models.
 
-Most families ask transformers' attention interface, which looks a function up by the name in the configuration, at
-every call. Importing this module adds the name "fastln" to the interface's functions. An attention module that is
-switched gets a view of its configuration, which differs in that name alone; the configuration itself, which other
-modules and other models may hold, stays as it is. So the model goes on to make the masks that sdpa takes.
+Most families use transformers' attention interface: at every call it looks up a function by the name in the
+configuration. Importing this module registers the name "fastln" with the interface. To switch an attention module,
+fastln gives it a view of its configuration that differs only in that name. The configuration itself does not change,
+because other modules and other models may share it. So the model keeps making masks for sdpa.
 
-On CUDA, flash-attn takes other masks. There every module of the model gets the view.
+flash-attn, on CUDA, needs different masks. There every module of the model gets the view.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ logger = logging.getLogger(__name__)
 NAME = "fastln"
 FLASH_ATTENTION = "flash_attention_2"
 
-# What a module may pass on beside the arguments below without changing what sdpa computes: the mask says it already, or
-# it is for other functions.
+# Further arguments that do not change what sdpa computes: the mask already contains them, or they are meant for other
+# functions.
 _HARMLESS = {*TransformersKwargs.__annotations__, "sliding_window", "deterministic", "use_cache", "cache_position"}
 _told: set[str] = set()
 
@@ -47,18 +47,18 @@ def fast_attention_forward(
     is_causal: bool | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """What transformers calls in place of its own sdpa function, with the same arguments and the same result.
+    """Compute attention in place of transformers' sdpa function, with the same arguments and results.
 
     Args:
-        module: The attention module; its `is_causal` counts where the argument is None.
+        module: The attention module. Its `is_causal` applies if the argument is None.
         query: (B, H, Sq, D).
         key: (B, Hk, Sk, D).
         value: (B, Hk, Sk, D).
         attention_mask: Boolean or additive, broadcastable to (B, H, Sq, Sk), or None.
         dropout: Probability to drop an attention weight.
         scaling: Factor on the scores, 1/sqrt(D) by default.
-        is_causal: Whether query i sees keys 0..i only, when there is no mask.
-        kwargs: What else the module passes on. With anything that may change the result, sdpa computes it.
+        is_causal: Whether query i sees only keys 0..i, if there is no mask.
+        kwargs: Further arguments from the module. If one of them may change the result, sdpa computes it.
 
     Returns:
         The output (B, Sq, H, D), contiguous, and None for the attention weights.
@@ -72,7 +72,7 @@ def fast_attention_forward(
         is_causal = getattr(module, "is_causal", True)
     n_queries = query.shape[2]
     causal = is_causal and attention_mask is None and n_queries > 1
-    if causal:  # an empty static cache is longer than the queries
+    if causal:  # an empty static cache has more keys than there are queries
         key, value = key[:, :, :n_queries], value[:, :, :n_queries]
     out = attention(
         query, key, value, scale=scaling, causal=causal, mask=attention_mask, dropout=dropout, settings=settings
@@ -81,12 +81,12 @@ def fast_attention_forward(
 
 
 def _uses_more_than(kwargs: dict[str, Any]) -> bool:
-    """Whether a module passes on something that may change the result: sdpa knows it, or refuses it with its reason."""
+    """Whether a module passes an argument that may change the result. sdpa then handles or rejects it."""
     unknown = [name for name, value in kwargs.items() if value is not None and name not in _HARMLESS]
     for name in unknown:
         if name not in _told:
             _told.add(name)
-            logger.info("attention that gets %r runs on torch's own kernels: fastln's do not know this argument", name)
+            logger.info("attention with argument %r runs on torch's kernels: fastln's kernels do not support it", name)
     return bool(unknown) or bool(kwargs.get("output_attentions"))
 
 
@@ -99,8 +99,8 @@ class ViewSpec:
     """How a view of a configuration differs from the configuration.
 
     Attributes:
-        name: What attention that is "sdpa" is called in it.
-        inner: The configurations inside it that are seen through views of their own, by key.
+        name: The name that replaces "sdpa" as the attention implementation.
+        inner: The inner configurations that get their own views, by key.
     """
 
     name: str = "sdpa"
@@ -108,10 +108,10 @@ class ViewSpec:
 
 
 class _View:
-    """A configuration under which attention has another name, beside the original, whose every attribute it shares.
+    """A view of a configuration that changes the attention name. It shares all attributes with the original.
 
-    What is written to one is read from the other. Where the name is set to something else than "sdpa" later, by the
-    user, that is the name.
+    A write to one shows in the other. If the user later sets the name to something other than "sdpa", the view returns
+    that name.
     """
 
     _fastln_original: PreTrainedConfig
@@ -119,7 +119,7 @@ class _View:
     _fastln_settings: OpSettings
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
-        """Do nothing: the classes of configurations would make a dataclass of each."""
+        """Do nothing. The configuration classes would otherwise turn each subclass into a dataclass."""
 
     @property
     def _attn_implementation(self) -> str | None:
@@ -135,11 +135,11 @@ class _View:
 
 
 def view_of(config: PreTrainedConfig, spec: ViewSpec, settings: OpSettings = DEFAULT) -> PreTrainedConfig:
-    """Return a view of `config` in which attention that is "sdpa" has another name.
+    """Return a view of `config` in which the attention name "sdpa" is replaced.
 
     Args:
-        config: The configuration; it stays as it is. The view shares its attributes.
-        spec: What is different in the view.
+        config: The configuration. It does not change; the view shares its attributes.
+        spec: How the view differs.
         settings: How fastln's operations run.
     """
     cls = type(config)
@@ -171,11 +171,11 @@ def _inner_view(key: str, view: Any) -> property:
 
 @dataclass
 class AttentionSwitch:
-    """Gives a module a view of its configuration, and takes it away.
+    """Gives a module a view of its configuration, and can take it away again.
 
     Attributes:
-        module: It holds the configuration as `config`.
-        original: That configuration.
+        module: The module. Its attribute `config` holds the configuration.
+        original: The original configuration.
     """
 
     module: nn.Module
@@ -186,21 +186,21 @@ class AttentionSwitch:
         self.module.config = view_of(self.original, spec, settings)
 
     def remove(self) -> None:
-        """Give the module its own configuration back, unless it has got another one since."""
+        """Give the module its own configuration back, unless someone has replaced the view since."""
         held = vars(self.module).get("config")
         if isinstance(held, _View) and held._fastln_original is self.original:
             self.module.config = self.original
 
 
 def flash_views(model: nn.Module, kept: Iterable[str]) -> dict[str, ViewSpec]:
-    """Return the views under which flash-attn computes the attention of a model on a GPU, by module.
+    """Return the configuration views that switch a model on a GPU to flash-attn, by module name.
 
-    A model takes flash-attn where it is installed, the model's dtype has 16 bits, its class supports it, and its
-    attention is sdpa. Masks are made by the model, and by models around it, so all of them get views.
+    A model can use flash-attn if the package is installed, the model's dtype has 16 bits, its class supports it, and
+    its attention is sdpa. The model and the models around it make the masks, so all of them get views.
 
     Args:
         model: The model.
-        kept: Names of attention modules that must keep their own way.
+        kept: Names of attention modules that must stay unchanged.
     """
     if not is_flash_attn_2_available():
         return {}

@@ -1,4 +1,4 @@
-"""BLIP's attention, whose code asks no interface."""
+"""BLIP's attention, which does not use transformers' attention interface."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from fastln.standins.part import StandIn, form, unwatched
 
 @form
 class BlipAttention(StandIn):
-    """BLIP's vision attention: one projection for queries, keys and values."""
+    """BLIP's vision attention, with one projection for queries, keys and values."""
 
     qkv: nn.Module
     projection: nn.Module
@@ -24,7 +24,7 @@ class BlipAttention(StandIn):
     scale: float
 
     def forward(self, hidden_states: Tensor, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
-        """Return what the stock module does of `hidden_states` (B, S, D), no weights unless they are seen."""
+        """Return what the stock module returns for `hidden_states` (B, S, D); attention weights only if needed."""
         if _weights_are_seen(self, self.dropout):
             return super().forward(hidden_states, **kwargs)
         qkv = self.qkv(hidden_states).unflatten(-1, (3, self.num_heads, self.head_dim))
@@ -35,7 +35,7 @@ class BlipAttention(StandIn):
 
 @form
 class BlipTextSelfAttention(StandIn):
-    """BLIP's text attention, over the tokens themselves or an encoder's; with a cache stock code serves."""
+    """BLIP's text attention: self-attention, or cross-attention to an encoder. With a cache, stock code runs."""
 
     query: nn.Module
     key: nn.Module
@@ -52,15 +52,15 @@ class BlipTextSelfAttention(StandIn):
         past_key_values: Any = None,
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
-        """Return what the stock module does, no weights unless they are seen.
+        """Return what the stock module returns; attention weights only if needed.
 
         Args:
             hidden_states: (B, Sq, D).
-            attention_mask: Additive, broadcastable to (B, H, Sq, Sk), over the tokens themselves.
-            encoder_hidden_states: (B, Sk, D), what keys and values are made of; None for the tokens themselves.
-            encoder_attention_mask: Likewise, over these.
+            attention_mask: Additive mask for self-attention, broadcastable to (B, H, Sq, Sk).
+            encoder_hidden_states: (B, Sk, D), the source of keys and values; None for self-attention.
+            encoder_attention_mask: Additive mask for cross-attention, broadcastable to (B, H, Sq, Sk).
             past_key_values: Keys and values of earlier tokens.
-            kwargs: What else the model passes on.
+            kwargs: Further arguments from the model.
         """
         if past_key_values is not None or _weights_are_seen(self, self.dropout):
             return super().forward(
@@ -78,9 +78,9 @@ class BlipTextSelfAttention(StandIn):
 
 
 def _weights_are_seen(module: nn.Module, dropout: nn.Module) -> bool:
-    """Whether `output_attentions=True` asks for attention weights, or a hook of somebody's would see them."""
+    """Whether attention weights are needed: `output_attentions=True` is set, or a user's hook would see them."""
     asked = any(key.endswith("attentions") for key in _active_collector.get() or ())
-    # Of transformers' own hooks on the module, which stay once they were needed, the collector says all.
+    # Ignore transformers' own hooks. They stay after their first use, and the collector says whether they are active.
     hooked = any(hook.__module__ != output_capturing.__name__ for hook in module._forward_hooks.values())
     return asked or hooked or not unwatched(dropout)
 

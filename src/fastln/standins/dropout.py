@@ -1,4 +1,4 @@
-"""Dropout that stores no mask: torch's module, and modules whose code calls it as a function."""
+"""Dropout that stores no mask: torch's module, and modules that call dropout as a function."""
 
 from __future__ import annotations
 
@@ -21,25 +21,26 @@ class Dropout(StandIn):
     inplace: bool
 
     def forward(self, input: Tensor) -> Tensor:
-        """Drop elements of `input`, of any shape, in training."""
+        """Apply dropout to `input`, of any shape, in training."""
         return _dropout(input, self.p, self.training, self.inplace, settings=self._fastln.settings)
 
 
 @form
 class CallsDropout(StandIn):
-    """A module of any stock class whose code calls `torch.nn.functional.dropout`, which stores no mask then.
+    """A module of any stock class that calls `torch.nn.functional.dropout`.
 
-    The stock code runs as it is, and under `torch.compile` in the same graph; what it calls `dropout` is fastln's.
+    The stock code runs unchanged, but its calls to dropout run `fastln.ops.dropout`, which stores no mask. Under
+    `torch.compile` everything stays in one graph.
     """
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Return what the stock module does."""
+        """Return what the stock module returns."""
         with _WithoutMasks(self._fastln.settings):
             return super().forward(*args, **kwargs)
 
 
 class _WithoutMasks(TorchFunctionMode):
-    """Inside it `torch.nn.functional.dropout` is `fastln.ops.dropout`."""
+    """A mode that replaces `torch.nn.functional.dropout` by `fastln.ops.dropout`."""
 
     def __init__(self, settings: OpSettings):
         super().__init__()
@@ -56,7 +57,7 @@ class _WithoutMasks(TorchFunctionMode):
 def _dropout(
     input: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False, *, settings: OpSettings
 ) -> Tensor:
-    """`torch.nn.functional.dropout`, with its defaults, without a mask where it drops some elements but not all."""
+    """Apply dropout as `torch.nn.functional.dropout` does, but store no mask if it drops some elements and not all."""
     if not training or p in (0, 1) or inplace or not input.ndim:
         return F.dropout(input, p, training, inplace)
     return ops.dropout(input, p, settings=settings)

@@ -1,4 +1,4 @@
-"""Gated MLPs, as Llama has them."""
+"""Gated MLPs, as in Llama."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from fastln.standins.part import StandIn, form, unwatched
 
 @form
 class GatedMLP(StandIn):
-    """`down_proj(act_fn(gate_proj(x)) * up_proj(x))`, which keeps the results of its first two projections alone."""
+    """`down_proj(act_fn(gate_proj(x)) * up_proj(x))`. It stores only the results of the gate and up projections."""
 
     gate_proj: nn.Module
     up_proj: nn.Module
@@ -18,7 +18,7 @@ class GatedMLP(StandIn):
     act_fn: nn.Module
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return what the stock module does of `x` (..., n_cols)."""
+        """Return what the stock module returns for `x` (..., n_cols)."""
         if not unwatched(self.act_fn):
             return super().forward(x)
         gate, up = self.gate_proj(x), self.up_proj(x)

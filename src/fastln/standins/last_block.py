@@ -1,4 +1,4 @@
-"""The last block of a model: what comes after its attention is computed for the tokens that are read."""
+"""The last block of a model: after its attention, it computes only the tokens that are read."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from fastln.late.when import may_be_late
 
 @dataclass
 class WaitingRows:
-    """Has the last block of a stack wait, in training, from its attention's output projection on.
+    """In training, defers the last block of a stack from its attention's output projection on.
 
-    What is computed of a token there depends on no other token; `fastln.late.rows` tells what becomes of it.
+    From there on, no token depends on another token. `fastln.late.rows` explains how the rows are computed later.
 
     Attributes:
         block: The last block.
-        around: The modules that hold it, from the model on.
+        around: The modules that contain it, starting with the model.
         projection: The output projection of the block's last attention.
     """
 
@@ -32,11 +32,11 @@ class WaitingRows:
     handle: RemovableHandle | None = None
 
     def put(self) -> None:
-        """Begin to wait."""
+        """Start to defer the rows."""
         self.handle = self.projection.register_forward_pre_hook(self._wait)
 
     def remove(self) -> None:
-        """Compute all rows at once again."""
+        """Stop deferring: compute all rows immediately again."""
         if self.handle is not None:
             self.handle.remove()
 
@@ -44,10 +44,10 @@ class WaitingRows:
         if len(args) != 1 or type(args[0]) is not Tensor or not projection.training or not may_be_late(args[0]):
             return None
         if not args[0].requires_grad and not any(parameter.requires_grad for parameter in self.block.parameters()):
-            return None  # a frozen tower: a cache may have its features, with the bits of all rows computed at once
+            return None  # a frozen tower: cached features must equal, bit for bit, rows that are all computed at once
         others = [module for module in self.block.modules() if module is not projection]
-        # Hooks may gather weights around a call and release them after it, as may a forward put in the class's place,
-        # and FSDP: its first form shows views of its own meanwhile, its second may do so for a module around this one.
+        # Hooks may gather weights before a call and release them after it. A replaced forward may do the same, and so
+        # may FSDP. FSDP1 then shows its own views of the weights; FSDP2 may do this for a module around this one.
         if not _unhooked(*others) or len(projection._forward_pre_hooks) > 1 or projection._forward_hooks:
             return None
         if any("forward" in vars(module) for module in (*others, projection)):
@@ -58,7 +58,7 @@ class WaitingRows:
 
 
 def _unhooked(*modules: nn.Module) -> bool:
-    """Whether no module has hooks but transformers' that capture outputs, which stay once they were needed."""
+    """Whether the modules have no hooks, apart from those with which transformers captures outputs: these stay set."""
     kinds = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
     hooks = (hook for module in modules for kind in kinds for hook in getattr(module, kind).values())
     return all(getattr(hook, "__module__", None) == output_capturing.__name__ for hook in hooks)

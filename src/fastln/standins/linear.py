@@ -1,4 +1,4 @@
-"""Linear layers whose weight is frozen, where fastln has the faster way."""
+"""Linear layers with a frozen weight, for devices where fastln is faster than torch."""
 
 from __future__ import annotations
 
@@ -10,23 +10,23 @@ from fastln.standins.part import StandIn, form
 
 @form
 class Linear(StandIn):
-    """`torch.nn.Linear` whose weight is frozen, computed by `fastln.ops.linear`."""
+    """`torch.nn.Linear` with a frozen weight, computed by `fastln.ops.linear`."""
 
     weight: Tensor
     bias: Tensor | None
 
     def forward(self, input: Tensor) -> Tensor:
-        """Return what the stock module does of `input` (..., in_features)."""
+        """Return what the stock module returns for `input` (..., in_features)."""
         return ops.linear(input, self.weight, self.bias, settings=self._fastln.settings)
 
 
 @form
 class Conv1D(StandIn):
-    """GPT-2's linear layer, whose frozen weight is (in_features, out_features), computed by `fastln.ops.linear`."""
+    """GPT-2's linear layer with a frozen weight (in_features, out_features), computed by `fastln.ops.linear`."""
 
     weight: Tensor
     bias: Tensor | None
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return what the stock module does of `x` (..., in_features)."""
+        """Return what the stock module returns for `x` (..., in_features)."""
         return ops.linear(x, self.weight, self.bias, transpose=False, settings=self._fastln.settings)

@@ -1,4 +1,4 @@
-"""Language-model heads whose logits wait until it is known which are read."""
+"""Language-model heads that compute only the logits that are read."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from fastln.standins.part import StandIn, form, unwatched
 
 @form
 class LMHead(StandIn):
-    """A language-model head, `torch.nn.Linear`, whose logits wait in training: see `fastln.late.logits.LazyLogits`.
+    """A language-model head that defers its logits in training. See `fastln.late.logits.LazyLogits`.
 
-    The logits are computed at once, by the stock code, in evaluation, without autograd, under `torch.compile` and other
-    transforms, and where hooks are registered on the head: they see logits, and may gather and release its weight
-    around the call.
+    Stock code computes the logits immediately in evaluation, without autograd, under `torch.compile` and other
+    transforms, and if the head has hooks. Hooks need to see the logits, and they may gather the weight before the call
+    and release it afterwards.
     """
 
     weight: Tensor
@@ -43,5 +43,5 @@ class LMHead(StandIn):
 
 
 def _dtypes_fit(dtypes: set[torch.dtype], device: str) -> bool:
-    """Whether a linear layer takes these dtypes, all being cast to the one of autocast where that is on."""
+    """Whether a linear layer accepts these dtypes. Autocast, if it is on, casts all of them to its own dtype."""
     return torch.float64 not in dtypes if torch.is_autocast_enabled(device) else len(dtypes) == 1

@@ -1,4 +1,4 @@
-"""Norms: trained ones hold float32 parameters, whatever the model's dtype; outputs keep the model's."""
+"""Norms. Trained norms have float32 parameters whatever the model's dtype; their outputs keep the model's dtype."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from fastln.standins.part import StandIn, form
 
 @form
 class Norm(StandIn):
-    """A norm with a `weight` and perhaps a `bias`, of the kind that it was found to compute."""
+    """A norm with a `weight` and an optional `bias`, of the kind that `norm_kind` detected."""
 
     weight: Tensor
 
@@ -33,7 +33,7 @@ class Norm(StandIn):
 class LayerNorm(StandIn):
     """`torch.nn.LayerNorm` over one dimension, computed by `fastln.ops.layer_norm`.
 
-    γ and β may be float32 beside lower-precision input; the output has the input's dtype.
+    γ and β may be float32 when the input has lower precision. The output has the input's dtype.
     """
 
     weight: Tensor
@@ -50,26 +50,26 @@ class LayerNorm(StandIn):
 
 @dataclass
 class Float32Parameters:
-    """Makes the trained parameters of a norm float32, where they have 16 bits, and takes it back.
+    """Casts 16-bit trained parameters of a norm to float32, and can cast them back.
 
-    At bfloat16 a step of 1e-4 on a weight of 1.0 rounds to nothing.
+    In bfloat16 a step of 1e-4 on a weight of 1.0 rounds to nothing.
 
     Attributes:
         norm: The norm.
-        dtypes: By the parameter's own name, what it had before.
+        dtypes: The earlier dtype of each trained parameter, by its own name.
     """
 
     norm: nn.Module
     dtypes: dict[str, torch.dtype]
 
     def put(self) -> None:
-        """Cast them."""
+        """Cast the parameters to float32."""
         for name in self.dtypes:
             parameter = self.norm.get_parameter(name)
             parameter.data = parameter.data.to(torch.promote_types(parameter.dtype, torch.float32))
 
     def remove(self) -> None:
-        """Cast them back: the tuned values, rounded to the model's dtype."""
+        """Cast the parameters back. This rounds the tuned values to the model's dtype."""
         for name, dtype in self.dtypes.items():
             parameter = self.norm.get_parameter(name)
             parameter.data = parameter.data.to(dtype)
@@ -79,10 +79,10 @@ class Float32Parameters:
 class StockOutput:
     """A forward hook on a norm that trains in float32 with its stock code.
 
-    A float32 weight promotes what stock code returns; the rest of the model expects its own dtype.
+    A float32 weight promotes the output of stock code, but the rest of the model expects its own dtype.
 
     Attributes:
-        dtype: What the norm's parameters had before they trained; None where they train in that.
+        dtype: The 16-bit dtype that the norm's parameters had before `prepare`; None if they had no 16-bit dtype.
     """
 
     dtype: torch.dtype | None
@@ -93,23 +93,24 @@ class StockOutput:
 
 
 def output_dtype(x: Tensor, stock: torch.dtype | None) -> torch.dtype:
-    """Return the dtype that a model expects of a norm of `x`.
+    """Return the dtype that the model expects from a norm of `x`.
 
-    It is that of `x`, but where code casts to the dtype of the norm's weight (Mamba's does), which is float32 now.
+    Usually it is the dtype of `x`. But some code, such as Mamba's, casts the norm's input to the dtype of its weight,
+    which is float32 now. Then the expected dtype is the weight's original dtype.
 
     Args:
-        x: What goes into the norm.
-        stock: What the norm's parameters had before they trained; None where they train in that.
+        x: The input of the norm.
+        stock: The 16-bit dtype that the norm's parameters had before `prepare`; None if they had no 16-bit dtype.
     """
     return stock if stock is not None and x.dtype == torch.float32 else x.dtype
 
 
 def warn_if_rounded(weight: Tensor | None) -> None:
-    """Warn where somebody has cast a trained norm to 16 bits, which `prepare` had made float32."""
+    """Warn if a trained norm was cast to 16 bits after `prepare` made it float32."""
     if weight is None or not weight.requires_grad or weight.dtype.itemsize >= 4 or torch.compiler.is_compiling():
         return
     warnings.warn(
-        f"a trained norm has {weight.dtype} parameters, in which steps of 1e-4 on a weight of 1.0 round to nothing: "
-        "the model was cast after fastln.prepare(); restore it, and prepare it again",
+        f"a trained norm has {weight.dtype} parameters, in which a step of 1e-4 on a weight of 1.0 rounds to nothing: "
+        "the model was cast after fastln.prepare(); restore it and prepare it again",
         stacklevel=3,
     )

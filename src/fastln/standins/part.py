@@ -1,11 +1,12 @@
-"""How a module takes on another class while a model is prepared, and gets its own back.
+"""How a module changes its class while a model is prepared, and gets its own class back.
 
-A stock module becomes a stand-in by a change of its class alone, and so stays the object that it was: its parameters,
-hooks and attributes live on, whoever holds it. The new class is always a subclass of the stock class, of the same name,
-made when it is first needed: `isinstance`, `repr` and the helper methods stay, and `super().forward` is the stock code.
+fastln turns a stock module into a stand-in by changing only its class. So it stays the same object, with the same
+parameters, hooks and attributes, for everyone who holds it. The new class is a subclass of the stock class with the
+same name, made at first use. So `isinstance`, `repr` and helper methods still work, and `super().forward` is the stock
+code.
 
-Where a stand-in computes in one what several of its children do, and one of those has hooks, the stock code runs: the
-hooks want to be called.
+Some stand-ins compute the work of several children in one operation. If one of those children has hooks, the stock code
+runs instead, so that the hooks are called.
 """
 
 from __future__ import annotations
@@ -23,21 +24,21 @@ ATTRIBUTE = "_fastln"
 
 
 class Undo(Protocol):
-    """What takes a change back. It can be called for a change that was begun and not finished, and twice."""
+    """An object that undoes a change. `remove` also works twice, and for a change that was not finished."""
 
     def remove(self) -> None:
-        """Take the change back."""
+        """Undo the change."""
 
 
 @dataclass(frozen=True)
 class Part:
-    """What a stand-in knows beyond the stock module.
+    """Extra data of a stand-in.
 
     Attributes:
-        stock: The class that it had.
+        stock: The module's stock class.
         settings: How its operations run.
-        kind: Which norm or activation it computes; None where that needs no saying.
-        dtype: Of a trained norm, what its parameters had before; None where they train in that.
+        kind: Which norm or activation it computes; None if the class already says so.
+        dtype: For a trained norm, the 16-bit dtype that its parameters had before `prepare`; otherwise None.
     """
 
     stock: type[nn.Module]
@@ -47,12 +48,12 @@ class Part:
 
 
 class StandIn(nn.Module):
-    """What all stand-ins have in common: each form below gives a `forward` to subclasses of stock classes."""
+    """Base class of all forms. A form provides the `forward` for subclasses of stock classes."""
 
     _fastln: Part
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
-        """Copy and pickle by what the class is made of: no module holds it by its name."""
+        """Copy and pickle by form and stock class, because the combined class has no importable name."""
         form = next(base for base in type(self).__mro__ if base.__dict__.get("_is_form"))
         return _new_like, (form, self._fastln.stock), self.__dict__
 
@@ -62,13 +63,13 @@ _CLASSES: dict[tuple[type[StandIn], type[nn.Module]], type[StandIn]] = {}
 
 
 def form(cls: type[FormT]) -> type[FormT]:
-    """Mark a class as a form: one that stock classes are given in front of themselves."""
+    """Mark a class as a form: the first base of a stand-in's class, in front of the stock class."""
     cls._is_form = True  # type: ignore[attr-defined]
     return cls
 
 
 def class_of(form: type[FormT], stock: type[nn.Module]) -> type[FormT]:
-    """Return the subclass of `stock`, of the same name, whose forward is that of `form`; always the same one."""
+    """Return the subclass of `stock` with the same name and the forward of `form`. It is cached."""
     if (form, stock) not in _CLASSES:
         names = {"__module__": stock.__module__, "__qualname__": stock.__qualname__, "__doc__": stock.__doc__}
         _CLASSES[form, stock] = type(stock.__name__, (form, stock), names)
@@ -90,7 +91,7 @@ def stand_in(
 
 
 def is_stand_in(module: nn.Module) -> bool:
-    """Whether `module` is a stand-in now."""
+    """Whether `module` is currently a stand-in."""
     return isinstance(module.__dict__.get(ATTRIBUTE), Part)
 
 
@@ -102,19 +103,19 @@ def stand_back(model: nn.Module) -> None:
 
 @dataclass
 class ClassChange:
-    """Takes back that a module became a stand-in."""
+    """Undoes the change of a module into a stand-in."""
 
     module: nn.Module
 
     def remove(self) -> None:
-        """Give the module its own class back, where it is a stand-in."""
+        """Give the module its own class back, if it is a stand-in."""
         if is_stand_in(self.module):
             self.module.__class__ = self.module.__dict__[ATTRIBUTE].stock
             delattr(self.module, ATTRIBUTE)
 
 
 def unwatched(*modules: nn.Module) -> bool:
-    """Whether no module has hooks of its own."""
+    """Whether none of the modules has hooks."""
     return not any(
         module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
         for module in modules

@@ -1,4 +1,4 @@
-"""The end of a post-norm block, as BERT has it."""
+"""The end of a post-norm block, as in BERT."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ from fastln.standins.part import StandIn, form, unwatched
 
 @form
 class DenseDropoutAddNorm(StandIn):
-    """`LayerNorm(dropout(dense(x)) + residual)`, of which x_hat alone is kept."""
+    """`LayerNorm(dropout(dense(x)) + residual)`, which stores only x_hat and a float32 per row."""
 
     dense: nn.Module
     dropout: nn.Dropout
     LayerNorm: nn.LayerNorm
 
     def forward(self, hidden_states: Tensor, input_tensor: Tensor) -> Tensor:
-        """Return what the stock module does.
+        """Return what the stock module returns.
 
         Args:
-            hidden_states: (..., n_in), what the block computed.
+            hidden_states: (..., n_in), the block's result.
             input_tensor: (..., n_cols), the residual.
         """
         norm = self.LayerNorm

@@ -1,4 +1,4 @@
-"""What each recognised part becomes: one row for each kind of change, and how the change is made."""
+"""The table of stand-ins: for each kind of change, what replaces the module and how."""
 
 from __future__ import annotations
 
@@ -29,15 +29,15 @@ from fastln.standins.training_steps import NoCache, NoReentry
 
 @dataclass(frozen=True)
 class Place:
-    """Where a change is made.
+    """The place of a change.
 
     Attributes:
-        model: The model that is prepared.
-        name: Of the module in it; empty for the model itself.
-        detail: What is known of the module, such as which norm it computes.
+        model: The model to prepare.
+        name: The module's name in it; empty for the model itself.
+        detail: What is known about the module, such as which norm it computes.
         settings: How operations run.
-        dtypes: Of the module's own parameters that become float32, what they have before.
-        undo: Takes what undoes the change, before it is made.
+        dtypes: The current dtypes of the module's own parameters that become float32, by name.
+        undo: A list that receives the object that undoes the change, before the change is made.
     """
 
     model: nn.Module
@@ -58,12 +58,12 @@ class Row:
     """A kind of change.
 
     Attributes:
-        trick: Its name in `fastln.standins.tricks.TRICKS`; None where it is owed whatever is left out.
-        becomes: What takes the part's place, for a user.
-        keeps: What is kept of it for backward.
+        trick: Its name in `fastln.standins.tricks.TRICKS`; None if it cannot be left out.
+        becomes: What replaces the part, in words for the user.
+        keeps: What it keeps for backward.
         has_products: Whether it multiplies matrices.
-        reason: Why.
-        put: Makes it.
+        reason: Why the part changes.
+        put: The function that makes the change.
     """
 
     trick: str | None
@@ -121,12 +121,12 @@ def _activation(place: Place) -> None:
 
 @dataclass
 class Replaced:
-    """Puts a module in the place of one that other models hold, too.
+    """Replaces a module that other models share by the model's own copy.
 
     Attributes:
         model: The model.
-        module: The module that others hold.
-        own: The model's own one.
+        module: The shared module.
+        own: The model's own copy.
     """
 
     model: nn.Module
@@ -134,11 +134,11 @@ class Replaced:
     own: nn.Module
 
     def put(self) -> None:
-        """Put the model's own one in, wherever the model holds the other."""
+        """Put in the model's own copy wherever the model holds the shared module."""
         _replace(self.model, self.module, self.own)
 
     def remove(self) -> None:
-        """Put the other back."""
+        """Put the shared module back."""
         _replace(self.model, self.own, self.module)
 
 
@@ -178,10 +178,10 @@ def _arena(place: Place) -> None:
     arena.put()
 
 
-_INPUT = "its input and a float32 a row"
-_ATTENTION = "q, k, v, the result, a float32 a query and head"
-_SEED = "a seed of 8 bytes"
-_FASTER = "fastln's kernels store and compute only what is owed"
+_INPUT = "its input, a float32 per row"
+_ATTENTION = "q, k, v, the result, a float32 per query and head"
+_SEED = "an 8-byte seed"
+_FASTER = "fastln's kernels store and compute only what is needed"
 _FROZEN = "its weight is frozen"
 
 STAND_INS: dict[str, Row] = {
@@ -190,11 +190,11 @@ STAND_INS: dict[str, Row] = {
     "slow_norm": Row(None, "stock code", "what stock keeps", False, "fastln has no fast form of it", _stock_norm),
     "dropout": Row("dropout", "fastln", _SEED, False, "no mask is stored", _swap(Dropout)),
     "calls_dropout": Row("dropout", "fastln", _SEED, False, "no mask is stored", _swap(CallsDropout)),
-    "activation": Row("activations", "fastln", "its argument (ReLU: its result)", False, _FASTER, _activation),
+    "activation": Row("activations", "fastln", "its input (ReLU: its output)", False, _FASTER, _activation),
     "post_norm": Row(
         trick="post_norms",
         becomes="fastln",
-        keeps="x_hat and a float32 a row",
+        keeps="x_hat, a float32 per row",
         has_products=False,
         reason="no sum is stored",
         put=_swap(DenseDropoutAddNorm),
@@ -204,26 +204,26 @@ STAND_INS: dict[str, Row] = {
     "blip_attention": Row("attention", "fastln", _ATTENTION, True, _FASTER, _swap(BlipAttention)),
     "blip_text_attention": Row("attention", "fastln", _ATTENTION, True, _FASTER, _swap(BlipTextSelfAttention)),
     "lm_head": Row(
-        "late_logits", "logits wait", "rows with a label", True, "most logits are never read", _swap(LMHead)
+        "late_logits", "computed late", "rows with a label", True, "most logits are never read", _swap(LMHead)
     ),
     "linear": Row("linears", "fastln", "nothing", True, _FROZEN, _swap(Linear)),
     "conv1d": Row("linears", "fastln", "nothing", True, _FROZEN, _swap(Conv1D)),
     "last_block": Row(
         trick="late_rows",
-        becomes="rows wait",
+        becomes="computed late",
         keeps="rows that are read",
         has_products=True,
         reason="most rows of the last block are never read",
         put=_last_block,
     ),
-    "cache": Row("cache", "none in training", "no keys and values", False, "training reads no cache", _steps(NoCache)),
+    "cache": Row("cache", "none in training", "no keys and values", False, "training uses no cache", _steps(NoCache)),
     "checkpointing": Row(
         trick="checkpointing",
         becomes="without reentry",
         keeps="what they keep",
         has_products=False,
-        reason="reentrant checkpoints give no gradient to layers behind frozen ones",
+        reason="reentrant checkpoints send no gradient to layers behind frozen ones",
         put=_steps(NoReentry),
     ),
-    "arena": Row("arena", "fastln", "-", False, "pages of freed tensors are mapped once", _arena),
+    "arena": Row("arena", "fastln", "-", False, "memory of freed tensors is reused", _arena),
 }

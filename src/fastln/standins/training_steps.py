@@ -1,4 +1,4 @@
-"""What models do in a training step by default and norms do not need: a cache, checkpoints with reentry."""
+"""Defaults of transformers that norm tuning turns off in training: the key-value cache and reentrant checkpoints."""
 
 from __future__ import annotations
 
@@ -16,23 +16,23 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 logger = logging.getLogger(__name__)
 
-_CACHE = ("use_cache", "past_key_values")  # the arguments that decide about one
+_CACHE = ("use_cache", "past_key_values")  # the arguments that decide whether there is a cache
 _FUNCTION = "_gradient_checkpointing_func"
 
 
 @dataclass
 class NoCache:
-    """Has a model make no cache of keys and values in training, which would copy them.
+    """Stops a model from making a key-value cache in training, where it would copy keys and values.
 
-    A cache is made in evaluation, without autograd (so by `generate`), and wherever `use_cache=True` or a cache is
-    passed.
+    The model still makes a cache in evaluation, without autograd (so in `generate`), and if the caller passes
+    `use_cache=True` or a cache.
     """
 
     model: PreTrainedModel
     handle: RemovableHandle | None = None
 
     def put(self) -> None:
-        """Begin."""
+        """Register the hook."""
         names = list(inspect.signature(self.model.forward).parameters)
         if "use_cache" in names:
             n_before = min(names.index(name) for name in _CACHE if name in names)
@@ -40,7 +40,7 @@ class NoCache:
             self.handle = self.model.register_forward_pre_hook(hook, with_kwargs=True)
 
     def remove(self) -> None:
-        """Leave it to the model again."""
+        """Remove the hook."""
         if self.handle is not None:
             self.handle.remove()
 
@@ -48,7 +48,10 @@ class NoCache:
 def _without_cache(
     n_before: int, model: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-    """`n_before`: how many arguments may come by position before one that decides about a cache."""
+    """Set `use_cache=False` in training, unless the caller decides about the cache.
+
+    `n_before` is the number of positional arguments before the first one that decides about the cache.
+    """
     if not model.training or not torch.is_grad_enabled():
         return None
     if len(args) > n_before or any(kwargs.get(name) is not None for name in _CACHE):
@@ -58,16 +61,17 @@ def _without_cache(
 
 @dataclass
 class NoReentry:
-    """Has a model checkpoint without reentry, whenever it is switched on.
+    """Makes a model's gradient checkpointing non-reentrant, whenever it is enabled.
 
-    Reentrant checkpoints drop the gradients of layers whose input wants none, as behind frozen embeddings. What
-    transformers does about that where there are token embeddings, to ask for gradients of these, is not needed without
-    reentry; it is undone, since it would have them computed, and BLIP's code cannot bear it.
+    Reentrant checkpoints drop the gradients of layers whose input needs none, as behind frozen embeddings. To avoid
+    this, transformers makes the outputs of token embeddings require gradients. Without reentry that is not needed. It
+    would compute extra gradients, and BLIP's code fails with it, so this class undoes it.
 
     Attributes:
         model: The model.
-        replaced: Modules, and the checkpointing function that each had.
-        asked: Whether gradients of the token embeddings had been asked for.
+        handle: The handle of the registered hook.
+        replaced: Modules with the checkpointing function that each had before.
+        asked: Whether transformers had made the token embeddings' outputs require gradients.
     """
 
     model: PreTrainedModel
@@ -76,11 +80,11 @@ class NoReentry:
     asked: bool = False
 
     def put(self) -> None:
-        """Begin."""
+        """Register the hook."""
         self.handle = self.model.register_forward_pre_hook(self._before_forward)
 
     def remove(self) -> None:
-        """Give the model its functions, and its hooks on the token embeddings, back."""
+        """Restore the model's checkpointing functions and its hooks on the token embeddings."""
         if self.handle is not None:
             self.handle.remove()
         for module, function in reversed(self.replaced):
@@ -102,8 +106,8 @@ class NoReentry:
             return
         if function.keywords.get("use_reentrant", True):
             logger.info(
-                "activation checkpoints run without reentry: reentrant ones give no gradient to layers behind frozen "
-                "ones (without=('checkpointing',) leaves them as they are)"
+                "gradient checkpointing runs without reentry: reentrant checkpoints send no gradient to layers behind "
+                "frozen ones (without=('checkpointing',) keeps reentrant checkpoints)"
             )
             without = _Checkpoint(function, use_reentrant=False)
             for module in model.modules():
@@ -116,4 +120,4 @@ class NoReentry:
 
 
 class _Checkpoint(functools.partial):
-    """A checkpointing function that is fastln's, told by its class."""
+    """A checkpointing function that fastln has put in place. The class identifies it."""

@@ -1,4 +1,4 @@
-"""The names by which `without` leaves out what `prepare` changes, with what each gains and risks."""
+"""The names that `without` takes: each change that `prepare` can leave out, with its gain and its risk."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ class Trick:
     """One kind of change that can be left out.
 
     Attributes:
-        name: As `without` takes it.
-        gains: What it is good for.
-        risk: What can go wrong, or what differs from stock.
+        name: Its name for `without`.
+        gains: What the change improves.
+        risk: What can go wrong, or what differs from stock code.
     """
 
     name: str
@@ -25,38 +25,42 @@ TRICKS: dict[str, Trick] = {
     for trick in (
         Trick(
             "norms",
-            "one kernel forward and one backward; only the gradients that are asked for",
-            "none known; without it trained norms still hold float32",
+            "norms run as fused kernels and compute only the gradients that are needed",
+            "none known; trained norms are float32 with or without this",
         ),
-        Trick("activations", "one tensor kept for backward, where stock code may keep several", "none known"),
-        Trick("dropout", "no mask kept: eight bytes instead", "draws other random numbers than torch"),
-        Trick("post_norms", "BERT's dense, dropout, add and norm keep x_hat alone", "none known"),
-        Trick("gated_mlps", "keeps gate and up, not their product", "none known"),
+        Trick("activations", "store one tensor for backward, where stock code may store several", "none known"),
+        Trick("dropout", "stores an 8-byte seed instead of a mask", "draws different random numbers than torch"),
+        Trick("post_norms", "BERT's dropout, residual and norm run as one operation that stores x_hat", "none known"),
+        Trick("gated_mlps", "store only the gate and up projections, not the activation or the product", "none known"),
         Trick(
             "attention",
-            "compiled CPU kernels, or flash-attn on a GPU; no mask of dropout kept",
-            "sums in another order than sdpa; draws other random numbers for dropout",
+            "runs compiled kernels on a CPU, or flash-attn on a GPU if installed; stores no dropout mask",
+            "sums in a different order than sdpa; draws different random numbers for dropout",
         ),
-        Trick("linears", "frozen linear layers on a CPU lay their weight out block by block", "none known"),
+        Trick(
+            "linears",
+            "on a CPU, frozen linear layers pack their weight block by block, without a second copy",
+            "none known",
+        ),
         Trick(
             "late_logits",
-            "logits are computed for positions with a label alone",
-            "outputs.logits is a tensor that is computed when it is read; the loss sends no gradient through it",
+            "in training, computes logits only for positions with a label",
+            "outputs.logits is computed only if you read it; the loss sends no gradient through it",
         ),
         Trick(
             "late_rows",
-            "the last block computes only the tokens that are read",
-            "hidden states of the last block are tensors that are computed when they are read",
+            "in training, the last block computes only the tokens that are read",
+            "hidden states of the last block are computed only if you read them",
         ),
-        Trick("cache", "no copies of keys and values in training", "outputs.past_key_values is None in training"),
+        Trick("cache", "makes no key-value cache in training", "outputs.past_key_values is None in training"),
         Trick(
             "checkpointing",
-            "activation checkpoints run without reentry, so that norms behind frozen layers get gradients",
+            "gradient checkpointing runs without reentry, so that norms behind frozen layers get gradients",
             "none known",
         ),
         Trick(
             "arena",
-            "freed memory of large CPU tensors is kept for the next step",
+            "keeps the freed memory of large CPU tensors for the next step",
             "replaces torch's CPU allocator in the whole process while a model is prepared",
         ),
     )
