@@ -245,7 +245,7 @@ def _prompt_config(model: nn.Module, method: str, scope: str | Iterable[str] | N
             f"sequence-classification language model, which {name} is not"
         )
     if scope is not None:
-        raise FastLNError(f"method {method!r} works on the whole model's input; leave the scope {scope!r} out")
+        raise FastLNError(f"method {method!r} works on the whole model's input; leave out the scope {scope!r}")
     if method == "prefix":
         return peft.PrefixTuningConfig(task_type=task, num_virtual_tokens=N_VIRTUAL_TOKENS)
     if method == "p-tuning":
