@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -10,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastln_kernels.reference import NormKind
+from fastln_kernels.reference import NormBackward, NormForward, NormKind
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 WIDTHS = (384, 768, 1024, 1152, 1280, 2048, 4096, 8192, 16384, 32768, 65536)
@@ -172,21 +171,23 @@ def kernel_work(kernels: Any, case: Case, given: Inputs) -> Work:
     As in training, a backward is given only what it needs.
     """
     dropout: dict[str, Any] = {"dropout": case.dropout, "seed": given.seed} if case.dropout else {}
-    forward = functools.partial(
-        kernels.norm_forward,
-        *(given.x, given.weight, given.bias, case.kind),
+    forward = NormForward(
+        given.x,
+        given.weight,
+        given.bias,
+        case.kind,
         residual=given.residual,
         want_stream=case.returns_stream,
         want_normed=case.keeps_normed,
         **dropout,
     )
     if not case.backward:
-        return Work(lambda: pick(forward(), case.results))
-    kept = forward()
+        return Work(lambda: pick(kernels.norm_forward(forward), case.results))
+    kept = kernels.norm_forward(forward)
     saved = kept.normed if case.keeps_normed else kept.stream if case.residual else given.x
     parameter = given.weight if given.weight is not None else given.bias
-    backward = functools.partial(
-        kernels.norm_backward,
+    wanted: dict[str, Any] = {f"need_{name}": True for name in case.results}
+    backward = NormBackward(
         given.dy,
         saved if case.needs_saved else None,
         given.weight if case.needs_rows else None,
@@ -195,10 +196,10 @@ def kernel_work(kernels: Any, case: Case, given: Inputs) -> Work:
         saved_is_normed=case.keeps_normed,
         dstream=given.dstream,
         grad_dtype=torch.float32 if parameter is None else parameter.dtype,
-        **{f"need_{name}": True for name in case.results},
+        **wanted,
         **dropout,
     )
-    return Work(lambda: pick(backward(), case.results), kept.stream)
+    return Work(lambda: pick(kernels.norm_backward(backward), case.results), kept.stream)
 
 
 def pick(outputs: Any, names: Sequence[str]) -> Results:

@@ -15,6 +15,7 @@ from report_rows import notes
 from torch import Tensor
 
 from fastln_kernels import reference
+from fastln_kernels.reference import NormBackward, NormForward
 
 ROUNDOFF = 2.0**-24
 SEED = 0
@@ -89,20 +90,26 @@ def expected(case: Case, given: Inputs, keep: Tensor | None, stream: Tensor | No
     x = exact.x if mask is None else exact.x * mask
     if not case.backward:
         outputs = reference.norm_forward(
-            *(x, exact.weight, exact.bias, kind), residual=exact.residual, want_stream=case.returns_stream
+            NormForward(x, exact.weight, exact.bias, kind, residual=exact.residual, want_stream=case.returns_stream)
         )
         want = pick(outputs, case.results)
         return want, want
     summed = x if exact.residual is None else x + exact.residual
     saved = summed if stream is None else stream.double()
-    plain = reference.norm_forward(saved, None, None, kind)
+    plain = reference.norm_forward(NormForward(saved, None, None, kind))
     gradients = reference.norm_backward(
-        *(exact.dy, saved, exact.weight, plain.rstd, kind),
-        dstream=exact.dstream,
-        need_dresidual=True,
-        need_dweight=True,
-        need_dbias=True,
-        grad_dtype=torch.float64,
+        NormBackward(
+            exact.dy,
+            saved,
+            exact.weight,
+            plain.rstd,
+            kind,
+            dstream=exact.dstream,
+            need_dresidual=True,
+            need_dweight=True,
+            need_dbias=True,
+            grad_dtype=torch.float64,
+        )
     )
     assert gradients.dresidual is not None
     terms = plain.rstd[:, None] * exact.dy * (1.0 if exact.weight is None else exact.weight + kind.offset)

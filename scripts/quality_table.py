@@ -1,11 +1,12 @@
 """Answer quality of every method at its best learning rate, as a Markdown table.
 
-For each method: a short run per learning rate, on the questions about nine tenths of the training images; then runs of
-full length at the best rate, on all training questions, one per seed. Both are scored on the test questions, so that
-the choice among the rates has seen them, for all methods alike; the short runs are also scored on the images held out.
-Runs that are there already, of the same recipe, are taken as they are, so the script can be stopped and started again,
-and the table shows all that lie in the folder. The seconds of a step and the peak memory are those of `fastln bench`,
-where its results are named: runs side by side would hinder each other.
+For each method: one short run per learning rate, on the questions about nine tenths of the training images; then runs
+of full length at the best rate, on all training questions, one per seed. Both are scored on the test questions, so the
+choice among the rates has seen them, for all methods alike. The short runs are also scored on the held-out images.
+
+Finished runs of the same recipe are reused, so you can stop the script and start it again. The table shows every run in
+the folder. Seconds and memory of a step come from `--bench`, the results of `fastln bench`: runs side by side would
+slow each other down.
 
     fastln bench --data DIR --model dual:VISION,TEXT --out runs/real
     python scripts/quality_table.py --data DIR --model dual:VISION,TEXT --bench runs/real/results.json
@@ -36,7 +37,7 @@ Record = dict[str, Any]
 
 
 def run(options: argparse.Namespace, name: str, config: dict[str, Any], validation: float) -> Record:
-    """Return the record of a run with this configuration, which lies in the folder or is made now."""
+    """Return the record of the run with this configuration, from the folder if it is there."""
     folder = options.out / name
     record = folder / "run.json"
     wanted = {"data": options.data, "model": options.model, "validation": validation}
@@ -90,7 +91,7 @@ def rate_of(result: Record) -> float:
 def best_rate(short: Iterable[Record]) -> float:
     """Return the learning rate of the short run with the most right answers on the test questions.
 
-    Of several the one that is nearest to the method's default.
+    Of equal ones, the nearest to the method's default.
     """
 
     def order(record: Record) -> tuple[float, float]:
@@ -106,7 +107,12 @@ def spread(values: list[float], digits: int = 1) -> str:
 
 
 def table(records: list[Record], timed: dict[tuple[str, str], Record]) -> str:
-    """Render all runs of a folder, a line per method, with what `fastln bench` measured, by method and engine."""
+    """Render the runs in Markdown, one line per method.
+
+    Args:
+        records: The runs.
+        timed: Rows of `fastln bench`, by method and engine.
+    """
     lines = [
         "| method | engine | short runs %, by rate | rate | all % | closed % | open % | seeds | trainable "
         "| step s | peak MiB | adapter bytes |",
@@ -115,7 +121,7 @@ def table(records: list[Record], timed: dict[tuple[str, str], Record]) -> str:
     for method in METHODS:
         own = [record for record in records if record["run"]["config"]["method"] == method]
         tried = sorted((record for record in own if record["validation"]), key=rate_of)
-        best = best_rate(tried) if tried else None  # runs of full length at another may lie there from before
+        best = best_rate(tried) if tried else None  # the folder may hold full runs at another rate
         full = [record for record in own if not record["validation"] and best in (None, rate_of(record))]
         full.sort(key=lambda record: record["run"]["config"]["seed"])
         if not full:
@@ -124,7 +130,7 @@ def table(records: list[Record], timed: dict[tuple[str, str], Record]) -> str:
         rates += f" ({', '.join(sorted({str(record['run']['config']['epochs']) for record in tried}))} epochs)"
         accuracies = [spread([record["test"][part] for record in full]) for part in ("all", "closed", "open")]
         seeds = ", ".join(f"{record['test']['all']:.1f}" for record in full)
-        engine, sizes = full[0]["engine"], [size for record in own if (size := record.get("adapter_bytes"))]
+        engine = full[0]["engine"]
         cells = [method, engine, rates, f"{rate_of(full[0]):.1e}", *accuracies, seeds]
         cells += [f"{full[0]['training']['trainable_parameters']:,}"]
         if row := timed.get((method, engine)) or timed.get((method, "torch")):
@@ -132,9 +138,17 @@ def table(records: list[Record], timed: dict[tuple[str, str], Record]) -> str:
             cells += [f"{row['step_seconds']:.2f}{by}", f"{row['peak_memory_bytes'] / 2**20:,.0f}{by}"]
         else:
             cells += ["–", "–"]
-        cells.append(f"{max(sizes):,}" if sizes else "none")
+        cells.append(adapter_size(full, tried))
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
+
+
+def adapter_size(full: list[Record], short: list[Record]) -> str:
+    """Say how many bytes the adapter takes: of the full runs where they wrote one, else of the short ones."""
+    for runs, note in ((full, ""), (short, " (short runs)")):
+        if sizes := [size for record in runs if (size := record.get("adapter_bytes"))]:
+            return f"{max(sizes):,}{note}"
+    return "none"
 
 
 def without_losses(record: Record) -> Record:
@@ -151,9 +165,9 @@ def main() -> None:
     parser.add_argument("--sweep-epochs", type=int, default=5)
     parser.add_argument("--head-epochs", type=int, default=TrainConfig.head_epochs)
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--jobs", type=int, default=1, help="runs at once")
-    parser.add_argument("--threads", type=int, default=os.cpu_count(), help="of each run")
-    parser.add_argument("--bench", type=Path, help="results.json of fastln bench, for seconds and memory")
+    parser.add_argument("--jobs", type=int, default=1, help="runs at the same time")
+    parser.add_argument("--threads", type=int, default=os.cpu_count(), help="threads of each run")
+    parser.add_argument("--bench", type=Path, help="results.json of fastln bench, for seconds and memory of a step")
     options = parser.parse_args()
     rows = json.loads(options.bench.read_text()) if options.bench else []
     timed = {(row["method"], row["engine"]): row for row in rows if not row["error"]}

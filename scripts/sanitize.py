@@ -143,7 +143,7 @@ def check_norms(
     kernels: Kernels, tally: Tally, n_rows: int, n_cols: int, dtype: torch.dtype, options: Iterable[Options]
 ) -> None:
     """Run the norm, forward and for all subsets of the gradients, under the sanitizer."""
-    kind_of = importlib.import_module(f"{PACKAGE}.reference").NormKind
+    reference = importlib.import_module(f"{PACKAGE}.reference")
     weight, bias = torch.empty(n_cols), torch.empty(n_cols)
     print(f"{n_rows} × {n_cols} {_name(dtype)}", file=sys.stderr)
     for option in options:
@@ -151,23 +151,30 @@ def check_norms(
         def rows(strided: bool = option.strided) -> torch.Tensor:
             return torch.empty((n_rows, n_cols + 8 * strided), dtype=dtype)[:, :n_cols]
 
-        kind = kind_of(1e-6, centre=option.centre, offset=0.0 if option.centre else 1.0)
+        kind = reference.NormKind(1e-6, centre=option.centre, offset=0.0 if option.centre else 1.0)
         prologue: dict[str, Any] = {"dropout": 0.1 if option.dropout else 0.0}
         prologue["seed"] = torch.zeros(1, dtype=torch.int64) if option.dropout else None
         case = f"{n_rows} × {n_cols} {_name(dtype)}, {option}"
         with kernels.sanitized(tally, f"forward, {case}"):
-            kernels.module("norm").norm_forward(
-                *(rows(), weight, bias if option.centre else None, kind),
+            request = reference.NormForward(
+                rows(),
+                weight,
+                bias if option.centre else None,
+                kind,
                 residual=rows() if option.residual else None,
                 want_stream=option.residual,
                 want_normed=option.normed,
                 **prologue,
             )
+            kernels.module("norm").norm_forward(request)
         for need_dx, need_dweight, need_dbias in SUBSETS:
             need_normed = need_dx or need_dweight
             with kernels.sanitized(tally, f"backward {need_dx=} {need_dweight=} {need_dbias=}, {case}"):
-                kernels.module("norm").norm_backward(
-                    *(rows(), rows() if need_normed else None, weight, torch.empty(n_rows) if need_normed else None),
+                request = reference.NormBackward(
+                    rows(),
+                    rows() if need_normed else None,
+                    weight,
+                    torch.empty(n_rows) if need_normed else None,
                     kind,
                     saved_is_normed=option.normed,
                     dstream=rows() if option.residual and need_dx else None,
@@ -177,6 +184,7 @@ def check_norms(
                     need_dbias=need_dbias,
                     **prologue,
                 )
+                kernels.module("norm").norm_backward(request)
 
 
 def check_elementwise(kernels: Kernels, tally: Tally, n_rows: int, n_cols: int, dtype: torch.dtype) -> None:

@@ -2,11 +2,11 @@
 
     python scripts/step_anatomy.py BertForMaskedLM:8x128 --dtype bfloat16
 
-*Measured* by torch's profiler, in one process, the methods taking turns: an operation's own time without that of the
-operations inside it, summed by kind, in the mean over the steps. Operations of the backward count where those that
-autograd recorded them for do. What fastln fuses counts under the last of its kinds (dropout and residual before a norm
-as norms, dropout inside attention as attention). `between` is what passes outside of any operation: Python. The
-profiler makes every operation slower by some microseconds; the last line is the step without it.
+*Measured* by torch's profiler in one process, with the methods taking turns: the own time of each operation, without
+that of operations inside it, summed by kind, as the mean over the steps. An operation of the backward counts with the
+forward operation that recorded it. A fused operation counts under the last of its kinds: dropout and residual before a
+norm as norms, dropout inside attention as attention. `between` is time outside any operation: Python. The profiler adds
+some microseconds to each operation; the last line is the step without it.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ import torch
 from torch import nn
 from torch.profiler import ProfilerActivity, profile, record_function
 
-from fastln.engines import apply_method
+from fastln.families.heads import find_heads
 from fastln.machine import DTYPES, cpu_model
 from fastln.models.shapes import make_shape
-from fastln.standins.lm_head import find_heads
 from fastln.training.optimizer import MasterAdamW
+from fastln.training.tasks import apply_method
 
-# In the order of precedence: an operation is of the first kind that it, or one around it, has the name of.
+# In order of precedence: an operation has the first kind whose pattern matches it or an operation around it.
 KINDS = {
     "head": r"cross_entropy|log_softmax|nll_loss|LinearCrossEntropy",
     "dropout": r"[Dd]ropout|bernoulli",
@@ -42,7 +42,7 @@ KINDS = {
     "linears": r"[Ll]inear|mm$|conv",
 }
 PRODUCTS = re.compile(r"[Ll]inear|mm$")
-SPLIT = ("linears", "attention")  # forward and backward apart
+SPLIT = ("linears", "attention")  # forward and backward are separate rows
 ROWS = (
     *(f"{kind}, {phase}" for kind in SPLIT for phase in ("forward", "backward")),
     *("norms", "activations", "dropout", "head", "optimizer", "other", "between"),
@@ -54,7 +54,7 @@ def kind_of(chain: list[Any], n_classes: int | None) -> str:
 
     Args:
         chain: Its event and those around it, innermost first.
-        n_classes: Of the language-model head, whose product is told by its shape; None where there is no head.
+        n_classes: Of the language-model head, whose product is recognised by its shape; None without a head.
     """
     if n_classes and any(PRODUCTS.search(e.name) and n_classes in _sizes(e) for e in chain):
         return "head"
@@ -76,7 +76,7 @@ def sort(events: Iterable[Any], n_classes: int | None) -> Counter[str]:
         n_classes: As `kind_of`.
     """
     times: Counter[str] = Counter()
-    recorded: dict[int, str] = {}  # kinds of the operations that autograd has a node for, by its sequence number
+    recorded: dict[int, str] = {}  # kind of each operation with an autograd node, by the sequence number of the node
     for event in events:
         chain = [event]
         while chain[-1].cpu_parent is not None:
@@ -91,7 +91,7 @@ def sort(events: Iterable[Any], n_classes: int | None) -> Counter[str]:
                 node = next((e for e in reversed(chain) if e.sequence_nr >= 0), None)
                 row = recorded.get(node.sequence_nr, "other") if node else "other"
             else:
-                # Several operations see one number; the node is that of the last.
+                # Several operations share one number; the node belongs to the last.
                 row = recorded[event.sequence_nr] = kind_of(chain, n_classes)
             row = f"{row}, {phase}" if row in SPLIT else row
         times[row] += event.self_cpu_time_total
@@ -103,7 +103,7 @@ class Subject:
 
     Args:
         pair: METHOD/ENGINE.
-        shape: As `fastln.models.shapes` has it.
+        shape: CLASS:BATCHxSIZE[:LAYERS], see `fastln.models.shapes`.
         dtype: Of the model.
     """
 
@@ -119,7 +119,7 @@ class Subject:
         self.seconds: list[float] = []
 
     def step(self, record: Callable[[str], Any] = lambda name: nullcontext()) -> None:
-        """Take a step, in ranges that `record` opens."""
+        """Take a step; `record` opens a range around each phase."""
         with record("forward"):
             loss = self.model(**self.batch).loss
         with record("backward"):
@@ -146,7 +146,7 @@ def _inside(event: Any) -> bool:
 
 
 def table(subjects: dict[str, Subject], steps: int) -> str:
-    """Write milliseconds a step, and shares."""
+    """Render milliseconds per step, and shares, in Markdown."""
     lines = [f"| | {' | '.join(f'{name}, ms (share)' for name in subjects)} |", f"|---|{'---:|' * len(subjects)}"]
     totals = {name: sum(subject.times.values()) for name, subject in subjects.items()}
     for row in ROWS:

@@ -1,24 +1,31 @@
 """What a layer stores for backward while norms alone train: stock against fastln, one row for each family.
 
-    python scripts/stored_table.py
+    python scripts/stored_table.py            # writes benchmarks/results/stored.json and prints the table
 
-*Measured* by autograd's saved tensors (parameters excluded) in bfloat16, on models with random weights: what 4 layers
-store less what 2 layers do, halved, so that embeddings, heads and losses are not in it. A unit is one bfloat16 tensor
-of a layer's width for each token. Dropout is as each family's configuration has it by default.
+*Measured* by autograd's saved tensors (parameters excluded) in bfloat16, on models with random weights: the bytes that
+4 layers store less those of 2 layers, halved, so that embeddings, heads and losses drop out. A unit is one bfloat16
+tensor of the layer's width for each token. Dropout is as each family's configuration has it by default.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import argparse
+import json
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 import fastln
+from fastln.bench.provenance import settle
 from fastln.memory import SavedActivations
 from fastln.methods import norm_parameters
 from fastln.models.shapes import FAMILIES, Family, vision_family
 
+RESULTS = Path(__file__).resolve().parent.parent / "benchmarks" / "results" / "stored.json"
 BATCH = 2
 SIZES = {
     "BertForMaskedLM": 128,
@@ -36,12 +43,12 @@ SIZES = {
     "Qwen2ForCausalLM": 256,
     "GemmaForCausalLM": 256,
 }
-# BLIP's vision encoder alone: of the whole model no one layer could be told.
+# BLIP's vision encoder alone: the whole model has layers of several kinds.
 ROWS = FAMILIES | {"BlipVisionModel": vision_family("BlipVisionModel", 16, 1)}
 
 
 def stored(model: nn.Module, inputs: dict[str, Tensor]) -> int:
-    """Bytes that the forward pass of a model stores for backward."""
+    """Return the bytes that the forward pass of a model stores for backward."""
     with SavedActivations(model) as saved:
         outputs = model(**inputs)
     assert outputs[0].requires_grad
@@ -49,7 +56,7 @@ def stored(model: nn.Module, inputs: dict[str, Tensor]) -> int:
 
 
 def per_layer(family: Family, size: int, prepare: Callable[[nn.Module], nn.Module]) -> float:
-    """Units that a layer stores, of samples of one size."""
+    """Return the units that one layer stores for samples of one size."""
     inputs = family.batch(BATCH, size)
     inputs = {name: t.bfloat16() if t.is_floating_point() else t for name, t in inputs.items()}
     few, many = (stored(prepare(family.make(size, n_layers).bfloat16().train()), dict(inputs)) for n_layers in (2, 4))
@@ -57,21 +64,40 @@ def per_layer(family: Family, size: int, prepare: Callable[[nn.Module], nn.Modul
 
 
 def unfrozen_norms(model: nn.Module) -> nn.Module:
-    """Train norms the stock way."""
+    """Unfreeze the norms and nothing else, with stock code."""
     trained = set(norm_parameters(model))
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(name in trained)
     return model
 
 
-def main() -> None:
-    """Print the table."""
-    torch.manual_seed(0)
-    print("| model | stock | fastln | stock / fastln |\n|---|---:|---:|---:|")
+def measure() -> Iterator[dict[str, Any]]:
+    """Yield a row for each family: its name, what it reads, and the units a layer stores."""
     for name, size in SIZES.items():
         stock, ours = (per_layer(ROWS[name], size, prepare) for prepare in (unfrozen_norms, fastln.prepare))
         shape = f"{size}²" if "pixel_values" in ROWS[name].batch(1, size) else f"{size} tokens"
-        print(f"| {name}, {shape} | {stock:.1f} | {ours:.1f} | {stock / ours:.2f} |", flush=True)
+        yield {"model": name, "input": shape, "stock": stock, "fastln": ours}
+
+
+def table(rows: Sequence[dict[str, Any]]) -> str:
+    """Render the rows in Markdown."""
+    lines = ["| model | stock | fastln | stock / fastln |", "|---|---:|---:|---:|"]
+    for row in rows:
+        stock, ours = row["stock"], row["fastln"]
+        lines.append(f"| {row['model']}, {row['input']} | {stock:.1f} | {ours:.1f} | {stock / ours:.2f} |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """Measure, write the rows and print the table."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--out", type=Path, default=RESULTS, help="JSON file for the rows")
+    options = parser.parse_args()
+    torch.manual_seed(0)
+    rows = list(measure())
+    report = {"provenance": settle("cpu", "bfloat16")[2] | {"argv": sys.argv}, "rows": rows}
+    options.out.write_text(json.dumps(report, indent=1) + "\n")
+    print(table(rows))
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from fastln.late.rows import _Rows
+from fastln.late.graph import Rows
 
 pytest_plugins = ["sampling"]
 
@@ -30,10 +30,10 @@ def fastln_data() -> Path:
 def computed_rows(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """How many rows each function of rows that waited was computed for, in order."""
     counts: list[int] = []
-    make = _Rows.__init__
+    make = Rows.__init__
 
-    def counting(rows: _Rows, function, *args) -> None:
+    def counting(rows: Rows, function, *args) -> None:
         make(rows, lambda *parts: counts.append(len(parts[0])) or function(*parts), *args)
 
-    monkeypatch.setattr(_Rows, "__init__", counting)
+    monkeypatch.setattr(Rows, "__init__", counting)
     return counts

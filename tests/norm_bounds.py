@@ -34,7 +34,7 @@ import torch
 from torch import Tensor
 
 from fastln_kernels import launch, norm, reference
-from fastln_kernels.reference import NormGradients, NormKind, NormOutputs
+from fastln_kernels.reference import NormBackward, NormForward, NormGradients, NormKind, NormOutputs
 
 Subset = tuple[bool, bool, bool]
 """Whether the gradients of the rows, of the weight and of the bias are wanted."""
@@ -149,7 +149,7 @@ def inputs(
 
 
 def forward(kernels: ModuleType, given: Inputs, kind: NormKind, prologue: Prologue) -> NormOutputs:
-    return kernels.norm_forward(
+    request = NormForward(
         given.x,
         given.weight,
         given.bias,
@@ -160,6 +160,7 @@ def forward(kernels: ModuleType, given: Inputs, kind: NormKind, prologue: Prolog
         want_stream=prologue.keep == "stream",
         want_normed=prologue.keep == "normed",
     )
+    return kernels.norm_forward(request)
 
 
 def backward(
@@ -177,7 +178,7 @@ def backward(
     need_rows, need_dweight, need_dbias = subset
     need_kept = need_rows or need_dweight
     need_dx = need_rows and "dx" in rows
-    return kernels.norm_backward(
+    request = NormBackward(
         given.dy,
         kept if need_kept else None,
         given.weight if need_rows else None,
@@ -193,6 +194,7 @@ def backward(
         need_dbias=need_dbias,
         grad_dtype=grad_dtype,
     )
+    return kernels.norm_backward(request)
 
 
 WIDE_COLS = 64
@@ -258,7 +260,7 @@ def check(
     kept = kept_rows(given, got, prologue)
     rstd = want.rstd
     if prologue.keep != "normed":
-        rstd = reference.norm_forward(kept.double(), None, None, kind).rstd
+        rstd = reference.norm_forward(NormForward(kept.double(), None, None, kind)).rstd
         assert_close(got.rstd, rstd, arithmetic)
     for subset in subsets:
         result = backward(norm, given, kept, got.rstd, kind, prologue, subset, rows, grad_dtype)
@@ -280,7 +282,7 @@ def check(
                 assert_close(gradient, getattr(wanted, name), arithmetic + storage, scale=scale)
         normed = kept.double()
         if prologue.keep != "normed":
-            normed = reference.norm_forward(normed, None, None, kind).y
+            normed = reference.norm_forward(NormForward(normed, None, None, kind)).y
         bound = math.sqrt(n_rows / 2) * ROUNDOFF + storage_bound(grad_dtype)
         of_normed = arithmetic + (storage if kind.round_normed else 0.0)
         for name, terms, extra in (("dweight", exact.dy * normed, of_normed), ("dbias", exact.dy, 4 * ROUNDOFF)):

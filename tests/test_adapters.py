@@ -11,16 +11,18 @@ import pytest
 import torch
 from launch import HERE, TORCHRUN, script
 from safetensors import safe_open
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import distributed, nn
 from transformers import AutoModelForImageTextToText, LlavaConfig, Qwen2_5_VLConfig
 from tuned import loss, move, tuned
 
 import fastln
 from fastln import adapters
-from fastln.adapters import CONFIG, FINGERPRINT, WEIGHTS, fingerprint
+from fastln import fingerprint as fingerprints
+from fastln.adapters import CONFIG, WEIGHTS
 from fastln.errors import FastLNError
 from fastln.families import find_norms
+from fastln.fingerprint import FINGERPRINT, fingerprint
 from fastln.methods import norm_parameters
 
 FAMILIES = {
@@ -174,10 +176,73 @@ def test_a_tied_weight_with_a_value_of_its_own_is_refused(tmp_path):
     move(wrapped)
     wrapped.save_pretrained(tmp_path)
     model = family_models.make("bert")
-    with pytest.raises(FastLNError, match=r"in this model it is one with bert\.embeddings.word_embeddings.weight"):
+    with pytest.raises(FastLNError, match=r"this model shares it with bert\.embeddings.word_embeddings.weight"):
         fastln.load_adapter(model, tmp_path)
     stock = family_models.make("bert").state_dict()
     assert all(torch.equal(tensor, stock[name]) for name, tensor in model.state_dict().items())
+
+
+SHARED = {
+    "llama, tied": ("model.embed_tokens", ["lm_head"]),
+    "gpt2": ("transformer.wte", ["lm_head"]),
+    "t5": ("shared", ["encoder.embed_tokens", "decoder.embed_tokens", "lm_head"]),
+    "bert": ("bert.embeddings.word_embeddings", ["cls.predictions.decoder"]),
+}
+
+
+@pytest.mark.parametrize("name", SHARED)
+def test_a_weight_that_trains_is_saved_for_every_module_that_shares_it(name, tmp_path):
+    first, others = SHARED[name]
+    model = tuned(name, [first])
+    fastln.save_adapter(model, tmp_path)
+    assert json.loads((tmp_path / CONFIG).read_text())["modules_to_save"] == [first, *others]
+    again = family_models.make(name)
+    fastln.load_adapter(again, tmp_path)
+    assert all(torch.equal(tensor, again.state_dict()[key]) for key, tensor in model.state_dict().items())
+    assert loss(again, name) != loss(family_models.make(name), name)
+    wrapped = peft.PeftModel.from_pretrained(family_models.make(name), tmp_path)
+    assert torch.equal(loss(wrapped, name), loss(again, name))
+
+
+@pytest.mark.parametrize("name", ["llama, tied", "gpt2"])
+def test_a_module_whose_weights_all_belong_to_another_says_to_which(name):
+    with pytest.raises(FastLNError, match=rf"'lm_head' shares all its weights .* also='{SHARED[name][0]}'"):
+        fastln.prepare(family_models.make(name), also="lm_head")
+
+
+def test_two_values_for_a_shared_weight_are_refused(tmp_path):
+    """peft trains copies of the two apart."""
+    config = peft.LNTuningConfig(target_modules=["model.norm"], modules_to_save=["model.embed_tokens", "lm_head"])
+    wrapped = peft.get_peft_model(family_models.make("llama, tied"), config)
+    move(wrapped)
+    wrapped.save_pretrained(tmp_path)
+    with pytest.raises(FastLNError, match=r"has a value of its own .* load the base with tie_word_embeddings=False"):
+        fastln.load_adapter(family_models.make("llama, tied"), tmp_path)
+    untied = family_models.make("llama")
+    fastln.load_adapter(untied, tmp_path)
+    assert not torch.equal(untied.lm_head.weight, untied.model.embed_tokens.weight)
+
+
+def test_a_shared_weight_that_stayed_frozen_keeps_the_bases_digits(tmp_path):
+    """The head's product in BERT is by the word embeddings, which belong to no task head."""
+    fastln.save_adapter(tuned("bert", ["cls"], torch.bfloat16), tmp_path)
+    model = family_models.make("bert")
+    fastln.load_adapter(model, tmp_path)
+    stock = family_models.make("bert").bert.embeddings.word_embeddings.weight
+    assert torch.equal(model.cls.predictions.decoder.weight, stock)
+
+
+@pytest.mark.parametrize(("name", "auto"), [("llama", "ForCausalLM"), ("llama", ""), ("vit", "")])
+def test_pefts_auto_classes_find_the_base(name, auto, tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    family_models.make(name).save_pretrained(tmp_path / "base")
+    model = type(family_models.make(name)).from_pretrained(tmp_path / "base")
+    fastln.prepare(model, backend="reference")
+    move(model)
+    fastln.save_adapter(model, tmp_path / "adapter")
+    loaded = getattr(peft, f"AutoPeftModel{auto}").from_pretrained(tmp_path / "adapter")
+    assert type(loaded.get_base_model()) is type(family_models.make(name))
+    assert torch.equal(loss(loaded, name), loss(fastln.restore(model), name))
 
 
 def test_a_scope_saves_its_norms_alone(tmp_path):
@@ -223,18 +288,6 @@ def test_another_base_is_refused_and_can_be_insisted_on(tmp_path):
     assert torch.equal(other.get_parameter(name), model.get_parameter(name))
 
 
-def test_a_fingerprint_notices_the_frozen_weights_and_nothing_else(tmp_path):
-    model = family_models.make("bert")
-    norms = norm_parameters(model)
-    found = fingerprint(model, norms)
-    assert fingerprint(tuned("bert"), norms) == found, "the norms are left out"
-    assert fingerprint(model.bfloat16(), norms) == found, "the same checkpoint, loaded in another dtype"
-    assert fingerprint(family_models.make("bert"), norms[1:]) != found
-    with torch.no_grad():
-        model.bert.encoder.layer[1].output.dense.weight *= 1.01
-    assert fingerprint(model, norms) != found
-
-
 def test_an_adapter_for_another_model_is_named(tmp_path):
     fastln.save_adapter(tuned("bert"), tmp_path)
     with pytest.raises(FastLNError, match=r"for another model: LlamaForCausalLM has no bert\.embeddings"):
@@ -250,11 +303,11 @@ def test_an_adapter_for_another_model_is_named(tmp_path):
         ("cut", "adapter_model.safetensors: cannot be read, it is damaged or cut short"),
         ("emptied", "adapter_model.safetensors: cannot be read"),
         ("no weights", "there is no adapter_model.safetensors in this folder"),
-        ("pickle", "adapter_model.bin, a pickle, which is never read"),
+        ("pickle", "adapter_model.bin, a pickle, which fastln never reads"),
         ("no config", "there is no adapter_config.json in this folder"),
         ("config cut", "adapter_config.json: cannot be read"),
         ("config a list", "adapter_config.json: must be a mapping, not list"),
-        ("lora", "this is a LORA adapter; fastln reads those for LN_TUNING"),
+        ("lora", "this is a LORA adapter; load_adapter reads LN_TUNING adapters"),
     ],
 )
 def test_a_damaged_adapter_is_named_and_the_model_stays(damage, message, tmp_path):
@@ -310,8 +363,8 @@ def test_a_full_disk_leaves_the_old_adapter_whole(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("method", "also", "message"),
     [
-        ("bitfit", (), r"holds norms and the modules named in `also`, and here \d+ other parameters train too"),
-        ("full", (), r"holds norms and the modules named in `also`, and here \d+ other parameters train too"),
+        ("bitfit", (), r"holds norms and the modules named in `also`, but \d+ other parameters train too"),
+        ("full", (), r"holds norms and the modules named in `also`, but \d+ other parameters train too"),
         ("head", ("cls",), "no norm of this model trains"),
     ],
 )
@@ -348,10 +401,24 @@ def test_merging_in_float32_warns_of_nothing_and_loading_into_bfloat16_does(tmp_
         fastln.load_adapter(family_models.make("llama").bfloat16(), tmp_path / "adapter")
 
 
-def test_the_fingerprint_is_in_the_tensors_file_and_peft_has_none(tmp_path):
-    fastln.save_adapter(tuned("bert"), tmp_path)
+def test_the_fingerprint_is_in_the_tensors_file(tmp_path):
+    model = tuned("bert")
+    fastln.save_adapter(model, tmp_path)
     with safe_open(tmp_path / WEIGHTS, "pt") as file:
-        assert len(file.metadata()[FINGERPRINT]) == 64
+        assert file.metadata()[FINGERPRINT] == fingerprint(model, norm_parameters(model))
+
+
+def test_an_adapter_with_the_fingerprint_of_before_still_loads(tmp_path):
+    model = tuned("bert")
+    fastln.save_adapter(model, tmp_path)
+    with safe_open(tmp_path / WEIGHTS, "pt") as file:
+        digest = file.metadata()[FINGERPRINT].split()[1].removeprefix("bfloat16=")
+    save_file(load_file(tmp_path / WEIGHTS), tmp_path / WEIGHTS, {FINGERPRINT: digest})
+    again = family_models.make("bert")
+    fastln.load_adapter(again, tmp_path)
+    assert all(torch.equal(tensor, again.state_dict()[name]) for name, tensor in model.state_dict().items())
+    with pytest.raises(FastLNError, match="trained on another base"):
+        fastln.load_adapter(family_models.make("bert", seed=1), tmp_path)
 
 
 @pytest.mark.slow(pool="large")
@@ -371,9 +438,10 @@ def test_all_processes_gather_alike(tmp_path, monkeypatch):
     for rank in (0, 1):
         gathered = []
         monkeypatch.setattr(distributed, "get_rank", lambda *group, rank=rank: rank)
-        monkeypatch.setattr(
-            adapters, "gathered", lambda tensor, own=gathered: own.append(tensor.shape) or tensor.detach()
-        )
+        for module in (adapters, fingerprints):
+            monkeypatch.setattr(
+                module, "gathered", lambda tensor, own=gathered: own.append(tensor.shape) or tensor.detach()
+            )
         fastln.save_adapter(model, tmp_path / "adapter", dtype=torch.float16)
         counts.append(gathered)
     assert counts[0] == counts[1]

@@ -6,10 +6,14 @@ import sys
 
 import pytest
 from PIL import Image
+from transformers import BertConfig
 
 from fastln import cli, doctor
-from fastln.ops.backends import OPERATIONS
-from fastln_kernels.cpu import library
+from fastln.data.loading import READERS
+from fastln.machine import MemoryLimit
+from fastln.ops.backends import OPERATIONS, resolve
+from fastln.standins.tricks import TRICKS
+from fastln_kernels.cpu import library, products
 
 
 def fastln(*arguments, monkeypatch, capsys):
@@ -25,6 +29,8 @@ def fastln(*arguments, monkeypatch, capsys):
         (["train", "--out", "{tmp}/o", "--method", "layernrm"], "did you mean 'layernorm'"),
         (["train", "--out", "{tmp}/o", "--method", "lora", "--engine", "torch"], "(valid: peft)"),
         (["train", "--out", "{tmp}/o", "--data", "{tmp}/nowhere"], "nowhere"),
+        (["train", "--out", "{tmp}/o", "--without", "late_row"], "unknown name 'late_row' in `without`; did you mean"),
+        (["train", "--out", "{tmp}/o", "--without", "cache", "--engine", "torch"], "without cache is for engine 'fas"),
         (["train", "--out", "{tmp}/o", "--model", "{tmp}"], "there is no config.json"),
         (["train", "--out", "{tmp}/o", "--dtype", "float8"], "unknown dtype 'float8' (valid: auto, float32"),
         (["train", "--out", "{tmp}/o", "--feature-cache", "{tmp}/c"], "a vision tower that is frozen, and method"),
@@ -41,7 +47,7 @@ def fastln(*arguments, monkeypatch, capsys):
         (["eval", "dual", "--data", "{tmp}", "--layout", "slak"], "did you mean 'slake'?"),
         (["train", "--out", "{tmp}/o", "--language", "zh"], "phantom: no language 'zh' to choose: it has one"),
         (["eval", "dual", "--predictions", "{tmp}"], "is a folder"),
-        (["eval", "dual", "--image-size", "100"], "it must be a multiple of 16, for images are cut into patches"),
+        (["eval", "dual", "--image-size", "100"], "it must be a multiple of 16, because images are cut into patches"),
         (["train", "--out", "{tmp}/o", "--image-size", "0"], "image size 0: it must be a multiple of 16"),
         (["eval", "{tmp}/binary"], "config.json: cannot be read"),
         (["merge", "{tmp}", "--base", "{tmp}", "--out", "{tmp}/o"], "there is no config.json"),
@@ -75,7 +81,7 @@ QUESTION = {"qid": 1, "image_name": "a.png", "question": "Is it?", "answer": "ye
         ({"answer": None}, "trainset.json: row 1 (qid 2): field 'answer' must be a text, not null"),
         ({"image_name": "gone.png"}, 'trainset.json: row 1 (qid 2): image "gone.png" is missing in'),
         ({"image_name": "../a.png"}, 'trainset.json: row 1 (qid 2): image "../a.png" leads outside the folder'),
-        ({"image_name": "text.png"}, "text.png: this is no image of a known format"),
+        ({"image_name": "text.png"}, "text.png: this is not an image of a known format"),
         ("[{]", "trainset.json: line 1, column 3: not valid JSON"),
         ("[]", "the train split holds no usable row"),
     ],
@@ -124,6 +130,15 @@ def test_an_option_of_the_wrong_kind_is_status_2(monkeypatch, capsys):
     assert "--epochs" in output.err
 
 
+@pytest.mark.parametrize("command", ["train", "eval", "bench"])
+def test_the_help_names_every_layout(command, monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", "200")
+    status, printed = fastln(command, "--help", monkeypatch=monkeypatch, capsys=capsys)
+    assert status == 0
+    text = " ".join(printed.out.replace("│", " ").split())
+    assert f"laid out: {', '.join(READERS)}; recognised" in text
+
+
 def test_doctor_names_a_backend_and_a_reason_for_each_operation(monkeypatch, capsys):
     code, output = fastln("doctor", "--json", monkeypatch=monkeypatch, capsys=capsys)
     assert code == 0
@@ -131,18 +146,115 @@ def test_doctor_names_a_backend_and_a_reason_for_each_operation(monkeypatch, cap
     assert set(findings["operations"]) == set(OPERATIONS)
     assert all(choice["backend"] and choice["reason"] for choice in findings["operations"].values())
     assert findings["packages"]["torch"]
+    assert findings["plan"] is None
     code, output = fastln("doctor", monkeypatch=monkeypatch, capsys=capsys)
     assert "layer_norm" in output.out
     assert findings["machine"]["cpu"] in output.out
 
 
+def test_doctor_lists_what_prepare_may_change_with_gain_and_risk(monkeypatch, capsys):
+    _, output = fastln("doctor", monkeypatch=monkeypatch, capsys=capsys)
+    block = output.out.partition("what prepare() may change (leave out with without=(...))\n")[2].splitlines()
+    names = [line.split()[0] for line in block if line.startswith("  ")]
+    assert names == list(TRICKS)
+    for name, line in zip(names, block, strict=True):
+        assert TRICKS[name].gains in line
+        assert f"(risk: {TRICKS[name].risk})" in line
+
+
 def test_doctor_says_in_one_line_what_is_slower(monkeypatch):
-    assert doctor.render(doctor.examine()).count("\n  slower ") == (library.why_not("norm") is not None)
+    lacks = library.why_not("norm") or products.why_not("attention")
+    assert doctor.render(doctor.examine()).count("\n  slower ") == (lacks is not None)
     monkeypatch.setattr(library, "why_not", lambda name: "no C++ compiler")
     monkeypatch.setattr(doctor, "cpu_flags", lambda: {"sse2"})
     (line,) = [line for line in doctor.render(doctor.examine()).splitlines() if line.startswith("  slower ")]
     assert "every operation runs without compiled kernels (no C++ compiler)" in line
     assert "vectors of 128 bits" in line
+
+
+@pytest.fixture
+def forgetful():
+    """What was decided about backends holds for this test alone."""
+    resolve.cache_clear()
+    yield
+    resolve.cache_clear()
+
+
+@pytest.mark.usefixtures("forgetful")
+@pytest.mark.skipif(library.why_not("attention") is not None, reason=f"{library.why_not('attention')}")
+def test_doctor_says_where_torch_lacks_the_products_of_blocks(monkeypatch):
+    monkeypatch.setattr(products, "why_not", lambda name: "torch 9.9 exports no products of blocks")
+    lines = doctor.render(doctor.examine()).splitlines()
+    told = [line.split()[0] for line in lines if "torch 9.9 exports no products of blocks" in line]
+    assert told == ["slower", "attention", "linear"]
+
+
+def test_doctor_says_what_becomes_of_freed_memory(monkeypatch):
+    def line():
+        lines = doctor.render(doctor.examine()).splitlines()
+        return next(line for line in lines if line.startswith("  freed memory "))
+
+    monkeypatch.setattr(doctor, "why_no_arena", lambda device: None)
+    monkeypatch.setattr(doctor, "arena_limit", lambda: MemoryLimit(3 << 30, "the cgroup's limit"))
+    assert "prepare() keeps that of large tensors for the next step, up to 3.0 GiB (the cgroup's limit); " in line()
+    monkeypatch.setattr(doctor, "why_no_arena", lambda device: "no C++ compiler")
+    assert line().endswith("torch's allocator decides (no C++ compiler)")
+
+
+def test_doctor_tells_the_limit_of_a_container(monkeypatch):
+    monkeypatch.setattr(doctor, "memory_limit", lambda: MemoryLimit(1 << 29, "the cgroup's limit"))
+    assert "GiB, of which 0.5 GiB may be used (the cgroup's limit)" in doctor.render(doctor.examine())
+
+
+def test_doctor_does_not_install_the_arena():
+    program = """
+import torch
+from fastln import doctor
+from fastln_kernels.cpu import memory
+doctor.render(doctor.examine("BertForMaskedLM:8x128:1"))
+assert memory.users() == 0
+first, second = (torch.empty(1 << 20, dtype=torch.uint8) for _ in range(2))
+assert abs(first.data_ptr() - second.data_ptr()) != 1 << 20  # glibc's blocks have a header between them
+"""
+    subprocess.run([sys.executable, "-c", program], check=True)
+
+
+@pytest.fixture
+def bert(tmp_path):
+    """The configuration of a tiny BERT, without weights."""
+    config = BertConfig(hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2)
+    config.architectures = ["BertForMaskedLM"]
+    config.save_pretrained(tmp_path / "bert")
+    return tmp_path / "bert"
+
+
+@pytest.mark.parametrize("source", ["{bert}", "{bert}/config.json", "BertForMaskedLM:8x128:2"])
+def test_doctor_shows_the_plan_of_a_model_of_which_it_reads_no_weights(source, bert, monkeypatch, capsys):
+    code, output = fastln("doctor", source.format(bert=bert), monkeypatch=monkeypatch, capsys=capsys)
+    assert code == 0
+    head, *plan = output.out.partition("what prepare() would do with this model\n")[2].splitlines()
+    assert head.startswith("  BertForMaskedLM, method layernorm: ")
+    assert any("LayerNorm" in line for line in plan)
+    code, output = fastln("doctor", source.format(bert=bert), "--json", monkeypatch=monkeypatch, capsys=capsys)
+    assert json.loads(output.out)["plan"] == [line.removeprefix("  ") for line in (head, *plan)]
+
+
+def test_doctor_names_what_is_wrong_with_a_model(bert, tmp_path, monkeypatch, capsys):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "other").mkdir()
+    config = json.loads((bert / "config.json").read_text())
+    (tmp_path / "other" / "config.json").write_text(json.dumps(config | {"architectures": ["BertForPoetry"]}))
+    for source, message in (
+        (f"chat:{tmp_path}/nowhere", "nowhere: no such directory"),
+        (tmp_path / "nowhere", "nowhere: no such directory"),
+        (tmp_path / "empty", "there is no config.json in this directory"),
+        (tmp_path / "other", "names the class 'BertForPoetry', which transformers does not have"),
+        ("BertForMaskedLN:8x128", "did you mean 'BertForMaskedLM'?"),
+        ("dual", "model 'dual': the size of its head depends on the data; give one of its encoders"),
+    ):
+        code, output = fastln("doctor", source, monkeypatch=monkeypatch, capsys=capsys)
+        assert code == 2
+        assert message in output.err.strip().splitlines()[-1]
 
 
 def test_transformers_imports_from_the_repository_root():

@@ -1,4 +1,4 @@
-"""Options from a YAML file and key=value words: what overrules what, and what is refused."""
+"""Options from a YAML file and key=value words: what overrides what, and what is rejected."""
 
 import re
 import sys
@@ -150,9 +150,9 @@ def test_an_argument_stands_in_the_file_too(config):
         ("epochs: [1, 2]", [], "run.yaml: epochs must be one value, not ['1', '2']"),
         ("scope: [[vision]]", [], "run.yaml: scope must be a list of values, not [['vision']]"),
         ("resume: 3", [], "run.yaml: resume must be true or false, not '3'"),
-        ("- epochs", [], "run.yaml: must hold lines of `key: value`, not a list"),
-        ("epochs: {", [], "run.yaml: not YAML: while parsing"),
-        ("", ["epochs=]"], "epochs=]: the value is not YAML"),
+        ("- epochs", [], "run.yaml: must contain lines of the form `key: value`, not a list"),
+        ("epochs: {", [], "run.yaml: not valid YAML: while parsing"),
+        ("", ["epochs=]"], "epochs=]: the value is not valid YAML"),
     ],
 )
 def test_what_is_refused(text, words, message, config):

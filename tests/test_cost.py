@@ -1,5 +1,7 @@
 """Operations counted in a forward pass, against formulas and against torch's own counter of a whole step."""
 
+import copy
+
 import pytest
 import torch
 import transformers
@@ -9,8 +11,10 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from fastln.cost import Products, count_operations, matrix_rate
+from fastln.errors import FastLNError
 from fastln.methods import norm_parameters
-from fastln.standins.modules import is_stand_in
+from fastln.plan import prepared
+from fastln.standins.part import is_stand_in
 
 PER_ROW = 32 * 32 + 2 * 32 * 64  # of a block's products behind its attention
 TEXT = {**SIZES, "vocab_size": 64, "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
@@ -64,6 +68,36 @@ def test_the_last_block_counts_where_something_is_read(name):
         model(**inputs)
     n_read, n_tokens, per_row = {"llama": (4, 24, 7168), "gpt2": (4, 24, 9216), "vit": (2, 34, PER_ROW)}[name]
     assert products.operations - count_operations(model, inputs) == 4 * (n_tokens - n_read) * per_row
+
+
+@pytest.mark.parametrize("name", ["bert", "llama", "gpt2", "t5", "blip", "llava", "vit", "clip"])
+def test_a_stock_model_s_products_are_the_same_on_meta(name):
+    model, inputs = with_norms_alone(make(name)), batch(name)
+    with Products(model, inputs.get("labels")) as on_cpu:
+        model(**inputs)
+    # On meta no row waits, so the last block counts whole there, as in stock code.
+    assert count_operations(model.to("meta"), inputs) == on_cpu.operations > 0
+
+
+def test_a_step_on_meta_with_a_label_everywhere_counts_as_on_a_cpu():
+    model = with_norms_alone(transformers.BertForMaskedLM(transformers.BertConfig(**TEXT)))
+    ids = torch.randint(0, 64, (2, 12))
+    inputs = {"input_ids": ids, "labels": ids}
+    assert count_operations(copy.deepcopy(model).to("meta"), inputs) == count_operations(model, inputs)
+
+
+def test_labels_without_values_are_an_error():
+    model = with_norms_alone(make("bert")).to("meta")
+    with pytest.raises(FastLNError, match=r"labels on the meta device have no values.*leave them on cpu"):
+        count_operations(model, {name: value.to("meta") for name, value in batch("bert").items()})
+    assert prepared(model) is None
+
+
+def test_a_model_that_was_counted_trains_what_it_did():
+    model = with_norms_alone(make("llama").bfloat16())
+    before = {name: (p.requires_grad, p.dtype) for name, p in model.named_parameters()}
+    count_operations(model, batch("llama"))
+    assert {name: (p.requires_grad, p.dtype) for name, p in model.named_parameters()} == before
 
 
 @pytest.mark.parametrize("frozen", [False, True])

@@ -1,19 +1,33 @@
-"""What the machine has: here, that freed memory is kept for the next step."""
+"""What the machine has: how much memory there is for us, and that freed memory is kept for the next step."""
 
+import logging
 import os
+import resource
 import subprocess
 import sys
+import tomllib
+from pathlib import Path
 
+import psutil
 import pytest
+import torch
 
-from fastln.machine import keep_pages
+from fastln import machine
+from fastln.machine import arena_limit, install_arena, memory_limit, release_arena, why_no_arena
 from fastln_kernels.cpu import library, memory
-from fastln_kernels.cpu.library import KernelsUnavailableError
+
+CPU = torch.device("cpu")
+MIB, GIB = 1 << 20, 1 << 30
+needs_arena = pytest.mark.skipif(
+    sys.platform != "linux" or not library.compiler() or os.environ.get("FASTLN_CPU_KERNELS") == "0",
+    reason="no Linux, no compiler, or compiled kernels are switched off",
+)
 
 FAULTS = """
-import resource, torch
-from fastln.machine import keep_pages
-keep_pages()
+import resource, sys, torch
+from fastln.machine import install_arena
+if sys.argv[1] == "keep":
+    install_arena()
 def step():
     for n in (1 << 20, 1 << 26, 1 << 24):  # 4 MiB, 256 MiB, 64 MiB
         torch.empty(n).fill_(1.0)
@@ -25,30 +39,166 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 """
 
 
-@pytest.mark.skipif(sys.platform != "linux" or not library.compiler(), reason="no Linux, or no compiler")
+@needs_arena
 def test_memory_that_was_freed_is_not_mapped_again():
     def faults(keep):
-        done = subprocess.run(
-            [sys.executable, "-c", FAULTS],
-            env={**os.environ, "FASTLN_KEEP_PAGES": keep},
-            capture_output=True,
-            text=True,
-            check=True,
-        )
+        done = subprocess.run([sys.executable, "-c", FAULTS, keep], capture_output=True, text=True, check=True)
         return int(done.stdout)
 
-    assert faults("1") < 100
-    assert faults("0") > 1000  # 80,000 pages of 4 KiB, or a 512th part of that where the kernel has huge ones
+    assert faults("keep") < 100
+    assert faults("leave") > 1000  # 80,000 pages of 4 KiB, or a 512th part of that where the kernel has huge ones
 
 
-def test_it_can_be_switched_off(monkeypatch):
+@needs_arena
+def test_the_first_user_of_the_arena_is_told_once_and_it_honours_the_limit(monkeypatch, caplog):
+    monkeypatch.setattr(machine, "memory_limit", lambda: machine.MemoryLimit(3 * GIB, "the cgroup's limit"))
+    assert memory.users() == 0, "an earlier test left the arena installed"
+    with caplog.at_level(logging.INFO, logger="fastln"):
+        install_arena()
+        try:
+            install_arena()
+            release_arena()
+            (line,) = [record.getMessage() for record in caplog.records if record.name == "fastln.machine"]
+            assert line.startswith(
+                "CPU memory: fastln keeps freed memory of large tensors for the next step, up to 3.0"
+            )
+            assert "(the cgroup's limit); without=('arena',) or FASTLN_KEEP_PAGES=0" in line
+        finally:
+            release_arena()
+    assert memory.users() == 0
+
+
+@needs_arena
+def test_asking_about_the_arena_does_not_install_it(monkeypatch):
+    assert why_no_arena(CPU) is None
+    assert memory.users() == 0
+    assert why_no_arena(torch.device("cuda")) == "the arena is for CPU tensors, and the model is on cuda"
+    monkeypatch.setattr(machine, "memory_limit", lambda: machine.MemoryLimit(MIB, "the cgroup's limit"))
+    assert why_no_arena(CPU) == "the cgroup's limit is 1 MiB, and the arena needs 64 MiB"
     monkeypatch.setenv("FASTLN_KEEP_PAGES", "0")
-    assert keep_pages() == "as the C library pleases (FASTLN_KEEP_PAGES=0)"
+    assert why_no_arena(CPU) == "FASTLN_KEEP_PAGES=0 switches it off"
 
 
-def test_without_a_compiler_torch_s_own_allocator_stays_and_it_says_so(monkeypatch):
-    def fail():
-        raise KernelsUnavailableError("no C++ compiler")
+def test_without_a_compiler_it_says_why_there_is_no_arena(monkeypatch):
+    monkeypatch.setattr(memory, "why_not", lambda: "no C++ compiler")
+    assert why_no_arena(CPU) == "no C++ compiler"
 
-    monkeypatch.setattr(memory, "keep", fail)
-    assert keep_pages() == "as the C library pleases (no C++ compiler)"
+
+def groups(tmp_path, cgroup, mountinfo, limits):
+    """Make a process's folder and the mounts of its cgroups; `limits` from paths below tmp_path to what they say."""
+    (tmp_path / "cgroup").write_text(cgroup)
+    (tmp_path / "mountinfo").write_text(mountinfo.format(tmp=tmp_path))
+    for name, limit in limits.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(f"{limit}\n")
+    return memory_limit(tmp_path)
+
+
+V1 = "30 31 0:29 / {tmp}/cpu rw - cgroup cgroup rw,cpu\n"
+V1 += "31 31 0:29 / {tmp}/memory rw,noexec shared:9 - cgroup x rw,memory\n"
+V2 = "32 31 0:30 / {tmp}/unified rw - cgroup2 cgroup2 rw\n"
+NO_LIMIT_V1 = 9223372036854771712
+
+
+@pytest.mark.parametrize(
+    ("cgroup", "mountinfo", "limits", "expected"),
+    [
+        ("0::/a/b\n", V2, {"unified/a/b/memory.max": 5 * MIB, "unified/a/memory.max": "max"}, 5 * MIB),
+        ("0::/a/b\n", V2, {"unified/a/b/memory.max": "max", "unified/a/memory.max": 4 * MIB}, 4 * MIB),
+        ("0::/\n", V2, {"unified/memory.max": 3 * MIB}, 3 * MIB),
+        ("0::/a\n", V2, {"unified/a/memory.max": "max"}, None),
+        (
+            "9:cpu,memory:/a\n8:cpu:/b\n0::/\n",
+            V1 + V2,
+            {
+                "memory/a/memory.limit_in_bytes": 6 * MIB,
+                "memory/memory.limit_in_bytes": NO_LIMIT_V1,
+                "cpu/b/memory.limit_in_bytes": MIB,
+            },
+            6 * MIB,
+        ),
+        ("9:memory:/a\n", V1, {"memory/a/memory.limit_in_bytes": NO_LIMIT_V1}, None),
+        # A container that sees its own group as the mount's root, whose path is told as the host has it.
+        (
+            "9:memory:/docker/1\n",
+            V1.replace(" / {tmp}/memory", " /docker/1 {tmp}/memory"),
+            {"memory/memory.limit_in_bytes": 7 * MIB},
+            7 * MIB,
+        ),
+        ("9:memory:/docker/1\n", V1, {"memory/memory.limit_in_bytes": 8 * MIB}, 8 * MIB),
+        ("0::/../other\n", V2, {"unified/memory.max": 9 * MIB}, 9 * MIB),
+        ("9:memory:/a\n", "", {}, None),
+    ],
+)
+def test_the_limit_of_a_cgroup(tmp_path, cgroup, mountinfo, limits, expected):
+    limit = groups(tmp_path, cgroup, mountinfo, limits)
+    physical = psutil.virtual_memory().total
+    assert limit.n_bytes == (expected or physical)
+    assert limit.source == ("the cgroup's limit" if expected else "the machine's memory")
+
+
+def test_a_machine_without_cgroups(tmp_path):
+    assert memory_limit(tmp_path).n_bytes == psutil.virtual_memory().total
+
+
+def test_this_machine_has_a_limit():
+    assert 0 < memory_limit().n_bytes <= psutil.virtual_memory().total
+
+
+def test_half_of_what_ulimit_leaves(monkeypatch):
+    used = psutil.Process().memory_info().vms
+    monkeypatch.setattr(resource, "getrlimit", lambda which: (used + 2 * GIB, resource.RLIM_INFINITY))
+    monkeypatch.setattr(machine, "memory_limit", lambda: machine.MemoryLimit(64 * GIB, "the machine's memory"))
+    limit = arena_limit()
+    assert limit.source == "half of what ulimit -v leaves"
+    assert 0.9 * GIB < limit.n_bytes < 1.1 * GIB
+    monkeypatch.setattr(machine, "memory_limit", lambda: machine.MemoryLimit(MIB, "the cgroup's limit"))
+    assert arena_limit().source == "the cgroup's limit"
+    monkeypatch.setattr(resource, "getrlimit", lambda which: (used, resource.RLIM_INFINITY))
+    assert arena_limit().n_bytes < 100 * MIB
+
+
+def test_the_tested_versions_are_those_of_the_package():
+    project = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text())["project"]
+    bounds = [requirement.removesuffix("; sys_platform == 'linux'") for requirement in project["dependencies"]]
+    for package, versions in machine.TESTED_VERSIONS.items():
+        assert f"{package}{versions}" in bounds
+        assert "<" in versions, "an upper bound"
+
+
+@pytest.mark.parametrize(
+    ("torch_version", "transformers_version", "told"),
+    [
+        ("2.13.0+cpu", "5.23.1", None),
+        ("2.14.0", "5.23.0", "fastln is not tested with torch 2.14.0 (tested: >=2.13,<2.14): results may be wrong;"),
+        ("2.14.0.dev20270101", "5.23.0", "torch 2.14.0.dev20270101 (tested"),
+        ("2.12.1", "6.0.0", "torch 2.12.1 (tested: >=2.13,<2.14) and transformers 6.0.0 (tested: >=5.23,<5.24)"),
+    ],
+)
+def test_untested_versions_are_one_warning_that_can_be_silenced(
+    torch_version, transformers_version, told, monkeypatch, caplog
+):
+    versions = {"torch": torch_version, "transformers": transformers_version}
+    monkeypatch.setattr(machine, "package_version", versions.get)
+    monkeypatch.delenv("FASTLN_UNTESTED_VERSIONS", raising=False)
+    machine.warn_of_untested_versions()
+    assert len(caplog.records) == (told is not None)
+    assert (told or "") in caplog.text
+    caplog.clear()
+    monkeypatch.setenv("FASTLN_UNTESTED_VERSIONS", "1")
+    machine.warn_of_untested_versions()
+    assert not caplog.records
+
+
+def test_the_import_warns_of_untested_versions():
+    program = """
+import importlib.metadata
+real = importlib.metadata.version
+importlib.metadata.version = lambda package: "9.0" if package == "transformers" else real(package)
+import fastln.machine as machine
+"""
+    environment = {name: value for name, value in os.environ.items() if name != "FASTLN_UNTESTED_VERSIONS"}
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=environment, check=True)
+    lines = [line for line in done.stderr.splitlines() if "not tested" in line]
+    assert len(lines) == 1
+    assert "transformers 9.0 (tested: >=5.23,<5.24)" in lines[0]

@@ -1,14 +1,21 @@
-"""The count of what is saved for backward, on graphs small enough to count by hand; and the peak of a process."""
+"""The count of what is saved for backward, by hand and on the meta device; footprints; and the peak of a process."""
 
+import copy
+import itertools
 import subprocess
 import sys
 import weakref
 
 import pytest
 import torch
+from family_models import batch, make
 from torch import nn
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.nn.functional import scaled_dot_product_attention
 
-from fastln.memory import SavedActivations
+from fastln.memory import AsOnCPU, Footprint, SavedActivations, footprint
+from fastln.methods import norm_parameters
+from fastln.plan import apply, plan
 
 
 def test_a_chain_of_known_tensors():
@@ -75,6 +82,137 @@ def test_only_what_is_saved_inside_the_context_counts():
         pass
     x.exp()
     assert saved.bytes == 0
+
+
+def test_memory_that_is_freed_and_used_again_counts_again():
+    x = torch.randn(100, requires_grad=True)
+    addresses = set()
+    with SavedActivations(nn.Module()) as saved:
+        for _ in range(20):
+            addresses.add(x.exp().data_ptr())
+    assert len(addresses) < 20
+    assert saved.bytes == 20 * 400
+
+
+def test_the_count_keeps_no_memory():
+    x = torch.randn(100, requires_grad=True)
+    with SavedActivations(nn.Module()) as saved:
+        y = x.exp()
+    storage = StorageWeakRef(y.untyped_storage())
+    assert not storage.expired()
+    del y
+    assert storage.expired()
+    assert saved.bytes == 400
+
+
+def test_on_the_meta_device_storages_are_told_apart_and_views_are_not():
+    model = nn.Linear(30, 20, device="meta")
+    x = torch.empty(7, 30, device="meta", requires_grad=True)
+    with SavedActivations(model) as saved:
+        y = model(x).sin()  # saves x for the weight's gradient, and the layer's result
+        y[:3].cos()
+        y[3:].cos()
+    assert saved.bytes == 4 * (7 * 30 + 7 * 20 + 7 * 20)
+
+
+def on_meta(inputs):
+    return {name: value.to("meta") if isinstance(value, torch.Tensor) else value for name, value in inputs.items()}
+
+
+def norms_alone(model):
+    trained = set(norm_parameters(model))
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name in trained)
+
+
+def prepared_all_at_once(model):
+    """On the meta device nothing waits."""
+    apply(plan(model, device="cpu", without=("late_logits", "late_rows")), model)
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
+@pytest.mark.parametrize("change", [norms_alone, prepared_all_at_once])
+@pytest.mark.parametrize(
+    "name", ["bert", "llama", "gemma2", "gpt2", "opt", "t5", "blip", "llava", "dinov2, swiglu", "clip"]
+)
+def test_a_model_on_meta_saves_what_it_does_on_a_cpu(name, change, dropout):
+    model = make(name)
+    for module in model.modules():
+        for key, value in vars(module).items():
+            if isinstance(value, float) and key != "layerdrop" and (key == "p" or "drop" in key):
+                setattr(module, key, dropout)
+    counted = []
+    for each, inputs in ((model, batch(name)), (copy.deepcopy(model).to("meta"), on_meta(batch(name)))):
+        change(each)
+        with SavedActivations(each) as saved:
+            output = each(**inputs)
+        assert output.loss.requires_grad
+        counted.append(saved.bytes)
+    assert counted[0] == counted[1]
+
+
+@pytest.mark.parametrize("name", ["bert", "llama"])
+def test_on_meta_what_waits_on_a_cpu_counts_whole(name):
+    model = make(name).to("meta")
+    late, at_once = copy.deepcopy(model), model
+    apply(plan(late, device="cpu"), late)
+    prepared_all_at_once(at_once)
+    counted = []
+    for each in (late, at_once):
+        with SavedActivations(each) as saved:
+            each(**on_meta(batch(name)))
+        counted.append(saved.bytes)
+    assert counted[0] == counted[1]
+
+
+ATTENTION = [{}, {"scale": 0.3}, {"enable_gqa": True}, {"dropout_p": 0.1}]
+
+
+@pytest.mark.parametrize(
+    ("mask", "options"),
+    [(None, {"is_causal": True}), *itertools.product((None, torch.bool, torch.float32), ATTENTION)],
+)
+def test_torch_s_own_attention_on_meta_saves_what_a_cpu_does(mask, options):
+    counted = []
+    for device in ("cpu", "meta"):
+        n_keys = 1 if "enable_gqa" in options else 4
+        q, k, v = (torch.ones(2, n, 12, 8, device=device, requires_grad=True) for n in (4, n_keys, n_keys))
+        seen = None if mask is None else torch.ones(2, 1, 12, 12, dtype=mask, device=device)
+        with SavedActivations(nn.Linear(1, 1, device=device)) as saved:
+            scaled_dot_product_attention(q, k, v, attn_mask=seen, **options)
+        counted.append(saved.bytes)
+    assert counted[0] == counted[1]
+
+
+def test_questions_about_values_are_answered_on_meta_alone():
+    mask = torch.zeros(3, dtype=torch.bool)
+    with AsOnCPU():
+        assert not mask.all()
+        assert mask.to("meta").all()
+        assert mask.to("meta").all().item() is True
+        with pytest.raises(RuntimeError, match="meta"):
+            torch.ones(1, device="meta").item()
+    with pytest.raises(RuntimeError, match="meta"):
+        bool(mask.to("meta").all())
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_a_footprint(device):
+    model = nn.Sequential(nn.Linear(30, 20, bias=False), nn.LayerNorm(20)).to(device)
+    model[0].requires_grad_(False).bfloat16()
+    model.register_buffer("scale", torch.ones(5, device=device))
+    model[1].bias = nn.Parameter(torch.zeros(20, device=device, dtype=torch.bfloat16))
+    got = footprint(model, saved=2**20)
+    # Of the optimizer 8 bytes a trained number, and 4 more where it is not float32.
+    want = Footprint(weights=2 * 600 + 4 * 20 + 2 * 20 + 4 * 5, gradients=6 * 20, optimizer=20 * (8 + 12), saved=2**20)
+    assert got == want
+    assert got.total == 1200 + 80 + 40 + 20 + 120 + 400 + 2**20
+
+
+def test_a_footprint_in_words():
+    sizes = Footprint(weights=2**31, gradients=2**20, optimizer=2**21, saved=2**19)
+    assert sizes.describe() == ("2,051.5 MiB: weights 2,048.0, gradients 1.0, optimizer 2.0, stored for backward 0.5")
+    assert sizes.describe("saved by one batch").endswith("optimizer 2.0, saved by one batch 0.5")
 
 
 PEAKS = """

@@ -8,13 +8,15 @@ import family_models
 import pytest
 import tiny
 import torch
+from transformers import AutoTokenizer, ViTImageProcessorPil
 from tuned import loss, move, tuned
 
 import fastln
 from fastln.engines import put_method, save_trained_adapter
 from fastln.errors import FastLNError
-from fastln.merge import merge_into_base
+from fastln.models.tokens import word_tokenizer
 from fastln.training import evaluate
+from fastln.training.merge_run import merge_into_base
 
 
 @pytest.mark.parametrize("name", ["bert", "llama", "blip"])
@@ -110,6 +112,49 @@ def test_an_adapter_of_pefts_is_merged_by_folders(method, tmp_path):
 def test_an_adapter_of_virtual_tokens_is_refused(tmp_path):
     family_models.make("llama").save_pretrained(tmp_path / "base")
     save_trained_adapter(put_method(family_models.make("llama"), "prompt"), tmp_path / "adapter")
-    with pytest.raises(FastLNError, match="a PROMPT_TUNING adapter is of virtual tokens"):
+    with pytest.raises(FastLNError, match="this is a PROMPT_TUNING adapter; its virtual tokens cannot"):
         merge_into_base(str(tmp_path / "base"), tmp_path / "adapter", tmp_path / "merged")
     assert not (tmp_path / "merged").exists()
+
+
+def base_and_adapter(folder, tokenizer):
+    """Write a tiny Llama to `folder`/base, with a tokenizer and without, and an adapter of it to `folder`/adapter."""
+    family_models.make("llama").save_pretrained(folder / "base")
+    if tokenizer:
+        word_tokenizer(["what organ is this"], 128).save_pretrained(folder / "base")
+    fastln.save_adapter(tuned("llama"), folder / "adapter")
+    return str(folder / "base"), folder / "adapter", folder / "merged"
+
+
+def test_a_base_without_a_tokenizer_merges_without_a_word_of_warning(tmp_path, caplog):
+    arguments = base_and_adapter(tmp_path, tokenizer=False)
+    caplog.set_level("INFO", "fastln")
+    merge_into_base(*arguments)
+    assert [record.getMessage() for record in caplog.records] == [f"{tmp_path / 'merged'}: wrote the model"]
+    assert not (tmp_path / "merged" / "tokenizer.json").exists()
+
+
+def test_the_tokenizer_comes_with_the_merged_model(tmp_path, caplog):
+    arguments = base_and_adapter(tmp_path, tokenizer=True)
+    caplog.set_level("INFO", "fastln")
+    merge_into_base(*arguments)
+    assert [record.getMessage() for record in caplog.records] == [
+        f"{tmp_path / 'merged'}: wrote the model, its tokenizer"
+    ]
+    again = AutoTokenizer.from_pretrained(tmp_path / "merged")
+    assert again("what organ").input_ids == AutoTokenizer.from_pretrained(tmp_path / "base")("what organ").input_ids
+
+
+@pytest.mark.parametrize("broken", ["tokenizer.json", "tokenizer_config.json", "preprocessor_config.json"])
+def test_what_is_broken_beside_the_base_is_named_with_the_reason(broken, tmp_path, caplog):
+    base, adapter, merged = base_and_adapter(tmp_path, tokenizer=True)
+    ViTImageProcessorPil().save_pretrained(base)
+    (tmp_path / "base" / broken).write_text("{")
+    merge_into_base(base, adapter, merged)
+    warned = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    tool = "preprocessor" if broken.startswith("pre") else "tokenizer"
+    reason = f"the merged model gets no {tool}: that of {base}: cannot be loaded: "
+    assert any(line.startswith(reason) for line in warned)
+    assert (merged / "tokenizer.json").exists() == (tool != "tokenizer")
+    assert (merged / "preprocessor_config.json").exists() == (tool != "preprocessor")
+    assert (merged / "model.safetensors").exists()

@@ -7,9 +7,11 @@ import torch
 from transformers import BlipConfig, BlipForQuestionAnswering
 
 import fastln
-from fastln.engines import apply_method, finish, put_method
+from fastln.engines import put_method
 from fastln.errors import FastLNError
 from fastln.methods import METHODS, count_parameters, describe_parameters, get_method, norm_parameters
+from fastln.plan import prepared
+from fastln.training.tasks import apply_method, finish
 
 PROMPTS = ("prefix", "p-tuning", "prompt")  # for language models
 ON_TASKS = [method for method in METHODS if method not in PROMPTS]
@@ -114,7 +116,7 @@ def test_norms_and_lora_train_fused_projections():
 def test_virtual_tokens_need_a_language_model(method):
     with pytest.raises(FastLNError, match="sequence-classification language model, which BlipForQuestionAnswering is"):
         put_method(family_models.make("blip"), method)
-    with pytest.raises(FastLNError, match="leave the scope 'decoder' out"):
+    with pytest.raises(FastLNError, match="leave out the scope 'decoder'"):
         put_method(family_models.make("opt"), method, scope="decoder")
 
 
@@ -144,13 +146,29 @@ def test_scope_holds_for_peft():
 
 def test_a_module_to_train_also_must_exist(tmp_path):
     model = tiny.dual(tmp_path, tiny.phantom()).model
-    with pytest.raises(FastLNError, match="there is no module 'fusion_haed' with parameters"):
+    with pytest.raises(FastLNError, match="has no module 'fusion_haed' with parameters"):
         fastln.prepare(model, also=["fusion_haed"])
 
 
 def test_a_method_that_trains_nothing_says_so(tmp_path):
     model = tiny.dual(tmp_path, tiny.phantom()).model
-    with pytest.raises(FastLNError, match="name the task head's modules with `also`"):
+    with pytest.raises(FastLNError, match="list the task head's modules in `also`"):
         fastln.prepare(model, "head")
     fastln.prepare(model, "head", also="fusion_head")
     assert count_parameters(model)[0] == count_parameters(model.fusion_head)[1]
+
+
+@pytest.mark.parametrize("method", ["layernorm", "layernorm+lora"])
+def test_what_is_left_out_stays_stock(method):
+    model = put_method(family_models.make("llama"), method, without="late_logits")
+    base = model.get_base_model() if method == "layernorm+lora" else model
+    assert prepared(base).plan.without == ("late_logits",)
+    changed = {change.trick for change in prepared(base).plan.changes}
+    assert "norms" in changed
+    assert "late_logits" not in changed
+
+
+@pytest.mark.parametrize("engine", ["torch", "peft"])
+def test_other_engines_have_nothing_to_leave_out(engine):
+    with pytest.raises(FastLNError, match=f"engine '{engine}' runs stock code.*without cache, norms is for engine 'fa"):
+        put_method(family_models.make("llama"), "layernorm", engine, without=["cache", "norms"])

@@ -11,12 +11,13 @@ from transformers import BertConfig, BertForMaskedLM, BertModel
 
 import fastln
 from fastln.data import GroupedBatches
-from fastln.engines import apply_method, finish
+from fastln.engines import put_method
 from fastln.errors import FastLNError
 from fastln.methods import norm_parameters
 from fastln.prepare import check_norm_gradients
-from fastln.standins.modules import LayerNorm
+from fastln.standins.norm import LayerNorm
 from fastln.training import TrainConfig, build_optimizer
+from fastln.training.tasks import apply_method, finish
 
 
 def small_bert() -> BertModel:
@@ -91,7 +92,7 @@ def test_state_dict_keys_and_shapes_stay_and_restore_gives_stock_modules():
     assert {name: tensor.shape for name, tensor in model.state_dict().items()} == shapes
     norms = [module for module in model.modules() if isinstance(module, nn.LayerNorm)]
     assert norms
-    assert all(type(norm) is LayerNorm for norm in norms)
+    assert all(isinstance(norm, LayerNorm) for norm in norms)
     trained = {name: p.dtype for name, p in model.named_parameters() if p.requires_grad}
     assert trained == dict.fromkeys(norm_parameters(model), torch.float32)
     with torch.no_grad():
@@ -112,7 +113,7 @@ def test_a_prepared_model_can_be_copied_and_the_copy_trains_alone():
     assert all(p.grad is not None for p in twin.parameters() if p.requires_grad)
     assert all(p.grad is None for p in model.parameters())
     fastln.restore(twin)
-    assert any(type(module) is LayerNorm for module in model.modules())
+    assert any(isinstance(module, LayerNorm) for module in model.modules())
 
 
 def test_a_float64_model_stays_one():
@@ -217,8 +218,10 @@ def test_a_duplicate_restores_to_its_own_parameters(duplicate):
 @pytest.mark.parametrize(("backend", "attention"), [("auto", "fastln"), ("cpu", "fastln"), ("reference", "sdpa")])
 def test_backend_reaches_attention(backend, attention):
     model = fastln.prepare(small_bert(), backend=backend)
-    assert model.config._attn_implementation == attention
+    module = model.encoder.layer[0].attention.self
+    assert module.config._attn_implementation == attention
     fastln.restore(model)
+    assert module.config is model.config
     assert model.config._attn_implementation == "sdpa"
 
 
@@ -270,7 +273,7 @@ def test_bitfit_asks_a_norm_for_dbeta_alone():
     ("arguments", "message"),
     [
         ({"method": "layernrm"}, "did you mean 'layernorm'"),
-        ({"method": "lora"}, "wraps the model in peft's modules"),
+        ({"method": "lora"}, "adds peft modules to the model"),
         ({"scope": "visoin"}, "did you mean 'vision'"),
         ({"scope": "decoder"}, "matches nothing in BertModel"),
         ({"scope": ()}, "scope is empty"),
@@ -282,7 +285,7 @@ def test_what_does_not_exist_is_named_and_leaves_the_model_alone(arguments, mess
     with pytest.raises(FastLNError, match=message):
         fastln.prepare(model, **arguments)
     assert all(parameter.requires_grad for parameter in model.parameters())
-    assert not any(type(module) is LayerNorm for module in model.modules())
+    assert not any(isinstance(module, LayerNorm) for module in model.modules())
 
 
 def test_preparing_twice_and_restoring_nothing_are_errors():
@@ -290,7 +293,7 @@ def test_preparing_twice_and_restoring_nothing_are_errors():
     with pytest.raises(FastLNError, match="not prepared"):
         fastln.restore(model)
     fastln.prepare(model)
-    with pytest.raises(FastLNError, match="prepared already"):
+    with pytest.raises(FastLNError, match="already prepared"):
         fastln.prepare(model)
 
 
@@ -328,7 +331,7 @@ def test_a_model_inside_a_prepared_one_or_around_it_is_refused_and_restore_is_wh
     before = [type(module) for module in model.modules()]
     first, second = (model.bert, model) if inner_first else (model, model.bert)
     fastln.prepare(first)
-    with pytest.raises(FastLNError, match="prepared already"):
+    with pytest.raises(FastLNError, match="already prepared"):
         fastln.prepare(second)
     fastln.restore(first)
     assert [type(module) for module in model.modules()] == before
@@ -348,3 +351,12 @@ def test_a_model_cast_after_it_was_prepared_is_warned_of(recwarn):
     assert not [w for w in recwarn if "cast after" in str(w.message)]
     with pytest.warns(UserWarning, match="cast after fastln.prepare"):
         model.to(torch.bfloat16)(input_ids=tokens)
+
+
+@pytest.mark.parametrize("engine", ["torch", "peft"])
+@pytest.mark.parametrize("given", [{"without": "arena"}, {"backend": "cpu"}])
+def test_what_other_engines_do_not_have_is_refused_and_leaves_the_model_alone(engine, given):
+    model = small_bert()
+    with pytest.raises(FastLNError, match=f"engine '{engine}' runs stock code"):
+        put_method(model, "layernorm", engine, **given)
+    assert all(parameter.requires_grad for parameter in model.parameters())

@@ -1,1 +1,1 @@
-"""Device code of fastln: tensors in, tensors out; no autograd, no modules, no transformers."""
+"""fastln's device code: functions from tensors to tensors, without autograd, modules or transformers."""

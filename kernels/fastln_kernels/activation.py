@@ -231,17 +231,15 @@ def _launch(
     vector = 16 // given[0].element_size()
     # A single row needs no stride, and 0 is one that Triton takes for a multiple of 16.
     strides = (0 if t is None or flat else t.stride(0) for t in rows)
+    options = {
+        "KIND": kind,
+        "BLOCK": block.cols,
+        "VECTOR": 1 if n_cols % vector else vector,
+        "num_warps": block.warps,
+        "enable_fp_fusion": True,
+    }
     with launch.on_device(given[0].device):
-        kernel[(n_rows * blocks_a_row,)](
-            *(*rows, n_cols, blocks_a_row, *strides),
-            **{
-                "KIND": kind,
-                "BLOCK": block.cols,
-                "VECTOR": 1 if n_cols % vector else vector,
-                "num_warps": block.warps,
-                "enable_fp_fusion": True,
-            },
-        )
+        kernel[(n_rows * blocks_a_row,)](*rows, n_cols, blocks_a_row, *strides, **options)
 
 
 def _unit_columns(rows: Tensor) -> Tensor:

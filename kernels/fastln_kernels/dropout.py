@@ -79,11 +79,9 @@ def dropout(x: Tensor, dropout: float, seed: Tensor) -> Tensor:
     y = torch.empty((n_rows, n_cols), dtype=x.dtype, device=x.device)
     if n_rows:
         tile = launch.COLUMN_TILE
+        grid = (triton.cdiv(n_rows, tile.rows), triton.cdiv(n_cols, tile.cols))
+        sizes = {"N_COLS": n_cols, "ROWS": tile.rows, "COLS": tile.cols, "THRESHOLD": dropout_threshold(dropout)}
+        options = {"num_warps": tile.warps, "enable_fp_fusion": True}
         with launch.on_device(x.device):
-            dropout_kernel[(triton.cdiv(n_rows, tile.rows), triton.cdiv(n_cols, tile.cols))](
-                *(x, seed, y, n_rows, x.stride(0), n_cols, tile.rows, tile.cols),
-                THRESHOLD=dropout_threshold(dropout),
-                num_warps=tile.warps,
-                enable_fp_fusion=True,
-            )
+            dropout_kernel[grid](x, seed, y, n_rows, x.stride(0), **sizes, **options)
     return y

@@ -1,50 +1,64 @@
-"""Launch choices, apart from the kernels: how much of a tensor one program takes, with how many warps, and how many.
+"""Launch choices, separate from the kernels: the tile of one program, its warps, and the number of programs.
 
-A lane loads 16 bytes at once, so a warp asks for 512 bytes of a row with each load.
+A lane loads 16 bytes at once, so a warp requests 512 bytes of a row with each load. "Sums" are the sums over rows for
+dweight and dbias. A "prologue" is dropout or a residual before the norm. `scripts/compile_report.py` shows the
+registers and spills of the compiled kernels.
 
-| choice                   | value                      | why                                                        |
-|--------------------------|----------------------------|------------------------------------------------------------|
-| piece of a row           | the narrowest that leaves  | 384 = 3 x 128, 768 = 3 x 256, 1,152 = 5 x 256 less half a  |
-|                          | a lane few enough elements | piece (bf16). Up to 1,280 columns a row belongs to one     |
-|                          |                            | warp or half of one: its sums need no barrier              |
-| elements a lane          | 40; with sums 32 in        | sums of dweight and dbias take 80 registers of 255, the    |
-|                          | float32; with sums, 24     | weight 40, two packed rows 40 (float32: 64): no spills. On |
-|                          | after a prologue, on AMD   | AMD and Blackwell the same code takes more registers, and  |
-|                          | and on Blackwell while 8   | dropout's numbers need some; rows wider than 8 warps hold  |
-|                          | warps hold the row         | so take the larger number                                  |
-| ... of 16 warps          | forward 64, dx 32; 32 after| 512 threads have 128 registers each: 64 elements take 32   |
-|                          | a prologue, on AMD and     | in 16 bits. With sums only dweight's and dbias's without   |
-|                          | Blackwell, there dx 24;    | rows fit beside one row, in 16 bits. Numbers are those at  |
-|                          | sums 32 without rows       | which nothing spills; wider rows: blocks of columns        |
-| blocks of columns        | 8 warps, one program an    | rows at work stay in the L2 from their sums to their       |
-|                          | SM, a lane 255 registers   | results; 8 warps with twice the registers of 16 leave more |
-|                          |                            | for sums, since addresses are held once a lane             |
-| blocks asked for at once | of each of two tensors 8,  | a Blackwell SM wants 32 KB, and more where it reads twice: |
-|                          | of one 16: 64 KB; 4 beside | 54 KB for dx. In 16 bits a float32 weight takes as many    |
-|                          | sums in 16 bits or after a | registers as both tensors. AMD's blocks are twice as wide  |
-|                          | prologue, likewise on AMD  |                                                            |
-| sums kept on the way     | 128 registers a lane; 64   | those of dweight and dbias up to 16,384 columns, of one of |
-|                          | after a prologue and on    | them up to 32,768 (AMD: the same, a block being twice as   |
-|                          | AMD; 32 for both           | wide). Dropout's numbers need some. Others are made apart  |
-| rows of a tile           | what the warps hold, once  | 1.5 KB a warp and input at 384 and 768 (bf16): the         |
-|                          |                            | forward's 32 warps an SM ask for 48 KB                     |
-| warps of a program       | 4; 8 that keep sums        | those 8 share one row of partial sums                      |
-| programs that keep sums  | 8 warps an SM              | an H100's SM wants 15 KB asked for: 8 warps x 2 inputs x   |
-|                          |                            | 1.5 KB = 24 KB; more programs cost rows of partial sums    |
-| next tile asked for      | where sums, weight and two | otherwise nothing is on its way while 8 warps compute. By  |
-| before this one is       | tiles of every input take  | what compiles: dropout's numbers, or warps that share a    |
-| computed                 | 200 registers; 160 after a | row, leave ptxas too little for the rest beyond 160; 40    |
-|                          | prologue or where warps    | less on AMD and Blackwell                                  |
-|                          | share a row                |                                                            |
-| elementwise block        | 2 x 16 bytes a lane of     | every lane has two loads under way for each input, and the |
-|                          | each tensor, 4 warps       | index arithmetic is shared by 16 elements (bf16)           |
-| cap on registers         | 255 with sums; forward 80, | one program an SM has them all; the forward's 24 warps an  |
-| (NVIDIA)                 | 128 beyond 24 elements,    | SM at 80, 16 at 128, 12 at 168, ask for 30 KB and more.    |
-|                          | 168 beyond 32              | Without a cap ptxas spills a few to fit more               |
-| column tile              | 16 rows x 128 columns, 4   | 128 divides the usual widths; a row's piece is whole       |
-|                          | warps; 32 warps an SM      | 128-byte lines; each program's sums are 128 columns only   |
-| last sum's tile          | 512 rows x 8 columns, 4    | more rows than there are SMs: all are asked for at once,   |
-|                          | warps                      | and 8 columns make 96 programs of a row of 768             |
+Piece of a row: the narrowest that leaves each lane few enough elements.
+    In bf16, 384 = 3 x 128, 768 = 3 x 256, and 1,152 = 5 x 256 less half a piece. Up to 1,280 columns, a row belongs to
+    one warp or half a warp, so its sums need no barrier.
+
+Elements per lane: 40; 32 with sums in float32. With sums, and if at most 8 warps hold the row, 24 after a prologue, on
+AMD and on Blackwell.
+    Sums of dweight and dbias take 80 of 255 registers, the weight 40, two packed rows 40 (float32: 64). On AMD and
+    Blackwell the same code takes more registers, and dropout's random numbers need some. Rows too wide for 8 warps at
+    24 elements use the larger number.
+
+Elements per lane with 16 warps: forward 64, dx 32. After a prologue, on AMD and on Blackwell: forward 32, dx 24 (on
+Blackwell 32 without a prologue). Sums 32, only without dx and dresidual.
+    512 threads have 128 registers each; 64 elements of 16 bits take 32. With sums, one row fits only in 16 bits and
+    without dx and dresidual. These are the largest numbers at which nothing spills. Wider rows use blocks of columns.
+
+Blocks of columns: 8 warps, one program per SM, 255 registers per lane.
+    The current rows stay in the L2 cache between their sums and their results. With 8 warps a lane has twice as many
+    registers as with 16, but it holds the addresses only once. That leaves more registers for sums.
+
+Blocks requested at once: 8 of each of two tensors, or 16 of one: 64 KB. 4 of each of two tensors if there are sums (on
+AMD always) and the elements have 16 bits or there is a prologue.
+    A Blackwell SM needs 32 KB in flight, and more if it reads twice: 54 KB for dx. In 16 bits, a float32 weight takes
+    as many registers as both tensors. AMD's blocks are twice as wide.
+
+Sums kept in registers: 128 registers per lane; 64 after a prologue or on AMD; 32 for both.
+    Enough for both dweight and dbias up to 16,384 columns, or for one of them up to 32,768 (the same on AMD, where a
+    block is twice as wide). Dropout's random numbers need some. Other sums have their own kernel.
+
+Rows of a tile: as many as the warps hold at once.
+    At 384 and 768 columns (bf16) that is 1.5 KB per warp and input. The forward's 32 warps per SM request 48 KB.
+
+Warps of a program: 4; 8 if it keeps sums.
+    The 8 warps share one row of partial sums.
+
+Programs that keep sums: 8 warps per SM.
+    An H100's SM needs 15 KB in flight: 8 warps x 2 inputs x 1.5 KB = 24 KB. More programs cost more rows of partial
+    sums.
+
+Prefetch of the next tile: if sums, weight and two tiles of every input take at most 200 registers; 160 after a prologue
+or if warps share a row; 40 less on AMD and Blackwell.
+    Without it no load is in flight while 8 warps compute. The limits come from compiled code: with dropout's random
+    numbers, or with warps that share a row, ptxas has too few registers for the rest beyond 160.
+
+Elementwise block: 2 x 16 bytes per lane of each tensor, 4 warps.
+    Each lane has two loads in flight per input, and 16 elements (bf16) share the index arithmetic.
+
+Cap on registers (NVIDIA): 255 with sums; forward 80, 128 above 24 elements, 168 above 32.
+    With sums, the one program on an SM has all registers. The forward runs 24 warps per SM at 80 registers, 16 at 128
+    and 12 at 168, which request at least 30 KB. Without a cap, ptxas spills a few registers to fit more programs.
+
+Column tile: 16 rows x 128 columns, 4 warps; 32 warps per SM.
+    128 divides the usual widths. Each row's piece is whole 128-byte lines. Each program's sums cover only 128 columns.
+
+Tile of the last sum: 512 rows x 8 columns, 4 warps.
+    There are more rows than SMs, so all partial sums are requested at once. 8 columns make 96 programs for 768 columns.
 """
 
 import contextlib
@@ -54,26 +68,26 @@ from dataclasses import dataclass, replace
 import torch
 
 LANES = 64 if torch.version.hip else 32
-"""Lanes of a warp."""
+"""Lanes per warp."""
 
-_NARROWEST = 16  # lanes that share a row, where the row is long enough
+_NARROWEST = 16  # fewest lanes that share a row, if the row is long enough
 _MAX_WARPS = 16
 _WIDE_WARPS = 8
 _SUMMING_WARPS_PER_SM = 8
 _COLUMN_WARPS_PER_SM = 32
-_SMS_WITHOUT_GPU = 2  # few enough that every program loops, as on a GPU
+_SMS_WITHOUT_GPU = 2  # so few that every program loops, as on a GPU
 
 
 @dataclass(frozen=True, slots=True)
 class RowTile:
-    """Whole rows, which one program takes at a time.
+    """A tile of whole rows, which one program processes at a time.
 
     Attributes:
-        rows: Rows of the tile.
-        piece: Columns of a piece of a row, a power of two.
-        pieces: Pieces of a row; the last may be part empty.
+        rows: Rows in the tile.
+        piece: Columns in a piece of a row, a power of two.
+        pieces: Pieces in a row; the last may be partly empty.
         warps: Warps that share the tile.
-        max_registers: How many a lane may have; None leaves it to the compiler.
+        max_registers: Maximum number of registers per lane; None leaves it to the compiler.
     """
 
     rows: int
@@ -85,10 +99,10 @@ class RowTile:
 
 @dataclass(frozen=True, slots=True)
 class BackwardTile(RowTile):
-    """Likewise, for the backward.
+    """A tile of whole rows for the backward.
 
     Attributes:
-        prefetch: Whether a program asks for its next tile before it computes the one at hand.
+        prefetch: Whether a program requests its next tile before it computes the current one.
     """
 
     prefetch: bool = False
@@ -96,11 +110,11 @@ class BackwardTile(RowTile):
 
 @dataclass(frozen=True, slots=True)
 class ColumnTile:
-    """Some columns of some rows, which one program takes at a time.
+    """A tile of some columns of some rows, which one program processes at a time.
 
     Attributes:
-        rows: Rows of the tile.
-        cols: Columns of the tile, a power of two.
+        rows: Rows in the tile.
+        cols: Columns in the tile, a power of two.
         warps: Warps that share it.
     """
 
@@ -111,14 +125,14 @@ class ColumnTile:
 
 @dataclass(frozen=True, slots=True)
 class WideTile:
-    """Blocks of the columns of a row, through which one program goes.
+    """How one program processes a row in blocks of columns.
 
     Attributes:
-        cols: Columns of a block, a power of two.
-        group: Blocks that are asked for at once.
-        sums: How many sums over rows (of dweight, of dbias) the program keeps.
-        warps: Warps that share it.
-        max_registers: How many a lane may have; None leaves it to the compiler.
+        cols: Columns in a block, a power of two.
+        group: Blocks that are requested at once.
+        sums: How many sums over rows (dweight, dbias) the program keeps.
+        warps: Warps that share a block.
+        max_registers: Maximum number of registers per lane; None leaves it to the compiler.
     """
 
     cols: int
@@ -129,27 +143,27 @@ class WideTile:
 
 
 COLUMN_TILE = ColumnTile(rows=16, cols=128, warps=4)
-"""For sums over rows of a piece of the columns."""
+"""For sums over rows, restricted to some columns."""
 
 FINISH_TILE = ColumnTile(rows=512, cols=8, warps=4)
-"""For the last sum, over the programs' partial sums."""
+"""For the last sum, which adds the programs' partial sums."""
 
 
 def elementwise_block(itemsize: int) -> ColumnTile:
-    """The block of neighbouring elements that one program takes in an operation without sums.
+    """Return the block of neighbouring elements for one program of an operation without sums.
 
     Args:
-        itemsize: Bytes of an element.
+        itemsize: Bytes per element.
     """
     return ColumnTile(rows=1, cols=2 * (16 // itemsize) * LANES * 4, warps=4)
 
 
 def forward_tile(n_cols: int, itemsize: int, device: torch.device, *, prologue: bool) -> RowTile | None:
-    """The forward's tile of whole rows, or None for rows that the registers cannot hold.
+    """Return the forward's tile of whole rows, or None if the registers cannot hold such rows.
 
     Args:
-        n_cols: Columns of a row.
-        itemsize: Bytes of an element.
+        n_cols: Columns in a row.
+        itemsize: Bytes per element.
         device: Where the kernel will run.
         prologue: Whether dropout or a residual comes before the norm.
     """
@@ -171,15 +185,15 @@ def backward_tile(
     need_rows: bool,
     prologue: bool,
 ) -> BackwardTile | None:
-    """The backward's tile of whole rows, or None where the registers cannot hold what is asked for.
+    """Return the backward's tile of whole rows, or None if the registers cannot hold all that is requested.
 
     Args:
-        n_cols: Columns of a row.
-        itemsize: Bytes of an element.
+        n_cols: Columns in a row.
+        itemsize: Bytes per element.
         device: Where the kernel will run.
         n_inputs: How many tensors of rows are read.
-        n_sums: How many sums over rows (of dweight, of dbias) the programs keep.
-        need_rows: Whether gradients of rows are made.
+        n_sums: How many sums over rows (dweight, dbias) the programs keep.
+        need_rows: Whether to compute gradients of rows (dx, dresidual).
         prologue: Whether dropout or a residual came before the norm.
     """
     if not n_sums:
@@ -204,13 +218,13 @@ def backward_tile(
 
 
 def wide_tile(n_cols: int, itemsize: int, *, n_inputs: int, n_sums: int, prologue: bool) -> WideTile:
-    """How a program goes through rows that no `RowTile` holds.
+    """Return how a program processes rows that no `RowTile` can hold.
 
     Args:
-        n_cols: Columns of a row.
-        itemsize: Bytes of an element.
-        n_inputs: How many tensors of rows make a row's sums.
-        n_sums: How many sums over rows (of dweight, of dbias) are wanted.
+        n_cols: Columns in a row.
+        itemsize: Bytes per element.
+        n_inputs: How many tensors of rows are read for a row's sums.
+        n_sums: How many sums over rows (dweight, dbias) are requested.
         prologue: Whether dropout or a residual comes before the norm.
     """
     cols = 16 // itemsize * LANES * _WIDE_WARPS
@@ -226,10 +240,10 @@ def wide_tile(n_cols: int, itemsize: int, *, n_inputs: int, n_sums: int, prologu
 def _row_tile(
     n_cols: int, itemsize: int, lanes: int, warps: int, preferred: int, limit: int, widest: int
 ) -> RowTile | None:
-    """A tile of `warps` warps, or of as many as must share a row.
+    """Return a tile for `warps` warps, or for as many warps as must share a row.
 
-    A lane holds up to `preferred` elements of a row; up to `limit` where it is one of half the most warps, and up to
-    `widest` where it is one of the most.
+    A lane holds up to `preferred` elements of a row, up to `limit` if half the maximum number of warps share the row,
+    and up to `widest` if the maximum number shares it.
     """
     vector = 16 // itemsize
     piece = max(min(_power_of_two(n_cols), _NARROWEST * vector), 8)  # 8 columns share a call of dropout's generator
@@ -244,16 +258,16 @@ def _row_tile(
 
 
 def _capped(registers: int) -> int | None:
-    """A cap for NVIDIA's compiler, which left to itself may spill to fit more programs into an SM."""
+    """Return a cap for NVIDIA's compiler, which without one may spill to fit more programs into an SM."""
     return registers if LANES == 32 else None
 
 
 def summing_programs(device: torch.device, tile: RowTile | ColumnTile) -> int:
-    """How many programs with partial sums of their own to start, so that each SM is busy and no more.
+    """Return how many programs to start if each has its own partial sums: just enough to keep every SM busy.
 
     Args:
         device: Where the kernel will run.
-        tile: What each of them takes at a time.
+        tile: The tile that each program processes at a time.
     """
     warps = _SUMMING_WARPS_PER_SM if isinstance(tile, RowTile) else _COLUMN_WARPS_PER_SM
     return sm_count(device) * max(warps // tile.warps, 1)
@@ -265,20 +279,20 @@ def _power_of_two(n: int) -> int:
 
 @functools.cache
 def sm_count(device: torch.device) -> int:
-    """How many streaming multiprocessors a device has; two on a CPU, where kernels are interpreted."""
+    """Return the number of streaming multiprocessors of a device; 2 on a CPU, where kernels are interpreted."""
     if device.type != "cuda":
         return _SMS_WITHOUT_GPU
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
 def on_device(device: torch.device) -> contextlib.AbstractContextManager[object]:
-    """Make a GPU the current one, on which Triton launches whichever GPU the tensors are on."""
+    """Make a GPU the current device. Triton launches on the current device, not on the tensors' device."""
     return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
 
 
 @functools.cache
 def is_tight(device: torch.device) -> bool:
-    """Whether the same code takes more registers: AMD's compiler, and NVIDIA's from Blackwell on, which pairs them."""
+    """Whether the same code takes more registers: on AMD, and on NVIDIA from Blackwell on, which pairs registers."""
     if device.type != "cuda":
         return False
     return LANES == 64 or torch.cuda.get_device_capability(device)[0] >= 10

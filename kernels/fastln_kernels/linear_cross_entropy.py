@@ -1,14 +1,14 @@
-"""The loss of a language-model head and its gradient, some rows at a time: all logits at once never exist.
+"""The loss of a language-model head and its gradients, computed chunk by chunk so that all logits never exist at once.
 
 For one row, with u = W h + b, logits z = s u, p = softmax(z), v classes, label y and smoothing e:
 
     loss = -(1 - e) log p[y] - e mean(log p)          dz = p - (1 - e) onehot(y) - e / v          du = s dz
     dh = W^T du          dW = du h^T          db = du          (dW and db summed over the rows)
 
-Capped softly at c, z = c t with t = tanh(s u / c), and du = s (1 - t^2) dz.
+With a soft cap c, z = c t with t = tanh(s u / c), and du = s (1 - t^2) dz.
 
-The gradient of a row's loss needs nothing but that row, so it is made while the row's logits are at hand. Products are
-of the tensors' dtype; everything between them, and the sums over chunks, is float32 (float64 for float64).
+The gradient of a row's loss depends only on that row, so it is computed while the row's logits exist. Products use the
+tensors' dtype. Everything between them, and the sums over chunks, is float32 (float64 for float64).
 """
 
 from typing import NamedTuple
@@ -18,16 +18,15 @@ from torch import Tensor
 from torch.nn import functional as F
 
 CHUNK_BYTES = 32 << 20
-"""Of one chunk's wide logits, two of which exist at a time (four where capped), beside one in the tensors' dtype.
+"""Size of one chunk's float32 (or float64) logits.
 
-Measured, roughly, on two CPU cores in bf16: every product reads (and repacks) the whole weight, so with 30,522 classes
-and d = 768 chunks of 8 MiB take 1.7 times as long and of 2 MiB five times; 64 MiB gain nothing there, and a tenth with
-128,256 classes.
+Two such tensors exist at a time (four with a soft cap), and one in the tensors' dtype. Every product reads the whole
+weight, so small chunks are slow.
 """
 
 
 class HeadGradients(NamedTuple):
-    """What `linear_cross_entropy` returns; None for what is not wanted.
+    """The results of `linear_cross_entropy`; None for those that were not requested.
 
     Attributes:
         losses: `(n_rows,)`, float32 (float64 for float64).
@@ -56,20 +55,20 @@ def linear_cross_entropy(
     need_dweight: bool = False,
     need_dbias: bool = False,
 ) -> HeadGradients:
-    """Compute the loss of every row and the wanted gradients of their sum.
+    """Compute the loss of every row and the requested gradients of their weighted sum.
 
     Args:
         hidden: `(n_rows, d)`, any strides, of a floating dtype.
         weight: `(n_classes, d)`, likewise.
         bias: `(n_classes,)`, likewise, or None for zeros.
-        labels: `(n_rows,)`, int64, from 0 to below `n_classes`.
-        scale: What the logits are multiplied by.
-        softcap: What their size then stays below, softly; None for no bound.
+        labels: `(n_rows,)`, int64, from 0 to `n_classes - 1`.
+        scale: Factor on the logits.
+        softcap: Soft upper bound on the magnitude of the scaled logits; None for no bound.
         label_smoothing: The share of the target that is spread over all classes.
-        dy: `(n_rows,)`, what each row's loss is multiplied by in the sum whose gradients are wanted; None for ones.
-        need_dhidden: Whether the gradient of `hidden` is wanted.
-        need_dweight: Whether the gradient of `weight` is wanted.
-        need_dbias: Whether the gradient of `bias` is wanted.
+        dy: `(n_rows,)`, the weight of each row's loss in the sum; None for ones.
+        need_dhidden: Whether to compute the gradient of `hidden`.
+        need_dweight: Whether to compute the gradient of `weight`.
+        need_dbias: Whether to compute the gradient of `bias`.
     """
     n_rows, n_classes = hidden.shape[0], weight.shape[0]
     wide = torch.float64 if hidden.dtype == torch.float64 else torch.float32
@@ -81,7 +80,7 @@ def linear_cross_entropy(
     for rows in (slice(start, start + step) for start in range(0, n_rows, step)):
         logits = F.linear(hidden[rows], weight, bias)
         shaped = logits
-        slope: float | Tensor | None = None  # of what they are shaped into
+        slope: float | Tensor | None = None  # derivative of the shaped logits
         if softcap is not None:
             squashed = (logits.to(wide) * (scale / softcap)).tanh_()
             shaped, slope = squashed * softcap, squashed.square_().neg_().add_(1).mul_(scale)

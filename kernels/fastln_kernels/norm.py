@@ -21,7 +21,14 @@ from torch import Tensor
 from fastln_kernels import launch
 from fastln_kernels.norm_rows import backward_kernel, forward_kernel
 from fastln_kernels.norm_wide import backward_parameters_kernel, backward_wide_kernel, forward_wide_kernel
-from fastln_kernels.reference import NormGradients, NormKind, NormOutputs, dropout_threshold
+from fastln_kernels.reference import (
+    NormBackward,
+    NormForward,
+    NormGradients,
+    NormKind,
+    NormOutputs,
+    dropout_threshold,
+)
 
 TensorT = TypeVar("TensorT", Tensor, Tensor | None)
 
@@ -58,150 +65,120 @@ def finish_kernel(
         tl.store(dbias_ptr + cols, tl.sum(dbias, axis=0), mask=in_cols)
 
 
-def norm_forward(
-    x: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    kind: NormKind,
-    *,
-    residual: Tensor | None = None,
-    dropout: float = 0.0,
-    seed: Tensor | None = None,
-    want_stream: bool = False,
-    want_normed: bool = False,
-) -> NormOutputs:
+def norm_forward(request: NormForward) -> NormOutputs:
     """Normalise each row of `residual + dropout(x)`, then scale and shift it.
 
     Takes and returns what `fastln_kernels.reference.norm_forward` does, for float32, bfloat16 and float16; weight and
     bias may be of any of these dtypes.
     """
+    kind, seed = request.kind, request.seed
+    x, residual = _unit_columns(request.x), _unit_columns(request.residual)
+    weight, bias = _unit_columns(request.weight), _unit_columns(request.bias)
     n_rows, n_cols = x.shape
-    x, residual = _unit_columns(x), _unit_columns(residual)
-
-    def new(wanted: bool) -> Tensor | None:
-        return torch.empty((n_rows, n_cols), dtype=x.dtype, device=x.device) if wanted else None
-
-    y = torch.empty((n_rows, n_cols), dtype=x.dtype, device=x.device)
-    stream, normed = new(want_stream), new(want_normed)
-    rstd = torch.empty((n_rows,), dtype=torch.float32, device=x.device)
-    if n_rows == 0:
-        return NormOutputs(y, stream, normed, rstd)
-    arguments = (
-        *(x, residual, _unit_columns(weight), _unit_columns(bias), seed, y, stream, normed, rstd, n_rows),
-        *(_row_stride(x), _row_stride(residual), kind.eps),
+    y, stream, normed = (
+        torch.empty((n_rows, n_cols), dtype=x.dtype, device=x.device) if wanted else None
+        for wanted in (True, request.want_stream, request.want_normed)
     )
-    constants = _constants(n_cols, kind, dropout) | {"ROUND_NORMED": kind.round_normed}
+    assert y is not None
+    rstd = torch.empty((n_rows,), dtype=torch.float32, device=x.device)
+    outputs = NormOutputs(y, stream, normed, rstd)
+    if n_rows == 0:
+        return outputs
+    tensors = (x, residual, weight, bias, seed, y, stream, normed, rstd)
+    numbers = (n_rows, _row_stride(x), _row_stride(residual), kind.eps)
+    constants = _constants(n_cols, kind, request.dropout) | {"ROUND_NORMED": kind.round_normed}
     with launch.on_device(x.device):
-        prologue = residual is not None or dropout > 0
+        prologue = residual is not None or request.dropout > 0
         tile = launch.forward_tile(n_cols, x.element_size(), x.device, prologue=prologue)
         if tile:
-            forward_kernel[(triton.cdiv(n_rows, tile.rows),)](*arguments, **constants, **_row_options(tile))
+            grid = (triton.cdiv(n_rows, tile.rows),)
+            forward_kernel[grid](*tensors, *numbers, **constants, **_row_options(tile))
         else:
-            n_inputs = 1 + (residual is not None or dropout > 0)
-            wide = launch.wide_tile(n_cols, x.element_size(), n_inputs=n_inputs, n_sums=0, prologue=prologue)
-            n_programs = min(n_rows, launch.sm_count(x.device))
-            forward_wide_kernel[(n_programs,)](*arguments, **constants, **_wide_options(wide))
-    return NormOutputs(y, stream, normed, rstd)
+            wide = launch.wide_tile(n_cols, x.element_size(), n_inputs=1 + prologue, n_sums=0, prologue=prologue)
+            grid = (min(n_rows, launch.sm_count(x.device)),)
+            forward_wide_kernel[grid](*tensors, *numbers, **constants, **_wide_options(wide))
+    return outputs
 
 
-def norm_backward(
-    dy: Tensor,
-    saved: Tensor | None,
-    weight: Tensor | None,
-    rstd: Tensor | None,
-    kind: NormKind,
-    *,
-    saved_is_normed: bool = False,
-    dstream: Tensor | None = None,
-    dropout: float = 0.0,
-    seed: Tensor | None = None,
-    need_dx: bool = False,
-    need_dresidual: bool = False,
-    need_dweight: bool = False,
-    need_dbias: bool = False,
-    grad_dtype: torch.dtype = torch.float32,
-) -> NormGradients:
+def norm_backward(request: NormBackward) -> NormGradients:
     """Compute the wanted ones of the gradients; nothing is loaded or stored for the others.
 
     Takes and returns what `fastln_kernels.reference.norm_backward` does.
     """
+    kind, rstd = request.kind, request.rstd
+    dy, saved = _unit_columns(request.dy), _unit_columns(request.saved)
+    dstream, weight = _unit_columns(request.dstream), _unit_columns(request.weight)
     n_rows, n_cols = dy.shape
-    need_rows, need = need_dx or need_dresidual, (need_dweight, need_dbias)
+    need_rows, need = request.need_dx or request.need_dresidual, (request.need_dweight, request.need_dbias)
     new = functools.partial(torch.zeros if n_rows == 0 else torch.empty, device=dy.device)
-    dx, dresidual = (new((n_rows, n_cols), dtype=dy.dtype) if wanted else None for wanted in (need_dx, need_dresidual))
-    dweight, dbias = (new((n_cols,), dtype=grad_dtype) if wanted else None for wanted in need)
+    dx, dresidual = (
+        new((n_rows, n_cols), dtype=dy.dtype) if wanted else None
+        for wanted in (request.need_dx, request.need_dresidual)
+    )
+    dweight, dbias = (new((n_cols,), dtype=request.grad_dtype) if wanted else None for wanted in need)
     gradients = NormGradients(dx, dresidual, dweight, dbias)
     if n_rows == 0:
         return gradients
 
-    dy, saved, weight, dstream = (_unit_columns(dy), *(_unit_columns(t) for t in (saved, weight, dstream)))
     where = (n_cols, dy.element_size(), dy.device)
     n_inputs, n_sums = sum(t is not None for t in (dy, saved, dstream)), sum(need)
-    prologue = dstream is not None or dropout > 0
+    prologue = dstream is not None or request.dropout > 0
     tile = launch.backward_tile(*where, n_inputs=n_inputs, n_sums=n_sums, need_rows=need_rows, prologue=prologue)
     wide = launch.wide_tile(*where[:2], n_inputs=1 + need_rows, n_sums=n_sums, prologue=prologue)
-    find_mean = need_dweight and kind.centre and not saved_is_normed
+    find_mean = request.need_dweight and kind.centre and not request.saved_is_normed
     by_rows = tile is not None or need_rows or find_mean
     # Which sums the programs keep that go through the rows; the others are made apart, from each row's mean.
     n_kept = n_sums if tile else wide.sums if by_rows else 0
-    kept = (need_dweight and n_kept > 0, need_dbias and n_kept > need_dweight)
+    kept = (request.need_dweight and n_kept > 0, request.need_dbias and n_kept > request.need_dweight)
     apart = tuple(wanted and not has for wanted, has in zip(need, kept, strict=True))
     means = new((2, n_rows), dtype=torch.float32) if find_mean and apart[0] else None
 
-    def new_partials(wanted: tuple[bool, ...], n_partials: int) -> list[Tensor | None]:
-        return [new((n_partials, n_cols), dtype=torch.float32) if has else None for has in wanted]
-
-    constants = _constants(n_cols, kind, dropout)
-    of_saved = {"ROUND_NORMED": kind.round_normed, "SAVED_IS_NORMED": saved_is_normed}
+    constants = _constants(n_cols, kind, request.dropout)
+    of_saved = {"ROUND_NORMED": kind.round_normed, "SAVED_IS_NORMED": request.saved_is_normed}
     strides = (_row_stride(dy), _row_stride(saved))
-    rows = (dy, saved, weight, rstd, dstream, seed, dx, dresidual)
+    rows = (dy, saved, weight, rstd, dstream, request.seed, dx, dresidual)
+    numbers = (n_rows, *strides, _row_stride(dstream))
     with launch.on_device(dy.device):
         if by_rows:
             n_programs = triton.cdiv(n_rows, tile.rows) if tile else min(n_rows, launch.sm_count(dy.device))
             if tile and any(kept):
                 n_programs = min(n_programs, launch.summing_programs(dy.device, tile))
-            partials = new_partials(kept, n_programs)
-            arguments = (n_rows, *strides, _row_stride(dstream))
+            partials = _partials(kept, n_programs, n_cols, dy.device)
             if tile:
                 options = {"PREFETCH": tile.prefetch, **_row_options(tile)}
-                backward_kernel[(n_programs,)](*rows, *partials, *arguments, **constants, **of_saved, **options)
+                backward_kernel[(n_programs,)](*rows, *partials, *numbers, **constants, **of_saved, **options)
             else:
+                results = (*partials, means)
                 options = _wide_options(wide)
-                backward_wide_kernel[(n_programs,)](
-                    *(*rows, *partials, means, *arguments), **constants, **of_saved, **options
-                )
+                backward_wide_kernel[(n_programs,)](*rows, *results, *numbers, **constants, **of_saved, **options)
             finish(partials, (dweight, dbias))
         if any(apart):
             n_col_blocks = triton.cdiv(n_cols, launch.COLUMN_TILE.cols)
             n_programs = triton.cdiv(launch.summing_programs(dy.device, launch.COLUMN_TILE), n_col_blocks)
             n_programs = min(triton.cdiv(n_rows, launch.COLUMN_TILE.rows), n_programs)
-            partials = new_partials(apart, n_programs)
-            backward_parameters_kernel[(n_col_blocks, n_programs)](
-                *(dy, saved if apart[0] else None, rstd, means, *partials, n_rows, *strides),
-                N_COLS=n_cols,
-                ROWS=launch.COLUMN_TILE.rows,
-                **of_saved,
-                **_block_options(launch.COLUMN_TILE),
-            )
+            partials = _partials(apart, n_programs, n_cols, dy.device)
+            tensors = (dy, saved if apart[0] else None, rstd, means, *partials)
+            sizes = {"N_COLS": n_cols, "ROWS": launch.COLUMN_TILE.rows, **_block_options(launch.COLUMN_TILE)}
+            grid = (n_col_blocks, n_programs)
+            backward_parameters_kernel[grid](*tensors, n_rows, *strides, **of_saved, **sizes)
             finish(partials, (dweight, dbias))
     return gradients
 
 
+def _partials(wanted: tuple[bool, ...], n_partials: int, n_cols: int, device: torch.device) -> list[Tensor | None]:
+    """Room for the programs' partial sums; None for those that are not wanted."""
+    return [torch.empty((n_partials, n_cols), dtype=torch.float32, device=device) if has else None for has in wanted]
+
+
 def finish(partials: Sequence[Tensor | None], gradients: Sequence[Tensor | None]) -> None:
     """Add up programs' partial sums, `(n_partials, n_cols)` or None, into the gradients of weight and bias."""
-    given = [
-        (sums, total) if sums is not None else (None, None) for sums, total in zip(partials, gradients, strict=True)
-    ]
-    shape = next((sums.shape for sums, _ in given if sums is not None), None)
+    shape = next((sums.shape for sums in partials if sums is not None), None)
     if shape is None:
         return
     n_partials, n_cols = shape
-    finish_kernel[(triton.cdiv(n_cols, launch.FINISH_TILE.cols),)](
-        *(*(sums for sums, _ in given), *(total for _, total in given), n_partials),
-        N_COLS=n_cols,
-        ROWS=launch.FINISH_TILE.rows,
-        **_block_options(launch.FINISH_TILE),
-    )
+    totals = [None if sums is None else total for sums, total in zip(partials, gradients, strict=True)]
+    sizes = {"N_COLS": n_cols, "ROWS": launch.FINISH_TILE.rows, **_block_options(launch.FINISH_TILE)}
+    finish_kernel[(triton.cdiv(n_cols, launch.FINISH_TILE.cols),)](*partials, *totals, n_partials, **sizes)
 
 
 def _constants(n_cols: int, kind: NormKind, dropout: float) -> dict[str, Any]:

@@ -1,6 +1,6 @@
-"""LayerNorm and RMSNorm of rows that fit into the registers (`launch.row_tile`).
+"""LayerNorm and RMSNorm of rows that fit into the registers (`launch.RowTile`).
 
-Pointers that are None leave out what they stand for, when the kernel is compiled.
+A pointer that is None removes its part of the kernel at compile time.
 """
 
 # mypy: allow-untyped-defs, disable-error-code="assignment"
@@ -13,7 +13,7 @@ from fastln_kernels.tiles import about_the_mean, centred, load_tile, load_vector
 
 @triton.jit
 def _summed(x, residual, seed, rows, cols, PIECES: tl.constexpr, THRESHOLD: tl.constexpr, dtype: tl.constexpr):
-    """Return the tile `residual + dropout(x)`, in float32; `residual` is empty where there is none."""
+    """Return the tile `residual + dropout(x)` in float32. `residual` is empty if there is none."""
     stream = ()
     for k in tl.static_range(PIECES):
         piece = x[k].to(tl.float32)
@@ -57,7 +57,7 @@ def forward_kernel(
     ROUND_NORMED: tl.constexpr,
     THRESHOLD: tl.constexpr,
 ):
-    """One tile of rows: read once, normalised in registers, written once."""
+    """Normalise one tile of rows: read it once, normalise it in registers, write it once."""
     rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     in_rows = rows < n_rows
     cols = tl.arange(0, PIECE)
@@ -70,12 +70,12 @@ def forward_kernel(
             residual = load_tile(residual_ptr, rows, residual_stride, in_rows, cols, N_COLS, PIECES)
         seed = 0
         if THRESHOLD > 0:
-            # So that the rows are asked for before the generator starts: no load passes a barrier.
+            # No load moves across a barrier, so the rows are requested before the generator starts.
             tl.debug_barrier()
             seed = tl.load(seed_ptr)
         x = _summed(x, residual, seed, rows, cols, PIECES, THRESHOLD, dtype)
         if stream_ptr is not None:
-            # What is normalised is what the next layers see, rounded.
+            # Normalise the rounded sum, because that is what the next layers see.
             x = _cast(x, PIECES, dtype)
             store_tile(stream_ptr, x, rows, in_rows, cols, N_COLS, PIECES)
 
@@ -147,7 +147,7 @@ def _load_inputs(
     N_COLS: tl.constexpr,
     PIECES: tl.constexpr,
 ):
-    """Return what a tile of rows takes: dy, what was saved, its statistics and dstream; empty where it is not given."""
+    """Return the inputs for a tile of rows: dy, the saved tensor, rstd and dstream. Missing ones are empty."""
     rows = (tile * ROWS + tl.arange(0, ROWS)).to(tl.int64)
     in_rows = rows < n_rows
     saved = ()
@@ -190,7 +190,7 @@ def backward_kernel(
     SAVED_IS_NORMED: tl.constexpr,
     PREFETCH: tl.constexpr,
 ):
-    """Tiles of rows: dx and dresidual and, from the same loads, this program's partial sums of dweight and dbias."""
+    """Compute dx and dresidual of tiles of rows and, from the same loads, partial sums of dweight and dbias."""
     program = tl.program_id(0)
     cols = tl.arange(0, PIECE)
     dtype: tl.constexpr = dy_ptr.dtype.element_ty
@@ -238,7 +238,7 @@ def backward_kernel(
         if SAVED_IS_NORMED:
             scale = tl.full((ROWS,), 1.0, tl.float32)
 
-        # What needs no mean comes first, so that both inputs are asked for before anything waits.
+        # First do what needs no mean, so that both inputs are requested before anything waits.
         if dbias_ptr is not None:
             new_dbias = ()
             for k in tl.static_range(PIECES):

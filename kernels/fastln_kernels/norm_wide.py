@@ -1,12 +1,12 @@
 """LayerNorm and RMSNorm of rows too wide for the registers: loops over blocks of columns.
 
-A program takes one row after another, and each row twice: once for its sums, then for the results. There is one program
-an SM, so that the rows at work stay in the L2 between the two. A block is `(LANES, VECTOR)`: what a lane loads at once,
-and what it adds up alone.
+A program processes one row after another and reads each row twice: first for its sums, then for the results. One
+program runs per SM, so that the current rows stay in the L2 cache between the two passes. A block is
+`(LANES, VECTOR)`: each lane loads VECTOR elements at once and sums them by itself.
 
-Each lane sums differences from a pivot of its own, the mean of what it loads first; that of the row is found when all
-are summed. Should a lane's pivot lie far from the mean of its elements, their variance is large for the same reason:
-what cancels is at most a factor N_COLS / COLS of the last bit.
+Each lane sums differences from its own pivot, the mean of its first load. The row's mean follows when all lanes have
+finished. If a lane's pivot is far from the mean of its elements, their variance is large for the same reason. So
+cancellation costs at most a factor N_COLS / COLS of the last bit.
 """
 
 # mypy: allow-untyped-defs, disable-error-code="assignment"
@@ -19,7 +19,7 @@ from fastln_kernels.tiles import about_the_mean
 
 @triton.jit
 def _load(ptr, row, stride, start, cols, N_COLS: tl.constexpr, FULL: tl.constexpr):
-    """Load the block of a row at `start`, in its dtype; 0 beyond the last column, unless all blocks are `FULL`."""
+    """Load the block of a row at `start`, in its own dtype. It is 0 beyond the last column; `FULL` needs no mask."""
     at = ptr + (row * stride + start) + cols
     if FULL:
         return tl.load(at)
@@ -31,7 +31,7 @@ def _load(ptr, row, stride, start, cols, N_COLS: tl.constexpr, FULL: tl.constexp
 def _load_group(
     ptr, row, stride, start, cols, GROUP: tl.constexpr, COLS: tl.constexpr, N_COLS: tl.constexpr, FULL: tl.constexpr
 ):
-    """Load `GROUP` neighbouring blocks of a row, of which the first is at `start`."""
+    """Load `GROUP` neighbouring blocks of a row. The first begins at `start`."""
     blocks = ()
     for k in tl.static_range(GROUP):
         blocks += (_load(ptr, row, stride, start + k * COLS, cols, N_COLS, FULL),)
@@ -49,7 +49,7 @@ def _store(ptr, row, start, cols, block, N_COLS: tl.constexpr, FULL: tl.constexp
 
 @triton.jit
 def _difference(block, pivot, cols, N_COLS: tl.constexpr, FULL: tl.constexpr):
-    """Return the difference of a block from its lanes' pivots; 0 beyond the last column."""
+    """Return the differences between a block and its lanes' pivots; 0 beyond the last column."""
     difference = block.to(tl.float32) - pivot[:, None]
     return difference if FULL else tl.where(cols < N_COLS, difference, 0.0)
 
@@ -92,12 +92,12 @@ def _stream_group(
     THRESHOLD: tl.constexpr,
     dtype: tl.constexpr,
 ):
-    """Return `GROUP` blocks from `start` on of the row `residual + dropout(x)`, rounded to `dtype`."""
+    """Return `GROUP` blocks of the row `residual + dropout(x)`, starting at `start` and rounded to `dtype`."""
     x = _load_group(x_ptr, row, x_stride, start, cols, GROUP, COLS, N_COLS, FULL)
     if residual_ptr is not None:
         residual = _load_group(residual_ptr, row, residual_stride, start, cols, GROUP, COLS, N_COLS, FULL)
     if THRESHOLD > 0:
-        # So that the rows are asked for before the generator starts: no load passes a barrier.
+        # No load moves across a barrier, so the rows are requested before the generator starts.
         tl.debug_barrier()
     blocks = ()
     for k in tl.static_range(GROUP):
@@ -140,9 +140,9 @@ def forward_wide_kernel(
     ROUND_NORMED: tl.constexpr,
     THRESHOLD: tl.constexpr,
 ):
-    """Rows: once through a row's blocks for its statistics, once more for the results."""
+    """Normalise rows: one pass over a row's blocks for its statistics, a second pass for the results."""
     dtype: tl.constexpr = y_ptr.dtype.element_ty
-    # What is normalised is what the next layers see, rounded.
+    # Normalise the rounded sum, because that is what the next layers see.
     stream_dtype: tl.constexpr = tl.float32 if stream_ptr is None else dtype
     FULL: tl.constexpr = N_COLS % (GROUP * COLS) == 0
     VECTOR: tl.constexpr = 128 // dtype.primitive_bitwidth
@@ -214,7 +214,7 @@ def _dnormed(dy, weight_ptr, row, start, cols, N_COLS: tl.constexpr, FULL: tl.co
     """Return a block of the gradient of x_hat, in float32."""
     dnormed = dy.to(tl.float32)
     if weight_ptr is None and dy.dtype == tl.float32:
-        # Triton 3.7 does not compile a loop that sums what it loads, as it is.
+        # Without this addition Triton 3.7 fails to compile a loop that sums loaded values directly.
         dnormed += 0.0
     if weight_ptr is not None:
         dnormed *= _load(weight_ptr, row, 0, start, cols, N_COLS, FULL).to(tl.float32) + OFFSET
@@ -236,7 +236,7 @@ def _store_rows(
     FULL: tl.constexpr,
     THRESHOLD: tl.constexpr,
 ):
-    """Store the block at `start` of dx and dresidual, given the gradient of what was normalised."""
+    """Store the blocks of dx and dresidual at `start`, given the gradient of the norm's input."""
     if dstream_ptr is not None:
         inner += _load(dstream_ptr, row, dstream_stride, start, cols, N_COLS, FULL).to(tl.float32)
     if dresidual_ptr is not None:
@@ -273,10 +273,10 @@ def backward_wide_kernel(
     THRESHOLD: tl.constexpr,
     SAVED_IS_NORMED: tl.constexpr,
 ):
-    """Rows: a row's sums; then dx, dresidual and, from the same loads, partial sums of dweight and dbias.
+    """Compute each row's sums, then dx, dresidual and, from the same loads, partial sums of dweight and dbias.
 
-    Where the registers do not hold the sums of dweight, the rows' means, `(2, n_rows)`, are stored for the kernel that
-    makes them.
+    If the registers cannot hold the sums of dweight, the rows' means `(2, n_rows)` are stored for the kernel that
+    computes dweight.
     """
     dtype: tl.constexpr = dy_ptr.dtype.element_ty
     FULL: tl.constexpr = N_COLS % (GROUP * COLS) == 0
@@ -305,7 +305,8 @@ def backward_wide_kernel(
         with_differences = tl.zeros((LANES,), tl.float32)
         with_ones = tl.zeros((LANES,), tl.float32)
         for start in range(0, N_COLS, GROUP * COLS):
-            # No load passes it: else the compiler asks for more than the registers have room for beside the sums.
+            # No load moves across the barrier. Otherwise the compiler would load more than fits into the registers
+            # in addition to the sums.
             tl.debug_barrier()
             saved = _load_group(saved_ptr, row, saved_stride, start, cols, GROUP, COLS, N_COLS, FULL)
             if NEED_ROWS:
@@ -350,8 +351,8 @@ def backward_wide_kernel(
                 tl.debug_barrier()
                 block_dweight = dweight[start // COLS] if dweight_ptr is not None else 0.0
                 block_dbias = dbias[start // COLS] if dbias_ptr is not None else 0.0
-                # Always so, but what a branch changes is computed in it. Without one the compiler puts the sums off to
-                # the end of the row, where it spills: until then it holds dy and x_hat of every block.
+                # Always true. The branch forces the compiler to compute the sums here. Without it, the compiler delays
+                # the sums to the end of the row, holds dy and x_hat of every block until then, and spills.
                 if dy_stride >= 0:
                     dy = _load(dy_ptr, row, dy_stride, start, cols, N_COLS, FULL)
                     saved = _load(saved_ptr, row, saved_stride, start, cols, N_COLS, FULL)
@@ -366,7 +367,7 @@ def backward_wide_kernel(
                     if dweight_ptr is not None:
                         if ROUND_NORMED:
                             normed = normed.to(dtype).to(tl.float32)
-                        # Beyond the last column dy is 0.
+                        # dy is 0 beyond the last column.
                         block_dweight += dy.to(tl.float32) * normed
                     if dbias_ptr is not None:
                         block_dbias += dy.to(tl.float32)
@@ -415,9 +416,9 @@ def backward_parameters_kernel(
     ROUND_NORMED: tl.constexpr,
     SAVED_IS_NORMED: tl.constexpr,
 ):
-    """Partial sums of dweight and dbias over some rows of some columns.
+    """Compute partial sums of dweight and dbias over some rows of some columns.
 
-    With each row's mean at hand no sum along a row is left to do, so the columns split freely over programs.
+    The rows' means are already known, so no sum along a row is left, and any program can take any columns.
     """
     program = tl.program_id(1)
     cols = tl.program_id(0) * COLS + tl.arange(0, COLS)

@@ -1,7 +1,7 @@
-"""Every operation in plain PyTorch: the definition that the other implementations are tested against.
+"""Norms, dropout and linear layers in plain PyTorch: the definitions for testing the other implementations.
 
-Arithmetic is float32 for float32, bfloat16 and float16 inputs and float64 for float64 inputs; only results are rounded
-to the dtype of what they stand for.
+Arithmetic is float32 for float32, bfloat16 and float16 inputs, and float64 for float64 inputs. Only results are rounded
+to their final dtype.
 """
 
 from dataclasses import dataclass
@@ -13,12 +13,12 @@ from torch import Tensor
 
 @dataclass(frozen=True, slots=True)
 class NormKind:
-    """Which norm: `y = x_hat * (offset + weight) + bias`, with `x_hat = (x - mean) / sqrt(variance + eps)`.
+    """The kind of norm: `y = x_hat * (offset + weight) + bias`, with `x_hat = (x - mean) / sqrt(variance + eps)`.
 
     Attributes:
         eps: Added to the variance.
-        centre: Whether the mean is subtracted (LayerNorm) or taken for 0 (RMSNorm).
-        offset: Added to the weight: 1 where a weight of 0 stands for 1, as in Gemma.
+        centre: Whether to subtract the mean (LayerNorm) or to use 0 instead (RMSNorm).
+        offset: Added to the weight: 1 for models such as Gemma, in which a weight of 0 means 1.
         round_normed: Whether x_hat is rounded to the dtype of `x` before the weight multiplies it, as in Llama.
     """
 
@@ -28,12 +28,38 @@ class NormKind:
     round_normed: bool = False
 
 
+class NormForward(NamedTuple):
+    """The inputs of `norm_forward`.
+
+    Attributes:
+        x: `(n_rows, n_cols)`, any strides; float32, bfloat16, float16 or float64.
+        weight: `(n_cols,)` or None for ones (and no offset).
+        bias: `(n_cols,)` or None for zeros.
+        kind: The kind of norm.
+        residual: Same shape and dtype as `x`, or None for zeros.
+        dropout: Probability of dropping an element of `x`, at least 0 and below 1, in steps of 2^-16.
+        seed: `(1,)`, int64, the seed of dropout's random numbers; may be None without dropout.
+        want_stream: Whether to return `residual + dropout(x)`. It is then rounded to the dtype of `x` before the norm.
+        want_normed: Whether to return x_hat.
+    """
+
+    x: Tensor
+    weight: Tensor | None
+    bias: Tensor | None
+    kind: NormKind
+    residual: Tensor | None = None
+    dropout: float = 0.0
+    seed: Tensor | None = None
+    want_stream: bool = False
+    want_normed: bool = False
+
+
 class NormOutputs(NamedTuple):
-    """What `norm_forward` returns.
+    """The results of `norm_forward`.
 
     Attributes:
         y: `(n_rows, n_cols)`, contiguous, in the dtype of `x`.
-        stream: `residual + dropout(x)`, likewise; None where it was not asked for.
+        stream: `residual + dropout(x)`, likewise; None if not requested.
         normed: x_hat, likewise.
         rstd: `(n_rows,)`, `1 / sqrt(variance + eps)`, in the dtype of the arithmetic.
     """
@@ -44,12 +70,48 @@ class NormOutputs(NamedTuple):
     rstd: Tensor
 
 
+class NormBackward(NamedTuple):
+    """The inputs of `norm_backward`.
+
+    Attributes:
+        dy: `(n_rows, n_cols)`, the gradient of `y`.
+        saved: The norm's input, or x_hat; may be None if only `dbias` is requested.
+        weight: As in the forward; used only for `dx` and `dresidual`.
+        rstd: From the forward; may be None if `saved` may be None.
+        kind: As in the forward.
+        saved_is_normed: Whether `saved` is x_hat.
+        dstream: `(n_rows, n_cols)`, the gradient of the returned `stream` from its other uses, or None if it has none.
+        dropout: As in the forward.
+        seed: As in the forward; used only for `dx`.
+        need_dx: Whether to compute the gradient of `x`.
+        need_dresidual: Whether to compute the gradient of `residual`.
+        need_dweight: Whether to compute the gradient of the weight.
+        need_dbias: Whether to compute the gradient of the bias.
+        grad_dtype: The dtype of the parameters' gradients. They are summed in the dtype of the arithmetic.
+    """
+
+    dy: Tensor
+    saved: Tensor | None
+    weight: Tensor | None
+    rstd: Tensor | None
+    kind: NormKind
+    saved_is_normed: bool = False
+    dstream: Tensor | None = None
+    dropout: float = 0.0
+    seed: Tensor | None = None
+    need_dx: bool = False
+    need_dresidual: bool = False
+    need_dweight: bool = False
+    need_dbias: bool = False
+    grad_dtype: torch.dtype = torch.float32
+
+
 class NormGradients(NamedTuple):
-    """What `norm_backward` returns; None for what is not wanted.
+    """The results of `norm_backward`; None for those that were not requested.
 
     Attributes:
         dx: `(n_rows, n_cols)`, contiguous, in the dtype of `dy`.
-        dresidual: Likewise; where nothing was dropped the same numbers, so a caller need not ask for both.
+        dresidual: Likewise. Without dropout it has the same values as `dx`, so a caller need not request both.
         dweight: `(n_cols,)`.
         dbias: `(n_cols,)`.
     """
@@ -60,40 +122,19 @@ class NormGradients(NamedTuple):
     dbias: Tensor | None
 
 
-def norm_forward(
-    x: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    kind: NormKind,
-    *,
-    residual: Tensor | None = None,
-    dropout: float = 0.0,
-    seed: Tensor | None = None,
-    want_stream: bool = False,
-    want_normed: bool = False,
-) -> NormOutputs:
+def norm_forward(request: NormForward) -> NormOutputs:
     """Normalise each row of `residual + dropout(x)`, then scale and shift it.
 
-    The mean is rounded before it is subtracted, which costs a row with mean 1e4 and deviation 1 its fourth digit; so
-    what the rounding left over, the mean of the differences, is subtracted too.
-
-    Args:
-        x: `(n_rows, n_cols)`, any strides; float32, bfloat16, float16 or float64.
-        weight: `(n_cols,)` or None for ones (and no offset).
-        bias: `(n_cols,)` or None for zeros.
-        kind: Which norm.
-        residual: Shaped and typed like `x`, or None for zeros.
-        dropout: Probability of dropping an element of `x`; from 0 to below 1, in steps of 2^-16.
-        seed: `(1,)`, int64, of the numbers that decide which; None will do without dropout.
-        want_stream: Whether to return the sum, which is then rounded to the dtype of `x` before it is normalised.
-        want_normed: Whether to return x_hat.
+    The mean is rounded before it is subtracted. For a row with mean 1e4 and deviation 1 that costs the fourth digit. So
+    the rounding error, which is the mean of the differences, is subtracted too.
     """
+    x, kind = request.x, request.kind
     stream = x.to(arithmetic_dtype(x))
-    if dropout:
-        stream = _dropped_out(stream, dropout, seed)
-    if residual is not None:
-        stream = stream + residual
-    rounded = stream.to(x.dtype, copy=True).contiguous() if want_stream else None
+    if request.dropout:
+        stream = _dropped_out(stream, request.dropout, request.seed)
+    if request.residual is not None:
+        stream = stream + request.residual
+    rounded = stream.to(x.dtype, copy=True).contiguous() if request.want_stream else None
     if rounded is not None:
         stream = rounded.to(stream.dtype)
     if kind.centre:
@@ -101,100 +142,70 @@ def norm_forward(
     rstd = (stream.square().mean(-1) + kind.eps).rsqrt()
     normed = stream * rstd[:, None]
     y = _rounded_if(kind, normed, x.dtype)
-    if weight is not None:
-        y = y * (weight.to(y.dtype) + kind.offset)
-    if bias is not None:
-        y = y + bias
-    # Copies, for no two results may share their memory.
-    kept = normed.to(x.dtype, copy=True).contiguous() if want_normed else None
+    if request.weight is not None:
+        y = y * (request.weight.to(y.dtype) + kind.offset)
+    if request.bias is not None:
+        y = y + request.bias
+    # Copies: no two results may share their memory.
+    kept = normed.to(x.dtype, copy=True).contiguous() if request.want_normed else None
     return NormOutputs(y.to(x.dtype).contiguous(), rounded, kept, rstd)
 
 
-def norm_backward(
-    dy: Tensor,
-    saved: Tensor | None,
-    weight: Tensor | None,
-    rstd: Tensor | None,
-    kind: NormKind,
-    *,
-    saved_is_normed: bool = False,
-    dstream: Tensor | None = None,
-    dropout: float = 0.0,
-    seed: Tensor | None = None,
-    need_dx: bool = False,
-    need_dresidual: bool = False,
-    need_dweight: bool = False,
-    need_dbias: bool = False,
-    grad_dtype: torch.dtype = torch.float32,
-) -> NormGradients:
-    """Compute the wanted ones of the gradients, and nothing else.
-
-    Args:
-        dy: `(n_rows, n_cols)`, the gradient of `y`.
-        saved: What was normalised, or x_hat; None will do where only `dbias` is wanted.
-        weight: As in the forward; looked at for `dx` and `dresidual` only.
-        rstd: From the forward; None will do where `saved` may be None.
-        kind: As in the forward.
-        saved_is_normed: Whether `saved` is x_hat.
-        dstream: `(n_rows, n_cols)`, the gradient that reached the returned sum by other ways, or None for none.
-        dropout: As in the forward.
-        seed: As in the forward; looked at for `dx` only.
-        need_dx: Whether the gradient of `x` is wanted.
-        need_dresidual: Whether the gradient of `residual` is wanted.
-        need_dweight: Whether the gradient of the weight is wanted.
-        need_dbias: Whether the gradient of the bias is wanted.
-        grad_dtype: The dtype of the parameters' gradients; they are summed in the dtype of the arithmetic.
-    """
+def norm_backward(request: NormBackward) -> NormGradients:
+    """Compute only the requested gradients."""
+    dy, kind = request.dy, request.kind
     dy_wide = dy.to(arithmetic_dtype(dy))
     dx = dresidual = dweight = None
-    if need_dx or need_dresidual or need_dweight:
-        assert saved is not None
-        assert rstd is not None
-        rstd = rstd[:, None]
-        normed = saved.to(dy_wide.dtype)
-        if not saved_is_normed:
+    need_rows = request.need_dx or request.need_dresidual
+    if need_rows or request.need_dweight:
+        assert request.saved is not None
+        assert request.rstd is not None
+        rstd = request.rstd[:, None]
+        normed = request.saved.to(dy_wide.dtype)
+        if not request.saved_is_normed:
             normed = (_centred(normed) if kind.centre else normed) * rstd
-        if need_dx or need_dresidual:
+        if need_rows:
+            weight = request.weight
             dnormed = dy_wide if weight is None else dy_wide * (weight.to(dy_wide.dtype) + kind.offset)
             inner = dnormed - normed * (dnormed * normed).mean(-1, keepdim=True)
             if kind.centre:
                 inner = inner - dnormed.mean(-1, keepdim=True)
             inner = rstd * inner
-            if dstream is not None:
-                inner = inner + dstream
-            if need_dresidual:
+            if request.dstream is not None:
+                inner = inner + request.dstream
+            if request.need_dresidual:
                 dresidual = inner.to(dy.dtype).contiguous()
-            if need_dx:
-                dx = _dropped_out(inner, dropout, seed) if dropout else inner
-                dx = dx.to(dy.dtype, copy=need_dresidual).contiguous()
-        if need_dweight:
-            dweight = (dy_wide * _rounded_if(kind, normed, dy.dtype)).sum(0).to(grad_dtype)
-    dbias = dy_wide.sum(0).to(grad_dtype) if need_dbias else None
+            if request.need_dx:
+                dx = _dropped_out(inner, request.dropout, request.seed) if request.dropout else inner
+                dx = dx.to(dy.dtype, copy=request.need_dresidual).contiguous()
+        if request.need_dweight:
+            dweight = (dy_wide * _rounded_if(kind, normed, dy.dtype)).sum(0).to(request.grad_dtype)
+    dbias = dy_wide.sum(0).to(request.grad_dtype) if request.need_dbias else None
     return NormGradients(dx, dresidual, dweight, dbias)
 
 
 DROPOUT_STEPS = 1 << 16
-"""Dropout compares 16 random bits with a threshold, so probabilities are multiples of one in this many."""
+"""Dropout compares 16 random bits with a threshold, so probabilities are multiples of 1 / DROPOUT_STEPS."""
 
 
 def dropout_threshold(dropout: float) -> int:
-    """Return how many of the `DROPOUT_STEPS` random numbers mean that an element is dropped."""
+    """Return how many of the `DROPOUT_STEPS` possible random numbers drop an element."""
     return min(round(dropout * DROPOUT_STEPS), DROPOUT_STEPS - 1)
 
 
 def dropout_scale(dropout: float) -> float:
-    """Return what kept elements are multiplied by, so that the expected value stays."""
+    """Return the factor on kept elements that preserves the expected value."""
     return DROPOUT_STEPS / (DROPOUT_STEPS - dropout_threshold(dropout))
 
 
 def dropout_keep(n_rows: int, n_cols: int, dropout: float, seed: Tensor, first_row: int = 0) -> Tensor:
-    """Return which elements dropout keeps: `(n_rows, n_cols)`, bool, a function of seed, row and column alone.
+    """Return which elements dropout keeps: `(n_rows, n_cols)`, bool, a function only of seed, row and column.
 
-    Rows are counted from `first_row` on.
+    Row numbers start at `first_row`.
 
-    One call of Philox-4x32-10 (Salmon et al., SC 2011) under the key `seed`, at the counter `(column // 8, row, row >>
-    32, 0)`, gives 128 random bits for 8 neighbouring columns. Column `8 g + j` takes 16 of them: of word `j // 2` the
-    low half where `j` is even, the high half where it is odd. It is kept where they make at least the threshold.
+    One call of Philox-4x32-10 (Salmon et al., SC 2011) with the key `seed` and the counter `(column // 8, row, row >>
+    32, 0)` gives 128 random bits for 8 neighbouring columns. Column `8 g + j` takes 16 of them from word `j // 2`: the
+    low half if `j` is even, the high half if it is odd. The element is kept if they are at least the threshold.
     """
     device = seed.device
     groups = torch.arange((n_cols + 7) // 8, device=device)
@@ -210,15 +221,15 @@ def dropout(x: Tensor, dropout: float, seed: Tensor) -> Tensor:
 
     Args:
         x: `(n_rows, n_cols)`, any strides; float32, bfloat16, float16 or float64.
-        dropout: Probability of dropping an element; from 0 to below 1, in steps of 2^-16.
-        seed: `(1,)`, int64, of the numbers that decide which.
+        dropout: Probability of dropping an element, at least 0 and below 1, in steps of 2^-16.
+        seed: `(1,)`, int64, the seed of the random numbers.
     """
     return _dropped_out(x.to(arithmetic_dtype(x)), dropout, seed).to(x.dtype).contiguous()
 
 
 def _dropped_out(x: Tensor, dropout: float, seed: Tensor | None) -> Tensor:
     assert seed is not None
-    # Chosen and not multiplied: what is dropped is 0, be it NaN or infinite.
+    # Select instead of multiply, so that dropped elements are 0 even if they are NaN or infinite.
     return torch.where(dropout_keep(x.shape[0], x.shape[1], dropout, seed), x * dropout_scale(dropout), 0.0)
 
 
@@ -226,11 +237,11 @@ _LOW = 0xFFFFFFFF
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, transpose: bool = True) -> Tensor:
-    """Compute `x weightᵀ + bias`, or `x weight + bias` without `transpose`.
+    """Compute `x weightᵀ + bias`, or `x weight + bias` if `transpose` is False.
 
     Args:
         x: `(n_rows, n_inner)`, any floating dtype.
-        weight: `(n_cols, n_inner)`, or `(n_inner, n_cols)` without `transpose`.
+        weight: `(n_cols, n_inner)`, or `(n_inner, n_cols)` if `transpose` is False.
         bias: `(n_cols,)` or None for zeros.
         transpose: Whether the rows of `weight` belong to the columns of the result, as in `torch.nn.Linear`.
 
@@ -243,7 +254,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, transpose: 
 
 
 def _philox(c0: Tensor, c1: Tensor, c2: Tensor, c3: Tensor, key: tuple[Tensor, Tensor]) -> tuple[Tensor, ...]:
-    """Philox-4x32-10 in int64, each of whose numbers holds 32 bits."""
+    """Philox-4x32-10. Each int64 holds a 32-bit word."""
     k0, k1 = key
     for _ in range(10):
         high_0, low_0 = _product(0xD2511F53, c0)
@@ -254,7 +265,7 @@ def _philox(c0: Tensor, c1: Tensor, c2: Tensor, c3: Tensor, key: tuple[Tensor, T
 
 
 def _product(factor: int, number: Tensor) -> tuple[Tensor, Tensor]:
-    """The high and the low 32 bits of a product of two numbers of 32 bits, without leaving 63."""
+    """Return the high and low 32 bits of the product of two 32-bit numbers, without exceeding 63 bits."""
     with_low, with_high = factor * (number & 0xFFFF), factor * (number >> 16)
     upper = (with_low >> 16) + with_high
     return upper >> 16, ((upper & 0xFFFF) << 16) | (with_low & 0xFFFF)
@@ -270,5 +281,5 @@ def _rounded_if(kind: NormKind, normed: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def arithmetic_dtype(x: Tensor) -> torch.dtype:
-    """Return the dtype in which operations on `x` are computed."""
+    """Return the dtype of the arithmetic for operations on `x`."""
     return torch.float64 if x.dtype == torch.float64 else torch.float32

@@ -1,9 +1,9 @@
-"""Activations in plain PyTorch: the definition that the other implementations are tested against.
+"""Activations in plain PyTorch: the definition for testing the other implementations.
 
 Arithmetic is as in `fastln_kernels.reference`: float32, or float64 for float64 inputs, rounded once at the end. Every
 function takes tensors of any shape and strides.
 
-Four of the five are `x * s(x)` with s a distribution function, written so that nothing cancels where s is near 0:
+Four of the five are `x * s(x)`, where s is a distribution function, written to avoid cancellation for s near 0:
 
 | kind       | s(x)                                                  | source                                      |
 |------------|-------------------------------------------------------|---------------------------------------------|
@@ -22,7 +22,7 @@ from torch import Tensor
 from fastln_kernels.reference import arithmetic_dtype
 
 ActivationKind = Literal["gelu", "gelu_tanh", "quick_gelu", "silu", "relu"]
-"""Which activation; gated, "gelu" makes GEGLU and "silu" SwiGLU (Shazeer, arXiv 2002.05202)."""
+"""The kinds of activation. With a gate, "gelu" is GEGLU and "silu" is SwiGLU (Shazeer, arXiv 2002.05202)."""
 
 ACTIVATION_KINDS: tuple[ActivationKind, ...] = get_args(ActivationKind)
 
@@ -32,10 +32,10 @@ GELU_TANH_CUBIC = 0.044715
 
 
 class GatedGradients(NamedTuple):
-    """What `gated_backward` returns; None for what is not wanted.
+    """The results of `gated_backward`; None for those that were not requested.
 
     Attributes:
-        dgate: Shaped and typed like `dy`.
+        dgate: Same shape and dtype as `dy`.
         dup: Likewise.
     """
 
@@ -44,28 +44,28 @@ class GatedGradients(NamedTuple):
 
 
 def activation_forward(x: Tensor, kind: ActivationKind) -> Tensor:
-    """Apply an activation: contiguous, shaped and typed like `x` (float32, bfloat16, float16 or float64)."""
+    """Apply an activation. The result is contiguous, with the shape and dtype of `x` (any floating dtype)."""
     return _value(_wide(x), kind).to(x.dtype).contiguous()
 
 
 def activation_backward(dy: Tensor, saved: Tensor, kind: ActivationKind) -> Tensor:
-    """Compute dx: contiguous, shaped and typed like `dy`.
+    """Compute dx, contiguous, with the shape and dtype of `dy`.
 
     Args:
         dy: The gradient of the result.
-        saved: What the activation was applied to; for "relu" its result will do as well, since only the sign counts.
-        kind: Which activation.
+        saved: The activation's input. For "relu" its output works too, because only the sign matters.
+        kind: The kind of activation.
     """
     return _times_slope(_wide(dy), _wide(saved), kind).to(dy.dtype).contiguous()
 
 
 def gated_forward(gate: Tensor, up: Tensor, kind: ActivationKind) -> Tensor:
-    """Compute `activation(gate) * up`: contiguous, shaped and typed like `gate`.
+    """Compute `activation(gate) * up`, contiguous, with the shape and dtype of `gate`.
 
     Args:
-        gate: What the activation is applied to.
-        up: Shaped and typed like `gate`.
-        kind: Which activation.
+        gate: The activation's input.
+        up: Same shape and dtype as `gate`.
+        kind: The kind of activation.
     """
     return (_value(_wide(gate), kind) * up).to(gate.dtype).contiguous()
 
@@ -80,17 +80,17 @@ def gated_backward(
     need_dup: bool = False,
     out: GatedGradients | None = None,
 ) -> GatedGradients:
-    """Compute the wanted ones of the gradients, and nothing else.
+    """Compute only the requested gradients.
 
     Args:
         dy: The gradient of the result.
         gate: As in the forward.
-        up: As in the forward; None will do where only `dup` is wanted.
+        up: As in the forward; may be None if only `dup` is requested.
         kind: As in the forward.
-        need_dgate: Whether the gradient of `gate` is wanted.
-        need_dup: Whether the gradient of `up` is wanted.
-        out: Tensors to write the wanted gradients to and to return, with contiguous columns (two halves of one tensor
-            are); new contiguous ones by default.
+        need_dgate: Whether to compute the gradient of `gate`.
+        need_dup: Whether to compute the gradient of `up`.
+        out: Tensors that receive the gradients and are returned. Their columns must be contiguous (two halves of one
+            tensor work). By default, new contiguous tensors.
     """
     dy_wide, gate = _wide(dy), _wide(gate)
     dgate = dup = None
@@ -110,12 +110,12 @@ def gated_backward(
 
 def _value(x: Tensor, kind: ActivationKind) -> Tensor:
     if kind == "relu":
-        return torch.where(x <= 0, 0.0, x)  # NaN stays
+        return torch.where(x <= 0, 0.0, x)  # keeps NaN
     return x * _share(x, kind)
 
 
 def _times_slope(dy: Tensor, x: Tensor, kind: ActivationKind) -> Tensor:
-    """`dy` times the derivative at `x`: with `s = sigmoid(z(x))` it is `s + x s (1 - s) z'(x)`."""
+    """Return `dy` times the derivative at `x`. With `s = sigmoid(z(x))` the derivative is `s + x s (1 - s) z'(x)`."""
     if kind == "relu":
         return torch.where(x <= 0, 0.0, dy)
     share = _share(x, kind)
@@ -126,7 +126,7 @@ def _times_slope(dy: Tensor, x: Tensor, kind: ActivationKind) -> Tensor:
         return dy * (share + left)
     if kind == "quick_gelu":
         return dy * (share + left * QUICK_GELU_SLOPE)
-    # An infinite square would meet the 0 of `left`.
+    # Clamp the square: infinity times the 0 of `left` would be NaN.
     square = (x * x).clamp(max=1e30)
     return dy * (share + left * (GELU_TANH_SLOPE * (1 + 3 * GELU_TANH_CUBIC * square)))
 

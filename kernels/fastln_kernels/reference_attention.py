@@ -1,12 +1,12 @@
-"""Softmax attention in plain PyTorch: the definition that the other implementations are tested against.
+"""Softmax attention in plain PyTorch: the definition for testing the other implementations.
 
-Arithmetic is float32, and float64 for float64 inputs. With P = softmax(scale q k^T + mask) along the keys, and D what
-dropout makes of 1 (0 or its scale), element by element:
+Arithmetic is float32, or float64 for float64 inputs. With P = softmax(scale q k^T + mask) along the keys, and D the
+dropout factor of each element (0 or dropout's scale):
 
     out = (D P) v        delta = rowsum(dout out)        dS = P (D (dout v^T) - delta)
     dv = (D P)^T dout    dq = scale dS k                 dk = scale dS^T q
 
-It works query block by query block, so that no more than `BLOCK_SCORES` scores exist at a time, or one row of them.
+It processes blocks of queries, so that at most `BLOCK_SCORES` scores, or one row of them, exist at a time.
 """
 
 from collections.abc import Iterator
@@ -15,31 +15,78 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fastln_kernels.reference import dropout_keep, dropout_scale
+from fastln_kernels.reference import arithmetic_dtype, dropout_keep, dropout_scale
 
 BLOCK_SCORES = 1 << 20
 """How many scores exist at a time."""
 
-_HIDDEN = -1e30  # below it lie scores to which a mask added the lowest number of its type
+_HIDDEN = -1e30  # lower scores come from a mask that added the lowest number of its dtype
 _DEAD = 2.0**100
 
 
-class AttentionOutputs(NamedTuple):
-    """What the forward returns.
+class AttentionForward(NamedTuple):
+    """The inputs of `attention_forward`.
 
     Attributes:
-        out: `(B, H, Sq, Dv)`, laid out as `(B, Sq, H, Dv)`.
-        lse: `(B, H, Sq)`, the log of each row's sum of exponentials, in the dtype of the arithmetic; for the backward
-            alone. Of a row without a key it is 0; of one whose every key carries the lowest number it is their count
-            times 2^100, since no float32 can hold both height and number.
+        q: Queries `(B, H, Sq, D)`, any floating dtype.
+        k: Keys `(B, Hk, Sk, D)`, same dtype; Hk divides H (grouped queries).
+        v: Values `(B, Hk, Sk, Dv)`, same dtype.
+        scale: Factor on the scores.
+        causal: Whether query i sees only keys 0..i.
+        mask: Boolean (True: attend) or additive, broadcastable to `(B, H, Sq, Sk)`.
+        dropout: Probability of dropping an attention weight.
+        seed: `(1,)`, int64. The weight of query i and key j in head h of sequence b is dropped if
+            `reference.dropout_keep` drops row `(b H + h) Sq + i`, column j.
+    """
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    scale: float
+    causal: bool = False
+    mask: Tensor | None = None
+    dropout: float = 0.0
+    seed: Tensor | None = None
+
+
+class AttentionOutputs(NamedTuple):
+    """The results of the forward.
+
+    Attributes:
+        out: `(B, H, Sq, Dv)`, with the memory layout `(B, Sq, H, Dv)`.
+        lse: `(B, H, Sq)`, the log of each row's sum of exponentials, in the dtype of the arithmetic. Only the backward
+            uses it. It is 0 for a row without visible keys. If the mask adds its dtype's lowest number to every key of
+            a row, it is the number of keys times 2^100, because a float32 cannot hold both the score and the count.
     """
 
     out: Tensor
     lse: Tensor
 
 
+class AttentionBackward(NamedTuple):
+    """The inputs of `attention_backward`.
+
+    Attributes:
+        forward: The inputs of the forward.
+        dout: Gradient of out `(B, H, Sq, Dv)`.
+        out: From the forward; may be None if only dv is requested.
+        lse: From the forward.
+        need_dq: Whether to compute the gradient of q.
+        need_dk: Whether to compute the gradient of k.
+        need_dv: Whether to compute the gradient of v.
+    """
+
+    forward: AttentionForward
+    dout: Tensor
+    out: Tensor | None
+    lse: Tensor
+    need_dq: bool = False
+    need_dk: bool = False
+    need_dv: bool = False
+
+
 class AttentionGradients(NamedTuple):
-    """What the backward returns; None where not wanted. Laid out like `AttentionOutputs.out`."""
+    """The results of the backward, with the memory layout of `AttentionOutputs.out`; None if not requested."""
 
     dq: Tensor | None
     dk: Tensor | None
@@ -55,40 +102,17 @@ class _Block(NamedTuple):
     k: Tensor
     v: Tensor
     scores: Tensor
-    kept: Tensor | None  # what dropout makes of 1
+    kept: Tensor | None  # dropout's factors
 
 
-def attention_forward(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    *,
-    scale: float,
-    causal: bool = False,
-    mask: Tensor | None = None,
-    dropout: float = 0.0,
-    seed: Tensor | None = None,
-) -> AttentionOutputs:
-    """Softmax attention with what its backward needs.
-
-    A row without a key is 0.
-
-    Args:
-        q: Queries `(B, H, Sq, D)`, any floating dtype.
-        k: Keys `(B, Hk, Sk, D)`, same dtype; Hk divides H (grouped queries).
-        v: Values `(B, Hk, Sk, Dv)`, same dtype.
-        scale: Factor on the scores.
-        causal: Query i sees keys 0..i.
-        mask: Boolean (True: attend) or additive, broadcastable to `(B, H, Sq, Sk)`.
-        dropout: Probability to drop an attention weight.
-        seed: `(1,)`, int64. The weight of query i and key j in head h of sequence b is dropped where
-            `reference.dropout_keep` drops row `(b H + h) Sq + i` and column j.
-    """
+def attention_forward(request: AttentionForward) -> AttentionOutputs:
+    """Compute softmax attention and what its backward needs. A row without visible keys is 0."""
+    q = request.q
     n_batches, n_heads, n_queries, _ = q.shape
-    wide = _arithmetic(q)
-    out = q.new_zeros(n_batches, n_queries, n_heads, v.shape[-1]).transpose(1, 2)
+    wide = arithmetic_dtype(q)
+    out = q.new_zeros(n_batches, n_queries, n_heads, request.v.shape[-1]).transpose(1, 2)
     lse = q.new_zeros(n_batches, n_heads, n_queries, dtype=wide)
-    for block in _blocks(q, k, v, scale, causal, mask, dropout, seed):
+    for block in _blocks(request):
         top = block.scores.amax(-1, keepdim=True)
         exponentials = (block.scores - top.masked_fill(top == -torch.inf, 0)).exp()
         total = exponentials.sum(-1, keepdim=True)
@@ -99,59 +123,27 @@ def attention_forward(
     return AttentionOutputs(out, lse)
 
 
-def attention_backward(
-    dout: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    out: Tensor | None,
-    lse: Tensor,
-    *,
-    scale: float,
-    causal: bool = False,
-    mask: Tensor | None = None,
-    dropout: float = 0.0,
-    seed: Tensor | None = None,
-    need_dq: bool = False,
-    need_dk: bool = False,
-    need_dv: bool = False,
-) -> AttentionGradients:
-    """Compute the wanted ones of the gradients of `attention_forward`.
-
-    Args:
-        dout: Gradient of out `(B, H, Sq, Dv)`.
-        q: As given to the forward.
-        k: Likewise.
-        v: Likewise.
-        out: From the forward; None will do where dv alone is wanted.
-        lse: From the forward.
-        scale: As given to the forward.
-        causal: Likewise.
-        mask: Likewise.
-        dropout: Likewise.
-        seed: Likewise.
-        need_dq: Whether the gradient of q is wanted.
-        need_dk: Whether the gradient of k is wanted.
-        need_dv: Whether the gradient of v is wanted.
-    """
-    wide = _arithmetic(q)
+def attention_backward(request: AttentionBackward) -> AttentionGradients:
+    """Compute the requested gradients of `attention_forward`."""
+    q, k, v, scale = request.forward[:4]
+    wide = arithmetic_dtype(q)
     dq, dk, dv = (
         x.new_zeros(x.shape[0], x.shape[2], x.shape[1], x.shape[3], dtype=wide).transpose(1, 2) if need else None
-        for x, need in ((q, need_dq), (k, need_dk), (v, need_dv))
+        for x, need in ((q, request.need_dq), (k, request.need_dk), (v, request.need_dv))
     )
-    for block in _blocks(q, k, v, scale, causal, mask, dropout, seed):
-        row_lse = lse[block.where][:, None]
+    for block in _blocks(request.forward):
+        row_lse = request.lse[block.where][:, None]
         dead = row_lse >= _DEAD
         scores = torch.where(dead & (block.scores > -torch.inf), 0, block.scores)
         p = (scores - torch.where(dead, (row_lse / _DEAD).log(), row_lse)).exp()
-        block_dout = dout[block.where].to(wide)
+        block_dout = request.dout[block.where].to(wide)
         if dv is not None:
             dv[block.kv_where] += (p if block.kept is None else p * block.kept).mT @ block_dout
         if dq is None and dk is None:
             continue
-        assert out is not None
+        assert request.out is not None
         dp = block_dout @ block.v.mT
-        delta = (block_dout * out[block.where]).sum(-1, keepdim=True)
+        delta = (block_dout * request.out[block.where]).sum(-1, keepdim=True)
         ds = p * ((dp if block.kept is None else dp * block.kept) - delta) * scale
         if dq is not None:
             dq[block.where] = ds @ block.k
@@ -160,19 +152,11 @@ def attention_backward(
     return AttentionGradients(*(None if gradient is None else gradient.to(q.dtype) for gradient in (dq, dk, dv)))
 
 
-def _blocks(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    scale: float,
-    causal: bool,
-    mask: Tensor | None,
-    dropout: float,
-    seed: Tensor | None,
-) -> Iterator[_Block]:
-    """Yield the blocks in order; scores that are not seen are -infinity."""
+def _blocks(request: AttentionForward) -> Iterator[_Block]:
+    """Yield the blocks in order. Scores of hidden keys are -infinity."""
+    q, k, v, scale, causal, mask, dropout, seed = request
     n_batches, n_heads, n_queries, _ = q.shape
-    n_keys, group, wide = k.shape[2], n_heads // max(k.shape[1], 1), _arithmetic(q)
+    n_keys, group, wide = k.shape[2], n_heads // max(k.shape[1], 1), arithmetic_dtype(q)
     if n_keys == 0:
         return
     if mask is not None:
@@ -202,7 +186,3 @@ def _blocks(
                     keep = dropout_keep(rows.stop - rows.start, n_keys, dropout, seed, first_row)
                     kept = keep.to(wide) * dropout_scale(dropout)
                 yield _Block(where, kv_where, wide_q, wide_k, wide_v, scores, kept)
-
-
-def _arithmetic(x: Tensor) -> torch.dtype:
-    return torch.float64 if x.dtype == torch.float64 else torch.float32

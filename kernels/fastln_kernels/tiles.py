@@ -1,8 +1,8 @@
-"""A tile of whole rows as a tuple of pieces, each `(rows, PIECE)`, so that a width need not be a power of two.
+"""A tile of whole rows, stored as a tuple of pieces `(rows, PIECE)`, so that widths need not be powers of two.
 
-A piece is as wide as the lanes that share a row load at once, 16 bytes each; so every warp has rows of its own where a
-row is one warp wide, and what is summed along a row stays inside it: no barrier, no shared memory. Pieces keep the
-dtype they were loaded in, which takes half the registers of float32, and are cast where they are used.
+The lanes that share a row load 16 bytes each; together that is one piece. If one warp covers a row, each warp has its
+own rows, and sums along a row stay inside the warp: no barrier, no shared memory. Pieces keep the dtype in which they
+were loaded and are cast at each use, because 16-bit pieces take half the registers of float32.
 """
 
 # mypy: allow-untyped-defs, disable-error-code="assignment"
@@ -12,7 +12,7 @@ import triton.language as tl
 
 @triton.jit
 def tile_mask(in_rows, cols, k: tl.constexpr, N_COLS: tl.constexpr):
-    """Return the mask of piece `k`; only a last piece that is not full needs to look at its columns."""
+    """Return the mask of piece `k`. Only a last piece that is not full must check its columns."""
     PIECE: tl.constexpr = cols.shape[0]
     mask = in_rows[:, None]
     if (k + 1) * PIECE > N_COLS:
@@ -40,7 +40,7 @@ def store_tile(ptr, tile, rows, in_rows, cols, N_COLS: tl.constexpr, PIECES: tl.
 
 @triton.jit
 def load_vector(ptr, in_rows, cols, N_COLS: tl.constexpr, PIECES: tl.constexpr):
-    """Load a vector as wide as a row, once per row: so it lies in registers like the rows, with no exchange."""
+    """Load a vector as wide as a row, once per row. So it has the rows' register layout and needs no exchange."""
     same = (in_rows & False).to(tl.int32)
     tile = ()
     for k in tl.static_range(PIECES):
@@ -51,14 +51,14 @@ def load_vector(ptr, in_rows, cols, N_COLS: tl.constexpr, PIECES: tl.constexpr):
 
 @triton.jit
 def two_means(a, b, N_COLS: tl.constexpr):
-    """Return the rows' means of two tiles; summed together, they wait for each other half as often."""
+    """Return the row means of two tiles. Summing both at once halves the number of exchanges between lanes."""
     mean_a, mean_b = tl.split(tl.sum(tl.join(a, b), axis=1) / N_COLS)
     return mean_a, mean_b
 
 
 @triton.jit
 def centred(tile, mean, k: tl.constexpr, cols, N_COLS: tl.constexpr):
-    """Return the differences of piece `k` from its rows' means; 0 beyond the last column."""
+    """Return the differences between piece `k` and its rows' means; 0 beyond the last column."""
     PIECE: tl.constexpr = cols.shape[0]
     difference = tile[k].to(tl.float32) - mean[:, None]
     if (k + 1) * PIECE > N_COLS:
@@ -68,8 +68,9 @@ def centred(tile, mean, k: tl.constexpr, cols, N_COLS: tl.constexpr):
 
 @triton.jit
 def about_the_mean(squares, residual_mean):
-    """Return the variance, from the mean square about the rounded mean and what the rounding left over.
+    """Return the variance, given the mean square about the rounded mean and the mean's rounding error.
 
-    Rounding may take a constant row's just below zero; a NaN stays one, which the hardware's maximum would drop.
+    Rounding can make a constant row's variance slightly negative, so it is clamped at 0. NaN stays NaN, which the
+    hardware's maximum would not ensure.
     """
     return tl.maximum(squares - residual_mean * residual_mean, 0.0, propagate_nan=tl.PropagateNan.ALL)

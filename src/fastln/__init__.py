@@ -3,8 +3,12 @@
 from typing import TYPE_CHECKING, Any
 
 from fastln import ops
-from fastln.adapters import load_adapter, merge_adapter, save_adapter
+from fastln.adapters import load_adapter, save_adapter
+from fastln.decision import Plan
 from fastln.errors import FastLNError
+from fastln.machine import warn_of_untested_versions
+from fastln.merge import merge_adapter
+from fastln.plan import plan
 from fastln.prepare import prepare, restore
 
 if TYPE_CHECKING:
@@ -13,13 +17,17 @@ if TYPE_CHECKING:
 __all__ = [
     "FastLNError",
     "FastLNTrainer",
+    "Plan",
     "load_adapter",
     "merge_adapter",
     "ops",
+    "plan",
     "prepare",
     "restore",
     "save_adapter",
 ]
+
+warn_of_untested_versions()
 
 
 def __getattr__(name: str) -> Any:

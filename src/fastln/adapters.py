@@ -1,14 +1,15 @@
 """Adapters: the tuned norms of a model in a file of some hundred kilobytes, in peft's layout for LN tuning.
 
-An adapter is a folder with `adapter_model.safetensors` and `adapter_config.json`. It holds the norms that were tuned,
-in float32 unless another dtype is asked for, and whole modules beside them, such as a task head (`also` of `prepare`;
-peft's `modules_to_save`). The metadata of the tensors' file has a fingerprint of the frozen parameters: an adapter
-meets no other base than its own.
+An adapter is a folder with `adapter_model.safetensors` and `adapter_config.json`. It holds the tuned norms, in float32
+by default, and the modules that train whole, such as a task head (`also` of `prepare`; peft's `modules_to_save`). The
+tensors' file carries a fingerprint of the frozen parameters, so that an adapter is never put on another base.
+
+A weight that several modules share, such as tied word embeddings, belongs to the first of them in the model's order.
+`also` trains it by that module's name, and then it trains in all of them: the adapter holds each of these modules.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 import re
@@ -22,22 +23,20 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
 from fastln.errors import FastLNError
-from fastln.families import find_norms
-from fastln.files import replace_files, written_whole
-from fastln.prepare import STATE
-from fastln.processes import gathered, is_first_process, is_sharded
+from fastln.files import replace_files
+from fastln.fingerprint import FINGERPRINT, difference, fingerprint
+from fastln.methods import norm_parameters
+from fastln.plan import prepared
+from fastln.processes import gathered, is_first_process
 
 logger = logging.getLogger(__name__)
 
 WEIGHTS, CONFIG, PICKLED = "adapter_model.safetensors", "adapter_config.json", "adapter_model.bin"
-FINGERPRINT, LN_TUNING = "fastln_base", "LN_TUNING"
-_PREFIX = "base_model.model."  # of every name in peft's files
+LN_TUNING = "LN_TUNING"
+PEFT_PREFIX = "base_model.model."  # what peft's wrapper puts before every name, in models and in files
 _TUNED = ".ln_tuning_layers."  # between a norm's name and its parameter's
-_WEIGHTS_FILE = re.compile(r"model(-\d+-of-\d+)?\.safetensors(\.index\.json)?")
-_N_SAMPLED = 64  # values of each parameter, in its fingerprint
 
 
 @dataclass(frozen=True)
@@ -45,7 +44,7 @@ class _Adapter:
     """What a folder holds.
 
     Attributes:
-        tensors: by the names that they have in the model.
+        tensors: by their names in the model.
         fingerprint: of the base's other parameters; None in a file that peft wrote.
     """
 
@@ -56,37 +55,35 @@ class _Adapter:
 def save_adapter(model: nn.Module, directory: str | Path, *, dtype: torch.dtype = torch.float32) -> None:
     """Write what training changed: the tuned norms, and the modules that train whole in their own dtype.
 
-    `peft.PeftModel.from_pretrained(base, directory)` reads it, and `load_adapter`. Files appear whole or not at all.
-    Of several processes (torch.distributed's, torchrun's) the first writes, the others nothing, as in
-    `save_pretrained`. Where FSDP2 shards the model every one of them must call this, for it gathers the values.
+    `load_adapter`, `peft.PeftModel.from_pretrained(base, directory)` and, for a base that was loaded from a directory
+    or the hub, `peft.AutoPeftModel.from_pretrained(directory)` read it. The files appear whole or not at all. Of
+    several processes (torch.distributed's, torchrun's) only the first writes, as in `save_pretrained`. Where FSDP2
+    shards the model, every process must call this, because it gathers the values.
 
     Args:
         model: a model that `prepare` was called on, with method `layernorm` (and perhaps `also`).
         directory: the folder; an adapter in it is replaced.
-        dtype: of the norms' values. Half the bytes in float16 round a γ near 1 by up to 5e-4; a warning says by how
-            much. A bfloat16 base takes merged values with an eighth of that precision.
+        dtype: of the norms' values. float16 takes half the bytes and rounds a γ near 1 by up to 5e-4; a warning says by
+            how much. Values merged into a bfloat16 base have an eighth of that precision.
 
     Raises:
-        FastLNError: if `dtype` is none of 16 bits or more, or too narrow for a value, the model is not prepared, no
-            norm of it trains, something else trains than norms and the modules in `also` (an adapter of this kind
-            cannot hold it), or the folder cannot be written to, in which case what was there before is whole.
+        FastLNError: if `dtype` has fewer than 16 bits or is too narrow for a value, if the model is not prepared, if no
+            norm trains, if something trains that this kind of adapter cannot hold (it holds norms and the modules in
+            `also`), or if the folder cannot be written to. An earlier adapter in the folder is then still whole.
     """
     if not dtype.is_floating_point or dtype.itemsize < 2:
         raise FastLNError(f"an adapter in {dtype}: its norms can be float32, bfloat16, float16 or float64")
-    state = getattr(model, STATE, None)
+    state = prepared(model)
     if state is None:
         raise FastLNError(
-            "this model is not prepared, so there is no telling what was tuned: save the adapter between "
-            "fastln.prepare(model) and fastln.restore(model) (a model of peft's saves itself: model.save_pretrained)"
+            "this model is not prepared, so fastln does not know what was tuned: save the adapter between "
+            "fastln.prepare(model) and fastln.restore(model) (a peft model saves itself: model.save_pretrained)"
         )
-    modules = state.also
-    inside = tuple(f"{name}." for name in modules)
-    norms = [
-        (name, norm)
-        for name, norm in find_norms(model)
-        if not f"{name}.".startswith(inside) and any(p.requires_grad for p in norm.parameters(recurse=False))
-    ]
-    tuned = {f"{name}.{own}": p for name, norm in norms for own, p in norm.named_parameters(recurse=False)}
+    modules = _with_sharers(model, state.plan.also)
+    inside = _prefixes(modules)
+    names = [name for name in norm_parameters(model) if not name.startswith(inside)]
+    norms = list(dict.fromkeys(_owner(name) for name in names if model.get_parameter(name).requires_grad))
+    tuned = {name: model.get_parameter(name) for name in names if _owner(name) in norms}
     loose = [
         name
         for name, parameter in model.named_parameters()
@@ -94,38 +91,36 @@ def save_adapter(model: nn.Module, directory: str | Path, *, dtype: torch.dtype 
     ]
     if loose:
         raise FastLNError(
-            f"an adapter holds norms and the modules named in `also`, and here {len(loose)} other parameters train "
-            f"too, for example {loose[0]}: write the whole model with fastln.merge_adapter(model, directory)"
+            f"an adapter holds norms and the modules named in `also`, but {len(loose)} other parameters train too, for "
+            f"example {loose[0]}: write the whole model with fastln.merge_adapter(model, directory)"
         )
     if not norms:
         raise FastLNError(
             "no norm of this model trains, and an adapter is made of norms: write the whole model with "
             "fastln.merge_adapter(model, directory)"
         )
-    tensors = {
-        f"{_PREFIX}{name}{_TUNED}{own}": parameter.to(dtype)
-        for name, norm in norms
-        for own, parameter in norm.named_parameters(recurse=False)
-    }
-    whole = {name: tensor for name, tensor in model.state_dict().items() if name.startswith(inside)} if inside else {}
-    tensors |= {f"{_PREFIX}{name}": tensor for name, tensor in whole.items()}
+    stored_as = {name: f"{PEFT_PREFIX}{_TUNED.join(name.rsplit('.', 1))}" for name in tuned}
+    tensors = {stored_as[name]: parameter.to(dtype) for name, parameter in tuned.items()}
+    whole = {name: tensor for name, tensor in model.state_dict().items() if name.startswith(inside)}
+    tensors |= {f"{PEFT_PREFIX}{name}": tensor for name, tensor in whole.items()}
     exact = {name: gathered(parameter) for name, parameter in tuned.items()}  # by all, before all but the first return
-    # Copies, for safetensors takes no views of one memory, which tied weights are.
+    # Copies, because safetensors refuses views of one memory, which tied weights are.
     tensors = {
         name: gathered(tensor).cpu().clone(memory_format=torch.contiguous_format) for name, tensor in tensors.items()
     }
     metadata = {"format": "pt", FINGERPRINT: fingerprint(model, tuned.keys() | whole.keys())}
     config = {
+        "auto_mapping": {"base_model_class": type(model).__name__, "parent_library": type(model).__module__},
         "peft_type": LN_TUNING,
         "task_type": None,
         "inference_mode": True,
-        "base_model_name_or_path": getattr(getattr(model, "config", None), "name_or_path", None) or None,
-        "target_modules": _targets(model, [name for name, _ in norms]),
-        "modules_to_save": list(modules) or None,
+        "base_model_name_or_path": _name_or_path(model),
+        "target_modules": _targets(model, norms),
+        "modules_to_save": modules or None,
     }
     if not is_first_process():
         return
-    written = {name: tensors[f"{_PREFIX}{_TUNED.join(name.rsplit('.', 1))}"] for name in tuned}
+    written = {name: tensors[stored_as[name]] for name in tuned}
     for name, tensor in written.items():
         if tensor.isinf().any() and not exact[name].isinf().any():
             raise FastLNError(f"{name} has values beyond the range of {dtype}: save the adapter in a wider dtype")
@@ -134,24 +129,24 @@ def save_adapter(model: nn.Module, directory: str | Path, *, dtype: torch.dtype 
         replace_files(Path(directory), contents)
     except OSError as error:
         raise FastLNError(f"{directory}: the adapter cannot be written, and nothing there changed: {error}") from error
-    _warn_of_rounding(exact, written, "a wider dtype keeps every digit")
+    warn_of_rounding(exact, written, "a wider dtype keeps every digit")
 
 
 def load_adapter(model: nn.Module, directory: str | Path, *, check_base: bool = True) -> None:
     """Put the values of an adapter, fastln's or peft's for LN tuning, into a model, in place.
 
-    In a model that `prepare` was called on, tuned norms have float32 parameters and take every digit. Into a stock
-    model of lower precision they are rounded, which a warning tells.
+    In a prepared model the tuned norms have float32 parameters and take every digit. A stock model of lower precision
+    rounds them, and a warning says so.
 
     Args:
         model: the base model that the adapter was trained on, prepared or stock.
         directory: the adapter's folder.
-        check_base: whether the base must have the fingerprint that the adapter was saved with (one of peft's has none).
+        check_base: whether the base must have the fingerprint that the adapter was saved with (peft writes none).
 
     Raises:
-        FastLNError: if there is no whole adapter of this kind in the folder, its names or shapes are not the model's,
-            the base is another one, or the adapter has a value for a weight that the model shares with a module which
-            the adapter leaves alone. Nothing of the model has changed then.
+        FastLNError: if the folder holds no whole adapter of this kind, if its names or shapes are not the model's, if
+            the base is another one, or if the adapter has several values for one weight that modules of this model
+            share. The model is then unchanged.
     """
     adapter = _read(Path(directory))
     own = model.state_dict()
@@ -164,164 +159,41 @@ def load_adapter(model: nn.Module, directory: str | Path, *, check_base: bool = 
                 f"{(*own[name].shape,)} in this {type(model).__name__}"
             )
     if adapter.fingerprint is None:
-        logger.info(
-            "%s: no fingerprint of its base in this adapter (peft writes none), so that was not checked", directory
-        )
-    elif check_base and adapter.fingerprint != fingerprint(model, adapter.tensors.keys()):
+        logger.info("%s: the base is not checked: peft writes no fingerprint of it into an adapter", directory)
+    elif check_base and (differs := difference(adapter.fingerprint, model, adapter.tensors.keys())) is not None:
         raise FastLNError(
-            f"{directory}: the adapter was trained on another base: the frozen weights of this model, or the answers "
-            "that it chooses from, differ from those it was saved beside. Load that base, or pass check_base=False if "
-            "you know that they fit"
+            f"{directory}: the adapter was trained on another base: {differs}. Load that base, or pass "
+            "check_base=False if you know that they fit"
         )
-    _refuse_tied(model, directory, adapter)
+    frozen = _frozen_sharers(model, directory, adapter.tensors)
+    tensors = {name: tensor for name, tensor in adapter.tensors.items() if name not in frozen}
     with torch.no_grad():
-        for name, tensor in adapter.tensors.items():
+        for name, tensor in tensors.items():
             own[name].copy_(tensor)
-    _warn_of_rounding(
-        adapter.tensors, own, "call fastln.prepare(model) before loading, which makes the tuned norms float32"
-    )
-
-
-def merge_adapter(model: PreTrainedModel, directory: str | Path) -> None:
-    """Write the whole model by `save_pretrained`, tuned values in the base's dtype; the model itself stays as it is.
-
-    Of several processes the first writes, the others nothing.
-
-    Args:
-        model: a model that `prepare` was called on, or a stock one after `load_adapter`.
-        directory: the folder; a model in it is replaced once the new one is on the disk whole.
-
-    Raises:
-        FastLNError: if the model is sharded, or the folder cannot be written to, in which case what was there before is
-            whole.
-    """
-    if is_sharded(model):
-        raise FastLNError(
-            f"{type(model).__name__} is sharded over processes and not written whole: save its adapter, which "
-            "`fastln merge` puts into the base"
-        )
-    if not is_first_process():
-        return
-    folder = Path(directory)
-    if folder.is_file():
-        raise FastLNError(f"{directory}: is a file; give a folder for the model")
-    try:
-        with written_whole(folder) as beside:
-            save_merged(model, beside)
-            new = {path.name for path in beside.iterdir()}
-        for path in folder.iterdir():  # of a model that was cut into other files
-            if _WEIGHTS_FILE.fullmatch(path.name) and path.name not in new:
-                path.unlink()
-    except (OSError, SafetensorError) as error:
-        raise FastLNError(f"{directory}: the model cannot be written: {error}") from error
-
-
-def save_merged(model: PreTrainedModel, directory: Path) -> None:
-    """Call `save_pretrained` with the tuned values in the base's dtype; a full disk can leave half a model."""
-    state = getattr(model, STATE, None)
-    dtypes: Mapping[str, torch.dtype] = {} if state is None else state.dtypes
-    tuned = {name: parameter for name, parameter in model.named_parameters() if name in dtypes}
-    exact = {name: parameter.data for name, parameter in tuned.items()}
-    try:
-        for name, parameter in tuned.items():
-            parameter.data = parameter.data.to(dtypes[name])
-        _warn_of_rounding(exact, tuned, "keep the adapter, which has every digit")
-        model.save_pretrained(directory)
-    finally:
-        for name, parameter in tuned.items():
-            parameter.data = exact[name]
+    warn_of_rounding(tensors, own, "call fastln.prepare(model) before loading, which makes the tuned norms float32")
 
 
 def adapter_type(folder: Path) -> str:
     """Return which of peft's kinds the adapter in a folder is.
 
     Raises:
-        FastLNError: if there is no readable configuration or no tensors' file in the folder.
+        FastLNError: if the folder has no readable configuration or no tensors' file.
     """
     kind = str(_config(folder).get("peft_type"))
     if not (folder / WEIGHTS).is_file():
-        pickled = f" (there is {PICKLED}, a pickle, which is never read)" if (folder / PICKLED).is_file() else ""
+        pickled = f" (it has {PICKLED}, a pickle, which fastln never reads)" if (folder / PICKLED).is_file() else ""
         raise FastLNError(f"{folder}: there is no {WEIGHTS} in this folder{pickled}")
     return kind
 
 
-def fingerprint(model: nn.Module, without: Collection[str] = ()) -> str:
-    """Return a digest of the model's parameters, of their names, shapes and some values, in the precision of bfloat16.
-
-    A checkpoint has the same one in float32 and in bfloat16. Some 64 values of each parameter are looked at: bases that
-    were trained differently differ in it, ones that differ in a few values alone may not. The list of answers that a
-    dual encoder chooses from counts too: the same head says other things of another list.
+def warn_of_rounding(exact: Mapping[str, Tensor], kept: Mapping[str, Tensor], advice: str) -> None:
+    """Warn of how many values of `exact` were rounded in `kept`, and by how much; say nothing where none was.
 
     Args:
-        model: the model, prepared or stock.
-        without: names that are left out.
+        exact: tensors by name.
+        kept: the same names and more, perhaps in other dtypes.
+        advice: how to keep every digit; the end of the warning.
     """
-    digest = hashlib.sha256()
-    for name, parameter in sorted(model.named_parameters()):
-        if name not in without:
-            values = gathered(parameter).reshape(-1)
-            values = values[:: max(1, len(values) // _N_SAMPLED)].to("cpu", torch.bfloat16).contiguous()
-            digest.update(repr((name, tuple(parameter.shape))).encode())
-            digest.update(values.view(torch.uint8).numpy().tobytes())
-    if answers := getattr(getattr(model, "config", None), "answers", None):
-        digest.update(repr(list(answers)).encode())
-    return digest.hexdigest()
-
-
-def _targets(model: nn.Module, names: list[str]) -> list[str] | str:
-    """Return what makes peft choose these modules and no other: names, or a pattern where one ends another name too."""
-    endings = tuple(f".{name}" for name in names)
-    if any(name.endswith(endings) for name, _ in model.named_modules()):
-        return "|".join(re.escape(name) for name in names)
-    return names
-
-
-def _read(folder: Path) -> _Adapter:
-    if (kind := adapter_type(folder)) != LN_TUNING:
-        raise FastLNError(f"{folder}: this is a {kind} adapter; fastln reads those for {LN_TUNING}")
-    path = folder / WEIGHTS
-    try:
-        with safe_open(path, "pt") as file:
-            metadata = file.metadata() or {}
-            stored = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
-    except (OSError, SafetensorError) as error:
-        raise FastLNError(f"{path}: cannot be read, it is damaged or cut short: {error}") from error
-    tensors = {name.removeprefix(_PREFIX).replace(_TUNED, "."): tensor for name, tensor in stored.items()}
-    if not tensors:
-        raise FastLNError(f"{path}: there is no tensor in this adapter")
-    return _Adapter(tensors, metadata.get(FINGERPRINT))
-
-
-def _config(folder: Path) -> dict[str, Any]:
-    path = folder / CONFIG
-    try:
-        config = json.loads(path.read_text())
-    except FileNotFoundError:
-        raise FastLNError(f"{folder}: there is no {CONFIG} in this folder; an adapter has one") from None
-    except (OSError, ValueError) as error:
-        raise FastLNError(f"{path}: cannot be read: {error}") from error
-    if not isinstance(config, dict):
-        raise FastLNError(f"{path}: must be a mapping, not {type(config).__name__}")
-    return config
-
-
-def _refuse_tied(model: nn.Module, directory: str | Path, adapter: _Adapter) -> None:
-    """Refuse a new value of a parameter that another module shares, which would change a part that stays frozen."""
-    names_of: dict[nn.Parameter, list[str]] = {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        names_of.setdefault(parameter, []).append(name)
-    for parameter, names in names_of.items():
-        inside = [name for name in names if name in adapter.tensors]
-        outside = [name for name in names if name not in adapter.tensors]
-        if inside and outside and not torch.equal(adapter.tensors[inside[0]].to(parameter), parameter):
-            raise FastLNError(
-                f"{directory}: {inside[0]} has a value of its own in this adapter, and in this model it is one with "
-                f"{outside[0]}: load the base with tie_word_embeddings=False"
-            )
-
-
-def _warn_of_rounding(exact: Mapping[str, Tensor], kept: Mapping[str, Tensor], advice: str) -> None:
-    """Say how many values of `exact` were rounded in `kept`, and by how much."""
     n_values = n_rounded = 0
     largest = 0.0
     dtypes = set()
@@ -339,3 +211,117 @@ def _warn_of_rounding(exact: Mapping[str, Tensor], kept: Mapping[str, Tensor], a
             f"{advice}",
             stacklevel=3,
         )
+
+
+def _owner(name: str) -> str:
+    """Return the name of the module that owns the parameter of this name; the model itself is the empty name."""
+    return name.rpartition(".")[0]
+
+
+def _prefixes(modules: Collection[str]) -> tuple[str, ...]:
+    """Return what the names of everything inside these modules begin with."""
+    return tuple(f"{name}." for name in modules)
+
+
+def _shared(model: nn.Module) -> list[list[str]]:
+    """Return the names of each parameter that has several, the model's own choice first."""
+    names_of: dict[nn.Parameter, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        names_of.setdefault(parameter, []).append(name)
+    return [names for names in names_of.values() if len(names) > 1]
+
+
+def _with_sharers(model: nn.Module, also: Collection[str]) -> list[str]:
+    """Return the modules that train whole, and those that share a weight which trains with them.
+
+    Raises:
+        FastLNError: if the model itself holds such a weight, outside its modules: an adapter has no name for that.
+    """
+    modules = list(also)
+    for names in _shared(model):
+        if names[0].startswith(_prefixes(also)):
+            for owner in (_owner(name) for name in names if not name.startswith(_prefixes(modules))):
+                if not owner:
+                    raise FastLNError(
+                        f"{names[0]} trains and is also a parameter of the model itself, which no adapter can hold: "
+                        "write the whole model with fastln.merge_adapter(model, directory)"
+                    )
+                if owner not in modules:
+                    modules.append(owner)
+    return modules
+
+
+def _frozen_sharers(model: nn.Module, directory: str | Path, tensors: Mapping[str, Tensor]) -> set[str]:
+    """Return the names of the adapter's tensors that are weights of modules which it leaves alone, unchanged.
+
+    Raises:
+        FastLNError: if the adapter has a new value for such a weight, or two values for one weight.
+    """
+    frozen: set[str] = set()
+    for names in _shared(model):
+        inside = [name for name in names if name in tensors]
+        outside = [name for name in names if name not in tensors]
+        if not inside:
+            continue
+        first = tensors[inside[0]]
+        apart = [name for name in inside if not torch.equal(tensors[name], first)]
+        if not apart and outside:
+            if _equal(first, model.get_parameter(names[0])):
+                frozen.update(inside)
+            else:
+                apart = outside
+        if apart:
+            raise FastLNError(
+                f"{directory}: {inside[0]} has a value of its own in this adapter, but this model shares it with "
+                f"{apart[0]}: load the base with tie_word_embeddings=False"
+            )
+    return frozen
+
+
+def _equal(stored: Tensor, parameter: Tensor) -> bool:
+    """Whether two tensors agree in the dtype of one of them: the bases may be in different ones."""
+    stored = stored.to(parameter.device)
+    return torch.equal(stored.to(parameter.dtype), parameter) or torch.equal(stored, parameter.to(stored.dtype))
+
+
+def _name_or_path(model: nn.Module) -> str | None:
+    """Return where the base was loaded from, as peft does; None where that is not known."""
+    named = (vars(model).get("name_or_path"), getattr(getattr(model, "config", None), "name_or_path", None))
+    return next((name for name in named if name), None)
+
+
+def _targets(model: nn.Module, names: list[str]) -> list[str] | str:
+    """Return what makes peft choose these modules alone: names, or a pattern where one ends the name of another too."""
+    endings = tuple(f".{name}" for name in names)
+    if any(name.endswith(endings) for name, _ in model.named_modules()):
+        return "|".join(re.escape(name) for name in names)
+    return names
+
+
+def _read(folder: Path) -> _Adapter:
+    if (kind := adapter_type(folder)) != LN_TUNING:
+        raise FastLNError(f"{folder}: this is a {kind} adapter; load_adapter reads {LN_TUNING} adapters")
+    path = folder / WEIGHTS
+    try:
+        with safe_open(path, "pt") as file:
+            metadata = file.metadata() or {}
+            stored = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
+    except (OSError, SafetensorError) as error:
+        raise FastLNError(f"{path}: cannot be read, it is damaged or cut short: {error}") from error
+    tensors = {name.removeprefix(PEFT_PREFIX).replace(_TUNED, "."): tensor for name, tensor in stored.items()}
+    if not tensors:
+        raise FastLNError(f"{path}: there is no tensor in this adapter")
+    return _Adapter(tensors, metadata.get(FINGERPRINT))
+
+
+def _config(folder: Path) -> dict[str, Any]:
+    path = folder / CONFIG
+    try:
+        config = json.loads(path.read_text())
+    except FileNotFoundError:
+        raise FastLNError(f"{folder}: there is no {CONFIG} in this folder; an adapter has one") from None
+    except (OSError, ValueError) as error:
+        raise FastLNError(f"{path}: cannot be read: {error}") from error
+    if not isinstance(config, dict):
+        raise FastLNError(f"{path}: must be a mapping, not {type(config).__name__}")
+    return config

@@ -1,4 +1,4 @@
-"""Options and arguments of a command from a YAML file and `key=value` words, turned into those that it takes."""
+"""Read a command's options and arguments from a YAML file and from `key=value` words."""
 
 from __future__ import annotations
 
@@ -13,14 +13,17 @@ from typer.core import TyperCommand
 
 from fastln.errors import FastLNError
 
-HELP = """--config FILE takes options and arguments from a YAML file whose keys are their names; KEY=VALUE words
-overrule it, and options both. --print-config prints the value of each as such a file, and does nothing else."""
+HELP = """--config FILE reads options and arguments from a YAML file whose keys are their names. KEY=VALUE words
+override the file, and options override both. --print-config prints all values as such a file and exits."""
 PRINT = "--print-config"
 _WORD = re.compile(r"([A-Za-z_][\w-]*)=(.*)", re.DOTALL)
 
 
 class _Loader(yaml.SafeLoader):
-    """Leaves all but null, true and false as written: options read numbers themselves, and a folder may be 1.10."""
+    """Loads everything except null, true and false as text.
+
+    The options parse numbers themselves, and a folder may be called 1.10.
+    """
 
 
 _Loader.yaml_implicit_resolvers = {
@@ -31,10 +34,10 @@ _Loader.add_implicit_resolver("tag:yaml.org,2002:bool", re.compile("true|false")
 
 
 class ConfiguredCommand(TyperCommand):
-    """A command whose options and arguments come from `--config FILE` and `key=value` words too.
+    """A command that also takes its options and arguments from `--config FILE` and `key=value` words.
 
-    A word is `key=value` where letters, digits, `_` and `-` alone stand before its first `=`; a path that looks so is
-    given as `./a=b`, or after `--`.
+    A word counts as `key=value` if only letters, digits, `_` and `-` come before its first `=`. Write a path that looks
+    like this as `./a=b`, or put it after `--`.
     """
 
     def __init__(self, *args: Any, **settings: Any) -> None:
@@ -42,10 +45,10 @@ class ConfiguredCommand(TyperCommand):
         super().__init__(*args, **(settings | words))
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        """Expand the words and parse them; with `--print-config`, print and stop.
+        """Expand the words and parse them. With `--print-config`, print the values and exit.
 
         Raises:
-            FastLNError: as `expand` does.
+            FastLNError: As for `expand`.
         """
         words = expand(self, [word for word in args if word != PRINT])
         if PRINT not in args:
@@ -57,10 +60,10 @@ class ConfiguredCommand(TyperCommand):
         raise SystemExit(0)
 
     def show(self, values: dict[str, Any]) -> str:
-        """Return every parameter's value as YAML, defaults included, with a comment on what None stands for.
+        """Return every parameter's value as YAML, including defaults, with a comment that explains each None.
 
         Args:
-            values: by name.
+            values: The values by name.
         """
         notes = self.defaults(values)
         lines = []
@@ -74,27 +77,27 @@ class ConfiguredCommand(TyperCommand):
         return "".join(lines)
 
     def defaults(self, values: dict[str, Any]) -> dict[str, str]:
-        """Return what stands for values that are None, by name; the help does where nothing is told here.
+        """Return what None means for parameters, by name. Other parameters that are None show their help text.
 
         Args:
-            values: of every parameter, by name.
+            values: The values of all parameters, by name.
         """
         return {}
 
 
 def expand(command: TyperCommand, args: list[str]) -> list[str]:
-    """Replace `--config FILE` and `key=value` by options and arguments, overruled by those that are there as such.
+    """Replace `--config FILE` and `key=value` words by options and arguments. Explicit ones override them.
 
     Args:
         command: The command.
-        args: Its words on the command line, without its own name.
+        args: The words on the command line, without the command's name.
 
     Returns:
-        Words without either.
+        The words, with options and arguments only.
 
     Raises:
-        FastLNError: for a file that cannot be read, an unknown key (the message names the nearest), or a value of the
-            wrong form.
+        FastLNError: If a file cannot be read, a key is unknown (the message suggests the closest one), or a value has
+            the wrong form.
     """
     parameters: dict[str, Any] = {str(parameter.name): parameter for parameter in command.params}
     options = {name: parameter for name, parameter in parameters.items() if parameter.param_type_name == "option"}
@@ -120,7 +123,7 @@ def expand(command: TyperCommand, args: list[str]) -> list[str]:
         else:
             arguments.append(word)
     settled |= overrides
-    # A list given as options takes the place of the file's; it does not go on from it.
+    # A list given as options replaces the file's list; it does not extend it.
     given = {word.partition("=")[0] for word in others}
     for name, words in settled.items():
         if name in options:
@@ -131,7 +134,7 @@ def expand(command: TyperCommand, args: list[str]) -> list[str]:
 
 
 def _words(parameters: dict[str, Any], key: str, value: Any, where: str) -> dict[str, list[str]]:
-    """Return the words by which the parameter `key` gets its value, none for null and for a flag that is false."""
+    """Return the command-line words that set parameter `key`: none for null, or for a false flag without a `--no-`."""
     name = key.replace("-", "_")
     if name not in parameters:
         near = get_close_matches(name, parameters, n=1, cutoff=0.5)
@@ -158,9 +161,9 @@ def _read(path: str) -> dict[Any, Any]:
     except (OSError, UnicodeDecodeError) as error:
         raise FastLNError(f"--config {path}: cannot be read: {error}") from None
     except yaml.YAMLError as error:
-        raise FastLNError(f"{path}: not YAML: {' '.join(str(error).split())}") from None
+        raise FastLNError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
     if not isinstance(values, dict | None):
-        raise FastLNError(f"{path}: must hold lines of `key: value`, not a {type(values).__name__}")
+        raise FastLNError(f"{path}: must contain lines of the form `key: value`, not a {type(values).__name__}")
     return values or {}
 
 
@@ -168,4 +171,4 @@ def _parsed(text: str, word: str) -> Any:
     try:
         return yaml.load(text, _Loader)
     except yaml.YAMLError:
-        raise FastLNError(f"{word}: the value is not YAML; put it into quotes, and those into others") from None
+        raise FastLNError(f"{word}: the value is not valid YAML; quote it twice, as in 'key=\"value\"'") from None

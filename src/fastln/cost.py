@@ -1,9 +1,10 @@
-"""The floor of a step: the matrix products that no method can do without, at the rate that this machine multiplies."""
+"""What a training step costs at least: the matrix products that every method needs, and this machine's rate at them."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -11,34 +12,37 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
+from fastln.errors import FastLNError
+from fastln.families.heads import find_heads
 from fastln.late.rows import LazyRows
 from fastln.late.tensor import METADATA
-from fastln.memory import synchronize
-from fastln.standins.blocks import use_stand_ins
-from fastln.standins.last_block import spare_last_rows
-from fastln.standins.lm_head import find_heads
-from fastln.standins.modules import stand_back
+from fastln.memory import AsOnCPU, synchronize
+from fastln.ops.linear_cross_entropy import IGNORE_INDEX
+from fastln.plan import apply, plan
+from fastln.prepare import restore
 
 
 class Products(TorchFunctionMode):
-    """Counts the operations of the products in a forward pass of stock code, and of their backward.
+    """Counts the operations of the matrix products in a forward pass of stock code, and in its backward pass.
 
-    A product of (n, k) by (k, m) has 2 n k m operations, and as many again for each of its two factors that needs a
-    gradient. So a frozen linear layer counts twice, once where nothing before it trains; attention counts its two
-    products and the four that their gradients take, and half of that where it is causal, but none twice, as a backward
-    that finds the scores again has it. The language-model head counts at the positions that carry labels alone, and
-    rows that wait (`fastln.late.rows`) where they are computed.
+    A product of (n, k) by (k, m) takes 2 n k m operations, and as many again for each of its two factors that needs a
+    gradient. So a frozen linear layer counts twice, or once if nothing before it trains. Attention counts its two
+    products and the four of their gradients, and half of that if it is causal; scores that a backward pass computes
+    again do not count again. The language-model head counts only the positions that carry a label. Rows that wait
+    (`fastln.late.rows`) count when they are computed.
+
+    Nothing is told apart by its address, so the model may lie on the meta device.
 
     Args:
-        model: Its heads are told by their weights.
-        labels: Of the batch; those of -100 are no labels.
+        model: Its heads are recognised by their weights.
+        labels: Of the batch, with values; `IGNORE_INDEX` stands for no label.
     """
 
     def __init__(self, model: nn.Module, labels: Tensor | None = None) -> None:
         super().__init__()
         self.operations = 0.0
         self._heads = {id(head.weight) for head in find_heads(model).values()}
-        self._n_labels = 0 if labels is None else int((labels != -100).sum())
+        self._n_labels = 0 if labels is None else int((labels != IGNORE_INDEX).sum())
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -82,31 +86,50 @@ _MATMULS = (torch.matmul, torch.bmm, torch.mm, Tensor.matmul, Tensor.__matmul__,
 
 
 def count_operations(model: nn.Module, batch: Mapping[str, Any]) -> float:
-    """Return the operations of one step's products, of the last block's for tokens that are read alone.
+    """Return the operations of a training step's products, counting the last block only for rows that are read.
+
+    On the meta device rows do not wait, so there the last block counts for all of its rows.
 
     Args:
-        model: Of stock code, in training, with gradients switched on where they are wanted.
-        batch: What it takes.
+        model: Stock, in training mode. What trains is what requires a gradient. It is the same afterwards.
+        batch: What the model takes. For a model on the meta device it may lie on the CPU, and its labels must.
+
+    Raises:
+        FastLNError: If the model is prepared, or the labels have no values.
     """
-    use_stand_ins(model, "reference")  # norms as operations of rows; products stay torch's
-    handles = spare_last_rows(model)
+    labels = batch.get("labels")
+    if labels is not None and labels.is_meta:
+        raise FastLNError(
+            "labels on the meta device have no values, and only rows with a label count; leave them on cpu"
+        )
+    is_meta = any(parameter.is_meta for parameter in model.parameters())
+    trains = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
+    # Norms and activations work row by row, and rows may wait. Products stay torch's own, which `Products` sees.
+    stock = ("attention", "linears", "late_logits", "cache", "checkpointing", "arena")
+    apply(plan(model, "full", without=stock), model)
     try:
-        with Products(model, batch.get("labels")) as products:
-            model(**batch)
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(trains[name])
+        with AsOnCPU() if is_meta else nullcontext(), Products(model, labels) as products:
+            model(**(_on_meta(batch) if is_meta else batch))
     finally:
-        for handle in handles:
-            handle.remove()
-        stand_back(model)
+        restore(model)
     return products.operations
 
 
+def _on_meta(batch: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value.to("meta") if isinstance(value, Tensor) else value for name, value in batch.items()}
+
+
 def matrix_rate(device: torch.device, dtype: torch.dtype, repeats: int = 10) -> float:
-    """Return how many operations per second the machine reaches in a layer's product, into memory that exists.
+    """Measure how many operations per second a device reaches in a typical layer's product.
+
+    The product is written into memory that exists already.
 
     Args:
-        device: Where.
+        device: Where to multiply: a CPU or a GPU.
         dtype: Of the factors and the product.
-        repeats: The fastest of so many counts.
+        repeats: How often to measure; the fastest counts.
     """
     n_rows, n_in, n_out = 1024, 1024, 4096
     x, weight = (torch.randn(shape, device=device).to(dtype) for shape in ((n_rows, n_in), (n_out, n_in)))

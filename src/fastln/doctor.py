@@ -1,4 +1,4 @@
-"""What this machine has, and which backend each operation will use and why."""
+"""What this machine has, which backend each operation will use and why, and what `prepare` would change in a model."""
 
 from __future__ import annotations
 
@@ -9,27 +9,45 @@ from typing import Any
 import psutil
 import torch
 
-from fastln.machine import cpu_flags, cpu_model, has_bfloat16_units, keep_pages, package_version, settle_device
+from fastln.machine import (
+    arena_limit,
+    cpu_flags,
+    cpu_model,
+    has_bfloat16_units,
+    memory_limit,
+    package_version,
+    settle_device,
+    why_no_arena,
+)
 from fastln.ops.backends import OPERATIONS, resolve
-from fastln_kernels.cpu import library
+from fastln.ops.settings import DEFAULT
+from fastln_kernels.cpu import library, products
 
 PACKAGES = ("fastln", "torch", "triton", "transformers", "peft", "accelerate", "flash-attn", "liger-kernel")
 VECTORS = ("avx2", "avx512f", "avx512_bf16", "amx_bf16", "asimd", "sve", "bf16")
-
-
 WIDER_THAN_128_BITS = {"avx2", "avx512f", "sve"}
 
 
-def examine() -> dict[str, Any]:
-    """Look at the machine.
+def examine(model: str | None = None) -> dict[str, Any]:
+    """Look at the machine, and change nothing in this process.
+
+    Args:
+        model: What `fastln.models.outline` takes, to be planned for the device that "auto" gives.
 
     Returns:
-        `packages` (version or None), `machine`, and `operations`: for each operation the backend that "auto" gives
-        on the device that "auto" gives, and why.
+        `packages` (version or None), `machine`, `operations` (for each the backend that "auto" gives on the device
+        that "auto" gives, and why), `tricks` (what `prepare` may change: what each gains and risks) and `plan` (its
+        table's lines; None without a model).
+
+    Raises:
+        FastLNError: If there is no such model.
     """
+    from fastln.standins.tricks import TRICKS
+
     device = settle_device("auto")
     flags = cpu_flags()
-    choices = {operation: resolve(operation, device, "auto") for operation in OPERATIONS}
+    choices = {operation: resolve(operation, device, DEFAULT) for operation in OPERATIONS}
+    limit = memory_limit()
     return {
         "packages": {package: package_version(package) for package in PACKAGES},
         "machine": {
@@ -39,9 +57,11 @@ def examine() -> dict[str, Any]:
             "cpu_vectors": [flag for flag in VECTORS if flag in flags],
             "threads": torch.get_num_threads(),
             "memory_gib": round(psutil.virtual_memory().total / 2**30, 1),
+            "memory_limit_gib": round(limit.n_bytes / 2**30, 1),
+            "memory_limit": limit.source,
             "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
             "bfloat16_units": has_bfloat16_units(device),
-            "freed_memory": keep_pages() if device.type == "cpu" else None,
+            "freed_memory": _freed_memory(device),
             "compiler": shlex.join(library.compiler()) or None,
             "device": str(device),
             "slower": _slower(flags) if device.type == "cpu" else None,
@@ -49,40 +69,71 @@ def examine() -> dict[str, Any]:
         "operations": {
             operation: {"backend": choice.backend, "reason": choice.reason} for operation, choice in choices.items()
         },
+        "tricks": {trick.name: {"gains": trick.gains, "risk": trick.risk} for trick in TRICKS.values()},
+        "plan": None if model is None else _plan(model, device),
     }
 
 
+def _freed_memory(device: torch.device) -> str:
+    """Say who keeps the memory of large tensors that are freed while a model is prepared."""
+    if reason := why_no_arena(device):
+        return f"torch's allocator decides ({reason})"
+    limit = arena_limit()
+    return (
+        f"prepare() keeps that of large tensors for the next step, up to {limit.n_bytes / 2**30:.1f} GiB "
+        f"({limit.source}); without=('arena',) or FASTLN_KEEP_PAGES=0 leaves torch's allocator"
+    )
+
+
 def _slower(flags: set[str]) -> str | None:
-    """What this CPU's kernels lack to be fast; None where they lack nothing."""
+    """Say what this machine lacks for the CPU kernels to be fast; None where it lacks nothing."""
     lacks = []
     if why := library.why_not("norm"):
         lacks.append(f"every operation runs without compiled kernels ({why})")
+    elif why := products.why_not("attention") or products.why_not("linear"):
+        lacks.append(f"attention and frozen linear layers run on torch's own code ({why})")
     if flags and not flags & WIDER_THAN_128_BITS:
-        lacks.append("kernels run on vectors of 128 bits, for want of AVX2, AVX-512 or SVE")
+        lacks.append("kernels run on vectors of 128 bits, since this CPU has no AVX2, AVX-512 or SVE")
     return "; ".join(lacks) or None
+
+
+def _plan(model: str, device: torch.device) -> list[str]:
+    # Only here: transformers' models take seconds to import.
+    from fastln.models.outline import outline
+    from fastln.plan import plan
+
+    return plan(outline(model), device=device).table().splitlines()
 
 
 def render(findings: dict[str, Any]) -> str:
     """Write what `examine` found for a person."""
     machine = findings["machine"]
+    memory = f"{machine['memory_gib']} GiB"
+    if machine["memory_limit_gib"] < machine["memory_gib"]:
+        memory += f", of which {machine['memory_limit_gib']} GiB may be used ({machine['memory_limit']})"
     lines = ["packages"]
-    lines += [f"  {name:14} {version or 'not installed'}" for name, version in findings["packages"].items()]
+    lines += [f"  {name:16} {version or 'not installed'}" for name, version in findings["packages"].items()]
     lines += [
         "machine",
-        f"  {'system':14} {machine['system']}, Python {machine['python']}",
-        f"  {'cpu':14} {machine['cpu']}, {machine['threads']} threads, {machine['memory_gib']} GiB",
-        f"  {'vectors':14} {' '.join(machine['cpu_vectors']) or 'none known'}",
-        f"  {'gpu':14} {machine['gpu'] or 'none'}",
-        f"  {'bfloat16':14} "
+        f"  {'system':16} {machine['system']}, Python {machine['python']}",
+        f"  {'cpu':16} {machine['cpu']}, {machine['threads']} threads",
+        f"  {'memory':16} {memory}",
+        f"  {'vectors':16} {' '.join(machine['cpu_vectors']) or 'none known'}",
+        f"  {'gpu':16} {machine['gpu'] or 'none'}",
+        f"  {'bfloat16':16} "
         + ("in hardware" if machine["bfloat16_units"] else "emulated: dtype auto means float32 here"),
-        f"  {'freed memory':14} {machine['freed_memory'] or 'torch decides, on a GPU'}",
-        f"  {'compiler':14} {machine['compiler'] or 'none: CPU kernels cannot be compiled'}",
-        f"operations on {machine['device']}",
+        f"  {'freed memory':16} {machine['freed_memory']}",
+        f"  {'compiler':16} {machine['compiler'] or 'none: CPU kernels cannot be compiled'}",
     ]
     if machine["slower"]:
-        lines.insert(-1, f"  {'slower':14} {machine['slower']}")
+        lines.append(f"  {'slower':16} {machine['slower']}")
+    lines.append(f"operations on {machine['device']}")
     lines += [
-        f"  {operation:14} {choice['backend']}: {choice['reason']}"
+        f"  {operation:16} {choice['backend']}: {choice['reason']}"
         for operation, choice in findings["operations"].items()
     ]
+    lines.append("what prepare() may change (leave out with without=(...))")
+    lines += [f"  {name:16} {trick['gains']} (risk: {trick['risk']})" for name, trick in findings["tricks"].items()]
+    if findings["plan"] is not None:
+        lines += ["what prepare() would do with this model", *(f"  {line}" for line in findings["plan"])]
     return "\n".join(lines)

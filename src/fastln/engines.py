@@ -1,4 +1,4 @@
-"""Who puts a method on a model: fastln itself, plain torch, or peft. All train the same parameters' kinds."""
+"""Engines put a method on a model: fastln itself, plain torch, or peft. All train the same kinds of parameters."""
 
 from __future__ import annotations
 
@@ -19,15 +19,14 @@ from transformers.models.auto.modeling_auto import (
 from transformers.pytorch_utils import Conv1D
 
 from fastln.adapters import LN_TUNING, adapter_type, load_adapter, save_adapter
-from fastln.errors import FastLNError
+from fastln.errors import FastLNError, loading
 from fastln.families import find_norms, parameters_in
 from fastln.families.parts import attention_maps, ffn_maps
 from fastln.files import written_whole
 from fastln.methods import IA3_TARGETS, LORA_RANK, LORA_TARGETS, get_method, select_parameters, settle_scope
-from fastln.models import Task
-from fastln.models.sources import loading
-from fastln.prepare import STATE, prepare, restore
-from fastln.standins.modules import stand_back
+from fastln.plan import prepared, settle_without
+from fastln.prepare import prepare, restore
+from fastln.standins.part import stand_back
 
 N_VIRTUAL_TOKENS = 20
 PROMPT_METHODS = ("prefix", "p-tuning", "prompt")
@@ -39,44 +38,14 @@ _TASK_TYPES = {
 }
 
 
-def apply_method(
-    task: Task,
-    method: str,
-    engine: str | None = None,
-    *,
-    scope: Iterable[str] | None = None,
-    backend: str = "auto",
-) -> nn.Module:
-    """Put `method` on the task's model, in place.
-
-    A task head that starts random trains under every method; `head` trains the head even where it does not.
-
-    Args:
-        task: the model.
-        method: as `fastln.methods.get_method` takes it.
-        engine: who runs it; the method's first by default.
-        scope: the sub-models to tune; all by default.
-        backend: of fastln's operations; for engine `fastln` only.
-
-    Returns:
-        The module to train: the task's model itself, or peft's wrapper of it.
-
-    Raises:
-        FastLNError: for an unknown pair, a model that the method finds nothing in, or method `head` where there is no
-            task head.
-    """
-    if method == "head" and not task.head:
-        raise FastLNError(f"method 'head' trains a task head, and {task.name} has none")
-    return put_method(task.model, method, engine, scope=scope, also=task.head_under(method), backend=backend)
-
-
 def put_method(
     model: nn.Module,
     method: str = "layernorm",
     engine: str | None = None,
     *,
     scope: str | Iterable[str] | None = None,
-    also: Iterable[str] = (),
+    also: str | Iterable[str] = (),
+    without: str | Iterable[str] = (),
     backend: str = "auto",
 ) -> nn.Module:
     """Put `method` on any model, in place.
@@ -87,31 +56,36 @@ def put_method(
         engine: who runs it; the method's first by default.
         scope: as `fastln.prepare` takes it.
         also: names of further modules that train whole.
+        without: names of what `fastln.prepare` leaves out; for engine `fastln` only.
         backend: of fastln's operations; for engine `fastln` only.
 
     Returns:
         The module to train: the model itself, or peft's wrapper of it.
 
     Raises:
-        FastLNError: for an unknown pair or scope, or a model that the method finds nothing in.
+        FastLNError: for an unknown pair or scope, a model that the method finds nothing in, or `without` or a backend
+            under another engine.
     """
     method, scope = settle_scope(method, scope)
     also = (also,) if isinstance(also, str) else tuple(also)
     chosen, engine = get_method(method, engine)
+    check_without(without, engine)
+    if backend != "auto" and engine != "fastln":
+        raise FastLNError(f"engine {engine!r} runs stock code: backend {backend!r} is for engine 'fastln'")
     if engine == "torch":
         trained = select_parameters(model, chosen, scope, also)
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(name in trained)
         return model
     if method == "layernorm+lora":
-        return _norms_and_lora(model, scope, also, backend)
+        return _norms_and_lora(model, scope, also, without, backend)
     if engine == "fastln":
-        return prepare(model, method, scope=scope, also=also, backend=backend)
+        return prepare(model, method, scope=scope, also=also, without=without, backend=backend)
     config = _peft_config(model, method, scope)
     if isinstance(config, peft.PromptLearningConfig):
         if also:
             raise FastLNError(
-                f"method {method!r} trains its virtual tokens alone; it takes no further {', '.join(also)}"
+                f"method {method!r} trains only its virtual tokens; it cannot train {', '.join(also)} too"
             )
     else:
         config.modules_to_save = list(also) or None
@@ -119,53 +93,66 @@ def put_method(
     return peft.get_peft_model(model, config, autocast_adapter_dtype=False)
 
 
+def check_without(without: str | Iterable[str], engine: str) -> None:
+    """Check that `prepare` knows what is to be left out, and that the engine is the one that has it.
+
+    Raises:
+        FastLNError: for an unknown name, or any name under another engine than `fastln`.
+    """
+    names = settle_without(without)
+    if names and engine != "fastln":
+        raise FastLNError(
+            f"engine {engine!r} runs stock code, so there is nothing to leave out: without {', '.join(names)} is for "
+            "engine 'fastln'"
+        )
+
+
 def check_finishes(method: str) -> None:
-    """Check that what `method` trains can become part of the model itself, as `finish` makes it.
+    """Check that what `method` trains can become part of the model itself, as `to_stock` makes it.
 
     Raises:
         FastLNError: if it trains virtual tokens.
     """
     if method in PROMPT_METHODS:
         raise FastLNError(
-            f"method {method!r} trains virtual tokens, which no model can be saved with; train it by FastLNTrainer, "
-            "which leaves them in peft's own form"
+            f"method {method!r} trains virtual tokens, which cannot be saved as part of a model; use FastLNTrainer, "
+            "which keeps them in peft's own form"
         )
 
 
-def finish(task: Task, trained: nn.Module) -> None:
-    """Make the task's model stock again, with the trained values in it.
+def to_stock(trained: nn.Module) -> nn.Module:
+    """Return the stock model with the trained values in it.
 
     Args:
-        task: the model that `apply_method` was called with.
-        trained: what `apply_method` returned.
+        trained: what `put_method` returned. The model in it is changed in place.
     """
+    model = trained
     if isinstance(trained, peft.PeftModel):
         # peft leaves its wrappers around the further modules (for norms), or takes them for linear layers (for ia3).
         base = trained.get_base_model()
         for name, module in list(base.named_modules()):
             if isinstance(module, ModulesToSaveWrapper):
                 base.set_submodule(name, module.modules_to_save[module.active_adapter])
-        task.model = trained.merge_and_unload()
-    if hasattr(task.model, STATE):
-        restore(task.model)
+        model = trained.merge_and_unload()
+    return model if prepared(model) is None else restore(model)
 
 
 def save_trained_adapter(trained: nn.Module, directory: Path, dtype: torch.dtype = torch.float32) -> None:
     """Write what a method trained as an adapter: fastln's for norms, peft's for its own methods.
 
     Args:
-        trained: what `apply_method` or `put_method` returned, before `finish`.
+        trained: what `put_method` returned, before `to_stock`.
         directory: a new folder.
-        dtype: of norms in it; peft's adapters are in their own.
+        dtype: of the norms in it; peft's adapters keep their own.
 
     Raises:
-        FastLNError: for what no adapter holds (`full`, `bitfit`, norms beside lora, plain torch), with the reason; or
-            if the folder cannot be written to, in which case nothing of it is there.
+        FastLNError: for what no adapter can hold (`full`, `bitfit`, norms beside lora, plain torch), with the reason;
+            or if the folder cannot be written to, and then it does not appear.
     """
     if not isinstance(trained, peft.PeftModel):
         save_adapter(trained, directory, dtype=dtype)
-    elif hasattr(trained.get_base_model(), STATE):
-        raise FastLNError("an adapter holds norms or peft's layers, and here both train")
+    elif prepared(trained.get_base_model()) is not None:
+        raise FastLNError("an adapter holds either norms or peft's layers, and here both train")
     else:
         try:
             with written_whole(directory) as beside:
@@ -174,35 +161,46 @@ def save_trained_adapter(trained: nn.Module, directory: Path, dtype: torch.dtype
             raise FastLNError(f"{directory}: the adapter cannot be written: {error}") from error
 
 
-def load_trained_adapter(task: Task, directory: Path) -> None:
-    """Put an adapter that `save_trained_adapter` or peft wrote into the task's model, which stays stock.
+def load_trained_adapter(model: nn.Module, directory: Path) -> nn.Module:
+    """Put an adapter that `save_trained_adapter` or peft wrote into a stock model.
+
+    Args:
+        model: the base that it was trained on; it is changed in place.
+        directory: the adapter's folder.
+
+    Returns:
+        The stock model with the adapter's values in it.
 
     Raises:
-        FastLNError: if there is no whole adapter in the folder, it does not fit the model, or it is of virtual tokens;
-            as `load_adapter` does.
+        FastLNError: if the folder holds no whole adapter, if the adapter does not fit the model, or if it is of virtual
+            tokens; as `load_adapter` does.
     """
     if (kind := adapter_type(directory)) == LN_TUNING:
         with warnings.catch_warnings():
             # The model is scored in its own dtype, as `fastln train` saves and scores it.
             warnings.filterwarnings("ignore", message=".* rounds ")
-            load_adapter(task.model, directory)
-    else:
-        if kind in _VIRTUAL:
-            raise FastLNError(
-                f"{directory}: a {kind} adapter is of virtual tokens, which cannot become part of a model"
-            )
-        with loading(str(directory)):
-            wrapped = peft.PeftModel.from_pretrained(task.model, str(directory), autocast_adapter_dtype=False)
-        finish(task, wrapped)
-    task.random_head = ()  # it trains under every method
+            load_adapter(model, directory)
+        return model
+    if kind in _VIRTUAL:
+        raise FastLNError(
+            f"{directory}: this is a {kind} adapter; its virtual tokens cannot become part of a model, so only peft "
+            "can load it"
+        )
+    with loading(str(directory)):
+        wrapped = peft.PeftModel.from_pretrained(model, str(directory), autocast_adapter_dtype=False)
+    return to_stock(wrapped)
 
 
 def _norms_and_lora(
-    model: nn.Module, scope: str | Iterable[str] | None, also: tuple[str, ...], backend: str
+    model: nn.Module,
+    scope: str | Iterable[str] | None,
+    also: tuple[str, ...],
+    without: str | Iterable[str],
+    backend: str,
 ) -> nn.Module:
     # The names are found before anything is swapped for a stand-in.
     config = _peft_config(model, "lora", scope)
-    prepare(model, "layernorm", scope=scope, also=also, backend=backend)
+    prepare(model, "layernorm", scope=scope, also=also, without=without, backend=backend)
     own = [parameter for parameter in model.parameters() if parameter.requires_grad]
     for name in config.target_modules:
         stand_back(model.get_submodule(name))  # peft asks for stock layers
@@ -213,7 +211,7 @@ def _norms_and_lora(
 
 
 def _peft_config(model: nn.Module, method: str, scope: str | Iterable[str] | None) -> peft.PeftConfig:
-    """Return peft's configuration of a method; with LoRA's usual settings where the method is a kind of it."""
+    """Return peft's configuration of a method, with LoRA's usual settings for LoRA and its kinds."""
     inside = parameters_in(model, scope)
     if method == "layernorm":
         return peft.LNTuningConfig(target_modules=[name for name, _ in find_norms(model) if f"{name}.weight" in inside])
@@ -262,7 +260,7 @@ def _is_linear(module: nn.Module) -> bool:
 def _found(names: list[str], method: str, model: nn.Module) -> list[str]:
     if not names:
         raise FastLNError(
-            f"method {method!r} finds no projections of attention to work on in {type(model).__name__} (linear layers "
-            "called query, q_proj, qkv, c_attn and the like)"
+            f"method {method!r} finds no attention projections in {type(model).__name__} (linear layers called query, "
+            "q_proj, qkv, c_attn and the like)"
         )
     return sorted(names)

@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all."""
+"""Write files atomically: a reader never sees half a file."""
 
 from __future__ import annotations
 
@@ -14,20 +14,20 @@ STAGING = ".fastln-writing"
 
 @contextlib.contextmanager
 def written_whole(folder: Path) -> Iterator[Path]:
-    """Give a place to write files to, which become those of `folder` when the block ends without an error.
+    """Yield a staging folder. When the block ends without an error, its files move into `folder`.
 
-    They take the place of files of the same names; others stay. Everything is on the disk before the first file is
-    replaced: a full disk, an error, or a process that is killed while it writes, leaves the old files whole. (What a
-    killed one was writing stays in a hidden folder, until the next time.) No reader finds half a file.
+    They replace files with the same names; other files stay. All files are on disk before the first one is replaced.
+    So if the disk is full, an error occurs or the process is killed while it writes, the old files stay intact. After
+    a kill, the unfinished files stay in a hidden folder until the next call. No reader sees half a file.
 
     Args:
-        folder: where they go; where it is not there it appears with all of them in it.
+        folder: The folder that receives the files. If it does not exist, it appears with all files in it.
 
     Raises:
-        OSError: if they cannot be written.
+        OSError: If the files cannot be written.
     """
     is_new = not folder.is_dir()
-    # In a folder that is there, which may be a file system of its own; else next to where it will be.
+    # Renaming needs one file system. An existing folder may be a mount point, so stage inside it; a new one, beside it.
     beside = folder.with_name(f"{STAGING}-{folder.name}") if is_new else folder / STAGING
     shutil.rmtree(beside, ignore_errors=True)
     beside.mkdir(parents=True)
@@ -49,14 +49,14 @@ def written_whole(folder: Path) -> Iterator[Path]:
 
 
 def replace_files(folder: Path, contents: Mapping[str, bytes]) -> None:
-    """Write files into `folder`, whole or not at all, as `written_whole` does.
+    """Write files into `folder` through `written_whole`.
 
     Args:
-        folder: where they go.
-        contents: by file name.
+        folder: The folder that receives the files.
+        contents: The files' contents, by file name.
 
     Raises:
-        OSError: if they cannot be written.
+        OSError: If the files cannot be written.
     """
     with written_whole(folder) as beside:
         for name, content in contents.items():
@@ -64,16 +64,16 @@ def replace_files(folder: Path, contents: Mapping[str, bytes]) -> None:
 
 
 def flush(path: Path) -> None:
-    """Have a file, or a folder's list of files, written to the disk.
+    """Flush a file, or a folder's list of files, to the disk.
 
     Raises:
-        OSError: where the disk does not take it.
+        OSError: If the disk cannot store it.
     """
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     except OSError as error:
-        if error.errno != errno.EINVAL:  # what some network file systems say of folders
+        if error.errno != errno.EINVAL:  # some network file systems return this for folders
             raise
     finally:
         os.close(descriptor)

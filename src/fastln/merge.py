@@ -1,70 +1,69 @@
-"""fastln merge: from a base model and an adapter to a model that needs neither peft nor fastln."""
+"""Merging: the whole model, stock, with the tuned values in the base's dtype."""
 
 from __future__ import annotations
 
-import contextlib
+import re
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
-import transformers
+import torch
 from safetensors import SafetensorError
-from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoProcessor, PreTrainedModel
+from transformers import PreTrainedModel
 
-from fastln.adapters import LN_TUNING, adapter_type, load_adapter, save_merged
-from fastln.engines import load_trained_adapter
+from fastln.adapters import warn_of_rounding
 from fastln.errors import FastLNError
-from fastln.files import STAGING, written_whole
-from fastln.models import Task, llava_med
-from fastln.models.chat_vision import llava_processor
-from fastln.models.sources import check_source, load_tokenizer, loading, saved_model
-from fastln.prepare import prepare
+from fastln.files import written_whole
+from fastln.plan import prepared
+from fastln.processes import is_first_process, is_sharded
+
+_WEIGHTS_FILE = re.compile(r"model(-\d+-of-\d+)?\.safetensors(\.index\.json)?")
 
 
-def merge_into_base(base: str, adapter: Path, out: Path, *, check_base: bool = True) -> None:
-    """Write the base model with an adapter's values, in the base's dtype, and its tokenizer and image preprocessing.
+def merge_adapter(model: PreTrainedModel, directory: str | Path) -> None:
+    """Write the whole model with `save_pretrained`, the tuned values in the base's dtype; the model stays as it is.
+
+    Of several processes only the first writes.
 
     Args:
-        base: directory or hub name of any transformers model, or the output folder of `fastln train`.
-        adapter: the adapter's folder.
-        out: a new or empty folder.
-        check_base: as `fastln.load_adapter` takes it.
+        model: a model that `prepare` was called on, or a stock one after `load_adapter`.
+        directory: the folder; a model in it is replaced once all of the new one is on the disk.
 
     Raises:
-        FastLNError: if the model or the adapter cannot be loaded, they do not fit, or `out` holds something.
+        FastLNError: if the model is sharded, or if the folder cannot be written to; an earlier model in it is then
+            still whole.
     """
-    if out.is_file() or (out.is_dir() and any(path.name != STAGING for path in out.iterdir())):
-        raise FastLNError(f"{out}: is there already; give a new folder for the merged model")
-    base = saved_model(base)
-    check_source(base)
-    kind = adapter_type(adapter)  # before the base is loaded, which may take minutes
-    with loading(base):
-        model, tools = _load(base)
-    if kind == LN_TUNING:
-        # Prepared, its norms are float32: rounding comes last, with its warning.
-        load_adapter(prepare(model), adapter, check_base=check_base)
-    else:
-        task = Task(model, name=base)
-        load_trained_adapter(task, adapter)
-        model = task.model
+    if is_sharded(model):
+        raise FastLNError(
+            f"{type(model).__name__} is sharded over processes, so it cannot be written whole: save its adapter, which "
+            "`fastln merge` puts into the base"
+        )
+    if not is_first_process():
+        return
+    folder = Path(directory)
+    if folder.is_file():
+        raise FastLNError(f"{directory}: this is a file; give a folder for the model")
     try:
-        with written_whole(out) as beside:
+        with written_whole(folder) as beside:
             save_merged(model, beside)
-            for tool in tools:
-                tool.save_pretrained(beside)
+            new = {path.name for path in beside.iterdir()}
+        for path in folder.iterdir():  # left by a model that was split into other files
+            if _WEIGHTS_FILE.fullmatch(path.name) and path.name not in new:
+                path.unlink()
     except (OSError, SafetensorError) as error:
-        raise FastLNError(f"{out}: the model cannot be written, and nothing there changed: {error}") from error
+        raise FastLNError(f"{directory}: the model cannot be written: {error}") from error
 
 
-def _load(base: str) -> tuple[PreTrainedModel, list[Any]]:
-    """Return the model, and what is to be saved beside it: its tokenizer and preprocessing."""
-    if llava_med.is_llava_med(base):
-        llava, tokenizer, images = llava_med.load(base, "auto")
-        return llava, [tokenizer, llava_processor(llava.config, images, tokenizer)]
-    names = AutoConfig.from_pretrained(base).architectures or [""]
-    model = getattr(transformers, names[0], AutoModel).from_pretrained(base, dtype="auto")
-    tools = []
-    for load in (load_tokenizer, AutoImageProcessor.from_pretrained, AutoProcessor.from_pretrained):
-        # A model may lack any; and a processor of images and videos asks for torchvision.
-        with contextlib.suppress(OSError, ValueError, KeyError, ImportError, AttributeError):
-            tools.append(load(base))
-    return model, tools
+def save_merged(model: PreTrainedModel, directory: Path) -> None:
+    """Call `save_pretrained` with the tuned values in the base's dtype; on a full disk half a model may remain."""
+    state = prepared(model)
+    dtypes: Mapping[str, torch.dtype] = {} if state is None else state.dtypes
+    tuned = {name: parameter for name, parameter in model.named_parameters() if name in dtypes}
+    exact = {name: parameter.data for name, parameter in tuned.items()}
+    try:
+        for name, parameter in tuned.items():
+            parameter.data = parameter.data.to(dtypes[name])
+        warn_of_rounding(exact, tuned, "keep the adapter, which has every digit")
+        model.save_pretrained(directory)
+    finally:
+        for name, parameter in tuned.items():
+            parameter.data = exact[name]

@@ -1,10 +1,10 @@
-"""What trains: the registry of tuning methods, the notation by sub-model, and the counts."""
+"""Tuning methods: their registry, the notation with one code per sub-model, and parameter counts."""
 
 from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
 
 from torch import nn
@@ -19,12 +19,13 @@ class Method:
     """One tuning method.
 
     Attributes:
-        name: as given to `prepare` and on the command line.
-        description: one line for help texts.
-        engines: who can run it; the first is the default.
-        learning_rate: what moves its parameters well by default (the task head has a rate of its own).
-        select: from a model to the names of the model's own parameters that train; None where peft adds what trains.
-        norm_learning_rate: of norms, where they take another rate than the rest.
+        name: The name for `prepare` and the command line.
+        description: One line for help texts.
+        engines: The engines that can run it. The first is the default.
+        learning_rate: The default learning rate of its parameters. The task head has a separate rate.
+        select: A function from a model to the names of its parameters that train. None if peft adds the trained
+            parameters.
+        norm_learning_rate: The default learning rate of norms, if it differs from the rest.
     """
 
     name: str
@@ -37,12 +38,12 @@ class Method:
 
 @dataclass(frozen=True)
 class LearningRates:
-    """How fast what trains moves, at the schedule's highest.
+    """Peak learning rates of the schedule.
 
     Attributes:
-        own: the method's own parameters, but for norms.
-        norms: norms.
-        head: the task head.
+        own: For the method's own parameters, except norms.
+        norms: For norms.
+        head: For the task head.
     """
 
     own: float
@@ -51,12 +52,12 @@ class LearningRates:
 
 
 def norm_parameters(model: nn.Module) -> list[str]:
-    """Return the names of the parameters that the model's norms own, wherever they stand (in attention, too)."""
+    """Return the names of all norms' parameters, including norms inside attention."""
     return [f"{name}.{own}" for name, norm in find_norms(model) for own, _ in norm.named_parameters(recurse=False)]
 
 
 def attention_parameters(model: nn.Module) -> list[str]:
-    """Return the names of the weights and biases of attention's query, key, value and output projections."""
+    """Return the names of the weights and biases of the query, key, value and output projections of attention."""
     return own_parameters(attention_maps(model))
 
 
@@ -86,8 +87,8 @@ def _norms_and_ends(model: nn.Module) -> list[str]:
     return [*norm_parameters(model), *connector, *embedding_parameters(model), *head_parameters(model)]
 
 
-# Rates: layernorm's, lora's, bitfit's and full's were found on VQA-RAD (README); the others' are their publications'
-# order of magnitude.
+# Learning rates: those of layernorm, lora, bitfit and full were tuned on VQA-RAD (README). The others have the order of
+# magnitude that their papers use.
 HEAD_LEARNING_RATE = 1e-3
 _NORMS = 3e-3
 _MATRICES = 5e-5
@@ -103,24 +104,24 @@ METHODS: dict[str, Method] = {
             "every norm, the projector, word embeddings and the output head (ICLR 2024, arXiv 2312.11420)",
             *(_OWN, _MATRICES, _norms_and_ends, _NORMS),
         ),
-        Method("layernorm+lora", "every norm, and lora by peft", ("fastln",), 5e-4, None, _NORMS),
+        Method("layernorm+lora", "every norm, and LoRA from peft", ("fastln",), 5e-4, None, _NORMS),
         Method("bitfit", "every bias", _OWN, 1e-3, _biases),
         Method("attention", "query, key, value and output projections", _OWN, _MATRICES, attention_parameters),
-        Method("ffn", "the linear maps of the feed-forward networks", _OWN, _MATRICES, ffn_parameters),
+        Method("ffn", "the linear layers of the feed-forward networks", _OWN, _MATRICES, ffn_parameters),
         Method("full", "every parameter", _OWN, _MATRICES, _everything),
-        Method("head", "nothing but the task head", _OWN, HEAD_LEARNING_RATE, _nothing),
+        Method("head", "only the task head", _OWN, HEAD_LEARNING_RATE, _nothing),
         Method("lora", "low-rank updates (r 8) of the query and value projections", _PEFT, 5e-4, None),
-        Method("dora", "lora with the weights' magnitudes apart", _PEFT, 5e-4, None),
-        Method("adalora", "lora whose ranks (12 to 8) go where they matter", _PEFT, 1e-3, None),
-        Method("vera", "lora between shared random matrices (r 256): two vectors a projection", _PEFT, 5e-3, None),
-        Method("ia3", "scales of keys, values and the feed-forward networks' hidden rows", _PEFT, 5e-3, None),
-        Method("prefix", "20 keys and values before every layer's own", _PEFT, 1e-2, None),
-        Method("p-tuning", "20 input vectors, made by a small network", _PEFT, 1e-3, None),
-        Method("prompt", "20 input vectors", _PEFT, 3e-2, None),
+        Method("dora", "LoRA that also trains the magnitudes of the weights", _PEFT, 5e-4, None),
+        Method("adalora", "LoRA that moves rank to where it matters (r 12, pruned to 8)", _PEFT, 1e-3, None),
+        Method("vera", "two vectors per projection, around shared random matrices (r 256)", _PEFT, 5e-3, None),
+        Method("ia3", "scales of keys, values and feed-forward hidden units", _PEFT, 5e-3, None),
+        Method("prefix", "20 trained keys and values in front of every layer's own", _PEFT, 1e-2, None),
+        Method("p-tuning", "20 input vectors, generated by a small network", _PEFT, 1e-3, None),
+        Method("prompt", "20 trained input vectors", _PEFT, 3e-2, None),
     )
 }
 
-# What one sub-model's code in the notation of arXiv 2404.16385 trains, and at which rate.
+# The codes of arXiv 2404.16385: the parameters that each one trains in a sub-model, and their learning rate.
 _CODES: dict[str, tuple[Callable[[nn.Module], Iterable[str]], float]] = {
     "T": (_everything, _MATRICES),
     "F": (_nothing, _MATRICES),
@@ -131,34 +132,38 @@ _CODES: dict[str, tuple[Callable[[nn.Module], Iterable[str]], float]] = {
 
 
 def is_notation(name: object) -> bool:
-    """Whether `name` says by codes what trains in each sub-model: LN-F-T, T-F, LN, ..."""
+    """Whether `name` is a notation with one code per sub-model: LN-F-T, T-F, LN, ..."""
     return isinstance(name, str) and all(code in _CODES for code in name.split("-"))
 
 
 def settle_scope(method: str, scope: str | Iterable[str] | None) -> tuple[str, str | Iterable[str] | None]:
-    """Return method and scope, the notation by sub-model (which stands for both) as the method, wherever it was given.
+    """Return method and scope. A notation by sub-model replaces both: it becomes the method, and the scope None.
 
     Raises:
-        FastLNError: if the notation comes with another scope or another method.
+        FastLNError: If the notation is combined with another scope or another method.
     """
     if isinstance(scope, str) and is_notation(scope):
         if method not in ("layernorm", scope):
-            raise FastLNError(f"scope {scope!r} says what trains in every sub-model; leave the method {method!r} out")
+            raise FastLNError(
+                f"scope {scope!r} already says what trains in every sub-model; leave out the method {method!r}"
+            )
         return scope, None
     if is_notation(method) and scope is not None:
-        raise FastLNError(f"method {method!r} says what trains in every sub-model; leave the scope {scope!r} out")
+        raise FastLNError(
+            f"method {method!r} already says what trains in every sub-model; leave out the scope {scope!r}"
+        )
     return method, scope
 
 
 def get_method(name: str, engine: str | None = None) -> tuple[Method, str]:
-    """Look a method up, and the engine to run it with.
+    """Look up a method and the engine that runs it.
 
     Args:
-        name: a key of `METHODS`, or one code (T, F, LN, ATT or FFN) for each sub-model, joined by dashes.
-        engine: one of the method's engines; the first by default.
+        name: A key of `METHODS`, or one code (T, F, LN, ATT or FFN) per sub-model, joined by dashes.
+        engine: One of the method's engines; the first by default.
 
     Raises:
-        FastLNError: for an unknown method, or an engine that does not run it; the message lists the valid choices.
+        FastLNError: If the method is unknown or the engine does not run it. The message lists the valid choices.
     """
     if is_notation(name):
         method = _by_sub_model(name)
@@ -167,7 +172,7 @@ def get_method(name: str, engine: str | None = None) -> tuple[Method, str]:
     else:
         near = difflib.get_close_matches(name, METHODS, n=1)
         hint = f"; did you mean {near[0]!r}?" if near else ""
-        codes = "or a code for each sub-model, as in LN-F-T: T trained, F frozen, LN, ATT, FFN"
+        codes = "or one code per sub-model, as in LN-F-T: T all, F none, LN norms, ATT attention, FFN feed-forward"
         raise FastLNError(f"unknown method {name!r}{hint} (valid: {', '.join(METHODS)}; {codes})")
     engine = engine or method.engines[0]
     if engine not in method.engines:
@@ -176,16 +181,16 @@ def get_method(name: str, engine: str | None = None) -> tuple[Method, str]:
 
 
 def learning_rates(method: str, own: float | None = None, head: float | None = None) -> LearningRates:
-    """Return the rates at which a method trains.
+    """Return the learning rates of a method.
 
     Args:
-        method: as `get_method` takes it.
-        own: of the method's own parameters (norms keep theirs where the method gives them one), under method `head` of
-            the head; the method's by default.
-        head: of the task head under the other methods; `HEAD_LEARNING_RATE` by default.
+        method: As for `get_method`.
+        own: Rate of the method's own parameters; the method's default if None. If the method has a separate rate for
+            norms, norms keep it. For method `head`, this is the rate of the head.
+        head: Rate of the task head; `HEAD_LEARNING_RATE` if None. Method `head` ignores it.
 
     Raises:
-        FastLNError: for an unknown method.
+        FastLNError: If the method is unknown.
     """
     chosen, _ = get_method(method)
     own = chosen.learning_rate if own is None else own
@@ -201,7 +206,7 @@ def _by_sub_model(notation: str) -> Method:
         if len(codes) != len(parts):
             raise FastLNError(
                 f"method {notation!r} has {len(codes)} codes, but {type(model).__name__} has "
-                f"{len(parts)} sub-models: {', '.join(parts)}; give one code for each, in this order"
+                f"{len(parts)} sub-models: {', '.join(parts)}; give one code per sub-model, in this order"
             )
         chosen = []
         for code, (part, inside) in zip(codes, parts.items(), strict=True):
@@ -224,19 +229,19 @@ def select_parameters(
     """Return the names of the model's own parameters that train.
 
     Args:
-        model: the model.
-        method: what trains.
-        scope: the sub-models to tune; all by default.
-        also: names of modules that train whatever the method (a task head that starts random).
+        model: The model.
+        method: The tuning method.
+        scope: The sub-models to tune; all by default.
+        also: Names of modules that train in full, in addition to the method, such as a randomly initialised task head.
 
     Raises:
-        FastLNError: if the method adds modules, the scope is unknown, nothing of the method is inside the scope, or a
-            module of `also` does not exist.
+        FastLNError: If the method adds modules, the scope is unknown, the method selects nothing inside the scope, or a
+            module in `also` does not exist.
     """
     if method.select is None:
         raise FastLNError(
-            f"method {method.name!r} wraps the model in peft's modules: FastLNTrainer, fastln train and "
-            "fastln.engines.put_method do so; prepare() only chooses among the model's own parameters"
+            f"method {method.name!r} adds peft modules to the model, but prepare() only chooses among the model's own "
+            "parameters; use FastLNTrainer, fastln train or fastln.engines.put_method instead"
         )
     chosen = set(method.select(model)) & parameters_in(model, scope)
     if not chosen and method.select is not _nothing:
@@ -245,23 +250,38 @@ def select_parameters(
     for module in also:
         inside = {name for name, _ in model.named_parameters() if name.startswith(f"{module}.")}
         if not inside:
-            raise FastLNError(f"there is no module {module!r} with parameters in {type(model).__name__}, to train also")
+            raise FastLNError(_no_parameters(model, module))
         chosen |= inside
     return chosen
 
 
-def describe_other_norms(model: nn.Module, trained: set[str], scope: str | Iterable[str] | None) -> str | None:
-    """Say which norms stay as they are where norms train: group norms, and those whose scale comes from a layer inside.
+def _no_parameters(model: nn.Module, module: str) -> str:
+    """Say why `also` finds nothing to train in a module: there is none, or another module shares all of its weights."""
+    names_of = {parameter: name for name, parameter in model.named_parameters()}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        if name.startswith(f"{module}."):
+            owner = names_of[parameter].rpartition(".")[0]
+            return (
+                f"`also`: in {type(model).__name__}, {module!r} shares all its weights with {owner!r}, which holds "
+                f"them; name {owner!r} instead"
+            )
+    return f"`also`: {type(model).__name__} has no module {module!r} with parameters"
+
+
+def describe_other_norms(model: nn.Module, trained: Collection[str], scope: str | Iterable[str] | None) -> str | None:
+    """Describe the norms that norm tuning leaves out.
+
+    These are group and batch norms, and norms whose scale comes from a layer inside them.
 
     Args:
-        model: the model.
-        trained: names of the parameters that train.
-        scope: the sub-models to tune; all by default.
+        model: The model.
+        trained: Names of the parameters that train.
+        scope: The sub-models to tune; all by default.
 
     Returns:
-        A sentence; None where no norm trains, or none is left out (in the sub-models in which norms train).
+        A sentence. None if no norm trains, or if the sub-models in which norms train have no such norms.
     """
-    norms = trained & set(norm_parameters(model))
+    norms = set(norm_parameters(model)).intersection(trained)
     inside = parameters_in(model, scope)
     for part in sub_models(model).values():
         if norms.isdisjoint(part):
@@ -274,19 +294,19 @@ def describe_other_norms(model: nn.Module, trained: set[str], scope: str | Itera
     if not norms or not left_out:
         return None
     return (
-        f"{len(left_out)} norms stay as they are, for example {left_out[0]}: group and batch norms are not tuned, nor "
-        "are those whose scale comes from a layer inside; name their modules with `also` to train them"
+        f"{len(left_out)} norms do not train, for example {left_out[0]}: norm tuning leaves out group and batch norms, "
+        "and norms whose scale comes from a layer inside them; to train them, list their modules in `also`"
     )
 
 
 def count_parameters(model: nn.Module) -> tuple[int, int]:
-    """Return how many parameters train and how many there are, shared ones counted once."""
+    """Return the number of parameters that train and of all parameters, counting shared ones once."""
     parameters = list(model.parameters())
     return sum(p.numel() for p in parameters if p.requires_grad), sum(p.numel() for p in parameters)
 
 
 def describe_parameters(model: nn.Module) -> str:
-    """Say how many parameters of a model train: in all, in each sub-model and elsewhere, with percentages."""
+    """Describe how many parameters train: in total with the percentage, per sub-model, and elsewhere."""
     trained, total = count_parameters(model)
     parameters = dict(model.named_parameters())
     elsewhere = set(parameters)
@@ -305,6 +325,6 @@ def describe_parameters(model: nn.Module) -> str:
 
 
 LORA_RANK = 8
-# Query and value projections as the families name them; where they are fused with the key's, that one.
+# The families' names for query and value projections, and for fused query-key-value projections.
 LORA_TARGETS = re.compile(r"(^|\.)(query|value|q_proj|v_proj|q_lin|v_lin|q|v|qkv|c_attn|query_key_value)$")
 IA3_TARGETS = re.compile(r"(^|\.)(key|value|k_proj|v_proj|k_lin|v_lin|k|v|qkv|c_attn|query_key_value)$")

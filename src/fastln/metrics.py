@@ -1,9 +1,9 @@
-"""How good answers and reports are.
+"""Score answers and reports.
 
-Answers are compared after `normalise_answer`, the same for every figure. Two definitions of a closed question are in
-use, and both are counted: what the data labels closed (yes/no questions and those that name a choice), and what has
-`yes` or `no` for its answer. Reports are scored by BLEU, ROUGE-L and CIDEr as pycocoevalcap computes them, the code
-behind the figures in papers on report generation.
+All answer scores compare answers after `normalise_answer`. There are two common definitions of a closed question, and
+fastln counts both: questions that the data labels closed (yes/no questions and those that name a choice), and questions
+whose answer is `yes` or `no`. Reports are scored by BLEU, ROUGE-L and CIDEr with pycocoevalcap, which papers on report
+generation use.
 """
 
 from __future__ import annotations
@@ -26,15 +26,17 @@ _WORD = re.compile(r"[^\W_]+(?:[-'./][^\W_]+)*")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ClosedOpen:
-    """Closed and open questions apart, under one definition of closed.
+    """Scores of closed and open questions, under one definition of closed.
 
     Attributes:
-        closed: Percent of the closed questions answered right, 0 to 100; None where there are none.
+        closed: Percent of closed questions answered correctly, 0 to 100; None if there are none.
         open: The same for open questions.
         n_closed: Number of closed questions.
         n_open: Number of open questions.
-        open_recall: Mean share, in percent, of the words of an open question's answer that the given answer holds.
-        open_f1: Mean of the harmonic mean of that and of the share of the given answer's words that are right.
+        open_recall: Mean recall over open questions, in percent: the share of the reference answer's words that the
+            prediction contains.
+        open_f1: Mean F1 over open questions, in percent: the harmonic mean of that recall and of the share of the
+            prediction's words that are in the reference answer.
     """
 
     closed: float | None
@@ -47,14 +49,14 @@ class ClosedOpen:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Accuracy(ClosedOpen):
-    """Exact match over all questions, and over the closed and open ones as the data labels them.
+    """Exact match over all questions, and over closed and open questions as the data labels them.
 
-    Where the data has no labels, only `by_answer` tells closed from open.
+    If the data has no labels, only `by_answer` separates closed from open questions.
 
     Attributes:
-        all: Percent of all questions answered right, 0 to 100; None where there are none.
+        all: Percent of all questions answered correctly, 0 to 100; None if there are none.
         n_all: Number of questions.
-        by_answer: Closed is what has `yes` or `no` for its answer.
+        by_answer: The scores when closed means that the answer is `yes` or `no`.
     """
 
     all: float | None
@@ -62,7 +64,7 @@ class Accuracy(ClosedOpen):
     by_answer: ClosedOpen
 
     def summary(self) -> str:
-        """Write it in three lines, of which one is for each definition of closed."""
+        """Return the scores as three lines: one overall, then one for each definition of closed."""
         by_label = _written(self) if self.n_closed + self.n_open else "the data has no labels"
         return "\n".join(
             [
@@ -75,18 +77,18 @@ class Accuracy(ClosedOpen):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ReportScores:
-    """Reports against their references, in the units of papers: BLEU and ROUGE-L from 0 to 1, CIDEr from 0 to 10.
+    """Scores of reports against their references, in the usual units: BLEU and ROUGE-L from 0 to 1, CIDEr from 0 to 10.
 
-    Words are compared: runs of letters and digits in lower case, joined by an inner hyphen, apostrophe, point or slash;
-    all other punctuation is dropped.
+    Scores compare words. A word is a run of letters and digits in lower case; a hyphen, apostrophe, point or slash
+    inside a word stays. All other punctuation is dropped.
 
     Attributes:
-        bleu_1: BLEU over all reports at once, of single words, without smoothing.
-        bleu_2: The same of up to two words, weighed equally.
-        bleu_3: The same of up to three words.
-        bleu_4: The same of up to four words.
-        rouge_l: Mean ROUGE-L, an F-measure with recall weighed 1.2 times precision.
-        cider: Mean CIDEr, of up to four words; the document frequencies are the references' own.
+        bleu_1: Corpus BLEU of single words, without smoothing.
+        bleu_2: The same with up to two words, weighted equally.
+        bleu_3: The same with up to three words.
+        bleu_4: The same with up to four words.
+        rouge_l: Mean ROUGE-L, an F-measure with beta = 1.2.
+        cider: Mean CIDEr with up to four words. The document frequencies come from the references.
         n_reports: Number of reports.
     """
 
@@ -99,20 +101,20 @@ class ReportScores:
     n_reports: int
 
     def summary(self) -> str:
-        """Write it in one line."""
+        """Return the scores as one line."""
         bleu = ", ".join(f"{value:.3f}" for value in (self.bleu_1, self.bleu_2, self.bleu_3, self.bleu_4))
         return f"{self.n_reports} reports: BLEU-1 to 4 {bleu}; ROUGE-L {self.rouge_l:.3f}; CIDEr {self.cider:.3f}"
 
 
 def score(predictions: Sequence[str], samples: Sequence[Sample]) -> Accuracy | ReportScores:
-    """Score answers as answers, and reports, where the data is of reports, as reports.
+    """Score predictions as reports if all samples are reports, and as answers otherwise.
 
     Args:
-        predictions: What a model wrote, in the order of the samples.
-        samples: What was asked, with what is right.
+        predictions: The model's outputs, in the order of the samples.
+        samples: The questions or reports, with the references.
 
     Raises:
-        ValueError: There are more or fewer predictions than samples.
+        ValueError: If the numbers of predictions and samples differ.
         FastLNError: As for `check_scorable`.
     """
     if samples and all(sample.is_report for sample in samples):
@@ -121,24 +123,24 @@ def score(predictions: Sequence[str], samples: Sequence[Sample]) -> Accuracy | R
 
 
 def check_scorable(samples: Sequence[Sample]) -> None:
-    """Check that `score` has what it takes, which is better found before a model is asked than after.
+    """Check that `score` has the packages it needs. Call this before the model runs.
 
     Raises:
-        FastLNError: There are reports to score, and pycocoevalcap is missing.
+        FastLNError: If there are reports to score and pycocoevalcap is not installed.
     """
     if any(sample.is_report for sample in samples):
         _report_metrics()
 
 
 def accuracy(predictions: Sequence[str], samples: Sequence[Sample]) -> Accuracy:
-    """Score predicted answers: right is what equals the answer, both normalised by `normalise_answer`.
+    """Score predicted answers by exact match, after `normalise_answer` on both sides.
 
     Args:
         predictions: The predicted answers, in the order of the samples.
         samples: The questions with their answers.
 
     Raises:
-        ValueError: There are more or fewer predictions than samples.
+        ValueError: If the numbers of predictions and samples differ.
     """
     pairs = [
         (normalise_answer(prediction), normalise_answer(sample.answer))
@@ -154,7 +156,7 @@ def accuracy(predictions: Sequence[str], samples: Sequence[Sample]) -> Accuracy:
 
 
 def _closed_open(pairs: list[tuple[str, str]], closed: list[bool | None]) -> ClosedOpen:
-    """Score pairs of prediction and answer; what is neither closed nor open is left out."""
+    """Score pairs of prediction and answer. Skip pairs without a closed or open label."""
     hits: dict[bool | None, list[float]] = {True: [], False: [], None: []}
     for (prediction, answer), kind in zip(pairs, closed, strict=True):
         hits[kind].append(prediction == answer)
@@ -170,7 +172,7 @@ def _closed_open(pairs: list[tuple[str, str]], closed: list[bool | None]) -> Clo
 
 
 def _overlap(prediction: str, answer: str) -> tuple[float, float]:
-    """Return recall and F1 of the answer's words, each counted as often as it occurs."""
+    """Return recall and F1 over the answer's words, counting repeated words."""
     given, wanted = (
         Counter(word for part in text.split() if (word := normalise_answer(part))) for text in (prediction, answer)
     )
@@ -203,7 +205,7 @@ def _report_metrics() -> list[Callable]:
         from pycocoevalcap.cider.cider import Cider
         from pycocoevalcap.rouge.rouge import Rouge
     except ImportError as error:
-        raise FastLNError("to score reports pycocoevalcap is needed: pip install 'fastln[reports]'") from error
+        raise FastLNError("scoring reports needs pycocoevalcap: pip install 'fastln[reports]'") from error
     return [
         lambda wanted, written: Bleu(4).compute_score(wanted, written, verbose=0)[0],
         lambda wanted, written: Rouge().compute_score(wanted, written)[0],

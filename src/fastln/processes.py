@@ -1,4 +1,4 @@
-"""Several processes that train one model: which of them this is, and what of the model is here."""
+"""Distributed training: whether this is the first process, and whether the model is sharded."""
 
 from __future__ import annotations
 
@@ -11,8 +11,9 @@ from torch.distributed.tensor import DTensor
 def is_first_process() -> bool:
     """Whether this is the first of the processes that train together, or the only one.
 
-    The Trainer joins them by torch.distributed. Before that, and where only a head trains, there is torchrun's word: a
-    rank among several, for a number alone may be a job's that has nothing to do with others.
+    torch.distributed decides once the Trainer has initialised it. Before that, and when only a head trains, torchrun's
+    environment variables decide. A RANK counts only if WORLD_SIZE is not 1: a job scheduler may set RANK for jobs that
+    run alone.
     """
     if distributed.is_initialized():
         return distributed.get_rank() == 0
@@ -20,11 +21,11 @@ def is_first_process() -> bool:
 
 
 def is_sharded(model: nn.Module) -> bool:
-    """Whether parameters of `model` are distributed tensors, as FSDP2 makes them."""
+    """Whether any parameter of `model` is a distributed tensor, as in FSDP2."""
     return any(isinstance(parameter, DTensor) for parameter in model.parameters())
 
 
 def gathered(tensor: Tensor) -> Tensor:
-    """Return a tensor's values: where it is distributed those of all processes, which must all call this."""
+    """Return the full values of a tensor. If it is distributed, all processes must call this."""
     tensor = tensor.detach()
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor

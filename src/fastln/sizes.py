@@ -1,4 +1,4 @@
-"""Numbers of bytes as people write them."""
+"""Parse sizes in bytes, such as "8GiB"."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ _UNITS["TIB"] = 2**40
 
 
 def parse_bytes(text: str | int) -> int:
-    """Return the number of bytes that `text` names, for example "8GiB", "500 MB", "1.5TB" or 4096.
+    """Parse a size such as "8GiB", "500 MB", "1.5TB" or 4096 and return it in bytes.
 
     Raises:
-        FastLNError: if it names none, or less than one.
+        FastLNError: If it is not a size, or is less than one byte.
     """
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([a-zA-Z]*)", str(text).strip())
     unit = _UNITS.get((match[2].upper().removesuffix("B") + "B") if match and match[2] not in ("", "B") else "")
     size = int(float(match[1]) * unit) if match and unit else 0
     if size < 1:
-        raise FastLNError(f"{text!r} is no number of bytes; write one as 500MB or 8GiB")
+        raise FastLNError(f"{text!r} is not a valid size; write it like 500MB or 8GiB")
     return size

@@ -128,7 +128,7 @@ def test_a_suite_of_which_nothing_ran_can_be_told(tmp_path):
 
 def test_a_run_that_hangs_is_stopped():
     answer = isolate.call(fake_workers.sleep, timeout_seconds=1)
-    assert answer == Failure("stopped: not done after 1 s (timeout_seconds)")
+    assert answer == Failure("stopped: not finished after 1 s (timeout_seconds)")
 
 
 def test_quality_that_fails_keeps_the_speed(tmp_path):

@@ -18,7 +18,7 @@ from fastln.errors import FastLNError
 from fastln.methods import METHODS
 from fastln.models import load_task
 from fastln.models.shapes import is_shape
-from fastln.training import trainer
+from fastln.training import train
 
 TINY = {"batch_size": 2, "questions_per_image": 2, "rounds": 1, "warmup_steps": 0, "steps": 2, "device": "cpu"}
 
@@ -150,8 +150,8 @@ def test_quality_tells_the_epochs_that_were_trained(method, head_epochs, epochs,
         return []
 
     monkeypatch.setattr(worker, "load_dataset", _eight_questions)
-    monkeypatch.setattr(trainer, "train_head", alone)
-    monkeypatch.setattr(trainer, "_train_method", together)
+    monkeypatch.setattr(train, "train_head", alone)
+    monkeypatch.setattr(train, "_train_method", together)
     quality = worker.work(job("quality", method=method, epochs=1, head_epochs=2))
     assert (quality.head_epochs, quality.epochs) == (trained["alone"], trained["together"]) == (head_epochs, epochs)
 

@@ -124,7 +124,7 @@ def test_rows_may_name_dicom_files(tmp_path):
         (lambda content: content[:-6], "cannot read this image: "),
         (lambda content: content[:400], "cannot read this image: "),
         (lambda content: bytes(128) + b"DICM", "cannot read this image: "),
-        (lambda content: bytes(128) + b"DICO" + content[132:], "this is no image of a known format"),
+        (lambda content: bytes(128) + b"DICO" + content[132:], "this is not an image of a known format"),
     ],
 )
 def test_damaged_files(tmp_path, spoil, reason):

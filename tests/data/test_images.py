@@ -120,8 +120,8 @@ def gone(path):
     [
         ("cut.jpg", damaged, "truncated"),
         ("cut.png", damaged, "truncated"),
-        ("empty.png", empty, "no image of a known format"),
-        ("eps.png", postscript, "no image of a known format"),
+        ("empty.png", empty, "not an image of a known format"),
+        ("eps.png", postscript, "not an image of a known format"),
         ("float.tif", floating, "floating-point pixels"),
         ("folder.png", folder, "cannot read"),
         ("gone.png", gone, "cannot read"),

@@ -38,7 +38,7 @@ def test_an_unknown_layout_tells_what_each_looks_like(tmp_path):
     with pytest.raises(FastLNError) as caught:
         load_source(str(tmp_path))
     first, *known = str(caught.value).splitlines()
-    assert first == f"{tmp_path}: no dataset layout that is known. What each looks like:"
+    assert first == f"{tmp_path}: no known layout. The known ones:"
     assert [line.split(":")[0].strip() for line in known] == list(READERS)
     assert "  vqa-rad: trainset.json and testset.json, or 'VQA_RAD Dataset Public.json'" in known[0]
 

@@ -36,7 +36,7 @@ def test_pickles_are_refused_unopened_with_what_to_do(tmp_path):
         file.with_suffix(".pkl").write_bytes(pickle.dumps(Bomb()))
     message = refusal(spec)
     assert message.startswith(", ".join(str(file.with_suffix(".pkl")) for file in files))
-    assert ": pickled files are not read, for they can run any code" in message
+    assert ": pickled files are not read, because they can run any code" in message
     # The command that the message gives does what it says.
     for file in files:
         file.with_suffix(".pkl").write_bytes(pickle.dumps([ORIGINAL.row(2)]))

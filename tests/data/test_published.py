@@ -57,7 +57,7 @@ def test_vqa_rad_of_its_authors(tmp_path):
     write(tmp_path / "VQA_RAD Dataset Public.json", rows)
     folder = tmp_path / "VQA_RAD Image Folder"
     save(tmp_path / f"{folder.name}.zip", b"")
-    with pytest.raises(FastLNError, match=rf"{folder}\.zip: unpack the images first, to {folder}"):
+    with pytest.raises(FastLNError, match=rf"{folder}\.zip: unpack the images first, into {folder}"):
         load_source(str(tmp_path))
     save(folder / "synpic54610.jpg", jpeg(0))
     source = load_source(str(tmp_path))
@@ -98,7 +98,7 @@ def test_slake_in_a_folder_of_its_own_and_what_else_lies_there(tmp_path):
         save(tmp_path / "Slake1.0" / "imgs" / "xmlab0" / name, b"[]")
     save(tmp_path / "Slake1.0" / "KG" / "en_disease.csv", b"heart#symptom#pain\n")
     assert load_source(str(tmp_path / "Slake1.0")).name == "slake"
-    with pytest.raises(FastLNError, match=rf"; {tmp_path / 'Slake1.0'} is slake: give that\. What each looks like:"):
+    with pytest.raises(FastLNError, match=rf"; {tmp_path / 'Slake1.0'} is slake: give that\. The known ones:"):
         load_source(str(tmp_path))
 
 

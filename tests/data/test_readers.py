@@ -96,7 +96,7 @@ def bad_rows(name, layout, folder):
     if name == "parquet":
         rows += [(layout.image(good, None), "field 'image' holds no bytes")]
         rows += [(layout.image(good, b""), "field 'image' holds no bytes")]
-        rows += [(layout.image(good, b"no image"), "this is no image of a known format")]
+        rows += [(layout.image(good, b"no image"), "this is not an image of a known format")]
         rows += [(layout.image(good, jpeg(9)[:1000]), "truncated")]
         return rows
     images = {"slake": "imgs", "path-vqa": "images/train"}.get(name, "images")
@@ -111,7 +111,7 @@ def bad_rows(name, layout, folder):
         f"{up}secret.jpg": "leads outside the folder",
         str(secret): "is missing in" if fixed else "leads outside the folder",
         "link.jpg": "leads outside the folder",
-        "text.jpg": "this is no image of a known format",
+        "text.jpg": "this is not an image of a known format",
         "cut.jpg": "truncated",
         " ": "is empty",
     }

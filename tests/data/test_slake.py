@@ -56,7 +56,7 @@ def test_the_hub_calls_the_second_file_otherwise_and_packs_the_images(tmp_path):
     assert len(load_source(spec).splits["validation"]) == 1
     (tmp_path / "imgs").rename(tmp_path / "elsewhere")
     (tmp_path / "imgs.zip").write_bytes(b"")
-    with pytest.raises(FastLNError, match=r"imgs\.zip: unpack the images first, to .*imgs"):
+    with pytest.raises(FastLNError, match=r"imgs\.zip: unpack the images first, into .*imgs"):
         load_source(spec)
 
 

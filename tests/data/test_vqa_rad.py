@@ -175,7 +175,10 @@ def test_all_bad_rows_of_both_files_are_told(tmp_path):
     [
         ('[{"qid": 1,\n  "answer" "yes"}]', "line 2, column 12: not valid JSON: Expecting ':' delimiter"),
         ("", "a JSON list of rows is needed, this is empty"),
-        ('{"rows": []}', "a JSON list of rows is needed, this begins with '{'; a file with an object on each line"),
+        (
+            '{"rows": []}',
+            "this must be a JSON list of rows, and it begins with '{'; name a file with an object on",
+        ),
         ("[" * 200_000, "line 1, column 2: not valid JSON: "),
         (f"[{'9' * 5000}]", "line 1, column 2: not valid JSON: "),
     ],
@@ -205,7 +208,7 @@ def test_an_image_that_no_row_names_is_refused(tmp_path):
 def test_unreadable_image_is_found_when_asked_for(tmp_path):
     data = load_dataset(split_folder(tmp_path, [row()]), "train")
     (tmp_path / "images" / "a.png").write_bytes(b"no image")
-    with pytest.raises(FastLNError, match=r"a\.png: this is no image"):
+    with pytest.raises(FastLNError, match=r"a\.png: this is not an image"):
         data.image("a.png")
 
 

@@ -192,8 +192,8 @@ def test_one_code_for_each_sub_model():
     [
         ("LN-F", None, "has 2 codes, but BlipForQuestionAnswering has 3 sub-models: vision, text, decoder"),
         ("F-F-F", None, "trains nothing: every code is F"),
-        ("LN-F-T", "vision", "leave the scope 'vision' out"),
-        ("lora", "LN-F-T", "leave the method 'lora' out"),
+        ("LN-F-T", "vision", "leave out the scope 'vision'"),
+        ("lora", "LN-F-T", "leave out the method 'lora'"),
         ("LN-F-X", None, "unknown method 'LN-F-X'"),
     ],
 )

@@ -24,7 +24,7 @@ from norm_bounds import (
 
 from fastln_kernels import norm, reference
 from fastln_kernels.dropout import random_16_bits
-from fastln_kernels.reference import NormKind
+from fastln_kernels.reference import NormBackward, NormForward, NormKind
 
 pytestmark = pytest.mark.usefixtures("guarded_buffers")
 NONE = PROLOGUES["none"]
@@ -200,10 +200,10 @@ def test_dropout_drops_what_the_definition_does_forward_and_backward(either_widt
     n_rows, n_cols = 10, either_width
     x = torch.ones(n_rows, n_cols)
     keep = reference.dropout_keep(n_rows, n_cols, dropout, SEED)
-    got = norm.norm_forward(x, None, None, LAYER_NORM, dropout=dropout, seed=SEED, want_stream=True)
+    got = norm.norm_forward(NormForward(x, None, None, LAYER_NORM, dropout=dropout, seed=SEED, want_stream=True))
     assert torch.equal(got.stream, keep * torch.tensor(reference.dropout_scale(dropout)))
     flags = {"dropout": dropout, "seed": SEED, "need_dx": True, "need_dresidual": True}
-    result = norm.norm_backward(torch.zeros_like(x), x, None, got.rstd, LAYER_NORM, dstream=x, **flags)
+    result = norm.norm_backward(NormBackward(torch.zeros_like(x), x, None, got.rstd, LAYER_NORM, dstream=x, **flags))
     assert torch.equal(result.dx, got.stream)
     assert torch.equal(result.dresidual, x)
 
@@ -216,9 +216,9 @@ def test_a_dropped_element_is_zero_whatever_it_was(bad, either_width):
     flags = {"dropout": 0.5, "seed": SEED}
     kind = NormKind(1e-6, centre=False)
     keep = reference.dropout_keep(4, either_width, 0.5, SEED)
-    stream = norm.norm_forward(x, None, None, kind, want_stream=True, **flags).stream
+    stream = norm.norm_forward(NormForward(x, None, None, kind, want_stream=True, **flags)).stream
     zeros = torch.zeros(4, either_width)
-    dx = norm.norm_backward(zeros, zeros, None, torch.ones(4), kind, dstream=x, need_dx=True, **flags).dx
+    dx = norm.norm_backward(NormBackward(zeros, zeros, None, torch.ones(4), kind, dstream=x, need_dx=True, **flags)).dx
     for dropped in (stream, dx):
         assert torch.equal(dropped == 0, ~keep)
 

@@ -9,6 +9,7 @@ import torch
 from norm_bounds import KINDS, Prologue, backward, forward, inputs, kept_rows
 
 from fastln_kernels import reference
+from fastln_kernels.reference import NormBackward, NormForward
 
 
 @pytest.mark.parametrize("has_weight", [True, False])
@@ -73,10 +74,10 @@ def test_a_dropped_element_is_zero_whatever_it_was(value):
     x, seed = torch.full((4, 40), value), torch.tensor([1])
     kind = KINDS["rms"]
     keep = reference.dropout_keep(4, 40, 0.5, seed)
-    stream = reference.norm_forward(x, None, None, kind, dropout=0.5, seed=seed, want_stream=True).stream
+    stream = reference.norm_forward(NormForward(x, None, None, kind, dropout=0.5, seed=seed, want_stream=True)).stream
     zeros = torch.zeros(4, 40)
     flags = {"dstream": x, "dropout": 0.5, "seed": seed, "need_dx": True}
-    dx = reference.norm_backward(zeros, zeros, None, torch.ones(4), kind, **flags).dx
+    dx = reference.norm_backward(NormBackward(zeros, zeros, None, torch.ones(4), kind, **flags)).dx
     for dropped in (stream, dx):
         assert torch.equal(dropped == 0, ~keep)
 

@@ -13,7 +13,8 @@ from torch.nn import functional as F
 
 from fastln.errors import FastLNError
 from fastln.late.logits import LazyLogits
-from fastln.standins.modules import LMHead, stand_back, stand_in
+from fastln.standins.lm_head import LMHead
+from fastln.standins.part import stand_back, stand_in
 
 N_CLASSES = 7
 LABELS = torch.tensor([[3, -100, 0, 6, 2], [-100, 5, 5, 1, -100]])
@@ -143,7 +144,7 @@ def computed(monkeypatch):
     """The logits that were computed, in place of none."""
     log = []
     compute = LazyLogits._compute
-    monkeypatch.setattr(LazyLogits, "_compute", lambda logits, writes=False: log.append(logits) or compute(logits))
+    monkeypatch.setattr(LazyLogits, "_compute", lambda logits, *args: log.append(logits) or compute(logits, *args))
     return log
 
 
@@ -159,6 +160,76 @@ def test_every_use(use, d, computed):
     for actual, expected in zip(got, want, strict=True):
         assert type(actual) is Tensor
         torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("ask", ["retain_grad", "register_hook", "grad"])
+@pytest.mark.parametrize("use", LAZY_USES)
+def test_gradients_of_logits_whose_loss_was_computed_without_them(use, ask):
+    """They are there for who asks, and so are the gradients of what the logits are made of."""
+
+    def gradients(make):
+        tensors = parts()
+        logits = make(tensors[0] * 1, *tensors[1:])
+        loss = LAZY_USES[use](logits)
+        if ask == "grad":
+            return torch.autograd.grad(loss, [logits, *tensors])
+        if ask == "retain_grad":
+            logits.retain_grad()
+        else:
+            seen = []
+            logits.register_hook(lambda gradient: seen.append(gradient) or gradient * 2)
+        loss.backward()
+        return [logits.grad if ask == "retain_grad" else seen[0], *(tensor.grad for tensor in tensors)]
+
+    for got, want in zip(gradients(LazyLogits.of), gradients(F.linear), strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-6)
+
+
+def test_uses_after_a_gradient_was_asked_for_count_too():
+    def gradients(make):
+        tensors = parts()
+        logits = make(tensors[0] * 1, *tensors[1:])
+        loss = rows(logits.float())
+        logits.retain_grad()
+        (loss + logits.sin().sum() + Twice.apply(logits).cos().sum() + rows(logits)).backward()
+        return [logits.grad, *(tensor.grad for tensor in tensors)]
+
+    for got, want in zip(gradients(LazyLogits.of), gradients(F.linear), strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("use", [rows, lambda z: z.sin().sum()], ids=["a loss", "another use"])
+def test_a_gradient_that_is_asked_for_before_any_use(use):
+    def gradients(make):
+        tensors = parts()
+        logits = make(tensors[0] * 1, *tensors[1:])
+        logits.retain_grad()
+        use(logits).backward()
+        return [logits.grad, *(tensor.grad for tensor in tensors)]
+
+    for got, want in zip(gradients(LazyLogits.of), gradients(F.linear), strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-6)
+
+
+def test_a_gradient_asked_for_too_late_is_an_error():
+    logits = LazyLogits.of(*parts())
+    loss = rows(logits)
+    logits.argmax(-1)
+    with pytest.raises(FastLNError, match="read before their gradient was asked for"):
+        logits.retain_grad()
+    loss.backward()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_casts_that_lay_memory_out_anew(dtype, computed):
+    hidden, weight = torch.randn(2, 3, 5, 4, dtype=dtype, requires_grad=True), torch.randn(N_CLASSES, 4, dtype=dtype)
+    for cast in (Tensor.float, lambda z, **settings: z.to(torch.float32, **settings)):
+        got, want = (
+            cast(make(hidden, weight, None), memory_format=torch.channels_last) for make in (LazyLogits.of, F.linear)
+        )
+        assert type(got) is Tensor
+        assert torch.equal(got, want)
+        assert got.stride() == want.stride()
 
 
 @pytest.mark.parametrize("d", [4, N_CLASSES])
@@ -243,16 +314,51 @@ def test_compiled_code_cannot_write():
 
 def test_written_parts_are_an_error():
     hidden, weight, bias = parts()
-    for written in (weight, bias):
+    for written in (weight, hidden):
         lazy = LazyLogits.of(hidden, weight, bias)
         seen = LazyLogits.of(hidden, weight, bias)
         seen.sum()
         with torch.no_grad():
             written.add_(1)
         for use in (Tensor.sum, rows, lambda z: z[:, 1:]):
-            with pytest.raises(FastLNError, match="before the optimizer's step"):
+            with pytest.raises(FastLNError, match=r"read it before optimizer.step\(\)"):
                 use(lazy)
         seen.sum()
+
+
+@pytest.mark.parametrize("settings", [{}, {"foreach": True}, {"fused": True}], ids=str)
+def test_a_head_that_an_optimizer_wrote_to_is_an_error(settings):
+    hidden, weight, bias = parts()
+    lazy = LazyLogits.of(hidden, weight, bias)
+    rows(lazy).backward()
+    torch.optim.AdamW([weight, bias], **settings).step()
+    with pytest.raises(FastLNError, match=r"read it before optimizer.step\(\)"):
+        lazy.argmax(-1)
+
+
+@pytest.mark.parametrize("value", [0.0, float("nan")])
+def test_what_no_gradient_moves_hides_nothing(value):
+    """A first column without a gradient; and weights that are no numbers have not been written to for that."""
+    hidden, weight, bias = parts()
+    with torch.no_grad():
+        hidden[..., 0], weight[0, 1] = 0.0, value
+    lazy = LazyLogits.of(hidden, weight, bias)
+    rows(lazy).backward()
+    torch.testing.assert_close(lazy + 0, F.linear(hidden, weight, bias), equal_nan=True)
+    if value == 0:
+        lazy = LazyLogits.of(hidden, weight, bias)
+        torch.optim.Adam([weight], fused=True).step()
+        with pytest.raises(FastLNError, match=r"read it before optimizer.step\(\)"):
+            lazy.argmax(-1)
+
+
+def test_a_bias_that_trains_counts_as_it_was():
+    hidden, weight, bias = parts()
+    weight.requires_grad_(False)
+    lazy, want = LazyLogits.of(hidden, weight, bias), F.linear(hidden, weight, bias)
+    rows(lazy).backward()
+    torch.optim.AdamW([bias], fused=True).step()
+    assert torch.equal(lazy + 0, want)
 
 
 def test_nothing_is_left_behind():

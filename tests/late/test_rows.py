@@ -108,6 +108,13 @@ def written_under_a_cast(h):
     return h.sin().sum()
 
 
+def logits_of_written(h):
+    make = LazyLogits.of if isinstance(h, LazyRows) else F.linear
+    logits = make(h, torch.arange(3.0 * WIDTH).view(3, WIDTH), None)
+    h.mul_(0)
+    return F.cross_entropy(logits.view(-1, 3), LABELS.view(-1).clamp(max=2)) + h.sum()
+
+
 def doubled_by_a_hook(h):
     h.register_hook(lambda gradient: gradient * 2)
     return h.sin().sum() + h[:, 0].cos().sum()
@@ -125,7 +132,68 @@ def dropped_by_name(h):
     return (ops.dropout(h, p=0.5) != 0).float().mean() + h.sin().sum()
 
 
+def written_in_a_slice(h):
+    h[:, 1:].mul_(2)
+    return h.sin().sum()
+
+
+def written_under_a_slice(h):
+    most = h[:, 1:]
+    h.mul_(2)
+    return most.sin().sum()
+
+
+def written_under_a_plain_view(h):
+    view = h.transpose(1, 2)
+    h.mul_(2)
+    return view.sin().sum()
+
+
+def copy_of_a_pick_written(h):
+    h[LABELS != -100].mul_(2)
+    return h.sin().sum()
+
+
+def second_pick_written(h):
+    first, second = h[:, 0].sum(), h[:, 1]
+    second.mul_(2)
+    return first + h.sin().sum()
+
+
+def read_after_later_ones_and_written(h):
+    later = h + 1
+    loss = later.sin().sum()
+    h.mul_(2)
+    return loss + h.sin().sum() + later.cos().sum()
+
+
+def loss_of_written(h):
+    rows = h.view(-1, WIDTH)
+    rows.mul_(2)
+    return F.cross_entropy(rows, LABELS.view(-1))
+
+
 OTHER_USES = {
+    "a loss of what was written": loss_of_written,
+    "written in a slice": written_in_a_slice,
+    "written under a slice": written_under_a_slice,
+    "written under a plain view": written_under_a_plain_view,
+    "copy of a pick written": copy_of_a_pick_written,
+    "second pick written": second_pick_written,
+    "written after later ones were read": read_after_later_ones_and_written,
+    "logits written under": logits_of_written,
+    "by names": lambda h: (
+        torch.reshape(input=h, shape=(-1, WIDTH)).sin().sum()
+        + ops.dropout(x=h, p=0.0).sum()
+        + F.cross_entropy(input=h.view(-1, WIDTH), target=LABELS.view(-1))
+    ),
+    "a copied cast written": lambda h: h.to(h.dtype, copy=True).mul_(2).sum() + h.sin().sum(),
+    "a slice, a sum of it, all": lambda h: (h[:, 1:] + 1).sin().sum() + h.cos().sum(),
+    "a slice of a slice": lambda h: h[:, 1:][:, :-1].contiguous().view(-1, WIDTH).sin().sum(),
+    "memory laid out anew": lambda h: (
+        h[None].to(memory_format=torch.channels_last).sin().sum()
+        + h.view(1, BATCH, LENGTH, WIDTH).float(memory_format=torch.channels_last).cos().sum()
+    ),
     "written through a view": written_through_a_view,
     "written under a view": written_under_a_view,
     "written under a cast": written_under_a_cast,
@@ -307,10 +375,35 @@ def test_written_parts_are_an_error(use):
     lazy, seen = (tail(LazyRows.of(attended), residual) for _ in range(2))
     seen.sum()
     with torch.no_grad():
-        tail.scale.add_(1)
-    with pytest.raises(FastLNError, match="before the optimizer's step"):
+        tail.up.weight.add_(1)
+    with pytest.raises(FastLNError, match=r"read it before optimizer.step\(\)"):
         use(lazy)
     use(seen)
+
+
+@pytest.mark.parametrize("settings", [{}, {"foreach": True}, {"fused": True}], ids=str)
+@pytest.mark.parametrize("use", [Tensor.sum, loss_of, lambda h: h[:, 0].sum()], ids=["all", "labels", "first"])
+def test_short_vectors_count_as_they_were(use, settings):
+    """Norms' weights and biases that an optimizer has written to; a matrix that it wrote to is an error."""
+    tail, (attended, residual) = Tail(), inputs()
+    vectors = [parameter for parameter in tail.parameters() if parameter.ndim == 1]
+    lazy, want = tail(LazyRows.of(attended), residual), use(tail(attended, residual))
+    with_matrix = tail(LazyRows.of(attended), residual)
+    loss_of(lazy).backward()
+    torch.optim.AdamW(vectors, lr=0.1, **settings).step()
+    torch.testing.assert_close(use(lazy), want)
+    torch.optim.AdamW(tail.parameters(), **settings).step()
+    with pytest.raises(FastLNError, match=r"read it before optimizer.step\(\)"):
+        use(with_matrix)
+
+
+def test_a_write_into_a_pick_is_an_error():
+    tail, (attended, residual) = Tail(), inputs()
+    hidden = tail(LazyRows.of(attended), residual)
+    hidden[:, 0].mul_(2)
+    for use in (lambda: hidden[:, 0], lambda: hidden.sum(), lambda: (hidden + 1).sum()):
+        with pytest.raises(FastLNError, match="through a view"):
+            use()
 
 
 def test_a_write_through_a_view_is_an_error():
@@ -328,18 +421,41 @@ def test_rows_that_autograd_alone_saw_are_checked_too():
     with pytest.raises(FastLNError, match="create_graph"):
         torch.autograd.grad(loss, attended, create_graph=True)
     with torch.no_grad():
-        tail.scale.add_(1)
-    with pytest.raises(FastLNError, match="before the optimizer's step"):
+        tail.up.weight.add_(1)
+    with pytest.raises(FastLNError, match=r"read it before optimizer.step\(\)"):
         loss.backward()
 
 
-def test_logits_of_rows_that_were_written_to_are_an_error():
+def test_a_gradient_that_autograd_alone_saw_is_that_of_the_rows_as_they_were_drawn():
+    """Some were picked, with elements dropped by their places among those."""
+    tail, (attended, residual) = Tail(dropout=0.5), inputs()
+
+    def gradients(twice):
+        torch.manual_seed(5)
+        hidden = tail(LazyRows.of(attended * 1), residual * 1)
+        loss = hidden[:, 3].sum() + twice(hidden).sin().sum()
+        return [loss, *torch.autograd.grad(loss, [attended, residual, *tail.parameters()])]
+
+    check(gradients(Twice.apply), gradients(lambda h: h * 2 + 0))
+
+
+class Unread(torch.autograd.Function):
+    """Does not look at what it sends a gradient to."""
+
+    @staticmethod
+    def forward(ctx, x, y):
+        return y.clone()
+
+    @staticmethod
+    def backward(ctx, dy):
+        return torch.ones(BATCH, LENGTH, WIDTH), dy
+
+
+def test_a_gradient_to_rows_that_nobody_read_is_an_error():
     tail, (attended, residual) = Tail(), inputs()
     hidden = tail(LazyRows.of(attended), residual)
-    logits = LazyLogits.of(hidden, torch.randn(3, WIDTH), None)
-    hidden.mul_(0)
-    with pytest.raises(FastLNError, match="has been written to since"):
-        F.cross_entropy(logits.view(-1, 3), LABELS.view(-1).clamp(max=2))
+    with pytest.raises(FastLNError, match="without reading"):
+        Unread.apply(hidden, attended).sum().backward()
 
 
 def test_nothing_is_left_behind():
@@ -353,3 +469,19 @@ def test_nothing_is_left_behind():
         assert gone() is None
     finally:
         gc.enable()
+
+
+def test_a_loss_does_not_keep_alive_what_waits():
+    """The inputs of the last block's rows go with the outputs, though its graph reaches the late tensors' nodes."""
+    tail, (attended, residual) = Tail(), inputs()
+    hidden = tail(LazyRows.of(attended), residual)
+    logits = LazyLogits.of(hidden, torch.randn(6, WIDTH), None)
+    loss = loss_of(logits.float())
+    rows = weakref.ref(hidden._rows)
+    gc.disable()
+    try:
+        del hidden, logits
+        assert rows() is None
+    finally:
+        gc.enable()
+    loss.backward()

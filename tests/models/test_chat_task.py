@@ -23,12 +23,12 @@ from transformers.image_utils import OPENAI_CLIP_MEAN
 from fastln import prepare, save_adapter
 from fastln.data import Sample, Source, VQADataset
 from fastln.data.images import ImageStat
-from fastln.engines import apply_method
 from fastln.errors import FastLNError
-from fastln.merge import merge_into_base
 from fastln.models import chat_task, load_task
 from fastln.training import TrainConfig, evaluate, train_task
 from fastln.training.features import check_frozen
+from fastln.training.merge_run import merge_into_base
+from fastln.training.tasks import apply_method
 
 QUESTIONS = {
     "What is shown?": "an mri",
@@ -288,14 +288,14 @@ def test_what_it_cannot_do_is_told(tmp_path):
         tiny.blip(tmp_path, texts)
     outside = tiny_chat.CONFIGS["llava"] | {"image_token_index": 32000}
     (tmp_path / "outside.json").write_text(json.dumps(outside))
-    with pytest.raises(FastLNError, match="gives <image> the id 32000, and has a vocabulary of 256 ids"):
+    with pytest.raises(FastLNError, match="gives <image> the id 32000, but its vocabulary has 256 ids"):
         load_task(f"chat:{tmp_path / 'outside.json'}", images)
     task = load_task(llava, images)
     with pytest.raises(FastLNError, match="'head' trains a task head, and chat:llava has none"):
         apply_method(task, "head")
     with pytest.raises(FastLNError, match="hidden states, which chat:llava does not read: leave the cache out"):
         check_frozen(task, "layernorm", ("decoder",))
-    with pytest.raises(FastLNError, match="'prompt' trains virtual tokens, which no model can be saved with"):
+    with pytest.raises(FastLNError, match="'prompt' trains virtual tokens, which cannot be saved as part of a model"):
         train_task(load_task(llama, texts), texts, TrainConfig("prompt"), engine="peft", progress=False)
     long = dataclasses.replace(images.samples[0], id="long", answer="no " * 400)
     with pytest.raises(

@@ -118,7 +118,7 @@ def test_what_would_mislead_the_labels_is_refused():
     with pytest.raises(FastLNError, match="no end token"):
         ChatTemplate(endless, None)
     task = chat("byte level", "plain")
-    with pytest.raises(FastLNError, match="sample s: an answer holds </s>"):
+    with pytest.raises(FastLNError, match="sample s: an answer contains </s>"):
         task.encode(Sample("s", "a.png", "Q?", "yes</s>no", closed=None), [1])
 
 

@@ -21,10 +21,10 @@ from transformers import (
 )
 
 import fastln
-from fastln.adapters import fingerprint
 from fastln.data import load_dataset
 from fastln.errors import FastLNError
 from fastln.families import find_norms
+from fastln.fingerprint import fingerprint
 from fastln.models import load_task
 from fastln.models.image_size import INTERPOLATE
 
@@ -188,16 +188,16 @@ def test_an_own_size_that_is_no_multiple_stays(tmp_path, data):
 
 
 def test_models_that_cannot_say_so(tmp_path, data):
-    with pytest.raises(FastLNError, match="image size 48: Aimv2VisionModel takes images of its own size alone"):
+    with pytest.raises(FastLNError, match="image size 48: Aimv2VisionModel takes only images of its own size"):
         dual(tmp_path, Aimv2VisionConfig(**SIZES), data, OTHER)
     dual(tmp_path, Aimv2VisionConfig(**SIZES), data, OWN)
     images = load_dataset(LAYOUTS["plain, jsonl"].make(tmp_path / "data"), "train")
     llava, qwen, llama = (tiny_chat.config(tmp_path, kind) for kind in ("llava", "qwen2_5_vl", "llama"))
     load_task(llava, images, image_size=28)
     for spec, message in (
-        (llava, "image size 56: LLaVA reads images of 28 x 28 pixels alone"),
+        (llava, "image size 56: this LLaVA reads only images of 28 x 28 pixels"),
         (qwen, "image size 50: it must be a multiple of 28"),
-        (llama, "image size 56: chat:llama reads text alone"),
+        (llama, "image size 56: chat:llama reads only text"),
     ):
         with pytest.raises(FastLNError, match=message):
             load_task(spec, images, image_size=50 if spec == qwen else 56)

@@ -14,10 +14,10 @@ from fastln.adapters import load_adapter, save_adapter
 from fastln.data import Sample, Source, VQADataset
 from fastln.data.images import ImageStat
 from fastln.errors import FastLNError
-from fastln.merge import merge_into_base
 from fastln.models import llava_med, load_task
 from fastln.prepare import prepare
-from fastln.training import TrainConfig, train_task
+from fastln.training import TrainConfig, TrainFiles, train_task
+from fastln.training.merge_run import merge_into_base
 
 N_WORDS = 128
 
@@ -98,7 +98,9 @@ def test_adapters_fit_it_and_the_merged_model_is_transformers(tmp_path):
     original(tmp_path / "med")
     spec = f"chat:{tmp_path / 'med'}"
     task = load_task(spec, data())
-    train_task(task, data(), TrainConfig(epochs=3, batch_size=1, learning_rate=1e-2), adapter=tmp_path / "adapter")
+    train_task(
+        task, data(), TrainConfig(epochs=3, batch_size=1, learning_rate=1e-2), TrainFiles(adapter=tmp_path / "adapter")
+    )
     task.save(tmp_path / "saved")
     merge_into_base(str(tmp_path / "med"), tmp_path / "adapter", tmp_path / "merged")
     saved, merged = (load_file(tmp_path / name / "model.safetensors") for name in ("saved", "merged"))
@@ -128,8 +130,8 @@ def test_the_tower_of_the_published_checkpoint_is_known():
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"mm_projector_type": "linear"}, "mm_projector_type is 'linear'; transformers' LLaVA has 'mlp2x_gelu' alone"),
-        ({"mm_use_im_start_end": True}, "mm_use_im_start_end is True; transformers' LLaVA has False alone"),
+        ({"mm_projector_type": "linear"}, "mm_projector_type is 'linear'; transformers' LLaVA takes only 'mlp2x_gelu'"),
+        ({"mm_use_im_start_end": True}, "mm_use_im_start_end is True; transformers' LLaVA takes only False"),
         ({"num_hidden_layers": 3}, "the checkpoint lacks 9 tensors of its LLaVA-Med, for example model.language_model"),
     ],
 )

@@ -18,12 +18,12 @@ from transformers import (
 )
 
 from fastln.data import Sample
-from fastln.engines import apply_method
 from fastln.errors import FastLNError
 from fastln.methods import count_parameters, learning_rates
 from fastln.models import load_task
 from fastln.models.tokens import word_tokenizer
 from fastln.training import parameter_groups
+from fastln.training.tasks import apply_method
 
 
 @pytest.mark.parametrize("kind", tiny.TASKS)
@@ -213,7 +213,7 @@ def test_bad_sources_are_named(tmp_path):
         str(other): "model_type is 'bert'",
         str(broken): "not JSON: line 1, column 2",
         str(empty): "there is no config.json",
-        "dul": "no such directory and no known form; valid: dual",
+        "dul": "this is neither a directory nor a known form; valid: dual",
     }
     for spec, message in cases.items():
         with pytest.raises(FastLNError) as caught:

@@ -3,10 +3,10 @@
 import pytest
 import torch
 
-from fastln.engines import apply_method
 from fastln.errors import FastLNError
 from fastln.methods import count_parameters
 from fastln.models.shapes import FAMILIES, Shape, is_shape, make_shape, parse_shape
+from fastln.training.tasks import apply_method
 
 # Parameters as the models' papers and checkpoints have them, and those of the norms.
 COUNTS = {

@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+import types
 
 import pytest
 import torch
@@ -9,7 +10,8 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from fastln import ops
 from fastln.errors import FastLNError
-from fastln.ops import ACTIVATION_KINDS
+from fastln.ops import ACTIVATION_KINDS, OpSettings
+from fastln.ops.backends import implementation
 
 activation_module = sys.modules["fastln.ops.activation"]
 OPERATOR = torch.ops.fastln.activation.default
@@ -61,10 +63,10 @@ def assert_rounded_once(got, want, dtype):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_values_and_dtypes(dtype, kind, backend):
     (x,), stock = leaves((True,), dtype), STOCK[kind]
-    got = gradients(lambda x: ops.activation(x, kind, backend=backend), [x])
+    got = gradients(lambda x: ops.activation(x, kind, settings=OpSettings(backend)), [x])
     assert_rounded_once(got, gradients(stock, doubles([x])), dtype)
     tensors = leaves(dtype=dtype)
-    got = gradients(lambda gate, up: ops.gated_activation(gate, up, kind, backend=backend), tensors)
+    got = gradients(lambda gate, up: ops.gated_activation(gate, up, kind, settings=OpSettings(backend)), tensors)
     assert_rounded_once(got, gradients(lambda gate, up: stock(gate) * up, doubles(tensors)), dtype)
 
 
@@ -72,8 +74,8 @@ def test_values_and_dtypes(dtype, kind, backend):
 @pytest.mark.parametrize("kind", ACTIVATION_KINDS)
 def test_packed_is_gated_of_the_halves(kind, backend):
     gate_up = packed_leaf()
-    got = gradients(lambda t: ops.packed_gated_activation(t, kind, backend=backend), [gate_up])
-    want = gradients(lambda t: ops.gated_activation(*t.chunk(2, -1), kind, backend="reference"), [gate_up])
+    got = gradients(lambda t: ops.packed_gated_activation(t, kind, settings=OpSettings(backend)), [gate_up])
+    want = gradients(lambda t: ops.gated_activation(*t.chunk(2, -1), kind, settings=OpSettings("reference")), [gate_up])
     torch.testing.assert_close(got, want)
     assert got[0].is_contiguous()
 
@@ -82,7 +84,7 @@ def test_packed_is_gated_of_the_halves(kind, backend):
 def test_float64(kind):
     tensors = doubles(leaves())
     for backend in ("auto", "cpu", "reference"):
-        got = gradients(lambda x: ops.activation(x, kind, backend=backend), tensors[:1])  # noqa: B023
+        got = gradients(lambda x: ops.activation(x, kind, settings=OpSettings(backend)), tensors[:1])  # noqa: B023
         torch.testing.assert_close(got, gradients(STOCK[kind], tensors[:1]))
     got = gradients(lambda gate, up: ops.gated_activation(gate, up, kind), tensors)
     torch.testing.assert_close(got, gradients(lambda gate, up: STOCK[kind](gate) * up, tensors))
@@ -92,9 +94,9 @@ def test_float64(kind):
 @pytest.mark.parametrize("shape", [(), (0,), (0, 24), (3, 0), (7,), (2, 3, 4, 1)], ids=str)
 def test_shapes(shape, backend):
     tensors = leaves(shape=shape)
-    got = gradients(lambda x: ops.activation(x, "gelu", backend=backend), tensors[:1])
+    got = gradients(lambda x: ops.activation(x, "gelu", settings=OpSettings(backend)), tensors[:1])
     torch.testing.assert_close(got, gradients(STOCK["gelu"], tensors[:1]))
-    got = gradients(lambda gate, up: ops.gated_activation(gate, up, "silu", backend=backend), tensors)
+    got = gradients(lambda gate, up: ops.gated_activation(gate, up, "silu", settings=OpSettings(backend)), tensors)
     torch.testing.assert_close(got, gradients(lambda gate, up: STOCK["silu"](gate) * up, tensors))
 
 
@@ -102,7 +104,7 @@ def test_shapes(shape, backend):
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_packed_shapes(shape, backend):
     x = torch.randn(shape).requires_grad_()
-    got = gradients(lambda x: ops.packed_gated_activation(x, "silu", backend=backend), [x])
+    got = gradients(lambda x: ops.packed_gated_activation(x, "silu", settings=OpSettings(backend)), [x])
     torch.testing.assert_close(got, gradients(lambda x: STOCK["silu"](x.chunk(2, -1)[0]) * x.chunk(2, -1)[1], [x]))
 
 
@@ -112,10 +114,12 @@ def test_strides(backend):
     for view in (x.transpose(0, 1), x[:, 0], x[:, :1].expand(4, 6, 24), x[..., ::2], x.permute(2, 0, 1)):
         view = view.detach().requires_grad_()
         other = torch.randn(view.shape).requires_grad_()
-        got = gradients(lambda x: ops.activation(x, "silu", backend=backend), [view])
+        got = gradients(lambda x: ops.activation(x, "silu", settings=OpSettings(backend)), [view])
         assert got[0].is_contiguous()
         torch.testing.assert_close(got, gradients(STOCK["silu"], [view]))
-        got = gradients(lambda gate, up: ops.gated_activation(gate, up, "silu", backend=backend), [other, view])
+        got = gradients(
+            lambda gate, up: ops.gated_activation(gate, up, "silu", settings=OpSettings(backend)), [other, view]
+        )
         torch.testing.assert_close(got, gradients(lambda gate, up: STOCK["silu"](gate) * up, [other, view]))
 
 
@@ -123,7 +127,7 @@ def test_strides(backend):
 def test_a_gate_and_an_up_of_two_dtypes(backend):
     gate, up = leaves()
     up = up.detach().bfloat16().requires_grad_()
-    got = gradients(lambda gate, up: ops.gated_activation(gate, up, "silu", backend=backend), (gate, up))
+    got = gradients(lambda gate, up: ops.gated_activation(gate, up, "silu", settings=OpSettings(backend)), (gate, up))
     want = gradients(lambda gate, up: STOCK["silu"](gate) * up, (gate, up))
     assert [t.dtype for t in got] == [torch.float32, torch.float32, torch.bfloat16]
     torch.testing.assert_close(got, want)
@@ -134,10 +138,10 @@ def test_a_gate_and_an_up_of_two_dtypes(backend):
 def test_results_can_be_written_in_place(kind, backend):
     x, up = leaves()
     if kind != "relu":  # which keeps its result, as torch's does
-        ops.activation(x, kind, backend=backend).mul_(2).sum().backward()
+        ops.activation(x, kind, settings=OpSettings(backend)).mul_(2).sum().backward()
         (want,) = torch.autograd.grad(2 * STOCK[kind](x).sum(), x)
         torch.testing.assert_close(x.grad, want)
-    ops.gated_activation(x, up, kind, backend=backend).mul_(2).sum().backward()
+    ops.gated_activation(x, up, kind, settings=OpSettings(backend)).mul_(2).sum().backward()
     torch.testing.assert_close(up.grad, 2 * STOCK[kind](x).detach())
 
 
@@ -159,7 +163,11 @@ def kept(function):
 @pytest.mark.parametrize("kind", ACTIVATION_KINDS)
 def test_an_activation_keeps_exactly_one_tensor(kind, backend, through_operator):
     def run(x):
-        return OPERATOR(x, kind, backend) if through_operator else ops.activation(x, kind, backend=backend)
+        return (
+            OPERATOR(x, kind, *OpSettings(backend).flat)
+            if through_operator
+            else ops.activation(x, kind, settings=OpSettings(backend))
+        )
 
     (x,) = leaves((True,), torch.bfloat16)
     tensors, y = kept(lambda: run(x))
@@ -177,9 +185,9 @@ def test_an_activation_keeps_exactly_one_tensor(kind, backend, through_operator)
 def test_a_gated_activation_keeps_gate_and_up_and_no_more(kind, subset, backend, through_operator):
     gate, up = leaves(subset, torch.bfloat16)
     if through_operator:
-        tensors, _ = kept(lambda: GATED(gate, up, kind, backend))
+        tensors, _ = kept(lambda: GATED(gate, up, kind, *OpSettings(backend).flat))
     else:
-        tensors, _ = kept(lambda: ops.gated_activation(gate, up, kind, backend=backend))
+        tensors, _ = kept(lambda: ops.gated_activation(gate, up, kind, settings=OpSettings(backend)))
     want = {(True, True): [gate, up], (True, False): [gate, up], (False, True): [gate], (False, False): []}[subset]
     assert [t.data_ptr() for t in tensors] == [t.data_ptr() for t in want]
 
@@ -187,23 +195,24 @@ def test_a_gated_activation_keeps_gate_and_up_and_no_more(kind, subset, backend,
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_a_packed_gated_activation_keeps_one_tensor(backend):
     gate_up = packed_leaf()
-    tensors, _ = kept(lambda: ops.packed_gated_activation(gate_up, "silu", backend=backend))
+    tensors, _ = kept(lambda: ops.packed_gated_activation(gate_up, "silu", settings=OpSettings(backend)))
     assert [(t.data_ptr(), t.shape) for t in tensors] == [(gate_up.data_ptr(), gate_up.shape)]
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("subset", SUBSETS, ids=str)
 def test_only_the_wanted_gradients_are_computed(subset, backend, monkeypatch):
-    implementation = activation_module._load(backend)
+    kernels = implementation("gated_activation", leaves()[0], OpSettings(backend))
     asked = []
 
     def backward(dy, gate, up, kind, **flags):
         asked.append((flags["need_dgate"], flags["need_dup"]))
         assert (up is not None) == flags["need_dgate"]
-        return implementation.gated_backward(dy, gate, up, kind, **flags)
+        return kernels.gated_backward(dy, gate, up, kind, **flags)
 
-    monkeypatch.setattr(activation_module, "_load", lambda _: implementation._replace(gated_backward=backward))
-    gradients(lambda gate, up: ops.gated_activation(gate, up, "silu", backend=backend), leaves(subset))
+    spying = types.SimpleNamespace(gated_forward=kernels.gated_forward, gated_backward=backward)
+    monkeypatch.setattr(activation_module, "implementation", lambda *_: spying)
+    gradients(lambda gate, up: ops.gated_activation(gate, up, "silu", settings=OpSettings(backend)), leaves(subset))
     assert asked == [subset]
 
 
@@ -211,38 +220,41 @@ def test_only_the_wanted_gradients_are_computed(subset, backend, monkeypatch):
 @pytest.mark.parametrize("kind", ["gelu", "relu"])
 def test_operators_pass_opcheck(kind, backend):
     x, up = leaves()
-    torch.library.opcheck(OPERATOR, (x, kind, backend))
-    torch.library.opcheck(BACKWARD, (up.detach(), x.detach(), kind, backend))
+    told = (kind, *OpSettings(backend).flat)
+    torch.library.opcheck(OPERATOR, (x, *told))
+    torch.library.opcheck(BACKWARD, (up.detach(), x.detach(), *told))
     for subset in SUBSETS:
-        torch.library.opcheck(GATED, (*leaves(subset), kind, backend))
-        arguments = (up.detach(), x.detach(), up.detach() if subset[0] else None, False, *subset, kind, backend)
+        torch.library.opcheck(GATED, (*leaves(subset), *told))
+        arguments = (up.detach(), x.detach(), up.detach() if subset[0] else None, False, *subset, *told)
         assert len(GATED_BACKWARD(*arguments)) == sum(subset)
         torch.library.opcheck(GATED_BACKWARD, arguments)
     gate_up = packed_leaf()
-    torch.library.opcheck(GATED, (gate_up, None, kind, backend))
-    torch.library.opcheck(GATED_BACKWARD, (x.detach(), gate_up.detach(), None, True, True, False, kind, backend))
+    torch.library.opcheck(GATED, (gate_up, None, *told))
+    torch.library.opcheck(GATED_BACKWARD, (x.detach(), gate_up.detach(), None, True, True, False, *told))
 
 
 @pytest.mark.parametrize("kind", ACTIVATION_KINDS)
 def test_gradcheck(kind):
     def gated(gate, up):
-        return ops.gated_activation(gate, up, kind, backend="reference")
+        return ops.gated_activation(gate, up, kind, settings=OpSettings("reference"))
 
     tensors = doubles(leaves(shape=(3, 5)))
-    assert torch.autograd.gradcheck(lambda x: ops.activation(x, kind, backend="reference"), tensors[:1])
+    assert torch.autograd.gradcheck(lambda x: ops.activation(x, kind, settings=OpSettings("reference")), tensors[:1])
     for subset in SUBSETS:
         assert torch.autograd.gradcheck(gated, doubles(leaves(subset, shape=(3, 5))))
     (packed,) = doubles([packed_leaf(shape=(3, 5))])
-    assert torch.autograd.gradcheck(lambda x: ops.packed_gated_activation(x, kind, backend="reference"), packed)
+    assert torch.autograd.gradcheck(
+        lambda x: ops.packed_gated_activation(x, kind, settings=OpSettings("reference")), packed
+    )
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("kind", ["gelu", "relu"])
 def test_compiled_whole_graph_equals_eager(kind, backend):
     def function(gate, up):
-        y = ops.gated_activation(gate * 2, up, kind, backend=backend)
-        y = y + ops.packed_gated_activation(torch.cat((gate, up), -1), kind, backend=backend)
-        return ops.activation(y, kind, backend=backend).sin()
+        y = ops.gated_activation(gate * 2, up, kind, settings=OpSettings(backend))
+        y = y + ops.packed_gated_activation(torch.cat((gate, up), -1), kind, settings=OpSettings(backend))
+        return ops.activation(y, kind, settings=OpSettings(backend)).sin()
 
     compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
     for rows in (2, 3):
@@ -262,7 +274,11 @@ def test_inductor_equals_eager():
 
 def test_a_second_derivative_is_refused():
     x, up = leaves()
-    for y in (ops.activation(x, "gelu"), ops.gated_activation(x, up, "gelu"), OPERATOR(x, "silu", "auto")):
+    for y in (
+        ops.activation(x, "gelu"),
+        ops.gated_activation(x, up, "gelu"),
+        OPERATOR(x, "silu", *OpSettings("auto").flat),
+    ):
         with pytest.raises(FastLNError, match="create_graph"):
             torch.autograd.grad(y.sum(), x, create_graph=True)
 
@@ -282,8 +298,10 @@ def test_torchs_transforms_take_the_definition(kind):
 @pytest.mark.parametrize("backend", ["auto", "triton"])
 def test_meta_tensors(backend):
     x = torch.empty(SHAPE, device="meta", dtype=torch.bfloat16, requires_grad=True)
-    y = ops.gated_activation(ops.activation(x, "gelu", backend=backend), x, "silu", backend=backend)
-    y = y + ops.packed_gated_activation(torch.cat((x, x), -1), "silu", backend=backend)
+    y = ops.gated_activation(
+        ops.activation(x, "gelu", settings=OpSettings(backend)), x, "silu", settings=OpSettings(backend)
+    )
+    y = y + ops.packed_gated_activation(torch.cat((x, x), -1), "silu", settings=OpSettings(backend))
     y.sum().backward()
     assert (y.shape, y.dtype, x.grad.shape) == (x.shape, x.dtype, x.shape)
 
@@ -298,7 +316,7 @@ def test_bad_arguments():
         (lambda: ops.gated_activation(x, x.to("meta"), "relu"), "on its device.*cpu.*meta"),
         (lambda: ops.packed_gated_activation(x[:, :3], "silu"), r"even number of columns.*\(3, 3\)"),
         (lambda: ops.packed_gated_activation(torch.tensor(1.0), "silu"), "even number of columns"),
-        (lambda: ops.activation(x.double(), "silu", backend="triton"), "float64"),
+        (lambda: ops.activation(x.double(), "silu", settings=OpSettings("triton")), "float64"),
     ):
         with pytest.raises(FastLNError, match=message):
             function()

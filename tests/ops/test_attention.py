@@ -6,6 +6,8 @@ from torch.utils.checkpoint import checkpoint
 from fastln.errors import FastLNError
 from fastln.ops import attention
 from fastln.ops.attention import has_own
+from fastln.ops.backends import resolve
+from fastln.ops.settings import DEFAULT, REFERENCE, OpSettings
 from fastln_kernels.cpu import products
 
 WHY_NOT = products.why_not("attention")
@@ -15,9 +17,11 @@ needs_kernels = pytest.mark.skipif(WHY_NOT is not None, reason=str(WHY_NOT))
 @pytest.fixture(params=[pytest.param("native", marks=needs_kernels), "reference"], autouse=True)
 def implementation(request, monkeypatch):
     """Both ways that `attention` has of its own."""
+    resolve.cache_clear()
     if request.param == "reference":
         monkeypatch.setattr(products, "why_not", lambda name: "for a test")
-    return request.param
+    yield request.param
+    resolve.cache_clear()
 
 
 def make(dtype=torch.bfloat16, n=3, b=2, h=3, n_tokens=17, dim=8, seed=0):
@@ -160,6 +164,36 @@ def test_who_serves(implementation, monkeypatch):
         assert not own()
 
 
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
+def test_meta_tensors_go_the_way_of_cpu_tensors(implementation, dropout):
+    """So what a plan stores can be counted on a model without values."""
+    saved = []
+    for device in ("cpu", "meta"):
+        q, k, v = (x.to(device).requires_grad_() for x in make())
+        assert has_own(q, k, v, mask=None, dropout=dropout) == (implementation == "native" or dropout > 0)
+        with torch.autograd.graph.saved_tensors_hooks(lambda x: saved[-1].append((x.shape, x.dtype)), lambda x: x):
+            saved.append([])
+            out = attention(q, k, v, dropout=dropout)
+        assert out.device.type == device
+    if implementation == "native" or dropout:  # else torch's own serves
+        assert saved[0] == saved[1]
+
+
+def test_the_reference_is_torch_s_attention_and_keeps_no_mask_of_dropout():
+    leaves = wanting(make(torch.float32))
+    out = attention(*leaves, causal=True, settings=REFERENCE)
+    assert torch.equal(out, F.scaled_dot_product_attention(*leaves, is_causal=True))
+    for dropout in (0.0, 0.2):
+        assert has_own(*leaves, mask=None, dropout=dropout, settings=REFERENCE) == (dropout > 0)
+    _, kept = saved_by(lambda: attention(*leaves, dropout=0.2, settings=REFERENCE))
+    assert max(x.numel() for x in kept) == leaves[0].numel()
+
+
+def test_triton_has_no_attention_so_the_fastest_serves(implementation):
+    q, k, v = wanting(make())
+    assert has_own(q, k, v, mask=None, dropout=0.0, settings=OpSettings("triton")) == (implementation == "native")
+
+
 def test_torch_serves_the_rest():
     q, k, v = wanting(make(torch.float32))
     bias = torch.randn(17, 17, requires_grad=True)
@@ -195,7 +229,7 @@ def test_operator_contract(masked, dropout):
     q, k, v, dout = make(n=4)
     mask = torch.ones(17, 17, dtype=torch.bool).tril_() if masked else None
     rest = (mask, torch.tensor([7]) if dropout else None)
-    settings = (0.3, False, dropout)
+    settings = (0.3, False, dropout, *DEFAULT.flat)
     torch.library.opcheck(torch.ops.fastln.attention, (*wanting((q, k, v)), *rest, *settings))
     out, lse = torch.ops.fastln.attention(q, k, v, *rest, *settings)
     for needs in ((True, False, True), (False, True, True)):

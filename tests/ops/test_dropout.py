@@ -6,6 +6,7 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from fastln import ops
 from fastln.errors import FastLNError
+from fastln.ops import OpSettings
 from fastln_kernels import reference
 from fastln_kernels.reference import dropout_keep, dropout_scale
 
@@ -19,8 +20,10 @@ SEED = torch.tensor([0x123456789ABCDEF])
 def test_forward_and_backward_drop_what_the_definition_does(shape, dtype, backend):
     x = torch.randn(shape, dtype=dtype, requires_grad=True)
     if dtype == torch.float64 and backend == "triton":
-        backend = "auto"
-    y = ops.dropout(x, 0.25, seed=SEED, backend=backend)
+        with pytest.raises(FastLNError, match="float64"):
+            ops.dropout(x, 0.25, seed=SEED, settings=OpSettings(backend))
+        return
+    y = ops.dropout(x, 0.25, seed=SEED, settings=OpSettings(backend))
     n_cols = shape[-1]
     n_rows = x.numel() // n_cols if n_cols else 0
     keep = dropout_keep(n_rows, n_cols, 0.25, SEED).reshape(shape)
@@ -39,7 +42,7 @@ def test_forward_and_backward_drop_what_the_definition_does(shape, dtype, backen
 def test_strides_and_what_is_not_finite(backend):
     x = torch.randn(40, 6).t().contiguous().t()[::2]
     x[3, 2], x[4, 1] = float("nan"), float("inf")
-    y = ops.dropout(x, 0.5, seed=SEED, backend=backend)
+    y = ops.dropout(x, 0.5, seed=SEED, settings=OpSettings(backend))
     torch.testing.assert_close(y, reference.dropout(x.contiguous(), 0.5, SEED), equal_nan=True)
     dropped = ~dropout_keep(20, 6, 0.5, SEED)
     assert torch.equal(y[dropped], torch.zeros(int(dropped.sum())))
@@ -65,7 +68,7 @@ def test_the_seed_follows_torchs_generator():
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_operator_passes_opcheck(backend):
-    arguments = (torch.randn(4, 24, requires_grad=True), SEED, 0.25, backend)
+    arguments = (torch.randn(4, 24, requires_grad=True), SEED, 0.25, *OpSettings(backend).flat)
     torch.library.opcheck(torch.ops.fastln.dropout, arguments)
 
 

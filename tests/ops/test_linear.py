@@ -8,8 +8,8 @@ from transformers.pytorch_utils import Conv1D
 
 import fastln
 from fastln import ops
-from fastln.errors import FastLNError
-from fastln.standins.modules import Linear
+from fastln.ops import OpSettings
+from fastln.standins.linear import Linear
 from fastln_kernels import reference
 from fastln_kernels.cpu import native_linear, products
 
@@ -88,7 +88,7 @@ def test_what_has_no_kernel_is_torch_s(calls):
     ops.linear(x, trained, bias).sum().backward()
     assert trained.grad is not None
     ops.linear(x, weight, bias.clone().requires_grad_())
-    ops.linear(x, weight, backend="reference")
+    ops.linear(x, weight, settings=OpSettings("reference"))
     ops.linear(x.double(), weight.double())
     ops.linear(x[0], weight)
     with torch.autocast("cpu", torch.float16):
@@ -135,12 +135,6 @@ def test_what_else_torch_takes_is_torch_s(calls):
     with torch.backends.mkldnn.flags(enabled=False):  # without oneDNN torch refuses the products
         torch.testing.assert_close(ops.linear(x, weight, bias), functional.linear(x, weight, bias))
     assert not calls
-
-
-def test_an_unknown_backend():
-    x, weight, bias = inputs(40, 64)
-    with pytest.raises(FastLNError, match="unknown backend 'cpux'"):
-        ops.linear(x, weight, bias, backend="cpux")
 
 
 def test_gradcheck_of_the_formula(monkeypatch):

@@ -10,6 +10,7 @@ from torch.nn import functional
 
 from fastln import ops
 from fastln.errors import FastLNError
+from fastln.ops import OpSettings
 from fastln_kernels import reference
 
 
@@ -18,7 +19,7 @@ from fastln_kernels import reference
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_values_and_dtypes(dtype, parameter_dtype, backend):
     tensors = leaves(dtype=dtype, parameter_dtype=parameter_dtype)
-    y, grads = gradients(lambda *t: ops.layer_norm(*t, backend=backend), tensors)
+    y, grads = gradients(lambda *t: ops.layer_norm(*t, settings=OpSettings(backend)), tensors)
     exact = [t.detach().double().requires_grad_() for t in tensors]
     want_y, want = gradients(stock, exact)
     for got, wanted, of in zip((y, *grads), (want_y, *want), (tensors[0], *tensors), strict=True):
@@ -31,7 +32,7 @@ def test_values_and_dtypes(dtype, parameter_dtype, backend):
 @pytest.mark.parametrize("backend", ["cpu", "reference"])
 def test_float64(backend):
     tensors = [t.detach().double().requires_grad_() for t in leaves()]
-    y, grads = gradients(lambda *t: ops.layer_norm(*t, backend=backend), tensors)
+    y, grads = gradients(lambda *t: ops.layer_norm(*t, settings=OpSettings(backend)), tensors)
     want_y, want = gradients(stock, tensors)
     for got, wanted in zip((y, *grads), (want_y, *want), strict=True):
         torch.testing.assert_close(got, wanted)
@@ -48,7 +49,7 @@ def test_every_mix_of_parameters(which, backend):
         which, bias
     )
     given = [t for t in (x, weight, bias) if t is not None]
-    y = ops.layer_norm(x, weight, bias, backend=backend)
+    y = ops.layer_norm(x, weight, bias, settings=OpSettings(backend))
     grads = torch.autograd.grad(y.sum(), given)
     want = stock(x.double(), None if weight is None else weight.double(), None if bias is None else bias.double())
     assert [grad.dtype for grad in grads] == [t.dtype for t in given]
@@ -59,7 +60,7 @@ def test_every_mix_of_parameters(which, backend):
 def test_cpu_sums_parameter_gradients_in_float32(dtype):
     x, weight, bias = leaves((False, True, True), dtype=dtype, shape=(4000, 16))
     dy = torch.randn(4000, 16).to(dtype) + 0.1
-    got = torch.autograd.grad(ops.layer_norm(x, weight, bias, backend="cpu"), (weight, bias), dy)
+    got = torch.autograd.grad(ops.layer_norm(x, weight, bias, settings=OpSettings("cpu")), (weight, bias), dy)
     exact = [t.detach().double().requires_grad_() for t in (x, weight, bias)]
     want = torch.autograd.grad(stock(*exact), exact[1:], dy.double())
     for got_grad, want_grad in zip(got, want, strict=True):
@@ -70,7 +71,7 @@ def test_cpu_sums_parameter_gradients_in_float32(dtype):
 @pytest.mark.parametrize("shape", [(0, N_COLS), (3, 0, N_COLS), (N_COLS,), (2, 3, 4, 1)], ids=str)
 def test_shapes(shape, backend):
     tensors = leaves(shape=shape)
-    y, grads = gradients(lambda *t: ops.layer_norm(*t, backend=backend), tensors)
+    y, grads = gradients(lambda *t: ops.layer_norm(*t, settings=OpSettings(backend)), tensors)
     want_y, want = gradients(stock, [t.detach().double().requires_grad_() for t in tensors])
     for got, wanted in zip((y, *grads), (want_y, *want), strict=True):
         torch.testing.assert_close(got.double(), wanted, rtol=1e-4, atol=1e-4)
@@ -86,7 +87,7 @@ def test_strides(backend):
         x.permute(2, 0, 1).contiguous().permute(1, 2, 0),
     ):
         view = view.detach().requires_grad_()
-        y, grads = gradients(lambda *t: ops.layer_norm(*t, backend=backend), (view, weight, bias))
+        y, grads = gradients(lambda *t: ops.layer_norm(*t, settings=OpSettings(backend)), (view, weight, bias))
         want_y, want = gradients(stock, (view, weight, bias))
         assert y.is_contiguous()
         for got, wanted in zip((y, *grads), (want_y, *want), strict=True):
@@ -98,7 +99,7 @@ def test_strided_weight_and_bias(backend):
     x, *vectors = leaves()
     wide = [torch.stack((v.detach(), v.detach() + 3), dim=1).requires_grad_() for v in vectors]
     views = (x, wide[0][:, 0], wide[1][:, 1])
-    y, grads = gradients(lambda *t: ops.layer_norm(*t, backend=backend), views)
+    y, grads = gradients(lambda *t: ops.layer_norm(*t, settings=OpSettings(backend)), views)
     want_y, want = gradients(stock, views)
     for got, wanted in zip((y, *grads), (want_y, *want), strict=True):
         torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-5)
@@ -111,7 +112,9 @@ def test_rms_norm(kind, dtype, backend):
     kind, (x, weight, _) = KINDS[kind], leaves(dtype=dtype)
 
     def ours(x, weight):
-        return ops.rms_norm(x, weight, kind.eps, kind.offset, round_normed=kind.round_normed, backend=backend)
+        return ops.rms_norm(
+            x, weight, kind.eps, kind.offset, round_normed=kind.round_normed, settings=OpSettings(backend)
+        )
 
     y, grads = gradients(ours, (x, weight))
     exact = [t.detach().double().requires_grad_() for t in (x, weight)]
@@ -143,7 +146,7 @@ def test_dropout_add_norm(backend, kind, dropout, has_residual, return_stream):
             dropout=dropout,
             return_stream=return_stream,
             seed=seed,
-            backend=backend,
+            settings=OpSettings(backend),
         )
         return outputs(*result) if return_stream else result
 
@@ -178,7 +181,7 @@ def test_under_autocast_a_float32_residual_makes_a_float32_stream(dropout, backe
     mask = reference.dropout_keep(10, N_COLS, dropout, seed) * reference.dropout_scale(dropout)
 
     def ours(x, residual):
-        options = {"dropout": dropout, "return_stream": True, "seed": seed, "backend": backend}
+        options = {"dropout": dropout, "return_stream": True, "seed": seed, "settings": OpSettings(backend)}
         return ops.dropout_add_norm(x, residual, weight, bias, LAYER_NORM, **options)
 
     def stock_prologue(x, residual):
@@ -203,17 +206,19 @@ def test_under_autocast_a_float32_residual_makes_a_float32_stream(dropout, backe
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_results_can_be_written_in_place(backend):
     x, weight, bias = leaves()
-    ops.layer_norm(x, weight, bias, backend=backend).mul_(2).sum().backward()
+    ops.layer_norm(x, weight, bias, settings=OpSettings(backend)).mul_(2).sum().backward()
     want = torch.autograd.grad(2 * stock(x, weight, bias).sum(), x)
     torch.testing.assert_close(x.grad, want[0], rtol=1e-4, atol=1e-5)
-    for result in ops.dropout_add_norm(x, x, weight, bias, LAYER_NORM, return_stream=True, backend=backend):
+    for result in ops.dropout_add_norm(
+        x, x, weight, bias, LAYER_NORM, return_stream=True, settings=OpSettings(backend)
+    ):
         result.add_(1)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_a_stream_of_inputs_without_gradient_has_none(backend):
     x, weight, bias = leaves((False, True, True))
-    y, stream = ops.dropout_add_norm(x, x, weight, bias, LAYER_NORM, return_stream=True, backend=backend)
+    y, stream = ops.dropout_add_norm(x, x, weight, bias, LAYER_NORM, return_stream=True, settings=OpSettings(backend))
     assert y.requires_grad
     assert not stream.requires_grad
 
@@ -223,7 +228,10 @@ def test_a_stream_of_inputs_without_gradient_has_none(backend):
 def test_parameters_of_an_unused_norm_have_no_gradient(dropout, backend):
     x, weight, bias = leaves()
     _, stream = ops.dropout_add_norm(
-        *(x, None if dropout else x, weight, bias, LAYER_NORM), dropout=dropout, return_stream=True, backend=backend
+        *(x, None if dropout else x, weight, bias, LAYER_NORM),
+        dropout=dropout,
+        return_stream=True,
+        settings=OpSettings(backend),
     )
     stream.sum().backward()
     assert weight.grad is bias.grad is None
@@ -235,7 +243,9 @@ def test_a_stream_alone_or_unused_has_its_gradient(backend):
     tensors = leaves((True, True, True))
 
     def ours(which, *t):
-        return ops.dropout_add_norm(t[0], t[0] * 2, *t[1:], LAYER_NORM, return_stream=True, backend=backend)[which]
+        return ops.dropout_add_norm(
+            t[0], t[0] * 2, *t[1:], LAYER_NORM, return_stream=True, settings=OpSettings(backend)
+        )[which]
 
     for which in (0, 1):
         used = tensors if which == 0 else tensors[:1]
@@ -265,7 +275,7 @@ ROWS, VECTOR = torch.zeros(3, 4), torch.ones(4)
 @pytest.mark.parametrize("backend", ["auto", "triton", "reference"])
 def test_bad_arguments(backend, x, weight, bias, message):
     with pytest.raises(FastLNError, match=message):
-        ops.layer_norm(x, weight, bias, backend=backend)
+        ops.layer_norm(x, weight, bias, settings=OpSettings(backend))
 
 
 @pytest.mark.parametrize(
@@ -291,7 +301,7 @@ def test_bad_prologues(arguments, message):
 
 def test_float64_is_not_for_triton():
     with pytest.raises(FastLNError, match="float64"):
-        ops.layer_norm(torch.zeros(3, 4, dtype=torch.float64), None, None, backend="triton")
+        ops.layer_norm(torch.zeros(3, 4, dtype=torch.float64), None, None, settings=OpSettings("triton"))
 
 
 def test_imports_where_triton_does_not_exist():

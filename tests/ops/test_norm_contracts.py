@@ -9,7 +9,9 @@ from torch import nn
 
 from fastln import ops
 from fastln.errors import FastLNError
-from fastln.standins.modules import LayerNorm, stand_in
+from fastln.ops import OpSettings
+from fastln.standins.norm import LayerNorm
+from fastln.standins.part import stand_in
 
 OPERATOR = torch.ops.fastln.norm.default
 BACKWARD = torch.ops.fastln.norm_backward.default
@@ -18,7 +20,7 @@ TELLING = [(True, True, True), (True, False, False), (False, True, False), (Fals
 
 def settings(backend, kind=LAYER_NORM, dropout=0.0, keep="x"):
     """What the operators take after their tensors."""
-    return kind.eps, kind.centre, kind.offset, kind.round_normed, dropout, keep, backend
+    return kind.eps, kind.centre, kind.offset, kind.round_normed, dropout, keep, *OpSettings(backend).flat
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -72,7 +74,7 @@ def test_backward_operator_with_a_prologue_passes_opcheck(dropout, backend):
 @pytest.mark.parametrize("subset", SUBSETS, ids=str)
 def test_gradcheck(subset):
     tensors = [t.detach().double().requires_grad_(t.requires_grad) for t in leaves(subset, shape=(3, 5))]
-    assert torch.autograd.gradcheck(lambda *t: ops.layer_norm(*t, backend="reference"), tensors)
+    assert torch.autograd.gradcheck(lambda *t: ops.layer_norm(*t, settings=OpSettings("reference")), tensors)
 
 
 @pytest.mark.parametrize("return_stream", [True, False], ids=["pre-norm", "post-norm"])
@@ -88,7 +90,7 @@ def test_gradcheck_of_a_prologue(dropout, kind, return_stream):
             dropout=dropout,
             seed=torch.tensor([1]),
             return_stream=return_stream,
-            backend="reference",
+            settings=OpSettings("reference"),
         )
 
     assert torch.autograd.gradcheck(function, tensors)
@@ -106,17 +108,17 @@ class Block(nn.Module):
     def __init__(self, backend):
         super().__init__()
         torch.manual_seed(1)
-        self.backend = backend
+        self.settings = OpSettings(backend)
         self.norm, self.linear = nn.LayerNorm(N_COLS), nn.Linear(N_COLS, N_COLS)
-        stand_in(self.norm, LayerNorm, backend)
+        stand_in(self.norm, LayerNorm, OpSettings(backend))
         self.weight, self.bias = nn.Parameter(torch.randn(N_COLS)), nn.Parameter(torch.randn(N_COLS))
 
     def forward(self, x):
-        options = {"dropout": 0.5 if self.training else 0.0, "backend": self.backend}
+        options = {"dropout": 0.5 if self.training else 0.0, "settings": self.settings}
         y, stream = ops.dropout_add_norm(
             *(self.linear(self.norm(x)), x, self.weight, None, LLAMA), return_stream=True, **options
         )
-        y = ops.rms_norm(self.linear(y), self.weight, 1e-6, 1.0, backend=self.backend)
+        y = ops.rms_norm(self.linear(y), self.weight, 1e-6, 1.0, settings=self.settings)
         return ops.dropout_add_norm(y, stream, self.weight, self.bias, GEMMA, **options).sin()
 
 
@@ -150,7 +152,7 @@ def test_inductor_equals_eager(training):
 @pytest.mark.parametrize("subset", [(False, True, False), (False, False, True)], ids=str)
 def test_compiled_without_a_gradient_of_x(subset, backend):
     def function(x, weight, bias):
-        return ops.layer_norm(x * 2, weight, bias, backend=backend).sin()
+        return ops.layer_norm(x * 2, weight, bias, settings=OpSettings(backend)).sin()
 
     compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(gradients(compiled, leaves(subset)), gradients(function, leaves(subset)))
@@ -162,7 +164,7 @@ def test_transforms_and_forward_derivatives_see_the_definition(kind, backend):
     kind, (x, weight, bias) = KINDS[kind], [t.detach() for t in leaves()]
 
     def ours(x, weight):
-        return ops.dropout_add_norm(2 * x, x, weight, bias, kind, backend=backend).sin()
+        return ops.dropout_add_norm(2 * x, x, weight, bias, kind, settings=OpSettings(backend)).sin()
 
     def stock(x, weight):
         return stock_norm(3 * x, weight, bias, kind).sin()
@@ -186,6 +188,6 @@ def test_transforms_and_forward_derivatives_see_the_definition(kind, backend):
 @pytest.mark.parametrize("backend", ["auto", "triton"])
 def test_meta_tensors(backend):
     x = torch.empty(2, 3, N_COLS, device="meta", dtype=torch.bfloat16, requires_grad=True)
-    y = ops.layer_norm(x, None, None, backend=backend)
+    y = ops.layer_norm(x, None, None, settings=OpSettings(backend))
     y.sum().backward()
     assert (y.shape, y.dtype, x.grad.shape) == (x.shape, x.dtype, x.shape)

@@ -54,9 +54,9 @@ def test_a_backward_is_given_what_it_needs_and_no_more(name):
     case = CASES[name]
     calls = []
 
-    def noted(*arguments, **options):
-        calls.append((arguments, options))
-        return reference.norm_backward(*arguments, **options)
+    def noted(request):
+        calls.append(request)
+        return reference.norm_backward(request)
 
     given = inputs(case)
     work = kernel_work(types.SimpleNamespace(norm_forward=reference.norm_forward, norm_backward=noted), case, given)
@@ -67,13 +67,13 @@ def test_a_backward_is_given_what_it_needs_and_no_more(name):
         assert not calls
         assert work.stream is None
         return
-    (_, saved, weight, rstd, kind), options = calls[0]
-    assert kind is case.kind
-    assert (saved is None) == (rstd is None) == (case.results == ("dbias",))
-    assert (weight is None) == (not case.weight or not {"dx", "dresidual"} & set(case.results))
-    assert (options["dstream"] is None) == (work.stream is None) == (not case.residual or case.keeps_normed)
-    assert options["saved_is_normed"] == name.startswith("dropout_add_layer_norm_post")
-    assert options.get("dropout", 0.0) == (DROPOUT if "dropout" in name else 0.0)
+    request = calls[0]
+    assert request.kind is case.kind
+    assert (request.saved is None) == (request.rstd is None) == (case.results == ("dbias",))
+    assert (request.weight is None) == (not case.weight or not {"dx", "dresidual"} & set(case.results))
+    assert (request.dstream is None) == (work.stream is None) == (not case.residual or case.keeps_normed)
+    assert request.saved_is_normed == name.startswith("dropout_add_layer_norm_post")
+    assert request.dropout == (DROPOUT if "dropout" in name else 0.0)
 
 
 def test_weights_leave_x_hat_about_as_it_is():

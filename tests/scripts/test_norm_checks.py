@@ -27,8 +27,8 @@ def spoilt(result, factor):
     """fastln's kernels with one result scaled: `factor` is 1 where nothing is wrong."""
 
     def of(function):
-        def call(*arguments, **options):
-            outputs = function(*arguments, **options)
+        def call(request):
+            outputs = function(request)
             wrong = getattr(outputs, result, None)
             return outputs if wrong is None else outputs._replace(**{result: wrong * factor})
 

@@ -11,7 +11,7 @@ from norm_checks import Configuration, check, random_inputs
 from norm_peers import LOADERS, load_all, load_compile, load_fastln, load_flash, load_liger, load_torch
 
 from fastln_kernels import reference
-from fastln_kernels.reference import NormKind
+from fastln_kernels.reference import NormBackward, NormForward, NormKind
 
 CPU = torch.device("cpu")
 
@@ -49,14 +49,14 @@ class InPlaceRMSNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, eps, offset, casting_mode):
         ctx.kind = NormKind(eps, centre=False, offset=offset, round_normed=casting_mode == "llama")
-        y, _, _, rstd = reference.norm_forward(x, weight, None, ctx.kind)
+        y, _, _, rstd = reference.norm_forward(NormForward(x, weight, None, ctx.kind))
         ctx.save_for_backward(x, weight, rstd)
         return y
 
     @staticmethod
     def backward(ctx, dy):
         need = {"need_dx": True, "need_dweight": True}
-        gradients = reference.norm_backward(dy, *ctx.saved_tensors, ctx.kind, **need)
+        gradients = reference.norm_backward(NormBackward(dy, *ctx.saved_tensors, ctx.kind, **need))
         return dy.copy_(gradients.dx), gradients.dweight, None, None, None
 
 

@@ -11,8 +11,10 @@ from transformers.models.llama.configuration_llama import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaMLP
 
 from fastln.families import activation_kind
-from fastln.ops import ACTIVATION_KINDS, activation
-from fastln.standins.modules import Activation, GatedMLP, stand_back, stand_in
+from fastln.ops import ACTIVATION_KINDS, OpSettings, activation
+from fastln.standins.activation import Activation
+from fastln.standins.gated_mlp import GatedMLP
+from fastln.standins.part import stand_back, stand_in
 
 MAKERS = {name: functools.partial(ACT2FN.__getitem__, name) for name in ACT2CLS} | {
     "nn.GELU": nn.GELU,
@@ -57,11 +59,12 @@ def test_a_subclass_is_something_else():
 def test_standing_in_for_a_stock_module_and_back(name):
     module, x = MAKERS[name](), torch.randn(3, 5, requires_grad=True)
     before, want, kind = dict(vars(module)), MAKERS[name]()(x.clone()), activation_kind(module)
-    stand_in(module, Activation, "auto", kind)
+    stand_in(module, Activation, OpSettings(), kind)
     packed = []
     with saved_tensors_hooks(lambda t: packed.append(t) or t, lambda t: t):
         y = module(x)
-    assert type(module) is Activation
+    assert isinstance(module, Activation)
+    assert isinstance(module, type(MAKERS[name]()))
     assert len(packed) == 1
     torch.testing.assert_close(y, want)
     torch.testing.assert_close(*(torch.autograd.grad(t.sum(), x) for t in (y, want)))
@@ -77,7 +80,7 @@ def test_the_gated_mlp_is_llamas_and_keeps_gate_and_up_alone():
     packed = []
     weights = {parameter.data_ptr() for parameter in mlp.parameters()}
     with saved_tensors_hooks(lambda t: packed.append(t) or t, lambda t: t):
-        y = stand_in(mlp, GatedMLP, "auto", activation_kind(mlp.act_fn))(x)
+        y = stand_in(mlp, GatedMLP, OpSettings(), activation_kind(mlp.act_fn))(x)
     torch.testing.assert_close(y, want)
     torch.testing.assert_close(*(torch.autograd.grad(t.sum(), x) for t in (y, want)))
     assert [t.shape for t in packed if t.data_ptr() not in weights] == [(2, 3, 20)] * 2

@@ -1,7 +1,10 @@
+import copy
 import json
+import pickle
 
 import pytest
 import torch
+from only import prepare_only
 from transformers import (
     BertConfig,
     BertModel,
@@ -13,12 +16,14 @@ from transformers import (
     FalconModel,
     LlamaConfig,
     LlamaForCausalLM,
+    PreTrainedModel,
     ViTConfig,
     ViTModel,
 )
 
+import fastln
+from fastln.plan import apply, plan
 from fastln.standins import attention as families
-from fastln.standins.attention import restore_attention, use_fast_attention
 
 # Weights so large that it matters what is attended to.
 LAYERS = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "initializer_range": 0.1}
@@ -84,7 +89,7 @@ def test_same_numbers_as_sdpa(family, monkeypatch):
         return torch.stack([(some[name] - truth[name]).norm() for name in truth]).norm()
 
     monkeypatch.setattr(families, "attention", counted)
-    changed = use_fast_attention(model)
+    prepare_only(model, "attention")
     fast_loss, fast_grads = step(model, inputs)
     assert len(calls) == (4 if family == "clip" else 2)
     # Behind CLIP's attention come about eight roundings to bfloat16, each of half an ulp: of the projections, their
@@ -96,48 +101,96 @@ def test_same_numbers_as_sdpa(family, monkeypatch):
     assert error(fast_grads) <= 2 * error(grads)
 
     # Float32 shows a wrong scale, which bfloat16's roundings can hide.
-    use_fast_attention(exact)
+    prepare_only(exact, "attention")
     bound = 1e-5 * torch.stack([grad.norm() for grad in truth.values()]).norm()
     assert error(step(exact, exact_inputs)[1]) <= bound
     factor = 1.1
     assert error(step(exact, exact_inputs)[1]) > 10 * bound
 
-    restore_attention(changed)
+    fastln.restore(model)
     calls.clear()
     _, restored_grads = step(model, inputs)
     assert not calls
     assert all(torch.equal(restored_grads[name], grads[name]) for name in grads)
 
 
-def test_every_sub_model_is_switched_and_restored():
+def switched(model):
+    """What attention is called in each module that asks the interface for it."""
+    return [module.config._attn_implementation for module in model.modules() if families_attention(module)]
+
+
+def families_attention(module):
+    return (
+        not isinstance(module, PreTrainedModel)
+        and module.__class__.__name__.endswith("Attention")
+        and hasattr(module, "config")
+    )
+
+
+def test_every_sub_model_is_switched_and_restored_and_its_configuration_stays():
     model, _ = make("clip")
     configs = [model.config, model.config.text_config, model.config.vision_config]
-    changed = use_fast_attention(model)
-    assert all(any(config is other for other in changed) for config in configs)
-    assert [config._attn_implementation for config in configs] == ["fastln"] * 3
-    assert use_fast_attention(model) == []
-    restore_attention(changed)
+    held = [module.config for module in model.modules() if hasattr(module, "config")]
+    prepare_only(model, "attention")
+    assert switched(model) == ["fastln"] * 4
     assert [config._attn_implementation for config in configs] == ["sdpa"] * 3
+    fastln.restore(model)
+    assert all(a is b for a, b in zip(held, (m.config for m in model.modules() if hasattr(m, "config")), strict=True))
+
+
+def test_a_model_of_the_same_configuration_stays_as_it_is():
+    first, _ = make("llama")
+    second = type(first)(first.config)
+    fastln.prepare(first)
+    assert switched(second) == ["sdpa"] * 2
+    fastln.prepare(second)
+    fastln.restore(first)
+    assert switched(second) == ["fastln"] * 2
+    assert switched(first) == ["sdpa"] * 2
+    assert first.config is second.config
+
+
+def test_a_view_shares_what_is_written_and_survives_copies():
+    model = fastln.prepare(make("llama")[0])
+    view = model.model.layers[0].self_attn.config
+    assert isinstance(view, LlamaConfig)
+    assert type(view).__name__ == "LlamaConfig"
+    model.config.rms_norm_eps = 0.5
+    assert view.rms_norm_eps == 0.5
+    view.rms_norm_eps = 0.25
+    assert model.config.rms_norm_eps == 0.25
+    for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert switched(twin) == ["fastln"] * 2
+        twin.config.rms_norm_eps = 0.125
+        assert twin.model.layers[1].self_attn.config.rms_norm_eps == 0.125
+        assert model.config.rms_norm_eps == 0.25
+        fastln.restore(twin)
+        assert twin.model.layers[1].self_attn.config is twin.config
 
 
 def test_eager_stays_eager():
     model, _ = make("clip")
     model.set_attn_implementation({"text_config": "eager"})
-    use_fast_attention(model)
-    assert model.config.text_config._attn_implementation == "eager"
-    assert model.config.vision_config._attn_implementation == "fastln"
+    prepare_only(model, "attention")
+    assert switched(model) == ["eager"] * 2 + ["fastln"] * 2
+    model.set_attn_implementation("eager")
+    assert switched(model) == ["eager"] * 4
+    model.set_attn_implementation("sdpa")
+    assert switched(model) == ["sdpa"] * 2 + ["fastln"] * 2
 
 
 def test_models_inside_another_module():
     model = torch.nn.ModuleDict({"vision": make("vit")[0], "text": make("bert")[0]})
-    assert len(use_fast_attention(model)) == 2
+    prepare_only(model, "attention")
+    assert switched(model) == ["fastln"] * 4
 
 
 def test_own_attention_is_left_alone():
     falcon = FalconModel(FalconConfig(hidden_size=32, num_hidden_layers=1, num_attention_heads=2, vocab_size=20))
-    assert falcon.config._attn_implementation == "sdpa"
-    assert use_fast_attention(falcon) == []
-    assert falcon.config._attn_implementation == "sdpa"
+    stays = [stay.reason for stay in plan(falcon).stays if stay.kind == "attention"]
+    assert stays == ["it computes attention with its own code"]
+    prepare_only(falcon, "attention")
+    assert falcon.h[0].self_attention.config is falcon.config
 
 
 def test_evaluation():
@@ -146,7 +199,7 @@ def test_evaluation():
     inputs["pixel_values"] = inputs["pixel_values"].float()
     with torch.no_grad():
         expected = model(**inputs).last_hidden_state
-        use_fast_attention(model)
+        prepare_only(model, "attention")
         torch.testing.assert_close(model(**inputs).last_hidden_state, expected, rtol=1e-5, atol=1e-5)
 
 
@@ -155,12 +208,11 @@ def test_evaluation():
 def test_on_cuda_flash_attention_serves_where_it_is_installed(installed, dtype, monkeypatch):
     model = make("llama")[0].to(dtype)
     monkeypatch.setattr(families, "is_flash_attn_2_available", lambda: installed)
-    for cls in (type(model), type(model.model)):
-        monkeypatch.setattr(cls, "device", torch.device("cuda"))
-    changed = use_fast_attention(model)
+    apply(plan(model, device="cuda"), model)
     expected = "flash_attention_2" if installed and dtype == torch.bfloat16 else "sdpa"
     assert model.config._attn_implementation == expected
-    restore_attention(changed)
+    assert switched(model) == [expected] * 2
+    fastln.restore(model)
     assert model.config._attn_implementation == "sdpa"
 
 
@@ -168,7 +220,7 @@ def test_dropout_in_attention_keeps_no_mask_and_draws_again_in_checkpointing():
     model, inputs = make("bert")
     for layer in model.encoder.layer:
         layer.attention.self.dropout.p = 0.2
-    use_fast_attention(model)
+    prepare_only(model, "attention")
     shapes = set()
     with torch.autograd.graph.saved_tensors_hooks(lambda x: shapes.add(tuple(x.shape)) or x, lambda x: x):
         model(**inputs)
@@ -189,7 +241,7 @@ def test_dropout_in_attention_keeps_no_mask_and_draws_again_in_checkpointing():
 def test_asking_for_attentions_does_what_sdpa_does():
     model, inputs = make("vit")
     expected = model(**inputs, output_attentions=True)
-    use_fast_attention(model)
+    prepare_only(model, "attention")
     output = model(**inputs, output_attentions=True)
     assert (output.attentions is None) == (expected.attentions is None)
     assert torch.equal(output.last_hidden_state, expected.last_hidden_state)
@@ -197,7 +249,7 @@ def test_asking_for_attentions_does_what_sdpa_does():
 
 def test_the_name_is_not_saved(tmp_path):
     model, _ = make("clip")
-    use_fast_attention(model)
+    prepare_only(model, "attention")
     model.save_pretrained(tmp_path)
     assert "fastln" not in (tmp_path / "config.json").read_text()
     assert "fastln" not in json.dumps(model.config.to_dict(), default=str)
@@ -209,5 +261,5 @@ def test_generation_with_a_cache():
     model.eval()
     prompt = inputs["input_ids"][:, :5]
     expected = model.generate(prompt, max_new_tokens=4, do_sample=False)
-    use_fast_attention(model)
+    prepare_only(model, "attention")
     assert torch.equal(model.generate(prompt, max_new_tokens=4, do_sample=False), expected)

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from only import prepare_only
 from tiny import blip_config
 from torch import Tensor
 from transformers import BlipForQuestionAnswering
@@ -9,8 +10,7 @@ from transformers.models.blip.modeling_blip import BlipAttention
 from transformers.models.blip.modeling_blip_text import BlipTextSelfAttention
 
 import fastln
-from fastln.standins.attention import use_fast_attention
-from fastln.standins.modules import stand_back
+from fastln.standins.tricks import TRICKS
 
 N_PATCHES, N_WORDS, N_ANSWER = 17, 9, 5
 
@@ -27,8 +27,7 @@ def make(dropout: float = 0.0) -> BlipForQuestionAnswering:
 
 def make_fast(dropout: float = 0.0) -> BlipForQuestionAnswering:
     model = make(dropout)
-    use_fast_attention(model)
-    return model
+    return prepare_only(model, "attention")
 
 
 def batch() -> dict[str, Tensor]:
@@ -50,11 +49,11 @@ def step(model: torch.nn.Module) -> tuple[Tensor, dict[str, Tensor]]:
     return loss.detach(), {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
 
 
-@pytest.mark.parametrize("use", [use_fast_attention, fastln.prepare])
-def test_same_loss_and_gradients(use):
+@pytest.mark.parametrize("tricks", [["attention"], TRICKS], ids=["attention", "all"])
+def test_same_loss_and_gradients(tricks):
     loss, grads = step(make())
     model = make()
-    use(model)
+    prepare_only(model, *tricks)
     for module in model.modules():
         assert type(module) not in (BlipAttention, BlipTextSelfAttention)
     fast_loss, fast_grads = step(model)
@@ -162,5 +161,5 @@ def test_hooks_on_the_attention_see_what_they_would_of_stock():
 def test_stand_back():
     model = make_fast()
     assert model.state_dict().keys() == make().state_dict().keys()
-    stand_back(model)
+    fastln.restore(model)
     assert [type(module) for module in model.modules()] == [type(module) for module in make().modules()]

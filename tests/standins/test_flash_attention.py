@@ -2,14 +2,15 @@
 
 import pytest
 import torch
-import transformers
 from family_models import batch, make
 from torch.nn import functional as F
 from transformers import modeling_flash_attention_utils as flash
 
 import fastln
+from fastln.plan import apply, plan
 from fastln.standins import attention as families
-from fastln.standins.attention import FLASH_ATTENTION, restore_attention, use_fast_attention
+from fastln.standins.attention import FLASH_ATTENTION
+from fastln.standins.tricks import TRICKS
 
 
 class FlashAttention:
@@ -55,9 +56,7 @@ def installed(monkeypatch):
 
 
 def use_as_on_cuda(model):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(transformers.PreTrainedModel, "device", torch.device("cuda"))
-        return use_fast_attention(model)
+    apply(plan(model, "full", without=TRICKS.keys() - {"attention"}, device="cuda"), model)
 
 
 def step(model, inputs):
@@ -80,12 +79,12 @@ def test_text(name, padded, installed):
         inputs["attention_mask"][1, -2:] = 0
         n_tokens -= 2
     loss, gradients = step(model, inputs)
-    changed = use_as_on_cuda(model)
+    use_as_on_cuda(model)
     flash_loss, flash_gradients = step(model, inputs)
     assert (installed.packed if padded else installed.dense)[-2:] == [n_tokens] * 2
     assert flash_loss == pytest.approx(loss, rel=1e-2)
     assert (flash_gradients - gradients).norm() < 3e-2 * gradients.norm()
-    restore_attention(changed)
+    fastln.restore(model)
     assert step(model, inputs)[0] == loss
 
 
@@ -101,9 +100,8 @@ def test_vision(name, installed):
     assert (flash_gradients - gradients).norm() < 3e-2 * gradients.norm()
 
 
-def test_a_model_whose_first_parameter_is_a_trained_norm_is_no_float32_model(installed, monkeypatch):
+def test_a_model_whose_first_parameter_is_a_trained_norm_is_no_float32_model(installed):
     model = make("dinov2").dinov2.encoder.bfloat16()
-    monkeypatch.setattr(transformers.PreTrainedModel, "device", torch.device("cuda"))
-    fastln.prepare(model)
+    apply(plan(model, device="cuda"), model)
     assert next(model.parameters()).dtype == torch.float32
     assert model.config._attn_implementation == FLASH_ATTENTION

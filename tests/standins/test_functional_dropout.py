@@ -12,7 +12,7 @@ from transformers.models.opt.modeling_opt import OPTDecoderLayer
 
 import fastln
 from fastln.memory import SavedActivations
-from fastln.standins.modules import CallsDropout
+from fastln.standins.dropout import CallsDropout
 
 
 def opt(p, n_layers=2):

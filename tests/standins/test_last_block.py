@@ -12,18 +12,18 @@ from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
 import fastln
+from fastln.families.last_block import last_blocks
 from fastln.late.rows import LazyRows
+from fastln.late.when import may_be_late
 from fastln.memory import SavedActivations
 from fastln.methods import norm_parameters
-from fastln.standins.last_block import spare_last_rows
-from fastln.standins.modules import may_be_late
 
 # Rows of which something is read, where that is not every row with a label. Those of towers whose every token goes on
 # are computed whole, beside.
 READ = {name: {4} for name in MODELS} | {"vit": {2}, "deit": {2}, "clip": {2}}
 READ |= {
     "bert, two losses": {2, 4, 24},  # the pooler has the first tokens, and then all are there
-    "gpt2, two heads": {2, 24},
+    "gpt2, two heads": {2, 4, 24},  # those with a label are picked from all, which are there
     "t5": {4, 24},
     "blip": {2, 4, 24, 34},
     "qwen2.5-vl": {4, 8},
@@ -251,10 +251,7 @@ def test_where_it_begins():
     """At the last linear layer of the last attention of each stack."""
     found = {}
     for model in (cut_dropout(transformers.BlipForQuestionAnswering(blip_config())), make("t5"), make("clip")):
-        names = {id(module): name for name, module in model.named_modules()}
-        for handle in spare_last_rows(model):
-            hooked = [m for m in model.modules() if handle.id in m._forward_pre_hooks]
-            found.setdefault(type(model).__name__, []).append(names[id(hooked[0])])
+        found[type(model).__name__] = [block.projection for block in last_blocks(model)]
     assert found == {
         "BlipForQuestionAnswering": [
             "vision_model.encoder.layers.1.self_attn.projection",

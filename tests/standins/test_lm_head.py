@@ -6,13 +6,14 @@ import pytest
 import torch
 import transformers
 from family_models import MODELS, N_CLASSES, N_TOKENS, batch, make
+from only import prepare_only
 from tiny import blip_config
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import Trainer, TrainingArguments
 
+import fastln
 from fastln.late.logits import LazyLogits
-from fastln.standins.lm_head import use_lazy_head
-from fastln.standins.modules import LMHead, stand_back
+from fastln.standins.lm_head import LMHead
 
 
 def step(model, inputs, **settings):
@@ -57,7 +58,8 @@ def test_families(name, trains):
         stock_outputs, want = step(model, inputs)
     assert made.n_rows >= N_TOKENS - 2
 
-    assert len(use_lazy_head(model)) == 1
+    prepare_only(model, "late_logits")
+    assert sum(isinstance(module, LMHead) for module in model.modules()) == 1
     assert list(model.state_dict()) == keys
     assert {n: id(p) for n, p in model.named_parameters()} == parameters
     with Logits() as made:
@@ -69,7 +71,7 @@ def test_families(name, trains):
     for key, value in logits.items():
         torch.testing.assert_close(value + 0, stock_outputs[key])
 
-    stand_back(model)
+    fastln.restore(model)
     assert not any(isinstance(module, LMHead) for module in model.modules())
     check(step(model, inputs)[1], want)
 
@@ -89,7 +91,7 @@ def test_smoothed_and_shifted(reduction):
         return {"loss": loss.detach(), **{n: p.grad for n, p in model.named_parameters() if p.grad is not None}}
 
     want = losses()
-    use_lazy_head(model)
+    prepare_only(model, "late_logits")
     with Logits() as made:
         check(losses(), want)
     assert made.n_rows == 4
@@ -98,7 +100,7 @@ def test_smoothed_and_shifted(reduction):
 def test_sums_over_several_batches():
     model, inputs = make("llama"), batch("llama")
     want = step(model, inputs, num_items_in_batch=torch.tensor(37))[1]
-    use_lazy_head(model)
+    prepare_only(model, "late_logits")
     with Logits() as made:
         check(step(model, inputs, num_items_in_batch=torch.tensor(37))[1], want)
     assert made.n_rows == 4
@@ -106,7 +108,7 @@ def test_sums_over_several_batches():
 
 def test_nothing_waits_outside_of_training():
     model, inputs = make("llama"), batch("llama")
-    use_lazy_head(model)
+    prepare_only(model, "late_logits")
     with torch.no_grad():
         assert type(model(**inputs).logits) is torch.Tensor
     model.eval()
@@ -119,7 +121,7 @@ def test_nothing_waits_outside_of_training():
 def test_gradient_checkpointing(use_reentrant):
     model, inputs = make("llama"), batch("llama")
     want = step(model, inputs)[1]
-    use_lazy_head(model)
+    prepare_only(model, "late_logits")
     model.gradient_checkpointing_enable({"use_reentrant": use_reentrant})
     model.enable_input_require_grads()
     check(step(model, inputs)[1], want)
@@ -128,7 +130,7 @@ def test_gradient_checkpointing(use_reentrant):
 def test_copies():
     model, inputs = make("bert"), batch("bert")
     want = step(model, inputs)[1]
-    use_lazy_head(model)
+    prepare_only(model, "late_logits")
     twin = copy.deepcopy(model)
     check(step(twin, inputs)[1], want)
     assert isinstance(twin.get_output_embeddings(), LMHead)
@@ -138,7 +140,7 @@ def test_bfloat16_is_no_further_from_float64():
     exact = step(make("llama").double(), batch("llama"))[1]
     model, inputs = make("llama").bfloat16(), batch("llama")
     stock = step(model, inputs)[1]
-    use_lazy_head(model)
+    prepare_only(model, "late_logits")
     lazy = step(model, inputs)[1]
 
     def error(of):
@@ -167,6 +169,6 @@ def trained(model, folder, **settings):
 )
 def test_trainer(settings, tmp_path):
     model, stock = make("llama"), make("llama")
-    use_lazy_head(model)
+    prepare_only(model, "late_logits")
     got, want = trained(model, tmp_path, **settings), trained(stock, tmp_path, **settings)
     torch.testing.assert_close(got, want, rtol=2e-2 if "bf16" in settings else 1e-4, atol=0)

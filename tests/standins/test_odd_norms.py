@@ -67,7 +67,8 @@ def test_a_norm_is_one_whatever_its_vector_and_what_it_is_made_of_are_called(cap
     assert [name for name, _ in find_norms(model)] == ["norm"]
     with caplog.at_level("INFO"):
         fastln.prepare(model)
-    assert "norm (MoonshineStreamingLayerNorm) is tuned with its stock code" in caplog.text
+    assert "norm (MoonshineStreamingLayerNorm)" in caplog.text
+    assert "trains with stock code" in caplog.text
     y = model["norm"](torch.randn(2, WIDTH, dtype=torch.bfloat16))
     assert y.dtype == torch.bfloat16
     y.float().square().sum().backward()
@@ -113,16 +114,20 @@ def odd_ones():
 @pytest.mark.parametrize(
     ("method", "also", "message"),
     [
-        ("layernorm", (), "4 norms stay as they are, for example 1 (GroupNorm): group and batch norms are not tuned"),
-        ("layernorm", ("1", "3"), "2 norms stay as they are, for example 2 (AdaptiveLayerNorm): "),
-        ("layernorm+bias", (), "1 norms stay as they are, for example 5 (ParametrizedLayerNorm): "),
+        (
+            "layernorm",
+            (),
+            "4 norms do not train, for example 1 (GroupNorm): norm tuning leaves out group and batch norms",
+        ),
+        ("layernorm", ("1", "3"), "2 norms do not train, for example 2 (AdaptiveLayerNorm): "),
+        ("layernorm+bias", (), "1 norms do not train, for example 5 (ParametrizedLayerNorm): "),
         ("full", (), None),
     ],
 )
 def test_norms_that_stay_as_they_are_are_told_in_one_line(method, also, message, caplog):
     with caplog.at_level("WARNING", "fastln"):
         fastln.prepare(odd_ones(), method, also=also)
-    told = [text for text in caplog.messages if "stay as they are" in text]
+    told = [text for text in caplog.messages if "norms do not train" in text]
     assert len(told) == (message is not None)
     assert all(message in text for text in told)
 
@@ -133,4 +138,21 @@ def test_a_sub_model_that_is_frozen_is_not_told_of(caplog):
     for scope, n_told in (("text", 0), ("vision", 1), (None, 1), ("LN-F-F", 0), ("F-LN-F", 1)):
         caplog.clear()
         fastln.restore(fastln.prepare(clip, scope=scope))
-        assert sum("1 norms stay as they are" in text for text in caplog.messages) == n_told, scope
+        assert sum("1 norms do not train" in text for text in caplog.messages) == n_told, scope
+
+
+def test_what_a_forward_raises_that_looks_like_a_norms_is_in_the_debug_log(caplog):
+    class Scale(nn.Module):
+        eps = 1e-6
+
+        def __init__(self):
+            super().__init__()
+            self.weight = nn.Parameter(torch.ones(4))
+
+        def forward(self, x):
+            raise RuntimeError("takes pairs alone")
+
+    model = nn.Sequential(Scale(), nn.LayerNorm(4))
+    with caplog.at_level("DEBUG", "fastln"):
+        assert [name for name, _ in find_norms(model)] == ["1"]
+    assert "Scale is not taken for a norm: its forward raised RuntimeError('takes pairs alone')" in caplog.text

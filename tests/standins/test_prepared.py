@@ -15,7 +15,7 @@ import fastln
 from fastln.families import find_norms
 from fastln.memory import SavedActivations
 from fastln.methods import norm_parameters
-from fastln.standins.modules import Part
+from fastln.standins.part import Part
 
 FAMILIES = [*MODELS, *VISION_MODELS]
 

@@ -9,6 +9,7 @@ from transformers import EarlyStoppingCallback, Trainer, TrainerCallback
 import fastln
 from fastln import FastLNError, FastLNTrainer
 from fastln.methods import norm_parameters
+from fastln.training import fastln_trainer
 from fastln.training.sample_ids import WithSampleIds
 
 
@@ -73,6 +74,41 @@ def test_norms_are_float32_with_their_own_rate_and_nothing_small_decays(tmp_path
     assert seen == set(names.values())
     with pytest.raises(FastLNError, match="norm_learning_rate is 0; it must be greater"):
         FastLNTrainer(llama(), args, norm_learning_rate=0)
+
+
+def test_a_norm_learning_rate_without_effect_is_an_error(tmp_path):
+    args = arguments(tmp_path)
+    model = llama()
+    optimizer = torch.optim.AdamW(model.parameters())
+    with pytest.raises(FastLNError, match="norm_learning_rate has no effect on an optimizer of your own: give"):
+        FastLNTrainer(model, args, optimizers=(optimizer, None), norm_learning_rate=0.5)
+    fastln.prepare(model)  # nothing was put on it
+    with pytest.raises(FastLNError, match="method 'lora' trains no norm here; leave norm_learning_rate out"):
+        FastLNTrainer(llama(), args, method="lora", norm_learning_rate=0.5)
+    model = llama()
+    elsewhere = (torch.optim.SGD, {"params": [model.lm_head.weight], "lr": 0.1})
+    trainer = FastLNTrainer(
+        model, args, train_dataset=Sentences(), optimizer_cls_and_kwargs=elsewhere, norm_learning_rate=0.5
+    )
+    with pytest.raises(FastLNError, match="no effect on SGD, whose parameter groups hold no norm"):
+        trainer.train()
+
+
+def test_the_method_s_settings_are_passed_on_whole(tmp_path, monkeypatch):
+    given = []
+
+    def put(model, **settings):
+        given.append(settings)
+        return model
+
+    monkeypatch.setattr(fastln_trainer, "put_method", put)
+    FastLNTrainer(llama(), arguments(tmp_path))
+    FastLNTrainer(
+        llama(), arguments(tmp_path), scope="text", also="lm_head", backend="reference", without=("attention",)
+    )
+    stock = {"method": "layernorm", "scope": None, "also": (), "engine": None, "backend": "auto"}
+    own = {"scope": "text", "also": "lm_head", "backend": "reference", "without": ("attention",)}
+    assert given == [stock, stock | own]
 
 
 @pytest.mark.parametrize("method", ["lora", "layernorm+lora", "adalora", "prompt", "LN"])

@@ -7,10 +7,9 @@ import tiny
 import torch
 from torch import nn
 
-from fastln.engines import apply_method
 from fastln.methods import HEAD_LEARNING_RATE, METHODS, get_method, learning_rates
-from fastln.training import MasterAdamW, TrainConfig, parameter_groups
-from fastln.training.trainer import build_optimizer
+from fastln.training import MasterAdamW, TrainConfig, build_optimizer, parameter_groups
+from fastln.training.tasks import apply_method
 
 
 def walk(optimizer, parameters, n_steps=5, seed=0):

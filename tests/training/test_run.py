@@ -16,12 +16,15 @@ from transformers import AutoModel
 from fastln.adapters import load_adapter
 from fastln.data import DataOptions, Source, load_source
 from fastln.errors import FastLNError
-from fastln.merge import merge_into_base
 from fastln.models import load_task
-from fastln.training import TrainConfig, checkpoints, evaluate, train_task
+from fastln.plan import prepared
+from fastln.training import TrainConfig, TrainFiles, checkpoints, eval_run, evaluate, tasks, train_task
 from fastln.training import run as run_module
+from fastln.training.eval_run import EvalRun, run_evaluation
 from fastln.training.head import train_head
-from fastln.training.run import TrainRun, run_evaluation, run_training
+from fastln.training.merge_run import merge_into_base
+from fastln.training.preview import preview
+from fastln.training.run import TrainRun, run_training
 
 
 @pytest.fixture
@@ -32,7 +35,8 @@ def few(monkeypatch) -> None:
         source = load_source(spec, options)
         return dataclasses.replace(source, splits={name: rows[:24] for name, rows in source.splits.items()})
 
-    monkeypatch.setattr(run_module, "load_source", load)
+    for module in (run_module, eval_run):
+        monkeypatch.setattr(module, "load_source", load)
 
 
 def spec(folder):
@@ -51,9 +55,12 @@ def test_an_adapter_in_half_precision(tmp_path):
     run_training(TrainRun("phantom", source, None, config, adapter_dtype="float16"), tmp_path / "out")
     stored = load_file(tmp_path / "out" / "adapter" / "adapter_model.safetensors")
     assert {tensor.dtype for name, tensor in stored.items() if "ln_tuning" in name} == {torch.float16}
-    run_evaluation(source, "phantom", "test", adapter=tmp_path / "out" / "adapter")
+    run_evaluation(EvalRun(source, "phantom", "test", adapter=tmp_path / "out" / "adapter"))
     with pytest.raises(FastLNError, match=r"unknown dtype 'int8' of an adapter \(valid: float32, float16\)"):
         TrainRun("phantom", "dual", None, CONFIG, adapter_dtype="int8")
+    for method, engine in (("lora", None), ("layernorm", "peft")):
+        with pytest.raises(FastLNError, match=f"peft writes the adapter of method '{method}' in its own dtype"):
+            TrainRun("phantom", "dual", engine, TrainConfig(method), adapter_dtype="float16")
 
 
 @pytest.mark.usefixtures("few")
@@ -68,7 +75,7 @@ def test_train_then_eval(method, tmp_path, capsys):
     assert record["validation"]["n_all"] > 0
     assert "synthetic" in capsys.readouterr().out
     predictions = tmp_path / "predictions.jsonl"
-    score = run_evaluation(str(tmp_path / "out"), "phantom", "test", predictions=predictions)
+    score = run_evaluation(EvalRun(str(tmp_path / "out"), "phantom", "test", predictions=predictions))
     assert score == outcome.test
     adapter = tmp_path / "out" / "adapter"
     assert record["adapter_bytes"] == (sum(f.stat().st_size for f in adapter.iterdir()) if adapter.exists() else None)
@@ -90,20 +97,34 @@ def test_training_lowers_the_loss_and_moves_only_norms_and_head(tmp_path):
     assert changed == norms | head
 
 
+def test_what_a_run_leaves_out_stays_stock_in_the_training_and_in_the_preview(tmp_path, monkeypatch):
+    data, plans = tiny.phantom(12), []
+    put_method = tasks.put_method
+
+    def watched(*args, **kwargs):
+        model = put_method(*args, **kwargs)
+        plans.append(prepared(model).plan)
+        return model
+
+    monkeypatch.setattr(tasks, "put_method", watched)
+    config = TrainConfig(epochs=1, head_epochs=0, batch_size=12, without=("dropout", "cache"))
+    train_task(tiny.dual(tmp_path, data), data, config, progress=False)
+    preview(tiny.dual(tmp_path, data), data, config, None)
+    assert [plan.without for plan in plans] == [config.without] * 2
+    with pytest.raises(FastLNError, match="without dropout, cache is for engine 'fastln'"):
+        train_task(tiny.dual(tmp_path, data), data, config, engine="peft", progress=False)
+    with pytest.raises(FastLNError, match="without dropout, cache is for engine 'fastln'"):
+        TrainRun("phantom", "dual", "torch", config)
+
+
 def test_the_head_trains_on_the_features_that_the_model_computes(tmp_path):
     data = tiny.phantom()
     task = tiny.dual(tmp_path, data)
     task.model.eval()
     with torch.no_grad():
         expected = [task.model(**task.collate([data[i] for i in range(j, j + 8)], data)).loss for j in range(0, 48, 8)]
-    settings = {
-        "batch_size": 48,
-        "learning_rate": 1e-3,
-        "weight_decay": 0.0,
-        "warmup": 0.0,
-        "max_grad_norm": 1.0,
-    }
-    first, *_, last = train_head(task, data, epochs=20, seed=0, **settings)
+    config = TrainConfig(batch_size=48, head_learning_rate=1e-3, weight_decay=0.0, warmup=0.0)
+    first, *_, last = train_head(task, data, config, epochs=20)
     assert first == pytest.approx(torch.stack(expected).mean().item(), rel=1e-4)
     assert last < first
     assert not any(parameter.grad is not None for parameter in task.model.vision.parameters())
@@ -117,7 +138,7 @@ def test_a_stopped_run_resumes_to_the_same_weights(kind, tmp_path):
         return tiny.TASKS[kind](tmp_path / kind if kind == "blip" else tmp_path, data)
 
     straight = fresh()
-    whole = train_task(straight, data, CONFIG, checkpoints=tmp_path / "a", progress=False)
+    whole = train_task(straight, data, CONFIG, TrainFiles(tmp_path / "a"), progress=False)
 
     class StoppedError(Exception):
         pass
@@ -135,10 +156,10 @@ def test_a_stopped_run_resumes_to_the_same_weights(kind, tmp_path):
     # The head's own epochs run the towers in evaluation mode and do not count.
     handle = embeddings.register_forward_pre_hook(stop_in_the_second_epoch)
     with pytest.raises(StoppedError):
-        train_task(stopped, data, CONFIG, checkpoints=tmp_path / "b", progress=False)
+        train_task(stopped, data, CONFIG, TrainFiles(tmp_path / "b"), progress=False)
     handle.remove()
     resumed = fresh()
-    rest = train_task(resumed, data, CONFIG, checkpoints=tmp_path / "b", resume=True, progress=False)
+    rest = train_task(resumed, data, CONFIG, TrainFiles(tmp_path / "b", resume=True), progress=False)
     assert rest.losses == whole.losses[-6:]
     for name, tensor in straight.model.state_dict().items():
         assert torch.equal(tensor, resumed.model.state_dict()[name]), name
@@ -160,13 +181,13 @@ def test_the_adapter_on_its_base_scores_as_the_whole_model_and_is_small(method, 
     if method == "LN-F":
         assert not any(key.startswith("text") for key in load_file(out / "adapter" / "adapter_model.safetensors"))
     predictions = [tmp_path / "whole.jsonl", tmp_path / "adapted.jsonl"]
-    run_evaluation(str(out), "phantom", "test", predictions=predictions[0])
-    score = run_evaluation(base, "phantom", "test", adapter=out / "adapter", predictions=predictions[1])
+    run_evaluation(EvalRun(str(out), "phantom", "test", predictions=predictions[0]))
+    score = run_evaluation(EvalRun(base, "phantom", "test", adapter=out / "adapter", predictions=predictions[1]))
     assert score == outcome.test
     assert predictions[0].read_text() == predictions[1].read_text()
     if method in ("layernorm", "LN-F"):
         merge_into_base(str(out), out / "adapter", tmp_path / "merged")
-        assert run_evaluation(str(tmp_path / "merged"), "phantom", "test") == score
+        assert run_evaluation(EvalRun(str(tmp_path / "merged"), "phantom", "test")) == score
 
 
 @pytest.mark.usefixtures("few")
@@ -174,7 +195,7 @@ def test_the_adapter_on_its_base_scores_as_the_whole_model_and_is_small(method, 
     ("method", "why"),
     [
         ("full/fastln", "an adapter holds norms and the modules named in `also`"),
-        ("layernorm+lora/fastln", "an adapter holds norms or peft's layers, and here both train"),
+        ("layernorm+lora/fastln", "an adapter holds either norms or peft's layers, and here both train"),
         ("layernorm/torch", "this model is not prepared"),
         ("head/fastln", "no norm of this model trains"),
     ],
@@ -195,16 +216,16 @@ def test_an_adapter_meets_no_other_base_and_no_other_answers(tmp_path):
     run_training(TrainRun("phantom", base, None, CONFIG), out)
     model = load_task(base, tiny.phantom(24)).model
     model.config.answers = model.config.answers[::-1]
-    with pytest.raises(FastLNError, match="or the answers that it chooses from, differ"):
+    with pytest.raises(FastLNError, match="or the answers that the model chooses from, differ"):
         load_adapter(model, out / "adapter")
     vision = AutoModel.from_pretrained(tmp_path / "vision")
     with torch.no_grad():
         vision.embeddings.cls_token += 1
     vision.save_pretrained(tmp_path / "vision")
     with pytest.raises(FastLNError, match="the adapter was trained on another base"):
-        run_evaluation(base, "phantom", "test", adapter=out / "adapter")
+        run_evaluation(EvalRun(base, "phantom", "test", adapter=out / "adapter"))
     with pytest.raises(FastLNError, match=r"there is no adapter_config\.json"):
-        run_evaluation(base, "phantom", "test", adapter=out)
+        run_evaluation(EvalRun(base, "phantom", "test", adapter=out))
 
 
 @pytest.mark.usefixtures("few")
@@ -344,7 +365,7 @@ def test_a_run_that_came_to_nothing_can_be_started_again(tmp_path):
     with pytest.raises(FastLNError, match="not a number"):
         run_training(run, out)
     with pytest.raises(FastLNError, match="did not finish"):
-        run_evaluation(str(out), "phantom", "test")
+        run_evaluation(EvalRun(str(out), "phantom", "test"))
     with pytest.raises(FastLNError, match="out: this run did not finish"):
         merge_into_base(str(out), tmp_path, tmp_path / "merged")
     save_file(good, weights, metadata={"format": "pt"})
@@ -364,14 +385,13 @@ def test_lora_counts_the_model_and_not_its_copies(tmp_path):
 
 def test_a_checkpoint_of_another_method_is_refused(tmp_path):
     data = tiny.phantom(24)
-    train_task(tiny.dual(tmp_path, data), data, CONFIG, checkpoints=tmp_path / "a", progress=False)
+    train_task(tiny.dual(tmp_path, data), data, CONFIG, TrainFiles(tmp_path / "a"), progress=False)
     with pytest.raises(FastLNError, match="it is of another run"):
         train_task(
             tiny.dual(tmp_path, data),
             data,
             TrainConfig("bitfit", epochs=2, batch_size=8),
-            checkpoints=tmp_path / "a",
-            resume=True,
+            TrainFiles(tmp_path / "a", resume=True),
             progress=False,
         )
 
@@ -382,7 +402,7 @@ def test_where_nothing_can_be_written_is_named(tmp_path):
     with pytest.raises(FastLNError, match="file/out: cannot be written to"):
         run_training(TrainRun(*data_and_model, None, CONFIG), tmp_path / "file" / "out")
     with pytest.raises(FastLNError, match="the folder for the predictions does not exist"):
-        run_evaluation("dual", "phantom", "test", predictions=tmp_path / "no" / "such")
+        run_evaluation(EvalRun("dual", "phantom", "test", predictions=tmp_path / "no" / "such"))
 
 
 def test_options_out_of_range_are_named():
@@ -398,6 +418,40 @@ def test_options_out_of_range_are_named():
         TrainConfig(weight_decay=float("nan"))
     with pytest.raises(FastLNError, match="warmup is 5; it is a share of the steps, from 0 to 1"):
         TrainConfig(warmup=5)
+
+
+@pytest.mark.parametrize(
+    ("kind", "method", "message"),
+    [
+        ("blip", "layernorm", r"is for a task head that starts random, and blip:\S+ has none; leave it out"),
+        ("dual", "head", "method 'head' trains the head at learning_rate; give that in place of head_learning_rate"),
+    ],
+)
+def test_a_head_learning_rate_without_effect_is_an_error(kind, method, message, tmp_path):
+    data = tiny.phantom(24)
+    config = TrainConfig(method, head_learning_rate=1e-3)
+    with pytest.raises(FastLNError, match=message):
+        train_task(tiny.TASKS[kind](tmp_path, data), data, config, progress=False)
+    model = f"blip:{tmp_path / 'tiny.json'}" if kind == "blip" else f"dual:{tmp_path / 'vision'},{tmp_path / 'text'}"
+    with pytest.raises(FastLNError, match=message):
+        run_training(TrainRun("phantom", model, None, config), tmp_path / "out", dry_run=True)
+
+
+def test_settings_without_effect_on_the_model_are_told(tmp_path, caplog):
+    data = tiny.phantom(24)
+    config = TrainConfig(epochs=1, head_epochs=2, questions_per_image=4)
+    model = f"blip:{tmp_path / 'tiny.json'}"  # whose name is blip:tiny
+    with caplog.at_level("WARNING", "fastln"):
+        train_task(tiny.blip(tmp_path, data), data, config, progress=False)
+        run_training(TrainRun("phantom", model, None, config), tmp_path / "out", dry_run=True)
+        for name, what in (("head_epochs 2", "no head of blip:tiny"), ("questions_per_image 4", "blip:tiny")):
+            (in_training, in_a_dry_run) = (message for message in caplog.messages if name in message)
+            assert in_training == in_a_dry_run
+            assert in_training.startswith(f"{name} has no effect: {what}")
+        caplog.clear()
+        train_task(tiny.dual(tmp_path, data), data, config, progress=False)
+        train_task(tiny.blip(tmp_path, data), data, TrainConfig(epochs=1), progress=False)
+    assert not [message for message in caplog.messages if "has no effect" in message]
 
 
 @pytest.mark.parametrize("method", ["layernorm", "head"])

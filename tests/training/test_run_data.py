@@ -13,7 +13,8 @@ from fastln.errors import FastLNError
 from fastln.metrics import Accuracy, ReportScores
 from fastln.models import chat_task, load_task
 from fastln.training import TrainConfig
-from fastln.training.run import TrainRun, run_evaluation, run_training
+from fastln.training.eval_run import EvalRun, run_evaluation
+from fastln.training.run import TrainRun, run_training
 
 SLAKE, PLAIN = LAYOUTS["slake"], LAYOUTS["plain, jsonl"]
 CONFIG = TrainConfig(epochs=1, head_epochs=1, batch_size=4)
@@ -45,7 +46,7 @@ def test_published_splits_are_trained_on_and_scored(model, tmp_path, capsys):
     assert record["test"]["by_answer"]["n_open"] == 1
     assert "slake validation: exact match: all " in capsys.readouterr().out
     metrics = tmp_path / "metrics.json"
-    scores = run_evaluation(str(tmp_path / "out"), data, "validation", metrics=metrics, options=options)
+    scores = run_evaluation(EvalRun(str(tmp_path / "out"), data, "validation", metrics=metrics, options=options))
     assert scores == outcome.validation
     written = json.loads(metrics.read_text())
     assert written == {"model": str(tmp_path / "out" / "model"), "data": "slake", "split": "validation"} | asdict(
@@ -74,9 +75,8 @@ def test_reports_are_scored_as_reports(tmp_path, monkeypatch, capsys):
     pytest.importorskip("pycocoevalcap")
     monkeypatch.setattr(chat_task, "LONG_ANSWER_TOKENS", 16)
     data = LAYOUTS["iu-xray"].make(tmp_path / "data")
-    scores = run_evaluation(
-        tiny_chat.config(tmp_path, "llava"), data, "test", predictions=tmp_path / "p.jsonl", metrics=tmp_path / "m.json"
-    )
+    files = {"predictions": tmp_path / "p.jsonl", "metrics": tmp_path / "m.json"}
+    scores = run_evaluation(EvalRun(tiny_chat.config(tmp_path, "llava"), data, "test", **files))
     assert isinstance(scores, ReportScores)
     assert json.loads((tmp_path / "m.json").read_text())["cider"] == scores.cider
     first, note = capsys.readouterr().out.splitlines()
@@ -88,6 +88,6 @@ def test_reports_are_scored_as_reports(tmp_path, monkeypatch, capsys):
 
 def test_files_that_cannot_be_written_are_found_first(tmp_path):
     with pytest.raises(FastLNError, match="the folder for the metrics does not exist"):
-        run_evaluation("dual", "phantom", "test", metrics=tmp_path / "no" / "such")
+        run_evaluation(EvalRun("dual", "phantom", "test", metrics=tmp_path / "no" / "such"))
     with pytest.raises(FastLNError, match="is a folder; name a file for the metrics"):
-        run_evaluation("dual", "phantom", "test", metrics=tmp_path)
+        run_evaluation(EvalRun("dual", "phantom", "test", metrics=tmp_path))

@@ -165,7 +165,7 @@ def test_a_folder_that_cannot_be_had_is_named(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(FastLNError, match="file: cannot be used as a cache"):
         TensorStore(tmp_path / "file", "1GiB")
-    with pytest.raises(FastLNError, match="'12 parsecs' is no number of bytes; write one as 500MB or 8GiB"):
+    with pytest.raises(FastLNError, match="'12 parsecs' is not a valid size; write it like 500MB or 8GiB"):
         TensorStore(tmp_path, "12 parsecs")
-    with pytest.raises(FastLNError, match="'0GiB' is no number of bytes"):
+    with pytest.raises(FastLNError, match="'0GiB' is not a valid size"):
         TensorStore(tmp_path, "0GiB")

@@ -1,1 +1,1 @@
-"""Operations for CPU tensors, in plain PyTorch: tensors in, tensors out."""
+"""Operations for CPU tensors: kernels in C++, and torch's own operations for machines without a compiler."""

@@ -26,7 +26,7 @@ Float argument(Float x) {
 
 template <Kind KIND>
 Float value(Float x) {
-  if constexpr (KIND == RELU) return select(x <= 0.0f, Float{}, x);  // NaN stays
+  if constexpr (KIND == RELU) return select(x <= 0.0f, Float{}, x);  // keeps NaN
   if constexpr (KIND == GELU) return x * normal_share(x, exponential(x * x * -0.5f));
   return x / (1.0f + exponential(-argument<KIND>(x)));
 }
@@ -48,7 +48,7 @@ ValueAndSlope value_and_slope(Float x) {
   if constexpr (KIND == QUICK_GELU) return {value, part + value * rest * QUICK_GELU_SLOPE};
   if constexpr (KIND == SILU) return {value, part + value * rest};
   Float square = x * x;
-  square = select(square > 1e30f, broadcast(1e30f), square);  // an infinite one would meet the 0 of `rest`
+  square = select(square > 1e30f, broadcast(1e30f), square);  // infinity times the 0 of `rest` would be NaN
   return {value, part + value * rest * (GELU_TANH_SLOPE * (1.0f + 3 * GELU_TANH_CUBIC * square))};
 }
 
@@ -99,7 +99,7 @@ using namespace fastln;
 
 extern "C" {
 
-// y = activation(gate), times up where there is one. Rows are contiguous along the columns.
+// y = activation(gate), or activation(gate) * up if `up` is not null. Each row is contiguous.
 void fastln_activation_forward(int64_t dtype, int64_t n_threads, int64_t n_rows, int64_t n_cols, int64_t kind,
                                const void* gate, int64_t gate_stride, const void* up, int64_t up_stride, void* y,
                                int64_t y_stride) {
@@ -121,7 +121,8 @@ void fastln_activation_forward(int64_t dtype, int64_t n_threads, int64_t n_rows,
   });
 }
 
-// dgate = dy * activation'(gate), times up where there is one; dup = dy * activation(gate). Null for what is not wanted.
+// dgate = dy * activation'(gate), times up if `up` is not null. dup = dy * activation(gate). Results that are not
+// requested are null.
 void fastln_activation_backward(int64_t dtype, int64_t n_threads, int64_t n_rows, int64_t n_cols, int64_t kind,
                                 const void* dy, int64_t dy_stride, const void* gate, int64_t gate_stride,
                                 const void* up, int64_t up_stride, void* dgate, int64_t dgate_stride, void* dup,

@@ -1,8 +1,8 @@
-// Softmax attention for CPUs, forward and backward, a block of queries by a block of keys at a time: the scores of one
-// block are all that a thread ever holds. What it computes is defined by fastln_kernels.reference_attention. Products go
-// to torch's function for blocks in the cache (products.h), whose sums are float32; what is between them is fused here.
-// A thread takes a head, or in the backward a head of keys with its group of query heads, and works in a fixed order, so
-// that the result does not depend on the number of threads.
+// Softmax attention for CPUs, forward and backward; fastln_kernels.reference_attention defines it. It processes one
+// block of queries with one block of keys at a time, and a thread holds the scores of only one such block. Matrix
+// products use torch's function for blocks in the cache (products.h), which sums in float32. Everything between them is
+// fused here. A thread takes one head, or in the backward one head of keys with its group of query heads. Each works in
+// a fixed order, so the result does not depend on the number of threads.
 
 #include <cmath>
 #include <limits>
@@ -17,10 +17,10 @@
 namespace fastln {
 namespace {
 
-constexpr int64_t QUERIES = 64;  // of a block
-constexpr int64_t MOST_KEYS = 320;  // likewise
+constexpr int64_t QUERIES = 64;  // per block
+constexpr int64_t MOST_KEYS = 320;  // per block
 constexpr float INFINITE = std::numeric_limits<float>::infinity();
-constexpr float HIDDEN = -1e30f;  // below it lie scores to which a mask added the lowest number of its type
+constexpr float HIDDEN = -1e30f;  // lower scores come from a mask that added the lowest number of its dtype
 constexpr int DEAD_EXPONENT = 100;
 
 // A tensor (batch, head, row, column) whose columns are contiguous; strides count elements.
@@ -36,7 +36,7 @@ struct Rows {
 
 }  // namespace
 
-// As native_attention.Arguments has it. Null pointers stand for what there is not or what is not wanted.
+// Same layout as native_attention._Arguments. A null pointer means that the tensor is absent or not requested.
 struct Arguments {
   int64_t dtype, n_threads, batches, heads, kv_heads, queries, keys, dim, v_dim;
   int64_t causal, mask_dtype, threshold;
@@ -52,7 +52,7 @@ constexpr int64_t BOOLEAN_MASK = 3;  // after the dtypes of dispatch.h
 
 int64_t round_up(int64_t size, int64_t multiple) { return (size + multiple - 1) / multiple * multiple; }
 
-// How many keys a block has: blocks are about equal, so that none has few (257 keys are one, and not 256 and one).
+// The number of keys per block. Blocks have about equal sizes, so that none has only a few keys.
 int64_t keys_of_a_block(int64_t keys) {
   const int64_t n_blocks = std::max<int64_t>((keys + MOST_KEYS - 1) / MOST_KEYS, 1);
   return std::max(round_up((keys + n_blocks - 1) / n_blocks, 2 * PAD), 2 * PAD);
@@ -70,7 +70,7 @@ float largest(Float values) {
 #endif
 }
 
-// e^x, right to what a product in C keeps of it: the polynomial is 2^f, of f from 0 to below 1, but for 2.7e-6 of it.
+// e^x, as accurate as a product in C needs. The polynomial approximates 2^f for 0 <= f < 1 with relative error 2.7e-6.
 Float exponential_for(Float x, float) { return exponential(x); }
 Float exponential_for(Float x, bfloat16) {
 #if defined(FASTLN_AVX512)
@@ -86,12 +86,12 @@ Float exponential_for(Float x, bfloat16) {
 #endif
 }
 
-// The lse that is kept of a row whose scores all lie below HIDDEN, which is that of `count` equal ones: a float32 cannot
-// hold their height and their number.
+// The stored lse of a dead row: all its scores lie below HIDDEN, and it counts as `count` equal scores. It stores only
+// the count, because a float32 cannot hold both the score and the count.
 float lse_of_dead_row(float count) { return std::ldexp(count, DEAD_EXPONENT); }
 bool is_dead_row(float lse) { return lse >= std::ldexp(1.0f, DEAD_EXPONENT); }
 
-// Turns the scores of a dead row into what gives its softmax with the lse that is returned.
+// Replaces the scores of a dead row, so that they give its softmax together with the returned lse.
 float revive(float* scores, int64_t n_cols, float lse) {
   for (int64_t column = 0; column < n_cols; column += LANES) {
     const Float score = load(scores + column, AllLanes{});
@@ -100,20 +100,20 @@ float revive(float* scores, int64_t n_cols, float lse) {
   return std::log(std::ldexp(lse, -DEAD_EXPONENT));
 }
 
-// A head of queries, and what belongs to one.
+// One head of queries.
 template <class T, class C>
 class Head {
  public:
   Head(const Arguments& arguments, const Dropout& dropout, int64_t batch, int64_t head)
       : a_(arguments), dropout_(dropout), batch_(batch), head_(head) {}
 
-  // How many keys from `first` on the queries of a block see at most.
+  // The maximum number of keys, starting at `first`, that a block's queries can see.
   int64_t visible(int64_t first_query, int64_t n_queries, int64_t first) const {
     const int64_t end = a_.causal ? std::min(a_.keys, first_query + n_queries) : a_.keys;
     return std::clamp<int64_t>(end - first, 0, block_keys_);
   }
 
-  // Makes scores of products: scale, mask, and -infinity for keys that are not seen. Returns the largest.
+  // Turns products into scores: applies scale and mask, and sets hidden keys to -infinity. Returns the largest score.
   float finish_row(float* scores, int64_t query, int64_t first, int64_t n_cols) const {
     const float* mask = mask_row(query, first, n_cols);
     const int64_t n_seen = std::min(n_cols, (a_.causal ? std::min(a_.keys, query + 1) : a_.keys) - first);
@@ -144,7 +144,7 @@ class Head {
     thread_local Buffer<float> score_buffer, sum_buffer;
     const int64_t dim = round_up(a_.dim, 2 * PAD), v_dim = round_up(a_.v_dim, 2 * PAD);
     const int64_t n_blocks = (a_.keys + block_keys_ - 1) / block_keys_, kv_head = head_ / (a_.heads / a_.kv_heads);
-    C* q = query_buffer.at_least(std::max(block_keys_, QUERIES) * dim);  // or keys, for a moment
+    C* q = query_buffer.at_least(std::max(block_keys_, QUERIES) * dim);  // also holds keys temporarily
     C* keys = key_buffer.at_least(n_blocks * block_keys_ * dim);
     C* values = value_buffer.at_least(n_blocks * block_keys_ * v_dim);
     C* p = probability_buffer.at_least(QUERIES * block_keys_);
@@ -198,7 +198,7 @@ class Head {
   }
 
  private:
-  // The mask's row in float32, to be added; null where there is none. Lanes beyond the keys hold anything.
+  // The mask's row in float32, to add to the scores; null if there is no mask. Lanes beyond the keys may hold anything.
   const float* mask_row(int64_t query, int64_t first, int64_t n_cols) const {
     if (!a_.mask.data || query >= a_.queries) return nullptr;
     thread_local Buffer<float> buffer;
@@ -216,7 +216,7 @@ class Head {
     return to;
   }
 
-  // Writes e^(score - top), or 0 where dropped, and returns the sum of all, dropped or not.
+  // Writes e^(score - top), or 0 for dropped elements, and returns the sum over all elements, including dropped ones.
   float exponentials(const float* scores, float top, C* to, const uint16_t* numbers, int64_t n_cols) const {
     Sum sums;
     sum_columns(n_cols, [&](int64_t column, auto, int part) {
@@ -233,7 +233,7 @@ class Head {
   const int64_t batch_, head_, block_keys_ = keys_of_a_block(a_.keys);
 };
 
-// A head of keys and values, with the heads of queries that look at it.
+// One head of keys and values, with the query heads that use it.
 template <class T, class C>
 class Gradients {
  public:
@@ -279,7 +279,7 @@ class Gradients {
   }
 
  private:
-  // Reads the queries and the gradient of the output once, in the layouts that blocks want.
+  // Reads the queries and the gradient of the output once, into the layouts that the blocks need.
   void read_queries() {
     thread_local Buffer<C> buffers[4], pair_buffer;
     thread_local Buffer<float> dq_buffer, delta_buffer;
@@ -320,7 +320,7 @@ class Gradients {
     }
   }
 
-  // What a block of queries and one of keys add to the gradients.
+  // Adds the contribution of one block of queries and one block of keys to the gradients.
   void block(int64_t g, int64_t query, int64_t first, const C* keys_t, const C* values_t, const C* keys, float* dk,
              float* dv) {
     thread_local Buffer<float> score_buffer, dp_buffer;
@@ -371,7 +371,7 @@ class Gradients {
       multiply(n_rows, padded(a_.dim), n_cols, ds, block_keys_, keys, dim_, dq_ + row * dim_, dim_, first > 0);
   }
 
-  // Writes the transpose of a sum (ld, block_keys_), times `factor`, from row `first` of `to` on.
+  // Writes the transpose of a sum (ld, block_keys_), times `factor`, to the rows of `to` starting at `first`.
   void write_transposed(const float* sum, int64_t n_keys, int64_t ld, int64_t n_cols, float factor, const Rows& to,
                         int64_t first) const {
     thread_local Buffer<float> buffer;
@@ -391,11 +391,11 @@ class Gradients {
   const int64_t batch_, kv_head_, group_ = a_.heads / a_.kv_heads, block_keys_ = keys_of_a_block(a_.keys);
   const int64_t dim_ = round_up(a_.dim, 2 * PAD), v_dim_ = round_up(a_.v_dim, 2 * PAD);
   const int64_t padded_queries_ = round_up(a_.queries, QUERIES);
-  C *q_, *q_t_, *dout_, *dout_t_;  // the transposed ones block by block
+  C *q_, *q_t_, *dout_, *dout_t_;  // `_t_`: transposed, block by block
   float *dq_, *delta_;
 };
 
-// float16 is computed in float32, and so is bfloat16 where the processor has no products of it.
+// float16 is computed in float32. So is bfloat16, if the processor has no bfloat16 products.
 template <class Run>
 void with_types(int64_t dtype, Run&& run) {
   if (dtype == BFLOAT16 && products.bfloat16) return run(bfloat16{}, bfloat16{});

@@ -1,4 +1,4 @@
-// From what is known at run time to what is known when compiling.
+// Turns run-time values (dtypes, flags) into compile-time types and constants.
 #pragma once
 
 #include <type_traits>

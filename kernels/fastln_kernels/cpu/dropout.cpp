@@ -6,8 +6,7 @@
 
 using namespace fastln;
 
-// y = x with dropout applied. The rows of x are `x_stride` elements apart and contiguous along the columns; those of y
-// lie one behind the other.
+// y = x with dropout applied. The rows of x are `x_stride` elements apart; each row is contiguous. y is contiguous.
 extern "C" void fastln_dropout(int64_t dtype, int64_t n_threads, int64_t n_rows, int64_t n_cols, const void* x,
                                int64_t x_stride, int64_t threshold, const int64_t* seed, void* y) {
   if (n_rows == 0 || n_cols == 0) return;

@@ -1,4 +1,4 @@
-// Dropout's random numbers; fastln_kernels.reference.dropout_keep defines which number belongs to which element.
+// Dropout's random numbers. fastln_kernels.reference.dropout_keep defines which number belongs to which element.
 #pragma once
 
 #include "parallel.h"
@@ -7,7 +7,7 @@
 namespace fastln {
 
 constexpr int PHILOX_ROUNDS = 10;
-constexpr int PLACES = 4;  // for rows of numbers that a thread holds at once
+constexpr int PLACES = 4;  // rows of numbers that a thread can hold at once
 constexpr int LONG_LANES = LANES / 2;
 constexpr int NUMBERS_A_DRAW = 8 * LONG_LANES;
 
@@ -32,7 +32,7 @@ inline ULong exclusive_or(ULong a, ULong b, ULong c) {
 #endif
 }
 
-// The even (or the odd) lanes of both, in turn.
+// The even (or odd) lanes of a and b, interleaved.
 inline ULong interleave_even(ULong a, ULong b) {
 #if defined(FASTLN_AVX512)
   return bits_as<ULong>(_mm512_unpacklo_epi64(bits_as<__m512i>(a), bits_as<__m512i>(b)));
@@ -54,7 +54,7 @@ inline ULong interleave_odd(ULong a, ULong b) {
 
 class Dropout {
  public:
-  // `threshold` of 65,536 elements are dropped; 0 for no dropout, when there need be no seed.
+  // Drops `threshold` of 65,536 elements. 0 means no dropout; then `seed` may be null.
   Dropout(int64_t threshold, const int64_t* seed) : threshold_(static_cast<uint32_t>(threshold)) {
     scale_ = 65536.0f / (65536.0f - static_cast<float>(threshold));
     if (!threshold) return;
@@ -69,9 +69,9 @@ class Dropout {
 
   bool active() const { return threshold_ != 0; }
 
-  // Returns the 16-bit numbers of a row's elements, which last until the thread's next call with the same `place`. A
-  // 64-bit lane holds one 32-bit word of a counter; what is above it is whatever the rounds leave there, since the
-  // products look at the low halves alone.
+  // Returns the 16-bit numbers of a row's elements. They are valid until the thread's next call with the same `place`.
+  // A 64-bit lane holds one 32-bit word of a counter. Its upper half may hold anything, because the products read only
+  // the low halves.
   const uint16_t* draw(int64_t row, int64_t n_cols, int place, int64_t first = 0) const {
     thread_local Buffer<uint16_t> buffers[PLACES];
     uint16_t* numbers = buffers[place].at_least(n_cols + NUMBERS_A_DRAW);
@@ -97,14 +97,14 @@ class Dropout {
 
   float scale() const { return scale_; }
 
-  // The kept elements of `value`, and zeros.
+  // Returns the kept elements of `value`, and 0 for the others.
   Float keep(Float value, const uint16_t* numbers) const {
     UShort bits;
     std::memcpy(&bits, numbers, sizeof(bits));
     return select(widen(bits) >= threshold_, value, Float{});
   }
 
-  // The kept elements of `value`, scaled, and 0 for the others, be they what they may.
+  // Returns the kept elements of `value`, scaled, and 0 for the others, even if those are NaN or infinite.
   Float apply(Float value, const uint16_t* numbers) const {
     UShort bits;
     std::memcpy(&bits, numbers, sizeof(bits));

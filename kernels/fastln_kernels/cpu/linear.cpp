@@ -1,8 +1,8 @@
-// The two products of a linear layer whose weight is frozen, for CPUs: y = x Wᵀ + bias, and dx = dy W. The processor's
-// matrix units want the weight in a layout of their own. A library that is handed all of a weight lays all of it out, at
-// every call or once into a second copy; here a thread lays a block of it out, in its cache, and takes all rows through
-// it, some at a time, before the next: a thousandth part of the work, and no copy is kept. Sums are float32 over all of a row, in a fixed
-// order, so that the result does not depend on the number of threads.
+// The two products of a linear layer with a frozen weight, for CPUs: y = x Wᵀ + bias, and dx = dy W. The processor's
+// matrix units need the weight in a packed layout. A library that receives the whole weight packs all of it, either at
+// every call or once into a second copy. Here a thread packs one block of the weight in its cache and multiplies all
+// rows by it, some rows at a time, before it packs the next block. This keeps no copy. Sums are float32 over a whole
+// row, in a fixed order, so the result does not depend on the number of threads.
 
 #include <algorithm>
 
@@ -14,17 +14,17 @@
 namespace fastln {
 namespace {
 
-constexpr int64_t COLS = 64;  // of the result, that one product makes
-constexpr int64_t ROWS = 128;  // of a product
-constexpr int64_t INNER_BYTES = 6144;  // of a row that one product takes: its second operand has 384 KB then
-constexpr int64_t BLOCK_BYTES = 384 << 10;  // of the weight, laid out at once: in the second cache, beside the rows
-constexpr int64_t CHUNK = 4096;  // rows that a thread takes at most; wider rows keep their sums meanwhile, 256 bytes each
+constexpr int64_t COLS = 64;  // columns of the result per product
+constexpr int64_t ROWS = 128;  // rows per product
+constexpr int64_t INNER_BYTES = 6144;  // bytes of a row per product; the second operand then has 384 KB
+constexpr int64_t BLOCK_BYTES = 384 << 10;  // bytes of weight packed at once; they fit into the L2 cache with the rows
+constexpr int64_t CHUNK = 4096;  // most rows per thread; if a row takes several products, its sums stay in memory
 
 int64_t blocks(int64_t size, int64_t block) { return (size + block - 1) / block; }
 
 }  // namespace
 
-// As native_linear.Arguments has it. `bias` may be null.
+// Same layout as native_linear._Arguments. `bias` may be null.
 struct Arguments {
   int64_t dtype, parameter_dtype, n_threads, n_rows, n_inner, n_cols, transpose;
   const void *x, *weight, *bias;
@@ -34,8 +34,8 @@ struct Arguments {
 
 namespace {
 
-// y (n_rows, n_cols) = x (n_rows, n_inner) times a second operand: the weight's transpose, or the weight as it lies.
-// T is the type of the rows, W that of weight and bias.
+// y (n_rows, n_cols) = x (n_rows, n_inner) times the weight's transpose, or times the weight itself. T is the type of
+// the rows, W the type of weight and bias.
 template <class T, class W>
 class Linear {
  public:
@@ -55,13 +55,13 @@ class Linear {
   }
 
  private:
-  // Of a row, that one product takes at most.
+  // The most elements of a row that one product takes.
   int64_t inner() const {
     const int64_t inner_blocks = blocks(a_.n_inner * sizeof(T), INNER_BYTES);
     return blocks(blocks(a_.n_inner, inner_blocks), 2 * PAD) * 2 * PAD;
   }
 
-  // Rows of the result, as many as the cache holds beside the block of the weight, go through all of its panels.
+  // Packs blocks of the weight and multiplies each group of ROWS rows by all panels of a block.
   void block_of(int64_t first_row, int64_t n_rows, int64_t first_col, int64_t n_cols) const {
     thread_local Buffer<T> operand_buffer, rest_buffer;
     thread_local Buffer<float> sum_buffer;
@@ -78,7 +78,7 @@ class Linear {
         const int64_t row = first_row + done, count = std::min(ROWS, n_rows - done);
         const T* x = static_cast<const T*>(a_.x) + row * a_.x_stride + inner;
         int64_t stride = a_.x_stride;
-        if (count % PAD) {  // a height of its own would be a kernel of its own
+        if (count % PAD) {  // an odd number of rows would need its own kernel
           T* rest = rest_buffer.at_least(ROWS * most);
           copy_rows(x, stride, count, n_inner, rest, n_inner);
           x = rest, stride = n_inner;

@@ -1,8 +1,8 @@
-"""Activations for CPU tensors by the compiled kernels of `activation.cpp`.
+"""Activations for CPU tensors, computed by the compiled kernels of `activation.cpp`.
 
-`fastln_kernels.reference_activation` defines them. For float32, bfloat16 and float16; arithmetic is float32. Tensors
-that are all contiguous count as a single row; else rows may have any stride (gate and up may be two halves of one
-tensor), and columns that are not contiguous are copied.
+`fastln_kernels.reference_activation` defines them. They take float32, bfloat16 and float16 and compute in float32. If
+all tensors are contiguous, they are treated as one row. Otherwise rows may have any stride (gate and up may be two
+halves of one tensor), and tensors with non-contiguous columns are copied.
 """
 
 import functools
@@ -23,11 +23,11 @@ _ROWS = (c_void_p, c_int64)  # a tensor of rows and its stride
 def activation_forward(x: Tensor, kind: ActivationKind) -> Tensor:
     """Apply an activation.
 
-    Takes and returns what `fastln_kernels.reference_activation.activation_forward` does, for float32, bfloat16 and
-    float16; so do the other three functions.
+    This and the other three functions have the arguments and results of those in
+    `fastln_kernels.reference_activation`, for float32, bfloat16 and float16.
 
     Raises:
-        KernelsUnavailableError: If there are no compiled kernels; as do the other three functions.
+        KernelsUnavailableError: If there are no compiled kernels. The other three functions raise it too.
     """
     y = x.new_empty(x.shape)
     _call(_forward(), kind, (x, None), (y,))
@@ -58,7 +58,7 @@ def gated_backward(
     need_dup: bool = False,
     out: GatedGradients | None = None,
 ) -> GatedGradients:
-    """Compute the wanted ones of the gradients; nothing is loaded or stored for the others."""
+    """Compute only the requested gradients. The kernel loads and stores nothing for the others."""
     if out is None:
         out = GatedGradients(
             dy.new_empty(dy.shape) if need_dgate else None, dy.new_empty(dy.shape) if need_dup else None
@@ -81,7 +81,7 @@ def _backward() -> Any:
 def _call(
     kernel: Any, kind: ActivationKind, inputs: tuple[Tensor | None, ...], results: tuple[Tensor | None, ...]
 ) -> None:
-    """Call with tensors of one shape; the columns of the results are contiguous."""
+    """Call a kernel. All tensors have the same shape, and the results have contiguous columns."""
     first = inputs[0]
     assert first is not None
     if all(t is None or t.is_contiguous() for t in (*inputs, *results)):

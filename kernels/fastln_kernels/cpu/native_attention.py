@@ -1,8 +1,8 @@
-"""Attention for CPU tensors by the compiled kernels of `attention.cpp`; `reference_attention` defines it.
+"""Attention for CPU tensors, computed by the compiled kernels of `attention.cpp`; `reference_attention` defines it.
 
-For float32, bfloat16 and float16, whose sums are float32. Whatever the lengths, a thread holds the scores of 64 queries
-and at most 320 keys; beside them it holds one head in the layouts that products want. Results depend on the inputs
-alone and not on the number of threads.
+The kernels take float32, bfloat16 and float16 and sum in float32. Each thread holds the scores of 64 queries and at
+most 320 keys, for any sequence length. It also holds one head in the memory layouts that products need. Results do not
+depend on the number of threads.
 """
 
 import ctypes
@@ -16,13 +16,18 @@ from torch import Tensor
 from fastln_kernels.cpu import products
 from fastln_kernels.cpu.library import DTYPES
 from fastln_kernels.reference import dropout_threshold
-from fastln_kernels.reference_attention import AttentionGradients, AttentionOutputs
+from fastln_kernels.reference_attention import (
+    AttentionBackward,
+    AttentionForward,
+    AttentionGradients,
+    AttentionOutputs,
+)
 
 _BOOLEAN_MASK = 3
 
 
 class _Rows(ctypes.Structure):
-    """A tensor of four dimensions whose last is contiguous."""
+    """A four-dimensional tensor whose last dimension is contiguous."""
 
     _fields_ = (("data", c_void_p), ("batch", c_int64), ("head", c_int64), ("row", c_int64))
 
@@ -32,7 +37,7 @@ class _Rows(ctypes.Structure):
 
 
 class _Arguments(ctypes.Structure):
-    """The struct of that name in `attention.cpp`."""
+    """The struct `Arguments` in `attention.cpp`."""
 
     _fields_ = (
         *((name, c_int64) for name in ("dtype", "n_threads", "batches", "heads", "kv_heads", "queries", "keys")),
@@ -44,59 +49,36 @@ class _Arguments(ctypes.Structure):
     )
 
 
-def attention_forward(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    *,
-    scale: float,
-    causal: bool = False,
-    mask: Tensor | None = None,
-    dropout: float = 0.0,
-    seed: Tensor | None = None,
-) -> AttentionOutputs:
-    """Softmax attention with what its backward needs.
+def attention_forward(request: AttentionForward) -> AttentionOutputs:
+    """Compute softmax attention and what its backward needs.
 
-    Takes and returns what `fastln_kernels.reference_attention.attention_forward` does, for float32, bfloat16, float16.
+    Arguments and results are those of `fastln_kernels.reference_attention.attention_forward`, for float32, bfloat16 and
+    float16.
 
     Raises:
         KernelsUnavailableError: If there are no compiled kernels.
     """
+    q, k, v = request.q, request.k, request.v
     (n_batches, n_heads, n_queries, _), v_dim = q.shape, v.shape[-1]
     out = q.new_empty(n_batches, n_queries, n_heads, v_dim).transpose(1, 2)
     lse = q.new_empty(n_batches, n_heads, n_queries, dtype=torch.float32)
     if not (k.shape[2] and v_dim and q.shape[-1]):
         return AttentionOutputs(out.zero_(), lse.zero_())
-    _call("fastln_attention_forward", {"q": q, "k": k, "v": v, "out": out}, lse, scale, causal, mask, dropout, seed)
+    _call("fastln_attention_forward", request, {"out": out}, lse)
     return AttentionOutputs(out, lse)
 
 
-def attention_backward(
-    dout: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    out: Tensor | None,
-    lse: Tensor,
-    *,
-    scale: float,
-    causal: bool = False,
-    mask: Tensor | None = None,
-    dropout: float = 0.0,
-    seed: Tensor | None = None,
-    need_dq: bool = False,
-    need_dk: bool = False,
-    need_dv: bool = False,
-) -> AttentionGradients:
-    """Compute the wanted ones of the gradients; no product that only the others need is taken.
+def attention_backward(request: AttentionBackward) -> AttentionGradients:
+    """Compute only the requested gradients, and only the products that they need.
 
-    Takes and returns what `fastln_kernels.reference_attention.attention_backward` does.
+    Arguments and results are those of `fastln_kernels.reference_attention.attention_backward`.
 
     Raises:
         KernelsUnavailableError: If there are no compiled kernels.
     """
-    wanted = {"dq": (q, need_dq), "dk": (k, need_dk), "dv": (v, need_dv)}
-    # Laid out as models make them, tokens before heads.
+    q, k, v = request.forward[:3]
+    wanted = {"dq": (q, request.need_dq), "dk": (k, request.need_dk), "dv": (v, request.need_dv)}
+    # The memory layout that models use: tokens before heads.
     made = {
         name: x.new_empty(x.shape[0], x.shape[2], x.shape[1], x.shape[3]).transpose(1, 2)
         for name, (x, need) in wanted.items()
@@ -107,42 +89,46 @@ def attention_backward(
         for gradient in made.values():
             gradient.zero_()
         return gradients
-    tensors = {"q": q, "k": k, "v": v, "dout": dout, **made} | ({} if out is None else {"out": out})
-    _call("fastln_attention_backward", tensors, lse, scale, causal, mask, dropout, seed)
+    tensors = {"dout": request.dout, **made} | ({} if request.out is None else {"out": request.out})
+    _call("fastln_attention_backward", request.forward, tensors, request.lse)
     return gradients
 
 
-def _call(
-    symbol: str,
-    tensors: dict[str, Tensor],
-    lse: Tensor,
-    scale: float,
-    causal: bool,
-    mask: Tensor | None,
-    dropout: float,
-    seed: Tensor | None,
-) -> None:
+def _call(symbol: str, request: AttentionForward, more: dict[str, Tensor], lse: Tensor) -> None:
+    """Call a kernel with the tensors in `request` and `more`, and with `lse`."""
     # Copies must live until the kernel has run.
-    tensors = {name: x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous() for name, x in tensors.items()}
+    tensors = {
+        name: x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
+        for name, x in {"q": request.q, "k": request.k, "v": request.v, **more}.items()
+    }
     lse = lse.contiguous()
     q, k, v = tensors["q"], tensors["k"], tensors["v"]
     arguments = _Arguments(
-        *(DTYPES[q.dtype], torch.get_num_threads(), q.shape[0], q.shape[1], k.shape[1], q.shape[2], k.shape[2]),
-        *(q.shape[3], v.shape[3], causal, 0, dropout_threshold(dropout)),
-        seed=None if seed is None else seed.data_ptr(),
-        scale=scale,
+        dtype=DTYPES[q.dtype],
+        n_threads=torch.get_num_threads(),
+        batches=q.shape[0],
+        heads=q.shape[1],
+        kv_heads=k.shape[1],
+        queries=q.shape[2],
+        keys=k.shape[2],
+        dim=q.shape[3],
+        v_dim=v.shape[3],
+        causal=request.causal,
+        threshold=dropout_threshold(request.dropout),
+        seed=None if request.seed is None else request.seed.data_ptr(),
+        scale=request.scale,
         lse=lse.data_ptr(),
         **{name: _Rows.of(x) for name, x in tensors.items()},
     )
-    if mask is not None:
-        mask = _mask(mask, q, k)
+    if request.mask is not None:
+        mask = _mask(request.mask, q, k)
         arguments.mask = _Rows.of(mask)
         arguments.mask_dtype = _BOOLEAN_MASK if mask.dtype == torch.bool else DTYPES[mask.dtype]
     _kernel(symbol)(ctypes.byref(arguments))
 
 
 def _mask(mask: Tensor, q: Tensor, k: Tensor) -> Tensor:
-    """The mask as (B, H, Sq, Sk), expanded where it can be: all but the columns."""
+    """Return the mask as (B, H, Sq, Sk). All dimensions but the last may be expanded."""
     if mask.dtype != torch.bool and mask.dtype not in DTYPES:
         mask = mask.to(torch.float32)
     n_keys = k.shape[2]

@@ -1,4 +1,4 @@
-"""Dropout for CPU tensors by the compiled kernel of `dropout.cpp`; `fastln_kernels.reference.dropout` defines it."""
+"""Dropout for CPU tensors, computed by the kernel of `dropout.cpp`; `fastln_kernels.reference.dropout` defines it."""
 
 import functools
 from ctypes import c_int64, c_void_p
@@ -12,7 +12,7 @@ from fastln_kernels.reference import dropout_threshold
 
 
 def dropout(x: Tensor, dropout: float, seed: Tensor) -> Tensor:
-    """Return `x` with dropout applied; takes and returns what `fastln_kernels.reference.dropout` does, but float64.
+    """Return `x` with dropout applied, as `fastln_kernels.reference.dropout` does, for all dtypes but float64.
 
     Raises:
         KernelsUnavailableError: If there are no compiled kernels.
@@ -21,8 +21,15 @@ def dropout(x: Tensor, dropout: float, seed: Tensor) -> Tensor:
     x = x if x.stride(1) == 1 or n_cols == 1 else x.contiguous()
     y = x.new_empty((n_rows, n_cols))
     _kernel()(
-        *(DTYPES[x.dtype], torch.get_num_threads(), n_rows, n_cols),
-        *(x.data_ptr(), x.stride(0), dropout_threshold(dropout), seed.data_ptr(), y.data_ptr()),
+        DTYPES[x.dtype],
+        torch.get_num_threads(),
+        n_rows,
+        n_cols,
+        x.data_ptr(),
+        x.stride(0),
+        dropout_threshold(dropout),
+        seed.data_ptr(),
+        y.data_ptr(),
     )
     return y
 

@@ -1,4 +1,4 @@
-"""Linear layers for CPU tensors, by the compiled kernel of `linear.cpp`: no copy of a weight is kept."""
+"""Linear layers for CPU tensors, computed by the compiled kernel of `linear.cpp`, which keeps no copy of a weight."""
 
 import ctypes
 import functools
@@ -11,12 +11,12 @@ from torch import Tensor
 from fastln_kernels.cpu import products
 from fastln_kernels.cpu.library import DTYPES
 
-_MULTIPLE = 16  # of which the widths must be
-_ROWS = 32  # from which on laying the weight out pays
+_MULTIPLE = 16  # the widths must be multiples of this
+_ROWS = 32  # with fewer rows, packing the weight does not pay
 
 
 class _Arguments(ctypes.Structure):
-    """The struct of that name in `linear.cpp`."""
+    """The struct `Arguments` in `linear.cpp`."""
 
     _fields_ = (
         *((name, c_int64) for name in ("dtype", "parameter_dtype", "n_threads")),
@@ -27,13 +27,16 @@ class _Arguments(ctypes.Structure):
 
 
 def has_own(x: Tensor, weight: Tensor, bias: Tensor | None, *, transpose: bool = True) -> bool:
-    """Whether there is a kernel for these, their shapes fit, and it is the faster way.
+    """Whether the kernel supports these tensors and is faster than torch.
 
     Args:
         x: The rows, (..., n_inner).
-        weight: As `linear` has it.
-        bias: Likewise.
-        transpose: Likewise.
+        weight: As for `linear`.
+        bias: As for `linear`.
+        transpose: As for `linear`.
+
+    Raises:
+        KernelsUnavailableError: If there are no compiled kernels.
     """
     if not x.ndim or weight.ndim != 2:
         return False
@@ -46,20 +49,19 @@ def has_own(x: Tensor, weight: Tensor, bias: Tensor | None, *, transpose: bool =
         and weight.dtype in (x.dtype, torch.float32)
         and weight.is_contiguous()
         and (bias is None or (bias.dtype == weight.dtype and bias.shape == (n_cols,) and bias.is_contiguous()))
-        and products.why_not("linear") is None
         and x.dtype in products.usable("linear")
-        and bool(torch.backends.mkldnn.enabled)  # or torch refuses the products
+        and bool(torch.backends.mkldnn.enabled)  # otherwise torch refuses the products
     )
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, transpose: bool = True) -> Tensor:
-    """Compute what `fastln_kernels.reference.linear` does, summed in float32 and rounded once.
+    """Compute `fastln_kernels.reference.linear`, summed in float32 and rounded once.
 
     Args:
         x: `(n_rows, n_inner)`, float32 or bfloat16.
-        weight: `(n_cols, n_inner)`, or `(n_inner, n_cols)` without `transpose`; contiguous, both widths positive
-            multiples of 16; of the dtype of `x` or float32, which is then rounded to it.
-        bias: `(n_cols,)`, contiguous, of the dtype of `weight`, or None.
+        weight: `(n_cols, n_inner)`, or `(n_inner, n_cols)` if `transpose` is False; contiguous, both widths positive
+            multiples of 16. Its dtype is that of `x`, or float32, which is then rounded to the dtype of `x`.
+        bias: `(n_cols,)`, contiguous, in the dtype of `weight`, or None.
         transpose: Whether the rows of `weight` belong to the columns of the result.
 
     Returns:
@@ -75,9 +77,19 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, transpose: 
     if x.stride(1) != 1 or x.stride(0) < n_inner:
         x = x.contiguous()
     arguments = _Arguments(
-        *(DTYPES[x.dtype], DTYPES[weight.dtype], torch.get_num_threads(), n_rows, n_inner, n_cols, transpose),
-        *(x.data_ptr(), weight.data_ptr(), None if bias is None else bias.data_ptr(), y.data_ptr()),
-        *(x.stride(0), weight.stride(0)),
+        dtype=DTYPES[x.dtype],
+        parameter_dtype=DTYPES[weight.dtype],
+        n_threads=torch.get_num_threads(),
+        n_rows=n_rows,
+        n_inner=n_inner,
+        n_cols=n_cols,
+        transpose=transpose,
+        x=x.data_ptr(),
+        weight=weight.data_ptr(),
+        bias=None if bias is None else bias.data_ptr(),
+        y=y.data_ptr(),
+        x_stride=x.stride(0),
+        weight_stride=weight.stride(0),
     )
     _kernel()(ctypes.byref(arguments))
     return y

@@ -1,8 +1,8 @@
-"""LayerNorm and RMSNorm for CPU tensors by the compiled kernels of `norm.cpp`; `fastln_kernels.reference` defines them.
+"""LayerNorm and RMSNorm for CPU tensors, computed by the compiled kernels of `norm.cpp`.
 
-For float32, bfloat16 and float16 rows; arithmetic and statistics are float32. Rows may have any stride; rows whose
-columns are not contiguous, and such weights and biases, are copied first. Results depend on the inputs alone and not on
-the number of threads.
+`fastln_kernels.reference` defines them. Rows may be float32, bfloat16 or float16, with any stride. Arithmetic and
+statistics are float32. Rows with non-contiguous columns, and non-contiguous weights and biases, are copied first.
+Results do not depend on the number of threads.
 """
 
 import functools
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from fastln_kernels.cpu.library import DTYPES, function
-from fastln_kernels.reference import NormGradients, NormKind, NormOutputs, dropout_threshold
+from fastln_kernels.reference import NormBackward, NormForward, NormGradients, NormOutputs, dropout_threshold
 
 TensorT = TypeVar("TensorT", Tensor, Tensor | None)
 
@@ -23,78 +23,84 @@ _SIZES = (c_int64, c_int64, c_int64, c_int64)  # dtype, threads, rows, columns
 _DROPOUT = (c_int64, c_void_p)  # threshold, seed
 
 
-def norm_forward(
-    x: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    kind: NormKind,
-    *,
-    residual: Tensor | None = None,
-    dropout: float = 0.0,
-    seed: Tensor | None = None,
-    want_stream: bool = False,
-    want_normed: bool = False,
-) -> NormOutputs:
+def norm_forward(request: NormForward) -> NormOutputs:
     """Normalise each row of `residual + dropout(x)`, then scale and shift it.
 
-    Takes and returns what `fastln_kernels.reference.norm_forward` does, for float32, bfloat16 and float16; weight and
-    bias may be of any dtype.
+    Arguments and results are those of `fastln_kernels.reference.norm_forward`, for float32, bfloat16 and float16.
+    Weight and bias may have any dtype.
 
     Raises:
         KernelsUnavailableError: If there are no compiled kernels.
     """
+    kind = request.kind
+    x, residual = _unit_columns(request.x), _unit_columns(request.residual)
+    weight, bias = _parameter(request.weight), _parameter(request.bias)
     n_rows, n_cols = x.shape
     y = x.new_empty((n_rows, n_cols))
-    stream = x.new_empty((n_rows, n_cols)) if want_stream else None
-    normed = x.new_empty((n_rows, n_cols)) if want_normed else None
+    stream = x.new_empty((n_rows, n_cols)) if request.want_stream else None
+    normed = x.new_empty((n_rows, n_cols)) if request.want_normed else None
     rstd = x.new_empty((n_rows,), dtype=torch.float32)
-    x, residual, weight, bias = _unit_columns(x), _unit_columns(residual), _parameter(weight), _parameter(bias)
     _forward()(
-        *(DTYPES[x.dtype], torch.get_num_threads(), n_rows, n_cols),
-        *(*_rows(x), *_rows(residual), *_vector(weight), *_vector(bias)),
-        *(kind.eps, kind.centre, kind.offset, kind.round_normed, dropout_threshold(dropout), _pointer(seed)),
-        *(y.data_ptr(), _pointer(stream), _pointer(normed), rstd.data_ptr()),
+        DTYPES[x.dtype],
+        torch.get_num_threads(),
+        n_rows,
+        n_cols,
+        *_rows(x),
+        *_rows(residual),
+        *_vector(weight),
+        *_vector(bias),
+        kind.eps,
+        kind.centre,
+        kind.offset,
+        kind.round_normed,
+        dropout_threshold(request.dropout),
+        _pointer(request.seed),
+        y.data_ptr(),
+        _pointer(stream),
+        _pointer(normed),
+        rstd.data_ptr(),
     )
     return NormOutputs(y, stream, normed, rstd)
 
 
-def norm_backward(
-    dy: Tensor,
-    saved: Tensor | None,
-    weight: Tensor | None,
-    rstd: Tensor | None,
-    kind: NormKind,
-    *,
-    saved_is_normed: bool = False,
-    dstream: Tensor | None = None,
-    dropout: float = 0.0,
-    seed: Tensor | None = None,
-    need_dx: bool = False,
-    need_dresidual: bool = False,
-    need_dweight: bool = False,
-    need_dbias: bool = False,
-    grad_dtype: torch.dtype = torch.float32,
-) -> NormGradients:
-    """Compute the wanted ones of the gradients; nothing is loaded or stored for the others.
+def norm_backward(request: NormBackward) -> NormGradients:
+    """Compute only the requested gradients. The kernel loads and stores nothing for the others.
 
-    Takes and returns what `fastln_kernels.reference.norm_backward` does.
+    Arguments and results are those of `fastln_kernels.reference.norm_backward`.
 
     Raises:
         KernelsUnavailableError: If there are no compiled kernels.
     """
+    kind, grad_dtype = request.kind, request.grad_dtype
+    dy, saved, dstream = _unit_columns(request.dy), _unit_columns(request.saved), _unit_columns(request.dstream)
+    weight = _parameter(request.weight)
     n_rows, n_cols = dy.shape
-    dx = dy.new_empty((n_rows, n_cols)) if need_dx else None
-    dresidual = dy.new_empty((n_rows, n_cols)) if need_dresidual else None
+    dx = dy.new_empty((n_rows, n_cols)) if request.need_dx else None
+    dresidual = dy.new_empty((n_rows, n_cols)) if request.need_dresidual else None
     sums_dtype = grad_dtype if grad_dtype in DTYPES else torch.float32
-    dweight = dy.new_empty((n_cols,), dtype=sums_dtype) if need_dweight else None
-    dbias = dy.new_empty((n_cols,), dtype=sums_dtype) if need_dbias else None
-    dy, saved, dstream, weight = _unit_columns(dy), _unit_columns(saved), _unit_columns(dstream), _parameter(weight)
+    dweight = dy.new_empty((n_cols,), dtype=sums_dtype) if request.need_dweight else None
+    dbias = dy.new_empty((n_cols,), dtype=sums_dtype) if request.need_dbias else None
     _backward()(
-        *(DTYPES[dy.dtype], torch.get_num_threads(), n_rows, n_cols),
-        *(*_rows(dy), *_rows(saved), *_rows(dstream), *_vector(weight), _pointer(rstd)),
-        *(kind.centre, kind.offset, kind.round_normed, saved_is_normed),
-        *(dropout_threshold(dropout) if need_dx else 0, _pointer(seed)),
-        *(_pointer(dx), _pointer(dresidual), _pointer(dweight), _pointer(dbias), DTYPES[sums_dtype]),
+        DTYPES[dy.dtype],
+        torch.get_num_threads(),
+        n_rows,
+        n_cols,
+        *_rows(dy),
+        *_rows(saved),
+        *_rows(dstream),
+        *_vector(weight),
+        _pointer(request.rstd),
+        kind.centre,
+        kind.offset,
+        kind.round_normed,
+        request.saved_is_normed,
+        dropout_threshold(request.dropout) if request.need_dx else 0,
+        _pointer(request.seed),
+        _pointer(dx),
+        _pointer(dresidual),
+        _pointer(dweight),
+        _pointer(dbias),
+        DTYPES[sums_dtype],
     )
     if sums_dtype != grad_dtype:
         dweight, dbias = (None if sums is None else sums.to(grad_dtype) for sums in (dweight, dbias))

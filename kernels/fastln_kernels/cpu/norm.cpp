@@ -1,7 +1,7 @@
-// LayerNorm and RMSNorm for CPUs, forward and backward, each one pass over memory: a row is read once and stays in the
-// first cache until it is done. What they compute is defined by fastln_kernels.reference; the formulas are derived in
-// kernels/README.md. Sums over rows are taken per block of rows and then over the blocks in order, so that the result
-// depends on the shape alone, not on the threads.
+// LayerNorm and RMSNorm for CPUs, forward and backward. Each makes one pass over memory: a row is read once and stays
+// in the L1 cache until it is finished. fastln_kernels.reference defines them; kernels/README.md derives the formulas.
+// Sums over rows are taken per block of rows and then over the blocks in order, so the result depends on the shape and
+// not on the number of threads.
 
 #include <algorithm>
 #include <cmath>
@@ -14,18 +14,18 @@
 namespace fastln {
 namespace {
 
-constexpr int64_t SUMMED_ROWS = 32;            // whose sums are one partial sum, at least
-constexpr int64_t MAX_PARTIALS = 1 << 20;      // floats of one kind of partial sum, at most
-constexpr int64_t PIECE = 2048;                // columns whose sums are taken in float32, at most
-constexpr int GROUP = 4;            // rows taken together, so that the end of one's sums keeps nobody waiting
-constexpr int64_t GROUP_BYTES = 24 << 10;  // of them, at most: they stay in the first cache
+constexpr int64_t SUMMED_ROWS = 32;            // minimum number of rows in one partial sum
+constexpr int64_t MAX_PARTIALS = 1 << 20;      // maximum number of floats in one kind of partial sum
+constexpr int64_t PIECE = 2048;                // maximum number of columns summed in float32
+constexpr int GROUP = 4;            // rows processed together, so that no row waits for the end of another's sums
+constexpr int64_t GROUP_BYTES = 24 << 10;  // maximum size of such a group, so that it stays in the L1 cache
 
 template <class T>
 T* at(T* rows, int64_t row, int64_t stride) {
   return rows ? rows + row * stride : nullptr;
 }
 
-// A parameter in float32, plus `offset`; `absent` where there is none.
+// Writes a parameter in float32, plus `offset`; or `absent` if there is no parameter.
 void widen_parameter(const void* parameter, int64_t dtype, float offset, float absent, int64_t n_cols, float* to) {
   if (!parameter) {
     std::fill_n(to, n_cols, absent);
@@ -39,7 +39,7 @@ void widen_parameter(const void* parameter, int64_t dtype, float offset, float a
   });
 }
 
-// A number near the mean of most rows: the mean of the first columns.
+// A number that is near the mean for most rows: the mean of the first columns.
 template <class S>
 float near_mean(const S* values, int64_t n_cols) {
   Sum first;
@@ -48,17 +48,17 @@ float near_mean(const S* values, int64_t n_cols) {
   return first.total() / n_first;
 }
 
-// Whether sums of differences from a number are too inexact, for it is more than two deviations from the mean.
+// Whether sums of differences from a number are too inexact: it is more than two standard deviations from the mean.
 bool is_far(float residual, float variance) { return residual * residual > 4 * variance; }
 
 // x_hat = ((x - near) - residual) * rstd
 struct Moments {
-  float near;      // of the mean
-  float residual;  // what is left of it
-  float variance;  // plus eps
+  float near;      // a number near the mean
+  float residual;  // mean - near
+  float variance;  // variance + eps
 };
 
-// Calls `body(first, size)` for pieces of a row: partial sums over more columns would lose digits.
+// Calls `body(first, size)` for pieces of a row. Float32 sums over more columns would lose digits.
 template <class Body>
 void for_pieces(int64_t n_cols, Body&& body) {
   for (int64_t first = 0; first < n_cols; first += PIECE) body(first, std::min(PIECE, n_cols - first));
@@ -187,7 +187,7 @@ struct Backward {
           gradients.parts[part] += gradient;
           products.parts[part] += gradient * difference;
         } else {
-          __builtin_prefetch(dy + column);  // read next
+          __builtin_prefetch(dy + column);  // it is read next
         }
       });
       difference_total += differences.total();
@@ -197,7 +197,7 @@ struct Backward {
     return {near, mean(difference_total), mean(gradient_total), mean(product_total)};
   }
 
-  // Computes the gradients of `R` rows and adds to the sums over rows.
+  // Computes the gradients of `R` rows and adds their part to the sums over rows.
   template <int R, bool INPUT, bool DWEIGHT>
   void run(int64_t first, float* dweight, float* dbias) const {
     const T *dy = at(this->dy, first, dy_stride), *saved = at(this->saved, first, saved_stride);
@@ -253,7 +253,7 @@ struct Backward {
   }
 };
 
-// Adds up `n_partials` rows of partial sums, in order, into a gradient of any dtype.
+// Adds `n_partials` rows of partial sums, in order, and writes the gradient in any dtype.
 void add_partials(const float* partials, int64_t n_partials, int64_t n_cols, void* gradient, int64_t dtype) {
   with_dtype(dtype, [&](auto type) {
     auto* to = static_cast<decltype(type)*>(gradient);
@@ -265,8 +265,8 @@ void add_partials(const float* partials, int64_t n_partials, int64_t n_cols, voi
   });
 }
 
-// Calls `run(row, R)` for all rows from `first` to below `end`: R rows from `row` on, a constant. `row_bytes` are those of
-// one row that are read or written.
+// Calls `run(row, R)` for all rows from `first` to `end` - 1: R rows starting at `row`, where R is a constant.
+// `row_bytes` is the number of bytes read or written per row.
 template <class Run>
 void for_rows(int64_t first, int64_t end, int64_t row_bytes, Run&& run) {
   int64_t row = first;
@@ -275,7 +275,7 @@ void for_rows(int64_t first, int64_t end, int64_t row_bytes, Run&& run) {
   for (; row < end; row++) run(row, std::integral_constant<int, 1>{});
 }
 
-// How many of the pointers are not null.
+// The number of pointers that are not null.
 template <class... Pointers>
 int64_t count(Pointers... pointers) {
   return (0 + ... + (pointers != nullptr));
@@ -288,8 +288,8 @@ using namespace fastln;
 
 extern "C" {
 
-// The arguments are those of fastln_kernels.reference.norm_forward; rows are contiguous along the columns, `threshold`
-// is reference.dropout_threshold(dropout), and a null pointer stands for None and for what is not wanted.
+// The arguments are those of fastln_kernels.reference.norm_forward. Each row is contiguous. `threshold` is
+// reference.dropout_threshold(dropout). A null pointer means None, or a result that is not requested.
 void fastln_norm_forward(int64_t dtype, int64_t n_threads, int64_t n_rows, int64_t n_cols, const void* x,
                          int64_t x_stride, const void* residual, int64_t residual_stride, const void* weight,
                          int64_t weight_dtype, const void* bias, int64_t bias_dtype, double eps, bool centre,
@@ -317,7 +317,7 @@ void fastln_norm_forward(int64_t dtype, int64_t n_threads, int64_t n_rows, int64
   });
 }
 
-// Likewise, of fastln_kernels.reference.norm_backward.
+// The same for fastln_kernels.reference.norm_backward.
 void fastln_norm_backward(int64_t dtype, int64_t n_threads, int64_t n_rows, int64_t n_cols, const void* dy,
                           int64_t dy_stride, const void* saved, int64_t saved_stride, const void* dstream,
                           int64_t dstream_stride, const void* weight, int64_t weight_dtype, const float* rstd,

@@ -1,5 +1,5 @@
-// Work in blocks over threads, without a second OpenMP runtime: torch has loaded one, and its entry for "run this on so
-// many threads" is called by name. Where no loaded library has it, the calling thread does all the work.
+// Runs blocks of work on threads, without a second OpenMP runtime: it calls the entry point of the runtime that torch
+// has loaded. If no loaded library has this entry point, the calling thread does all the work.
 #pragma once
 
 #include <algorithm>
@@ -13,7 +13,7 @@ extern "C" __attribute__((weak)) void GOMP_parallel(void (*function)(void*), voi
 
 namespace fastln {
 
-// A buffer that a thread keeps between calls and that only grows.
+// A buffer that a thread keeps between calls. It only grows.
 template <class T>
 class Buffer {
  public:
@@ -37,7 +37,7 @@ class Buffer {
   int64_t size_ = 0;
 };
 
-// Hands out the numbers from 0 to below `n_blocks`, each once, to whichever thread asks.
+// Hands out each number from 0 to n_blocks - 1 once, to any thread that asks.
 class Blocks {
  public:
   explicit Blocks(int64_t n_blocks) : n_blocks_(n_blocks) {}
@@ -52,14 +52,14 @@ class Blocks {
   const int64_t n_blocks_;
 };
 
-constexpr int64_t ELEMENTS_A_BLOCK = 1 << 14;  // of the work that a thread takes at a time
+constexpr int64_t ELEMENTS_A_BLOCK = 1 << 14;  // the work that a thread takes at a time
 
-// So many threads that each has a block to do.
+// At most so many threads that each gets a block.
 inline int useful_threads(int64_t n_threads, int64_t n_elements) {
   return static_cast<int>(std::clamp<int64_t>(n_elements / ELEMENTS_A_BLOCK, 1, n_threads));
 }
 
-// Calls `work(block)` for every block, on up to `n_threads` threads. What a block computes must not depend on the thread.
+// Calls `work(block)` for every block, on up to `n_threads` threads. A block's result must not depend on the thread.
 template <class Work>
 void for_blocks(int64_t n_blocks, int n_threads, const Work& work) {
   struct Shared {

@@ -1,5 +1,6 @@
-// Matrix products of blocks that lie in the cache, by the function of torch that its own CPU kernels call: oneDNN's, made
-// for this processor's matrix or vector units, into float32. And the layouts that it wants its operands in.
+// Matrix products of blocks in the cache, and the memory layouts that their operands need. The products are the
+// function of torch that its own CPU kernels call: oneDNN's kernels for this processor's matrix or vector units, with
+// float32 results.
 #pragma once
 
 #include <algorithm>
@@ -9,7 +10,7 @@
 
 namespace fastln {
 
-constexpr int64_t PAD = 16;  // what sizes of blocks are multiples of: few shapes, since each has a kernel of its own
+constexpr int64_t PAD = 16;  // block sizes are multiples of this, because every distinct shape needs its own kernel
 
 inline int64_t padded(int64_t size) { return (size + PAD - 1) / PAD * PAD; }
 
@@ -18,7 +19,7 @@ using Product = void (*)(int64_t m, int64_t n, int64_t k, int64_t lda, int64_t l
                          const void* a, const void* b, float* c, bool paired);
 using Release = void (*)(bool paired);
 
-// Null is what does not work on this processor.
+// A product that does not work on this processor is null.
 struct Products {
   Product bfloat16, float32;
   Release release;
@@ -26,24 +27,24 @@ struct Products {
 
 inline Products products;
 
-// The operands of products in bfloat16 are pairs in the second one: two neighbouring rows, interleaved.
+// In bfloat16 the second operand of a product stores pairs: two neighbouring rows, interleaved.
 template <class C>
 constexpr bool PAIRED = std::is_same_v<C, bfloat16>;
 
-// c (m, n) = a (m, k) b (k, n), plus what was in c if `add`. m, n and k are multiples of PAD.
+// c (m, n) = a (m, k) b (k, n), added to c if `add`. m, n and k are multiples of PAD.
 template <class C>
 inline void multiply(int64_t m, int64_t n, int64_t k, const C* a, int64_t lda, const C* b, int64_t ldb, float* c,
                      int64_t ldc, bool add) {
   (PAIRED<C> ? products.bfloat16 : products.float32)(m, n, k, lda, ldb, ldc, add, a, b, c, PAIRED<C>);
 }
 
-// A thread leaves the matrix unit as it found it.
+// Resets the matrix unit to the state that the thread found.
 template <class C>
 inline void release() {
   products.release(PAIRED<C>);
 }
 
-// Whether a product comes out right: ones times twos.
+// Whether products work, tested with ones times twos.
 template <class C>
 bool works() {
   constexpr int64_t SIZE = 32;
@@ -57,12 +58,12 @@ bool works() {
     multiply(SIZE, SIZE, SIZE, a, SIZE, b, SIZE, c, SIZE, false);
     release<C>();
   } catch (...) {
-    return false;  // torch says that this processor cannot
+    return false;  // torch throws if this processor has no such product
   }
   return std::all_of(c, c + SIZE * SIZE, [](float value) { return value == 2.0f * SIZE; });
 }
 
-// Stores the vectors of two rows where rows 2i and 2i + 1 of a second operand have them.
+// Stores vectors of two rows in the layout of rows 2i and 2i + 1 of a second operand.
 inline void store_pair(float* to, int64_t ld, Float even, Float odd) {
   store(to, even, AllLanes{});
   store(to + ld, odd, AllLanes{});
@@ -72,13 +73,14 @@ inline void store_pair(bfloat16* to, int64_t, Float even, Float odd) {
   std::memcpy(to, &pair, sizeof(pair));
 }
 
-// Where rows 2i and 2i + 1 of a second operand begin, at column `column`.
+// The address of rows 2i and 2i + 1 of a second operand, at column `column`.
 template <class C>
 inline C* pair_at(C* operand, int64_t ld, int64_t i, int64_t column) {
   return operand + 2 * i * ld + (PAIRED<C> ? 2 * column : column);
 }
 
-// Copies `n_rows` rows of `n_cols` to a block (padded, ld) whose rest is zeros: a first operand. `ld` is a multiple of PAD.
+// Copies `n_rows` rows of `n_cols` into a first operand (padded, ld) and fills the rest with zeros. `ld` is a multiple
+// of PAD.
 template <class T, class C>
 void copy_rows(const T* rows, int64_t stride, int64_t n_rows, int64_t n_cols, C* to, int64_t ld) {
   for (int64_t row = 0; row < padded(n_rows); row++, to += ld) {
@@ -108,10 +110,10 @@ inline void pair_columns(const T* even, const T* odd, C* to, int64_t ld) {
   store_pair(to, ld, load(even, AllLanes{}), load(odd, AllLanes{}));
 }
 
-// Likewise, as a second operand.
+// Copies `n_rows` rows of `n_cols` into a second operand and fills the rest with zeros.
 template <class T, class C>
 void pair_rows(const T* rows, int64_t stride, int64_t n_rows, int64_t n_cols, C* to, int64_t ld) {
-  constexpr int64_t AHEAD = 16;  // rows are far apart, where no prefetcher of the processor's follows
+  constexpr int64_t AHEAD = 16;  // rows are too far apart for the processor's own prefetchers
   for (int64_t row = 0; row < padded(n_rows); row += 2) {
     const T* from = rows + row * stride;
     for (int64_t column = 0; column < padded(n_cols); column += LANES) {
@@ -129,13 +131,13 @@ void pair_rows(const T* rows, int64_t stride, int64_t n_rows, int64_t n_cols, C*
   }
 }
 
-// Transposes (n_rows, n_cols) words of 32 bits; `n_rows` is a multiple of PAD.
+// Transposes (n_rows, n_cols) 32-bit words. `n_rows` is a multiple of PAD.
 inline void transpose_words(const uint32_t* from, int64_t from_ld, int64_t n_rows, int64_t n_cols, uint32_t* to,
                             int64_t to_ld) {
   int64_t done = 0;
 #if defined(FASTLN_AVX512)
   done = n_cols / 16 * 16;
-  // Four times, rows i and i + 8 are shuffled like cards into rows 2i and 2i + 1: that turns 16 x 16 words over.
+  // Four rounds that interleave rows i and i + 8 into rows 2i and 2i + 1 transpose 16 x 16 words.
   const __m512i low = _mm512_set_epi32(23, 7, 22, 6, 21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
   const __m512i high = _mm512_add_epi32(low, _mm512_set1_epi32(8));
   for (int64_t row = 0; row < n_rows; row += 16) {
@@ -157,19 +159,19 @@ inline void transpose_words(const uint32_t* from, int64_t from_ld, int64_t n_row
   }
 #endif
   for (int64_t row = 0; row < n_rows; row++)
-    for (int64_t column = done; column < n_cols; column++)  // a pair of 16 bits may lie where no word would
+    for (int64_t column = done; column < n_cols; column++)  // a pair of 16-bit numbers may not be aligned like a word
       std::memcpy(to + column * to_ld + row, from + row * from_ld + column, sizeof(uint32_t));
 }
 
-// What `copy_rows` made, (n_rows, n_cols), becomes its transpose as a second operand. `n_cols` is a multiple of 2 PAD.
+// Transposes the first operand (n_rows, n_cols) of `copy_rows` into a second operand. `n_cols` is a multiple of 2 PAD.
 template <class C>
 void transpose_to_pairs(const C* from, int64_t n_rows, int64_t n_cols, C* to, int64_t ld) {
-  const int64_t words = n_cols * sizeof(C) / 4;  // a pair is one
+  const int64_t words = n_cols * sizeof(C) / 4;  // a pair is one word
   transpose_words(reinterpret_cast<const uint32_t*>(from), words, padded(n_rows), words, reinterpret_cast<uint32_t*>(to),
                   ld);
 }
 
-// A second operand (n_rows, n_cols), both multiples of PAD, becomes a first one.
+// Converts a second operand (n_rows, n_cols), both multiples of PAD, into a first operand.
 inline void split_pairs(const bfloat16* pairs, int64_t ld, int64_t n_rows, int64_t n_cols, bfloat16* to) {
   for (int64_t row = 0; row < n_rows; row += 2) {
     for (int64_t column = 0; column < n_cols; column += LANES) {
@@ -187,7 +189,7 @@ inline void split_pairs(const float* rows, int64_t ld, int64_t n_rows, int64_t, 
 
 }  // namespace fastln
 
-// Takes torch's functions, and says of each dtype of dispatch.h whether its product works on this processor.
+// Receives torch's functions, and sets for each dtype of dispatch.h whether its product works on this processor.
 extern "C" void fastln_take_products(void* bfloat16_product, void* float32_product, void* release, int64_t* usable) {
   using namespace fastln;
   products = {reinterpret_cast<Product>(bfloat16_product), reinterpret_cast<Product>(float32_product),

@@ -1,6 +1,6 @@
-"""Activations for CPU tensors by torch's fused kernels, which compute in float32 and round once.
+"""Activations for CPU tensors, computed by torch's fused kernels in float32 and rounded once.
 
-Of "quick_gelu" and of the gated ones torch has none: they are left to the definition.
+torch has no kernels for "quick_gelu" and for gated activations. The reference computes those.
 """
 
 import torch
@@ -16,7 +16,7 @@ _APPROXIMATE = {"gelu": "none", "gelu_tanh": "tanh"}
 
 
 def activation_forward(x: Tensor, kind: ActivationKind) -> Tensor:
-    """Apply an activation; takes and returns what `fastln_kernels.reference_activation.activation_forward` does."""
+    """Apply an activation, as `fastln_kernels.reference_activation.activation_forward` does."""
     x = x.contiguous()
     if kind in _APPROXIMATE:
         return _aten.gelu.default(x, approximate=_APPROXIMATE[kind])
@@ -28,7 +28,7 @@ def activation_forward(x: Tensor, kind: ActivationKind) -> Tensor:
 
 
 def activation_backward(dy: Tensor, saved: Tensor, kind: ActivationKind) -> Tensor:
-    """Compute dx; takes and returns what `fastln_kernels.reference_activation.activation_backward` does."""
+    """Compute dx, as `fastln_kernels.reference_activation.activation_backward` does."""
     dy, saved = dy.contiguous(), saved.contiguous()
     if kind in _APPROXIMATE:
         return _aten.gelu_backward.default(dy, saved, approximate=_APPROXIMATE[kind])

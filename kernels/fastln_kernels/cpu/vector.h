@@ -1,5 +1,5 @@
-// Vectors as wide as the machine's registers, by the compilers' vector extensions: loads that widen to float32, stores
-// that round to nearest even, selection, sums. Everything here works lane by lane, so NaN and Inf pass through.
+// Vectors as wide as the machine's registers, with the compilers' vector extensions: loads that widen to float32,
+// stores that round to nearest even, selection, sums. Everything works lane by lane, so NaN and Inf pass through.
 #pragma once
 
 #include <cstdint>
@@ -27,7 +27,7 @@ using Int = int32_t __attribute__((vector_size(FASTLN_VECTOR_BYTES)));
 using ULong = uint64_t __attribute__((vector_size(FASTLN_VECTOR_BYTES)));
 using UShort = uint16_t __attribute__((vector_size(FASTLN_VECTOR_BYTES / 2)));
 
-// The 16-bit types, as they lie in memory. float16 is IEEE's half precision.
+// The 16-bit types, as stored in memory. float16 is IEEE half precision.
 struct bfloat16 {
   uint16_t bits;
 };
@@ -35,7 +35,7 @@ struct float16 {
   uint16_t bits;
 };
 
-// How many lanes of a vector are inside the row: all of them, known to the compiler, or the rest of the row.
+// How many lanes of a vector are inside the row: all of them (known at compile time), or the rest of the row.
 struct AllLanes {
   static constexpr int count = LANES;
 };
@@ -54,7 +54,7 @@ inline To bits_as(From from) {
 inline Float broadcast(float value) { return Float{} + value; }
 inline UInt broadcast(uint32_t value) { return UInt{} + value; }
 
-// Where a lane of `mask` is all ones `yes`, where it is 0 `no`.
+// Selects `yes` in lanes where `mask` is all ones, and `no` where it is 0.
 inline UInt select(Int mask, UInt yes, UInt no) { return mask ? yes : no; }
 inline Float select(Int mask, Float yes, Float no) { return mask ? yes : no; }
 
@@ -64,7 +64,7 @@ inline Float lane_numbers() {
   return numbers;
 }
 
-// Zeros in the lanes that are outside the row.
+// Sets the lanes outside the row to zero.
 inline Float inside(Float value, AllLanes) { return value; }
 inline Float inside(Float value, SomeLanes lanes) {
   return select(lane_numbers() < broadcast(static_cast<float>(lanes.count)), value, Float{});
@@ -88,7 +88,7 @@ inline float sum(V value) {
 
 // --- widening and rounding -------------------------------------------------------------------------------------------
 
-// By name where GCC would make several instructions of __builtin_convertvector.
+// These use named instructions where GCC would compile __builtin_convertvector into several.
 inline UInt widen(UShort bits) {
 #if defined(FASTLN_AVX512)
   return bits_as<UInt>(_mm512_cvtepu16_epi32(bits_as<__m256i>(bits)));
@@ -99,7 +99,7 @@ inline UInt widen(UShort bits) {
 #endif
 }
 
-// Of lanes below 2^16.
+// For lanes below 2^16.
 inline UShort narrow(UInt bits) {
 #if defined(FASTLN_AVX512)
   return bits_as<UShort>(_mm512_cvtepi32_epi16(bits_as<__m512i>(bits)));
@@ -113,7 +113,7 @@ inline UShort narrow(UInt bits) {
 
 inline Float to_float(UShort bits, bfloat16) {
 #if defined(FASTLN_AVX512)
-  // One instruction for two: every number goes to the upper half of its lane, and zeros to the lower.
+  // One instruction instead of two: it moves every number to the upper half of its lane and zeros the lower half.
   const __m512i places = _mm512_slli_epi32(_mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0), 16);
   return bits_as<Float>(_mm512_maskz_permutexvar_epi16(0xAAAAAAAA, places, _mm512_castsi256_si512(bits_as<__m256i>(bits))));
 #else
@@ -123,7 +123,7 @@ inline Float to_float(UShort bits, bfloat16) {
 
 inline UShort from_float(Float value, bfloat16) {
 #if defined(FASTLN_AVX512) && defined(__AVX512BF16__)
-  return bits_as<UShort>(_mm512_cvtneps_pbh(bits_as<__m512>(value)));  // takes numbers below 2^-126 for 0
+  return bits_as<UShort>(_mm512_cvtneps_pbh(bits_as<__m512>(value)));  // treats numbers below 2^-126 as 0
 #else
   const UInt bits = bits_as<UInt>(value);
   const UInt rounded = bits + 0x7FFF + ((bits >> 16) & 1);
@@ -138,7 +138,8 @@ inline Float to_float(UShort half, float16) {
   return bits_as<Float>(_mm256_cvtph_ps(bits_as<__m128i>(half)));
 #else
   const UInt bits = widen(half), magnitude = bits & 0x7FFF;
-  // Exponent and fraction one field lower; the product moves the exponent's bias from 15 to 127, subnormals included.
+  // The shift aligns exponent and fraction. The product changes the exponent's bias from 15 to 127, also for
+  // subnormals.
   const Float finite = bits_as<Float>(magnitude << 13) * broadcast(0x1p112f);
   const UInt special = (magnitude << 13) | 0x7F800000;
   return bits_as<Float>(select(magnitude >= 0x7C00, special, bits_as<UInt>(finite)) | ((bits & 0x8000) << 16));
@@ -153,7 +154,7 @@ inline UShort from_float(Float value, float16) {
 #else
   const UInt bits = bits_as<UInt>(value), sign = (bits >> 16) & 0x8000, magnitude = bits & 0x7FFFFFFF;
   const UInt normal = (magnitude + 0xFFF + ((magnitude >> 13) & 1) - (112u << 23)) >> 13;
-  // Adding 0.5 puts the last place of a subnormal half precision number, 2^-24, into the last place of the sum.
+  // After adding 0.5, the last place of the sum is that of a subnormal half-precision number, 2^-24.
   const UInt subnormal = bits_as<UInt>(bits_as<Float>(magnitude) + broadcast(0.5f)) - 0x3F000000;
   UInt half = select(magnitude < (113u << 23), subnormal, normal);
   half = select(magnitude >= 0x477FF000, broadcast(uint32_t{0x7C00}), half);  // from 65,520 on: infinity
@@ -185,7 +186,7 @@ inline void store(T* to, Float value, AllLanes) {
   std::memcpy(to, &bits, sizeof(bits));
 }
 
-// Lanes outside the row are zeros.
+// Loads zeros in lanes outside the row.
 #if defined(FASTLN_AVX512)
 inline __mmask16 mask_of(SomeLanes lanes) { return static_cast<__mmask16>((1u << lanes.count) - 1); }
 
@@ -222,7 +223,7 @@ inline void store(T* to, Float value, SomeLanes lanes) {
 }
 #endif
 
-// What would be read after a store.
+// The value that a load after a store would return.
 template <class T>
 inline Float rounded(Float value, T type) {
   return to_float(from_float(value, type), type);
@@ -233,7 +234,7 @@ inline Float rounded(Float value, float) { return value; }
 
 constexpr int PARTS = 4;
 
-// Partial sums, so that additions need not wait for each other.
+// Partial sums, so that additions do not wait for each other.
 struct Sum {
   Float parts[PARTS] = {};
 
@@ -248,7 +249,7 @@ inline __attribute__((always_inline)) void for_columns(int64_t n_cols, Body&& bo
   if (column < n_cols) body(column, SomeLanes{static_cast<int>(n_cols - column)});
 }
 
-// Calls `body(column, lanes, part)` for every vector of columns; `part` says which partial sum to add to.
+// Calls `body(column, lanes, part)` for every vector of columns. `part` is the index of the partial sum to add to.
 template <class Body>
 inline __attribute__((always_inline)) void sum_columns(int64_t n_cols, Body&& body) {
   int64_t column = 0;

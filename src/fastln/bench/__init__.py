@@ -1,1 +1,1 @@
-"""The suite: methods x engines x models on one dataset, one process per run, rows, table and picture."""
+"""Benchmark suites: compare methods and engines on models and one dataset, with one process per run."""

@@ -1,4 +1,4 @@
-"""Call a function in a fresh process and get its result back, whatever becomes of the process."""
+"""Call a function in a fresh process and return its result, or why it failed."""
 
 import multiprocessing
 import os
@@ -15,24 +15,24 @@ from fastln.errors import FastLNError
 
 Result = TypeVar("Result")
 
-# The server imports this once (seconds); every process is then a fork of it (milliseconds) that shares nothing with
-# the other runs: no allocator state, no autotuning, no threads, for importing starts none.
+# The fork server imports this once, which is slow. Each process is then a fast fork of the server. It shares no
+# allocator state and no autotuning results with other runs. Importing starts no threads.
 _PRELOAD = ["fastln.bench.worker"]
 
 
 def call(function: Callable[..., Result], *arguments: Any, timeout_seconds: float) -> Result | Failure:
-    """Call `function` (importable by name) in a process of its own.
+    """Call `function` in its own process.
 
     Args:
-        function: What to call; it and its arguments and its result must pickle.
+        function: The function to call. It must be importable by name; it, its arguments and its result must pickle.
         arguments: Its arguments.
-        timeout_seconds: The process is killed when it has not answered by then.
+        timeout_seconds: Time limit. The process is killed if it has not finished by then.
 
     Returns:
-        What the function returned, or a Failure: it raised, died (by a signal, or for want of memory), or took too
-        long. What it printed is shown only in a Failure of a process that died.
+        The function's result, or a Failure if it raised, died (for example from a signal or lack of memory) or took
+        too long. If the process died, the Failure includes the last lines that it printed.
     """
-    # An NVML question does not wake the GPU, so that processes forked after it can still use it.
+    # Querying NVML does not initialise CUDA, so processes forked afterwards can still use the GPU.
     os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(_PRELOAD)
@@ -41,10 +41,10 @@ def call(function: Callable[..., Result], *arguments: Any, timeout_seconds: floa
         receiver, sender = context.Pipe(duplex=False)
         process = context.Process(target=_child, args=(sender, log, function, arguments), daemon=True)
         process.start()
-        sender.close()  # so that the end of the process is the end of the pipe
+        sender.close()  # now the pipe closes when the process ends
         try:
             if not receiver.poll(timeout_seconds):
-                return Failure(f"stopped: not done after {timeout_seconds:g} s (timeout_seconds)")
+                return Failure(f"stopped: not finished after {timeout_seconds:g} s (timeout_seconds)")
             answer = receiver.recv()
             process.join(timeout=60)
             return answer
@@ -58,7 +58,7 @@ def call(function: Callable[..., Result], *arguments: Any, timeout_seconds: floa
 
 
 def _child(sender: Connection, log: Path, function: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, which then ends this process
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent handles Ctrl-C and then ends this process
     with log.open("w") as stream:
         os.dup2(stream.fileno(), 1)
         os.dup2(stream.fileno(), 2)
@@ -82,6 +82,6 @@ def _death(exitcode: int | None, log: Path) -> str:
         hint = " (out of memory?)" if -exitcode == signal.SIGKILL else f" ({signal.strsignal(-exitcode)})"
         text = f"killed by signal {-exitcode}{hint}"
     else:
-        text = f"the process ended with status {exitcode} before it had a result"
+        text = f"the process exited with status {exitcode} before it returned a result"
     last = log.read_text(errors="replace").strip().splitlines()[-5:] if log.exists() else []
     return "\n".join([text, *(f"  {line}" for line in last)])

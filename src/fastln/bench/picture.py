@@ -1,4 +1,4 @@
-"""Throughput against peak memory, one panel per model (and dtype), one labelled point per method and engine."""
+"""Plot throughput against peak memory: one panel per model and dtype, one point per method and engine."""
 
 import math
 from collections.abc import Sequence
@@ -14,11 +14,11 @@ from matplotlib.transforms import Bbox
 
 from fastln.bench.results import Row, by_model, data_name, each
 
-# Okabe and Ito's colours, which the colour-blind tell apart.
+# The Okabe-Ito palette, which is safe for colour-blind readers.
 _COLOURS = ("#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 _MARKERS = {"fastln": "*", "peft": "s", "torch": "o"}
-_PANELS = 4  # beside each other
-_OFFSETS = [  # of a label from its point, in points, the nearest first
+_PANELS = 4  # per row
+_OFFSETS = [  # candidate offsets of a label from its point, in points, nearest first
     (x * radius, y * radius)
     for radius in (9, 16, 24, 34, 46, 60)
     for x, y in ((1, 0), (-1, 0), (0, 1), (0, -1), (1, 1), (-1, 1), (1, -1), (-1, -1))
@@ -26,11 +26,11 @@ _OFFSETS = [  # of a label from its point, in points, the nearest first
 
 
 def draw(rows: Sequence[Row], path: Path) -> None:
-    """Write the picture as PNG.
+    """Write the plot as a PNG file.
 
     Args:
-        rows: Those without a measurement are left out.
-        path: Where to.
+        rows: The rows to plot. Rows without a measurement are skipped.
+        path: The file to write.
     """
     groups = by_model(rows)
     n_columns = min(len(groups), _PANELS)
@@ -45,7 +45,7 @@ def draw(rows: Sequence[Row], path: Path) -> None:
         points.append([_point(row, colours[row.method]) for row in group if row.step_seconds is not None])
         _panel(axes, title, points[-1])
     figure.suptitle(_title(rows), fontsize=10)
-    figure.canvas.draw()  # settles the layout, which the labels then follow
+    figure.canvas.draw()  # computes the layout; the labels are placed afterwards
     figure.set_layout_engine("none")
     for axes, own in zip(panels, points, strict=True):
         _place_labels(axes, own)
@@ -88,7 +88,7 @@ def _panel(axes: Axes, title: str, points: Sequence[_Point]) -> None:
 
 
 def _place_labels(axes: Axes, points: Sequence[_Point]) -> None:
-    """Put each label at the nearest place where it covers no point and no label placed before it."""
+    """Put each label at the nearest place where it overlaps points and earlier labels least."""
     canvas = axes.figure.canvas
     assert isinstance(canvas, FigureCanvasAgg)
     renderer = canvas.get_renderer()
@@ -117,7 +117,7 @@ def _place_labels(axes: Axes, points: Sequence[_Point]) -> None:
         best = min(_OFFSETS, key=lambda offset: overlap(box_at(offset)))
         box = box_at(best)
         taken.append(box)
-        if max(map(abs, best)) > 12:  # far from its point: a line leads back
+        if max(map(abs, best)) > 12:  # far from its point, so draw a line back to it
             x, y = axes.transData.transform((point.x, point.y))
             end = axes.transData.inverted().transform((np.clip(x, box.x0, box.x1), np.clip(y, box.y0, box.y1)))
             axes.plot((point.x, end[0]), (point.y, end[1]), color=point.colour, linewidth=0.7, zorder=1)

@@ -1,4 +1,4 @@
-"""What is running now, on stderr: a bar on a terminal, one line per run in a log."""
+"""Show progress on stderr: a bar on a terminal, one line per run in a log."""
 
 import time
 from types import TracebackType
@@ -9,10 +9,10 @@ from rich.progress import Progress as Bar
 
 
 class Progress:
-    """Tells how far a suite is. A context manager; `begin` and `end` bracket each run.
+    """Progress of a suite, as a context manager. Call `begin` before each run and `end` after it.
 
     Args:
-        total: The number of runs ahead.
+        total: The number of runs.
         console: Where to write; stderr by default.
     """
 
@@ -43,27 +43,27 @@ class Progress:
         self._bar.stop()
 
     def begin(self, label: str) -> None:
-        """A run starts."""
+        """Show that a run starts."""
         self._label, self._since = label, time.monotonic()
         self._bar.update(self._task, description=label)
         if not self._console.is_terminal:
-            # Before the run, so that a log shows what hangs.
+            # Printed before the run, so that a log shows which run hangs.
             self._print(f"[{self._done + 1:>{len(str(self._total))}}/{self._total}] {label} ... ", end="")
 
     def end(self, result: str) -> None:
-        """The run is over; `result` is what came of it, in a few words."""
+        """Show that the run has ended, with its result in a few words."""
         took = f"{result} ({time.monotonic() - self._since:.1f} s)"
         self._print(f"{self._label}: {took}" if self._console.is_terminal else took)
         self._done += 1
         self._bar.update(self._task, completed=self._done)
 
     def add(self, runs: int) -> None:
-        """More runs lie ahead than was known."""
+        """Add runs to the total."""
         self._total += runs
         self._bar.update(self._task, total=self._total)
 
     def drop(self, runs: int) -> None:
-        """Fewer runs lie ahead than was known."""
+        """Remove runs from the total."""
         self.add(-runs)
 
     def _print(self, text: str, end: str = "\n") -> None:

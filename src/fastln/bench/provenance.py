@@ -1,4 +1,7 @@
-"""Where a row comes from: machine, versions, commit. Called in a process of its own, since asking a GPU wakes it."""
+"""Provenance of a row: machine, versions, commit.
+
+Call this in a separate process: querying a GPU initialises CUDA.
+"""
 
 import platform
 import subprocess
@@ -12,17 +15,17 @@ from fastln.machine import cpu_model, package_version, settle_device, settle_dty
 
 
 def settle(device: str, *dtypes: str) -> tuple[str, tuple[str, ...], dict[str, Any]]:
-    """Turn "auto" into what this machine has, and describe the machine.
+    """Resolve "auto" to what this machine has, and describe the machine.
 
     Args:
         device: "auto", "cpu" or "cuda".
-        *dtypes: "auto", "float32" or "bfloat16", each.
+        *dtypes: Each is "auto", "float32" or "bfloat16".
 
     Returns:
-        The device, the dtypes, each once, and the provenance: `machine`, `versions`, `commit`.
+        The device, the dtypes without duplicates, and the provenance: `machine`, `versions`, `commit`.
 
     Raises:
-        FastLNError: An unknown name, or "cuda" where there is none.
+        FastLNError: If a name is unknown, or for "cuda" on a machine without a GPU.
     """
     place = settle_device(device)
     settled = (str(settle_dtype(dtype, place)).removeprefix("torch.") for dtype in dtypes)
@@ -45,7 +48,7 @@ _PACKAGES = ("torch", "triton", "transformers", "peft", "fastln")
 
 
 def _commit() -> str | None:
-    """The commit of fastln's own source, with "-dirty" if it was changed since; None if it is no checkout."""
+    """Return the commit of fastln's source, with "-dirty" if files have changed; None outside a git checkout."""
     here = Path(__file__)
 
     def git(*arguments: str) -> str | None:
@@ -57,7 +60,7 @@ def _commit() -> str | None:
             return None
         return done.stdout.strip() if done.returncode == 0 else None
 
-    # An installed copy can lie inside somebody else's checkout: only a tracked file makes it ours.
+    # An installed copy can lie inside another project's checkout. It is our checkout only if git tracks this file.
     if git("ls-files", "--error-unmatch", here.name) is None:
         return None
     return git("describe", "--always", "--dirty", "--abbrev=40", "--exclude=*")

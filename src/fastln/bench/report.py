@@ -1,4 +1,4 @@
-"""Rows for people: a table on the terminal, the same in Markdown, and a picture of throughput against memory."""
+"""Present rows: a table on the terminal, the same table in Markdown, and a plot of throughput against memory."""
 
 import shlex
 from collections.abc import Sequence
@@ -20,7 +20,7 @@ FILES = (TABLE, PICTURE)
 
 BASELINES = {"layernorm/torch": "plain unfreezing", "layernorm/peft": "peft's way of tuning norms"}
 OURS = "layernorm/fastln"
-PEERS = "peft"  # the engine that ours is compared with
+PEERS = "peft"  # the engine to compare ours with
 
 _COLUMNS = (
     "method (engine)",
@@ -33,16 +33,16 @@ _COLUMNS = (
     "last loss",
     "accuracy % (closed, open)",
 )
-_WIDE = 150  # columns of a terminal; on a narrower one, what stands in brackets goes into a second line
+_WIDE = 150  # terminal columns; on a narrower terminal, text in brackets goes on a second line
 
 
 @dataclass(frozen=True, slots=True)
 class Section:
-    """One table: `cells` has a line per row, an entry per column."""
+    """One table: `cells` has one line per row and one entry per column."""
 
     title: str
     cells: tuple[tuple[str, ...], ...]
-    notes: tuple[str, ...] = ()  # errors and why accuracies are missing
+    notes: tuple[str, ...] = ()  # errors, and reasons why accuracies are missing
     columns: tuple[str, ...] = _COLUMNS
 
 
@@ -53,7 +53,7 @@ def write(rows: Sequence[Row], folder: Path) -> None:
 
 
 def show(rows: Sequence[Row], console: Console | None = None) -> None:
-    """Print the table; to stdout by default."""
+    """Print the tables, to stdout by default."""
     console = console or Console()
     for line in _header(rows):
         console.print(line, markup=False, highlight=False, soft_wrap=True)
@@ -74,7 +74,7 @@ def _two_lines(cell: str) -> str:
 
 
 def to_markdown(rows: Sequence[Row]) -> str:
-    """The table as Markdown."""
+    """Return the tables as Markdown."""
     parts = ["\n\n".join(_header(rows))]
     for table in (*tables(rows), *peers(rows)):
         rule = ("---", *["---:"] * (len(table.columns) - 1))
@@ -85,7 +85,7 @@ def to_markdown(rows: Sequence[Row]) -> str:
 
 
 def tables(rows: Sequence[Row]) -> list[Section]:
-    """Group the rows by model and dtype, in their order, and write out the cells."""
+    """Return one table per model and dtype, in the rows' order."""
     result = []
     baseline = _baseline(rows)
     for title, group in by_model(rows):
@@ -104,7 +104,10 @@ def tables(rows: Sequence[Row]) -> list[Section]:
 
 
 def peers(rows: Sequence[Row]) -> list[Section]:
-    """Put norm tuning by fastln beside what peft does, a line per model; nothing where one of the two is missing."""
+    """Return a table that compares fastln's norm tuning with peft's methods, one line per model.
+
+    A model without a result for fastln's norm tuning is skipped. The list is empty if nothing is left to compare.
+    """
     others = list(dict.fromkeys(label(row) for row in rows if row.engine == PEERS))
     lines = []
     for title, group in by_model(rows):
@@ -124,8 +127,9 @@ def peers(rows: Sequence[Row]) -> list[Section]:
         )
     columns = ("model", "step s of fastln", "floor s (share)", *(f"over {other}" for other in others))
     note = (
-        "How many times as long the others take in the same round: median over the rounds (range). Floor: the step's "
-        "matrix products alone, at the rate that this machine reached in one of a layer's size."
+        "Ratios: the other method's step time divided by fastln's in the same round, median over the rounds (range). "
+        "Floor: the time of the step's matrix products alone, at the rate measured on this machine for a product of a "
+        "layer's size."
     )
     return [Section("fastln beside peft", tuple(lines), (note,), columns)] if lines else []
 
@@ -139,12 +143,12 @@ def _baseline(rows: Sequence[Row]) -> str | None:
 
 
 def label(row: Row) -> str:
-    """How a row is called: its method, with the engine in brackets."""
+    """Return the row's label: its method, with the engine in brackets."""
     return f"{row.method} ({row.engine})"
 
 
 def speedups(row: Row, base: Row | None) -> list[float]:
-    """How many times as fast as `base` a row was, in each round that both ended well."""
+    """Return how many times as fast as `base` a row was, for each round that both finished."""
     if base is None:
         return []
     return [theirs / ours for ours, theirs in zip(row.step_seconds_by_round, base.step_seconds_by_round, strict=False)]
@@ -205,7 +209,7 @@ def _speed(rows: Sequence[Row]) -> str:
 
 
 def _header(rows: Sequence[Row]) -> list[str]:
-    """Paragraphs that say what is shown, on what machine, and by which command."""
+    """Return paragraphs that say what was measured, on which machine, with which command."""
     row = rows[0]
     origin = row.provenance
     suite, machine, versions = origin["suite"], origin["machine"], origin["versions"]
@@ -220,8 +224,9 @@ def _header(rows: Sequence[Row]) -> list[str]:
         + ", ".join(f"{name} {version}" for name, version in versions.items())
         + f", commit {origin['commit'] or 'unknown'}.",
         f"Data: {data_name(rows)}; batches of {sizes}, seed {origin['seed']}. "
-        f"Every run in a process of its own, {suite['rounds']} interleaved rounds of {suite['steps']} timed steps "
-        f"after {suite['warmup_steps']} for warm-up; a step is data loading, forward, backward and optimizer.",
+        f"Every run has its own process. Rounds are interleaved: {suite['rounds']} rounds, each with {suite['steps']} "
+        f"timed steps after {suite['warmup_steps']} for warm-up. A step is data loading, forward, backward and "
+        "optimizer.",
         f"Step seconds: the median of all timed steps (range of the rounds' medians). {_speed(rows)}"
         f"Peak: {', '.join(kinds) or 'not measured'}. Saved: what autograd keeps for backward.",
     ]

@@ -1,4 +1,4 @@
-"""What runs report, and the rows of results.json that are made of it."""
+"""The results of runs, and the rows of results.json made from them."""
 
 import dataclasses
 import json
@@ -17,14 +17,17 @@ from fastln.models.shapes import is_shape, parse_shape
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """One run in a process of its own.
+    """One run in its own process.
 
-    `kind` says what it does: "check" loads the data and the model, makes the batches of a round and counts the floor
-    (once per model and dtype, before the rounds), "speed" measures steps (once per method and round), "quality" trains
-    and counts right answers (once per method, at the end).
+    `kind` says what the run does:
+
+    - "check" loads the data and the model, makes the batches of a round and counts the floor. It runs once per model
+      and dtype, before the rounds.
+    - "speed" measures steps. It runs once per method and round.
+    - "quality" trains, then counts correct answers. It runs once per method, at the end.
     """
 
-    suite: Suite  # device and dtypes settled, never "auto"
+    suite: Suite  # with device and dtypes resolved, never "auto"
     kind: Literal["check", "speed", "quality"]
     model: str
     dtype: str
@@ -34,37 +37,37 @@ class Job:
 
     def __str__(self) -> str:
         what = {"check": "look at", "speed": f"round {self.round}/{self.suite.rounds}", "quality": "quality"}
-        model = re.sub(r"[^:,]*/", "", self.model)  # folders by their last names
+        model = re.sub(r"[^:,]*/", "", self.model)  # only the last part of folder names
         dtype = self.dtype if len(self.suite.dtypes) > 1 else ""
         return " ".join(filter(None, (what[self.kind], model, dtype, self.pair)))
 
     @property
     def batch_size(self) -> int:
-        """How many samples a step takes: as the suite has it, unless the model is a shape, which says so itself."""
+        """The number of samples in a step: a shape's own batch size, or else the suite's."""
         return parse_shape(self.model).batch_size if is_shape(self.model) else self.suite.batch_size
 
     @property
     def pair(self) -> str:
-        """The method and engine as a suite writes them."""
+        """The method and engine, as in a suite file."""
         return f"{self.method}/{self.engine}" if self.method else ""
 
 
 @dataclass(frozen=True, slots=True)
 class Floor:
-    """What a step of norm tuning cannot go below: see `fastln.cost`."""
+    """The least time that a step of norm tuning can take: its matrix products alone. See `fastln.cost`."""
 
-    operations: float  # of its products
-    operations_per_second: float  # that the machine reached in a product, in the run's dtype
+    operations: float  # in the step's matrix products
+    operations_per_second: float  # measured on this machine for a matrix product in the run's dtype
 
     @property
     def seconds(self) -> float:
-        """The products' time."""
+        """The time that the products take."""
         return self.operations / self.operations_per_second
 
 
 @dataclass(frozen=True, slots=True)
 class Checked:
-    """What a "check" job found."""
+    """The result of a "check" job."""
 
     model_name: str
     random_weights: bool
@@ -75,60 +78,60 @@ class Checked:
 
 @dataclass(frozen=True, slots=True)
 class Steps:
-    """What a "speed" job measured; times in seconds, memory in bytes."""
+    """The result of a "speed" job, with times in seconds and memory in bytes."""
 
     step_seconds: tuple[float, ...]
     peak_memory_bytes: int
     memory_kind: str
-    saved_activation_bytes: int | None  # None: not counted in this round
+    saved_activation_bytes: int | None  # None if not counted in this round
     trainable_parameters: int
-    total_parameters: int  # of the model as loaded, whatever a method adds
+    total_parameters: int  # of the model as loaded, without what a method adds
     final_loss: float
 
 
 @dataclass(frozen=True, slots=True)
 class Quality:
-    """What a "quality" job measured."""
+    """The result of a "quality" job."""
 
     accuracy: dict[str, Any]  # a `fastln.metrics.Accuracy`
-    head_epochs: int  # of the head alone, first
-    epochs: int  # of all that the method trains, then
+    head_epochs: int  # first these epochs train the head alone
+    epochs: int  # then these train everything that the method trains
 
 
 @dataclass(frozen=True, slots=True)
 class Failure:
-    """A run that did not end well."""
+    """A failed run."""
 
     text: str
-    user_error: bool = False  # a FastLNError: the message alone says what to put right
+    user_error: bool = False  # a FastLNError, whose message says how to fix it
 
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One line of results.json: a method and engine on a model, over all rounds."""
+    """One row of results.json: one method and engine on one model, over all rounds."""
 
     method: str
     engine: str
-    model: str  # its name; the specification is in provenance.suite.models
+    model: str  # the name; the spec is in provenance.suite.models
     dtype: str
     device: str
     batch_size: int
     step_seconds: float | None  # the median of all timed steps
     step_seconds_all: tuple[float, ...]
-    step_seconds_by_round: tuple[float, ...]  # medians: entry i of two rows was measured side by side
+    step_seconds_by_round: tuple[float, ...]  # each round's median; rows measured entry i in the same round
     samples_per_second: float | None
-    peak_memory_bytes: int | None  # the largest of the rounds
+    peak_memory_bytes: int | None  # the largest over the rounds
     saved_activation_bytes: int | None
     trainable_parameters: int | None
     total_parameters: int | None
-    final_loss: float | None  # of the last timed step; same batches for all; None also where it is not finite
+    final_loss: float | None  # of the last timed step, on the same batches for all methods; None if it is not finite
     accuracy: dict[str, Any] | None
-    accuracy_note: str | None  # why there is none, or how it came about
+    accuracy_note: str | None  # why accuracy is missing, or how it was measured
     error: str | None
     provenance: dict[str, Any]
 
     def to_dict(self) -> dict[str, Any]:
-        """The row as results.json holds it."""
+        """Return the row as results.json stores it."""
         return dataclasses.asdict(self)
 
 
@@ -141,16 +144,16 @@ def make_row(
     error: str | None,
     provenance: dict[str, Any],
 ) -> Row:
-    """Put together what the rounds of one method measured.
+    """Combine the rounds of one method into a row.
 
     Args:
-        job: Of any round.
-        model: What the model is called; `job.model` is how it was asked for.
-        rounds: Those that ended well, from the first on.
-        accuracy: From the quality run, where there was one.
+        job: The job of any round.
+        model: The model's name. `job.model` is its spec.
+        rounds: The rounds that succeeded, in order.
+        accuracy: The result of the quality run, if there was one.
         accuracy_note: See `Row`.
         error: What went wrong, and in which round.
-        provenance: As every row of the suite has it.
+        provenance: The provenance that all rows of the suite share.
     """
     seconds = tuple(second for steps in rounds for second in steps.step_seconds)
     middle = median(seconds) if seconds else None
@@ -179,7 +182,7 @@ def make_row(
 
 
 def by_model(rows: Sequence[Row]) -> list[tuple[str, list[Row]]]:
-    """The rows of each model, and of each dtype where there are several, under the name of both."""
+    """Group rows by model, and by dtype if there are several. Return (title, rows) pairs."""
     several = len({row.dtype for row in rows}) > 1
     groups: dict[str, list[Row]] = {}
     for row in rows:
@@ -188,12 +191,12 @@ def by_model(rows: Sequence[Row]) -> list[tuple[str, list[Row]]]:
 
 
 def each(values: Iterable[object]) -> str:
-    """Every value once."""
+    """Join the distinct values with commas."""
     return ", ".join(dict.fromkeys(map(str, values)))
 
 
 def data_name(rows: Sequence[Row]) -> str:
-    """What the rows' data are called, marked where they are synthetic."""
+    """Return the name of the rows' data, marked if it is synthetic."""
     found = [row.provenance["data"] for row in rows if row.provenance["data"]]
     names = []
     for data in found or [{"name": rows[0].provenance["suite"]["data"], "synthetic": False}]:
@@ -203,14 +206,14 @@ def data_name(rows: Sequence[Row]) -> str:
 
 
 def write_rows(rows: Sequence[Row], path: Path) -> None:
-    """Write the rows as JSON; a reader sees the old file or the new one, never a part."""
+    """Write the rows as JSON, atomically: a reader sees the old file or the new one, never part of one."""
     part = path.with_name(path.name + ".part")
     part.write_text(json.dumps([row.to_dict() for row in rows], indent=1, allow_nan=False) + "\n")
     os.replace(part, path)
 
 
 def read_rows(path: Path) -> list[Row]:
-    """Read what `write_rows` wrote."""
+    """Read rows written by `write_rows`."""
     return [Row(**{key: _tuple(value) for key, value in entry.items()}) for entry in json.loads(path.read_text())]
 
 

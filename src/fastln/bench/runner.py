@@ -1,4 +1,4 @@
-"""Run a suite: interleaved rounds, one process per run, results on disk after every one of them."""
+"""Run a suite in interleaved rounds: one process per run, results written to disk after every run."""
 
 import dataclasses
 import itertools
@@ -26,28 +26,28 @@ RESULTS = "results.json"
 def run_suite(
     suite: Suite, out: Path, *, overwrite: bool = False, argv: Sequence[str] = (), worker: Worker = work
 ) -> list[Row]:
-    """Run every method of a suite on every model and write what came out.
+    """Run every method of a suite on every model and write the results.
 
-    All methods run once per round (A B C, A B C, ...), each in a fresh process, so that a machine that drifts hits
-    all of them alike; then, if the suite has epochs, each trains once and its answers are counted. A run that fails
-    is a row with its error and is not tried again. `results.json` is complete after every run; `results.md` and
-    `results.png` are written at the end, also when the user interrupts.
+    All methods run once per round (A B C, A B C, ...), each in a fresh process. So if the machine slows down or speeds
+    up, all methods are affected alike. Then, if the suite has epochs, each method trains once and its correct answers
+    are counted. A failed run becomes a row with its error and is not repeated. `results.json` is complete after every
+    run. `results.md` and `results.png` are written at the end, even if the user interrupts.
 
     Args:
         suite: From `fastln.bench.suite.load_suite`.
-        out: A folder, made if need be.
-        overwrite: Replace an earlier run's files in `out`, once data and models have proved good; other files there
-            are left alone.
-        argv: The command that this is, for the record.
-        worker: What a process does with its job; it must be importable by name.
+        out: The output folder. It is created if needed.
+        overwrite: Replace the files of an earlier run in `out`, after the data and models have loaded without errors.
+            Other files in the folder stay.
+        argv: The command line, to record it.
+        worker: The function that each process calls with its job. It must be importable by name.
 
     Returns:
-        One row per model and method, in the suite's order. Nothing was measured where `step_seconds` is None.
+        One row per model and method, in the suite's order. `step_seconds` is None where nothing was measured.
 
     Raises:
-        FastLNError: `out` holds a run already, or is no folder; the data or a model cannot be loaded as given, or make
-            no batches of the size. Nothing was written then.
-        KeyboardInterrupt: After what is there was written.
+        FastLNError: If `out` already holds a run or is not a folder, if the data or a model cannot be loaded, or if
+            there is too little data for a batch. Nothing is written in these cases.
+        KeyboardInterrupt: If the user interrupts, after the results so far have been written.
     """
     _refuse(out, overwrite)
     started = _now()
@@ -85,10 +85,10 @@ def _now() -> str:
 
 def _refuse(out: Path, overwrite: bool) -> None:
     if out.exists() and not out.is_dir():
-        raise FastLNError(f"{out}: is a file; --out takes a folder")
+        raise FastLNError(f"{out}: is a file; --out must be a folder")
     present = [path for path in _files(out) if path.exists()]
     if present and not overwrite:
-        raise FastLNError(f"{out}: already holds a run ({present[0].name}): give another folder, or overwrite it")
+        raise FastLNError(f"{out}: already holds a run ({present[0].name}); give another folder, or overwrite it")
 
 
 def _make_room(out: Path) -> None:
@@ -97,7 +97,7 @@ def _make_room(out: Path) -> None:
         for path in _files(out):
             path.unlink(missing_ok=True)
     except OSError as error:
-        raise FastLNError(f"{out}: cannot make room for the results: {error.strerror}") from error
+        raise FastLNError(f"{out}: cannot create the folder or remove old results: {error.strerror}") from error
 
 
 def _files(out: Path) -> list[Path]:
@@ -106,7 +106,7 @@ def _files(out: Path) -> list[Path]:
 
 @dataclass
 class _Entry:
-    """What is known so far about one method on one model."""
+    """The results so far of one method on one model."""
 
     job: Job
     rounds: list[Steps] = field(default_factory=list)
@@ -119,7 +119,7 @@ class _Entry:
 
 
 class _Table:
-    """The rows in the making, in the suite's order."""
+    """The rows so far, in the suite's order."""
 
     def __init__(self, suite: Suite, origin: dict[str, Any], path: Path):
         self.entries = [
@@ -131,16 +131,16 @@ class _Table:
         self._path = path
 
     def check(self, job: Job, checked: Checked) -> None:
-        """Keep what a "check" job found."""
+        """Store the result of a "check" job."""
         self._checked[job.model, job.dtype] = checked
 
     def checked(self, job: Job) -> Checked | None:
-        """What was found of the job's model; None where looking at it failed."""
+        """Return the "check" result for the job's model; None if the check failed."""
         return self._checked.get((job.model, job.dtype))
 
     def write(self) -> list[Row]:
         rows = [self._row(entry) for entry in self.entries if entry.begun]
-        if rows:  # a suite that never began leaves nothing behind
+        if rows:  # write no file if no run has finished
             write_rows(rows, self._path)
         return rows
 
@@ -149,7 +149,7 @@ class _Table:
         if checked is None:
             return job.model
         specs = {spec for (spec, _), other in self._checked.items() if other.model_name == checked.model_name}
-        return checked.model_name if len(specs) == 1 else job.model  # two folders can have one name
+        return checked.model_name if len(specs) == 1 else job.model  # two specs can have the same model name
 
     def _row(self, entry: _Entry) -> Row:
         checked = self.checked(entry.job)
@@ -164,7 +164,7 @@ class _Table:
 
 
 def accuracy_means_nothing(suite: Suite, checked: Checked | None) -> str | None:
-    """Why a model's answers are not worth counting, or None if they are."""
+    """Return why accuracy would mean nothing for a model; None if it is worth measuring."""
     if checked and checked.random_weights:
         return "random weights: accuracy means nothing"
     if checked and checked.synthetic:
@@ -196,7 +196,7 @@ def _check(suite: Suite, worker: Worker, table: _Table, progress: Progress) -> N
         if isinstance(checked, Checked):
             table.check(job, checked)
         elif checked.user_error:
-            raise FastLNError(checked.text)  # all of this model's runs would fail alike, so say it at once
+            raise FastLNError(checked.text)  # every run of this model would fail in the same way
 
 
 def _run(suite: Suite, worker: Worker, table: _Table, progress: Progress) -> None:

@@ -1,4 +1,4 @@
-"""What a suite of runs consists of, read from YAML and checked before anything is launched."""
+"""Definition of a suite of runs, read from YAML and checked before any run starts."""
 
 import dataclasses
 import logging
@@ -19,53 +19,52 @@ from fastln.models.shapes import is_shape, parse_shape
 
 logger = logging.getLogger(__name__)
 
-REAL_DATA = "$FASTLN_DATA"  # in a suite: the folder that the environment names so
+REAL_DATA = "$FASTLN_DATA"  # in a suite, stands for the folder in this environment variable
 DTYPES = ("auto", "float32", "bfloat16")
 DEVICES = ("auto", "cpu", "cuda")
 
 
 def _head_epochs() -> int:
-    from fastln.training import TrainConfig  # here, since it brings torch and transformers with it
+    from fastln.training import TrainConfig  # not at the top: it imports torch and transformers
 
     return TrainConfig.head_epochs
 
 
 @dataclass(frozen=True, slots=True)
 class Suite:
-    """One comparison: every method on every model, same data, batches, optimizer and dtype for all.
+    """One comparison: every method on every model, with the same data, batches, optimizer and dtypes for all.
 
-    `fastln.bench.suite.load_suite` makes one; `models` and `methods` have no default, and a model that is no shape
-    needs `data`.
+    `load_suite` makes one. `models` and `methods` have no default. `data` is required unless every model is a shape.
     """
 
     name: str
-    models: tuple[str, ...]  # model specs, as `fastln.models.load_task` takes them, or shapes (`fastln.models.shapes`)
-    methods: tuple[str, ...]  # "method/engine"; the method may be a code for each sub-model, as in LN-F-T
-    data: str = ""  # "phantom" or a folder; shapes bring random batches and need none
-    layout: str | None = None  # this and the next two: as `fastln.data.DataOptions` has them
+    models: tuple[str, ...]  # specs that `fastln.models.load_task` takes, or shapes (`fastln.models.shapes`)
+    methods: tuple[str, ...]  # "method/engine"; the method may have one code per sub-model, as in LN-F-T
+    data: str = ""  # "phantom" or a folder; shapes have random batches and need no data
+    layout: str | None = None  # this and the next two: see `fastln.data.DataOptions`
     language: str | None = None
     skip_bad_rows: bool = False
-    image_size: int | None = None  # as `fastln.models.load_task` takes it; a shape says itself
-    batch_size: int = 32  # but a shape says itself
-    questions_per_image: int = 4  # of one image in one batch
-    dtypes: tuple[str, ...] = ("auto",)  # auto: bfloat16 where the device has the units for it, float32 elsewhere
-    device: str = "auto"  # cuda where there is one
+    image_size: int | None = None  # see `fastln.models.load_task`; not for shapes, whose spec has the size
+    batch_size: int = 32  # ignored for shapes, whose spec has the batch size
+    questions_per_image: int = 4  # per batch
+    dtypes: tuple[str, ...] = ("auto",)  # auto: bfloat16 if the device has units for it, float32 otherwise
+    device: str = "auto"  # auto: cuda if there is a GPU, cpu otherwise
     rounds: int = 3
     warmup_steps: int = 2
-    steps: int = 5  # timed, in each round
-    epochs: int = 0  # of training before the answers are counted; 0: accuracy is not measured
-    head_epochs: int = dataclasses.field(default_factory=_head_epochs)  # before those, of a random head alone
+    steps: int = 5  # timed steps in each round
+    epochs: int = 0  # of training before correct answers are counted; 0 measures no accuracy
+    head_epochs: int = dataclasses.field(default_factory=_head_epochs)  # before those, for a random head alone
     seed: int = 0
-    timeout_seconds: float = 3600.0  # for one run; a run that takes longer is a row with an error
+    timeout_seconds: float = 3600.0  # per run; a run that takes longer becomes a row with an error
 
     @property
     def options(self) -> DataOptions:
-        """How the data is read."""
+        """The options for reading the data."""
         return DataOptions(self.layout, self.language, self.skip_bad_rows)
 
     @property
     def pairs(self) -> list[tuple[str, str]]:
-        """The methods as (method, engine)."""
+        """The methods as (method, engine) pairs."""
         return [(method, engine) for method, _, engine in (name.partition("/") for name in self.methods)]
 
 
@@ -74,11 +73,11 @@ def load_suite(name: str | Path, overrides: Mapping[str, Any] | None = None) -> 
 
     Args:
         name: A suite that comes with fastln (`suite_names()`), or the path of a YAML file.
-        overrides: Values that replace the file's, by field name; None means "as the file says".
+        overrides: Values that replace the file's, by field name. None keeps the file's value.
 
     Raises:
-        FastLNError: No such suite; malformed YAML; an unknown or missing key; a value of the wrong type or out of
-            range; a method/engine pair that does not exist.
+        FastLNError: If there is no such suite, the YAML is malformed, a key is unknown or missing, a value has the
+            wrong type or is out of range, or a method/engine pair does not exist.
     """
     text, where = _read(str(name))
     try:
@@ -86,14 +85,16 @@ def load_suite(name: str | Path, overrides: Mapping[str, Any] | None = None) -> 
     except yaml.YAMLError as error:
         raise FastLNError(f"{where}: not valid YAML: {error}") from error
     if not isinstance(values, dict):
-        raise FastLNError(f"{where}: a suite is a mapping of {', '.join(_fields())}; this is {type(values).__name__}")
+        raise FastLNError(
+            f"{where}: a suite must be a mapping with keys from {', '.join(_fields())}, not a {type(values).__name__}"
+        )
     values = {"name": Path(name).stem, **values}
     values.update({key: value for key, value in (overrides or {}).items() if value is not None})
     return _checked(_with_real_data(values), where)
 
 
 def suite_names() -> list[str]:
-    """The suites that come with fastln."""
+    """Return the names of the suites that come with fastln."""
     return sorted(Path(entry.name).stem for entry in _folder().iterdir() if entry.name.endswith(".yaml"))
 
 
@@ -102,7 +103,7 @@ def _folder() -> Any:
 
 
 def _with_real_data(values: dict[str, Any]) -> dict[str, Any]:
-    """Put the folder FASTLN_DATA in place of its name in `data` and `models`; without it, leave out what names it."""
+    """Replace `$FASTLN_DATA` in `data` and `models` by its value; if it is unset, drop the entries that use it."""
     folder, models = os.environ.get("FASTLN_DATA"), values.get("models")
     filled: dict[str, Any] = {}
     if REAL_DATA in str(values.get("data")):
@@ -110,7 +111,7 @@ def _with_real_data(values: dict[str, Any]) -> dict[str, Any]:
     if isinstance(models, list | tuple):
         filled["models"] = [str(m).replace(REAL_DATA, folder or REAL_DATA) for m in models]
         for model in [m for m in filled["models"] if REAL_DATA in m]:
-            logger.info("left out: %s (FASTLN_DATA names no folder of real data and models)", model)
+            logger.info("skipping %s: set FASTLN_DATA to a folder with real data and models to include it", model)
             filled["models"].remove(model)
     return values | filled
 
@@ -128,7 +129,7 @@ def _read(name: str) -> tuple[str, str]:
         if name.endswith((".yaml", ".yml")):
             raise FastLNError(f"{name}: cannot read the suite: {error}") from error
         raise FastLNError(
-            f"no suite called {name!r}{_nearest(name, suite_names())}: give one of {', '.join(suite_names())}, "
+            f"no suite called {name!r}{_nearest(name, suite_names())}; give one of {', '.join(suite_names())}, "
             "or the path of a YAML file"
         ) from error
 
@@ -142,7 +143,7 @@ def _checked(values: dict[str, Any], where: str) -> Suite:
     for key in values:
         if key not in _fields():
             near = _nearest(str(key), _fields())
-            raise FastLNError(f"{where}: unknown key {key!r}{near}: a suite has {', '.join(_fields())}")
+            raise FastLNError(f"{where}: unknown key {key!r}{near} (valid: {', '.join(_fields())})")
     missing = [
         field.name
         for field in dataclasses.fields(Suite)
@@ -152,7 +153,7 @@ def _checked(values: dict[str, Any], where: str) -> Suite:
     if not values.get("data") and not (isinstance(models, list | tuple) and all(is_shape(str(m)) for m in models)):
         missing.insert(0, "data")
     if missing:
-        raise FastLNError(f"{where}: needs {', '.join(missing)}")
+        raise FastLNError(f"{where}: missing {', '.join(missing)}")
     for key in ("models", "methods", "dtypes"):
         if key not in values:
             continue
@@ -160,7 +161,7 @@ def _checked(values: dict[str, Any], where: str) -> Suite:
             raise FastLNError(f"{where}: {key} must be a list with at least one entry, not {values[key]!r}")
         values[key] = tuple(str(entry) for entry in values[key])
         if len(set(values[key])) < len(values[key]):
-            raise FastLNError(f"{where}: {key} names the same entry twice: {', '.join(values[key])}")
+            raise FastLNError(f"{where}: {key} has the same entry twice: {', '.join(values[key])}")
     for key in ("layout", "language"):
         if not isinstance(values.get(key), str | None):
             raise FastLNError(f"{where}: {key} must be a name, not {values[key]!r}")
@@ -170,13 +171,13 @@ def _checked(values: dict[str, Any], where: str) -> Suite:
     if not isinstance(size, int | None) or isinstance(size, bool):
         raise FastLNError(f"{where}: image_size must be a whole number of pixels, not {size!r}")
     if size is not None and all(is_shape(model) for model in values["models"]):
-        raise FastLNError(f"{where}: image_size is for models by name; shapes say the size of their images themselves")
+        raise FastLNError(f"{where}: image_size does not apply to shapes; give the image size in the shape itself")
     values["name"], values["data"] = str(values["name"]), str(values.get("data") or "")
     for key, smallest in _SMALLEST.items():
         value = values.get(key, smallest)
         if not isinstance(value, int) or isinstance(value, bool) or value < smallest:
             raise FastLNError(f"{where}: {key} must be a whole number of at least {smallest}, not {value!r}")
-    if values.get("seed", 0) >= 2**32:  # transformers.set_seed, by way of numpy, takes no larger one
+    if values.get("seed", 0) >= 2**32:  # numpy's limit, which transformers.set_seed inherits
         raise FastLNError(f"{where}: seed must be less than 2**32 ({2**32}), not {values['seed']}")
     timeout = values.get("timeout_seconds", 1)
     if not isinstance(timeout, int | float) or isinstance(timeout, bool) or not 0 < timeout < math.inf:
@@ -208,7 +209,7 @@ _SMALLEST = {
 
 
 def _check_methods(names: tuple[str, ...], where: str) -> None:
-    from fastln.methods import METHODS, get_method, is_notation  # here, since it brings torch and transformers with it
+    from fastln.methods import METHODS, get_method, is_notation  # not at the top: it imports torch and transformers
 
     pairs = [f"{method.name}/{engine}" for method in METHODS.values() for engine in method.engines]
     for name in names:
@@ -218,6 +219,6 @@ def _check_methods(names: tuple[str, ...], where: str) -> None:
         if name not in pairs:
             near = _nearest(name, pairs)
             raise FastLNError(
-                f"{where}: unknown method/engine {name!r}{near}: choose from {', '.join(pairs)}, or a code for each "
+                f"{where}: unknown method/engine {name!r}{near}: choose from {', '.join(pairs)}, or give one code per "
                 "sub-model, as in LN-F-T/fastln"
             )

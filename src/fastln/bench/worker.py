@@ -1,4 +1,4 @@
-"""What one process of the suite does: build a model, apply a method, and time its steps or count its answers."""
+"""The work of one process of a suite: build a model, apply a method, then time steps or count correct answers."""
 
 import dataclasses
 import itertools
@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from fastln.bench.results import Checked, Floor, Job, Quality, Steps
 from fastln.cost import count_operations, matrix_rate
 from fastln.data import VQADataset, load_dataset
-from fastln.engines import apply_method
 from fastln.errors import FastLNError
 from fastln.memory import SavedActivations, peak_bytes, reset_peak, synchronize
 from fastln.methods import count_parameters
@@ -21,14 +20,15 @@ from fastln.models import Task, VQATask, load_task
 from fastln.models.dual_task import DualEncoderTask
 from fastln.models.shapes import ShapeTask, is_shape, make_shape
 from fastln.training import TrainConfig, build_optimizer, evaluate, train_task
+from fastln.training.tasks import apply_method
 
 
 def work(job: Job) -> Checked | Steps | Quality:
-    """Do one job; called in a process of its own.
+    """Do one job. Called in a separate process.
 
     Raises:
-        FastLNError: The data, the model or the method cannot be had as given, or there are too few questions for a
-            batch, or an image of one cannot be read.
+        FastLNError: If the data, the model or the method cannot be loaded, there are too few questions for a batch, or
+            an image cannot be read.
     """
     options: dict[str, Any] = {
         "dtype": getattr(torch, job.dtype),
@@ -48,11 +48,11 @@ def work(job: Job) -> Checked | Steps | Quality:
 def _check(job: Job, task: Task, data: VQADataset | None) -> Checked:
     suite = job.suite
     model = apply_method(task, "layernorm", "torch").train()
-    # Reads every image that the rounds will.
+    # Reads every image that the rounds will read.
     batches = itertools.islice(_batches(job, task, data), 1 if data is None else suite.warmup_steps + suite.steps)
     operations = [count_operations(model, batch) for batch in batches]
     if suite.epochs and data and any(sample.is_report for sample in _test_questions(job).samples):
-        raise FastLNError(f"{data.name} is of reports: there are no answers to count; set epochs to 0")
+        raise FastLNError(f"{data.name} contains reports, so there are no answers to count; set epochs to 0")
     rate = matrix_rate(torch.device(suite.device), getattr(torch, job.dtype))
     floor = Floor(mean(operations[-suite.steps :]), rate)
     if data is None:
@@ -68,7 +68,7 @@ def _steps(job: Job, task: Task, data: VQADataset | None) -> Steps:
     batches = _batches(job, task, data)
     optimizer = build_optimizer(model, task, _config(job))
     model.train()
-    torch.manual_seed(suite.seed)  # dropout: the same for methods that draw alike
+    torch.manual_seed(suite.seed)  # same dropout for methods that draw random numbers in the same way
     memory_kind = reset_peak(device)
 
     def step() -> Tensor:
@@ -80,7 +80,7 @@ def _steps(job: Job, task: Task, data: VQADataset | None) -> Steps:
 
     for _ in range(suite.warmup_steps):
         step()
-    # A batch from an iterator of its own, so that every round times the same ones.
+    # This batch comes from a separate iterator, so that every round times the same batches.
     saved = _saved_bytes(model, next(_batches(job, task, data))) if job.round == 1 else None
     seconds, loss = [], torch.tensor(0.0)
     for _ in range(suite.steps):
@@ -113,7 +113,7 @@ def _saved_bytes(model: nn.Module, batch: dict[str, Any]) -> int:
 
 
 def _batches(job: Job, task: Task, data: VQADataset | None) -> Iterator[dict[str, Any]]:
-    """Endless full batches in an order that depends on the seed alone; of a shape, the one that it has."""
+    """Yield full batches forever, in an order that depends only on the seed. A shape repeats its one batch."""
     suite = job.suite
     if isinstance(task, ShapeTask):
         yield from itertools.repeat(task.batch)
@@ -123,7 +123,9 @@ def _batches(job: Job, task: Task, data: VQADataset | None) -> Iterator[dict[str
         data, suite.batch_size, seed=suite.seed, questions_per_image=suite.questions_per_image, drop_last=True
     )
     if len(sampler) == 0:
-        raise FastLNError(f"batch_size {suite.batch_size}: {data.name} has no more than {len(data)} training questions")
+        raise FastLNError(
+            f"batch_size {suite.batch_size} is too large: {data.name} has only {len(data)} training questions"
+        )
     for epoch in itertools.count():
         sampler.set_epoch(epoch)
         for indices in sampler:
@@ -155,7 +157,7 @@ def _test_questions(job: Job) -> VQADataset:
 
 
 def _epochs(task: VQATask, config: TrainConfig) -> tuple[int, int]:
-    """How many epochs `train_task` will train the head alone, and then all that the method trains."""
+    """Return how many epochs `train_task` trains the head alone, then how many it trains all that the method trains."""
     if not isinstance(task, DualEncoderTask):
         return 0, config.epochs
     if config.method == "head":

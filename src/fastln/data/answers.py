@@ -6,25 +6,26 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 
 from fastln.errors import FastLNError
+from fastln.ops.linear_cross_entropy import IGNORE_INDEX
 
-UNKNOWN = -100
-"""The index of an answer that is not in the vocabulary: the one that PyTorch's cross-entropy ignores."""
+UNKNOWN = IGNORE_INDEX
+"""The index of an answer that is not in the vocabulary, which counts for nothing in the loss."""
 
 _SURROUNDING = " .,;:!?\"'`"
 
 
 def normalise_answer(text: str) -> str:
-    """Write an answer the way it is compared.
+    """Return an answer in the form in which answers are compared.
 
     In this order: lower case; runs of white space become one blank; blanks and the characters ``. , ; : ! ? " ' ` ``
-    are taken from both ends. Nothing inside is touched and nothing else is taken away: `5%`, `X-ray` and `(CN V)` keep
+    are taken from both ends. Nothing inside changes and nothing else is removed: `5%`, `X-ray` and `(CN V)` keep
     their signs, `Yes.` and `" yes"` become `yes`.
     """
     return " ".join(text.lower().split()).strip(_SURROUNDING)
 
 
 class AnswerVocabulary:
-    """The answers that a classifier chooses from, each under its index.
+    """The answers that a classifier chooses from, by index.
 
     Args:
         answers: Normalised answers, all different, in the order of their indices.
@@ -36,17 +37,17 @@ class AnswerVocabulary:
     def __init__(self, answers: Iterable[str]) -> None:
         self._answers = tuple(answers)
         if not self._answers:
-            raise FastLNError("the answer vocabulary is empty: the training data holds no answer to learn")
+            raise FastLNError("the answer vocabulary is empty: the training data has no answers")
         if "" in self._answers:
             raise FastLNError(
                 f"answer {self._answers.index('')} of the answer vocabulary, counted from 0, is the empty text ''; "
-                "an answer must hold more than blanks and punctuation"
+                "an answer needs more than blanks and punctuation"
             )
         self._indices = {answer: index for index, answer in enumerate(self._answers)}
 
     @classmethod
     def build(cls, answers: Iterable[str]) -> AnswerVocabulary:
-        """Collect the vocabulary of training answers: normalised, the most frequent first, ties by their text.
+        """Make the vocabulary of training answers: normalised, the most frequent first, equal counts by their text.
 
         Raises:
             FastLNError: There are no answers, or normalising leaves nothing of one.
@@ -55,7 +56,7 @@ class AnswerVocabulary:
         return cls(sorted(counts, key=lambda answer: (-counts[answer], answer)))
 
     def index(self, answer: str) -> int:
-        """Give the index of an answer in any spelling, `UNKNOWN` (-100) where the vocabulary lacks it."""
+        """Return the index of an answer in any spelling; `UNKNOWN` where the vocabulary lacks it."""
         return self._indices.get(normalise_answer(answer), UNKNOWN)
 
     def __getitem__(self, index: int) -> str:

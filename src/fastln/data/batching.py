@@ -1,4 +1,4 @@
-"""Batches in which questions about one image stand together, or texts of like length."""
+"""Batches of questions about the same images, or of texts of like length."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch.utils.data import Sampler
 
 from fastln.data.dataset import VQADataset
 
-_STRETCH = 16  # batches: texts of like length are found among so many, and which those are is still left to chance
+_STRETCH = 16  # batches: texts of like length are put together among so many, which chance chooses
 
 
 class GroupedBatches(Sampler[list[int]]):
@@ -55,14 +55,14 @@ class GroupedBatches(Sampler[list[int]]):
         self.drop_last = drop_last
         self.epoch = 0
         self._n_questions = len(dataset)
-        # In characters: no tokenizer is asked.
+        # In characters, without a tokenizer.
         self._lengths = [sample.n_characters for sample in dataset.samples] if by_length else None
         self._by_image: dict[str, list[int]] = {}
         for index, sample in enumerate(dataset.samples):
             self._by_image.setdefault(sample.image, []).append(index)
 
     def set_epoch(self, epoch: int) -> None:
-        """Choose the epoch, counted from 0, whose order the next iteration gives."""
+        """Choose the epoch, counted from 0, whose order the next iteration follows."""
         self.epoch = epoch
 
     def __len__(self) -> int:

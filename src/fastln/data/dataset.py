@@ -1,4 +1,4 @@
-"""What every reader makes and every model is fed: samples, and the images that belong to them."""
+"""Samples and their images: what every reader makes and every model takes."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ SPLITS = ("train", "validation", "test")
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """One question about an image or several, or one report that is to be written about them.
+    """One question about one or several images, or one report to write about them.
 
     Attributes:
         id: Name of the sample in its data, which may give several the same.
@@ -48,7 +48,7 @@ class Sample:
 
     @property
     def n_characters(self) -> int:
-        """How long the texts of all its turns are together."""
+        """The summed length of the texts of all its turns."""
         return sum(len(text) for turn in ((self.question, self.answer), *self.history) for text in turn)
 
     @property
@@ -58,7 +58,7 @@ class Sample:
 
 
 def demands(samples: Iterable[Sample]) -> frozenset[str]:
-    """Tell what samples ask of a model beyond the answer to one question.
+    """Return what samples ask of a model beyond the answer to one question.
 
     Returns:
         Some of `images`, `questions without an image`, `several images`, `reports` and `conversations`.
@@ -76,7 +76,7 @@ def demands(samples: Iterable[Sample]) -> frozenset[str]:
 
 
 def digest(samples: Iterable[Sample], stats: Mapping[str, ImageStat]) -> str:
-    """Return a digest of samples, in their order: all that they say, and of their images the keys and stats alone.
+    """Return a digest of samples, in their order: of their texts, and of their images' keys and stats (not pixels).
 
     To read the whole of every image at each start would take too long.
     """
@@ -88,7 +88,7 @@ def digest(samples: Iterable[Sample], stats: Mapping[str, ImageStat]) -> str:
 
 @dataclass(frozen=True, slots=True)
 class Source:
-    """What a reader hands over: all its splits, and a function that gives an image by its key.
+    """What a reader returns: all its splits, and a function from an image's key to the image.
 
     Attributes:
         name: Shown wherever the data is named.
@@ -105,7 +105,7 @@ class Source:
     stats: Mapping[str, ImageStat]
 
     def dataset(self, split: str, *, validation_fraction: float = 0.0) -> VQADataset:
-        """Give one split.
+        """Return one split.
 
         Data that has no validation split of its own can have one taken out of the training questions: all those about
         some of the images, chosen by a hash of the image's key alone. So rephrasings of one question stay on one side;
@@ -148,7 +148,7 @@ class Source:
 
 
 class VQADataset(Dataset[Sample]):
-    """The questions of one split; images are decoded when asked for, each time anew.
+    """The questions of one split. Images are decoded each time they are asked for.
 
     Attributes:
         name: The name of the data.
@@ -172,7 +172,7 @@ class VQADataset(Dataset[Sample]):
         return self.samples[index]
 
     def image(self, key: str) -> Image.Image:
-        """Give an image of a sample.
+        """Return an image of a sample.
 
         Args:
             key: One of `Sample.images`.
@@ -186,7 +186,7 @@ class VQADataset(Dataset[Sample]):
         return self._image(key)
 
     def stat(self, key: str) -> ImageStat:
-        """Give what is known of an image, one of `Sample.images`, without decoding it."""
+        """Return what is known of an image, one of `Sample.images`, without decoding it."""
         return self._stats[key]
 
 

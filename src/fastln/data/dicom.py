@@ -1,4 +1,4 @@
-"""DICOM images to RGB, in the window that the file itself names.
+"""DICOM images to RGB, in the window that the file names.
 
 The grey values of the first frame pass through the modality's rescaling and the file's first window (DICOM PS3.3
 C.11.2.1.2, functions LINEAR, LINEAR_EXACT and SIGMOID) or table of values of interest; without either, the lowest value
@@ -26,7 +26,7 @@ _MARK = b"DICM"
 
 
 def is_dicom(source: Path | bytes) -> bool:
-    """Tell whether a file (or what one holds) has the mark of DICOM after its preamble."""
+    """Whether a file (or what one holds) has the mark of DICOM after its preamble."""
     if isinstance(source, bytes):
         return source[_PREAMBLE : _PREAMBLE + len(_MARK)] == _MARK
     with source.open("rb") as file:

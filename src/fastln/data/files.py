@@ -15,7 +15,7 @@ from fastln.errors import FastLNError
 SUFFIXES = (".json", ".jsonl", ".csv")
 
 SPLIT_STEMS = {"train": ("train",), "validation": ("validation", "val", "validate", "valid"), "test": ("test",)}
-"""How the file of each split may be called, where data leaves that to who made it."""
+"""The names that the file of each split may have, where the layout leaves that open."""
 
 _LONGEST_FIELD = 1 << 24
 """Characters of a CSV field; a report is far shorter, and an unclosed quotation mark swallows the rest of the file."""
@@ -28,7 +28,7 @@ class BadRowError(Exception):
 
 
 def read_rows(file: Path, columns: Iterable[str] = ()) -> Iterator[Any]:
-    """Give the rows of a file by its suffix; a line that cannot be parsed comes as the `BadRowError` that says why.
+    """Yield the rows of a file, by its suffix; for a line that cannot be parsed, the `BadRowError` that says why.
 
     Args:
         file: JSON Lines (`.jsonl`), CSV (`.csv`), else a JSON list; a `.jsonl` that begins as a list is one, for
@@ -49,8 +49,8 @@ def read_rows(file: Path, columns: Iterable[str] = ()) -> Iterator[Any]:
             return
         if content.peek() == "{":
             raise FastLNError(
-                f"{file}: a JSON list of rows is needed, this begins with '{{'; a file with an object on each line is "
-                "called .jsonl, and of a published dataset the folder is given"
+                f"{file}: this must be a JSON list of rows, and it begins with '{{'; name a file with an object on "
+                "each line .jsonl, and give a published dataset by its folder"
             )
         yield from listed(content, file)
         content.end()
@@ -72,13 +72,13 @@ def listed(content: JsonStream, where: object) -> Iterator[Any]:
 
 
 def beginning(content: JsonStream) -> str:
-    """Tell how the next part of a JSON text begins, for a message."""
+    """Return how the next part of a JSON text begins, for a message."""
     first = content.peek()
     return f"this begins with {first!r}" if first else "this is empty"
 
 
 def data_name(path: Path) -> str:
-    """Call data as its folder is called, or as its file is without the suffix."""
+    """Return a name for data: its folder's, or its file's without the suffix."""
     path = path.resolve()
     return path.name if path.is_dir() else path.stem
 
@@ -91,7 +91,7 @@ def shown(value: Any) -> str:
 
 @contextmanager
 def opened(file: Path) -> Iterator[TextIO]:
-    """Open a file of UTF-8 text, with or without a byte-order mark, and tell what cannot be read of it.
+    """Open a file of UTF-8 text, with or without a byte-order mark; raise where it cannot be read.
 
     Raises:
         FastLNError: The file is missing, cannot be read, is not UTF-8, or is the pointer of Git LFS to it.
@@ -109,7 +109,7 @@ def opened(file: Path) -> Iterator[TextIO]:
 
 
 def refuse_pointer(file: Path) -> None:
-    """Refuse what Git leaves in place of a large file where Git LFS is not installed.
+    """Refuse the pointer that Git leaves in place of a large file where Git LFS is not installed.
 
     Raises:
         FastLNError: It is that.
@@ -126,7 +126,7 @@ def _json_lines(stream: TextIO) -> Iterator[Any]:
             yield BadRowError("the line is empty")
             continue
         try:
-            yield json.loads(line.rstrip("\r\n"))  # where a line breaks off is told as its end
+            yield json.loads(line.rstrip("\r\n"))  # so that an error at a line's break is one at its end
         except json.JSONDecodeError as error:
             yield BadRowError(f"column {error.colno}: not valid JSON: {error.msg}")
         except (ValueError, RecursionError) as error:

@@ -16,10 +16,10 @@ from fastln.data import dicom
 from fastln.errors import FastLNError
 
 MAX_PIXELS = 1 << 26
-"""The largest image that is decoded, 8192 x 8192; below Pillow's own limit, at which it would only warn."""
+"""The most pixels of an image that is decoded, 8192 x 8192; Pillow's own limit is higher and only warns."""
 
 FORMATS = ("BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP")
-"""What is decoded, whatever a file is called: Pillow would hand others, such as EPS, to programs outside."""
+"""The formats that are decoded, by content, not by name: for others, such as EPS, Pillow runs other programs."""
 
 _JPEG_END = b"\xff\xd9"
 
@@ -103,11 +103,11 @@ def _last_bytes(source: Path | bytes, count: int) -> bytes:
 
 @contextmanager
 def _told(name: object) -> Iterator[None]:
-    """Turn whatever goes wrong with an image into one sentence that names it."""
+    """Turn every error about an image into a FastLNError that names it."""
     try:
         yield
     except UnidentifiedImageError as error:
-        raise FastLNError(f"{name}: this is no image of a known format ({', '.join(FORMATS)}, DICOM)") from error
+        raise FastLNError(f"{name}: this is not an image of a known format ({', '.join(FORMATS)}, DICOM)") from error
     except Exception as error:  # decoders raise almost anything on a damaged file
         raise FastLNError(f"{name}: cannot read this image: {error}") from error
 

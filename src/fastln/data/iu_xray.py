@@ -24,7 +24,7 @@ _LISTS = {"train": "train", "validation": "val", "test": "test"}
 
 
 def recognises(folder: Path) -> bool:
-    """Tell whether a folder holds R2Gen's file."""
+    """Whether a folder holds R2Gen's file."""
     return (folder / _FILE).is_file()
 
 

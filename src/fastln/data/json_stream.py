@@ -17,7 +17,7 @@ _AFTER_A_VALUE = frozenset(",]}")
 
 
 class JsonStream:
-    """Takes the parts of a JSON text one after the other; only the value at hand and what was read ahead are held
+    """Takes the parts of a JSON text one after the other; only the current value and what was read ahead are held
     (of a value that is no JSON all that follows, for it might have been a long one).
 
     Args:
@@ -37,7 +37,7 @@ class JsonStream:
         """Lines, and characters of the last of them, that were taken before `_text`."""
 
     def peek(self) -> str:
-        """Give the next character that is not blank, empty at the end."""
+        """Return the next character that is not blank, empty at the end."""
         while True:
             self._at = _BLANKS.match(self._text, self._at).end()  # type: ignore[union-attr]
             if self._at < len(self._text) or not self._read_more():
@@ -73,7 +73,7 @@ class JsonStream:
                 return
 
     def names(self) -> Iterator[str]:
-        """Take the names of an object's fields; whoever iterates takes each field's value before the next name."""
+        """Yield the names of an object's fields; the caller takes each field's value before the next name."""
         self._take("{")
         if self.peek() == "}":
             self._take("}")
@@ -108,7 +108,7 @@ class JsonStream:
         return found
 
     def _read_more(self) -> bool:
-        # As much again as is held: a long value is not begun anew too often.
+        # Twice as much as before, so that a long value is not parsed from its start too often.
         more = self._stream.read(max(_CHUNK, len(self._text) - self._at))
         if more:
             self._lines, self._column = self._place(self._at)

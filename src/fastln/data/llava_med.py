@@ -34,7 +34,7 @@ _PEEKED = 1 << 16
 
 
 def recognises(path: Path) -> bool:
-    """Tell whether any of the files that plain rows would be in begins with what LLaVA-Med's rows have."""
+    """Whether any of the files in which plain rows would be begins with a row of LLaVA-Med's form."""
     return any(_is_of_the_kind(file) for file in split_files(path).values())
 
 
@@ -42,7 +42,7 @@ def _is_of_the_kind(file: Path) -> bool:
     try:
         with file.open("rb") as stream:
             start = stream.read(_PEEKED)
-    except OSError:  # told by the reader of plain rows, which is next
+    except OSError:  # the reader of plain rows, which is next, reports it
         return False
     return any(f'"{field}"'.encode() in start for field in (*_FIELDS, _EVALUATION[1]))
 
@@ -81,7 +81,7 @@ def _image_folders(path: Path) -> list[Path]:
 
 
 def _turns(row: dict[str, Any], n_images: int) -> list[tuple[str, str]]:
-    """Give the questions with their answers."""
+    """Return the questions with their answers."""
     if all(field in row for field in _EVALUATION):
         question, answer = ({"value": row[field]} for field in _EVALUATION)
         return [(_value(question, 0, n_images), _value(answer, 1, n_images))]

@@ -1,4 +1,4 @@
-"""From what a user names to a dataset."""
+"""From what a user gives as data to a dataset."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ READERS = {
 
 
 def load_source(spec: str, options: DataOptions | None = None) -> Source:
-    """Read a dataset, all its splits; every row is checked, once, and the images named are.
+    """Read all splits of a dataset; every row, and every image that it names, is checked once.
 
     Args:
         spec: `phantom`, the embedded synthetic data, or the folder or file of a dataset in a layout of `READERS`.
@@ -51,7 +51,7 @@ def load_source(spec: str, options: DataOptions | None = None) -> Source:
 
     Raises:
         FastLNError: Unknown data or layout, an option that does not go with it; or bad data: a file that cannot be
-            read, or bad rows, all of which are told with file, index and reason.
+            read, or bad rows, which are all listed with file, index and reason.
     """
     options = options or DataOptions()
     if spec == phantom.NAME:
@@ -103,7 +103,7 @@ def _reader(path: Path, layout: str | None) -> Reader:
         if folder.is_dir() and reader.recognises(folder)
     ]
     known = "\n  ".join(f"{name}: {reader.layout}" for name, reader in READERS.items())
-    raise FastLNError(f"{path}: no dataset layout that is known{''.join(inside[:1])}. What each looks like:\n  {known}")
+    raise FastLNError(f"{path}: no known layout{''.join(inside[:1])}. The known ones:\n  {known}")
 
 
 def _refuse_language(spec: str, languages: tuple[str, ...], options: DataOptions) -> None:

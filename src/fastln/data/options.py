@@ -1,4 +1,4 @@
-"""What a user may say about data beyond where it is."""
+"""How a user may have data read: the options beside its place."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ class DataOptions:
     Attributes:
         layout: Name of the layout, for data that is not recognised or taken for another; recognised where None.
         language: Of the questions, for data in several: SLAKE's `en` (which None means) or `zh`.
-        skip_bad_rows: Leave bad rows out, all of them told in the log, rather than refuse the data.
+        skip_bad_rows: Leave bad rows out and list them in the log, rather than refuse the data.
     """
 
     layout: str | None = None

@@ -41,7 +41,7 @@ _BUFFER = 1 << 20
 
 
 def recognises(path: Path) -> bool:
-    """Tell whether this is a Parquet file, or a folder that holds some with the names of splits."""
+    """Whether this is a Parquet file, or a folder that holds some with the names of splits."""
     return bool(_split_files(path))
 
 
@@ -94,7 +94,7 @@ def _split_files(path: Path) -> dict[str, list[Path]]:
 
 
 def _name(path: Path, file: Path) -> str:
-    """Name a file apart from all others of the data: those in folders of splits may be called alike."""
+    """Return a name for a file that no other file of the data has: files in folders of splits may share names."""
     return file.relative_to(path).with_suffix("").as_posix().removeprefix("data/") if path.is_dir() else file.stem
 
 
@@ -107,7 +107,7 @@ class _Place(NamedTuple):
 
 
 class _Images:
-    """The distinct images of some files, each checked once and found again by the place where it stands first."""
+    """The distinct images of some files, each checked once and found again by its first place."""
 
     def __init__(self) -> None:
         self.places: dict[str, _Place] = {}
@@ -116,7 +116,7 @@ class _Images:
         self._problems: dict[bytes, str] = {}
 
     def add(self, content: object, place: _Place, key: str) -> str:
-        """Give the key of the image in a row, `key` where it is a new one.
+        """Return the key of the image in a row, `key` where it is a new one.
 
         Raises:
             BadRowError: There is none, or none that can be read.
@@ -139,7 +139,7 @@ class _Images:
 
 
 def _rows(file: Path) -> Iterator[dict[str, Any]]:
-    """Give the rows, each with its `place`, holding few of them at a time."""
+    """Return the rows, each with its `place`, holding few of them at a time."""
     with _opened(file) as content:
         present = content.schema_arrow.names
         check_columns(file, _COLUMNS, present)
@@ -167,7 +167,7 @@ def _image_column(file: Path, group: int) -> Any:
 
 @contextmanager
 def _opened(file: Path) -> Iterator[Any]:
-    """Open a file, and turn what pyarrow raises into one sentence that names it."""
+    """Open a file, and turn what pyarrow raises into a FastLNError that names it."""
     try:
         from pyarrow import ArrowException
         from pyarrow.parquet import ParquetFile

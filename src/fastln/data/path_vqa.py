@@ -33,7 +33,7 @@ _CONVERT = (
 
 
 def recognises(folder: Path) -> bool:
-    """Tell whether a folder holds the original's folder of questions."""
+    """Whether a folder holds the original's folder of questions."""
     return (folder / _QUESTIONS).is_dir()
 
 
@@ -71,7 +71,7 @@ def read(folder: Path, options: DataOptions) -> Source:
 
 
 def _files(folder: Path) -> dict[str, Path]:
-    """Give the file of each split; raise where one is missing or not converted."""
+    """Return the file of each split; raise where one is missing or not converted."""
     files, pickled = {}, []
     for split, name in _SPLITS.items():
         places = (folder / name / f"{name}_qa.json", folder / f"{name}_vqa.json")
@@ -80,7 +80,7 @@ def _files(folder: Path) -> dict[str, Path]:
             pickled += [place.with_suffix("") for place in places if place.with_suffix(".pkl").is_file()][:1]
     if pickled:
         raise FastLNError(
-            f"{', '.join(f'{file}.pkl' for file in pickled)}: pickled files are not read, for they can run any "
+            f"{', '.join(f'{file}.pkl' for file in pickled)}: pickled files are not read, because they can run any "
             f'code. If you trust these, convert them: python -c "{_CONVERT}" {shlex.join(map(str, pickled))}'
         )
     return files

@@ -57,7 +57,7 @@ class Scene:
 
 
 def source() -> Source:
-    """Give the phantom data: 160 images to train on, 40 to test on, six questions about each."""
+    """Return the phantom data: 160 images to train on, 40 to test on, six questions about each."""
     scenes = {
         f"phantom-{split}-{number:03d}": _scene(random.Random(f"{_SEED}/{split}/{number}"))
         for split, count in IMAGES.items()

@@ -1,4 +1,4 @@
-"""The reader of one's own questions: JSON Lines, CSV or a JSON list with the fields `image`, `question` and `answer`.
+"""The reader of users' own questions: JSON Lines, CSV or a JSON list with the fields `image`, `question`, `answer`.
 
 A folder holds one file per split: `train`, `validation` (or `val`, `validate`, `valid`) and `test`, each with the
 suffix `.jsonl`, `.csv` or `.json`. A single file is all training. Images are named relative to the folder `images`
@@ -27,7 +27,7 @@ _COLUMNS = ("question", "answer")
 
 
 def split_files(path: Path) -> dict[str, Path]:
-    """Give the file of each split that is there: in a folder by their names, a single file is `train`.
+    """Return the file of each split that is there: in a folder by their names, a single file is `train`.
 
     Raises:
         FastLNError: Two files could be the same split.
@@ -74,7 +74,7 @@ def read_splits(
 
 
 def _has_images(path: Path, rows: Iterable[Any]) -> bool:
-    """Tell, before anything is checked, whether any row has an image; mostly the first one tells.
+    """Whether any row has an image; mostly the first row decides, before anything is checked.
 
     Raises:
         FastLNError: None has, and there is another field that looks as if it were meant.
@@ -88,19 +88,19 @@ def _has_images(path: Path, rows: Iterable[Any]) -> bool:
     if meant := sorted(name for name in fields if re.search("image|img", name, re.IGNORECASE)):
         raise FastLNError(
             f"{path}: no row has the field 'image', but there is {', '.join(meant)}: rename what names the image "
-            "file, or leave such fields out where there is none; of a published dataset give the folder, not the file"
+            "file, or leave such fields out where there is none; for a published dataset give its folder, not a file"
         )
     return False
 
 
 def images_beside(path: Path) -> list[Path]:
-    """Give the folders that images may be named relative to: `images`, where there is one, and the files' own."""
+    """Return the folders that images may be named relative to: `images`, where there is one, and the files' own."""
     folder = path if path.is_dir() else path.parent
     return [place for place in (folder / "images", folder) if place.is_dir()]
 
 
 def image_names(row: dict[str, Any]) -> list[str]:
-    """Give the names in the field `image`: one, or a list of at least one.
+    """Return the names in the field `image`: one, or a list of at least one.
 
     Raises:
         BadRowError: There is none.
@@ -113,7 +113,7 @@ def image_names(row: dict[str, Any]) -> list[str]:
 
 
 def recognises(path: Path) -> bool:
-    """Tell whether this is a file of rows, or a folder with one for a split."""
+    """Whether this is a file of rows, or a folder with one for a split."""
     return bool(split_files(path))
 
 

@@ -1,4 +1,4 @@
-"""Checking the rows of data files, whatever their layout: all bad ones are found before anything is raised."""
+"""Checks of the rows of data files, in any layout: all bad rows are found before an error is raised."""
 
 from __future__ import annotations
 
@@ -86,7 +86,7 @@ class RowChecker:
         return name
 
     def _find(self, name: str) -> tuple[Path, ImageStat]:
-        """Give the folder that the name is relative to, and what the check has seen of the image."""
+        """Return the folder that the name is relative to, and what the check has seen of the image."""
         reason = f"is missing in {self._shown}"
         for folder in self._folders:
             try:
@@ -145,7 +145,7 @@ def _image(folders: dict[str, Path], key: str) -> Image.Image:
 
 
 def image_folder(folder: Path, *names: str) -> Path:
-    """Give the first of some folders that is there.
+    """Return the first of some folders that is there.
 
     Raises:
         FastLNError: None is; where an archive of one is there, the message says to unpack it.
@@ -155,12 +155,12 @@ def image_folder(folder: Path, *names: str) -> Path:
             return folder / name
     for name in names:
         if (archive := folder / f"{name}.zip").is_file():
-            raise FastLNError(f"{archive}: unpack the images first, to {folder / name}")
+            raise FastLNError(f"{archive}: unpack the images first, into {folder / name}")
     raise FastLNError(f"{folder}: no folder of images; looked for {' and '.join(map(repr, names))}")
 
 
 def text(row: dict[str, Any], field: str) -> str:
-    """Give a field that must be a text other than blanks, without the blanks around it.
+    """Return a field that must be a text other than blanks, without the blanks around it.
 
     Raises:
         BadRowError: The field is missing, no text, no Unicode, or empty.
@@ -169,7 +169,7 @@ def text(row: dict[str, Any], field: str) -> str:
 
 
 def as_text(value: Any, what: str) -> str:
-    """Check what must be a text other than blanks, and give it without the blanks around it.
+    """Check that a value is a text other than blanks, and return it without the blanks around it.
 
     Args:
         value: What the data holds.
@@ -184,13 +184,13 @@ def as_text(value: Any, what: str) -> str:
         raise BadRowError(f"{what} is empty")
     try:
         value.encode()
-    except UnicodeEncodeError as error:  # JSON can spell what is no character, and no tokenizer would take it
+    except UnicodeEncodeError as error:  # JSON can hold half a surrogate pair, which no tokenizer takes
         raise BadRowError(f"{what} holds half of a surrogate pair: {shown(value)}") from error
     return value.strip()
 
 
 def line(row: dict[str, Any], field: str) -> str:
-    """Give a text with single blanks for its runs of white space.
+    """Return a text with single blanks for its runs of white space.
 
     Raises:
         BadRowError: As for `text`.
@@ -199,7 +199,7 @@ def line(row: dict[str, Any], field: str) -> str:
 
 
 def text_or_number(row: dict[str, Any], field: str) -> str:
-    """Give a field that may be a number as well as a text, as text.
+    """Return a field that may be a number as well as a text, as text.
 
     Raises:
         BadRowError: The field is missing, of another type, or empty.
@@ -208,7 +208,7 @@ def text_or_number(row: dict[str, Any], field: str) -> str:
 
 
 def as_text_or_number(value: Any, what: str) -> str:
-    """Give as text what may be a number as well as a text; the arguments and errors are those of `as_text`."""
+    """Return as text what may be a number as well as a text; the arguments and errors are those of `as_text`."""
     whole = isinstance(value, int) and not isinstance(value, bool)
     if whole or (isinstance(value, float) and math.isfinite(value)):
         return str(value)
@@ -216,7 +216,7 @@ def as_text_or_number(value: Any, what: str) -> str:
 
 
 def answer(row: dict[str, Any], field: str) -> str:
-    """Give a text or number of which something is left when it is normalised, as text.
+    """Return a text or number, as text, that normalising does not leave empty.
 
     Raises:
         BadRowError: The field is missing, of another type, empty, or nothing but punctuation.
@@ -228,7 +228,7 @@ def answer(row: dict[str, Any], field: str) -> str:
 
 
 def choice(row: dict[str, Any], field: str, choices: dict[str, T]) -> T:
-    """Give what a field with a fixed set of values stands for.
+    """Return what the value of a field with a fixed set of values means.
 
     Raises:
         BadRowError: The field is missing or has another value; the message lists the valid ones.
@@ -246,7 +246,7 @@ _CLOSED_LABELS = ANSWER_TYPES | {"YES/NO": True, "OTHER": False, "NUMBER": False
 
 
 def closed_label(row: dict[str, Any]) -> bool | None:
-    """Give what an optional field `answer_type` says: whether the question is closed, None without the field.
+    """Return what an optional field `answer_type` says: whether the question is closed, None without the field.
 
     Raises:
         BadRowError: It says something else than CLOSED, OPEN or PathVQA's yes/no, other, number, in any case.
@@ -257,7 +257,7 @@ def closed_label(row: dict[str, Any]) -> bool | None:
 
 
 def row_id(row: dict[str, Any], default: str) -> str:
-    """Give the first of the fields `id`, `qid` and `question_id` that a row has, as text, or the default.
+    """Return the first of the fields `id`, `qid` and `question_id` that a row has, as text, or the default.
 
     Raises:
         BadRowError: It is neither a text nor a number, or empty.

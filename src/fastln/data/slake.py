@@ -22,7 +22,7 @@ _IMAGES = "imgs"
 
 
 def recognises(folder: Path) -> bool:
-    """Tell whether a folder holds SLAKE's images, or the archive of them, and any of its files."""
+    """Whether a folder holds SLAKE's images, or the archive of them, and any of its files."""
     images = (folder / _IMAGES).is_dir() or (folder / f"{_IMAGES}.zip").is_file()
     return images and any((folder / name).is_file() for names in _FILES.values() for name in names)
 

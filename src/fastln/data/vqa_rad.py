@@ -37,7 +37,7 @@ logger = logging.getLogger(__name__)
 
 
 def recognises(folder: Path) -> bool:
-    """Tell whether a folder holds any of the files that this reader reads."""
+    """Whether a folder holds any of the files that this reader reads."""
     return any((folder / name).is_file() for name in (*_SPLIT_FILES.values(), _PUBLIC_FILE))
 
 

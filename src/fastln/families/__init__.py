@@ -1,4 +1,4 @@
-"""What fastln knows of transformers' model families: norms, activations, sub-models, attention."""
+"""What fastln recognises in transformers' model families: norms, activations, sub-models, attention."""
 
 from fastln.families.activations import activation_kind
 from fastln.families.norms import find_norms, find_other_norms, is_norm, is_stock_layer_norm

@@ -1,4 +1,4 @@
-"""Which modules are activations that fastln has: recognised by their class, which says what they compute."""
+"""Recognise activations that fastln supports, by their class."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from transformers import activations
 
 from fastln.ops import ActivationKind
 
-# FastGELUActivation's constant has ten digits of sqrt(2 / pi), which is all that float32 can tell apart. How a class
-# computes its function (in Python or fused) makes no difference to what the function is.
+# FastGELUActivation has ten digits of sqrt(2 / pi), more than float32 can distinguish. It does not matter how a class
+# computes its function (in Python or fused), only which function it is.
 _KINDS: dict[type[nn.Module], ActivationKind] = {
     activations.GELUActivation: "gelu",
     activations.GELUTanh: "gelu_tanh",
@@ -25,8 +25,20 @@ _KINDS: dict[type[nn.Module], ActivationKind] = {
 def activation_kind(module: nn.Module) -> ActivationKind | None:
     """Return which of fastln's activations `module` computes; None for anything else.
 
-    A subclass is something else: what it changes is unknown.
+    A subclass counts as something else, because it may compute something different.
     """
     if type(module) is nn.GELU:
         return "gelu_tanh" if module.approximate == "tanh" else "gelu"
     return _KINDS.get(type(module))
+
+
+def is_activation(module: nn.Module) -> bool:
+    """Whether `module` is an activation from torch or transformers, even one that fastln does not support."""
+    return type(module).__module__ in (nn.modules.activation.__name__, activations.__name__) and not any(
+        True for _ in module.children()
+    )
+
+
+def is_shared(module: nn.Module) -> bool:
+    """Whether transformers shares this object among all models, so that a change in place would affect all of them."""
+    return any(module is value for value in vars(activations).values())

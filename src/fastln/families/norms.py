@@ -1,26 +1,29 @@
-"""Which modules of a model are norms, and which norm each computes: found by what they do, not by lists of models."""
+"""Find the norms of a model and which norm each computes, by what they do and not by lists of models."""
 
 from __future__ import annotations
 
 import copy
 import inspect
+import logging
 from collections.abc import Iterator
 from typing import TypeGuard
 
 import torch
 from torch import Tensor, nn
 
-from fastln_kernels.reference import NormKind, norm_forward
+from fastln_kernels.reference import NormForward, NormKind, norm_forward
 
-_EPS = ("eps", "variance_epsilon", "epsilon", "norm_eps", "layer_norm_eps")  # what transformers' classes call it
+logger = logging.getLogger(__name__)
+
+_EPS = ("eps", "variance_epsilon", "epsilon", "norm_eps", "layer_norm_eps")  # its names in transformers' classes
 
 
 def is_norm(module: nn.Module) -> bool:
-    """Whether `module` normalises over its last dimension and owns an affine vector or two.
+    """Whether `module` normalises over its last dimension and has its own scale or shift vectors.
 
-    LayerNorm and its subclasses are. So is any module whose parameters are all vectors of its own, no group norm and
-    without running statistics, whose class name has "Norm" in it (LlamaRMSNorm, Gemma's, T5LayerNorm, gated ones, ...)
-    or which, whatever its name, computes one of the norms that `norm_kind` knows.
+    `torch.nn.LayerNorm` and its subclasses count if they are affine. Group and batch norms do not count. Any other
+    module counts if all its parameters are vectors that it owns itself, and if its class name contains "Norm"
+    (LlamaRMSNorm, Gemma's, T5LayerNorm, gated ones, ...) or it computes one of the norms that `norm_kind` knows.
     """
     if isinstance(module, nn.LayerNorm):
         return module.elementwise_affine
@@ -38,7 +41,7 @@ def _owns_vectors_alone(module: nn.Module) -> bool:
 
 
 def _may_be_fast(module: nn.Module) -> bool:
-    """Whether it has the parameters that fastln's norms have, no children, and a forward of one argument (no gate)."""
+    """Whether it has a weight, perhaps a bias, no children, and a forward with one argument (no gate)."""
     parameters = dict(module.named_parameters(recurse=False))
     return (
         _owns_vectors_alone(module)
@@ -59,17 +62,18 @@ def is_stock_layer_norm(module: nn.Module) -> TypeGuard[nn.LayerNorm]:
 
 
 def find_norms(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Yield (name, module) of every norm of `model`, in the model's order."""
+    """Yield (name, module) for every norm of `model`, in the model's order."""
     for name, module in model.named_modules():
         if is_norm(module):
             yield name, module
 
 
 def find_other_norms(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Yield (name, module) of what norm tuning does not reach, in the model's order.
+    """Yield (name, module) for every norm that norm tuning leaves out, in the model's order.
 
-    That is group and batch norms, and norms whose scale comes from layers inside (adaptive ones, parametrized ones):
-    modules with "Norm" in their class name and parameters, none of them a norm's that `is_norm` knows.
+    These are group and batch norms, and norms whose scale comes from layers inside them (adaptive or parametrized
+    norms). The latter are modules with parameters and "Norm" in their class name that neither are nor contain a norm
+    that `is_norm` recognises.
     """
     for name, module in model.named_modules():
         if not any(True for _ in module.parameters()):
@@ -86,27 +90,30 @@ def _is_reached(module: nn.Module) -> bool:
 
 
 def norm_kind(module: nn.Module) -> NormKind | None:
-    """Return which norm `module` computes over its last dimension, or None where it is none of those that fastln has.
+    """Return which of fastln's norms `module` computes over its last dimension; None if it computes none of them.
 
-    The module's forward runs on a few rows and is compared with each norm's definition: rows with a mean, rows so small
-    that eps decides, and bfloat16 rows, in which it shows where the rounding stands.
+    This runs the module's forward on a few rows and compares the results with each norm's definition. There are rows
+    with a mean, rows so small that eps dominates, and bfloat16 rows, which show where the module rounds.
     """
     eps = next((value for name in _EPS if isinstance(value := getattr(module, name, None), float)), None)
     if eps is None or not _may_be_fast(module):
         return None
     probe = copy.copy(module)
     n_cols = dict(module.named_parameters(recurse=False))["weight"].shape[0]
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator("cpu").manual_seed(0)
     probe.__dict__["_parameters"] = {
-        name: None if parameter is None else nn.Parameter(1 + 0.5 * torch.randn(n_cols, generator=generator))
+        name: None
+        if parameter is None
+        else nn.Parameter(1 + 0.5 * torch.randn(n_cols, generator=generator, device="cpu"))
         for name, parameter in module._parameters.items()
     }
-    ordinary = 1 + torch.randn(8, n_cols, generator=generator)
+    ordinary = 1 + torch.randn(8, n_cols, generator=generator, device="cpu")  # on the CPU, whatever the default device
     try:
         with torch.no_grad():
             return _matching(probe, eps, [ordinary, ordinary * eps**0.5, ordinary.bfloat16()])
-    # Whatever a class that happens to have a norm's shape does with such an input, it is no norm then.
-    except Exception:
+    # A class that looks like a norm may raise anything on such an input. Then it is not a norm.
+    except Exception as error:
+        logger.debug("%s is not taken for a norm: its forward raised %r", type(module).__name__, error)
         return None
 
 
@@ -120,11 +127,11 @@ def _matching(probe: nn.Module, eps: float, inputs: list[Tensor]) -> NormKind | 
         for offset in (0.0, 1.0):
             kinds = [NormKind(eps, centre, offset, round_normed) for round_normed in (False, True)]
             if all(
-                _error(norm_forward(x, weight, bias, kinds[0]).y, y) < 1e-5
+                _error(norm_forward(NormForward(x, weight, bias, kinds[0])).y, y) < 1e-5
                 for x, y in zip(inputs[:2], wanted, strict=False)
             ):
-                found = [norm_forward(inputs[2], weight, bias, kind).y for kind in kinds]
-                # A float32 weight promotes what some stock code returns.
+                found = [norm_forward(NormForward(inputs[2], weight, bias, kind)).y for kind in kinds]
+                # A float32 weight promotes the result of some stock code.
                 differing = [(y != wanted[2].to(y.dtype)).float().mean().item() for y in found]
                 return kinds[differing[1] < differing[0]]
     return None

@@ -1,15 +1,15 @@
-"""Which part of a transformer a module is: attention, feed-forward network, word embeddings, head.
+"""Tell which part of a transformer a module is: attention, feed-forward network, word embeddings or head.
 
-Found by what modules are and where they stand, not by lists of models:
+This depends on what modules are and where they are in the model, not on lists of models:
 
-- *attention* is a module whose class name ends in "Attention" (transformers' families keep to that, torch's
-  `MultiheadAttention` too) and that stands in no other such module;
-- a *block* is what directly holds attention; its linear maps outside attention are its *feed-forward network*;
-- *word embeddings* and *output embeddings* are what transformers' accessors say, and the *head* is what a model for a
-  task has beside its base model.
+- *Attention* is a module whose class name ends in "Attention" and that is not inside another such module.
+  transformers' families and torch's `MultiheadAttention` follow this naming.
+- A *block* is a module that directly holds attention. Its linear maps outside attention are its *feed-forward network*.
+- *Word embeddings* and *output embeddings* are what transformers' accessors return. The *head* is what a task model has
+  in addition to its base model.
 
-A *linear map* owns a matrix (or a stack of them, one an expert): `nn.Linear`, transformers' `Conv1D`, torch's fused
-`in_proj_weight`, routers and experts. Convolutions, embeddings and norms are none.
+A *linear map* owns a matrix, or a stack of matrices with one per expert: `nn.Linear`, transformers' `Conv1D`, torch's
+fused `in_proj_weight`, routers and experts. Convolutions, embeddings and norms are not linear maps.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ _MATRIX = re.compile(r"(weight|proj)$")
 
 
 def attention_maps(model: nn.Module) -> dict[str, nn.Module]:
-    """Return the linear maps of all attention, self and cross, by name: query, key, value and output projections."""
-    prefixes = tuple(f"{name}." for name in _attention(model))
+    """Return by name the linear maps of all self- and cross-attention: query, key, value and output projections."""
+    prefixes = tuple(f"{name}." for name in outermost_attention(model))
     return {
         name: module
         for name, module in model.named_modules()
@@ -34,10 +34,10 @@ def attention_maps(model: nn.Module) -> dict[str, nn.Module]:
 
 
 def ffn_maps(model: nn.Module) -> dict[str, dict[str, nn.Module]]:
-    """Return, by block, the linear maps of its feed-forward network by name, in the block's order."""
-    attention = _attention(model)
+    """Return the linear maps of each block's feed-forward network: by block, then by name, in the model's order."""
+    attention = outermost_attention(model)
     inside = tuple(f"{name}." for name in attention)
-    # The innermost block counts, where a block holds another.
+    # If blocks are nested, the innermost one counts.
     blocks = sorted({_parent(name) for name in attention}, key=len, reverse=True)
     found: dict[str, dict[str, nn.Module]] = {}
     for name, module in model.named_modules():
@@ -49,10 +49,10 @@ def ffn_maps(model: nn.Module) -> dict[str, dict[str, nn.Module]]:
 
 
 def embedding_parameters(model: nn.Module) -> list[str]:
-    """Return the names of the word embeddings' parameters: not of positions, token types, patches, class tokens."""
+    """Return the names of the word embeddings' parameters, without positions, token types, patches and class tokens."""
     wanted = {
         id(parameter)
-        for _, part in _pretrained(model)
+        for _, part in pretrained_models(model)
         if isinstance(embeddings := _ask(part, "get_input_embeddings"), nn.Embedding)
         for parameter in embeddings.parameters()
     }
@@ -60,10 +60,10 @@ def embedding_parameters(model: nn.Module) -> list[str]:
 
 
 def head_parameters(model: nn.Module) -> list[str]:
-    """Return the names of parameters of output embeddings, and of what a model for a task has beside its base."""
+    """Return the names of the parameters of output embeddings and of all that a task model adds to its base model."""
     wanted = set()
-    for _, part in _pretrained(model):
-        if (head := _ask(part, "get_output_embeddings")) is not None:
+    for _, part in pretrained_models(model):
+        if (head := output_embeddings(part)) is not None:
             wanted |= {id(parameter) for parameter in head.parameters()}
         if part.base_model is not part:
             base = {id(parameter) for parameter in part.base_model.parameters()}
@@ -72,7 +72,7 @@ def head_parameters(model: nn.Module) -> list[str]:
 
 
 def own_parameters(modules: dict[str, nn.Module]) -> list[str]:
-    """Return the names of the parameters that the modules, given by name, own themselves."""
+    """Return the names of the parameters that the given modules own directly."""
     return [
         f"{name}.{own}" if name else own
         for name, module in modules.items()
@@ -80,7 +80,8 @@ def own_parameters(modules: dict[str, nn.Module]) -> list[str]:
     ]
 
 
-def _attention(model: nn.Module) -> list[str]:
+def outermost_attention(model: nn.Module) -> list[str]:
+    """Return the names of the attention modules that are not inside other attention modules."""
     found: list[str] = []
     for name, module in model.named_modules():
         if name and type(module).__name__.endswith("Attention") and not name.startswith(tuple(f"{n}." for n in found)):
@@ -98,14 +99,20 @@ def _parent(name: str) -> str:
     return name.rpartition(".")[0]
 
 
-def _pretrained(model: nn.Module) -> Iterator[tuple[str, PreTrainedModel]]:
+def pretrained_models(model: nn.Module) -> Iterator[tuple[str, PreTrainedModel]]:
+    """Yield (name, module) for every transformers model in `model`, including itself, in the model's order."""
     for name, module in model.named_modules():
         if isinstance(module, PreTrainedModel):
             yield name, module
 
 
+def output_embeddings(model: PreTrainedModel) -> nn.Module | None:
+    """Return the layer that computes a model's logits; None if it has no such layer."""
+    return _ask(model, "get_output_embeddings")
+
+
 def _ask(model: PreTrainedModel, accessor: str) -> nn.Module | None:
     try:
         return getattr(model, accessor)()
-    except (AttributeError, NotImplementedError):  # what classes without such embeddings do
+    except (AttributeError, NotImplementedError):  # raised by classes without such embeddings
         return None

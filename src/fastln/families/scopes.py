@@ -1,4 +1,4 @@
-"""The sub-models that a scope names, and where the transformers families keep them."""
+"""Find the sub-models that a scope names: vision, text, decoder, projector."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import nn
 from fastln.errors import FastLNError
 from fastln.families.parts import head_parameters
 
-# The attribute names under which transformers' classes hold each sub-model.
+# The attribute names of each sub-model in transformers' classes.
 SCOPES: dict[str, tuple[str, ...]] = {
     "vision": ("vision", "vision_model", "vision_tower", "vision_encoder", "visual", "image_model"),
     "text": ("text", "text_model", "text_encoder", "qformer"),
@@ -24,10 +24,10 @@ _SCOPE_OF = {name: scope for scope, names in SCOPES.items() for name in names}
 
 
 def sub_models(model: nn.Module) -> dict[str, list[str]]:
-    """Return the names of each sub-model's parameters, by scope, in the order in which the model holds them.
+    """Return the names of each sub-model's parameters, by scope, in the model's order.
 
-    A sub-model inside another belongs to the outer one, save a projector, which is its own. The head of the whole model
-    belongs to its decoder. A parameter is in one sub-model at most; a task head and the like are in none.
+    A sub-model inside another belongs to the outer one, except for a projector, which is always separate. The head of
+    the whole model belongs to its decoder. A parameter is in at most one sub-model. A task head is in none.
     """
     prefixes = _prefixes(model)
     found: dict[str, list[str]] = {scope: [] for scope in dict.fromkeys(prefixes.values())}
@@ -46,11 +46,11 @@ def parameters_in(model: nn.Module, scope: str | Iterable[str] | None) -> set[st
     """Return the names of the parameters inside `scope`, without those that no output depends on.
 
     Args:
-        model: the model.
-        scope: one or several keys of `SCOPES`; None for everything.
+        model: The model.
+        scope: One or several keys of `SCOPES`; None for everything.
 
     Raises:
-        FastLNError: for an unknown scope, or one that this model does not have.
+        FastLNError: If a scope is unknown, or the model does not have it.
     """
     if scope is None:
         return {name for name, _ in model.named_parameters()} - _unused(model)
@@ -71,7 +71,7 @@ def parameters_in(model: nn.Module, scope: str | Iterable[str] | None) -> set[st
 
 
 def _prefixes(model: nn.Module) -> dict[str, str]:
-    """Return the scope of each name prefix (ending in a dot) at which a sub-model begins."""
+    """Return the scope of each sub-model, by the prefix of its parameters' names (with the final dot)."""
     found: dict[str, str] = {}
     for name, module in model.named_modules():
         parent, _, leaf = name.rpartition(".")
@@ -84,13 +84,13 @@ def _prefixes(model: nn.Module) -> dict[str, str]:
 
 
 def _is_tower(module: nn.Module | None) -> bool:
-    return module is not None and not isinstance(module, nn.Linear)  # as BERT's `decoder` is
+    return module is not None and not isinstance(module, nn.Linear)  # BERT's `decoder` is a linear layer
 
 
 def _unused(model: nn.Module) -> set[str]:
-    """Return the parameters of vision layers above the one whose output the model takes (LLaVA: the last but one).
+    """Return the names of vision parameters after the layer whose output the model uses (LLaVA: the last but one).
 
-    What a tower registers after that layer, its last norm and its pooling among it, the loss does not depend on.
+    The loss does not depend on what the tower registers after that layer, such as its last norm and its pooling.
     """
     layers = getattr(getattr(model, "config", None), "vision_feature_layer", None)
     if layers is None:
@@ -101,7 +101,7 @@ def _unused(model: nn.Module) -> set[str]:
         stack = next((part for part in tower.modules() if isinstance(part, nn.ModuleList)), None)
         if stack is None:
             continue
-        # hidden_states begins with the embeddings: entry n is what n layers make of them.
+        # hidden_states starts with the embeddings: entry n is the output of layer n.
         taken = [layer if layer >= 0 else len(stack) + 1 + layer for layer in _as_list(layers)]
         used = max(taken)
         if used < len(stack):

@@ -1,50 +1,95 @@
 """Logits that wait: a language-model head's output that is computed only when something other than a loss needs it.
 
 Models compute logits in one place and their loss in another, some views and casts later. `LazyLogits` passes through
-that code as the tensor that it stands for, and when it comes to `torch.nn.functional.cross_entropy`, the loss is
-computed by `fastln.ops.linear_cross_entropy` from what the logits would have been made of.
+that code in place of the logits. When it comes to `torch.nn.functional.cross_entropy`, the loss is computed by
+`fastln.ops.linear_cross_entropy` from the hidden states and the head's weight.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from dataclasses import dataclass, replace
+from functools import reduce
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
+from torch.utils._pytree import tree_leaves
 
 from fastln import ops
 from fastln.errors import FastLNError
-from fastln.late.rows import LazyRows, computed, labelled
-from fastln.late.tensor import LateTensor
-from fastln.ops.linear_cross_entropy import shaped_logits
+from fastln.late.cross_entropy import CrossEntropy, bind
+from fastln.late.layout import has_whole_rows, is_basic
+from fastln.late.modes import Modes
+from fastln.late.rows import LazyRows, as_they_are, computed, labelled
+from fastln.late.tensor import Call, LateTensor, Unwritten, as_it_is_now
+
+
+class _Head:
+    """What all late logits of a head's call are made of: `F.linear(hidden, weight, bias)`.
+
+    Attributes:
+        has_loss: Whether a loss was computed past the logits.
+        wants_gradient: Whether it must send its gradient through them all the same.
+    """
+
+    def __init__(self, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+        self.hidden, self.weight, self.bias = hidden, weight, bias
+        self.has_loss = self.wants_gradient = False
+        self._modes = Modes(hidden.device)
+        parts = (hidden, weight, bias)
+        self.unwritten = Unwritten(part for part in parts if part is not None and not isinstance(part, LazyRows))
+
+    def parameters(self) -> tuple[Tensor, Tensor | None]:
+        """Return weight and bias in the dtype of `hidden`."""
+        self.unwritten.check()
+        dtype = self.hidden.dtype
+        return self.weight.to(dtype), None if self.bias is None else self.bias.to(dtype)
+
+    def logits(self, steps: tuple[Call, ...]) -> Tensor:
+        """Return what the steps make of the linear layer's result."""
+        with self._modes.restored(), torch.autocast(self.hidden.device.type, enabled=False):
+            logits = F.linear(computed(self.hidden), *self.parameters())
+            return reduce(lambda values, step: step(values), steps, logits)
+
+
+@dataclass(frozen=True, eq=False)
+class _Recipe:
+    """How late logits are computed, or a loss without them.
+
+    Attributes:
+        head: What they are made of.
+        steps: From the linear layer's result to these logits.
+        hidden: The hidden states of these rows alone, for a loss.
+        scale, softcap: For a loss, as in `ops.linear_cross_entropy`.
+        origin: The late logits of which these are a view, by the last step.
+    """
+
+    head: _Head
+    steps: tuple[Call, ...]
+    hidden: Tensor
+    scale: float = 1.0
+    softcap: float | None = None
+    origin: LazyLogits | None = None
 
 
 class LazyLogits(LateTensor):
-    """`F.linear(hidden, weight, bias)`, scaled and softly capped perhaps, not computed yet.
+    """`F.linear(hidden, weight, bias)`, perhaps scaled and softly capped, not computed yet.
 
-    Views of whole rows, slices of positions, casts to float32, products with positive numbers and `tanh` stay lazy; so
-    does the loss of `cross_entropy` over rows and class labels. Every other use computes the logits, once, and works on
-    those from then on: with the same values, gradients and aliasing as if they had been there from the start, and at
-    the cost that this has. The loss is differentiable once, and sends no gradient through the logits (`logits.grad`
-    stays None).
-
-    Tensors are met in two places. `__torch_function__` sees calls from Python, with autograd still to come. What does
-    not pass there, such as the arguments of an `autograd.Function`, reaches `__torch_dispatch__`, below autograd; for
-    that case the tensor has a `grad_fn` of its own, the gradient formula of a linear layer.
+    Views of whole rows, slices of positions, casts to float32, products with positive numbers and `tanh` stay late; the
+    loss of `cross_entropy` over rows and class labels is computed without them. Every other use computes the logits,
+    once, with the values, gradients and aliasing of stock logits. The loss is differentiable once. It sends its
+    gradient past the logits, unless `retain_grad`, `register_hook` or `torch.autograd.grad` asks for theirs.
 
     Made by `LazyLogits.of`.
     """
 
-    _hidden: Tensor  # with its autograd history
-    _weight: Tensor
-    _bias: Tensor | None
-    _shape: _Shape
-    _versions: tuple[int, ...]
-    _origin: tuple[LazyLogits, Callable[[Tensor], Tensor]] | None  # of what this is a view, and how
-    _computed: Tensor | None  # once computed
+    _recipe: _Recipe
+    _twin: Tensor  # on meta: its shape and strides, and whether what a call makes of it is a view
+    _own: Tensor | None  # once computed
 
     @staticmethod
     def of(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> LazyLogits:
@@ -58,266 +103,261 @@ class LazyLogits(LateTensor):
         device = hidden.device.type
         if torch.is_autocast_enabled(device):
             hidden = hidden.to(torch.get_autocast_dtype(device))
-        shape = torch.Size((*hidden.shape[:-1], len(weight)))
-        twin = torch.empty(shape, dtype=hidden.dtype, device="meta")
-        return _lazy(hidden, weight, bias, twin, None, _Shape())
+        if isinstance(hidden, LazyRows):
+            hidden = as_they_are(hidden) if hidden._waits() else hidden._read()
+        bias = None if bias is None else as_it_is_now(bias)
+        twin = torch.empty((*hidden.shape[:-1], len(weight)), dtype=hidden.dtype, device="meta")
+        return _lazy(_OfHead, [], twin, _Recipe(_Head(hidden, weight, bias), (), hidden), hidden, weight, bias)
 
     @classmethod
-    def _later(cls, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        rule = _RULES.get(func)
-        if rule is None or not args or not isinstance(args[0], cls) or not args[0]._waits():
+    def __torch_function__(
+        cls, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """As for every late tensor, but for calls that ask for a gradient which would go past these logits."""
+        if func in _OF_GRADIENTS:
+            late = [x for x in tree_leaves((args, kwargs)) if isinstance(x, LateTensor)]
+            if all(isinstance(x, LazyLogits) and x._want_gradient() for x in late):
+                with torch._C.DisableTorchFunctionSubclass():
+                    return func(*args, **(kwargs or {}))
+        return super().__torch_function__(func, types, args, kwargs)
+
+    @classmethod
+    def _later(cls, call: Call) -> Any:
+        logits = call.args[0] if call.func in _RULES and call.args else None
+        if not isinstance(logits, LazyLogits) or not logits._waits():
             return None
-        return rule(args[0], func, args[1:], kwargs)
+        return _RULES[call.func](logits, call.open_at(0))
 
     def _waits(self) -> bool:
         """Whether neither these logits nor any that they are a view of have been computed."""
-        return self._computed is None and (self._origin is None or self._origin[0]._waits())
-
-    def _parts(self) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Return hidden, weight and bias, of one dtype."""
-        self._check_unwritten()
-        dtype = self._hidden.dtype
-        return self._hidden, self._weight.to(dtype), None if self._bias is None else self._bias.to(dtype)
-
-    def _check_unwritten(self) -> None:
-        if _versions(self._hidden, self._weight, self._bias) != self._versions:
-            raise FastLNError(
-                "these logits were left uncomputed, and what they are made of (hidden states, the head's weight) has "
-                "been written to since; look at them before the optimizer's step"
-            )
+        origin = self._recipe.origin
+        return self._own is None and (origin is None or origin._waits())
 
     def _compute(self, writes: bool = False) -> Tensor:
-        """Return the logits, computed at the first call, with their autograd history whatever the modes of now."""
-        if self._computed is None:
-            # Leaving inference mode turns autograd on, even where it was off for another reason.
-            with torch.inference_mode(False), torch.autocast(self.device.type, enabled=False):
-                if self._origin is None:
-                    hidden, weight, bias = self._parts()
-                    logits = F.linear(computed(hidden), weight, bias)
-                    self._computed = shaped_logits(logits, *self._shape).to(self.dtype)
-                else:
-                    base, view = self._origin
-                    self._computed = view(base._compute())
-        return self._computed
+        recipe = self._recipe
+        if self._own is None and recipe.origin is not None:
+            self._own = recipe.steps[-1](recipe.origin._compute())
+        elif self._own is None:
+            self._own = recipe.head.logits(recipe.steps)
+            if recipe.head.wants_gradient:
+                with torch.inference_mode(False), torch.enable_grad(), torch._C.DisableTorchFunctionSubclass():
+                    self._own = _Computed.apply(self, self._own.detach())
+        return self._own
+
+    def _source(self) -> _Head:
+        if isinstance(hidden := self._recipe.head.hidden, LazyRows):
+            hidden._held[:] = [hidden._source()]
+        return self._recipe.head
+
+    def _want_gradient(self) -> bool:
+        """Have a loss that was computed past these logits send its gradient through them; False if there is none."""
+        head = self._recipe.head
+        if not head.has_loss or self._recipe.origin is not None:
+            return False
+        if self._own is not None and not head.wants_gradient:
+            raise FastLNError(
+                "these logits were read before their gradient was asked for, and their loss was computed without them; "
+                'ask first, or use fastln.prepare(model, ..., without=("late_logits",))'
+            )
+        self._held[:] = [self._source()]
+        head.wants_gradient = True
+        return True
 
 
-class _Shape(NamedTuple):
-    """What becomes of the linear layer's result: arguments of `shaped_logits`."""
-
-    scale: float = 1.0
-    softcap: float | None = None
+_GRAD = vars(torch._C.TensorBase)["grad"].__get__
+_OF_GRADIENTS = {Tensor.retain_grad, Tensor.register_hook, _GRAD, torch.autograd.grad}
 
 
-class _Wrap(torch.autograd.Function):
-    """Makes a `LazyLogits`; its gradient formula is that of the linear layer, what shapes its result, and a cast."""
+# The nodes of autograd behind late logits. They are for gradients of uses that autograd alone sees, and for those that
+# somebody asks for; other uses have the history of the logits that they got, or of the loss.
+
+
+def _lazy(node: type[torch.autograd.Function], held: list[_Head], twin: Tensor, recipe: _Recipe, *args: Any) -> Any:
+    with torch._C.DisableTorchFunctionSubclass():
+        logits = node.apply(held, twin, *args)
+    logits._held, logits._twin, logits._recipe, logits._own = held, twin, recipe, None
+    return logits
+
+
+def _head(held: list[_Head]) -> _Head:
+    if not held:
+        raise FastLNError("an autograd.Function took late logits without reading them; pass it `logits + 0`")
+    return held[0]
+
+
+class _OfHead(torch.autograd.Function):
+    """The head's linear layer."""
 
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, twin: Tensor, shape: _Shape) -> Tensor:
-        need_dhidden, need_dweight = ctx.needs_input_grad[:2]
-        capped = shape.softcap is not None
-        # Rows that wait are no numbers yet that hooks on saved tensors could see.
-        ctx.waiting = hidden if isinstance(hidden, LazyRows) else None
-        ctx.save_for_backward(
-            hidden if ctx.waiting is None and (need_dweight or capped) else None,
-            weight if need_dhidden or capped else None,
-            bias if capped else None,
-        )
+    def forward(
+        ctx: Any, held: list[_Head], twin: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor | None
+    ) -> Tensor:
+        ctx.held, ctx.bias_dtype = held, None if bias is None else bias.dtype
         ctx.set_materialize_grads(False)
-        ctx.dtypes = (hidden.dtype, weight.dtype, None if bias is None else bias.dtype)
-        ctx.shape = shape
-        return Tensor._make_wrapper_subclass(
-            LazyLogits, twin.shape, strides=twin.stride(), dtype=twin.dtype, device=hidden.device
-        )
+        return LazyLogits._wrapper(twin, hidden.device)
 
     @staticmethod
     def backward(ctx: Any, dlogits: Tensor | None) -> tuple[Tensor | None, ...]:
         if dlogits is None:
             return (None,) * 5
-        hidden, weight, bias = ctx.saved_tensors
-        if ctx.waiting is not None:
-            hidden = computed(ctx.waiting).detach()
-        dtype, weight_dtype, bias_dtype = ctx.dtypes
-        need_dhidden, need_dweight, need_dbias = ctx.needs_input_grad[:3]
-        scale, softcap = ctx.shape
-        if softcap is not None:
-            z = F.linear(hidden, weight.to(dtype), None if bias is None else bias.to(dtype))
-            dlogits = dlogits * (1 - torch.tanh(z * (scale / softcap)).square())
-        dlogits = (dlogits * scale).to(dtype)
+        head = _head(ctx.held)
+        weight, _ = head.parameters()
         rows = dlogits.reshape(-1, dlogits.shape[-1])
-        dhidden = dlogits @ weight.to(dtype) if need_dhidden else None
-        dweight = (rows.T @ hidden.reshape(-1, hidden.shape[-1])).to(weight_dtype) if need_dweight else None
-        dbias = rows.sum(0).to(bias_dtype) if need_dbias else None
-        return dhidden, dweight, dbias, None, None
+        dhidden = dweight = dbias = None
+        if ctx.needs_input_grad[2]:
+            dhidden = dlogits @ weight
+        if ctx.needs_input_grad[3]:
+            hidden = computed(head.hidden)
+            dweight = (rows.T @ hidden.reshape(-1, hidden.shape[-1])).to(head.weight.dtype)
+        if ctx.needs_input_grad[4]:
+            dbias = rows.sum(0).to(ctx.bias_dtype)
+        return None, None, dhidden, dweight, dbias
 
 
-def _lazy(
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    twin: Tensor,
-    origin: tuple[LazyLogits, Callable[[Tensor], Tensor]] | None,
-    shape: _Shape,
-) -> LazyLogits:
-    """Make logits with the shape, strides and dtype of `twin`, a meta tensor."""
-    with torch._C.DisableTorchFunctionSubclass():
-        logits: LazyLogits = _Wrap.apply(hidden, weight, bias, twin, shape)
-    logits._hidden, logits._weight, logits._bias, logits._shape = hidden, weight, bias, shape
-    logits._versions = _versions(hidden, weight, bias)
-    logits._origin, logits._computed = origin, None
-    return logits
+class _OfStep(torch.autograd.Function):
+    """The last of the steps that lead to late logits, from those before it."""
+
+    @staticmethod
+    def forward(ctx: Any, held: list[_Head], twin: Tensor, steps: tuple[Call, ...], logits: Tensor) -> Tensor:
+        ctx.held, ctx.steps = held, steps
+        ctx.set_materialize_grads(False)
+        return LazyLogits._wrapper(twin, logits.device)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor | None) -> tuple[Tensor | None, ...]:
+        if dy is None:
+            return (None,) * 4
+        x = _head(ctx.held).logits(ctx.steps[:-1]).detach().requires_grad_()
+        with torch.enable_grad():
+            return None, None, None, *torch.autograd.grad(ctx.steps[-1](x), x, dy)
 
 
-def _versions(*tensors: Tensor | None) -> tuple[int, ...]:
-    return tuple(0 if t is None else t._n_writes if isinstance(t, LazyRows) else t._version for t in tensors)
+class _Computed(torch.autograd.Function):
+    """The computed logits of late ones, with a history that goes through these."""
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, values: Tensor) -> Tensor:
+        return values.view_as(values)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None]:
+        return dy, None
 
 
-# Each rule returns what a call of `func` is, done lazily, or None where it has to be done on computed logits. The call
-# is made on an empty twin first: its result tells shape and strides, and whether it is a view.
+class _Loss(torch.autograd.Function):
+    """A loss that was computed past its logits: its gradient goes the same way, or through them if that is wanted."""
+
+    @staticmethod
+    def forward(ctx: Any, loss: Tensor, logits: LazyLogits, labels: Tensor, cross_entropy: CrossEntropy) -> Tensor:
+        ctx.held, ctx.steps, ctx.cross_entropy = logits._held, logits._recipe.steps, cross_entropy
+        ctx.save_for_backward(labels)
+        return loss.view_as(loss)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        if not ctx.held or not ctx.held[0].wants_gradient:
+            return dy, None, None, None
+        logits = ctx.held[0].logits(ctx.steps).detach().requires_grad_()
+        with torch.enable_grad():
+            loss = ctx.cross_entropy(logits.float() if logits.dtype.itemsize < 4 else logits, *ctx.saved_tensors)
+        return None, *torch.autograd.grad(loss, logits, dy.to(loss.dtype)), None, None
 
 
-def _twin(logits: LazyLogits) -> Tensor:
-    return torch.empty_strided(logits.shape, logits.stride(), dtype=logits.dtype, device="meta")
+# Each rule returns the result of a call on late logits, late itself, or None where the call needs the logits. `call` is
+# open at their place; made on the twin it tells shape and strides, and whether the result is a view.
 
 
-def _same_rows(
-    logits: LazyLogits, func: Callable[..., Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> Tensor | None:
-    """Shape the rows anew or pick some of them."""
-    is_index = func is Tensor.__getitem__
-    if is_index and not all(isinstance(part, slice | int | type(...)) for part in _as_tuple(args[0])):
+def _derived(logits: LazyLogits, call: Call, **changes: Any) -> LazyLogits:
+    """Return what the call makes of late logits, and how that changes their recipe."""
+    twin, old = call(logits._twin), logits._recipe
+    if twin is logits._twin:
+        return logits
+    old.head.unwritten.check()
+    origin = logits if twin._is_view() else None
+    recipe = replace(old, steps=(*old.steps, call), origin=origin, **changes)
+    return _lazy(_OfStep, logits._held, twin, recipe, recipe.steps, logits)
+
+
+def _same_rows(logits: LazyLogits, call: Call) -> Tensor | None:
+    """Shape the rows anew, or pick some of them."""
+    is_index = call.func is Tensor.__getitem__
+    if is_index and not is_basic(call.args[1]):
         return None
-    if not is_index and not all(isinstance(size, int) for arg in (*args, *kwargs.values()) for size in _as_tuple(arg)):
+    twin, hidden = call(logits._twin), logits._recipe.hidden
+    if twin.ndim < 2 or twin.dtype != logits.dtype or not has_whole_rows(twin, logits.shape[-1]):
         return None
-    twin = _twin(logits)
-    result = func(twin, *args, **kwargs)
-    n_classes = twin.shape[-1]
-    if result.ndim < 2 or result.shape[-1] != n_classes or result.stride(-1) != 1:
-        return None  # only the dimension of the classes, two or more, has stride 1
-    hidden = logits._hidden
-    d = hidden.shape[-1]
-    hidden = hidden[args[0]] if is_index else hidden.reshape(*result.shape[:-1], d)
-    if hidden.shape != (*result.shape[:-1], d):
-        return None  # a slice of the classes that names all of them
-    return _derived(logits, hidden, result, twin, lambda values: func(values, *args, **kwargs))
+    shape = (*twin.shape[:-1], hidden.shape[-1])
+    hidden = hidden[call.args[1]] if is_index else hidden.reshape(shape)
+    return _derived(logits, call, hidden=hidden) if hidden.shape == shape else None  # else a slice of all classes
 
 
-def _as_tuple(value: Any) -> tuple[Any, ...]:
-    return tuple(value) if isinstance(value, tuple | list) else (value,)
+def _contiguous(logits: LazyLogits, call: Call) -> Tensor | None:
+    return None if len(call.args) > 1 or call.kwargs else _derived(logits, call)
 
 
-def _contiguous(
-    logits: LazyLogits, func: Callable[..., Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> Tensor | None:
-    twin = _twin(logits)
-    return None if args or kwargs else _derived(logits, logits._hidden, func(twin), twin, func)
-
-
-def _cast(
-    logits: LazyLogits, func: Callable[..., Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> Tensor | None:
+def _cast(logits: LazyLogits, call: Call) -> Tensor | None:
     """Widen to float32, in which the loss is computed anyway."""
+    if "memory_format" in call.kwargs:
+        return None
     empty = torch.empty(0, dtype=logits.dtype, device=logits.device)
-    result = func(empty, *args, **kwargs)
+    result = call(empty)
     if result is empty:
         return logits
-    if result.dtype != torch.float32 or logits.dtype == torch.float64 or result.device != logits.device:
-        return None
-    twin = _twin(logits)
-    return _derived(logits, logits._hidden, twin.float(), twin, func)
+    widens = result.dtype == torch.float32 and logits.dtype.itemsize < 4 and result.device == logits.device
+    return _derived(logits, Call(Tensor.float, (None,), {})) if widens else None
 
 
-def _scale(
-    logits: LazyLogits, func: Callable[..., Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> Tensor | None:
+def _scale(logits: LazyLogits, call: Call) -> Tensor | None:
     """Multiply or divide by a number."""
-    if kwargs or len(args) != 1 or type(args[0]) not in (int, float) or not 0 < args[0] < math.inf:
+    if call.kwargs or len(call.args) != 2 or type(call.args[1]) not in (int, float) or not 0 < call.args[1] < math.inf:
         return None
-    factor = args[0] if func is Tensor.mul else 1 / args[0]
-    scale, softcap = logits._shape
-    shape = _Shape(scale * factor, None if softcap is None else softcap * factor)
-    twin = _twin(logits)
-    return _derived(logits, logits._hidden, func(twin, *args), twin, func, shape)
+    factor = call.args[1] if call.func is Tensor.mul else 1 / call.args[1]
+    scale, softcap = logits._recipe.scale, logits._recipe.softcap
+    return _derived(logits, call, scale=scale * factor, softcap=None if softcap is None else softcap * factor)
 
 
-def _tanh(
-    logits: LazyLogits, func: Callable[..., Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> Tensor | None:
-    if args or kwargs or logits._shape.softcap is not None:
+def _tanh(logits: LazyLogits, call: Call) -> Tensor | None:
+    return None if logits._recipe.softcap is not None or call.kwargs else _derived(logits, call, softcap=1.0)
+
+
+def _cross_entropy(logits: LazyLogits, call: Call) -> Tensor | None:
+    bound = bind(logits, *call.args[1:], **call.kwargs)
+    if bound is None or bound[2].weight is not None:
         return None
-    twin = _twin(logits)
-    return _derived(logits, logits._hidden, func(twin), twin, func, logits._shape._replace(softcap=1.0))
+    _, labels, cross_entropy = bound
+    recipe = logits._recipe
+    one = torch.zeros(1, dtype=logits.dtype, device=logits.device)
+    dtype = F.cross_entropy(one[None], torch.zeros_like(one, dtype=torch.int64)).dtype  # autocast decides, too
+    with torch.autocast(logits.device.type, enabled=False):
+        weight, bias = recipe.head.parameters()
+        if cross_entropy.reduction == "none":
+            hidden, its_labels = computed(recipe.hidden), labels
+        else:
+            hidden, its_labels = labelled(recipe.hidden, labels, cross_entropy.ignore_index)
+        loss = ops.linear_cross_entropy(
+            hidden,
+            weight,
+            bias,
+            its_labels,
+            scale=recipe.scale,
+            softcap=recipe.softcap,
+            ignore_index=cross_entropy.ignore_index,
+            label_smoothing=cross_entropy.label_smoothing,
+            reduction=cross_entropy.reduction,
+        ).to(dtype)
+    recipe.head.has_loss = True
+    with torch._C.DisableTorchFunctionSubclass():
+        return _Loss.apply(loss, logits, labels, cross_entropy)
 
 
-def _derived(
-    logits: LazyLogits,
-    hidden: Tensor,
-    result: Tensor,
-    twin: Tensor,
-    func: Callable[[Tensor], Tensor],
-    shape: _Shape | None = None,
-) -> LazyLogits:
-    if result is twin:
-        return logits
-    logits._check_unwritten()
-    origin = (logits, func) if result._is_view() else None
-    return _lazy(hidden, logits._weight, logits._bias, result, origin, shape or logits._shape)
-
-
-def _cross_entropy(
-    logits: LazyLogits, func: Callable[..., Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> Tensor | None:
-    def bind(
-        target: Tensor,
-        weight: Tensor | None = None,
-        size_average: bool | None = None,
-        ignore_index: int = -100,
-        reduce: bool | None = None,
-        reduction: str = "mean",
-        label_smoothing: float = 0.0,
-    ) -> Tensor | None:
-        if (
-            weight is not None
-            or size_average is not None
-            or reduce is not None
-            or logits.ndim != 2
-            or target.dtype != torch.int64
-            or target.shape != logits.shape[:1]
-            or target.device != logits.device
-        ):
-            return None
-        one = torch.zeros(1, dtype=logits.dtype, device=logits.device)
-        dtype = F.cross_entropy(one[None], torch.zeros_like(one, dtype=torch.int64)).dtype  # autocast decides, too
-        with torch.autocast(logits.device.type, enabled=False):
-            hidden, weight, bias = logits._parts()
-            if reduction == "none":
-                hidden = computed(hidden)
-            else:
-                hidden, target = labelled(hidden, target, ignore_index)
-            return ops.linear_cross_entropy(
-                *(hidden, weight, bias, target),
-                **logits._shape._asdict(),
-                ignore_index=ignore_index,
-                label_smoothing=label_smoothing,
-                reduction=reduction,
-            ).to(dtype)
-
-    return bind(*args, **kwargs)
-
-
-_Rule = Callable[[LazyLogits, Callable[..., Any], tuple[Any, ...], dict[str, Any]], Tensor | None]
-_RULES: dict[Callable[..., Any], _Rule] = {
-    Tensor.view: _same_rows,
-    Tensor.reshape: _same_rows,
-    torch.reshape: _same_rows,
-    Tensor.flatten: _same_rows,
-    torch.flatten: _same_rows,
+_RULES: dict[Callable[..., Any], Callable[[LazyLogits, Call], Tensor | None]] = {
+    **dict.fromkeys((Tensor.view, Tensor.reshape, torch.reshape, Tensor.flatten, torch.flatten), _same_rows),
     Tensor.__getitem__: _same_rows,
     Tensor.contiguous: _contiguous,
-    Tensor.float: _cast,
-    Tensor.to: _cast,
-    Tensor.mul: _scale,
-    Tensor.div: _scale,
-    Tensor.tanh: _tanh,
-    torch.tanh: _tanh,
+    **dict.fromkeys((Tensor.float, Tensor.to), _cast),
+    **dict.fromkeys((Tensor.mul, Tensor.div), _scale),
+    **dict.fromkeys((Tensor.tanh, torch.tanh), _tanh),
     F.cross_entropy: _cross_entropy,
 }

@@ -1,25 +1,30 @@
 """Rows that wait: what the last block of a model computes token by token, until it is known which tokens are read.
 
-After the last attention a model treats each token by itself, and of most tokens nobody reads the result: a causal
-language model reads those before a label, an image classifier the first. `LazyRows` passes through the model's code as
-the tensor that it stands for, noting down what is done to its rows. When some rows are picked, those alone are
-computed; every other use computes all.
+After its last attention a model treats each token by itself, and of most tokens nobody reads the result: a causal
+language model reads those before a label, an image classifier the first. `LazyRows` passes through the model's code in
+place of the hidden states, and what is done to its rows is noted down in a graph. Once some rows are picked, those
+alone are computed; every other use computes all.
 """
 
 from __future__ import annotations
 
-import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from fastln import ops
 from fastln.errors import FastLNError
-from fastln.late.tensor import LateTensor, Modes
+from fastln.late.cross_entropy import bind
+from fastln.late.graph import Rows, Slice
+from fastln.late.layout import has_whole_rows, is_basic, laid_out, row_numbers
+from fastln.late.modes import Modes
+from fastln.late.tensor import Call, LateTensor, as_it_is_now
 
 WHOLE = 0.9
 """From this share of the rows on all are computed: to gather some and scatter their gradients costs, too.
@@ -32,54 +37,51 @@ them 95, seven eighths 110, all gathered 130.
 class LazyRows(LateTensor):
     """A tensor whose rows, those of its last dimension, are a function of the same rows of other tensors.
 
-    Linear layers, norms, activations, dropouts, sums and products of rows stay lazy; so do views that leave rows whole.
-    Picking rows by index computes those, as does `cross_entropy` those with a label. Any other use computes all rows,
-    once, and works on those from then on, with the values and gradients that they would have had from the start; what
-    is written into them is seen by every view. Rows that dropout was drawn for keep their numbers in what is picked or
-    computed of the same tensor later. A hook or `retain_grad` is told of the uses that come after it.
+    Linear layers, norms, activations, dropouts, sums and products of rows stay late; so do views that leave rows whole.
+    Picking rows by an index computes those, and `cross_entropy` computes those with a label. Any other use computes
+    all rows, once. A hook or `retain_grad` sees the uses that come after it.
 
-    As with `LazyLogits`, calls from Python are seen by `__torch_function__`; what does not pass there meets a tensor
-    with a `grad_fn` of its own. Made by `LazyRows.of`.
+    Made by `LazyRows.of`.
     """
 
-    _rows: _Rows
+    _rows: Rows
+    _twin: Tensor  # on meta; says where in the memory of all rows this tensor lies
     _modes: Modes
-    _own: Tensor | None  # what it is, once all of it was computed
-    _n_writes: int  # into it or a view of it
+    _own: Tensor | None  # once computed
 
     @staticmethod
     def of(x: Tensor) -> LazyRows:
         """Stand for `x`, of two dimensions or more."""
-        return _lazy(_Rows(_same, (_leaf(x),)), x.shape, x.dtype, Modes(x.device))
+        rows = Rows(lambda x: x, (x.reshape(-1, x.shape[-1]),))
+        return _lazy(rows, torch.empty(x.shape, dtype=x.dtype, device="meta"), Modes(x.device))
 
     @classmethod
-    def _later(cls, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        rule = _RULES.get(func)
-        return rule(func, args, kwargs) if rule is not None and torch.is_grad_enabled() else None
+    def _later(cls, call: Call) -> Any:
+        is_known = call.func in _RULES and any(isinstance(value, LazyRows) for value in call.args)
+        return _RULES[call.func](call) if is_known and torch.is_grad_enabled() else None
 
     def _waits(self) -> bool:
-        """Whether there are rows yet to be computed."""
-        return self._own is None and self._rows.all is None
+        return self._rows.waits()
+
+    def _may_go_on(self) -> bool:
+        """Whether more can be left for later on top of these rows."""
+        return self._waits() and self._modes.last()
 
     def _compute(self, writes: bool = False) -> Tensor:
-        """Return all of it, with its autograd history whatever the modes of now."""
-        with self._modes.restored():
-            if self._own is None:
-                self._own = self._rows.compute().reshape(self.shape)
-            if writes:
-                # In memory that tensors made of these rows before do not look at, and all views of them do.
-                written = self._own if self._n_writes else self._own.clone()
-                aliases, n_writes = self._rows.aliases(), self._n_writes + 1
-                for alias in aliases:
-                    if n_writes == 1:
-                        alias._own = written.view(alias.shape)
-                    alias._n_writes = n_writes
+        if self._own is None:
+            with self._modes.restored():
+                self._own = laid_out(self._rows.memory(writes), self._twin)
         return self._own
 
-    def _take(self, index: Tensor) -> Tensor:
-        """Return the rows of these numbers, shaped `(*index.shape, d)`, with their autograd history."""
+    def _source(self) -> tuple[Rows, Modes]:
+        return self._rows, self._modes
+
+    def _pick(self, numbers: Tensor) -> Tensor | None:
+        """Return rows by their numbers, `(n, d)`; None where those are too many, or others were computed before."""
+        if not self._waits() or len(numbers) >= WHOLE * (self._twin.numel() // self._twin.shape[-1]):
+            return None
         with self._modes.restored():
-            return self._rows.take(index.reshape(-1)).reshape(*index.shape, self.shape[-1])
+            return self._rows.pick(numbers)
 
 
 def computed(x: Tensor) -> Tensor:
@@ -87,300 +89,180 @@ def computed(x: Tensor) -> Tensor:
     return x._compute() if isinstance(x, LazyRows) else x
 
 
+def as_they_are(x: LazyRows) -> LazyRows:
+    """Return the same late rows in memory of their own, so that nobody writes into them."""
+    return _lazy(Rows(lambda rows: rows, (_node(x),)), torch.empty_like(x._twin), x._modes)
+
+
 def labelled(x: Tensor, labels: Tensor, ignore_index: int) -> tuple[Tensor, Tensor]:
     """Return the rows of `x` (n_rows, d) that have a label, and their labels; all of both where nothing waits."""
     if not isinstance(x, LazyRows):
         return x, labels
     index = (labels != ignore_index).nonzero()[:, 0]
-    return (x._take(index), labels[index]) if _are_few(x, index) else (x._compute(), labels)
+    rows = x._pick(row_numbers(x._twin, x.device)[index])
+    return (computed(x), labels) if rows is None else (rows, labels[index])
 
 
-class _Rows:
-    """A function of rows, as a node of a graph: computed for all rows, or for some of them, when somebody asks.
+class _Wait(torch.autograd.Function):
+    """Makes a `LazyRows`. Its gradient is for uses that autograd alone sees, and is found by computing the rows again.
 
-    Attributes:
-        function: of its inputs' rows, each `(n, d)`.
-        inputs: nodes, or tensors `(n_rows, d)`.
-        tensors: what it depends on, with the version that each had.
-        all: the result for all rows, once computed.
-    """
-
-    def __init__(
-        self, function: Callable[..., Tensor], inputs: tuple[_Rows | Tensor, ...], tensors: Iterable[Tensor] = ()
-    ) -> None:
-        self.function = function
-        self.inputs = inputs
-        self._aliases: list[weakref.ref[LazyRows]] = []
-        self._n_users = 0  # that have not been computed
-        self.tensors = {id(t): (t, t._version) for t in tensors}
-        for part in inputs:
-            if isinstance(part, _Rows):
-                self.tensors |= part.tensors
-                part._n_users += 1
-            else:
-                self.tensors[id(part)] = part, part._version
-        self.all: Tensor | None = None
-        self._version = 0  # of that
-        self._some: tuple[Tensor, Tensor] | None = None  # which rows were taken, and what they are
-
-    def compute(self) -> Tensor:
-        """Return `(n_rows, d)`."""
-        if self.all is None:
-            self.check_unwritten()
-            result = self.function(*(part.compute() if isinstance(part, _Rows) else part for part in self.inputs))
-            self.all = result if self._some is None else result.index_copy(0, *self._some)
-            self._version = self.all._version
-            for part in self.inputs:
-                if isinstance(part, _Rows):
-                    part._n_users -= 1
-                    if not part._n_users and not part.aliases():
-                        part.all = None  # nobody will ask for it again
-        elif self.all._version != self._version:
-            raise FastLNError(
-                "hidden states of the last block were written to through a view, before others were computed of them; "
-                "write into a clone"
-            )
-        return self.all
-
-    def aliases(self) -> list[LazyRows]:
-        """Return the tensors that stand for these rows, in one shape or another."""
-        return [alias for reference in self._aliases if (alias := reference()) is not None]
-
-    def again(self, done: dict[int, Tensor]) -> Tensor:
-        """Return `(n_rows, d)`, computed of the tensors anew, with a history of its own."""
-        if id(self) not in done:
-            parts = (part.again(done) if isinstance(part, _Rows) else part for part in self.inputs)
-            done[id(self)] = self.function(*parts)
-        return done[id(self)]
-
-    def take(self, index: Tensor) -> Tensor:
-        """Return the rows of these numbers, `(n, d)`."""
-        if self._some is not None and (self._some[0] is index or torch.equal(self._some[0], index)):
-            return self._some[1]
-        if self.all is not None or self._some is not None:  # rows are computed once, for what dropout drew to stay
-            return self.compute().index_select(0, index)
-        self.check_unwritten()
-        parts = (part.take(index) if isinstance(part, _Rows) else part.index_select(0, index) for part in self.inputs)
-        self._some = index, self.function(*parts)
-        return self._some[1]
-
-    def check_unwritten(self) -> None:
-        """Raise where a tensor that the rows are made of has been written to."""
-        if any(tensor._version != version for tensor, version in self.tensors.values()):
-            raise FastLNError(
-                "these hidden states were left uncomputed, and what they are made of (activations, weights) has been "
-                "written to since; look at them before the optimizer's step"
-            )
-
-
-class _Picked(_Rows):
-    """Most of another's rows, by their numbers: which of them are read is not known yet."""
-
-    def __init__(self, rows: _Rows, numbers: Tensor) -> None:
-        super().__init__(lambda x: x.index_select(0, numbers), (rows,))
-        self._rows, self._numbers = rows, numbers
-
-    def take(self, index: Tensor) -> Tensor:
-        """Return the rows of these numbers among those picked, `(n, d)`."""
-        return self._rows.take(self._numbers.index_select(0, index))
-
-
-class _Wrap(torch.autograd.Function):
-    """Makes a `LazyRows`, whose gradient is found by computing the rows again.
-
-    For uses that autograd alone sees; all others have the history of the rows that they got.
+    All other uses have the history of the rows that they got.
     """
 
     @staticmethod
-    def forward(ctx: Any, rows: _Rows, shape: torch.Size, dtype: torch.dtype, modes: Modes, *tensors: Tensor) -> Tensor:
-        ctx.rows, ctx.modes, ctx.tensors = rows, modes, tensors  # which the rows hold anyway
+    def forward(ctx: Any, held: list[Any], twin: Tensor, device: torch.device, *tensors: Tensor) -> Tensor:
+        ctx.held, ctx.twin, ctx.n_tensors = held, twin, len(tensors)
         ctx.set_materialize_grads(False)
-        return Tensor._make_wrapper_subclass(LazyRows, shape, dtype=dtype, device=modes.device)
+        return LazyRows._wrapper(twin, device)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor | None) -> tuple[Tensor | None, ...]:
         if dy is None:
-            return (None,) * (4 + len(ctx.tensors))
+            return (None,) * (3 + ctx.n_tensors)
         if torch.is_grad_enabled():
             raise FastLNError("rows that waited are differentiable once: no backward with create_graph=True")
-        ctx.rows.check_unwritten()
-        with ctx.modes.restored():
-            y = ctx.rows.again({}).reshape(dy.shape)
-        gradients = torch.autograd.grad(y, ctx.tensors, dy, allow_unused=True)
-        return None, None, None, None, *gradients
+        if not ctx.held:
+            raise FastLNError("an autograd.Function took late hidden states without reading them; pass it `hidden + 0`")
+        ((rows, modes),) = ctx.held
+        with modes.restored():
+            y = laid_out(rows.anew({}).compute(), ctx.twin)
+        gradients = torch.autograd.grad(y, tuple(rows.tensors.values()), dy, allow_unused=True)
+        return None, None, None, *gradients
 
 
-def _lazy(rows: _Rows, shape: torch.Size, dtype: torch.dtype, modes: Modes) -> LazyRows:
-    tensors = [tensor for tensor, _ in rows.tensors.values() if tensor.requires_grad]
+def _lazy(rows: Rows, twin: Tensor, modes: Modes) -> LazyRows:
+    held: list[Any] = []
     with torch._C.DisableTorchFunctionSubclass():
-        lazy: LazyRows = _Wrap.apply(rows, shape, dtype, modes, *tensors)
-    lazy._rows, lazy._own, lazy._modes, lazy._n_writes = rows, None, modes, 0
-    rows._aliases.append(weakref.ref(lazy))
+        lazy: LazyRows = _Wait.apply(held, twin, modes.device, *rows.tensors.values())
+    lazy._rows, lazy._twin, lazy._modes, lazy._held, lazy._own = rows, twin, modes, held, None
     return lazy
 
 
-def _same(x: Tensor) -> Tensor:
-    return x
+# Each rule returns the result of a call, late or of the rows that it picks, or None where the call needs all rows.
 
 
-def _leaf(x: Tensor) -> Tensor:
-    return x.reshape(-1, x.shape[-1])
+def _by_rows(call: Call, places: tuple[int, ...] = (0,)) -> Tensor | None:
+    """Leave a function of rows, which may come at `places` among the arguments, for later."""
+    at = {i: x for i, x in enumerate(call.args) if i in places and isinstance(x, Tensor) and x.ndim > 1}
+    inputs, call = list(at.values()), call.open_at(*at)
+    lazy = next((x for x in inputs if isinstance(x, LazyRows)), None)
+    if lazy is None or any(isinstance(value, LazyRows) for value in tree_leaves((call.args, call.kwargs))):
+        return None
+    if any(x.shape[:-1] != lazy.shape[:-1] or (isinstance(x, LazyRows) and not x._may_go_on()) for x in inputs):
+        return None
+    args, kwargs = tree_map_only(Tensor, as_it_is_now, (call.args, call.kwargs))
+    call = replace(call, args=args, kwargs=kwargs)
+    with torch.no_grad():  # of no rows: it tells the dtype and the number of columns
+        like = call(*(torch.empty(0, x.shape[-1], dtype=x.dtype, device=x.device) for x in inputs))
+    if not isinstance(like, Tensor) or not like.is_floating_point() or like.device != lazy.device:
+        return None
+    nodes = tuple(_node(x) if isinstance(x, LazyRows) else x.reshape(-1, x.shape[-1]) for x in inputs)
+    constants = tuple(value for value in tree_leaves((args, kwargs)) if isinstance(value, Tensor))
+    twin = torch.empty(lazy.shape[:-1] + like.shape[1:], dtype=like.dtype, device="meta")
+    return _lazy(Rows(call, nodes, constants), twin, lazy._modes)
 
 
-def _may_go_on(x: LazyRows) -> bool:
-    """Whether more of it can be left for later."""
-    return x._waits() and x._modes.last()
+def _node(x: LazyRows) -> Rows:
+    """Return the rows of `x` in their order."""
+    is_all = x._twin.is_contiguous() and (x._twin._base is None or x._twin._base.numel() == x._twin.numel())
+    return x._rows if is_all else Slice(x._rows, row_numbers(x._twin, x.device))
 
 
-def _are_few(x: LazyRows, index: Tensor) -> bool:
-    return x._waits() and index.numel() < WHOLE * (x.numel() // max(x.shape[-1], 1))
+def _ours_with_dropout(call: Call) -> Tensor | None:
+    """Draw the seed now, as if nothing waited."""
+    p = call.kwargs.get("dropout", 0.0)
+    if call.func is ops.dropout:
+        p = call.args[1] if len(call.args) > 1 else call.kwargs["p"]
+    if p > 0 and call.kwargs.get("seed") is None:
+        device = next(x.device for x in call.args if isinstance(x, LazyRows))
+        seed = torch.randint(2**63 - 1, (1,), dtype=torch.int64, device=device)
+        call = replace(call, kwargs={**call.kwargs, "seed": seed})
+    return _by_rows(call, (0, 1))
 
 
-# Each rule returns what a call of `func` is, done lazily or on the rows that it picks, or None where it has to be done
-# on all of them.
+def _stock_dropout(call: Call) -> Tensor | None:
+    """One that drops nothing may wait; else stock code draws the mask now, for all rows."""
+    given = {"p": 0.5, "training": True, **dict(zip(("p", "training"), call.args[1:], strict=False)), **call.kwargs}
+    return None if given["p"] > 0 and given["training"] else _by_rows(call)
 
 
-def _by_rows(*places: int) -> Callable[..., Tensor | None]:
-    """A function of rows, which may come at these places among the arguments."""
-
-    def rule(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
-        others = [value for i, value in enumerate(args) if i not in places]
-        if any(isinstance(value, LazyRows) for value in tree_leaves((others, kwargs))):
-            return None
-        leading, modes = next((value.shape[:-1], value._modes) for value in args if isinstance(value, LazyRows))
-        inputs: dict[int, Tensor] = {}
-        constants = [value for value in tree_leaves((others, kwargs)) if isinstance(value, Tensor)]
-        for i in places[: len(args)]:
-            value = args[i]
-            if isinstance(value, LazyRows) or (isinstance(value, Tensor) and value.ndim > 1):
-                if value.shape[:-1] != leading or (isinstance(value, LazyRows) and not _may_go_on(value)):
-                    return None  # broadcast to these, perhaps, and other rows then
-                inputs[i] = value
-            elif isinstance(value, Tensor):
-                constants.append(value)
-
-        at, others = tuple(inputs), [None if i in inputs else value for i, value in enumerate(args)]
-
-        def function(*rows: Tensor) -> Tensor:
-            merged = list(others)
-            for i, value in zip(at, rows, strict=True):
-                merged[i] = value
-            return func(*merged, **kwargs)
-
-        with torch.no_grad():  # of no rows: what dtype and how many columns the result has
-            empty = (torch.empty(0, x.shape[-1], dtype=x.dtype, device=x.device) for x in inputs.values())
-            probe = function(*empty)
-        elsewhere = isinstance(probe, Tensor) and any(probe.device != x.device for x in inputs.values())
-        if not isinstance(probe, Tensor) or not probe.is_floating_point() or elsewhere:
-            return None
-        if func in _CASTS and all(isinstance(x, LazyRows) and x.dtype == probe.dtype for x in inputs.values()):
-            return args[0]
-        parts = tuple(x._rows if isinstance(x, LazyRows) else _leaf(x) for x in inputs.values())
-        return _lazy(_Rows(function, parts, constants), leading + probe.shape[1:], probe.dtype, modes)
-
-    return rule
+def _addmm(call: Call) -> Tensor | None:
+    is_bias = isinstance(call.args[0], Tensor) and call.args[0].ndim == 1
+    return _by_rows(call, (1,)) if is_bias else None
 
 
-def _dropping(func: Callable[..., Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
-    """A function of rows that may drop elements: the seed is drawn now, as it would be if nothing waited."""
-    p = kwargs.get("p", args[1] if len(args) > 1 else 0.0) if func is ops.dropout else kwargs.get("dropout", 0.0)
-    if p > 0 and kwargs.get("seed") is None:
-        device = next(value.device for value in args if isinstance(value, LazyRows))
-        kwargs = {**kwargs, "seed": torch.randint(2**63 - 1, (1,), dtype=torch.int64, device=device)}
-    return _by_rows(0, 1)(func, args, kwargs)
+def _cast(call: Call) -> Tensor | None:
+    if "memory_format" in call.kwargs:
+        return None
+    empty = torch.empty(0, dtype=call.args[0].dtype, device=call.args[0].device)
+    return call.args[0] if call(empty) is empty else _by_rows(call)
 
 
-def _dropping_nothing(func: Callable[..., Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
-    def drops(input: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> bool:
-        return p > 0 and training
-
-    return None if drops(*args, **kwargs) else _by_rows(0)(func, args, kwargs)
-
-
-def _addmm(func: Callable[..., Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
-    is_bias = isinstance(args[0], Tensor) and args[0].ndim == 1
-    return _by_rows(1)(func, args, kwargs) if is_bias else None
-
-
-def _same_rows(func: Callable[..., Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
+def _view(call: Call) -> Tensor | None:
     """Shape the leading dimensions anew."""
-    if not args or not isinstance(args[0], LazyRows) or not _may_go_on(args[0]):
+    lazy = call.args[0]
+    if not isinstance(lazy, LazyRows) or not lazy._may_go_on():
         return None
-    lazy, *others = args
-    twin = func(torch.empty(lazy.shape, dtype=lazy.dtype, device="meta"), *others, **kwargs)
-    same = twin.ndim > 1 and twin.shape[-1] == lazy.shape[-1] > 1 and twin.numel() == lazy.numel()
-    if not same or twin.dtype != lazy.dtype or not twin.is_contiguous():
+    twin = call(lazy._twin)
+    if twin is lazy._twin:
+        return lazy
+    if twin.dtype != lazy.dtype or twin.ndim < 2 or not has_whole_rows(twin, lazy.shape[-1]):
         return None
-    return lazy if twin.shape == lazy.shape else _lazy(lazy._rows, twin.shape, lazy.dtype, lazy._modes)
+    return _lazy(lazy._rows if twin._is_view() else _node(lazy), twin, lazy._modes)
 
 
-def _pick(func: Callable[..., Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
-    lazy, index = args
+def _index(call: Call) -> Tensor | None:
+    """Compute few rows at once, and leave many for later."""
+    lazy, index = call.args
     if not isinstance(lazy, LazyRows) or not lazy._waits():
         return None
-    parts = _leading_index(index if isinstance(index, tuple) else (index,), lazy.ndim)
-    if parts is None:
-        return None
-    leading = lazy.shape[:-1]
-    numbers = torch.arange(leading.numel(), device=lazy.device).view(leading)[parts]
-    if _are_few(lazy, numbers):
-        return lazy._take(numbers)
-    if not numbers.ndim or not _may_go_on(lazy) or not all(isinstance(part, slice) for part in parts):
-        return None
-    if numbers.shape == leading:
+    if not is_basic(index):
+        return _index_by_tensors(lazy, index if isinstance(index, tuple) else (index,))
+    twin = call(lazy._twin)
+    if twin.shape == lazy.shape:
         return lazy
-    rows = _Picked(lazy._rows, numbers.reshape(-1))
-    return _lazy(rows, numbers.shape + lazy.shape[-1:], lazy.dtype, lazy._modes)
-
-
-def _leading_index(parts: tuple[Any, ...], ndim: int) -> tuple[Any, ...] | None:
-    """Return the parts of an index into the dimensions but the last; None where it is into that, or of other kinds."""
-    if any(type(part) not in (int, slice, Tensor, type(...)) for part in parts):
+    if not has_whole_rows(twin, lazy.shape[-1]):
         return None
-    n_taken = sum(part.ndim if isinstance(part, Tensor) and part.dtype == torch.bool else 1 for part in parts)
-    dots = [i for i, part in enumerate(parts) if part is ...]
-    if len(dots) == 1:
-        parts = (*parts[: dots[0]], *(slice(None),) * (ndim - n_taken + 1), *parts[dots[0] + 1 :])
-        n_taken = ndim
-    if n_taken == ndim and isinstance(parts[-1], slice) and parts[-1] == slice(None):
-        return parts[:-1]
-    return parts if n_taken < ndim and not dots else None
+    rows = lazy._pick(row_numbers(twin, lazy.device))
+    if rows is not None:
+        return rows.view(twin.shape)
+    return _lazy(lazy._rows, twin, lazy._modes) if twin.ndim > 1 and lazy._may_go_on() else None
 
 
-def _cross_entropy(func: Callable[..., Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
-    def bind(
-        input: Tensor,
-        target: Tensor,
-        weight: Tensor | None = None,
-        size_average: bool | None = None,
-        ignore_index: int = -100,
-        reduce: bool | None = None,
-        reduction: str = "mean",
-        label_smoothing: float = 0.0,
-    ) -> Tensor | None:
-        classes = input.ndim == 2 and target.ndim == 1 and target.dtype == torch.int64
-        if not classes or size_average is not None or reduce is not None or reduction == "none":
-            return None
-        input, target = labelled(input, target, ignore_index)
-        settings = {"ignore_index": ignore_index, "reduction": reduction, "label_smoothing": label_smoothing}
-        return func(input, target, weight, **settings)
-
-    return bind(*args, **kwargs)
+def _index_by_tensors(lazy: LazyRows, parts: tuple[Any, ...]) -> Tensor | None:
+    """Pick rows by masks and numbers of the leading dimensions."""
+    kinds = {part.dtype if isinstance(part, Tensor) else type(part) for part in parts}
+    n_indexed = sum(part.ndim if isinstance(part, Tensor) and part.dtype == torch.bool else 1 for part in parts)
+    if not kinds <= {torch.bool, torch.int64, int, slice} or n_indexed >= lazy.ndim:
+        return None
+    numbers = row_numbers(lazy._twin, lazy.device).view(lazy.shape[:-1])[parts]
+    rows = lazy._pick(numbers.reshape(-1))
+    # A copy, as in stock code: who writes into it writes into nothing else.
+    return None if rows is None else rows.view(*numbers.shape, rows.shape[-1]).clone()
 
 
-_RULES: dict[Callable[..., Any], Callable[..., Tensor | None]] = {
-    **dict.fromkeys((F.linear, ops.linear, ops.layer_norm, ops.rms_norm, ops.activation), _by_rows(0)),
-    **dict.fromkeys((F.gelu, F.relu, F.silu, torch.relu, torch.tanh, Tensor.tanh), _by_rows(0)),
-    F.dropout: _dropping_nothing,
-    **dict.fromkeys((Tensor.to, Tensor.float, ops.packed_gated_activation), _by_rows(0)),
+def _cross_entropy(call: Call) -> Tensor | None:
+    bound = bind(*call.args, **call.kwargs) if isinstance(call.args[0], LazyRows) else None
+    if bound is None or bound[2].reduction == "none":
+        return None
+    rows, labels, cross_entropy = bound
+    return cross_entropy(*labelled(rows, labels, cross_entropy.ignore_index))
+
+
+_by_two_rows = partial(_by_rows, places=(0, 1))
+
+_RULES: dict[Callable[..., Any], Callable[[Call], Tensor | None]] = {
+    **dict.fromkeys((F.linear, ops.linear, ops.layer_norm, ops.rms_norm, ops.activation), _by_rows),
+    **dict.fromkeys((F.gelu, F.relu, F.silu, torch.relu, torch.tanh, Tensor.tanh), _by_rows),
+    **dict.fromkeys((Tensor.add, torch.add, Tensor.sub, Tensor.mul, torch.mul, Tensor.div), _by_two_rows),
+    **dict.fromkeys((Tensor.to, Tensor.float), _cast),
+    ops.packed_gated_activation: _by_rows,
+    ops.gated_activation: _by_two_rows,
+    **dict.fromkeys((ops.dropout, ops.dropout_add_norm), _ours_with_dropout),
+    F.dropout: _stock_dropout,
     torch.addmm: _addmm,
-    **dict.fromkeys((ops.dropout, ops.dropout_add_norm), _dropping),
-    ops.gated_activation: _by_rows(0, 1),
-    **dict.fromkeys((Tensor.add, torch.add, Tensor.sub, Tensor.mul, torch.mul, Tensor.div), _by_rows(0, 1)),
-    **dict.fromkeys((Tensor.view, Tensor.reshape, torch.reshape, Tensor.flatten, torch.flatten), _same_rows),
-    Tensor.contiguous: _same_rows,
-    Tensor.__getitem__: _pick,
+    **dict.fromkeys((Tensor.view, Tensor.reshape, torch.reshape, Tensor.flatten, torch.flatten), _view),
+    Tensor.contiguous: _view,
+    Tensor.__getitem__: _index,
     F.cross_entropy: _cross_entropy,
 }
-
-_CASTS = (Tensor.to, Tensor.float)

@@ -1,10 +1,12 @@
-"""Tensors that are computed when somebody needs them: what logits and rows that wait have in common."""
+"""What late tensors have in common: how torch meets them, and what must not change before they are computed.
+
+`docs/late-tensors.md` explains late tensors on one page.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from itertools import takewhile
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -15,12 +17,41 @@ from torch.utils._pytree import tree_map_only
 from fastln.errors import FastLNError
 
 
-class LateTensor(Tensor):
-    """A tensor that is yet to be computed.
+@dataclass(frozen=True, eq=False)
+class Call:
+    """A call of `func`, which can be made again with other tensors at `places` among the arguments."""
 
-    Calls from Python may leave it so (`_later`); any other works on what it stands for, computed once. What Python's
-    calls do not show, such as the arguments of an `autograd.Function`, meets it below autograd.
+    func: Callable[..., Any]
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    places: tuple[int, ...] = (0,)
+
+    def open_at(self, *places: int) -> Call:
+        """Return the call without the arguments at `places`."""
+        args = tuple(None if i in places else value for i, value in enumerate(self.args))
+        return replace(self, args=args, places=places)
+
+    def __call__(self, *values: Tensor) -> Any:
+        """Make the call with `values` at its places."""
+        args = list(self.args)
+        for place, value in zip(self.places, values, strict=True):
+            args[place] = value
+        return self.func(*args, **self.kwargs)
+
+
+class LateTensor(Tensor):
+    """A tensor that is computed when somebody reads it.
+
+    torch meets it in two places. Calls from Python come to `__torch_function__`, above autograd: a rule may answer
+    with another late tensor (`_later`); every other call gets the computed tensor, with its autograd history. What does
+    not pass there, such as the arguments of an `autograd.Function`, comes to `__torch_dispatch__`, below autograd. For
+    that case the late tensor has a `grad_fn` of its own.
+
+    The graph of a loss may reach that `grad_fn`, and must not keep alive what the loss has no use for. So `_held`, a
+    list that the two share, stays empty until somebody reads the tensor, for whoever does may send it a gradient.
     """
+
+    _held: list[Any]
 
     @classmethod
     @torch.compiler.disable
@@ -32,10 +63,10 @@ class LateTensor(Tensor):
             with torch._C.DisableTorchFunctionSubclass():
                 return func(*args, **kwargs)
         writes = _writes(func, args, kwargs)
-        result = None if writes else cls._later(func, args, kwargs)
+        result = None if writes else cls._later(Call(func, args, kwargs))
         if result is not None:
             return result
-        args, kwargs = tree_map_only(cls, lambda late: late._compute(writes), (args, kwargs))
+        args, kwargs = tree_map_only(cls, lambda late: late._read(writes), (args, kwargs))
         return func(*args, **kwargs)
 
     @classmethod
@@ -44,77 +75,74 @@ class LateTensor(Tensor):
     ) -> Any:
         if func._schema.is_mutable:
             raise FastLNError(f"{func} would write into what fastln has not computed; pass it a clone")
-        # Computed with their history even here, as the dispatcher gives Python the state back that the call began in.
-        args, kwargs = tree_map_only(cls, lambda late: late._compute().detach(), (args, kwargs or {}))
+        args, kwargs = tree_map_only(cls, lambda late: late._read().detach(), (args, kwargs or {}))
         return func(*args, **kwargs)
 
     @classmethod
-    def _later(cls, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Return what a call is with nothing more computed than it takes, or None where all must be."""
+    def _later(cls, call: Call) -> Any:
+        """Return the result of a call without computing all, or None where the call needs the computed tensor."""
         raise NotImplementedError
 
     def _compute(self, writes: bool = False) -> Tensor:
-        """Return it, computed, with its autograd history; `writes` says that it is about to be written into."""
+        """Return the computed tensor with its autograd history; `writes` says that the caller will write into it."""
         raise NotImplementedError
 
+    def _source(self) -> Any:
+        """Return what the gradient of this tensor is computed from."""
+        raise NotImplementedError
 
-class Modes:
-    """What torch's modes are where rows begin to wait, for them to be computed under the same.
+    def _read(self, writes: bool = False) -> Tensor:
+        self._held[:] = [self._source()]
+        return self._compute(writes)
 
-    Hooks on saved tensors that came on since, such as a checkpoint's, are not for them: what the checkpoint computes
-    again has these rows as they are.
+    @classmethod
+    def _wrapper(cls, twin: Tensor, device: torch.device) -> Tensor:
+        """Return a tensor without memory, of the shape, strides and dtype of `twin`, which is on meta."""
+        strides, offset = twin.stride(), twin.storage_offset()
+        return Tensor._make_wrapper_subclass(
+            cls, twin.shape, strides, storage_offset=offset, dtype=twin.dtype, device=device
+        )
+
+
+class Unwritten:
+    """Tensors that must stay as they are until a late tensor has been computed from them.
+
+    Optimizers with `fused=True` write without raising the version of a tensor. So the first row and column of every
+    trained matrix are kept and compared, too.
     """
 
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
-        self.autocast = _autocast(device)
-        self._hooks = _hooks()
+    def __init__(self, tensors: Iterable[Tensor]) -> None:
+        self._tensors = [(tensor, tensor._version, _edges(tensor)) for tensor in tensors]
 
-    def last(self) -> bool:
-        """Whether they are the same now, but for hooks that went."""
-        hooks = _hooks()
-        return self.autocast == _autocast(self.device) and hooks == self._hooks[: len(hooks)]
-
-    @contextmanager
-    def restored(self) -> Iterator[None]:
-        """Bring them back; autograd is on."""
-        enabled, dtype = self.autocast
-        hooks = _pop_hooks()
-        common = takewhile(lambda pair: pair[0] == pair[1], zip(hooks, self._hooks, strict=False))
-        _push_hooks([hook for hook, _ in common])
-        try:
-            with torch.inference_mode(False), torch.enable_grad(), torch.autocast(self.device.type, dtype, enabled):
-                yield
-        finally:
-            _pop_hooks()
-            _push_hooks(hooks)
+    def check(self) -> None:
+        """Raise a `FastLNError` if anybody has written to one of the tensors."""
+        for tensor, version, edges in self._tensors:
+            if tensor._version != version or not _same(_edges(tensor), edges):
+                raise FastLNError(
+                    f"a late tensor cannot be computed any more: a tensor {(*tensor.shape,)} that it is made of has "
+                    "been written to since the forward pass; read it before optimizer.step(), or use "
+                    'fastln.prepare(model, ..., without=("late_logits", "late_rows"))'
+                )
 
 
-_Hooks = list[tuple[Callable[[Tensor], Any], Callable[[Any], Tensor]]]
+def _edges(tensor: Tensor) -> Tensor | None:
+    if not tensor.requires_grad or not tensor.is_leaf or tensor.ndim < 2 or not tensor.numel():
+        return None
+    return torch.cat([tensor.detach()[0].flatten(), tensor.detach()[..., 0].flatten()])
 
 
-def _hooks() -> _Hooks:
-    hooks = _pop_hooks()
-    _push_hooks(hooks)
-    return hooks
+def _same(a: Tensor | None, b: Tensor | None) -> bool:
+    if a is None or b is None:
+        return a is b
+    return torch.allclose(a, b, rtol=0, atol=0, equal_nan=True)
 
 
-def _pop_hooks() -> _Hooks:
-    """Take the hooks on saved tensors off, and return them, the outermost first."""
-    found: _Hooks = []
-    while (pair := torch._C._autograd._top_saved_tensors_default_hooks(True)) is not None:
-        torch._C._autograd._pop_saved_tensors_default_hooks()
-        found.append(pair)
-    return found[::-1]
+def as_it_is_now(tensor: Tensor) -> Tensor:
+    """Return a copy, with history, of a short trained vector (a norm's γ or β, a bias); others as they are.
 
-
-def _push_hooks(hooks: _Hooks) -> None:
-    for pair in hooks:
-        torch._C._autograd._push_saved_tensors_default_hooks(*pair)
-
-
-def _autocast(device: torch.device) -> tuple[bool, torch.dtype]:
-    return torch.is_autocast_enabled(device.type), torch.get_autocast_dtype(device.type)
+    An optimizer may step before the late tensor is read, whose values are those of the forward pass all the same.
+    """
+    return tensor.clone() if tensor.requires_grad and tensor.is_leaf and tensor.ndim <= 1 else tensor
 
 
 def _writes(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
@@ -125,12 +153,18 @@ def _writes(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, A
     return "out" in kwargs or name in ("__setitem__", "__set__") or (name.endswith("_") and not name.endswith("__"))
 
 
-_IN_PLACE_AT = {F.relu: 1, F.silu: 1, F.dropout: 3}  # where the argument is that says so
+_IN_PLACE_AT = {F.relu: 1, F.silu: 1, F.dropout: 3}  # the place of the argument `inplace`
 
-# What the wrapper itself knows.
+# What a late tensor answers by itself.
 _PROPERTIES = "shape dtype device layout ndim requires_grad is_leaf is_cpu is_cuda is_meta is_nested is_sparse _version"
 METADATA = {
     *(getattr(Tensor, name).__get__ for name in _PROPERTIES.split()),
-    *(Tensor.size, Tensor.stride, Tensor.dim, Tensor.numel, Tensor.__len__),
-    *(Tensor.is_contiguous, Tensor.is_floating_point, torch.is_floating_point),
+    Tensor.size,
+    Tensor.stride,
+    Tensor.dim,
+    Tensor.numel,
+    Tensor.__len__,
+    Tensor.is_contiguous,
+    Tensor.is_floating_point,
+    torch.is_floating_point,
 }

@@ -67,7 +67,7 @@ def _load(spec: str, train_data: VQADataset, dtype: torch.dtype, seed: int, imag
     if kind == "dual":
         vision, _, text = (source.strip() for source in rest.partition(","))
         if not vision or not text or "," in text:
-            raise FastLNError(f"model {spec!r}: after 'dual:' stand two sources, VISION,TEXT, with one comma between")
+            raise FastLNError(f"model {spec!r}: give two sources after 'dual:', VISION,TEXT, with one comma between")
         return dual_task.from_towers(vision, text, train_data, dtype, seed, image_size)
     if kind == "blip":
         return blip_task.from_source(rest, train_data, dtype, seed, image_size)
@@ -75,7 +75,7 @@ def _load(spec: str, train_data: VQADataset, dtype: torch.dtype, seed: int, imag
         return chat_task.from_source(rest, train_data, dtype, seed)
     spec = saved_model(spec)
     if not Path(spec).is_dir():
-        raise FastLNError(f"model {spec!r}: no such directory and no known form; valid: {SPECS}")
+        raise FastLNError(f"model {spec!r}: this is neither a directory nor a known form; valid: {SPECS}")
     check_source(spec)
     model_type = _model_type(Path(spec) / "config.json")
     if model_type == MODEL_TYPE:

@@ -1,4 +1,4 @@
-"""Questions for BLIP-VQA, which writes its answer: from a directory, a hub name or a bare configuration."""
+"""Questions for BLIP-VQA, which generates its answers: from a directory, a hub name or a bare configuration."""
 
 from __future__ import annotations
 
@@ -8,12 +8,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers import AutoTokenizer, BlipConfig, BlipForQuestionAnswering
 
-from fastln.errors import FastLNError
+from fastln.errors import FastLNError, loading
 from fastln.models.image_size import INTERPOLATE, position_arguments
 from fastln.models.images import ImagePixels
-from fastln.models.sources import bare_configuration, check_source, loading, refuse_missing
+from fastln.models.sources import bare_configuration, check_source, refuse_missing
 from fastln.models.task import VQATask
 from fastln.models.tokens import word_tokenizer
+from fastln.ops.linear_cross_entropy import IGNORE_INDEX
 
 if TYPE_CHECKING:
     from fastln.data import Sample, VQADataset
@@ -38,7 +39,7 @@ class BlipTask(VQATask):
         """
         pixels = torch.stack([self.images(dataset, sample.image) for sample in samples])
         config = self.model.config.text_config
-        # What the decoder reads: its start token, the answer, the end token, padding; what it must say next: the same.
+        # The decoder reads its start token, the answer, the end token and padding, and learns the same one token on.
         answers = self.tokenizer([sample.answer for sample in samples], add_special_tokens=False)["input_ids"]
         rows = [[config.bos_token_id, *tokens[: MAX_ANSWER_TOKENS - _ENDS], config.sep_token_id] for tokens in answers]
         longest = max(map(len, rows))
@@ -48,14 +49,14 @@ class BlipTask(VQATask):
             "pixel_values": pixels,
             "decoder_input_ids": decoder,
             "decoder_attention_mask": mask,
-            "labels": decoder.masked_fill(mask == 0, -100),
+            "labels": decoder.masked_fill(mask == 0, IGNORE_INDEX),
         }
         batch = {name: tensor.to(self.device) for name, tensor in batch.items()}
         positions = position_arguments(self.model.vision_model, self.images.image_size)
         return batch | self.tokenize([sample.question for sample in samples]) | positions
 
     def cut_off(self, samples: list[Sample]) -> dict[str, tuple[list[int], int]]:
-        """Return the lengths of questions and of answers, and how much of them is read and learnt."""
+        """Return the lengths of questions and of answers, and how many tokens of each are read and learnt."""
         ids = self.tokenizer([s.answer for s in samples], add_special_tokens=False, verbose=False)["input_ids"]
         answers = [len(row) for row in ids], MAX_ANSWER_TOKENS - _ENDS
         return {"questions": self.question_lengths(samples), "answers": answers}
@@ -68,7 +69,7 @@ class BlipTask(VQATask):
             do_sample=False,
             num_beams=1,
         )
-        # The start token stands first and is not the tokenizer's to know.
+        # The start token comes first, and the tokenizer does not know it.
         return self.tokenizer.batch_decode(tokens[:, 1:], skip_special_tokens=True)
 
 

@@ -19,14 +19,15 @@ from transformers import (
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
 from fastln.data import demands
-from fastln.errors import FastLNError
+from fastln.errors import FastLNError, loading
 from fastln.models import llava_med
 from fastln.models.chat_template import ChatTemplate, Conversation
 from fastln.models.chat_vision import CHAT_VISION, ChatVision
 from fastln.models.images import ImageInputs, ImagePixels
-from fastln.models.sources import bare_configuration, check_source, load_tokenizer, loading, refuse_missing
+from fastln.models.sources import bare_configuration, check_source, load_tokenizer, refuse_missing
 from fastln.models.task import VQATask
 from fastln.models.tokens import chat_tokenizer
+from fastln.ops.linear_cross_entropy import IGNORE_INDEX
 
 if TYPE_CHECKING:
     from fastln.data import Sample, VQADataset
@@ -34,16 +35,15 @@ if TYPE_CHECKING:
 REPORT_QUESTION = "Write the radiology report."
 """What a model is asked where the data has reports and no questions."""
 ANSWER_TOKENS = 64
-"""The most that is generated for a question."""
+"""The most tokens generated for a question."""
 LONG_ANSWER_TOKENS = 512
-"""The most that is generated where the data has reports or conversations."""
+"""The most tokens generated where the data has reports or conversations."""
 
 # Encoders have a class for causal language modelling too, for use inside other models.
 _LANGUAGE_MODELS = set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES) - set(MODEL_FOR_MASKED_LM_MAPPING_NAMES)
 MODEL_TYPES = frozenset({*CHAT_VISION, *_LANGUAGE_MODELS})
-"""What a configuration's model_type may be."""
+"""The values that a configuration's model_type may have."""
 
-_NO_LABEL = -100
 _BY_TOKEN = {"input_ids", "attention_mask", "mm_token_type_ids"}
 _TEXT = {"questions without an image", "reports", "conversations"}
 _BYTES_BESIDE = 512  # of a template around a text; more than most have
@@ -74,10 +74,10 @@ class ChatTask(VQATask):
     ) -> None:
         super().__init__(model, tokenizer, images, name=name)
         if not tokenizer.is_fast:
-            raise FastLNError(f"{name}: its tokenizer cannot tell where tokens stand; a tokenizer.json is needed")
+            raise FastLNError(f"{name}: its tokenizer cannot say where tokens are in a text; it needs tokenizer.json")
         self.chat_vision = vision
         self.takes = frozenset(_TEXT if vision is None else {*_TEXT, "images", "several images"})
-        self.does = "it reads text alone" if vision is None else "it chats about images"
+        self.does = "it reads only text" if vision is None else "it chats about images"
         self.template = ChatTemplate(
             tokenizer,
             tokenizer.get_chat_template() if tokenizer.chat_template else None,
@@ -92,17 +92,17 @@ class ChatTask(VQATask):
         self._image_lengths: dict[torch.Size, int] = {}
 
     def set_image_size(self, image_size: int) -> None:
-        """Have images made of another size; for Qwen2.5-VL, of at most `image_size`² pixels.
+        """Set the size that images are resized to; for Qwen2.5-VL, to at most `image_size`² pixels.
 
         Raises:
             FastLNError: if the model reads images of its own size alone, or none at all.
         """
         if self.chat_vision is None or self.images is None:
-            raise FastLNError(f"image size {image_size}: {self.name} reads text alone; leave the image size out")
+            raise FastLNError(f"image size {image_size}: {self.name} reads only text; leave the image size out")
         self.chat_vision.set_size(self.images, self.model.config, image_size)
 
     def check_data(self, dataset: VQADataset) -> None:
-        """Check that the model can use what the samples hold, all of it, and see how long answers may get.
+        """Check that the model can use all that the samples hold, and find out how long answers may get.
 
         Raises:
             FastLNError: as for every task, and if samples are longer than the model's context, all of which are told;
@@ -115,7 +115,7 @@ class ChatTask(VQATask):
         for sample in dataset.samples:
             try:
                 lengths = self._image_tokens(sample, dataset)
-                # Most are short, whatever their tokens, none of which is less than a byte; a batch checks all again.
+                # Most are short enough by their bytes, of which a token has one at least; a batch checks all again.
                 most = sum(len(text.encode()) + _BYTES_BESIDE for turn in _turns(sample) for text in turn)
                 if sum(lengths) + most > self.max_tokens:
                     self.encode(sample, lengths)
@@ -142,7 +142,7 @@ class ChatTask(VQATask):
         batch = {
             "input_ids": padded(ids, batch_first=True, padding_value=self._pad_id),
             "attention_mask": padded([torch.ones_like(row) for row in ids], batch_first=True),
-            "labels": padded(labels, batch_first=True, padding_value=_NO_LABEL),
+            "labels": padded(labels, batch_first=True, padding_value=IGNORE_INDEX),
         }
         if self.chat_vision is not None and self.chat_vision.marks_tokens:
             batch["mm_token_type_ids"] = (batch["input_ids"] == self.model.config.image_token_id).long()
@@ -178,11 +178,11 @@ class ChatTask(VQATask):
             )
         labels = _labels(ids, places, conversation)
         if labels.count(self._end_id) != len(conversation.answers):
-            raise FastLNError(f"sample {sample.id}: an answer holds {self.template.end}, the token that ends it")
+            raise FastLNError(f"sample {sample.id}: an answer contains {self.template.end}, the token that ends it")
         return torch.tensor(ids), torch.tensor(labels)
 
     def answers(self, batch: dict[str, Tensor]) -> list[str]:
-        """Return the greedily generated last answer of each conversation, whose other answers the model is told."""
+        """Return the greedily generated last answer of each conversation; the model reads the other answers."""
         prompts, n_tokens = self._prompts(batch)
         tokens = self.model.generate(**prompts, generation_config=self._greedy(n_tokens))
         return [text.strip() for text in self.tokenizer.batch_decode(tokens[:, n_tokens:], skip_special_tokens=True)]
@@ -196,7 +196,7 @@ class ChatTask(VQATask):
 
     def _prompts(self, batch: dict[str, Tensor]) -> tuple[dict[str, Tensor], int]:
         """Return the batch without labels and last answers, and the length of the prompts, padded on the left."""
-        labelled = batch["labels"] != _NO_LABEL
+        labelled = batch["labels"] != IGNORE_INDEX
         begins = labelled & ~labelled.roll(1, dims=1)
         ends = (begins * torch.arange(labelled.shape[1], device=labelled.device)).amax(dim=1).tolist()
         longest = max(ends)
@@ -209,7 +209,7 @@ class ChatTask(VQATask):
         return prompts, longest
 
     def _greedy(self, n_tokens: int) -> GenerationConfig:
-        # All that the model's own configuration could bring into a greedy search is said here.
+        # These overrule all settings of the model's own that could change a greedy search.
         return GenerationConfig(
             max_new_tokens=max(1, min(self.max_new_tokens, self.max_tokens - n_tokens)),
             do_sample=False,
@@ -323,12 +323,12 @@ def _turns(sample: Sample) -> list[tuple[str, str]]:
 
 
 def _labels(ids: list[int], places: list[tuple[int, int]], conversation: Conversation) -> list[int]:
-    """Return the tokens that stand, with any of their characters, in an answer; -100 elsewhere."""
+    """Return the tokens that have a character in an answer; `IGNORE_INDEX` in place of the others."""
 
     def is_answer(start: int, end: int) -> bool:
         return start < end and any(start < after and first < end for first, after in conversation.answers)
 
-    return [token if is_answer(*place) else _NO_LABEL for token, place in zip(ids, places, strict=True)]
+    return [token if is_answer(*place) else IGNORE_INDEX for token, place in zip(ids, places, strict=True)]
 
 
 def _max_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> int:

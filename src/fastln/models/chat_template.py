@@ -42,7 +42,7 @@ class Conversation:
 
 
 class ChatTemplate:
-    """Writes conversations as a model was, or is to be, trained on them.
+    """Writes conversations in the form in which a model is trained on them.
 
     Where the answers stand is found by rendering the conversation with marks in their place; the text with the answers
     must be the same otherwise, so no template can put something else under the labels unseen.
@@ -50,7 +50,7 @@ class ChatTemplate:
     Args:
         tokenizer: knows the special tokens.
         template: the chat template (Jinja); `PLAIN` where None.
-        image_token: what stands for an image in the text; None for models that read text alone.
+        image_token: what stands for an image in the text; None for models that read only text.
         placeholder: an image's place, around its token, where the template takes text and no parts.
 
     Attributes:
@@ -94,7 +94,7 @@ class ChatTemplate:
         pieces = _MARK.split(self._render(marked, n_images))
         whole = "".join(piece + answer for piece, answer in zip(pieces, [*answers, ""], strict=False))
         if len(pieces) != len(turns) + 1 or whole != self._render(turns, n_images):
-            raise FastLNError("the chat template changes answers, so that they cannot be told from the rest")
+            raise FastLNError("the chat template changes answers, so fastln cannot find them in the text")
         if self._image_token is not None and whole.count(self._image_token) != n_images:
             raise FastLNError(
                 f"the conversation has {whole.count(self._image_token)} times {self._image_token} and {n_images} images"
@@ -129,7 +129,7 @@ class ChatTemplate:
                     messages, chat_template=self.source, tokenize=False, enable_thinking=False
                 )
             )
-        except Exception as error:  # templates raise what they like
+        except Exception as error:  # a template may raise anything
             raise FastLNError(f"the chat template cannot write a conversation: {error}") from error
 
     def _content(self, text: str, n_images: int) -> str | list[dict[str, Any]]:
@@ -139,7 +139,7 @@ class ChatTemplate:
         return f"{place}\n" * n_images + text
 
     def _takes_parts(self, image_token: str) -> bool:
-        """Tell whether the template takes parts, images and text; a processor's does, a tokenizer's takes text."""
+        """Whether the template takes images and text as parts; a processor's does, a tokenizer's takes text."""
         turn = (f"{_OPEN}0{_CLOSE}", f"{_OPEN}1{_CLOSE}")
         self._in_parts = True
         try:

@@ -1,4 +1,4 @@
-"""How conversational models of each family read images: as data, and a function or two."""
+"""How conversational models of each family read images."""
 
 from __future__ import annotations
 
@@ -58,13 +58,13 @@ def _llava_size(images: ImageInputs, config: PreTrainedConfig, image_size: int) 
     edge = config.vision_config.image_size
     if image_size != edge:
         raise FastLNError(
-            f"image size {image_size}: LLaVA reads images of {edge} x {edge} pixels alone, whose patches are as many "
-            "tokens as its language model knows an image by; leave the image size out"
+            f"image size {image_size}: this LLaVA reads only images of {edge} x {edge} pixels, whose patches give as "
+            "many tokens as its language model expects; leave the image size out"
         )
 
 
 def _llava_tokens(config: PreTrainedConfig, shape: torch.Size) -> int:
-    # As many as the tower makes rows, of which the class token's may be cut off: asked of a tower without weights.
+    # One for each row of the tower's output, perhaps without the class token's; a tower without weights gives them.
     with torch.device("meta"):
         tower = AutoModel.from_config(copy.deepcopy(config.vision_config))
         rows = tower(torch.empty(shape)).last_hidden_state.shape[1]
@@ -99,7 +99,7 @@ def _qwen_images(source: str | None, config: PreTrainedConfig, dtype: torch.dtyp
 
 def _qwen_size(images: ImageInputs, config: PreTrainedConfig, image_size: int) -> None:
     check_size(image_size, config.vision_config.patch_size * config.vision_config.spatial_merge_size)
-    # Under these names the processor has the least and the most pixels of an image.
+    # The processor's names for the least and the most pixels of an image.
     least, most = min(images.processor.size["shortest_edge"], image_size**2), image_size**2
     images.processor.size = {"shortest_edge": least, "longest_edge": most}
 
@@ -126,4 +126,4 @@ CHAT_VISION = {
         marks_tokens=True,
     ),
 }
-"""By the configuration's model_type."""
+"""The families, by the configuration's model_type."""

@@ -73,7 +73,7 @@ class FusionHead(nn.Module):
 
 
 class DualEncoder(PreTrainedModel):
-    """A vision encoder and a text encoder whose pooled features a fusion head classifies over an answer vocabulary."""
+    """A vision encoder, a text encoder, and a fusion head that chooses an answer by their pooled features."""
 
     config: DualEncoderConfig
     config_class = DualEncoderConfig
@@ -172,7 +172,7 @@ class DualEncoder(PreTrainedModel):
             attention_mask: (batch, n_tokens), 1 for tokens and 0 for padding.
             image_index: (batch,), each question's row in `pixel_values`, so that questions on one image share its
                 vision pass; by default there is one image per question.
-            labels: (batch,), indices into `config.answers`; -100 for an answer that is not in the vocabulary.
+            labels: (batch,), indices into `config.answers`; `UNKNOWN` for an answer that is not in the vocabulary.
             interpolate_pos_encoding: whether to ask the vision encoder, which must take this, to interpolate its
                 positions for images of another size than its own.
             **kwargs: what a trainer adds (for example `num_items_in_batch`); not used.
@@ -220,7 +220,7 @@ def answer_loss(logits: Tensor, labels: Tensor) -> Tensor:
 
 
 def _standardised(features: Tensor) -> Tensor:
-    # The towers' scales differ by an order of magnitude; without this the head hears the louder one.
+    # The towers' scales differ by an order of magnitude; without this the larger one decides.
     return nn.functional.layer_norm(features, features.shape[-1:])
 
 

@@ -9,11 +9,11 @@ import torch
 from transformers import AutoConfig, AutoModel, AutoTokenizer, BertConfig, PreTrainedModel, ViTConfig
 
 from fastln.data.answers import UNKNOWN, AnswerVocabulary
-from fastln.errors import FastLNError
+from fastln.errors import FastLNError, loading
 from fastln.models.dual_encoder import DualEncoder, DualEncoderConfig
 from fastln.models.image_size import check_reads, position_arguments
 from fastln.models.images import ImagePixels
-from fastln.models.sources import check_source, loading, refuse_missing
+from fastln.models.sources import check_source, refuse_missing
 from fastln.models.task import VQATask
 from fastln.models.tokens import word_tokenizer
 
@@ -49,11 +49,11 @@ class DualEncoderTask(VQATask):
 
     @property
     def positions(self) -> dict[str, bool]:
-        """What the vision encoder must be told about its positions."""
+        """The arguments by which the vision encoder interpolates its positions."""
         return position_arguments(self.model.vision, self.images.image_size)
 
     def cut_off(self, samples: list[Sample]) -> dict[str, tuple[list[int], int]]:
-        """Return the lengths of questions, and how much of them is read."""
+        """Return the lengths of questions, and how many tokens of each are read."""
         return {"questions": self.question_lengths(samples)}
 
     def answers(self, batch: dict[str, Any]) -> list[str]:
@@ -126,7 +126,7 @@ def from_towers(
     text_model, _ = _tower(text, "text_config", dtype)
     with loading(text):
         tokenizer = AutoTokenizer.from_pretrained(text)
-    # Copies, for a model under construction clears the attention implementation of its sub-configurations.
+    # Copies, because a model under construction clears the attention implementation of its sub-configurations.
     config = DualEncoderConfig(
         vision_config=copy.deepcopy(vision_model.config),
         text_config=copy.deepcopy(text_model.config),
@@ -146,7 +146,7 @@ def from_towers(
 
 
 def from_saved(directory: str, train_data: VQADataset, dtype: torch.dtype, image_size: int | None) -> DualEncoderTask:
-    """Load a dual encoder that `VQATask.save` wrote; its head is trained, so it starts random no more.
+    """Load a dual encoder that `VQATask.save` wrote; its head is trained and no longer starts random.
 
     Raises:
         FastLNError: if something is missing, or the model can say none of the data's answers.

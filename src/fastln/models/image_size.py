@@ -1,4 +1,4 @@
-"""Images of another size than a vision encoder's own: which it can take, and what its forward must be told then.
+"""Images of another size than a vision encoder's own: which sizes it takes, and with which arguments.
 
 No weight changes: where an encoder has a learned position for each patch of its own size, transformers interpolates
 them (bicubic) in every forward that asks for it. So an adapter has the same base whatever the images' size.
@@ -30,8 +30,8 @@ def check_size(image_size: int, patch: int) -> None:
         below = image_size // patch * patch
         nearest = f"{below} or {below + patch}" if below > 0 else str(patch)
         raise FastLNError(
-            f"image size {image_size}: it must be a multiple of {patch}, for images are cut into patches of {patch} x "
-            f"{patch} pixels; the nearest: {nearest}"
+            f"image size {image_size}: it must be a multiple of {patch}, because images are cut into patches of "
+            f"{patch} x {patch} pixels; the nearest: {nearest}"
         )
 
 
@@ -53,20 +53,20 @@ def check_reads(encoder: PreTrainedModel, image_size: int) -> None:
     """
     try:
         with torch.device("meta"):
-            # A copy, for a model under construction clears the attention implementation of its sub-configurations.
+            # A copy, because a model under construction clears the attention implementation of its sub-configurations.
             tried = type(encoder)(copy.deepcopy(encoder.config))
             tried(pixel_values=torch.empty(1, 3, image_size, image_size), **position_arguments(encoder, image_size))
-    # Each code finds out in a way of its own: a check, a view, a sum of tensors that do not go together.
+    # Encoders fail in different ways: by a check, a view, or a sum of tensors whose shapes do not fit.
     except (ValueError, RuntimeError, TypeError) as error:
         reason = str(error).partition("\n")[0]
         raise FastLNError(
-            f"image size {image_size}: {type(encoder).__name__} takes images of its own size alone, for transformers "
-            f"does not interpolate its positions ({reason}); leave the image size out"
+            f"image size {image_size}: {type(encoder).__name__} takes only images of its own size, because "
+            f"transformers does not interpolate its positions ({reason}); leave the image size out"
         ) from error
 
 
 def position_arguments(encoder: PreTrainedModel, image_size: int) -> dict[str, bool]:
-    """Return what the forward of a vision encoder must be told about its positions at this size of images.
+    """Return the arguments about positions that a vision encoder's forward needs at this size of images.
 
     That is nothing at its own size, and for encoders that interpolate by themselves (DINOv2) or have no positions of a
     size (DINOv3).
@@ -80,5 +80,5 @@ def _is_own(config: PreTrainedConfig, image_size: int) -> bool:
 
 
 def _edges(size: Any) -> tuple[Any, ...]:
-    """Height and width, which some configurations give apart."""
+    """Height and width, which some configurations give as two numbers."""
     return tuple(size) if isinstance(size, list | tuple) else (size,)

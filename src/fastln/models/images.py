@@ -1,4 +1,4 @@
-"""From a dataset's images to what models read, each decoded once while it fits in memory."""
+"""From a dataset's images to what models read; each is decoded once while all fit in memory."""
 
 from __future__ import annotations
 
@@ -9,9 +9,8 @@ import torch
 from torch import Tensor
 from transformers import AutoImageProcessor, PreTrainedConfig, ViTImageProcessorPil
 
-from fastln.errors import FastLNError
+from fastln.errors import FastLNError, loading
 from fastln.models.image_size import check_size_for
-from fastln.models.sources import loading
 
 if TYPE_CHECKING:
     from fastln.data import VQADataset
@@ -64,12 +63,12 @@ class ImageInputs:
         return torch.Size((n_patches, 3 * processor.temporal_patch_size * processor.patch_size**2))
 
     def __str__(self) -> str:
-        """How large images are when the model gets them; here a processor's that says how many pixels they may have."""
+        """The size of images when the model gets them; here the processor's limits on their pixels."""
         return f"{self.processor.size['shortest_edge']:,} to {self.processor.size['longest_edge']:,} pixels each"
 
 
 class ImagePixels(ImageInputs):
-    """Resizes and normalises images as a vision encoder of one image size wants them.
+    """Resizes and normalises images for a vision encoder of one image size.
 
     Every image is resized to the whole of a square: radiographs carry their findings at the edges too, so nothing is
     cropped away.
@@ -124,11 +123,11 @@ class ImagePixels(ImageInputs):
         return self.inputs(dataset, key)["pixel_values"][0]
 
     def shape(self, stat: ImageStat | None = None) -> torch.Size:
-        """Return the shape of an image's `pixel_values`, which all have."""
+        """Return the shape of an image's `pixel_values`; all images have the same."""
         return torch.Size((1, 3, self.image_size, self.image_size))
 
     def __str__(self) -> str:
-        """How large images are when the model gets them."""
+        """The size of images when the model gets them."""
         return f"{self.image_size} x {self.image_size} pixels"
 
 

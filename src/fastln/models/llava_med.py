@@ -45,12 +45,12 @@ _NAMES = {
     r"^model\.mm_projector\.2\.": "model.multi_modal_projector.linear_2.",
     r"^model\.(?=embed_tokens|layers|norm)": "model.language_model.",
 }
-# What LLaVA's code can do beyond this one, and transformers' model cannot.
+# Settings of LLaVA's code that transformers' model does not have, with the values that it takes.
 _ONLY = {"mm_projector_type": ("mlp2x_gelu",), "mm_use_im_start_end": (False, None)}
 
 
 def is_llava_med(source: str) -> bool:
-    """Tell whether a directory or hub name holds a checkpoint of LLaVA-Med's own form."""
+    """Whether a directory or hub name holds a checkpoint of LLaVA-Med's own form."""
     return PreTrainedConfig.get_config_dict(source)[0].get("model_type") == MODEL_TYPE
 
 
@@ -72,7 +72,7 @@ def load(
     found, _ = PreTrainedConfig.get_config_dict(source)
     for name, values in _ONLY.items():
         if found.get(name) not in values:
-            raise FastLNError(f"{source}: {name} is {found.get(name)!r}; transformers' LLaVA has {values[0]!r} alone")
+            raise FastLNError(f"{source}: {name} is {found.get(name)!r}; transformers' LLaVA takes only {values[0]!r}")
     model, report = LlavaForConditionalGeneration.from_pretrained(
         source,
         config=_config(source, found),

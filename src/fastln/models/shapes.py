@@ -1,4 +1,4 @@
-"""Models of usual sizes with random weights, each with a random batch of a chosen shape: to be timed, not to learn.
+"""Models of usual sizes with random weights, each with a random batch of a chosen shape: for timing, not learning.
 
 A shape is written CLASS:BATCHxSIZE, for example `BertForMaskedLM:8x128` (sequences of 128 tokens) or
 `ViTForImageClassification:8x224` (images of 224² pixels); CLASS:BATCHxSIZE:LAYERS has another depth than the usual.
@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 
 from fastln.errors import FastLNError
 from fastln.models.task import Task
+from fastln.ops.linear_cross_entropy import IGNORE_INDEX
 
 QUESTION_TOKENS = 16  # of BLIP-VQA
 ANSWER_TOKENS = 8  # of a causal language model, whose other tokens carry no label, and of BLIP-VQA
@@ -52,7 +53,7 @@ class Family:
 
 @dataclass(frozen=True)
 class Shape:
-    """A model and a batch for it, still to be made: what `parse_shape` reads out of a specification."""
+    """What to make a model and a batch for it from: what `parse_shape` reads from a specification."""
 
     family: str
     batch_size: int
@@ -105,7 +106,7 @@ def text_family(
         ids = torch.randint(3, vocabulary, (n, n_tokens))
         place = torch.arange(n_tokens)
         labelled = place % 20 < 3 if masked else place >= n_tokens - ANSWER_TOKENS
-        return {"input_ids": ids, "labels": torch.where(labelled, ids, -100)}
+        return {"input_ids": ids, "labels": torch.where(labelled, ids, IGNORE_INDEX)}
 
     return Family(n_layers, sizes.get("hidden_size") or sizes["n_embd"], lambda n_tokens: n_tokens, make, batch)
 
@@ -176,7 +177,7 @@ published with."""
 
 
 def is_shape(spec: str) -> bool:
-    """Whether `spec` is meant as a shape."""
+    """Whether `spec` has the form of a shape."""
     return spec.partition(":")[0] in FAMILIES or bool(_SHAPE.fullmatch(spec))
 
 

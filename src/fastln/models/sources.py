@@ -1,12 +1,12 @@
-"""Where models come from: directories, configuration files and hub names, and what to say when there is nothing."""
+"""Where models come from: directories, configuration files and hub names."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from pathlib import Path
 
 from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase, ProcessorMixin
+from transformers.utils.hub import cached_file
 
 from fastln.errors import FastLNError
 
@@ -59,26 +59,22 @@ def bare_configuration(source: str) -> Path | None:
     return config if path.is_dir() and config.is_file() and not has_weights else None
 
 
-@contextmanager
-def loading(source: str) -> Iterator[None]:
-    """Turn whatever transformers raises while loading `source` into one sentence that names it."""
-    try:
-        yield
-    except FastLNError:
-        raise
-    # Broken files and configurations surface as errors of many kinds, from safetensors' own to a plain TypeError.
-    except Exception as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        hint = "" if Path(source).exists() else " (no such directory here, and the hub does not give it)"
-        raise FastLNError(f"{source}: cannot be loaded{hint}: {reason}") from error
+def file_of(source: str, name: str) -> Path | None:
+    """Return where a file of a model lies; None where the directory or the hub's repository has no such file.
+
+    Raises:
+        OSError: if the hub refuses to answer.
+    """
+    found = cached_file(source, name, _raise_exceptions_for_missing_entries=False)
+    return None if found is None else Path(found)
 
 
 def load_tokenizer(source: str, config: PreTrainedConfig | None = None) -> PreTrainedTokenizerBase:
-    """Load a tokenizer, with the processor's chat template where there is one: it may stand in a file of its own.
+    """Load a tokenizer, with the processor's chat template, where there is one.
 
     Args:
         source: a directory or hub name.
-        config: of the model, where that beside the tokenizer is none of transformers'.
+        config: of the model, where the one beside the tokenizer is not transformers' own.
     """
     tokenizer = AutoTokenizer.from_pretrained(source, config=config)
     processor, _ = ProcessorMixin.get_processor_dict(source)

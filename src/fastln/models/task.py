@@ -1,4 +1,4 @@
-"""A model to put methods on, and one together with what it takes to ask it questions about images."""
+"""Tasks: a model that methods can be put on, and one with all that visual question answering takes."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class Task:
         self.random_head = random_head
 
     def head_under(self, method: str) -> tuple[str, ...]:
-        """Name the head's modules that train as one, at its rate: those that start random; under `head` all of it."""
+        """Return the names of the head's modules that train, at its rate: those that start random; under `head` all."""
         return self.head if method == "head" else self.random_head
 
     @property
@@ -64,8 +64,8 @@ class VQATask(Task, ABC):
         vision: name of the vision tower whose last hidden states the model reads, so that they can be cached; the
             whole model's, empty, where there is none.
         takes: which of the data's demands (`fastln.data.demands`) it can meet.
-        does: what it does instead of others, for messages.
-        shares_images: whether samples of one image share its vision pass in a batch, so that they had better be in one.
+        does: what it can do, for messages about data that it cannot take.
+        shares_images: whether samples of one image share its vision pass in a batch, and so belong in one batch.
     """
 
     vision: str = ""
@@ -88,11 +88,11 @@ class VQATask(Task, ABC):
 
     @property
     def vision_tower(self) -> nn.Module:
-        """The module that makes features of pixel values."""
+        """The module that turns pixel values into features."""
         return self.model.get_submodule(self.vision)
 
     def check_data(self, dataset: VQADataset) -> None:
-        """Check that the model can use what the samples hold, and warn of texts that it will not use to their end.
+        """Check that the model can use what the samples hold, and warn of texts that it cuts off.
 
         Raises:
             FastLNError: if they hold images, several of them, none, reports or conversations, and the model has no
@@ -110,13 +110,13 @@ class VQATask(Task, ABC):
                 )
 
     def cut_off(self, samples: list[Sample]) -> dict[str, tuple[list[int], int]]:
-        """Return how many tokens each sample's texts have, and how many of them stay; nothing where all do."""
+        """Return how many tokens each sample's texts have, and how many the model keeps; nothing where it keeps all."""
         return {}
 
     def batches(
         self, dataset: VQADataset, batch_size: int, *, seed: int, questions_per_image: int, drop_last: bool = False
     ) -> GroupedBatches:
-        """Return a dataset's batches, of which each costs little: see `GroupedBatches`.
+        """Return a dataset's batches, grouped so that each costs little: see `GroupedBatches`.
 
         A model that shares vision passes gets up to `questions_per_image` of an image together; any other gets texts of
         like length, since they are padded to the longest.
@@ -132,21 +132,21 @@ class VQATask(Task, ABC):
 
     @abstractmethod
     def collate(self, samples: list[Sample], dataset: VQADataset) -> dict[str, Any]:
-        """Make the model's keyword arguments, labels included, of some samples of one dataset."""
+        """Make the model's keyword arguments, labels included, from some samples of one dataset."""
 
     @abstractmethod
     def answers(self, batch: dict[str, Any]) -> list[str]:
         """Return the model's answer to each question of a batch made by `collate`."""
 
     def save(self, directory: Path) -> None:
-        """Write model, tokenizer and image preprocessing, so that `load_task(directory)` gives them again."""
+        """Write model, tokenizer and image preprocessing, so that `load_task(directory)` loads them again."""
         self.model.save_pretrained(directory)
         self.tokenizer.save_pretrained(directory)
         if self.images is not None:
             self.images.processor.save_pretrained(directory)
 
     def question_lengths(self, samples: list[Sample]) -> tuple[list[int], int]:
-        """Return how many tokens the questions have, and how many of them `tokenize` leaves."""
+        """Return how many tokens each question has, and the most that `tokenize` keeps."""
         ids = self.tokenizer([sample.question for sample in samples], verbose=False)["input_ids"]
         return [len(row) for row in ids], MAX_QUESTION_TOKENS
 

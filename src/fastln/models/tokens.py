@@ -73,7 +73,7 @@ def _word_level(
     vocab = {token: index for token, index in special.items() if index is not None}
     if outside := [token for token, index in vocab.items() if not 0 <= index < vocab_size]:
         raise FastLNError(
-            f"the configuration gives {outside[0]} the id {vocab[outside[0]]}, and has a vocabulary of {vocab_size} ids"
+            f"the configuration gives {outside[0]} the id {vocab[outside[0]]}, but its vocabulary has {vocab_size} ids"
         )
     used = set(vocab.values()) | set(taken)
     free = (index for index in range(vocab_size) if index not in used)

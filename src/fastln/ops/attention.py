@@ -10,15 +10,14 @@ Decided here, and only here: which gradients are computed (those that an input a
 
 The mask is kept as it was given, and there is none of dropout: its seed, eight bytes, draws the same numbers again.
 
-On CPU tensors fastln's compiled kernels serve. Where they cannot be had plain PyTorch serves training with dropout, in
-blocks, so that nothing of the size of the scores is kept; everything else (other devices, float64, masks that want a
-gradient, torch.func's transforms) goes to torch's own `scaled_dot_product_attention`.
-
-As in `fastln.ops.norm`, the operator `fastln::attention` is called where something must see it, and in plain eager mode
-the way goes past the dispatcher to the same functions.
+On CPU tensors fastln's compiled kernels compute. Without them, or where the settings ask for the reference, plain
+PyTorch computes training with dropout, in blocks, so that nothing of the size of the scores is kept. Everything else
+(other devices, float64, masks that want a gradient, torch.func's transforms) goes to torch's own
+`scaled_dot_product_attention`.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
+from types import ModuleType
 from typing import Any, NamedTuple
 
 import torch
@@ -26,20 +25,47 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fastln.errors import FastLNError
-from fastln.ops.dispatch import define, is_transformed, needs_operator, wants_gradient
+from fastln.ops.backends import resolve
+from fastln.ops.dispatch import Ways, call, define, is_transformed, wants_gradient
+from fastln.ops.settings import DEFAULT, SCHEMA, OpSettings
 from fastln_kernels import reference_attention
-from fastln_kernels.cpu import native_attention, products
+from fastln_kernels.cpu import native_attention
 from fastln_kernels.cpu.library import DTYPES
+from fastln_kernels.reference import arithmetic_dtype
+from fastln_kernels.reference_attention import AttentionBackward, AttentionForward, AttentionGradients
 
 _FEW_QUERIES = 16
 
 
-class _Settings(NamedTuple):
-    """What is not a tensor: arguments of the operator, in its order."""
+class _Arguments(NamedTuple):
+    """What attention takes beside its tensors.
+
+    Attributes:
+        scale: Factor on the scores.
+        causal: Whether query i sees keys 0..i only.
+        dropout: Probability of dropping an attention weight.
+        settings: How it runs.
+    """
 
     scale: float
     causal: bool
     dropout: float
+    settings: OpSettings
+
+    @staticmethod
+    def schema() -> str:
+        """How an operator's signature declares the scalars."""
+        return f"float scale, bool causal, float dropout, {SCHEMA}"
+
+    @property
+    def flat(self) -> tuple[Any, ...]:
+        """The same as scalars, in the operators' order."""
+        return self.scale, self.causal, self.dropout, *self.settings.flat
+
+    @classmethod
+    def of(cls, scale: float, causal: bool, dropout: float, *flat: str) -> "_Arguments":
+        """Return the arguments of which these are the `flat`."""
+        return cls(scale, causal, dropout, OpSettings.of(*flat))
 
 
 def attention(
@@ -51,6 +77,7 @@ def attention(
     causal: bool = False,
     mask: Tensor | None = None,
     dropout: float = 0.0,
+    settings: OpSettings = DEFAULT,
 ) -> Tensor:
     """Softmax attention, differentiable once in q, k, v (and, by torch's own, in an additive mask).
 
@@ -64,39 +91,53 @@ def attention(
         causal: Query i sees keys 0..i. Not together with a mask.
         mask: Boolean (True: attend) or additive, broadcastable to `(B, H, Sq, Sk)`.
         dropout: Probability of dropping an attention weight, from 0 to below 1; 0 outside of training.
+        settings: How it runs.
 
     Returns:
         `(B, H, Sq, Dv)`; on CPU laid out as `(B, Sq, H, Dv)`. A row without a key is 0, and sends no gradient back.
 
     Raises:
-        FastLNError: If the probability does not fit, or causal meets a mask.
+        FastLNError: If the probability does not fit, causal meets a mask, or the backend cannot run on the device of
+            `q`.
     """
     if not 0 <= dropout < 1:
         raise FastLNError(f"dropout is {dropout}; it must be from 0 to below 1")
     if causal and mask is not None:
         raise FastLNError("causal attention takes no mask: put what is causal into the mask")
-    if torch.is_autocast_enabled(q.device.type):
+    if not q.is_meta and torch.is_autocast_enabled(q.device.type):
         q, k, v = (_autocast(x) for x in (q, k, v))
-    if not has_own(q, k, v, mask=mask, dropout=dropout):
+    if not has_own(q, k, v, mask=mask, dropout=dropout, settings=settings):
         groups = q.ndim == 4 and q.shape[1] != k.shape[1]
         return F.scaled_dot_product_attention(q, k, v, mask, dropout, causal, scale=scale, enable_gqa=groups)
     seed = torch.randint(2**63 - 1, (1,), dtype=torch.int64) if dropout else None
-    settings = _Settings(q.shape[-1] ** -0.5 if scale is None else scale, causal, dropout)
-    tensors = (q, k, v, mask, seed)
-    if needs_operator(*tensors):
-        return torch.ops.fastln.attention(*tensors, *settings)[0]
-    if wants_gradient(q, k, v):
-        return _EagerAttention.apply(*tensors, settings)[0]
-    return _forward(*tensors, *settings)[0]
+    arguments = _Arguments(q.shape[-1] ** -0.5 if scale is None else scale, causal, dropout, settings)
+    out: Tensor = call(_WAYS, (q, k, v, mask, seed), arguments)[0]
+    return out
 
 
-def has_own(q: Tensor, k: Tensor, v: Tensor, *, mask: Tensor | None, dropout: float) -> bool:
+def has_own(
+    q: Tensor, k: Tensor, v: Tensor, *, mask: Tensor | None, dropout: float, settings: OpSettings = DEFAULT
+) -> bool:
     """Whether `attention` computes this itself rather than by torch's own attention.
 
-    A few queries in inference, a step of generation, are torch's: the kernels lay out all keys anew for them.
+    A few queries in inference, a step of generation, are torch's: the kernels lay out all keys anew for them. Meta
+    tensors go the way of CPU tensors.
+
+    Args:
+        q: As `attention` takes it.
+        k: Likewise.
+        v: Likewise.
+        mask: Likewise.
+        dropout: Likewise.
+        settings: Likewise.
+
+    Raises:
+        FastLNError: If the backend cannot run on the device of `q`.
     """
+    compiled = _has_kernels(q, settings)
     if not (
-        q.device.type == k.device.type == v.device.type == "cpu"
+        q.device.type == k.device.type == v.device.type
+        and q.device.type in ("cpu", "meta")
         and q.dtype == k.dtype == v.dtype
         and q.is_floating_point()
         and q.ndim == k.ndim == v.ndim == 4
@@ -106,102 +147,81 @@ def has_own(q: Tensor, k: Tensor, v: Tensor, *, mask: Tensor | None, dropout: fl
         and q.shape[3] == k.shape[3]
         and k.shape[1] > 0
         and q.shape[1] % k.shape[1] == 0
-        and (mask is None or (mask.device.type == "cpu" and not mask.requires_grad))
+        and (mask is None or (mask.device.type == q.device.type and not mask.requires_grad))
         and not is_transformed()
     ):
         return False
     trained = wants_gradient(q, k, v)
-    if _has_kernels(q):
+    if compiled:
         return trained or dropout > 0 or q.shape[2] > _FEW_QUERIES
     return trained and dropout > 0
 
 
-def _has_kernels(x: Tensor) -> bool:
+def _has_kernels(x: Tensor, settings: OpSettings) -> bool:
+    """Whether there are compiled kernels for tensors like `x`."""
+    has_library = _has_library(torch.device("cpu") if x.is_meta else x.device, settings)
     # torch refuses the products where oneDNN is switched off.
-    return x.dtype in DTYPES and bool(torch.backends.mkldnn.enabled) and _are_compiled()
+    return has_library and x.dtype in DTYPES and bool(torch.backends.mkldnn.enabled)
 
 
 @torch.compiler.assume_constant_result
-def _are_compiled() -> bool:
-    return products.why_not("attention") is None
+def _has_library(device: torch.device, settings: OpSettings) -> bool:
+    return resolve("attention", device, settings).module == "cpu.native_attention"
 
 
 def _autocast(x: Tensor) -> Tensor:
     return x.to(torch.get_autocast_dtype(x.device.type)) if x.is_floating_point() and x.dtype != torch.float64 else x
 
 
-def _implementation(x: Tensor) -> Any:
-    return native_attention if _has_kernels(x) else reference_attention
+def _kernels_for(x: Tensor, settings: OpSettings) -> ModuleType:
+    """Return the module with the functions of `fastln_kernels.reference_attention` that computes attention of `x`."""
+    return native_attention if _has_kernels(x, settings) else reference_attention
 
 
 def _forward(
-    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, seed: Tensor | None, *settings: Any
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, seed: Tensor | None, arguments: _Arguments
 ) -> tuple[Tensor, Tensor]:
-    chosen = _Settings(*settings)
-    return tuple(_implementation(q).attention_forward(q, k, v, mask=mask, seed=seed, **chosen._asdict()))
+    scale, causal, dropout, settings = arguments
+    request = AttentionForward(q, k, v, scale, causal, mask, dropout, seed)
+    out, lse = _kernels_for(q, settings).attention_forward(request)
+    return out, lse
 
 
-def _backward(
-    dout: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    out: Tensor | None,
-    lse: Tensor,
-    mask: Tensor | None,
-    seed: Tensor | None,
-    need_dq: bool,
-    need_dk: bool,
-    need_dv: bool,
-    *settings: Any,
-) -> list[Tensor]:
-    """Return the wanted gradients."""
-    gradients = _implementation(q).attention_backward(
-        dout,
-        q,
-        k,
-        v,
-        out,
-        lse,
-        mask=mask,
-        seed=seed,
-        need_dq=need_dq,
-        need_dk=need_dk,
-        need_dv=need_dv,
-        **_Settings(*settings)._asdict(),
-    )
-    return [gradient for gradient in gradients if gradient is not None]
+def _backward(request: AttentionBackward, arguments: _Arguments) -> AttentionGradients:
+    gradients: AttentionGradients = _kernels_for(request.forward.q, arguments.settings).attention_backward(request)
+    return gradients
 
 
-def _keep(ctx: Any, tensors: tuple[Any, ...], settings: _Settings, out: Tensor, lse: Tensor) -> None:
+def _keep(ctx: Any, tensors: tuple[Any, ...], arguments: _Arguments, out: Tensor, lse: Tensor) -> None:
     q, k, v, mask, seed = tensors
     need_scores = ctx.needs_input_grad[0] or ctx.needs_input_grad[1]
     # dv alone needs nothing of v but its shape, which k's and dout's say.
     ctx.save_for_backward(q, k, v if need_scores else None, out if need_scores else None, lse, mask, seed)
-    ctx.settings = settings
+    ctx.arguments = arguments
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(lse)
 
 
-def _gradients(ctx: Any, dout: Tensor | None, compute: Callable[..., Sequence[Tensor]]) -> tuple[Tensor | None, ...]:
+def _gradients(
+    ctx: Any, dout: Tensor | None, backward: Callable[[AttentionBackward, _Arguments], AttentionGradients]
+) -> AttentionGradients:
     if dout is None:
-        return None, None, None
+        return AttentionGradients(None, None, None)
     if torch.is_grad_enabled():
         raise FastLNError("attention is differentiable once: its backward cannot run with create_graph=True")
     q, k, v, out, lse, mask, seed = ctx.saved_tensors
-    wanted = ctx.needs_input_grad[:3]
     if v is None:
         v = k.new_empty(()).expand(*k.shape[:3], dout.shape[-1])
-    gradients = iter(compute(dout, q, k, v, out, lse, mask, seed, *wanted, *ctx.settings))
-    return tuple(next(gradients) if want else None for want in wanted)
+    scale, causal, dropout, _ = ctx.arguments
+    forward = AttentionForward(q, k, v, scale, causal, mask, dropout, seed)
+    return backward(AttentionBackward(forward, dout, out, lse, *ctx.needs_input_grad[:3]), ctx.arguments)
 
 
 class _EagerAttention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, *arguments: Any) -> tuple[Tensor, Tensor]:
-        *tensors, settings = arguments
-        out, lse = _forward(*tensors, *settings)
-        _keep(ctx, tuple(tensors), settings, out, lse)
+    def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, Tensor]:
+        out, lse = _forward(*inputs)
+        _keep(ctx, inputs[:5], inputs[5], out, lse)
         return out, lse
 
     @staticmethod
@@ -210,13 +230,41 @@ class _EagerAttention(torch.autograd.Function):
 
 
 def _fake_forward(
-    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, seed: Tensor | None, *settings: Any
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, seed: Tensor | None, arguments: _Arguments
 ) -> tuple[Tensor, Tensor]:
-    wide = torch.float64 if q.dtype == torch.float64 else torch.float32
-    return _like_tokens(q, v.shape[-1]), q.new_empty(q.shape[:3], dtype=wide)
+    return _like_tokens(q, v.shape[-1]), q.new_empty(q.shape[:3], dtype=arithmetic_dtype(q))
 
 
-def _fake_backward(
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    _keep(ctx, inputs[:5], _Arguments.of(*inputs[5:]), *output)
+
+
+def _operator_gradients(ctx: Any, dout: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
+    gradients = _gradients(ctx, dout, _backward_by_operator)
+    return *gradients, None, None, *(None for _ in ctx.arguments.flat)
+
+
+def _backward_by_operator(request: AttentionBackward, arguments: _Arguments) -> AttentionGradients:
+    """As `_backward`, for those who must see an operator."""
+    forward, dout, out, lse, *wanted = request
+    made = iter(
+        torch.ops.fastln.attention_backward(
+            dout,
+            forward.q,
+            forward.k,
+            forward.v,
+            out,
+            lse,
+            forward.mask,
+            forward.seed,
+            *wanted,
+            *arguments.flat,
+        )
+    )
+    return AttentionGradients(*[next(made) if want else None for want in wanted])
+
+
+def _operator_backward(
     dout: Tensor,
     q: Tensor,
     k: Tensor,
@@ -225,11 +273,18 @@ def _fake_backward(
     lse: Tensor,
     mask: Tensor | None,
     seed: Tensor | None,
-    need_dq: bool,
-    need_dk: bool,
-    need_dv: bool,
-    *settings: Any,
+    *wanted: Any,
 ) -> list[Tensor]:
+    """Return the wanted gradients; `wanted` is which they are and the arguments."""
+    *wants, arguments = wanted
+    scale, causal, dropout, _ = arguments
+    forward = AttentionForward(q, k, v, scale, causal, mask, dropout, seed)
+    gradients = _backward(AttentionBackward(forward, dout, out, lse, *wants), arguments)
+    return [gradient for gradient in gradients if gradient is not None]
+
+
+def _fake_backward(dout: Tensor, q: Tensor, k: Tensor, v: Tensor, *others: Any) -> list[Tensor]:
+    *_, need_dq, need_dk, need_dv, _ = others
     wanted = ((q, need_dq), (k, need_dk), (v, need_dv))
     return [_like_tokens(x, x.shape[-1]) for x, need in wanted if need]
 
@@ -240,27 +295,20 @@ def _like_tokens(x: Tensor, dim: int) -> Tensor:
     return x.new_empty(n_batches, n_tokens, n_heads, dim).transpose(1, 2)
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    _keep(ctx, inputs[:5], _Settings(*inputs[5:]), *output)
-
-
-def _operator_gradients(ctx: Any, dout: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
-    gradients = _gradients(ctx, dout, torch.ops.fastln.attention_backward)
-    return *gradients, None, None, *(None for _ in _Settings._fields)
-
-
-_SETTINGS = "float scale, bool causal, float dropout"
 define(
     "fastln::attention",
-    f"(Tensor q, Tensor k, Tensor v, Tensor? mask, Tensor? seed, {_SETTINGS}) -> (Tensor out, Tensor lse)",
+    f"(Tensor q, Tensor k, Tensor v, Tensor? mask, Tensor? seed, {_Arguments.schema()}) -> (Tensor out, Tensor lse)",
+    _Arguments,
     _forward,
     _fake_forward,
 )
 define(
     "fastln::attention_backward",
     "(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor? out, Tensor lse, Tensor? mask, Tensor? seed, bool need_dq, "
-    f"bool need_dk, bool need_dv, {_SETTINGS}) -> Tensor[]",
-    _backward,
+    f"bool need_dk, bool need_dv, {_Arguments.schema()}) -> Tensor[]",
+    _Arguments,
+    _operator_backward,
     _fake_backward,
 )
 torch.library.register_autograd("fastln::attention", _operator_gradients, setup_context=_setup_context)
+_WAYS = Ways(torch.ops.fastln.attention.default, _EagerAttention, _forward)

@@ -1,61 +1,93 @@
-"""Which backend an operation runs on, and why."""
+"""Which backend computes an operation, and why: the table that `fastln doctor` prints."""
+
+from __future__ import annotations
 
 import functools
 import importlib
 from dataclasses import dataclass
-from difflib import get_close_matches
+from types import ModuleType
+from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
 from fastln.errors import FastLNError
+from fastln.ops.settings import BACKENDS, OpSettings
 from fastln_kernels.cpu import library, products
 
-BACKENDS = ("auto", "triton", "cpu", "reference")
-"""What may be asked for; `auto` takes the best that the device has."""
+__all__ = ["BACKENDS", "OPERATIONS", "Choice", "implementation", "resolve"]
 
-_KERNELS = {
-    "triton": "fastln's Triton kernels",
-    "cpu": "fastln's compiled CPU kernels",
-    "reference": "plain PyTorch",
-}
 
-# What each operation has, best first: a backend that an operation lacks is passed over.
-_IMPLEMENTATIONS: dict[str, dict[str, str]] = {
-    "layer_norm": _KERNELS,
-    "rms_norm": _KERNELS,
-    "dropout_add_norm": _KERNELS,
-    "activation": _KERNELS,
-    "gated_activation": _KERNELS,
-    "dropout": _KERNELS,
+class _Kernels(NamedTuple):
+    """What a backend has for an operation.
+
+    Attributes:
+        module: Where its functions are, inside `fastln_kernels`.
+        words: What it is, for a user.
+        library: The compiled library (`fastln_kernels.cpu.library`) that it needs, if any.
+        without: What serves where there is no such library; None: the next backend does.
+    """
+
+    module: str
+    words: str
+    library: str | None = None
+    without: tuple[str, str] | None = None
+
+
+_TRITON, _CPU, _PLAIN = "fastln's Triton kernels", "fastln's compiled CPU kernels", "plain PyTorch"
+
+
+def _norm(without: tuple[str, str] | None = None) -> dict[str, _Kernels]:
+    return {
+        "triton": _Kernels("norm", _TRITON),
+        "cpu": _Kernels("cpu.native_norm", _CPU, "norm", without),
+        "reference": _Kernels("reference", _PLAIN),
+    }
+
+
+def _activation(without: tuple[str, str] | None = None) -> dict[str, _Kernels]:
+    return {
+        "triton": _Kernels("activation", _TRITON),
+        "cpu": _Kernels("cpu.native_activation", _CPU, "activation", without),
+        "reference": _Kernels("reference_activation", _PLAIN),
+    }
+
+
+# What each operation has, fastest first.
+_TABLE: dict[str, dict[str, _Kernels]] = {
+    "layer_norm": _norm(("cpu.torch_norm", "torch's fused CPU kernel")),
+    "rms_norm": _norm(),
+    "dropout_add_norm": _norm(),
+    "activation": _activation(
+        ("cpu.torch_activation", "torch's fused CPU kernels (plain PyTorch for quick_gelu)"),
+    ),
+    "gated_activation": _activation(),
+    "dropout": {
+        "triton": _Kernels("dropout", _TRITON),
+        "cpu": _Kernels("cpu.native_dropout", _CPU, "dropout"),
+        "reference": _Kernels("reference", _PLAIN),
+    },
     "attention": {
-        "cpu": "fastln's compiled CPU kernels, in blocks",
-        "reference": "torch's scaled_dot_product_attention",
+        "cpu": _Kernels(
+            "cpu.native_attention",
+            "fastln's compiled CPU kernels, in blocks",
+            "attention",
+            (
+                "reference_attention",
+                "torch's scaled_dot_product_attention (plain PyTorch, in blocks, for dropout in training)",
+            ),
+        ),
+        "reference": _Kernels("reference_attention", "torch's scaled_dot_product_attention"),
     },
     "linear": {
-        "cpu": "fastln's compiled CPU kernels, which lay weights out block by block",
-        "reference": "torch's linear",
+        "cpu": _Kernels(
+            "cpu.native_linear", "fastln's compiled CPU kernels, which lay weights out block by block", "linear"
+        ),
+        "reference": _Kernels("reference", "torch's linear"),
     },
 }
 
-# The library (`fastln_kernels.cpu.library`) that the cpu backend of an operation is made of, and what stands in for it.
-_LIBRARIES = {
-    "layer_norm": "norm",
-    "rms_norm": "norm",
-    "dropout_add_norm": "norm",
-    "activation": "activation",
-    "gated_activation": "activation",
-    "dropout": "dropout",
-    "attention": "attention",
-    "linear": "linear",
-}
-_MADE_OF_PRODUCTS = ("attention", "linear")
-_WITHOUT_LIBRARY = {
-    "layer_norm": "torch's fused CPU kernel",
-    "activation": "torch's fused CPU kernels (plain PyTorch for quick_gelu)",
-    "attention": "torch's scaled_dot_product_attention (in training with dropout plain PyTorch, in blocks)",
-}
-
-OPERATIONS = tuple(_IMPLEMENTATIONS)
+OPERATIONS = tuple(_TABLE)
 """The operations that choose a backend."""
 
 _DEVICES = {"triton": ("cuda",), "cpu": ("cpu",)}  # where `auto` takes a backend; the reference runs everywhere
@@ -63,61 +95,98 @@ _DEVICES = {"triton": ("cuda",), "cpu": ("cpu",)}  # where `auto` takes a backen
 
 @dataclass(frozen=True, slots=True)
 class Choice:
-    """The backend that an operation runs on.
+    """The backend that computes an operation.
 
     Attributes:
         backend: A name from `BACKENDS`, never `auto`.
         reason: Why this one, in words for a user.
+        module: The module whose functions compute, inside `fastln_kernels`.
     """
 
     backend: str
     reason: str
+    module: str
 
 
 @functools.cache
-def resolve(op: str, device: torch.device, requested: str) -> Choice:
+def resolve(op: str, device: torch.device, settings: OpSettings) -> Choice:
     """Choose the backend of an operation.
 
-    A backend that is asked for by name but that the operation does not have is as good as `auto`, so that one name can
-    be asked for a whole model. `triton` runs on CPU tensors only under Triton's interpreter, for tests.
+    Where an operation does not have the backend that the settings name, `auto` decides: so one name serves for a whole
+    model. `triton` runs on CPU tensors only under Triton's interpreter, for tests.
 
     Args:
         op: A name from `OPERATIONS`.
         device: Where the operation's tensors are.
-        requested: A name from `BACKENDS`.
+        settings: Which backend is asked for.
 
     Raises:
-        FastLNError: If there is no such backend, or it cannot run on this device.
+        FastLNError: If the backend that is asked for cannot run on this device.
     """
-    if requested not in BACKENDS:
-        near = get_close_matches(requested, BACKENDS, n=1)
-        hint = f" (did you mean {near[0]!r}?)" if near else ""
-        raise FastLNError(f"unknown backend {requested!r}{hint}; valid backends: {', '.join(BACKENDS)}")
-    available, passed_over = dict(_IMPLEMENTATIONS[op]), []
-    if device.type == "cpu" and op in _LIBRARIES and requested in ("auto", "cpu"):
-        # Compiles it, at the first use on this machine.
-        why_not = products.why_not if op in _MADE_OF_PRODUCTS else library.why_not
-        reason = why_not(_LIBRARIES[op])
-        if reason and op in _WITHOUT_LIBRARY:
-            available["cpu"] = f"{_WITHOUT_LIBRARY[op]}, for want of compiled kernels ({reason})"
-        elif reason:
+    asked, available, passed_over = settings.backend, dict(_TABLE[op]), []
+    may_be_cpu = device.type == "cpu" and (asked == "cpu" or asked not in available)
+    reason = _no_library(available["cpu"]) if may_be_cpu else None  # the first use compiles the library
+    if reason is not None:
+        without = available["cpu"].without
+        if without is None:
             del available["cpu"]
             passed_over.append(f"no compiled CPU kernels: {reason}")
-    if requested in available:
-        obstacle = _obstacle(requested, device)
+        else:
+            module, words = without
+            available["cpu"] = _Kernels(
+                module, f"{words}, because fastln's compiled kernels cannot run here ({reason})"
+            )
+    if asked in available:
+        obstacle = _obstacle(asked, device)
         if obstacle:
-            raise FastLNError(f"backend {requested!r} cannot run {op} on device {device.type!r}: {obstacle}")
-        return Choice(requested, f"{available[requested]}, as asked for")
-    if requested != "auto":
-        passed_over.append(f"{op} has no {requested} backend")
-    for backend, what in available.items():
+            raise FastLNError(f"backend {asked!r} cannot run {op} on device {device.type!r}: {obstacle}")
+        return Choice(asked, f"{available[asked].words}, as asked for", available[asked].module)
+    if asked != "auto":
+        passed_over.append(f"{op} has no {asked} backend")
+    for backend, kernels in available.items():
         if device.type not in _DEVICES.get(backend, (device.type,)):
             continue
         obstacle = _obstacle(backend, device)
         if obstacle is None:
-            return Choice(backend, "; ".join((f"{what}, the best for device {device.type!r}", *passed_over)))
+            words = "; ".join((f"{kernels.words}, the fastest for device {device.type!r}", *passed_over))
+            return Choice(backend, words, kernels.module)
         passed_over.append(f"not {backend}: {obstacle}")
     raise AssertionError(f"{op} has no backend that runs everywhere")
+
+
+def implementation(op: str, x: Tensor, settings: OpSettings) -> ModuleType:
+    """Return the module whose functions compute an operation of `x`.
+
+    Triton's and the CPU's kernels compute in float32, so float64 tensors go to the reference.
+
+    Args:
+        op: A name from `OPERATIONS`.
+        x: The tensor whose device and dtype decide.
+        settings: Which backend is asked for.
+
+    Raises:
+        FastLNError: If the backend that is asked for cannot run on the device of `x`, or is Triton and `x` is float64.
+    """
+    choice = resolve(op, x.device, settings)
+    if x.dtype == torch.float64 and choice.backend != "reference":
+        if choice.backend == settings.backend == "triton":
+            raise FastLNError("backend 'triton' computes in float32; use 'auto' or 'reference' for float64 tensors")
+        return _module(_TABLE[op]["reference"].module)
+    return _module(choice.module)
+
+
+@functools.cache
+def _module(name: str) -> ModuleType:
+    # Triton may not exist: its kernels are imported only where they are wanted.
+    return importlib.import_module(f"fastln_kernels.{name}")
+
+
+def _no_library(kernels: _Kernels) -> str | None:
+    """Say why the compiled library that these kernels need cannot be had; None where it can."""
+    if kernels.library is None:
+        return None
+    why_not = products.why_not if kernels.library in products.LIBRARIES else library.why_not
+    return why_not(kernels.library)
 
 
 def _obstacle(backend: str, device: torch.device) -> str | None:

@@ -1,13 +1,22 @@
-"""Which way a call of an operation goes: past the dispatcher, through its operator, or through its definition."""
+"""Which way a call of an operation goes: past the dispatcher, through its operator, or through its definition.
+
+Under `torch.compile` and whatever else must see operators (fake tensors, tracing, dispatch modes) a call goes through
+the operator. In plain eager mode it goes past the dispatcher to the same functions, which costs a fraction of the time
+per call: an operator written in Python costs several times what a small LayerNorm takes. Under torch.func's transforms
+and forward-mode derivatives the definition runs, op by op: torch can transform that, but no operator of which it knows
+the reverse-mode gradient alone.
+"""
 
 import functools
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, Protocol, Self, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.overrides import handle_torch_function, has_torch_function
+
+from fastln.ops.settings import REFERENCE, OpSettings
 
 FunctionT = TypeVar("FunctionT", bound=Callable[..., Any])
 
@@ -24,6 +33,55 @@ def overridable(function: FunctionT) -> FunctionT:
     return call  # type: ignore[return-value]
 
 
+class Arguments(Protocol):
+    """What an operation takes beside its tensors: a named tuple whose last field is the settings."""
+
+    @staticmethod
+    def schema() -> str:
+        """How an operator's signature declares the scalars."""
+
+    @property
+    def flat(self) -> tuple[Any, ...]:
+        """The same as scalars, as the operator takes them."""
+
+    @classmethod
+    def of(cls, *flat: Any) -> Self:
+        """Return the arguments of which these are the `flat`."""
+
+    def _replace(self, *, settings: OpSettings) -> Self: ...
+
+
+class Ways(NamedTuple):
+    """The ways that a call of an operation can go.
+
+    Attributes:
+        operator: What compilers and tracers see; takes the tensors and `arguments.flat`.
+        function: The autograd function of eager mode; takes the tensors and the arguments.
+        plain: Computes without autograd; takes the tensors and the arguments.
+    """
+
+    operator: Callable[..., Any]
+    function: type[torch.autograd.Function]
+    plain: Callable[..., Any]
+
+
+def call(ways: Ways, tensors: tuple[Tensor | None, ...], arguments: Arguments) -> Any:
+    """Call an operation the way that fits what is at work around it.
+
+    Args:
+        ways: Of the operation.
+        tensors: Its tensors; None for those that it does without.
+        arguments: What it takes beside them.
+    """
+    if needs_operator(*tensors):
+        return ways.operator(*tensors, *arguments.flat)
+    if is_transformed():
+        return ways.plain(*tensors, arguments._replace(settings=REFERENCE))
+    if wants_gradient(*tensors):
+        return ways.function.apply(*tensors, arguments)
+    return ways.plain(*tensors, arguments)
+
+
 def needs_operator(*tensors: Tensor | None) -> bool:
     """Whether something must see the operator: a compiler, a tracer, a mode, a tensor that is more than numbers."""
     if torch.compiler.is_compiling() or torch._C._is_tracing() or torch._C._len_torch_dispatch_stack():
@@ -35,7 +93,7 @@ def needs_operator(*tensors: Tensor | None) -> bool:
 
 
 def is_transformed() -> bool:
-    """Whether torch.func's transforms or forward-mode derivatives are at work, which operators do not have."""
+    """Whether torch.func's transforms or forward-mode derivatives are at work; operators have neither."""
     if torch.compiler.is_compiling():
         return False
     return torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0
@@ -50,8 +108,27 @@ def wants_gradient(*tensors: Tensor | None) -> bool:
     return False
 
 
-def define(name: str, signature: str, function: Callable[..., Any], fake: Callable[..., Any]) -> None:
-    """Define an operator: through `torch.library` and not its `custom_op`, whose wrapper doubles the time of a call."""
+def define(
+    name: str, signature: str, arguments: type[Arguments], function: Callable[..., Any], fake: Callable[..., Any]
+) -> None:
+    """Define an operator, by `torch.library` rather than its `custom_op`, whose wrapper doubles the time of a call.
+
+    Args:
+        name: Of the operator, such as `fastln::norm`.
+        signature: What it takes and returns, as torch's schemas have it; the arguments come last, as in `schema`.
+        arguments: The class of the arguments; both functions take one of these in place of the scalars.
+        function: What computes it, on every device.
+        fake: What makes its results without their numbers.
+    """
     torch.library.define(name, signature, tags=torch.Tag.pt2_compliant_tag)
-    torch.library.impl(name, "default", function)
-    torch.library.register_fake(name, fake)
+    torch.library.impl(name, "default", _taking_scalars(function, arguments))
+    torch.library.register_fake(name, _taking_scalars(fake, arguments))
+
+
+def _taking_scalars(function: Callable[..., Any], arguments: type[Arguments]) -> Callable[..., Any]:
+    n_scalars = arguments.schema().count(",") + 1
+
+    def call(*given: Any) -> Any:
+        return function(*given[:-n_scalars], arguments.of(*given[-n_scalars:]))
+
+    return call

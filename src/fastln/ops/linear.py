@@ -15,12 +15,18 @@ from torch.nn import functional
 
 from fastln.ops.backends import resolve
 from fastln.ops.dispatch import is_transformed, needs_operator, overridable, wants_gradient
+from fastln.ops.settings import DEFAULT, OpSettings
 from fastln_kernels.cpu import native_linear
 
 
 @overridable
 def linear(
-    x: Tensor, weight: Tensor, bias: Tensor | None = None, *, transpose: bool = True, backend: str = "auto"
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    transpose: bool = True,
+    settings: OpSettings = DEFAULT,
 ) -> Tensor:
     """Compute `x weightᵀ + bias`, or `x weight + bias` without `transpose`; differentiable.
 
@@ -29,22 +35,22 @@ def linear(
         weight: `(n_cols, n_inner)`, as `torch.nn.Linear` has it, or `(n_inner, n_cols)` without `transpose`.
         bias: `(n_cols,)` or None.
         transpose: Whether the rows of `weight` belong to the columns of the result.
-        backend: A name from `fastln.ops.backends.BACKENDS`.
+        settings: How it runs.
 
     Returns:
         `(..., n_cols)`.
 
     Raises:
-        FastLNError: If the backend is unknown or cannot run on the device of `x`.
+        FastLNError: If the backend cannot run on the device of `x`.
     """
-    if _is_ours(x, weight, bias, backend):
+    if _is_ours(x, weight, bias, settings):
         rows = x.to(_compute_dtype(x))
         if native_linear.has_own(rows, weight, bias, transpose=transpose):
             return _linear(rows, weight, bias, transpose)
     return functional.linear(x, weight if transpose else weight.t(), bias)
 
 
-def _is_ours(x: Tensor, weight: Tensor, bias: Tensor | None, backend: str) -> bool:
+def _is_ours(x: Tensor, weight: Tensor, bias: Tensor | None, settings: OpSettings) -> bool:
     return (
         not needs_operator(x, weight, bias)
         and not is_transformed()
@@ -52,7 +58,7 @@ def _is_ours(x: Tensor, weight: Tensor, bias: Tensor | None, backend: str) -> bo
         and not x.is_nested
         and (x.dtype == weight.dtype or torch.is_autocast_enabled("cpu"))
         and not wants_gradient(weight, bias)
-        and resolve("linear", x.device, backend).backend == "cpu"
+        and resolve("linear", x.device, settings).backend == "cpu"
     )
 
 

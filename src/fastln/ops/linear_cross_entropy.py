@@ -23,6 +23,9 @@ from torch.nn import functional as F
 from fastln.errors import FastLNError
 from fastln_kernels import linear_cross_entropy as kernels
 
+IGNORE_INDEX = -100
+"""The label of a position without one: PyTorch's cross-entropy ignores it, and transformers' datasets write it."""
+
 _REDUCTIONS = ("mean", "sum", "none")
 
 
@@ -34,7 +37,7 @@ def linear_cross_entropy(
     *,
     scale: float = 1.0,
     softcap: float | None = None,
-    ignore_index: int = -100,
+    ignore_index: int = IGNORE_INDEX,
     label_smoothing: float = 0.0,
     reduction: str = "mean",
 ) -> Tensor:

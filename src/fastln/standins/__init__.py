@@ -1,1 +1,1 @@
-"""What recognised parts of a model become while it is prepared: one file per part."""
+"""Stand-ins: what replaces the recognised parts of a model while it is prepared. One file per part."""

@@ -1,84 +1,39 @@
-"""fastln's attention in transformers' models.
+"""fastln's attention in transformers models.
 
-Most families ask transformers' attention interface, which looks a function up by the name in the configuration, at
-every call. Importing this module adds the name "fastln" to the functions and, with the mask that sdpa gets, to the
-masks; `use_fast_attention` puts the name into the configurations of a model. Of the classes that compute attention
-themselves BLIP's have a stand-in here; the others (Falcon's) are left alone.
+Most families use transformers' attention interface: at every call it looks up a function by the name in the
+configuration. Importing this module registers the name "fastln" with the interface. To switch an attention module,
+fastln gives it a view of its configuration that differs only in that name. The configuration itself does not change,
+because other modules and other models may share it. So the model keeps making masks for sdpa.
+
+flash-attn, on CUDA, needs different masks. There every module of the model gets the view.
 """
 
-import inspect
-import sys
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable
+from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedConfig, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
-from transformers.models.blip.modeling_blip import BlipAttention
-from transformers.models.blip.modeling_blip_text import BlipTextSelfAttention
-from transformers.utils import is_flash_attn_2_available, output_capturing
-from transformers.utils.output_capturing import _active_collector
+from transformers.utils import TransformersKwargs, is_flash_attn_2_available
 
+from fastln.ops import OpSettings
 from fastln.ops.attention import attention, has_own
-from fastln.standins.modules import Part, stand_in, unwatched
+from fastln.ops.settings import DEFAULT
+
+logger = logging.getLogger(__name__)
 
 NAME = "fastln"
 FLASH_ATTENTION = "flash_attention_2"
 
-
-def use_fast_attention(model: nn.Module) -> list[PreTrainedConfig]:
-    """Send the attention of every sub-model that computes it by sdpa, or by itself, through the fastest way, in place.
-
-    That is fastln's own on CPU; on CUDA flash-attn, where it is installed and the model takes it, else sdpa. What was
-    set to "eager" by choice stays so. The choice is never saved: `save_pretrained` leaves the attention implementation
-    out of config.json.
-
-    Args:
-        model: A `PreTrainedModel`, or a module that contains some.
-
-    Returns:
-        The configurations changed, for `restore_attention`. Modules that became stand-ins are given back by
-        `fastln.standins.modules.stand_back`.
-    """
-    for module in model.modules():
-        if type(module) in _STAND_INS:
-            stand_in(module, _STAND_INS[type(module)])
-    models = [module for module in model.modules() if isinstance(module, PreTrainedModel)]
-    fixed = {id(module.config) for module in models if not _asks_interface(module)}
-    changed = []
-    for module in models:
-        config, name = module.config, _implementation(module)
-        if id(config) not in fixed and config._attn_implementation == "sdpa" and name != "sdpa":
-            config._attn_implementation_internal = name  # the public setter would reach into the sub-configurations
-            changed.append(config)
-    return changed
-
-
-def restore_attention(changed: list[PreTrainedConfig]) -> None:
-    """Give sdpa back to the configurations that `use_fast_attention` changed and nobody has changed since.
-
-    Args:
-        changed: What `use_fast_attention` returned.
-    """
-    for config in changed:
-        if config._attn_implementation in (NAME, FLASH_ATTENTION):
-            config._attn_implementation_internal = "sdpa"
-
-
-def _asks_interface(model: PreTrainedModel) -> bool:
-    """Whether the model's code takes its attention from the interface and nowhere depends on the name "sdpa"."""
-    if not model._can_set_attn_implementation():
-        return False
-    return '_attn_implementation == "sdpa"' not in inspect.getsource(sys.modules[type(model).__module__])
-
-
-def _implementation(model: PreTrainedModel) -> str:
-    if model.device.type == "cpu":
-        return NAME
-    half = model.dtype.itemsize == 2
-    if model.device.type == "cuda" and half and model._supports_flash_attn and is_flash_attn_2_available():
-        return FLASH_ATTENTION
-    return "sdpa"
+# Further arguments that do not change what sdpa computes: the mask already contains them, or they are meant for other
+# functions.
+_HARMLESS = {*TransformersKwargs.__annotations__, "sliding_window", "deterministic", "use_cache", "cache_position"}
+_told: set[str] = set()
 
 
 def fast_attention_forward(
@@ -92,112 +47,186 @@ def fast_attention_forward(
     is_causal: bool | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """What transformers calls in place of its own sdpa function, with the same arguments and the same result.
+    """Compute attention in place of transformers' sdpa function, with the same arguments and results.
 
     Args:
-        module: The attention module; its `is_causal` counts where the argument is None.
+        module: The attention module. Its `is_causal` applies if the argument is None.
         query: (B, H, Sq, D).
         key: (B, Hk, Sk, D).
         value: (B, Hk, Sk, D).
         attention_mask: Boolean or additive, broadcastable to (B, H, Sq, Sk), or None.
         dropout: Probability to drop an attention weight.
         scaling: Factor on the scores, 1/sqrt(D) by default.
-        is_causal: Whether query i sees keys 0..i only, when there is no mask.
-        kwargs: What else the module passes on. Position biases, paged caches and the like go to sdpa.
+        is_causal: Whether query i sees only keys 0..i, if there is no mask.
+        kwargs: Further arguments from the module. If one of them may change the result, sdpa computes it.
 
     Returns:
         The output (B, Sq, H, D), contiguous, and None for the attention weights.
     """
-    if _uses_more_than(kwargs) or not has_own(query, key, value, mask=attention_mask, dropout=dropout):
+    settings = getattr(module.config, "_fastln_settings", DEFAULT)
+    if _uses_more_than(kwargs) or not has_own(
+        query, key, value, mask=attention_mask, dropout=dropout, settings=settings
+    ):
         return sdpa_attention_forward(module, query, key, value, attention_mask, dropout, scaling, is_causal, **kwargs)
     if is_causal is None:
         is_causal = getattr(module, "is_causal", True)
     n_queries = query.shape[2]
     causal = is_causal and attention_mask is None and n_queries > 1
-    if causal:  # an empty static cache is longer than the queries
+    if causal:  # an empty static cache has more keys than there are queries
         key, value = key[:, :, :n_queries], value[:, :, :n_queries]
-    out = attention(query, key, value, scale=scaling, causal=causal, mask=attention_mask, dropout=dropout)
+    out = attention(
+        query, key, value, scale=scaling, causal=causal, mask=attention_mask, dropout=dropout, settings=settings
+    )
     return out.transpose(1, 2).contiguous(), None
 
 
 def _uses_more_than(kwargs: dict[str, Any]) -> bool:
-    """Whether a module passes on something that changes the result: sdpa knows it, or refuses it with its reason."""
-    return bool(kwargs.get("output_attentions")) or any(
-        kwargs.get(name) is not None for name in ("position_bias", "cache", "softcap")
-    )
+    """Whether a module passes an argument that may change the result. sdpa then handles or rejects it."""
+    unknown = [name for name, value in kwargs.items() if value is not None and name not in _HARMLESS]
+    for name in unknown:
+        if name not in _told:
+            _told.add(name)
+            logger.info("attention with argument %r runs on torch's kernels: fastln's kernels do not support it", name)
+    return bool(unknown) or bool(kwargs.get("output_attentions"))
 
 
 AttentionInterface.register(NAME, fast_attention_forward)
 AttentionMaskInterface.register(NAME, sdpa_mask)
 
 
-class _FastBlipAttention(BlipAttention):
-    """BLIP's vision attention: one projection for queries, keys and values."""
+@dataclass(frozen=True)
+class ViewSpec:
+    """How a view of a configuration differs from the configuration.
 
-    _fastln: Part
+    Attributes:
+        name: The name that replaces "sdpa" as the attention implementation.
+        inner: The inner configurations that get their own views, by key.
+    """
 
-    def forward(self, hidden_states: Tensor, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
-        """Return what the stock module does of `hidden_states` (B, S, D), no weights unless they are seen."""
-        if _weights_are_seen(self):
-            return super().forward(hidden_states, **kwargs)
-        qkv = self.qkv(hidden_states).unflatten(-1, (3, self.num_heads, self.head_dim))
-        q, k, v = (x.transpose(1, 2) for x in qkv.unbind(2))
-        out = attention(q, k, v, scale=self.scale, dropout=_probability(self.dropout))
-        return self.projection(out.transpose(1, 2).flatten(2)), None
+    name: str = "sdpa"
+    inner: tuple[tuple[str, ViewSpec], ...] = ()
 
 
-class _FastBlipTextSelfAttention(BlipTextSelfAttention):
-    """BLIP's text attention, over the tokens themselves or an encoder's; with a cache stock code serves."""
+class _View:
+    """A view of a configuration that changes the attention name. It shares all attributes with the original.
 
-    _fastln: Part
+    A write to one shows in the other. If the user later sets the name to something other than "sdpa", the view returns
+    that name.
+    """
 
-    def forward(
-        self,
-        hidden_states: Tensor,
-        attention_mask: Tensor | None = None,
-        encoder_hidden_states: Tensor | None = None,
-        encoder_attention_mask: Tensor | None = None,
-        past_key_values: Any = None,
-        **kwargs: Any,
-    ) -> tuple[Tensor, Tensor | None]:
-        """Return what the stock module does, no weights unless they are seen.
+    _fastln_original: PreTrainedConfig
+    _fastln_spec: ViewSpec
+    _fastln_settings: OpSettings
 
-        Args:
-            hidden_states: (B, Sq, D).
-            attention_mask: Additive, broadcastable to (B, H, Sq, Sk), over the tokens themselves.
-            encoder_hidden_states: (B, Sk, D), what keys and values are made of; None for the tokens themselves.
-            encoder_attention_mask: Likewise, over these.
-            past_key_values: Keys and values of earlier tokens.
-            kwargs: What else the model passes on.
-        """
-        if past_key_values is not None or _weights_are_seen(self):
-            return super().forward(
-                hidden_states, attention_mask, encoder_hidden_states, encoder_attention_mask, past_key_values, **kwargs
-            )
-        seen, mask = hidden_states, attention_mask
-        if encoder_hidden_states is not None:
-            seen, mask = encoder_hidden_states, encoder_attention_mask
-        q, k, v = (
-            projection(x).unflatten(-1, (-1, self.attention_head_size)).transpose(1, 2)
-            for projection, x in ((self.query, hidden_states), (self.key, seen), (self.value, seen))
-        )
-        out = attention(q, k, v, mask=mask, dropout=_probability(self.dropout))
-        return out.transpose(1, 2).flatten(2), None
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        """Do nothing. The configuration classes would otherwise turn each subclass into a dataclass."""
+
+    @property
+    def _attn_implementation(self) -> str | None:
+        name: str | None = self._fastln_original._attn_implementation
+        return self._fastln_spec.name if name == "sdpa" else name
+
+    @_attn_implementation.setter
+    def _attn_implementation(self, value: Any) -> None:
+        self._fastln_original._attn_implementation = value
+
+    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
+        return view_of, (self._fastln_original, self._fastln_spec, self._fastln_settings)
 
 
-_STAND_INS: dict[type[nn.Module], type[nn.Module]] = {
-    BlipAttention: _FastBlipAttention,
-    BlipTextSelfAttention: _FastBlipTextSelfAttention,
-}
+def view_of(config: PreTrainedConfig, spec: ViewSpec, settings: OpSettings = DEFAULT) -> PreTrainedConfig:
+    """Return a view of `config` in which the attention name "sdpa" is replaced.
+
+    Args:
+        config: The configuration. It does not change; the view shares its attributes.
+        spec: How the view differs.
+        settings: How fastln's operations run.
+    """
+    cls = type(config)
+    namespace: dict[str, Any] = {
+        "__module__": cls.__module__,
+        "__qualname__": cls.__qualname__,
+        "__doc__": cls.__doc__,
+        "_fastln_original": config,
+        "_fastln_spec": spec,
+        "_fastln_settings": settings,
+    }
+    for key, inner in spec.inner:
+        namespace[key] = _inner_view(key, view_of(vars(config)[key], inner, settings))
+    made: PreTrainedConfig = object.__new__(type(cls.__name__, (_View, cls), namespace))
+    made.__dict__ = config.__dict__
+    return made
 
 
-def _weights_are_seen(module: BlipAttention | BlipTextSelfAttention) -> bool:
-    """Whether `output_attentions=True` asks for attention weights, or a hook of somebody's would see them."""
-    asked = any(key.endswith("attentions") for key in _active_collector.get() or ())
-    # Of transformers' own hooks on the module, which stay once they were needed, the collector says all.
-    hooked = any(hook.__module__ != output_capturing.__name__ for hook in module._forward_hooks.values())
-    return asked or hooked or not unwatched(module.dropout)
+def _inner_view(key: str, view: Any) -> property:
+    def get(outer: Any) -> Any:
+        held = vars(outer)[key]
+        return view if held is view._fastln_original else held
+
+    def put(outer: Any, value: Any) -> None:
+        vars(outer)[key] = value
+
+    return property(get, put)
 
 
-def _probability(dropout: nn.Dropout) -> float:
-    return dropout.p if dropout.training else 0.0
+@dataclass
+class AttentionSwitch:
+    """Gives a module a view of its configuration, and can take it away again.
+
+    Attributes:
+        module: The module. Its attribute `config` holds the configuration.
+        original: The original configuration.
+    """
+
+    module: nn.Module
+    original: PreTrainedConfig
+
+    def put(self, spec: ViewSpec, settings: OpSettings) -> None:
+        """Give the module the view."""
+        self.module.config = view_of(self.original, spec, settings)
+
+    def remove(self) -> None:
+        """Give the module its own configuration back, unless someone has replaced the view since."""
+        held = vars(self.module).get("config")
+        if isinstance(held, _View) and held._fastln_original is self.original:
+            self.module.config = self.original
+
+
+def flash_views(model: nn.Module, kept: Iterable[str]) -> dict[str, ViewSpec]:
+    """Return the configuration views that switch a model on a GPU to flash-attn, by module name.
+
+    A model can use flash-attn if the package is installed, the model's dtype has 16 bits, its class supports it, and
+    its attention is sdpa. The model and the models around it make the masks, so all of them get views.
+
+    Args:
+        model: The model.
+        kept: Names of attention modules that must stay unchanged.
+    """
+    if not is_flash_attn_2_available():
+        return {}
+    fixed = {id(module.config) for name in kept if hasattr(module := model.get_submodule(name), "config")}
+    switched = {
+        id(part.config)
+        for part in model.modules()
+        if isinstance(part, PreTrainedModel)
+        and part.dtype.itemsize == 2
+        and part._supports_flash_attn
+        and part.config._attn_implementation == "sdpa"
+        and id(part.config) not in fixed
+    }
+    views = {}
+    for name, module in model.named_modules():
+        config = vars(module).get("config")
+        if isinstance(config, PreTrainedConfig) and (spec := _flash_spec(config, switched)) != ViewSpec():
+            views[name] = spec
+    return views
+
+
+def _flash_spec(config: PreTrainedConfig, switched: set[int]) -> ViewSpec:
+    inner = {key: _flash_spec(value, switched) for key, value in vars(config).items() if _is_config(value)}
+    name = FLASH_ATTENTION if id(config) in switched else "sdpa"
+    return ViewSpec(name, tuple((key, spec) for key, spec in inner.items() if spec != ViewSpec()))
+
+
+def _is_config(value: object) -> bool:
+    return isinstance(value, PreTrainedConfig)

@@ -1,28 +1,32 @@
-"""Which linear layers of a model fastln computes: the frozen ones, where it has the faster way."""
+"""Linear layers with a frozen weight, for devices where fastln is faster than torch."""
 
 from __future__ import annotations
 
-import torch
-from torch import nn
-from transformers.pytorch_utils import Conv1D as StockConv1D
+from torch import Tensor
 
-from fastln.ops.backends import resolve
-from fastln.standins.modules import Conv1D, Linear, stand_in
+from fastln import ops
+from fastln.standins.part import StandIn, form
 
 
-def use_fast_linears(model: nn.Module, backend: str, device: torch.device) -> None:
-    """Have fastln compute the linear layers of `model` whose weight does not train, in place.
+@form
+class Linear(StandIn):
+    """`torch.nn.Linear` with a frozen weight, computed by `fastln.ops.linear`."""
 
-    Args:
-        model: Any module.
-        backend: A name from `fastln.ops.backends.BACKENDS`.
-        device: Where the model is. Where fastln has no linear layers of its own, nothing changes.
-    """
-    if resolve("linear", device, backend).backend != "cpu":
-        return
-    for module in model.modules():
-        if type(module) in _STAND_INS and not module.weight.requires_grad:
-            stand_in(module, _STAND_INS[type(module)], backend)
+    weight: Tensor
+    bias: Tensor | None
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Return what the stock module returns for `input` (..., in_features)."""
+        return ops.linear(input, self.weight, self.bias, settings=self._fastln.settings)
 
 
-_STAND_INS: dict[type[nn.Module], type[nn.Module]] = {nn.Linear: Linear, StockConv1D: Conv1D}
+@form
+class Conv1D(StandIn):
+    """GPT-2's linear layer with a frozen weight (in_features, out_features), computed by `fastln.ops.linear`."""
+
+    weight: Tensor
+    bias: Tensor | None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return what the stock module returns for `x` (..., in_features)."""
+        return ops.linear(x, self.weight, self.bias, transpose=False, settings=self._fastln.settings)

@@ -1,44 +1,47 @@
-"""The language-model heads of a transformers model: the linear layers that turn hidden states into logits."""
+"""Language-model heads that compute only the logits that are read."""
 
-from torch import nn
-from transformers import PreTrainedModel
+from __future__ import annotations
 
-from fastln.standins.modules import LMHead, stand_in
+import torch
+from torch import Tensor, nn
+
+from fastln.late.logits import LazyLogits
+from fastln.late.when import may_be_late
+from fastln.standins.part import StandIn, form, unwatched
 
 
-def find_heads(model: nn.Module) -> dict[str, nn.Linear]:
-    """Return the language-model heads of `model` by name.
+@form
+class LMHead(StandIn):
+    """A language-model head that defers its logits in training. See `fastln.late.logits.LazyLogits`.
 
-    A head is what `get_output_embeddings` of the model, or of a model inside it, returns, where that is a
-    `torch.nn.Linear`; others (quantised, adapted, sharded ones) are left alone.
-
-    Args:
-        model: A `PreTrainedModel`, or a module that contains some.
+    Stock code computes the logits immediately in evaluation, without autograd, under `torch.compile` and other
+    transforms, and if the head has hooks. Hooks need to see the logits, and they may gather the weight before the call
+    and release it afterwards.
     """
-    heads = {id(head) for module in model.modules() if isinstance(module, PreTrainedModel) for head in _heads(module)}
-    return {name: module for name, module in model.named_modules() if id(module) in heads and type(module) is nn.Linear}
+
+    weight: Tensor
+    bias: Tensor | None
+    out_features: int
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Return the logits (..., out_features) of `input` (..., in_features)."""
+        if self._may_wait(input):
+            return LazyLogits.of(input, self.weight, self.bias)
+        return super().forward(input)
+
+    def _may_wait(self, input: Tensor) -> bool:
+        parameters = [self.weight] if self.bias is None else [self.weight, self.bias]
+        return (
+            self.training
+            and may_be_late(input)
+            and all(type(parameter) is nn.Parameter for parameter in parameters)
+            and any(t.requires_grad for t in (input, *parameters))
+            and self.out_features > 1
+            and _dtypes_fit({t.dtype for t in (input, *parameters)}, input.device.type)
+            and unwatched(self)
+        )
 
 
-def use_lazy_head(model: nn.Module) -> list[str]:
-    """Leave the logits of every language-model head of `model` uncomputed in training, in place.
-
-    Parameters, tied or not, and `state_dict()` stay as they are; `fastln.standins.modules.stand_back` undoes it.
-
-    Args:
-        model: A `PreTrainedModel`, or a module that contains some.
-
-    Returns:
-        The names of the heads.
-    """
-    heads = find_heads(model)
-    for head in heads.values():
-        stand_in(head, LMHead)
-    return list(heads)
-
-
-def _heads(model: PreTrainedModel) -> list[nn.Module]:
-    try:
-        head = model.get_output_embeddings()
-    except (AttributeError, NotImplementedError):
-        return []
-    return [] if head is None else [head]
+def _dtypes_fit(dtypes: set[torch.dtype], device: str) -> bool:
+    """Whether a linear layer accepts these dtypes. Autocast, if it is on, casts all of them to its own dtype."""
+    return torch.float64 not in dtypes if torch.is_autocast_enabled(device) else len(dtypes) == 1

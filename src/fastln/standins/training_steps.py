@@ -1,10 +1,11 @@
-"""What models do in a training step by default and norms do not need: a cache, checkpoints with reentry."""
+"""Defaults of transformers that norm tuning turns off in training: the key-value cache and reentrant checkpoints."""
 
 from __future__ import annotations
 
 import functools
 import inspect
 import logging
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -15,57 +16,108 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 logger = logging.getLogger(__name__)
 
-_CACHE = ("use_cache", "past_key_values")  # the arguments that decide about one
+_CACHE = ("use_cache", "past_key_values")  # the arguments that decide whether there is a cache
+_FUNCTION = "_gradient_checkpointing_func"
 
 
-def spare_training_steps(model: nn.Module) -> list[RemovableHandle]:
-    """Have every model in `model` make no cache, and checkpoint without reentry, in training.
+@dataclass
+class NoCache:
+    """Stops a model from making a key-value cache in training, where it would copy keys and values.
 
-    A cache of keys and values copies them. It is made in evaluation, without autograd (so by `generate`), and wherever
-    `use_cache=True` or a cache is passed.
-
-    Reentrant checkpoints drop the gradients of layers whose input wants none, as behind frozen embeddings. What
-    transformers does about that where there are token embeddings, to ask for gradients of these, is not needed without
-    reentry; it is undone, since it would have them computed, and BLIP's code cannot bear it.
-
-    Returns:
-        The handles that undo it.
+    The model still makes a cache in evaluation, without autograd (so in `generate`), and if the caller passes
+    `use_cache=True` or a cache.
     """
-    models = (module for module in model.modules() if isinstance(module, PreTrainedModel))
-    return [
-        module.register_forward_pre_hook(functools.partial(_before_forward, _n_before_cache(module)), with_kwargs=True)
-        for module in models
-    ]
+
+    model: PreTrainedModel
+    handle: RemovableHandle | None = None
+
+    def put(self) -> None:
+        """Register the hook."""
+        names = list(inspect.signature(self.model.forward).parameters)
+        if "use_cache" in names:
+            n_before = min(names.index(name) for name in _CACHE if name in names)
+            hook = functools.partial(_without_cache, n_before)
+            self.handle = self.model.register_forward_pre_hook(hook, with_kwargs=True)
+
+    def remove(self) -> None:
+        """Remove the hook."""
+        if self.handle is not None:
+            self.handle.remove()
 
 
-def _n_before_cache(model: PreTrainedModel) -> int:
-    """How many arguments may come by position before one that decides about a cache; -1 where none does."""
-    names = list(inspect.signature(model.forward).parameters)
-    return min(names.index(name) for name in _CACHE if name in names) if "use_cache" in names else -1
-
-
-def _before_forward(
-    n_before_cache: int, model: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, Any]
+def _without_cache(
+    n_before: int, model: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+    """Set `use_cache=False` in training, unless the caller decides about the cache.
+
+    `n_before` is the number of positional arguments before the first one that decides about the cache.
+    """
     if not model.training or not torch.is_grad_enabled():
         return None
-    if not torch.compiler.is_compiling():
-        _checkpoint_without_reentry(model)
-    if len(args) > n_before_cache or any(kwargs.get(name) is not None for name in _CACHE):
+    if len(args) > n_before or any(kwargs.get(name) is not None for name in _CACHE):
         return None
     return args, {**kwargs, "use_cache": False}
 
 
-def _checkpoint_without_reentry(model: PreTrainedModel) -> None:
-    layer = next((module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)), None)
-    if layer is None or not layer.gradient_checkpointing:
-        return
-    checkpoint = layer._gradient_checkpointing_func
-    if not isinstance(checkpoint, functools.partial):
-        return
-    if checkpoint.keywords.get("use_reentrant", True):
-        logger.info("checkpoints are without reentry now: reentrant ones give no gradient to layers behind frozen ones")
-        for module in model.modules():
-            if "_gradient_checkpointing_func" in vars(module):
-                vars(module)["_gradient_checkpointing_func"] = functools.partial(checkpoint, use_reentrant=False)
-    model.disable_input_require_grads()
+@dataclass
+class NoReentry:
+    """Makes a model's gradient checkpointing non-reentrant, whenever it is enabled.
+
+    Reentrant checkpoints drop the gradients of layers whose input needs none, as behind frozen embeddings. To avoid
+    this, transformers makes the outputs of token embeddings require gradients. Without reentry that is not needed. It
+    would compute extra gradients, and BLIP's code fails with it, so this class undoes it.
+
+    Attributes:
+        model: The model.
+        handle: The handle of the registered hook.
+        replaced: Modules with the checkpointing function that each had before.
+        asked: Whether transformers had made the token embeddings' outputs require gradients.
+    """
+
+    model: PreTrainedModel
+    handle: RemovableHandle | None = None
+    replaced: list[tuple[nn.Module, Any]] = field(default_factory=list)
+    asked: bool = False
+
+    def put(self) -> None:
+        """Register the hook."""
+        self.handle = self.model.register_forward_pre_hook(self._before_forward)
+
+    def remove(self) -> None:
+        """Restore the model's checkpointing functions and its hooks on the token embeddings."""
+        if self.handle is not None:
+            self.handle.remove()
+        for module, function in reversed(self.replaced):
+            current = vars(module).get(_FUNCTION)
+            if isinstance(current, _Checkpoint):
+                vars(module)[_FUNCTION] = function
+        if self.asked and not getattr(self.model, "_require_grads_hooks", None):
+            self.model.enable_input_require_grads()
+        self.replaced, self.asked = [], False
+
+    def _before_forward(self, model: PreTrainedModel, args: tuple[Any, ...]) -> None:
+        if not model.training or not torch.is_grad_enabled() or torch.compiler.is_compiling():
+            return
+        layer = next((module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)), None)
+        if layer is None or not layer.gradient_checkpointing:
+            return
+        function = getattr(layer, _FUNCTION)
+        if not isinstance(function, functools.partial):
+            return
+        if function.keywords.get("use_reentrant", True):
+            logger.info(
+                "gradient checkpointing runs without reentry: reentrant checkpoints send no gradient to layers behind "
+                "frozen ones (without=('checkpointing',) keeps reentrant checkpoints)"
+            )
+            without = _Checkpoint(function, use_reentrant=False)
+            for module in model.modules():
+                if _FUNCTION in vars(module):
+                    self.replaced.append((module, vars(module)[_FUNCTION]))
+                    vars(module)[_FUNCTION] = without
+        if getattr(model, "_require_grads_hooks", None):
+            self.asked = True
+            model.disable_input_require_grads()
+
+
+class _Checkpoint(functools.partial):
+    """A checkpointing function that fastln has put in place. The class identifies it."""

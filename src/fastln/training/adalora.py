@@ -1,4 +1,4 @@
-"""AdaLoRA's part in training: it must be told the number of steps and called after each of them."""
+"""AdaLoRA's part in training: it needs the number of steps, and a call after each of them."""
 
 from __future__ import annotations
 
@@ -15,26 +15,26 @@ _AVERAGES = ("exp_avg_ipt", "exp_avg_unc")
 
 
 class AdaLoRASteps(TrainerCallback):
-    """Has peft's AdaLoRA move its ranks after every step; nothing for other models."""
+    """Moves the ranks of peft's AdaLoRA after every step; does nothing for other models."""
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any
     ) -> None:
-        """Say over how many steps the ranks fall."""
+        """Tell AdaLoRA over how many steps its ranks fall."""
         if (tuner := _tuner(model)) is not None:
             tuner.rankallocator.set_total_step(state.max_steps)
 
     def on_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any
     ) -> None:
-        """Weigh the ranks by the gradients that this step had."""
-        # The last step takes ranks away by what those before it told; a single step has none before it.
+        """Weigh the ranks by this step's gradients, and move them."""
+        # The last step takes ranks away by the weights from the steps before it; a single step has none before it.
         if (tuner := _tuner(model)) is not None and state.max_steps > 1:
             tuner.update_and_allocate(state.global_step + 1)
 
 
 def save_importance(model: nn.Module, folder: Path) -> None:
-    """Write the running averages by which AdaLoRA weighs ranks; nothing for other models."""
+    """Write the running averages by which AdaLoRA weighs ranks; write nothing for other models."""
     if (tuner := _tuner(model)) is not None:
         averages = {
             f"{kind}/{name}": tensor
@@ -52,7 +52,7 @@ def load_importance(model: nn.Module, folder: Path) -> None:
     for key, tensor in load_file(folder / IMPORTANCE, device=str(device)).items():
         kind, _, name = key.partition("/")
         getattr(tuner.rankallocator, kind)[name] = tensor
-        # The third kind is made anew at every step; that there is one says that the averages are.
+        # The third kind is made anew at every step; peft takes its presence as a sign that the averages are there.
         tuner.rankallocator.ipt.setdefault(name, tensor)
 
 

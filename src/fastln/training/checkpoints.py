@@ -1,9 +1,9 @@
-"""Checkpoints on disk: written whole or not at all, and known to be whole when they are read.
+"""Checkpoints on disk: written whole or not at all, and checked for being whole when they are read.
 
 A checkpoint is written into a folder beside its place, under a name that nothing takes for a checkpoint, together with
-a list of its files and their sizes; everything is flushed to the disk and then renamed into place. So a process killed
-at any moment, or a disk that fills up, leaves every checkpoint that there was. One that lost bytes since (a copy
-interrupted, a file system gone bad) does not agree with its list.
+a list of its files and their sizes; everything is flushed to the disk, and then the folder is renamed. So a process
+that is killed at any moment, or a disk that fills up, leaves all earlier checkpoints as they were. If a checkpoint
+loses bytes later (an interrupted copy, a broken file system), it no longer agrees with its list.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from fastln.adapters import FINGERPRINT, fingerprint
 from fastln.errors import FastLNError
 from fastln.files import STAGING, flush
+from fastln.fingerprint import FINGERPRINT, difference, fingerprint
 
 logger = logging.getLogger(__name__)
 
@@ -43,7 +43,7 @@ def checkpoints_in(folder: Path) -> list[Path]:
 
 
 def what_is_wrong(checkpoint: Path) -> str | None:
-    """Say what a checkpoint lacks; None for a whole one."""
+    """Return what is wrong with a checkpoint; None if it is whole."""
     if not checkpoint.is_dir():
         return "there is no such folder"
     try:
@@ -60,10 +60,10 @@ def what_is_wrong(checkpoint: Path) -> str | None:
 
 
 def last_whole(folder: Path) -> Path:
-    """Return the last checkpoint in a folder that is whole, with a warning for each one passed over.
+    """Return the last whole checkpoint in a folder, with a warning that names those that were passed over.
 
     Raises:
-        FastLNError: if there is none; the message says what is wrong with those that there are.
+        FastLNError: if there is none; the message says what is wrong with the others.
     """
     broken: list[str] = []
     for checkpoint in checkpoints_in(folder):
@@ -84,14 +84,14 @@ def clear_leftovers(folder: Path) -> None:
 
 
 def publish(written: Path, place: Path) -> None:
-    """Move a checkpoint, written completely, into its place; one that stands there already goes.
+    """Move a complete checkpoint into its place; it replaces one that is there already.
 
     Args:
         written: its folder, on the file system of `place`.
         place: where it belongs.
 
     Raises:
-        OSError: where the disk does not take it; `place` is then as it was.
+        OSError: if it cannot be written; `place` is then as it was.
     """
     files = {str(path.relative_to(written)): path.stat().st_size for path in written.rglob("*") if path.is_file()}
     (written / FILES).write_text(json.dumps(files, indent=1, sort_keys=True) + "\n")
@@ -104,7 +104,7 @@ def publish(written: Path, place: Path) -> None:
 
 
 def remove(checkpoint: Path) -> None:
-    """Delete a checkpoint; a process killed meanwhile leaves all of it under its name, or nothing."""
+    """Delete a checkpoint; a process that is killed meanwhile leaves all of it under its name, or nothing."""
     leaving = checkpoint.parent / LEAVING
     shutil.rmtree(leaving, ignore_errors=True)
     os.rename(checkpoint, leaving)
@@ -117,7 +117,7 @@ def rotate(folder: Path, limit: int | None, keep: Iterable[Path]) -> None:
     Args:
         folder: where they are.
         limit: how many may stay; None or 0 for all.
-        keep: those that stay in any case.
+        keep: checkpoints that stay in any case.
     """
     if not limit or limit < 0:
         return
@@ -134,17 +134,17 @@ def trained_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def save_trained(model: nn.Module, folder: Path) -> None:
-    """Write the parameters that train, with a fingerprint of the frozen ones: these are where the model came from."""
+    """Write the parameters that train, and a fingerprint of the frozen ones, which come with the base model."""
     tensors = {name: p.detach().contiguous() for name, p in trained_parameters(model).items()}
-    save_file(tensors, folder / TRAINED, {"format": "pt", FINGERPRINT: _frozen(model)})
+    save_file(tensors, folder / TRAINED, {"format": "pt", FINGERPRINT: fingerprint(model, _not_frozen(model))})
 
 
 def load_trained(model: nn.Module, folder: Path) -> None:
     """Read what `save_trained` wrote, in place.
 
     Raises:
-        FastLNError: if the file cannot be read, holds other parameters than those that train, or was written beside
-            other frozen ones.
+        FastLNError: if the file cannot be read, holds other parameters than those that train, or comes from a run with
+            other frozen parameters.
     """
     path = folder / TRAINED
     try:
@@ -157,7 +157,7 @@ def load_trained(model: nn.Module, folder: Path) -> None:
     if saved.keys() != trained.keys():
         odd = sorted(saved.keys() ^ trained.keys())
         raise FastLNError(
-            f"{path}: it is of another run: {len(odd)} names differ from what trains now, for example {odd[0]}"
+            f"{path}: it is of another run: {len(odd)} names differ from those that train now, for example {odd[0]}"
         )
     for name, parameter in trained.items():
         if saved[name].shape != parameter.shape:
@@ -165,17 +165,15 @@ def load_trained(model: nn.Module, folder: Path) -> None:
                 f"{path}: it is of another model: {name} has shape {tuple(saved[name].shape)} there and "
                 f"{tuple(parameter.shape)} here"
             )
-    if base is not None and base != _frozen(model):
+    if base is not None and (differs := difference(base, model, _not_frozen(model))) is not None:
         raise FastLNError(
-            f"{path}: it is of another base model: the frozen weights differ from those that it was trained beside; "
-            "resume with that base, or train anew"
+            f"{path}: it is of another base model: {differs}; resume with that base, or start a new training"
         )
     with torch.no_grad():
         for name, parameter in trained.items():
             parameter.copy_(saved[name])
 
 
-def _frozen(model: nn.Module) -> str:
-    names = [name for name, _ in model.named_parameters()]
-    # AdaLoRA counts its ranks in parameters that no optimizer has.
-    return fingerprint(model, trained_parameters(model).keys() | {name for name in names if "ranknum" in name})
+def _not_frozen(model: nn.Module) -> set[str]:
+    # AdaLoRA counts its ranks in parameters that no optimizer has, and they change.
+    return {name for name, p in model.named_parameters() if p.requires_grad or "ranknum" in name}

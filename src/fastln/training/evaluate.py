@@ -1,4 +1,4 @@
-"""Ask a model every question of a dataset and score what it says."""
+"""Ask a model every question of a dataset, and score its answers."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def predict(
         dataset: the questions.
         batch_size: questions per batch; questions on one image go together, for models that share its vision pass.
         progress: whether to show a progress bar on stderr.
-        features: keeps what the vision tower gives for each image; None for no caching.
+        features: keeps the vision tower's output for each image; None for no caching.
     """
     order = sorted(range(len(dataset)), key=lambda index: dataset.samples[index].image)
     predictions = [""] * len(order)
@@ -56,9 +56,32 @@ def evaluate(
     return score(predictions, dataset.samples)
 
 
+def print_scores(
+    task: VQATask, dataset: VQADataset, scores: Accuracy | ReportScores, *, head_is_trained: bool = False
+) -> None:
+    """Print a model's scores on a dataset, with a note on what makes them say little.
+
+    Args:
+        task: the model.
+        dataset: what was scored.
+        scores: of the model's answers.
+        head_is_trained: whether a head that starts random has been trained.
+    """
+    notes = []
+    if task.random_head and not head_is_trained:
+        notes.append("the task head was never trained: the figure is chance")
+    if task.random_weights:
+        notes.append("towers of random weights: the figure says nothing about the method")
+    if dataset.synthetic:
+        notes.append("synthetic data")
+    print(f"{dataset.name} {dataset.split}: {scores.summary()}")
+    if notes:
+        print(f"  note: {'; '.join(notes)}")
+
+
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Put `model` in evaluation mode, and back in the mode it was in."""
+    """Put `model` in evaluation mode, and afterwards back in the mode that it was in."""
     training = model.training
     model.eval()
     try:

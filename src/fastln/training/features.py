@@ -1,9 +1,10 @@
-"""A frozen vision tower runs once for each image: what it gives is kept on disk and read back in later epochs and runs.
+"""A frozen vision tower runs once for each image: its output is kept on disk and read back in later epochs and runs.
 
-An image is known by its pixel values as the tower receives them, a tower by its weights and by everything else that its
-numbers depend on. What comes back are the bits that the tower would compute, with one reservation: a matrix product may
-round differently for another number of images in the batch. torch's CPU products were not seen to do so on the rows of
-all tokens, and the pooling, one row an image, is computed each time; where a tower does differ a warning says so.
+The key of an output is made of the image's pixel values as the tower receives them, the tower's weights, and everything
+else that its numbers depend on. What is read back are the bits that the tower would compute, with one exception: a
+matrix product may round differently for another number of images in the batch. torch's CPU products were not seen to do
+so on the rows of all tokens, and the pooling, one row for each image, is computed each time. If a tower does round
+differently, a warning says so.
 """
 
 from __future__ import annotations
@@ -35,18 +36,18 @@ _POOLING = ("pooler", "head")  # what transformers' towers call the module that 
 
 @contextlib.contextmanager
 def cached_features(tower: nn.Module, store: TensorStore | None) -> Iterator[None]:
-    """Have `tower` run once for each image, in place, as long as the context lasts.
+    """Run `tower` only once for each image, in place, as long as the context lasts.
 
-    Within it the weights of the tower must stay as they are. A call with further arguments than pixel values and
-    `interpolate_pos_encoding`, for example for its attention weights, is the tower's own.
+    Within it the weights of the tower must stay as they are. A call with other arguments beside pixel values and
+    `interpolate_pos_encoding`, for example one that asks for attention weights, bypasses the cache.
 
     Args:
-        tower: a vision model of transformers: of (n_images, channels, height, width) it makes `last_hidden_state`
-            (n_images, n_tokens, n_cols) and perhaps `pooler_output` (n_images, n_cols).
+        tower: a vision model of transformers: from (n_images, channels, height, width) it computes `last_hidden_state`,
+            (n_images, n_tokens, n_cols), and perhaps `pooler_output`, (n_images, n_cols).
         store: where its output is kept; None for no caching.
 
     Raises:
-        FastLNError: at the first call for which the output may not be kept: a parameter of the tower trains, it draws
+        FastLNError: at the first call whose output must not be kept: a parameter of the tower trains, the tower draws
             random numbers (dropout), or it computes statistics over the batch.
     """
     if store is None:
@@ -65,7 +66,7 @@ def cached_features(tower: nn.Module, store: TensorStore | None) -> Iterator[Non
 
 
 def check_frozen(task: VQATask, method: str, scope: Sequence[str] | None) -> None:
-    """Check that a method leaves the vision tower of `task` alone, so that its features can be cached.
+    """Check that a method leaves the vision tower of `task` frozen, so that its features can be cached.
 
     Args:
         task: the model.
@@ -73,7 +74,7 @@ def check_frozen(task: VQATask, method: str, scope: Sequence[str] | None) -> Non
         scope: the sub-models that it tunes; None for all.
 
     Raises:
-        FastLNError: if it does not.
+        FastLNError: if the method trains some of the tower.
     """
     check_cacheable(task)
     chosen, _ = get_method(method)
@@ -90,7 +91,7 @@ def check_frozen(task: VQATask, method: str, scope: Sequence[str] | None) -> Non
 
 
 def check_cacheable(task: VQATask) -> None:
-    """Check that the model reads what the cache keeps.
+    """Check that the model reads the tensors that the cache keeps.
 
     Raises:
         FastLNError: if it has no vision tower, or does not read the tower's last hidden states.
@@ -103,7 +104,7 @@ def check_cacheable(task: VQATask) -> None:
 
 
 class _Memo:
-    """The forward of a tower that looks its output up before it computes it."""
+    """The forward of a tower: looks the output up, and computes it if it is not there."""
 
     def __init__(self, tower: nn.Module, store: TensorStore) -> None:
         self.n_found = self.n_computed = 0
@@ -137,12 +138,12 @@ class _Memo:
     def _compute(
         self, pixel_values: Tensor, positions: dict[str, Any], keys: list[str], missing: list[str]
     ) -> dict[str, dict[str, Tensor]]:
-        """Run the tower on the images under the keys `missing`, once each, and keep what it gives."""
+        """Run the tower on the images under the keys `missing`, once each, and keep its output."""
         rows = [keys.index(key) for key in missing]
         if self._tower.training not in self._checked:
             self._check(pixel_values[rows[:1]], positions)
             self._checked.add(self._tower.training)
-        # The batch as it is where nothing in it is known or there twice: what has the uncached run's shape is its copy.
+        # If every image is new, the whole batch runs: a run of the uncached shape rounds as the uncached run does.
         output = self._run(pixel_values if len(rows) == len(keys) else pixel_values[rows], positions)
         computed = {key: {name: tensor[row] for name, tensor in output.items()} for row, key in enumerate(missing)}
         for key, tensors in computed.items():
@@ -150,7 +151,7 @@ class _Memo:
         return computed
 
     def _run(self, pixel_values: Tensor, positions: dict[str, Any]) -> dict[str, Tensor]:
-        """Return what is kept of the tower's output: the pooled rows only where they are not its pooling module's."""
+        """Return the part of the output that is kept: pooled rows only if no pooling module computes them."""
         pooling = None if self._pooling is None else getattr(self._tower, self._pooling)
         if pooling is not None:
             setattr(self._tower, str(self._pooling), nn.Identity())
@@ -171,7 +172,7 @@ class _Memo:
         return {HIDDEN: hidden} if pooled is None or pooled is hidden else {HIDDEN: hidden, POOLED: pooled}
 
     def _check(self, image: Tensor, positions: dict[str, Any]) -> None:
-        """Run the tower on one image, (1, channels, height, width), alone and in a batch, and see what that shows."""
+        """Run the tower on one image, (1, channels, height, width), alone and in a batch: may its output be kept?"""
         name = type(self._tower).__name__
         norms = nn.modules.batchnorm._NormBase
         if any(isinstance(module, norms) and module.training for module in self._tower.modules()):
@@ -202,16 +203,16 @@ class _Memo:
     def _keys(self, pixel_values: Tensor, positions: dict[str, Any]) -> list[str]:
         device = pixel_values.device.type
         autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
-        # Modules choose their way by these, and two ways may round differently.
+        # Modules choose their code by these, and two ways of computing may round differently.
         state = (self._tower.training, torch.is_grad_enabled(), autocast, torch.get_float32_matmul_precision())
         salt = repr((self._fingerprint, state, positions, pixel_values.dtype, pixel_values.shape[1:])).encode()
         return [hashlib.sha256(salt + as_bytes(image)).hexdigest() for image in pixel_values.cpu()]
 
 
 def fingerprint(tower: nn.Module) -> str:
-    """Return a digest of all that the numbers of `tower` depend on, but for its input and its mode.
+    """Return a digest of everything that the numbers of `tower` depend on, except its input and its mode.
 
-    Those are its weights and buffers, its configuration, the classes of its modules (`prepare` changes them), where it
+    That is its weights and buffers, its configuration, the classes of its modules (`prepare` changes them), where it
     runs, and the versions of fastln, torch and transformers.
     """
     digest = hashlib.sha256()

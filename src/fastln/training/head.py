@@ -1,4 +1,4 @@
-"""Training a task head on the features of frozen towers, which are computed once."""
+"""Train a task head alone, on the features of frozen towers, which are computed once."""
 
 from __future__ import annotations
 
@@ -9,39 +9,25 @@ from tqdm import tqdm
 from fastln.data import GroupedBatches, VQADataset
 from fastln.models.dual_encoder import answer_loss
 from fastln.models.dual_task import DualEncoderTask
+from fastln.training.config import TrainConfig
 from fastln.training.evaluate import evaluating
 from fastln.training.optimizer import MasterAdamW, cosine_schedule
 from fastln.training.progress import check_loss
 
 
 def train_head(
-    task: DualEncoderTask,
-    data: VQADataset,
-    *,
-    epochs: int,
-    batch_size: int,
-    learning_rate: float,
-    weight_decay: float,
-    warmup: float,
-    max_grad_norm: float,
-    seed: int,
-    progress: bool = False,
+    task: DualEncoderTask, data: VQADataset, config: TrainConfig, *, epochs: int, progress: bool = False
 ) -> list[float]:
     """Train the fusion head alone; the towers run once over the data, in evaluation mode, and stay as they are.
 
-    Tuning a pretrained tower under a head that is still random first spoils the tower (Kumar et al., arXiv
+    Tuning a pretrained tower under a head that is still random spoils the tower first (Kumar et al., arXiv
     2202.10054); and while only the head learns, the towers' features are the same in every epoch.
 
     Args:
         task: the dual encoder.
         data: the training questions.
-        epochs: passes over them.
-        batch_size: questions per step.
-        learning_rate: at its highest.
-        weight_decay: of the head's matrices.
-        warmup: share of the steps over which the rate rises, before it falls along a cosine.
-        max_grad_norm: gradients are scaled down to this norm.
-        seed: of the order and of dropout.
+        config: how to train; the head takes the head's rate.
+        epochs: passes over the questions, in place of those of `config`.
         progress: whether to show a progress bar on stderr.
 
     Returns:
@@ -55,12 +41,12 @@ def train_head(
     matrices = [parameter for parameter in head.parameters() if parameter.dim() > 1]
     vectors = [parameter for parameter in head.parameters() if parameter.dim() == 1]
     optimizer = MasterAdamW(
-        [{"params": matrices, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}],
-        lr=learning_rate,
+        [{"params": matrices, "weight_decay": config.weight_decay}, {"params": vectors, "weight_decay": 0.0}],
+        lr=config.rates.head,
     )
-    batches = GroupedBatches(data, batch_size, seed=seed)
-    schedule = cosine_schedule(optimizer, epochs * len(batches), warmup)
-    torch.manual_seed(seed)
+    batches = GroupedBatches(data, config.batch_size, seed=config.seed)
+    schedule = cosine_schedule(optimizer, epochs * len(batches), config.warmup)
+    torch.manual_seed(config.seed)
     head.train()
     losses: list[float] = []
     for epoch in tqdm(range(epochs), desc="train the head", unit="epoch", disable=not progress):
@@ -68,7 +54,7 @@ def train_head(
         for indices in batches:
             loss = answer_loss(head(vision[rows[indices]], text[indices]), labels[indices])
             loss.backward()
-            nn.utils.clip_grad_norm_(head.parameters(), max_grad_norm)
+            nn.utils.clip_grad_norm_(head.parameters(), config.max_grad_norm)
             optimizer.step()
             optimizer.zero_grad()
             schedule.step()

@@ -12,19 +12,18 @@ from torch.optim.adamw import adamw
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import get_cosine_schedule_with_warmup
 
-from fastln.families import find_norms
-from fastln.methods import LearningRates
+from fastln.adapters import PEFT_PREFIX
+from fastln.methods import LearningRates, norm_parameters
 
 WEIGHT_DECAY = 0.01
-PEFT_PREFIX = "base_model.model."  # what peft's wrapper puts before every name
 
 
 class MasterAdamW(torch.optim.Optimizer):
     """AdamW (Loshchilov and Hutter, arXiv 1711.05101) whose state and arithmetic are float32 for every parameter.
 
     A parameter of lower precision has a float32 copy in the optimizer's state; the copy takes the steps, and the
-    parameter is that copy rounded. So a step too small for bfloat16 is not lost but adds up. A group takes its step in
-    one call of torch's fused kernel.
+    parameter is that copy, rounded. So steps that are too small for bfloat16 add up instead of getting lost. Each group
+    takes its step in one call of torch's fused kernel.
 
     Args:
         params: parameters or parameter groups.
@@ -72,7 +71,7 @@ class MasterAdamW(torch.optim.Optimizer):
         parameters = [parameter for parameter in group["params"] if parameter.grad is not None]
         states = [self._state_of(parameter) for parameter in parameters]
         beta1, beta2 = group["betas"]
-        # One kernel for all. It reads memory in order, whatever the strides say: so all that it gets is contiguous.
+        # One kernel for all. It reads memory in order and ignores strides, so everything that it gets is contiguous.
         adamw(
             [state.get("master", parameter) for state, parameter in zip(states, parameters, strict=True)],
             [parameter.grad.float().contiguous() for parameter in parameters],
@@ -96,7 +95,7 @@ class MasterAdamW(torch.optim.Optimizer):
     def _state_of(self, parameter: Tensor) -> dict[str, Any]:
         state = self.state[parameter]
         if not state:
-            state["step"] = torch.zeros((), dtype=torch.float32, device=parameter.device)  # waits for gradients
+            state["step"] = torch.zeros((), dtype=torch.float32, device=parameter.device)
             if parameter.dtype != torch.float32 or not parameter.is_contiguous():
                 state["master"] = parameter.detach().float().contiguous()
             for name in ("exp_avg", "exp_avg_sq"):
@@ -104,7 +103,7 @@ class MasterAdamW(torch.optim.Optimizer):
         return state
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load what `state_dict()` gave, in float32: the base class would round it to the parameters' dtype."""
+        """Load what `state_dict()` returned, in float32: the base class would round it to the parameters' dtype."""
         super().load_state_dict(state_dict)
         parameters = [parameter for group in self.param_groups for parameter in group["params"]]
         ids = [index for group in state_dict["param_groups"] for index in group["params"]]
@@ -115,24 +114,22 @@ class MasterAdamW(torch.optim.Optimizer):
 
 
 def cosine_schedule(optimizer: torch.optim.Optimizer, n_steps: int, warmup: float) -> LambdaLR:
-    """Return the schedule that raises the rates over a share `warmup` of the steps and then lets them fall to 0."""
+    """Return a schedule: rates rise over the share `warmup` of the steps, then fall to 0 along a cosine."""
     return get_cosine_schedule_with_warmup(optimizer, math.ceil(warmup * n_steps), n_steps)
 
 
 def parameter_groups(
     model: nn.Module, head: Iterable[str], rates: LearningRates, *, weight_decay: float = WEIGHT_DECAY
 ) -> list[dict[str, Any]]:
-    """Group the parameters that train: the task head's, norms with a rate of their own, and the method's others.
-
-    Each with and without weight decay.
+    """Group the parameters that train: the task head's, norms, and the method's others, each by whether they decay.
 
     Norms and biases never decay: pulling γ towards 0 undoes the pretrained model.
 
     Args:
         model: the module to train.
-        head: names of the modules that train as a task head (peft's wrappers around them are recognised).
-        rates: of the three.
-        weight_decay: of what decays.
+        head: names of the modules that train as a task head (also inside peft's wrappers).
+        rates: of the three groups.
+        weight_decay: of matrices.
 
     Returns:
         Parameter groups for an optimizer, empty ones left out.
@@ -147,7 +144,7 @@ def parameter_groups(
 
 
 def describe_rates(model: nn.Module, head: Iterable[str], rates: LearningRates) -> str:
-    """Say at which rates the parameters train that `parameter_groups` groups."""
+    """Return a line that says at which rates the groups of `parameter_groups` train."""
     used = {rate for _, rate, _ in _trained(model, head)}
     names = {"norms": "norms", "own": "the method's others" if "norms" in used else "the method's", "head": "task head"}
     found = [f"{words} {getattr(rates, rate):g}" for rate, words in names.items() if rate in used]
@@ -155,11 +152,11 @@ def describe_rates(model: nn.Module, head: Iterable[str], rates: LearningRates) 
 
 
 def _trained(model: nn.Module, head: Iterable[str]) -> Iterator[tuple[nn.Parameter, str, bool]]:
-    """Yield each parameter that trains, which of `LearningRates` is its own, and whether it decays."""
-    norms = {id(parameter) for _, norm in find_norms(model) for parameter in norm.parameters(recurse=False)}
+    """Yield each parameter that trains, the name of its rate in `LearningRates`, and whether it decays."""
+    norms = set(norm_parameters(model))
     prefixes = tuple(f"{name}." for name in head)
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             in_head = name.removeprefix(PEFT_PREFIX).startswith(prefixes)
-            is_norm = id(parameter) in norms
+            is_norm = name in norms
             yield parameter, "head" if in_head else "norms" if is_norm else "own", parameter.dim() > 1 and not is_norm

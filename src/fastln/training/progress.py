@@ -1,4 +1,4 @@
-"""What is seen and kept of a training run while it goes: a progress bar, and the loss of every step."""
+"""A progress bar, and a log of every step's loss, of a training run."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from fastln.errors import FastLNError
 
 
 def check_loss(loss: float, step: int, sample_ids: Sequence[str] | None = None) -> float:
-    """Return `loss`.
+    """Return `loss`, having checked that it is a number.
 
     Raises:
-        FastLNError: if it is not a number; the message names the samples where their ids are given.
+        FastLNError: if it is NaN; the message names the samples if their ids are given.
     """
     if math.isnan(loss):
         batch = f" in the batch of samples {', '.join(sample_ids)}" if sample_ids else ""
@@ -67,7 +67,11 @@ class ProgressBar(TrainerCallback):
 
 
 class StepLog(TrainerCallback):
-    """Keeps every step's loss, and appends it to a file where there is one."""
+    """Keeps every step's loss, and appends it to a file.
+
+    Args:
+        path: the file, a line of JSON for each step; None for no file.
+    """
 
     def __init__(self, path: Path | None) -> None:
         self.losses: list[float] = []
@@ -76,17 +80,17 @@ class StepLog(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Take up a resumed run's losses; what its file has from after the checkpoint goes: those steps come again."""
+        """Start from a resumed run's losses, and cut the file after the checkpoint's step: later steps come again."""
         self.losses = [entry["loss"] for entry in state.log_history if "loss" in entry]
         if self.path is not None and self.path.is_file() and state.is_world_process_zero:
             with self.path.open() as file:
-                rows = list(itertools.islice(file, state.global_step))  # a row is a step's
+                rows = list(itertools.islice(file, state.global_step))  # one row for each step
             self.path.write_text("".join(rows))
 
     def on_log(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: Any = None, **kwargs: Any
     ) -> None:
-        """Keep the loss of the step that was taken."""
+        """Keep the loss of the last step."""
         if not logs or "loss" not in logs:
             return
         loss = float(logs["loss"])

@@ -1,4 +1,4 @@
-"""transformers' Trainer with checkpoints that are small, whole or absent, and resumed from bit for bit."""
+"""transformers' Trainer with checkpoints that are small, and whole or absent; a resumed run ends with the same bits."""
 
 from __future__ import annotations
 
@@ -14,16 +14,19 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from fastln.errors import FastLNError
 from fastln.training import adalora, checkpoints
+from fastln.training.internals import check_internals
 from fastln.training.watch import check_finite
 
 logger = logging.getLogger(__name__)
 
+check_internals()
+
 
 class ResumableTrainer(Trainer):
-    """A Trainer whose checkpoints hold what trains, beside the states of optimizer, scheduler, sampler and generators.
+    """A Trainer whose checkpoints hold what trains, and the states of optimizer, scheduler, sampler and generators.
 
-    They appear complete or not at all (`fastln.training.checkpoints`), and never with a value that is not finite.
-    `train(resume_from_checkpoint=True)` takes the last whole one. Sharded models (FSDP, DeepSpeed) are saved in
+    Checkpoints appear complete or not at all (`fastln.training.checkpoints`), and never with a value that is not
+    finite. `train(resume_from_checkpoint=True)` takes the last whole one. Sharded models (FSDP, DeepSpeed) are saved in
     transformers' own form.
     """
 
@@ -34,13 +37,13 @@ class ResumableTrainer(Trainer):
         """Train, as `transformers.Trainer.train` does.
 
         Args:
-            resume_from_checkpoint: True for the last whole checkpoint in the output folder (those passed over are named
-                in a warning), or a checkpoint's folder.
+            resume_from_checkpoint: True for the last whole checkpoint in the output folder (a warning names those that
+                are passed over), or a checkpoint's folder.
             *args: as the Trainer takes them.
             **kwargs: as the Trainer takes them.
 
         Raises:
-            FastLNError: if the checkpoint given is not whole, or there is no whole one.
+            FastLNError: if the given checkpoint is not whole, or the output folder has no whole one.
         """
         folder = Path(self.args.output_dir)
         if resume_from_checkpoint is True:
@@ -66,7 +69,7 @@ class ResumableTrainer(Trainer):
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         if not self._sharded:
             check_finite(checkpoints.trained_parameters(self.model), self.state.global_step)
-        # The Trainer's own code writes into the staging folder, which `_get_output_dir` gives it meanwhile.
+        # The Trainer's own code writes into the staging folder: meanwhile `_get_output_dir` returns that.
         place = Path(self._get_output_dir(trial))
         name = f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
         staging = place / checkpoints.STAGING
@@ -100,7 +103,7 @@ class ResumableTrainer(Trainer):
             self._push_from_checkpoint(str(place / name))
 
     def _best(self, place: Path) -> str | None:
-        """Where the best checkpoint is, or is about to be."""
+        """Return where the best checkpoint is, or is about to be."""
         step = self.state.best_global_step
         if not step:
             return self.state.best_model_checkpoint
@@ -111,7 +114,7 @@ class ResumableTrainer(Trainer):
         return str(self._staging or super()._get_output_dir(trial))
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
-        # Not before it stands in its place.
+        # Not before it is in its place.
         if self._staging is not None:
             self._to_push = checkpoint_folder
         else:
@@ -128,7 +131,7 @@ class ResumableTrainer(Trainer):
         if self._sharded:
             super()._load_best_model()
             return
-        logger.info("loading the best of the checkpoints, %s", self.state.best_model_checkpoint)
+        logger.info("loading the best checkpoint, %s", self.state.best_model_checkpoint)
         checkpoints.load_trained(self.model, Path(self.state.best_model_checkpoint))
 
     @property

@@ -1,4 +1,4 @@
-"""Which samples a batch is made of, so that an error can name them."""
+"""The ids of the samples in a batch, so that an error can name them."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ NAMES = ("id", "sample_id", "question_id", "qid", "uid")
 
 
 class WithSampleIds:
-    """A collator that adds the ids of its samples, where they have some, to the batch that another one makes.
+    """A collator that adds the ids of the samples to the batch that another collator makes.
 
     Args:
         collate: Makes the batch.
@@ -20,7 +20,7 @@ class WithSampleIds:
         self.collate = collate
 
     def __call__(self, samples: list[Any]) -> Any:
-        """Return the batch of `samples`, with their ids under `KEY` where it is a mapping and each has one."""
+        """Return the batch of `samples`, with their ids under `KEY` if it is a mapping and each sample has an id."""
         ids = [_id_of(sample) for sample in samples]
         batch = self.collate(samples)
         if isinstance(batch, Mapping) and None not in ids:

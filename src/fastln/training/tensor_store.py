@@ -1,4 +1,4 @@
-"""Tensors on disk under keys, at most so many bytes of them: what was not used for longest makes room.
+"""Tensors on disk under keys, up to a number of bytes: what has been unused for longest makes room.
 
 A store is a folder of safetensors files, one a key, in subfolders by the key's first two digits. Several processes may
 share one: files appear whole, by renaming, and whoever writes holds a lock. A file that is damaged counts as absent.
@@ -36,15 +36,15 @@ _KEY = re.compile(r"[0-9a-f]{64}")
 class TensorStore:
     """A bounded folder of tensors under keys.
 
-    What cannot be written (a full disk, a folder that became read-only) is one warning, after which the store only
-    reads; what cannot be read is absent.
+    If a write fails (a full disk, a folder that became read-only), the store warns once and from then on only reads. A
+    file that cannot be read counts as absent.
 
     Args:
-        directory: the folder; made where it is not there. Files in it that are not the store's stay untouched.
+        directory: the folder; made if it is not there. Files in it that are not the store's stay untouched.
         limit: what its files may take on disk, in bytes or as "8GiB".
 
     Raises:
-        FastLNError: if the folder cannot be made or written to, or the limit is no number of bytes.
+        FastLNError: if the folder cannot be made or written to, or the limit is not a number of bytes.
     """
 
     def __init__(self, directory: str | Path, limit: str | int) -> None:
@@ -72,17 +72,17 @@ class TensorStore:
             return None
         except SafetensorError:
             pass
-        logger.warning("%s: is damaged; what it held will be computed again", path)
+        logger.warning("%s: is damaged; its tensors will be computed again", path)
         with contextlib.suppress(OSError):
             path.unlink()
         return None
 
     def put(self, key: str, tensors: Mapping[str, Tensor]) -> None:
-        """Keep `tensors` under `key`, 64 hexadecimal digits, where there are none yet."""
+        """Keep `tensors` under `key`, 64 hexadecimal digits, if there are none yet."""
         if not self._writes:
             return
         path = self._path(key)
-        # Copies, for safetensors takes no views of one memory, such as a pooled row of the hidden states.
+        # Copies: safetensors does not take views of shared memory, such as a pooled row of the hidden states.
         kept = {name: tensor.detach().clone(memory_format=torch.contiguous_format) for name, tensor in tensors.items()}
         data = save(kept, {"crc32": _checksum(kept)})
         size = _on_disk(len(data))
@@ -96,7 +96,7 @@ class TensorStore:
                 used = _read(ledger)
                 if used is None or used + size > self.limit:
                     used = self._make_room(size, int(_SHARE_KEPT * self.limit))
-                # First the ledger: if this process ends here, it says too much, which the next count puts right.
+                # The ledger first: if this process ends here, it counts too much, and the next count puts that right.
                 _write(ledger, used + size)
                 self._publish(path, data)
         except OSError as error:
@@ -114,7 +114,7 @@ class TensorStore:
             raise
 
     def _make_room(self, wanted: int, limit: int) -> int:
-        """Delete what was not used for longest until `wanted` more bytes fit `limit`; return the bytes then in use."""
+        """Delete what has been unused for longest until `wanted` more bytes fit; return the bytes then in use."""
         files = sorted(self._files())
         used = sum(size for _, _, size in files)
         for _, path, size in files:

@@ -1,4 +1,4 @@
-"""Whether trained norms move: the failure of norm tuning that nothing else shows."""
+"""A watch on trained norms: that they move, and stay finite. Nothing else shows when they do not."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from fastln.errors import FastLNError
-from fastln.families import find_norms
+from fastln.methods import norm_parameters
 from fastln.processes import gathered
 
 PATIENCE = 3
@@ -18,45 +18,49 @@ LEAST_RATE = 1e-5  # below it a float32 γ of 1 may take many steps to change
 
 
 class NormWatch(TrainerCallback):
-    """Stops training when a trained norm stays put, and knows how far norms moved.
+    """Stops training when a trained norm does not move, and measures how far norms moved.
 
-    Staying put: after `PATIENCE` optimizer steps at a rate of `LEAST_RATE` or more not one element of a γ or β has
-    another value than it began with. That happens to a norm in bfloat16, whose steps all round to nothing, to one that
-    the optimizer was not given, or to one that the loss does not depend on.
+    A norm does not move if after `PATIENCE` optimizer steps at a rate of `LEAST_RATE` or more every element of a γ or β
+    has the value that it began with. That happens to a norm in bfloat16, whose steps all round to nothing, to a norm
+    that the optimizer was not given, and to a norm that the loss does not depend on.
 
-    FSDP2 may shard the model between its making and its first step; all processes then see the same.
+    FSDP2 may shard the model after the watch began; all processes then see the same.
 
     Args:
         model: The model that trains, before its first step.
     """
 
     def __init__(self, model: nn.Module) -> None:
-        self._norms = [
-            (f"{name}.{own}", norm, own)
-            for name, norm in find_norms(model)
-            for own, parameter in norm.named_parameters(recurse=False)
-            if parameter.requires_grad
-        ]
+        trained = [name for name in norm_parameters(model) if model.get_parameter(name).requires_grad]
+        places = [name.rpartition(".") for name in trained]
+        self._norms = {
+            name: (model.get_submodule(norm), own) for name, (norm, _, own) in zip(trained, places, strict=True)
+        }
         self.start = {name: gathered(parameter).clone() for name, parameter in self.parameters.items()}
         self.n_steps = 0
 
     @property
     def parameters(self) -> dict[str, nn.Parameter]:
-        """Those of trained norms: sharding puts others in their places."""
-        return {name: getattr(norm, own) for name, norm, own in self._norms}
+        """The parameters of trained norms as they are now: sharding replaces them."""
+        return {name: getattr(norm, own) for name, (norm, own) in self._norms.items()}
+
+    @property
+    def began_finite(self) -> dict[str, nn.Parameter]:
+        """Those of `parameters` that had neither NaN nor infinity in them when the watch began."""
+        return {name: p for name, p in self.parameters.items() if self.start[name].isfinite().all()}
 
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Count the steps that should move every norm."""
+        """Count the steps that are large enough to move every norm."""
         if any(group["lr"] >= LEAST_RATE for group in kwargs["optimizer"].param_groups):
             self.n_steps += 1
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """After the first few steps, see whether every norm moved.
+        """Check after the first few steps that every norm moved.
 
         Raises:
-            FastLNError: naming those that did not.
+            FastLNError: naming the norms that did not.
         """
         if getattr(kwargs["optimizer"], "step_was_skipped", False):  # by loss scaling
             self.n_steps -= 1
@@ -89,10 +93,10 @@ class NormWatch(TrainerCallback):
 
 
 def check_finite(parameters: Mapping[str, Tensor], step: int) -> None:
-    """Raise where a parameter is not finite; of several processes all must call this, and all raise.
+    """Check that parameters are finite; of several processes all must call this, and all raise.
 
     Raises:
-        FastLNError: naming those that are not.
+        FastLNError: naming the parameters that are not.
     """
     broken = [name for name, parameter in parameters.items() if not gathered(parameter).isfinite().all()]
     if broken:

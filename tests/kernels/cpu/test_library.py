@@ -14,6 +14,7 @@ import torch
 
 from fastln import ops
 from fastln.ops.backends import resolve
+from fastln.ops.settings import OpSettings
 from fastln_kernels.cpu import library
 
 COMPILER = library.compiler()
@@ -22,8 +23,7 @@ SOURCE = 'extern "C" void answer(int* to) { *to = 42; }'  # compiles in no time
 
 
 def forget():
-    cached = [sys.modules[f"fastln.ops.{name}"]._load for name in ("norm", "activation")]
-    for function in (library.load, library.why_not, resolve, *cached):
+    for function in (library.load, library.why_not, resolve):
         function.cache_clear()
 
 
@@ -86,6 +86,29 @@ def test_a_change_is_compiled_again(source, cache, caplog, monkeypatch, change):
 
 
 @needs_compiler
+@pytest.mark.parametrize("name", sorted(path.stem for path in library.SOURCES.glob("*.cpp")))
+def test_our_sources_compile_without_a_warning(name, monkeypatch):
+    monkeypatch.setenv("FASTLN_CPU_WARNINGS", "1")
+    assert library._build(name).exists()  # in the usual cache, so that only what changed is compiled
+
+
+@needs_compiler
+def test_a_warning_is_an_error_where_asked_for_and_else_in_the_log_at_debug(source, caplog, monkeypatch):
+    source.write_text(SOURCE.replace("{", "{ int unused;"))
+    monkeypatch.setenv("FASTLN_CPU_WARNINGS", "1")
+    with pytest.raises(library.KernelsUnavailableError, match=r"1 warnings, the first: .*small\.cpp.*unused"):
+        library._build("small")
+    assert not list(library.cache_directory().glob("*.so"))
+    monkeypatch.delenv("FASTLN_CPU_WARNINGS")
+    source.write_text('#warning "mind the step"\n' + SOURCE)
+    with caplog.at_level(logging.DEBUG, logger="fastln"):
+        assert answer() == 42
+    (record,) = [record for record in caplog.records if record.levelno == logging.DEBUG]
+    assert "the compiler says about small.cpp:" in record.getMessage()
+    assert "mind the step" in record.getMessage()
+
+
+@needs_compiler
 @pytest.mark.skipif("fork" not in multiprocessing.get_all_start_methods(), reason="no fork")
 def test_processes_that_compile_at_once_do_no_harm(source, cache):
     with multiprocessing.get_context("fork").Pool(3) as pool:
@@ -109,7 +132,7 @@ def test_a_failure_is_one_warning_and_an_error_that_says_why(source, cache, capl
     why = {"source": "error: ", "compiler": "no-such-compiler", "cache": str(cache), "library": str(cache)}[fault]
     with pytest.raises(library.KernelsUnavailableError, match=why):
         library.load("small")
-    assert said(caplog, "small on CPUs: no compiled code, so that steps are slower than they could be") == 1
+    assert said(caplog, "small on CPUs runs without compiled kernels, so steps are slower") == 1
     assert why in library.why_not("small")
 
 
@@ -122,12 +145,12 @@ def test_everything_works_without_compiled_kernels(caplog, monkeypatch, without)
         assert torch.autograd.grad(y.sum(), x)[0].isfinite().all()
     for op in ("layer_norm", "rms_norm", "dropout_add_norm", "activation", "gated_activation"):
         for requested in ("auto", "cpu"):
-            choice = resolve(op, x.device, requested)
+            choice = resolve(op, x.device, OpSettings(requested))
             has_another = op in ("layer_norm", "activation")
             assert choice.backend == ("cpu" if has_another else "reference")
             assert (name if without == "switch" else value) in choice.reason
     # Whoever switches them off knows; else one line for the norms and one for the activations.
-    assert said(caplog, "slower than they could be") == (0 if without == "switch" else 2)
+    assert said(caplog, "so steps are slower") == (0 if without == "switch" else 2)
     assert all(record.levelno == logging.WARNING for record in caplog.records if record.name == "fastln")
 
 
@@ -138,9 +161,9 @@ def test_one_openmp_runtime_in_the_process_and_no_more_threads_than_torch_has():
 import os, torch
 torch.set_num_threads(2)
 from fastln_kernels.cpu import native_norm
-from fastln_kernels.reference import NormKind
+from fastln_kernels.reference import NormForward, NormKind
 x, before = torch.randn(2000, 256), len(os.listdir("/proc/self/task"))
-native_norm.norm_forward(x, None, None, NormKind(1e-5))
+native_norm.norm_forward(NormForward(x, None, None, NormKind(1e-5)))
 files = {line.split()[-1] for line in open("/proc/self/maps")}
 print(sum("omp" in file.rpartition("/")[2] for file in files), len(os.listdir("/proc/self/task")) - before)
 """

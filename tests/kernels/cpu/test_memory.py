@@ -1,4 +1,4 @@
-"""The arena of large tensors: blocks that are whole, aligned and apart, holes that merge, children, doing without."""
+"""The arena of large tensors: whole, aligned, separate blocks; holes that merge; children; what release gives back."""
 
 import itertools
 import os
@@ -18,19 +18,23 @@ needs_arena = pytest.mark.skipif(
     sys.platform != "linux" or not library.compiler() or os.environ.get("FASTLN_CPU_KERNELS") == "0",
     reason="no Linux, no compiler, or compiled kernels are switched off",
 )
-KIB, MIB = 1 << 10, 1 << 20
+KIB, MIB, GIB = 1 << 10, 1 << 20, 1 << 30
 
 START = """
-import os, threading, torch
+import gc, os, resource, threading, torch
 from fastln_kernels.cpu import memory
-KIB, MIB = 1 << 10, 1 << 20
+KIB, MIB, GIB = 1 << 10, 1 << 20, 1 << 30
 def empty(n_bytes):
     return torch.empty(n_bytes, dtype=torch.uint8)
+def resident():
+    return int(open("/proc/self/statm").read().split()[1]) * os.sysconf("SC_PAGESIZE")
+def reserved():
+    return int(open("/proc/self/statm").read().split()[0]) * os.sysconf("SC_PAGESIZE")
 """
 
 # In a process of its own, whose arena nothing else has cut up.
 HOLES = """
-memory.keep()
+memory.install(GIB)
 sizes = (MIB, 2 * MIB, 3 * MIB, 4 * MIB, MIB - 1, 64 * KIB)
 begins = (0, MIB, 3 * MIB, 6 * MIB, 10 * MIB, 11 * MIB)  # each where the one before ends
 begin, blocks = empty(MIB).data_ptr(), []
@@ -55,7 +59,7 @@ assert place(third) == 2 * MIB  # of two that fit alike the lowest
 """
 
 SMALL_ONES_STAY = """
-memory.keep()
+memory.install(GIB)
 kept, addresses = [], []
 for n in (8, 40, 20, 80):  # as many bytes each time, in other pieces
     tensors = []
@@ -69,7 +73,7 @@ for n in (8, 40, 20, 80):  # as many bytes each time, in other pieces
 CHILDREN = """
 torch.set_num_threads(1)  # OpenMP's do not survive a fork
 before = empty(MIB).fill_(7)
-memory.keep()
+memory.install(GIB)
 weights = empty(MIB).fill_(3)
 stop = threading.Event()
 def work():
@@ -97,6 +101,69 @@ data = torch.utils.data.DataLoader(torch.arange(4.0).repeat_interleave(MIB // 4)
 assert [batch.mean().item() for batch in data] == [0, 1, 2, 3]
 """
 
+# What the last user gives back, with tensors that live on and without; and once more.
+RELEASE = """
+before, addresses = resident(), reserved()
+for _ in range(2):
+    assert memory.install(8 * GIB) == 8 * GIB
+    assert memory.install(GIB) == 0  # the second user shares it
+    assert memory.users() == 2
+    kept, freed, small = empty(100 * MIB).fill_(3), empty(200 * MIB).fill_(4), empty(KIB).fill_(5)
+    del freed
+    assert resident() - before > 290 * MIB
+    memory.release()
+    assert memory.users() == 1
+    assert resident() - before > 290 * MIB  # one user is left
+    begin = kept.data_ptr()
+    assert begin < empty(MIB).data_ptr() < begin + 8 * GIB
+    memory.release()
+    assert memory.users() == 0
+    assert 100 * MIB <= resident() - before < 150 * MIB
+    assert not begin <= empty(100 * MIB).data_ptr() < begin + 8 * GIB
+    grown = kept.untyped_storage()
+    assert (kept == 3).all() and (small == 5).all()
+    assert reserved() - addresses > 8 * GIB  # the addresses stay as long as a tensor does
+    grown.resize_(150 * MIB)  # by the allocator that it came from
+    assert (kept == 3).all()
+    assert not begin <= grown.data_ptr() < begin + 8 * GIB
+    assert reserved() - addresses < 4 * GIB
+    del kept, grown
+    assert resident() - before < 50 * MIB
+try:
+    memory.release()
+except RuntimeError as error:
+    assert "without memory.install" in str(error)
+else:
+    raise AssertionError("released more often than installed")
+"""
+
+# Tensors of the arena that are freed after the release, in any order, each give their pages back.
+FREED_LATE = """
+memory.install(GIB)
+tensors = [empty(10 * MIB + 64 * number).fill_(number) for number in range(10)]
+memory.release()
+for number in (3, 5, 4, 0, 9, 8, 1, 2, 7):
+    before = resident()
+    tensors[number] = None
+    assert 9 * MIB < before - resident() < 11 * MIB, number
+    assert all((tensor == value).all() for value, tensor in enumerate(tensors) if tensor is not None)
+# With one tensor left it is installed again: the same arena, whose holes serve.
+begin = tensors[6].data_ptr() - 60 * MIB
+memory.install(2 * GIB)
+assert begin - MIB < empty(20 * MIB).data_ptr() < begin + 10 * MIB
+assert (tensors[6] == 6).all()
+memory.release()
+"""
+
+FULL = """
+memory.install(64 * MIB)
+first = empty(40 * MIB)
+second = empty(40 * MIB).fill_(1)  # torch's
+assert not first.data_ptr() <= second.data_ptr() < first.data_ptr() + 64 * MIB
+first.fill_(2)
+assert (second == 1).all()
+"""
+
 
 def run(program):
     done = subprocess.run([sys.executable, "-c", START + program], capture_output=True, text=True)
@@ -104,12 +171,24 @@ def run(program):
 
 
 @needs_arena
-@pytest.mark.parametrize("program", [HOLES, SMALL_ONES_STAY, CHILDREN], ids=["holes", "small_ones_stay", "children"])
+@pytest.mark.parametrize(
+    "program",
+    [HOLES, SMALL_ONES_STAY, CHILDREN, RELEASE, FREED_LATE, FULL],
+    ids=["holes", "small_ones_stay", "children", "release", "freed_late", "full"],
+)
 def test_in_a_process_of_its_own(program):
     run(program)
 
 
+@pytest.fixture
+def arena():
+    memory.install(GIB)
+    yield
+    memory.release()
+
+
 @needs_arena
+@pytest.mark.usefixtures("arena")
 @pytest.mark.parametrize("n_bytes", [0, 1, 64 * KIB - 1, 64 * KIB, 64 * KIB + 1, 5 * MIB + 3])
 def test_every_size_is_aligned_and_apart(n_bytes):
     tensors = [torch.empty(n_bytes, dtype=torch.uint8) for _ in range(5)]
@@ -119,6 +198,7 @@ def test_every_size_is_aligned_and_apart(n_bytes):
 
 
 @needs_arena
+@pytest.mark.usefixtures("arena")
 def test_threads_that_free_each_other_s_tensors_see_their_own_values():
     held: list[tuple[torch.Tensor, int]] = [(torch.zeros(1), 0)] * 16
     wrong = []
@@ -144,37 +224,55 @@ def test_threads_that_free_each_other_s_tensors_see_their_own_values():
 
 
 @needs_arena
+@pytest.mark.usefixtures("arena")
 def test_what_no_machine_has_is_torch_s_error():
     with pytest.raises(RuntimeError, match="can't allocate memory"):
         torch.empty(1 << 60, dtype=torch.uint8)
 
 
 @needs_arena
+@pytest.mark.usefixtures("arena")
 def test_the_profiler_sees_large_tensors():
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
         torch.empty(MIB, dtype=torch.uint8)
     assert max(event.self_cpu_memory_usage for event in profile.events()) == MIB
 
 
+@needs_arena
+def test_asking_whether_it_works_replaces_nothing():
+    run("""
+assert memory.why_not() is None
+assert memory.users() == 0
+first = empty(MIB)
+assert abs(empty(MIB).data_ptr() - first.data_ptr()) != MIB  # glibc's blocks have a header between them
+""")
+
+
 def test_without_compiled_kernels_the_error_says_why(monkeypatch):
     library.load.cache_clear()
-    monkeypatch.setattr(memory, "_refusal", memory._refusal.__wrapped__)
+    library.why_not.cache_clear()
     monkeypatch.setenv("FASTLN_CPU_KERNELS", "0")
-    with pytest.raises(KernelsUnavailableError, match="FASTLN_CPU_KERNELS=0" if sys.platform == "linux" else "Linux"):
-        memory.keep()
+    try:
+        with pytest.raises(
+            KernelsUnavailableError, match="FASTLN_CPU_KERNELS=0" if sys.platform == "linux" else "Linux"
+        ):
+            memory.install(GIB)
+        assert memory.users() == 0
+    finally:
+        library.why_not.cache_clear()
 
 
 @needs_arena
 def test_where_no_addresses_are_to_be_had_torch_keeps_its_own():
     run("""
-import resource
-memory_size = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGESIZE")  # as many addresses the arena asks for
-resource.setrlimit(resource.RLIMIT_AS, (memory_size, memory_size))
+resource.setrlimit(resource.RLIMIT_AS, (8 * GIB, 8 * GIB))
 try:
-    memory.keep()
+    memory.install(8 * GIB)
 except memory.KernelsUnavailableError as error:
     assert "ulimit" in str(error), error
 else:
-    raise AssertionError("kept")
+    raise AssertionError("installed")
+assert memory.users() == 0
 assert (empty(MIB).fill_(1) == 1).all()
+assert memory.install(GIB) == GIB
 """)

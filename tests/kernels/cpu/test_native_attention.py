@@ -9,6 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from fastln_kernels import reference_attention
 from fastln_kernels.cpu import native_attention, products
 from fastln_kernels.reference import dropout_keep, dropout_scale
+from fastln_kernels.reference_attention import AttentionBackward, AttentionForward
 
 SEED = torch.tensor([0x0123456789ABCDEF])
 ALL = {"need_dq": True, "need_dk": True, "need_dv": True}
@@ -59,8 +60,10 @@ def check(implementation, q, k, v, dout, mask=None, scale=0.3, tolerance=None, *
     expected_grads = torch.autograd.grad(expected, inputs, dout.double())
     all_grads = torch.stack([grad.norm() for grad in expected_grads]).norm()
     options |= {"scale": scale, "mask": mask, "seed": SEED}
-    out, lse = implementation.attention_forward(q, k, v, **options)
-    grads = implementation.attention_backward(dout, q, k, v, out, lse, **options, **ALL)
+    out, lse = implementation.attention_forward(AttentionForward(q, k, v, **options))
+    grads = implementation.attention_backward(
+        AttentionBackward(AttentionForward(q, k, v, **options), dout, out, lse, **ALL)
+    )
     tolerance = tolerance or TOLERANCE[q.dtype]
     assert out.dtype == q.dtype
     assert out.transpose(1, 2).is_contiguous()
@@ -155,15 +158,17 @@ def test_fully_masked_rows(implementation, kind, dropout):
 def test_nothing_at_all(implementation):
     for empty in ({"n_queries": 0, "n_keys": 5}, {"b": 0}, {"h": 0, "kv_heads": 1}):
         q, k, v, dout = make(torch.bfloat16, **empty)
-        out, lse = implementation.attention_forward(q, k, v, scale=1.0)
-        grads = implementation.attention_backward(dout, q, k, v, out, lse, scale=1.0, **ALL)
+        out, lse = implementation.attention_forward(AttentionForward(q, k, v, scale=1.0))
+        grads = implementation.attention_backward(
+            AttentionBackward(AttentionForward(q, k, v, scale=1.0), dout, out, lse, **ALL)
+        )
         assert out.shape == q.shape
         assert all(grad.shape == x.shape and grad.eq(0).all() for grad, x in zip(grads, (q, k, v), strict=True))
     q, k, v, dout = make(torch.bfloat16)
-    k, v = k[:, :, :0], v[:, :, :0]
-    out, lse = implementation.attention_forward(q, k, v, scale=1.0)
+    request = AttentionForward(q, k[:, :, :0], v[:, :, :0], scale=1.0)
+    out, lse = implementation.attention_forward(request)
     assert out.eq(0).all()
-    dq, *_ = implementation.attention_backward(dout, q, k, v, out, lse, scale=1.0, **ALL)
+    dq = implementation.attention_backward(AttentionBackward(request, dout, out, lse, need_dq=True)).dq
     assert dq.eq(0).all()
 
 
@@ -171,12 +176,12 @@ def test_nothing_at_all(implementation):
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 def test_only_the_gradients_asked_for(implementation, wanted):
     q, k, v, dout = make(torch.bfloat16, n_queries=70, n_keys=350)
-    options = {"scale": 0.3, "dropout": 0.1, "seed": SEED}
-    out, lse = implementation.attention_forward(q, k, v, **options)
-    complete = implementation.attention_backward(dout, q, k, v, out, lse, **options, **ALL)
+    request = AttentionForward(q, k, v, scale=0.3, dropout=0.1, seed=SEED)
+    out, lse = implementation.attention_forward(request)
+    complete = implementation.attention_backward(AttentionBackward(request, dout, out, lse, **ALL))
     needs = {f"need_{name}": True for name in wanted}
     kept = None if wanted == ("dv",) else out
-    some = implementation.attention_backward(dout, q, k, v, kept, lse, **options, **needs)
+    some = implementation.attention_backward(AttentionBackward(request, dout, kept, lse, **needs))
     for name, grad, expected in zip(some._fields, some, complete, strict=True):
         assert (grad is not None) == (name in wanted)
         assert grad is None or torch.equal(grad, expected)
@@ -199,13 +204,14 @@ def test_any_strides(dtype):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_the_number_of_threads_changes_no_bit(dtype, n_queries, n_keys, dim):
     q, k, v, dout = make(dtype, n_queries=n_queries, n_keys=n_keys, dim=dim)
-    options = {"scale": 0.125, "causal": True, "dropout": 0.1, "seed": SEED}
+    request = AttentionForward(q, k, v, scale=0.125, causal=True, dropout=0.1, seed=SEED)
     results, before = [], torch.get_num_threads()
     try:
         for threads in (1, 2, 3):
             torch.set_num_threads(threads)
-            out, lse = native_attention.attention_forward(q, k, v, **options)
-            results.append((out, lse, *native_attention.attention_backward(dout, q, k, v, out, lse, **options, **ALL)))
+            out, lse = native_attention.attention_forward(request)
+            grads = native_attention.attention_backward(AttentionBackward(request, dout, out, lse, **ALL))
+            results.append((out, lse, *grads))
     finally:
         torch.set_num_threads(before)
     for other in results[1:]:
@@ -217,11 +223,11 @@ def test_what_is_not_finite_passes_through(implementation):
     for value, others in ((math.nan, False), (math.inf, False)):
         q, k, v, _ = make(torch.float32, b=1, h=1, n_queries=350)
         q[0, 0, 3, 2] = value
-        out, _ = implementation.attention_forward(q, k, v, scale=0.3)
+        out, _ = implementation.attention_forward(AttentionForward(q, k, v, scale=0.3))
         assert out[0, 0, 3].isnan().all()
         assert out[0, 0, 4:].isnan().any() == others
         v[0, 0, 330, 5] = math.nan
-        out, _ = implementation.attention_forward(q, k, v, scale=0.3)
+        out, _ = implementation.attention_forward(AttentionForward(q, k, v, scale=0.3))
         assert out[0, 0, :, 5].isnan().all()
         assert not out[0, 0, 4:, 6].isnan().any()
 
@@ -242,13 +248,13 @@ def test_dropout_s_numbers_depend_on_seed_head_query_and_key_alone(implementatio
     b, h, n_queries, n_keys, dropout = 2, 2, 70, 350, 0.25
     q = torch.zeros(b, h, n_queries, 8)
     v = torch.eye(n_keys).expand(b, h, n_keys, n_keys)
-    options = {"scale": 1.0, "dropout": dropout}
-    out, _ = implementation.attention_forward(q, q.new_zeros(b, h, n_keys, 8), v, seed=SEED, **options)
+    request = AttentionForward(q, q.new_zeros(b, h, n_keys, 8), v, scale=1.0, dropout=dropout, seed=SEED)
+    out, _ = implementation.attention_forward(request)
     keep = dropout_keep(b * h * n_queries, n_keys, dropout, SEED).view(b, h, n_queries, n_keys)
     torch.testing.assert_close(out, keep * dropout_scale(dropout) / n_keys, rtol=1e-6, atol=0)
     # Six standard deviations of a binomial.
     assert keep.float().mean().item() == pytest.approx(1 - dropout, abs=6 * math.sqrt(0.25 * 0.75 / keep.numel()))
-    other, _ = implementation.attention_forward(q, q.new_zeros(b, h, n_keys, 8), v, seed=SEED + 1, **options)
+    other, _ = implementation.attention_forward(request._replace(seed=SEED + 1))
     assert not torch.equal(out, other)
 
 
@@ -260,13 +266,15 @@ def test_the_definition_s_gradients_in_float64():
         q, k, v = leaves
         dout = torch.randn(q.shape, dtype=torch.float64)
         with torch.no_grad():
-            out, lse = reference_attention.attention_forward(q, k, v, **settings)
-            grads = reference_attention.attention_backward(dout, q, k, v, out, lse, **settings, **ALL)
+            request = AttentionForward(q, k, v, **settings)
+            out, lse = reference_attention.attention_forward(request)
+            grads = reference_attention.attention_backward(AttentionBackward(request, dout, out, lse, **ALL))
             for x, grad in zip(leaves, grads, strict=True):
                 direction, values = torch.randn(x.shape, dtype=torch.float64), []
                 for step in (1e-6, -1e-6):
                     moved = [y + step * direction if y is x else y for y in leaves]
-                    values.append((reference_attention.attention_forward(*moved, **settings).out * dout).sum())
+                    out = reference_attention.attention_forward(AttentionForward(*moved, **settings)).out
+                    values.append((out * dout).sum())
                 slope = (values[0] - values[1]) / 2e-6
                 assert (grad * direction).sum().item() == pytest.approx(slope.item(), rel=1e-6, abs=1e-8)
 
@@ -290,6 +298,8 @@ def test_scores_never_exist_at_once(implementation, monkeypatch):
     q, k, v, dout = make(torch.bfloat16, 1, 2, n_queries=300, dim=8)
     options = {"scale": 0.3, "dropout": 0.1, "seed": SEED}
     with LargestTensor() as largest:
-        out, lse = implementation.attention_forward(q, k, v, **options)
-        implementation.attention_backward(dout, q, k, v, out, lse, **options, **ALL)
+        out, lse = implementation.attention_forward(AttentionForward(q, k, v, **options))
+        implementation.attention_backward(
+            AttentionBackward(AttentionForward(q, k, v, **options), dout, out, lse, **ALL)
+        )
     assert largest.n_elements <= q.numel()

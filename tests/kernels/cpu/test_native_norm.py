@@ -16,7 +16,7 @@ import torch
 
 from fastln_kernels import reference
 from fastln_kernels.cpu import library, native_norm
-from fastln_kernels.reference import NormKind
+from fastln_kernels.reference import NormBackward, NormForward, NormKind
 
 pytestmark = pytest.mark.skipif(library.why_not("norm") is not None, reason=f"{library.why_not('norm')}")
 
@@ -84,8 +84,10 @@ def check(n_rows, n_cols, dtype, kind=LAYER_NORM, prologue=PROLOGUES["none"], su
     has_residual, dropout, keep = prologue
     residual = residual if has_residual else None
     flags = {"dropout": dropout, "seed": SEED, "want_stream": keep == "stream", "want_normed": keep == "normed"}
-    got = native_norm.norm_forward(x, weight, bias, kind, residual=residual, **flags)
-    want = reference.norm_forward(x.double(), double(weight), double(bias), kind, residual=double(residual), **flags)
+    got = native_norm.norm_forward(NormForward(x, weight, bias, kind, residual=residual, **flags))
+    want = reference.norm_forward(
+        NormForward(x.double(), double(weight), double(bias), kind, residual=double(residual), **flags)
+    )
     gain = torch.ones(n_cols) if weight is None else weight.double() + kind.offset
     shift = torch.zeros(n_cols) if bias is None else bias.double()
     # A rounded sum is off by a share of itself, which counts against the row's deviation.
@@ -103,13 +105,13 @@ def check(n_rows, n_cols, dtype, kind=LAYER_NORM, prologue=PROLOGUES["none"], su
     kept = {"x": x, "stream": got.stream, "normed": got.normed}[keep]
     rstd = got.rstd.double()
     if keep != "normed":
-        rstd = reference.norm_forward(kept.double(), None, None, kind).rstd
+        rstd = reference.norm_forward(NormForward(kept.double(), None, None, kind)).rstd
         assert_close(got.rstd, rstd, 4 * U, rstd)
     dstream = dstream if keep == "stream" else None
     flags = {"dropout": dropout, "seed": SEED, "saved_is_normed": keep == "normed"}
     terms = rstd[:, None] * (dy.double() * gain).abs() + (0 if dstream is None else dstream.double().abs())
     scaled = terms * reference.dropout_keep(n_rows, n_cols, dropout, SEED) * reference.dropout_scale(dropout)
-    x_hat = reference.norm_forward(kept.double(), None, None, kind, want_normed=True).normed
+    x_hat = reference.norm_forward(NormForward(kept.double(), None, None, kind, want_normed=True)).normed
     scales = {
         "dx": scaled,
         "dresidual": terms,
@@ -120,8 +122,10 @@ def check(n_rows, n_cols, dtype, kind=LAYER_NORM, prologue=PROLOGUES["none"], su
         needed = subset["need_dx"] or subset["need_dresidual"] or subset["need_dweight"]
         given = (dy, kept if needed else None, weight, got.rstd if needed else None, kind)
         exact = (dy.double(), kept.double(), double(weight), rstd, kind)
-        result = native_norm.norm_backward(*given, dstream=dstream, **flags, **subset)
-        right = reference.norm_backward(*exact, dstream=double(dstream), **flags, **subset, grad_dtype=torch.float64)
+        result = native_norm.norm_backward(NormBackward(*given, dstream=dstream, **flags, **subset))
+        right = reference.norm_backward(
+            NormBackward(*exact, dstream=double(dstream), **flags, **subset, grad_dtype=torch.float64)
+        )
         for name, scale in scales.items():
             gradient = getattr(result, name)
             assert (gradient is not None) == subset[f"need_{name}"]
@@ -167,11 +171,11 @@ def test_parameters_of_any_dtype_or_none(kind, parameter_dtype):
 @pytest.mark.parametrize("grad_dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64], ids=str)
 def test_gradients_of_parameters_in_the_dtype_that_is_asked_for(grad_dtype):
     x, _, dy, _ = rows(40, 33, torch.bfloat16)
-    rstd = native_norm.norm_forward(x, None, None, LAYER_NORM).rstd
+    rstd = native_norm.norm_forward(NormForward(x, None, None, LAYER_NORM)).rstd
     given = (dy, x, None, rstd, LAYER_NORM)
     wanted = {"need_dweight": True, "need_dbias": True}
-    got = native_norm.norm_backward(*given, **wanted, grad_dtype=grad_dtype)
-    want = native_norm.norm_backward(*given, **wanted)
+    got = native_norm.norm_backward(NormBackward(*given, **wanted, grad_dtype=grad_dtype))
+    want = native_norm.norm_backward(NormBackward(*given, **wanted))
     assert torch.equal(got.dweight, want.dweight.to(grad_dtype))
     assert torch.equal(got.dbias, want.dbias.to(grad_dtype))
 
@@ -187,8 +191,12 @@ def test_any_strides(layout):
     }[layout]
     runs = []
     for values in ([strided(t) for t in (x, residual, dy)], [strided(t).contiguous() for t in (x, residual, dy)]):
-        forward = native_norm.norm_forward(values[0], None, None, LAYER_NORM, residual=values[1], want_stream=True)
-        backward = native_norm.norm_backward(values[2], values[0], None, forward.rstd, LAYER_NORM, **EVERYTHING)
+        forward = native_norm.norm_forward(
+            NormForward(values[0], None, None, LAYER_NORM, residual=values[1], want_stream=True)
+        )
+        backward = native_norm.norm_backward(
+            NormBackward(values[2], values[0], None, forward.rstd, LAYER_NORM, **EVERYTHING)
+        )
         runs.append((*forward, *backward))
     for one, other in zip(*runs, strict=True):
         assert one is other is None or torch.equal(one, other)
@@ -203,9 +211,13 @@ def test_results_do_not_depend_on_the_threads(dtype, shape):
         for threads in (1, 2, 3):
             torch.set_num_threads(threads)
             flags = {"dropout": 0.1, "seed": SEED}
-            forward = native_norm.norm_forward(x, None, None, LAYER_NORM, residual=residual, want_stream=True, **flags)
+            forward = native_norm.norm_forward(
+                NormForward(x, None, None, LAYER_NORM, residual=residual, want_stream=True, **flags)
+            )
             given = (dy, forward.stream, None, forward.rstd, LAYER_NORM)
-            runs.append((*forward, *native_norm.norm_backward(*given, dstream=dstream, **flags, **EVERYTHING)))
+            runs.append(
+                (*forward, *native_norm.norm_backward(NormBackward(*given, dstream=dstream, **flags, **EVERYTHING)))
+            )
     finally:
         torch.set_num_threads(before)
     for tensors in zip(*runs, strict=True):
@@ -219,22 +231,22 @@ def test_dropout_drops_what_the_definition_does_forward_and_backward(dropout, n_
     x, seed = torch.ones(37, n_cols, dtype=dtype), torch.tensor([-(2**63) + 12345])
     keep = reference.dropout_keep(37, n_cols, dropout, seed)
     flags = {"dropout": dropout, "seed": seed}
-    got = native_norm.norm_forward(x, None, None, LAYER_NORM, want_stream=True, **flags)
+    got = native_norm.norm_forward(NormForward(x, None, None, LAYER_NORM, want_stream=True, **flags))
     assert torch.equal(got.stream, (keep * torch.tensor(reference.dropout_scale(dropout))).to(dtype))
     given = (torch.zeros_like(x), x, None, got.rstd, LAYER_NORM)
-    result = native_norm.norm_backward(*given, dstream=x, **flags, need_dx=True, need_dresidual=True)
+    result = native_norm.norm_backward(NormBackward(*given, dstream=x, **flags, need_dx=True, need_dresidual=True))
     assert torch.equal(result.dx, got.stream)
     assert torch.equal(result.dresidual, x)
 
 
 def check_float32_rows(x, bound):
     dy, wanted = normal(*x.shape, seed=1), {"need_dx": True, "need_dweight": True}
-    got = native_norm.norm_forward(x, None, None, LAYER_NORM)
-    want = reference.norm_forward(x.double(), None, None, LAYER_NORM)
+    got = native_norm.norm_forward(NormForward(x, None, None, LAYER_NORM))
+    want = reference.norm_forward(NormForward(x.double(), None, None, LAYER_NORM))
     assert_close(got.y, want.y, bound, want.y)
-    result = native_norm.norm_backward(dy, x, None, got.rstd, LAYER_NORM, **wanted)
+    result = native_norm.norm_backward(NormBackward(dy, x, None, got.rstd, LAYER_NORM, **wanted))
     exact = (dy.double(), x.double(), None, want.rstd, LAYER_NORM)
-    right = reference.norm_backward(*exact, **wanted, grad_dtype=torch.float64)
+    right = reference.norm_backward(NormBackward(*exact, **wanted, grad_dtype=torch.float64))
     assert_close(result.dx, right.dx, bound, right.dx)
     assert_close(result.dweight, right.dweight, bound, right.dweight)
 
@@ -255,9 +267,13 @@ def test_first_columns_far_from_the_mean():
 def test_constant_rows(value, kind):
     x, bias = torch.full((6, 100), value), normal(100)
     kind = dataclasses.replace(KINDS[kind], eps=1e-12)
-    got = native_norm.norm_forward(x, None, bias, kind)
-    torch.testing.assert_close(got.y, reference.norm_forward(x, None, bias, kind).y)
-    assert native_norm.norm_backward(normal(6, 100), x, None, got.rstd, kind, need_dx=True).dx.isfinite().all()
+    got = native_norm.norm_forward(NormForward(x, None, bias, kind))
+    torch.testing.assert_close(got.y, reference.norm_forward(NormForward(x, None, bias, kind)).y)
+    assert (
+        native_norm.norm_backward(NormBackward(normal(6, 100), x, None, got.rstd, kind, need_dx=True))
+        .dx.isfinite()
+        .all()
+    )
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
@@ -268,9 +284,9 @@ def test_a_bad_row_shows_and_does_not_leak(dtype, kind, bad):
     others = [row for row in range(9) if row != 5]
 
     def run(kernels=native_norm):
-        got = kernels.norm_forward(x, None, None, KINDS[kind], residual=residual, want_stream=True)
-        rstd = kernels.norm_forward(x, None, None, KINDS[kind]).rstd
-        return got.y, got.stream, kernels.norm_backward(dy, x, None, rstd, KINDS[kind], need_dx=True).dx
+        got = kernels.norm_forward(NormForward(x, None, None, KINDS[kind], residual=residual, want_stream=True))
+        rstd = kernels.norm_forward(NormForward(x, None, None, KINDS[kind])).rstd
+        return got.y, got.stream, kernels.norm_backward(NormBackward(dy, x, None, rstd, KINDS[kind], need_dx=True)).dx
 
     clean = run()
     x[5, 3] = bad
@@ -285,11 +301,11 @@ def test_every_16_bit_number_widens_and_rounds_as_torch_does(dtype):
     """Through the stream: x itself, then x plus the least that may matter to rounding."""
     x = torch.arange(2**16, dtype=torch.int32).to(torch.int16).view(dtype).view(64, 1024)
     x = torch.where(x.abs() < torch.finfo(dtype).tiny, 0, x)  # what units for bfloat16 take for 0
-    got = native_norm.norm_forward(x, None, None, LAYER_NORM, residual=x, want_stream=True).stream
+    got = native_norm.norm_forward(NormForward(x, None, None, LAYER_NORM, residual=x, want_stream=True)).stream
     assert torch.equal(got.nan_to_num(1.0), (x.float() + x.float()).to(dtype).nan_to_num(1.0))
     assert torch.equal(got.isnan(), x.isnan())
     other = x.roll(1, 0)
-    got = native_norm.norm_forward(x, None, None, LAYER_NORM, residual=other, want_stream=True).stream
+    got = native_norm.norm_forward(NormForward(x, None, None, LAYER_NORM, residual=other, want_stream=True)).stream
     want = (x.float() + other.float()).to(dtype)
     assert torch.equal(got.isnan(), want.isnan())
     assert torch.equal(

@@ -19,7 +19,7 @@ def fresh():
 
 def test_without_torch_s_products_the_reason_is_said(monkeypatch):
     monkeypatch.setattr(products, "_RELEASE", "nothing_of_this_name")
-    assert "exports no products of blocks" in products.why_not("attention")
+    assert "does not export its block products" in products.why_not("attention")
 
 
 def test_what_is_usable_is_what_the_processor_multiplies():

@@ -1,0 +1,228 @@
+"""Regenerate the generated blocks of README.md and docs/ from the results that are committed.
+
+    python scripts/tables.py            # or `make readme-tables`: rewrite every block
+    python scripts/tables.py --check    # write nothing; name the blocks that differ, and exit with status 1
+
+A block stands between `<!-- generated: NAME -->` and `<!-- /generated: NAME -->`; `BLOCKS` says which function makes it
+from which file in benchmarks/results/. Nothing is measured here: each block names the command that measured it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import re
+import shlex
+import sys
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from statistics import median
+
+import quality_table
+import report_rows
+import stored_table
+from machines import MACHINES
+from prediction import in_flight
+
+from fastln.bench.report import speedups, to_markdown
+from fastln.bench.results import Row, by_model, read_rows
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "benchmarks" / "results"
+MODELS = {
+    "BertForMaskedLM:8x128": "BERT-base, masked words, 8×128",
+    "ViTForImageClassification:8x224": "ViT-B/16, 8×224²",
+    "BlipForQuestionAnswering:2x480": "BLIP-VQA, 2×480²",
+    "LlamaForCausalLM:2x640": "Llama, 8 layers of 1,024, 2×640",
+    "dual:dinov2-small,all-MiniLM-L6-v2": "dual encoder on VQA-RAD, batches of 32, data loading included",
+}
+DTYPES = {"bfloat16": "bf16", "float32": "fp32"}
+_BLOCK = re.compile(r"<!-- generated: (?P<name>[\w-]+) -->\n.*?<!-- /generated: (?P=name) -->", re.DOTALL)
+
+
+def cpu() -> str:
+    """The suite `cpu`: norm tuning by fastln beside norm tuning and LoRA by peft."""
+    columns = ("step s of fastln", "floor s (share)", "norm tuning by peft takes", "LoRA by peft takes")
+    sizes = ("peak MiB: fastln, peft's norms, LoRA", "saved MiB")
+    lines = [_row("model", "dtype", *columns, *sizes), "|---|---|" + "---:|" * 6]
+    for ours, norms, lora in _triples():
+        floor = ours.provenance["floor"]
+        least = floor["operations"] / floor["operations_per_second"]
+        seconds = ours.step_seconds or 0.0
+        lines.append(
+            _row(
+                MODELS.get(ours.model, ours.model),
+                DTYPES[ours.dtype],
+                f"{seconds:#.3g}",
+                f"{least:#.3g} ({least / seconds:.0%})",
+                _times(ours, norms),
+                _times(ours, lora),
+                ", ".join(_mib(row.peak_memory_bytes) for row in (ours, norms, lora)),
+                ", ".join(_mib(row.saved_activation_bytes) for row in (ours, norms, lora)),
+            )
+        )
+    return f"{_measured(read_rows(RESULTS / 'cpu.json'))}\n\n" + "\n".join(lines)
+
+
+def cpu_summary() -> str:
+    """The same in bfloat16, for README, with the range of the rest in a sentence."""
+    columns = ("model, bfloat16", "step s of fastln", "norm tuning by peft takes", "LoRA by peft takes")
+    lines = [_row(*columns, "peak MiB: fastln, peft's norms, LoRA"), "|---|" + "---:|" * 4]
+    others = []
+    for ours, norms, lora in _triples():
+        if ours.dtype != "bfloat16":
+            others += [median(speedups(ours, norms))]
+            continue
+        peaks = ", ".join(_mib(row.peak_memory_bytes) for row in (ours, norms, lora))
+        name = MODELS.get(ours.model, ours.model)
+        lines.append(_row(name, f"{ours.step_seconds:#.3g}", _times(ours, norms), _times(ours, lora), peaks))
+    rest = f"In float32 norm tuning by peft takes {min(others):.2f} to {max(others):.2f} times as long."
+    return f"{_measured(read_rows(RESULTS / 'cpu.json'))}\n\n" + "\n".join(lines) + f"\n\n{rest}"
+
+
+def _triples() -> Iterator[tuple[Row, Row, Row]]:
+    """Yield norm tuning by fastln, norm tuning by peft and LoRA by peft, by model and dtype."""
+    for _, rows in by_model(read_rows(RESULTS / "cpu.json")):
+        found = {(row.method, row.engine): row for row in rows}
+        yield found["layernorm", "fastln"], found["layernorm", "peft"], found["lora", "peft"]
+
+
+def _measured(rows: list[Row]) -> str:
+    """Say when, where and by which commands the rows were measured."""
+    commands: dict[str, str] = {}
+    for row in rows:
+        commit = row.provenance["commit"]
+        short = commit[:7] + ("-dirty" if commit.endswith("-dirty") else "")
+        commands[shlex.join(row.provenance["argv"])] = short
+    machine, versions = rows[0].provenance["machine"], rows[0].provenance["versions"]
+    date = rows[0].provenance["started"].partition("T")[0]
+    runs = "; ".join(f"`{command}` (commit {commit})" for command, commit in commands.items())
+    return (
+        f"*Measured* on {date}: {machine['cpu']}, {machine['cores']} cores, {machine['memory_bytes'] / 2**30:.0f} GiB; "
+        + ", ".join(f"{name} {versions[name]}" for name in ("torch", "transformers", "peft"))
+        + f". Commands: {runs}."
+    )
+
+
+def _times(ours: Row, other: Row) -> str:
+    ratios = speedups(ours, other)
+    return f"{median(ratios):.2f} ({min(ratios):.2f}–{max(ratios):.2f})"
+
+
+def _mib(n_bytes: int | None) -> str:
+    return "–" if n_bytes is None else f"{n_bytes / 2**20:,.0f}"
+
+
+def suite(name: str) -> Callable[[], str]:
+    """A whole suite, as `fastln bench` writes it to results.md, one heading deeper."""
+    return lambda: to_markdown(read_rows(RESULTS / f"{name}.json")).replace("\n## ", "\n### ").rstrip("\n")
+
+
+def quality() -> str:
+    """Answer quality of every method, with the seconds and memory of its steps."""
+    runs = json.loads((RESULTS / "quality.json").read_text())["runs"]
+    rows = json.loads((RESULTS / "vqa-rad.json").read_text())
+    return quality_table.table(runs, {(row["method"], row["engine"]): row for row in rows if not row["error"]})
+
+
+def stored() -> str:
+    """What a layer stores for backward."""
+    return stored_table.table(json.loads((RESULTS / "stored.json").read_text())["rows"])
+
+
+def compiled_backward() -> str:
+    """What the backward kernels of LayerNorm compile to on an H100 at 768 columns, beside Liger-Kernel's."""
+    wanted = ("layer_norm-dx-dweight-dbias", "layer_norm-dweight-dbias", "layer_norm-dbias")
+    names = {"fastln": "fastln", "liger": "Liger-Kernel"}
+    columns = ("gradients", "library", "KB in flight an SM", "barriers in the loop", "share of peak, predicted")
+    lines = [_row(*columns), "|---|---|" + "---:|" * 3]
+    rows = [
+        row
+        for row in report_rows.load(RESULTS / "compile.json")
+        if (row.machine, row.dtype, row.width) == ("sm_90", "bf16", 768) and row.case in wanted
+    ]
+    for row in sorted(rows, key=lambda row: wanted.index(row.case)):
+        assert row.compiled
+        assert row.predicted
+        main = max(row.compiled, key=lambda kernel: kernel["moved"])
+        gradients = row.case.removeprefix("layer_norm-").replace("-", ", ")
+        figures = (f"{in_flight(main) / 1024:.0f}", str(main["loop_barriers"]), f"{row.predicted['share']:.0%}")
+        lines.append(_row(gradients, names[row.library], *figures))
+    return "\n".join(lines)
+
+
+def predicted_losses() -> str:
+    """Where Liger-Kernel's norms are predicted to be faster: how many cases, by up to how many points of peak."""
+    shares: dict[tuple[str, int], dict[tuple[str, str], dict[str, float]]] = defaultdict(lambda: defaultdict(dict))
+    for row in report_rows.load(RESULTS / "compile.json"):
+        if row.predicted:
+            shares[row.machine, row.width][row.dtype, row.case][row.library] = row.predicted["share"]
+    widths = sorted({width for _, width in shares})
+    cells = {width: [_losses(shares[machine, width]) for machine in MACHINES] for width in widths}
+    lines = [_row("columns", *MACHINES), "|---|" + "---|" * len(MACHINES)]
+    for found, group in itertools.groupby(widths, key=lambda width: cells[width]):
+        same = list(group)
+        name = f"{same[0]:,}" if len(same) == 1 else f"{same[0]:,} to {same[-1]:,}"
+        lines.append(_row(name, *found))
+    return "\n".join(lines)
+
+
+def _losses(cases: dict[tuple[str, str], dict[str, float]]) -> str:
+    behind = [pair["liger"] - pair["fastln"] for pair in cases.values() if {"liger", "fastln"} <= pair.keys()]
+    if not behind:
+        return "no case to compare"
+    lost = [points for points in behind if points > 0]
+    return f"{len(lost)} of {len(behind)}" + (f", by up to {100 * max(lost):.0f}" if lost else "")
+
+
+def _row(*cells: str) -> str:
+    return f"| {' | '.join(cells)} |"
+
+
+BLOCKS: dict[str, Callable[[], str]] = {
+    "cpu": cpu,
+    "cpu-summary": cpu_summary,
+    "quick": suite("quick"),
+    "vqa-rad": suite("vqa-rad"),
+    "quality": quality,
+    "stored": stored,
+    "compiled-backward": compiled_backward,
+    "predicted-losses": predicted_losses,
+}
+"""What makes each block, by its name."""
+
+
+def pages() -> list[Path]:
+    """The files that may hold blocks."""
+    return [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+
+
+def filled(text: str) -> str:
+    """Return a page with every block made anew."""
+
+    def block(match: re.Match[str]) -> str:
+        name = match["name"]
+        return f"<!-- generated: {name} -->\n{BLOCKS[name]()}\n<!-- /generated: {name} -->"
+
+    return _BLOCK.sub(block, text)
+
+
+def main() -> int:
+    """Rewrite the pages, or check them."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true", help="write nothing; fail where a page would change")
+    options = parser.parse_args()
+    changed = {page: new for page in pages() if (new := filled(page.read_text())) != page.read_text()}
+    for page, text in changed.items():
+        if options.check:
+            print(f"{page.relative_to(ROOT)} differs from the results; run make readme-tables")
+        else:
+            page.write_text(text)
+            print(f"{page.relative_to(ROOT)} rewritten")
+    return int(options.check and bool(changed))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,340 @@
+"""plan() decides what `prepare` will change in a model, and returns it as data. apply() carries it out."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastln.decision import Change, Plan, Stay
+from fastln.errors import FastLNError
+from fastln.families.recognise import Found, recognise
+from fastln.machine import settle_device, why_no_arena
+from fastln.methods import describe_other_norms, get_method, select_parameters, settle_scope
+from fastln.ops import OpSettings
+from fastln.ops.backends import resolve
+from fastln.standins.attention import NAME, ViewSpec, flash_views
+from fastln.standins.part import Undo, is_stand_in
+from fastln.standins.table import STAND_INS, Place
+from fastln.standins.tricks import TRICKS
+
+STATE = "_fastln_state"
+
+
+@dataclass
+class Prepared:
+    """A record of what `prepare` did to a model, so that `restore` can undo it.
+
+    Attributes:
+        plan: The plan that was carried out.
+        requires_grad: The earlier `requires_grad` of every parameter, by name.
+        dtypes: The earlier dtype of each parameter that became float32, by name.
+        undo: Objects that undo the changes, in the order in which the changes were made.
+    """
+
+    plan: Plan
+    requires_grad: dict[str, bool] = field(default_factory=dict)
+    dtypes: dict[str, torch.dtype] = field(default_factory=dict)
+    undo: list[Undo] = field(default_factory=list)
+
+    def remove(self, model: nn.Module) -> None:
+        """Undo every change to `model`. Tuned values stay, cast to the model's own dtype."""
+        for change in reversed(self.undo):
+            change.remove()
+        for name, parameter in model.named_parameters():
+            if parameter.requires_grad != self.requires_grad.get(name, parameter.requires_grad):
+                parameter.requires_grad_(self.requires_grad[name])
+        if hasattr(model, STATE):
+            delattr(model, STATE)
+
+
+def prepared(model: nn.Module) -> Prepared | None:
+    """Return the record of what `prepare` did to `model`; None if the model is not prepared."""
+    state: Prepared | None = model.__dict__.get(STATE)
+    return state
+
+
+def plan(
+    model: nn.Module,
+    method: str = "layernorm",
+    *,
+    scope: str | Iterable[str] | None = None,
+    also: str | Iterable[str] = (),
+    activations: str = "exact",
+    products: str = "exact",
+    without: str | Iterable[str] = (),
+    backend: str = "auto",
+    device: torch.device | str | None = None,
+) -> Plan:
+    """Decide what `prepare` would change in a model, without changing it.
+
+    Args:
+        model: Any transformers model. It may be on the meta device.
+        method: As for `fastln.prepare`.
+        scope: As for `fastln.prepare`.
+        also: As for `fastln.prepare`.
+        activations: As for `fastln.prepare`.
+        products: As for `fastln.prepare`.
+        without: As for `fastln.prepare`.
+        backend: As for `fastln.prepare`.
+        device: The device that the model will run on. By default the model's current device; for a model on the meta
+            device, the GPU if there is one.
+
+    Returns:
+        The plan. Print its `table()`, or carry it out with `apply`.
+
+    Raises:
+        FastLNError: As for `fastln.prepare`.
+    """
+    _check_stock(model)
+    settings = OpSettings(backend, activations, products)
+    left_out = settle_without(without)
+    method, scope = settle_scope(method, scope)
+    also = (also,) if isinstance(also, str) else tuple(also)
+    chosen, _ = get_method(method)
+    trained = frozenset(select_parameters(model, chosen, scope, also))
+    if not trained:
+        raise FastLNError(f"method {method!r} trains nothing by itself; list the task head's modules in `also`")
+    place = _settle_place(model, device)
+    resolve("layer_norm", place, settings)  # raises if the backend is not available
+    decided = _Decider(model, trained, left_out, settings, place).decide()
+    left = describe_other_norms(model, trained, scope)
+    parameters = dict(model.named_parameters())
+    return Plan(
+        model=type(model).__name__,
+        method=method,
+        also=also,
+        device=str(place),
+        settings=settings,
+        without=left_out,
+        trained=trained,
+        n_trained=sum(parameters[name].numel() for name in trained),
+        n_total=sum(parameter.numel() for parameter in parameters.values()),
+        changes=tuple(entry for entry in decided if isinstance(entry, Change)),
+        stays=tuple(entry for entry in decided if isinstance(entry, Stay)),
+        notes=() if left is None else (left,),
+    )
+
+
+def apply(plan: Plan, model: nn.Module) -> None:
+    """Carry out a plan, in place. If anything fails, the model stays unchanged.
+
+    Args:
+        plan: A plan for this model, or for a model of the same configuration on the meta device.
+        model: The model.
+
+    Raises:
+        FastLNError: If the plan is for another model, or the model is already prepared. Nothing changes then.
+        BaseException: Any exception from a step, including KeyboardInterrupt. All changes are undone first.
+    """
+    _check_stock(model)
+    _check_fits(plan, model)
+    state = Prepared(plan)
+    before: dict[str, Tensor] = {}
+    setattr(model, STATE, state)
+    try:
+        for name, parameter in model.named_parameters():
+            state.requires_grad[name] = parameter.requires_grad
+            parameter.requires_grad_(name in plan.trained)
+        for change in plan.changes:
+            dtypes = dict(change.dtypes)
+            for own, dtype in dtypes.items():
+                name = _joined(change.name, own)
+                before[name] = model.get_parameter(name).data
+                state.dtypes[name] = dtype
+            place = Place(model, change.name, change.detail, plan.settings, dtypes, state.undo)
+            STAND_INS[change.stand_in].put(place)
+    except BaseException:
+        state.remove(model)
+        for name, tensor in before.items():
+            model.get_parameter(name).data = tensor  # the original tensor, not a copy that was cast and cast back
+        raise
+
+
+class _Decider:
+    """Decides for each module that fastln recognises: a change, or why it stays stock."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        trained: frozenset[str],
+        without: tuple[str, ...],
+        settings: OpSettings,
+        device: torch.device,
+    ) -> None:
+        self._model = model
+        self._without = without
+        self._settings = settings
+        self._device = device
+        self._modules = dict(model.named_modules())
+        self._trained = {id(p): p for name, p in model.named_parameters() if name in trained}
+
+    def decide(self) -> list[Change | Stay]:
+        found = recognise(self._model)
+        heads = {entry.name for entry in found if entry.what == "lm_head" and self._waits()}
+        decided: list[Change | Stay] = self._flash_attention(found)
+        for entry in found:
+            if entry.what in ("linear", "conv1d") and entry.name in heads:
+                continue
+            made = self._of(entry)
+            decided += [] if made is None else [made]
+        if self._device.type == "cpu":
+            arena = Found("", "arena", "memory of large tensors", obstacle=why_no_arena(self._device))
+            made = self._of(arena)
+            decided += [] if made is None else [made]
+        return decided
+
+    def _of(self, entry: Found) -> Change | Stay | None:
+        match entry.what:
+            case "layer_norm" | "norm" | "slow_norm":
+                return self._norm(entry)
+            case "attention":
+                return self._attention(entry)
+            case "linear" | "conv1d":
+                return self._linear(entry)
+            case "lm_head" | "last_block" | "arena" if self._settings.backend == "reference":
+                return None  # plain PyTorch throughout
+            case "blip_attention" | "blip_text_attention" if self._settings.backend == "reference":
+                return None
+        return self._known(entry)
+
+    def _known(self, entry: Found, detail: Any = None) -> Change | Stay:
+        """Change the module, unless it has an obstacle or `without` leaves it out."""
+        row = STAND_INS[entry.what]
+        if entry.obstacle is not None:
+            return Stay(entry.name, entry.label, entry.obstacle)
+        if row.trick in self._without:
+            return Stay(entry.name, entry.label, f"left out: without={row.trick!r}")
+        return self._change(entry, entry.what, entry.detail if detail is None else detail)
+
+    def _change(
+        self, entry: Found, stand_in: str, detail: Any, dtypes: tuple[tuple[str, torch.dtype], ...] = ()
+    ) -> Change:
+        row = STAND_INS[stand_in]
+        return Change(
+            name=entry.name,
+            kind=entry.label,
+            stand_in=stand_in,
+            becomes=_becomes(row.becomes, detail, dtypes),
+            trick=row.trick,
+            keeps=row.keeps,
+            products=self._settings.products if row.has_products else None,
+            reason=row.reason,
+            stock=_class_name(self._modules[entry.name]),
+            detail=detail,
+            dtypes=dtypes,
+        )
+
+    def _norm(self, entry: Found) -> Change | Stay:
+        norm = self._modules[entry.name]
+        dtypes = tuple(
+            (own, parameter.dtype)
+            for own, parameter in norm.named_parameters(recurse=False)
+            if id(parameter) in self._trained
+        )
+        left_out = "norms" in self._without
+        if entry.obstacle is None and not left_out:
+            return self._change(entry, entry.what, entry.detail, dtypes)
+        reason = entry.obstacle or "left out: without='norms'"
+        if not dtypes:
+            return Stay(entry.name, entry.label, reason)
+        return dataclasses.replace(self._change(entry, "slow_norm", None, dtypes), reason=reason)
+
+    def _waits(self) -> bool:
+        return "late_logits" not in self._without and self._settings.backend != "reference"
+
+    def _attention(self, entry: Found) -> Change | Stay | None:
+        if self._device.type != "cpu" or self._settings.backend == "reference":
+            return None  # sdpa is torch's best; `_flash_attention` has already decided about flash-attn
+        choice = resolve("attention", self._device, self._settings)
+        if choice.backend != "cpu":
+            return None if entry.obstacle else Stay(entry.name, entry.label, choice.reason)
+        return self._known(entry, ViewSpec(NAME))
+
+    def _flash_attention(self, found: list[Found]) -> list[Change | Stay]:
+        if self._device.type != "cuda" or self._settings.backend == "reference":
+            return []
+        kept = [entry.name for entry in found if entry.what == "attention" and entry.obstacle is not None]
+        views = flash_views(self._model, kept)
+        return [self._known(Found(name, "attention", "attention"), spec) for name, spec in views.items()]
+
+    def _linear(self, entry: Found) -> Change | Stay | None:
+        if resolve("linear", self._device, self._settings).backend != "cpu":
+            return None  # torch's own linear is the best available
+        if id(self._modules[entry.name].weight) in self._trained:
+            return Stay(entry.name, entry.label, "its weight trains")
+        return self._known(entry)
+
+
+def _becomes(what: str, detail: Any, dtypes: tuple[tuple[str, torch.dtype], ...]) -> str:
+    if isinstance(detail, ViewSpec) and detail.name != NAME:
+        what = "flash-attn"
+    if not dtypes:
+        return what
+    return f"{what}, {'float64' if any(dtype == torch.float64 for _, dtype in dtypes) else 'float32'}"
+
+
+def settle_without(without: str | Iterable[str]) -> tuple[str, ...]:
+    """Return the names of what is left out, each once.
+
+    Raises:
+        FastLNError: If one is not a key of `TRICKS`.
+    """
+    names = (without,) if isinstance(without, str) else tuple(without)
+    for name in names:
+        if name not in TRICKS:
+            near = difflib.get_close_matches(str(name), TRICKS, n=1)
+            hint = f"; did you mean {near[0]!r}?" if near else ""
+            raise FastLNError(f"unknown name {name!r} in `without`{hint} (valid: {', '.join(TRICKS)})")
+    return tuple(dict.fromkeys(names))
+
+
+def _settle_place(model: nn.Module, device: torch.device | str | None) -> torch.device:
+    if device is not None:
+        return torch.device(device)
+    here = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
+    return settle_device("auto") if here.type == "meta" else here
+
+
+def _check_stock(model: nn.Module) -> None:
+    if prepared(model) is not None:
+        raise FastLNError("this model is already prepared; call fastln.restore(model) first")
+    inside = next(
+        (name for name, module in model.named_modules() if prepared(module) is not None or is_stand_in(module)), None
+    )
+    if inside is not None:
+        raise FastLNError(
+            f"{inside!r} in this model, or a model around it, is already prepared; restore that first, then prepare "
+            "the outermost model and use `scope` to choose the sub-models to tune"
+        )
+
+
+def _check_fits(plan: Plan, model: nn.Module) -> None:
+    modules = dict(model.named_modules())
+    parameters = {name for name, _ in model.named_parameters()}
+    for change in plan.changes:
+        module = modules.get(change.name)
+        if module is None or _class_name(module) != change.stock:
+            held = "no such module" if module is None else f"a {_class_name(module)}"
+            raise FastLNError(
+                f"the plan is for another model: it expects {change.name!r} to be a {change.stock}, but this "
+                f"{type(model).__name__} has {held} there"
+            )
+    if missing := sorted(plan.trained - parameters):
+        raise FastLNError(
+            f"the plan is for another model: it trains {missing[0]!r}, but this {type(model).__name__} has no such "
+            "parameter"
+        )
+
+
+def _class_name(module: nn.Module) -> str:
+    return f"{type(module).__module__}.{type(module).__qualname__}"
+
+
+def _joined(module: str, own: str) -> str:
+    return f"{module}.{own}" if module else own

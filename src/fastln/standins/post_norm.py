@@ -1,0 +1,43 @@
+"""The end of a post-norm block, as in BERT."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from fastln import ops
+from fastln.ops import NormKind
+from fastln.standins.norm import warn_if_rounded
+from fastln.standins.part import StandIn, form, unwatched
+
+
+@form
+class DenseDropoutAddNorm(StandIn):
+    """`LayerNorm(dropout(dense(x)) + residual)`, which stores only x_hat and a float32 per row."""
+
+    dense: nn.Module
+    dropout: nn.Dropout
+    LayerNorm: nn.LayerNorm
+
+    def forward(self, hidden_states: Tensor, input_tensor: Tensor) -> Tensor:
+        """Return what the stock module returns.
+
+        Args:
+            hidden_states: (..., n_in), the block's result.
+            input_tensor: (..., n_cols), the residual.
+        """
+        norm = self.LayerNorm
+        if not unwatched(norm, self.dropout):
+            return super().forward(hidden_states, input_tensor)
+        warn_if_rounded(norm.weight)
+        dropout = self.dropout.p if self.dropout.training else 0.0
+        y = ops.dropout_add_norm(
+            self.dense(hidden_states),
+            input_tensor,
+            norm.weight,
+            norm.bias,
+            NormKind(norm.eps),
+            dropout=dropout,
+            settings=self._fastln.settings,
+        )
+        assert isinstance(y, Tensor)
+        return y

@@ -1,0 +1,229 @@
+"""The table of stand-ins: for each kind of change, what replaces the module and how."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+from fastln.families.activations import is_shared
+from fastln.ops import OpSettings
+from fastln.standins.activation import Activation
+from fastln.standins.arena import Arena
+from fastln.standins.attention import AttentionSwitch
+from fastln.standins.blip_attention import BlipAttention, BlipTextSelfAttention
+from fastln.standins.dropout import CallsDropout, Dropout
+from fastln.standins.gated_mlp import GatedMLP
+from fastln.standins.last_block import WaitingRows
+from fastln.standins.linear import Conv1D, Linear
+from fastln.standins.lm_head import LMHead
+from fastln.standins.norm import Float32Parameters, LayerNorm, Norm, StockOutput
+from fastln.standins.part import ClassChange, StandIn, Undo, stand_in
+from fastln.standins.post_norm import DenseDropoutAddNorm
+from fastln.standins.training_steps import NoCache, NoReentry
+
+
+@dataclass(frozen=True)
+class Place:
+    """The place of a change.
+
+    Attributes:
+        model: The model to prepare.
+        name: The module's name in it; empty for the model itself.
+        detail: What is known about the module, such as which norm it computes.
+        settings: How operations run.
+        dtypes: The current dtypes of the module's own parameters that become float32, by name.
+        undo: A list that receives the object that undoes the change, before the change is made.
+    """
+
+    model: nn.Module
+    name: str
+    detail: Any
+    settings: OpSettings
+    dtypes: Mapping[str, torch.dtype]
+    undo: list[Undo] = field(default_factory=list)
+
+    @property
+    def module(self) -> nn.Module:
+        """The module."""
+        return self.model.get_submodule(self.name)
+
+
+@dataclass(frozen=True)
+class Row:
+    """A kind of change.
+
+    Attributes:
+        trick: Its name in `fastln.standins.tricks.TRICKS`; None if it cannot be left out.
+        becomes: What replaces the part, in words for the user.
+        keeps: What it keeps for backward.
+        has_products: Whether it multiplies matrices.
+        reason: Why the part changes.
+        put: The function that makes the change.
+    """
+
+    trick: str | None
+    becomes: str
+    keeps: str
+    has_products: bool
+    reason: str
+    put: Callable[[Place], None]
+
+
+def _swap(form: type[StandIn]) -> Callable[[Place], None]:
+    def put(place: Place) -> None:
+        place.undo.append(ClassChange(place.module))
+        stand_in(place.module, form, place.settings, place.detail)
+
+    return put
+
+
+def _norm(form: type[StandIn]) -> Callable[[Place], None]:
+    def put(place: Place) -> None:
+        _cast(place)
+        place.undo.append(ClassChange(place.module))
+        stand_in(place.module, form, place.settings, place.detail, _narrow(place))
+
+    return put
+
+
+def _stock_norm(place: Place) -> None:
+    _cast(place)
+    place.undo.append(place.module.register_forward_hook(StockOutput(_narrow(place))))
+
+
+def _cast(place: Place) -> None:
+    if place.dtypes:
+        cast = Float32Parameters(place.module, dict(place.dtypes))
+        place.undo.append(cast)
+        cast.put()
+
+
+def _narrow(place: Place) -> torch.dtype | None:
+    return next((dtype for dtype in place.dtypes.values() if dtype.itemsize == 2), None)
+
+
+def _activation(place: Place) -> None:
+    module = place.module
+    if is_shared(module):
+        own = copy.copy(module)
+        replaced = Replaced(place.model, module, own)
+        place.undo.append(replaced)
+        replaced.put()
+        module = own
+    place.undo.append(ClassChange(module))
+    stand_in(module, Activation, place.settings, place.detail)
+
+
+@dataclass
+class Replaced:
+    """Replaces a module that other models share by the model's own copy.
+
+    Attributes:
+        model: The model.
+        module: The shared module.
+        own: The model's own copy.
+    """
+
+    model: nn.Module
+    module: nn.Module
+    own: nn.Module
+
+    def put(self) -> None:
+        """Put in the model's own copy wherever the model holds the shared module."""
+        _replace(self.model, self.module, self.own)
+
+    def remove(self) -> None:
+        """Put the shared module back."""
+        _replace(self.model, self.own, self.module)
+
+
+def _replace(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
+    for parent in list(model.modules()):
+        for key, child in parent._modules.items():
+            if child is old:
+                parent._modules[key] = new
+
+
+def _attention(place: Place) -> None:
+    switch = AttentionSwitch(place.module, place.module.config)
+    place.undo.append(switch)
+    switch.put(place.detail, place.settings)
+
+
+def _last_block(place: Place) -> None:
+    parts = place.detail.split(".")
+    around = tuple(place.model.get_submodule(".".join(parts[:n])) for n in range(len(parts)))
+    rows = WaitingRows(place.model.get_submodule(place.detail), around, place.module)
+    place.undo.append(rows)
+    rows.put()
+
+
+def _steps(change: type[NoCache] | type[NoReentry]) -> Callable[[Place], None]:
+    def put(place: Place) -> None:
+        made = change(place.module)
+        place.undo.append(made)
+        made.put()
+
+    return put
+
+
+def _arena(place: Place) -> None:
+    arena = Arena()
+    place.undo.append(arena)
+    arena.put()
+
+
+_INPUT = "its input, a float32 per row"
+_ATTENTION = "q, k, v, the result, a float32 per query and head"
+_SEED = "an 8-byte seed"
+_FASTER = "fastln's kernels store and compute only what is needed"
+_FROZEN = "its weight is frozen"
+
+STAND_INS: dict[str, Row] = {
+    "layer_norm": Row("norms", "fastln", _INPUT, False, _FASTER, _norm(LayerNorm)),
+    "norm": Row("norms", "fastln", _INPUT, False, _FASTER, _norm(Norm)),
+    "slow_norm": Row(None, "stock code", "what stock keeps", False, "fastln has no fast form of it", _stock_norm),
+    "dropout": Row("dropout", "fastln", _SEED, False, "no mask is stored", _swap(Dropout)),
+    "calls_dropout": Row("dropout", "fastln", _SEED, False, "no mask is stored", _swap(CallsDropout)),
+    "activation": Row("activations", "fastln", "its input (ReLU: its output)", False, _FASTER, _activation),
+    "post_norm": Row(
+        trick="post_norms",
+        becomes="fastln",
+        keeps="x_hat, a float32 per row",
+        has_products=False,
+        reason="no sum is stored",
+        put=_swap(DenseDropoutAddNorm),
+    ),
+    "gated_mlp": Row("gated_mlps", "fastln", "gate and up", False, "no product is stored", _swap(GatedMLP)),
+    "attention": Row("attention", "fastln", _ATTENTION, True, _FASTER, _attention),
+    "blip_attention": Row("attention", "fastln", _ATTENTION, True, _FASTER, _swap(BlipAttention)),
+    "blip_text_attention": Row("attention", "fastln", _ATTENTION, True, _FASTER, _swap(BlipTextSelfAttention)),
+    "lm_head": Row(
+        "late_logits", "computed late", "rows with a label", True, "most logits are never read", _swap(LMHead)
+    ),
+    "linear": Row("linears", "fastln", "nothing", True, _FROZEN, _swap(Linear)),
+    "conv1d": Row("linears", "fastln", "nothing", True, _FROZEN, _swap(Conv1D)),
+    "last_block": Row(
+        trick="late_rows",
+        becomes="computed late",
+        keeps="rows that are read",
+        has_products=True,
+        reason="most rows of the last block are never read",
+        put=_last_block,
+    ),
+    "cache": Row("cache", "none in training", "no keys and values", False, "training uses no cache", _steps(NoCache)),
+    "checkpointing": Row(
+        trick="checkpointing",
+        becomes="without reentry",
+        keeps="what they keep",
+        has_products=False,
+        reason="reentrant checkpoints send no gradient to layers behind frozen ones",
+        put=_steps(NoReentry),
+    ),
+    "arena": Row("arena", "fastln", "-", False, "memory of freed tensors is reused", _arena),
+}

@@ -1,0 +1,67 @@
+"""The names that `without` takes: each change that `prepare` can leave out, with its gain and its risk."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Trick:
+    """One kind of change that can be left out.
+
+    Attributes:
+        name: Its name for `without`.
+        gains: What the change improves.
+        risk: What can go wrong, or what differs from stock code.
+    """
+
+    name: str
+    gains: str
+    risk: str
+
+
+TRICKS: dict[str, Trick] = {
+    trick.name: trick
+    for trick in (
+        Trick(
+            "norms",
+            "norms run as fused kernels and compute only the gradients that are needed",
+            "none known; trained norms are float32 with or without this",
+        ),
+        Trick("activations", "store one tensor for backward, where stock code may store several", "none known"),
+        Trick("dropout", "stores an 8-byte seed instead of a mask", "draws different random numbers than torch"),
+        Trick("post_norms", "BERT's dropout, residual and norm run as one operation that stores x_hat", "none known"),
+        Trick("gated_mlps", "store only the gate and up projections, not the activation or the product", "none known"),
+        Trick(
+            "attention",
+            "runs compiled kernels on a CPU, or flash-attn on a GPU if installed; stores no dropout mask",
+            "sums in a different order than sdpa; draws different random numbers for dropout",
+        ),
+        Trick(
+            "linears",
+            "on a CPU, frozen linear layers pack their weight block by block, without a second copy",
+            "none known",
+        ),
+        Trick(
+            "late_logits",
+            "in training, computes logits only for positions with a label",
+            "outputs.logits is computed only if you read it; the loss sends no gradient through it",
+        ),
+        Trick(
+            "late_rows",
+            "in training, the last block computes only the tokens that are read",
+            "hidden states of the last block are computed only if you read them",
+        ),
+        Trick("cache", "makes no key-value cache in training", "outputs.past_key_values is None in training"),
+        Trick(
+            "checkpointing",
+            "gradient checkpointing runs without reentry, so that norms behind frozen layers get gradients",
+            "none known",
+        ),
+        Trick(
+            "arena",
+            "keeps the freed memory of large CPU tensors for the next step",
+            "replaces torch's CPU allocator in the whole process while a model is prepared",
+        ),
+    )
+}

@@ -1,0 +1,104 @@
+"""How a task is trained, what of it is kept on disk, and what came of it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from fastln.errors import FastLNError
+from fastln.methods import LearningRates, learning_rates
+from fastln.training.optimizer import WEIGHT_DECAY
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """How to train.
+
+    Attributes:
+        method: as `fastln.methods.get_method` takes it; it brings the learning rate and its groups.
+        scope: the sub-models that the method tunes; None for all.
+        without: names of what `fastln.prepare` leaves out; None for nothing. For engine `fastln` only.
+        epochs: passes over the training questions.
+        head_epochs: passes that train a head which starts random, alone and on the frozen towers' features, before
+            the method's own epochs. Method `head` trains nothing else, for `head_epochs` and `epochs` together.
+        batch_size: questions per step.
+        learning_rate: of the method's own parameters; None for the method's default.
+        head_learning_rate: of a task head that starts random, under other methods than `head`; None for
+            `fastln.methods.HEAD_LEARNING_RATE`.
+        weight_decay: of matrices; norms and biases never decay.
+        warmup: share of the steps over which the rate rises; it then falls to 0 along a cosine.
+        max_grad_norm: gradients are scaled down to this norm.
+        questions_per_image: how many questions on one image go into a batch together (where there are as many), for
+            models that run the vision tower once for all of them; other models get batches of texts of like length.
+        seed: of the batches' order and of dropout.
+    """
+
+    method: str = "layernorm"
+    scope: tuple[str, ...] | None = None
+    without: tuple[str, ...] | None = None
+    epochs: int = 15
+    head_epochs: int = 3
+    batch_size: int = 32
+    learning_rate: float | None = None
+    head_learning_rate: float | None = None
+    weight_decay: float = WEIGHT_DECAY
+    warmup: float = 0.05
+    max_grad_norm: float = 1.0
+    questions_per_image: int = 16
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name, least in (("epochs", 1), ("head_epochs", 0), ("batch_size", 1), ("questions_per_image", 1)):
+            if getattr(self, name) < least:
+                raise FastLNError(f"{name} is {getattr(self, name)}; it must be at least {least}")
+        if not 0 <= self.seed < 2**32:
+            raise FastLNError(f"seed is {self.seed}; it must be from 0 to 2**32 - 1")
+        for name in ("learning_rate", "head_learning_rate", "max_grad_norm"):
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                raise FastLNError(f"{name} is {value}; it must be greater than 0")
+        if not self.weight_decay >= 0:
+            raise FastLNError(f"weight_decay is {self.weight_decay}; it must be at least 0")
+        if not 0 <= self.warmup <= 1:
+            raise FastLNError(f"warmup is {self.warmup}; it is a share of the steps, from 0 to 1")
+
+    @property
+    def rates(self) -> LearningRates:
+        """The learning rates: the method's, where none are given."""
+        return learning_rates(self.method, self.learning_rate, self.head_learning_rate)
+
+
+@dataclass(frozen=True)
+class TrainFiles:
+    """What a training run keeps on disk: nothing by default.
+
+    Attributes:
+        checkpoints: folder for a checkpoint after each epoch (the last two stay) and for `log.jsonl`.
+        resume: continue from the last whole checkpoint in that folder.
+        adapter: folder for what was trained, apart from the base.
+        adapter_dtype: of the norms in the adapter.
+    """
+
+    checkpoints: Path | None = None
+    resume: bool = False
+    adapter: Path | None = None
+    adapter_dtype: torch.dtype = torch.float32
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """What a training run did.
+
+    Attributes:
+        losses: the loss of every step (of a resumed run without the steps that trained the head alone).
+        seconds: wall-clock time of this call.
+        trainable_parameters: how many parameters the method trained.
+        total_parameters: how many the model has.
+    """
+
+    losses: list[float]
+    seconds: float
+    trainable_parameters: int
+    total_parameters: int

@@ -1,0 +1,95 @@
+"""fastln eval: score a saved model on a dataset."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+from fastln.data import DataOptions, load_source
+from fastln.data.answers import normalise_answer
+from fastln.data.dataset import check_split
+from fastln.errors import FastLNError
+from fastln.machine import settle_device, settle_dtype
+from fastln.metrics import Accuracy, ReportScores, check_scorable, score
+from fastln.models import load_task
+from fastln.training.evaluate import predict, print_scores
+from fastln.training.features import check_cacheable
+from fastln.training.record import write_json
+from fastln.training.tasks import load_task_adapter
+from fastln.training.tensor_store import TensorStore
+
+
+@dataclass(frozen=True)
+class EvalRun:
+    """One evaluation: what `fastln eval` was asked for.
+
+    Attributes:
+        model: as `fastln.models.load_task` takes it.
+        data: "phantom", or a dataset's folder or file.
+        split: "train", "validation" or "test".
+        batch_size: questions per batch.
+        dtype: "float32", "bfloat16" or "auto".
+        device: "cpu", "cuda" or "auto".
+        options: how the data is read.
+        adapter: folder of an adapter to put into the model, which is then the base that it was trained on.
+        image_size: as `fastln.models.load_task` takes it; a saved model knows the one that it was trained with.
+        predictions: JSON Lines file for every question with its answer and the model's.
+        metrics: JSON file for the scores.
+    """
+
+    model: str
+    data: str = "phantom"
+    split: str = "test"
+    batch_size: int = 64
+    dtype: str = "auto"
+    device: str = "auto"
+    options: DataOptions = field(default_factory=DataOptions)
+    adapter: Path | None = None
+    image_size: int | None = None
+    predictions: Path | None = None
+    metrics: Path | None = None
+
+    def __post_init__(self) -> None:
+        check_split(self.split)
+        for what in ("predictions", "metrics"):
+            path: Path | None = getattr(self, what)
+            if path is not None and not path.absolute().parent.is_dir():
+                raise FastLNError(f"{path}: the folder for the {what} does not exist")
+            if path is not None and path.is_dir():
+                raise FastLNError(f"{path}: is a folder; name a file for the {what}")
+
+
+def run_evaluation(run: EvalRun, features: TensorStore | None = None) -> Accuracy | ReportScores:
+    """Score a saved model, and print the result.
+
+    Args:
+        run: what to do.
+        features: keeps the vision tower's output for each image; None for no caching.
+
+    Raises:
+        FastLNError: for anything in `run` that cannot be had as given.
+    """
+    device = settle_device(run.device)
+    source = load_source(run.data, run.options)
+    dataset = source.dataset(run.split)
+    check_scorable(dataset.samples)
+    # A saved model brings its own vocabulary; a new one takes it from the training questions.
+    words_from = dataset if Path(run.model).is_dir() else source.dataset("train")
+    dtype = settle_dtype(run.dtype, device)
+    task = load_task(run.model, words_from, dtype=dtype, device=device, image_size=run.image_size)
+    task.check_data(dataset)
+    if features is not None:
+        check_cacheable(task)
+    if run.adapter is not None:
+        load_task_adapter(task, run.adapter)
+    answers = predict(task, dataset, batch_size=run.batch_size, progress=True, features=features)
+    if run.predictions is not None:
+        with run.predictions.open("w") as file:
+            for sample, answer in zip(dataset.samples, answers, strict=True):
+                file.write(json.dumps(asdict(sample) | {"prediction": normalise_answer(answer)}) + "\n")
+    scores = score(answers, dataset.samples)
+    if run.metrics is not None:
+        write_json(run.metrics, {"model": task.name, "data": dataset.name, "split": run.split, **asdict(scores)})
+    print_scores(task, dataset, scores)
+    return scores

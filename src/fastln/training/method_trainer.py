@@ -1,0 +1,151 @@
+"""MethodTrainer: transformers' Trainer for a model with a method on it; the step, watch and log of all our trainers."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence, Sized
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, IterableDataset
+
+from fastln.errors import FastLNError
+from fastln.memory import peak_bytes
+from fastln.prepare import check_norm_gradients
+from fastln.training.adalora import AdaLoRASteps
+from fastln.training.progress import check_loss
+from fastln.training.resumable import ResumableTrainer
+from fastln.training.sample_ids import KEY, WithSampleIds
+from fastln.training.throughput import Throughput
+from fastln.training.watch import NormWatch, check_finite
+
+logger = logging.getLogger(__name__)
+
+
+class MethodTrainer(ResumableTrainer):
+    """A Trainer that watches over the training of a method.
+
+    It stops with a `FastLNError` where a trained norm gets no gradient, does not move or turns NaN, and where the loss
+    is NaN; of several processes all stop. It moves AdaLoRA's ranks. Its log has the mean |Δγ|, samples and tokens a
+    second, and the peak memory. Activation checkpointing is without reentry, as in every prepared model.
+
+    Args:
+        *args: As the Trainer takes them.
+        **kwargs: As the Trainer takes them.
+    """
+
+    data_collator: Any
+    model: Any
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        self._watch: NormWatch | None = None
+        self._throughput = Throughput()
+        super().__init__(*args, **kwargs)
+        if self.args.activation_checkpointing:
+            given = dict(self.args.activation_checkpointing_kwargs or {})
+            if given.get("use_reentrant"):
+                logger.info("checkpoints are without reentry: reentrant ones give no gradient behind frozen layers")
+            given["use_reentrant"] = False
+            self.args.activation_checkpointing_kwargs = given
+        self.add_callback(AdaLoRASteps())
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """Train, as `ResumableTrainer.train` does.
+
+        Raises:
+            FastLNError: As that does; and for a dataset without a sample.
+        """
+        if isinstance(self.train_dataset, Sized) and not len(self.train_dataset):
+            raise FastLNError("train_dataset holds no sample; look at what filtered or read it")
+        self._throughput.restart()
+        return super().train(*args, **kwargs)
+
+    def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Tensor:
+        """Take one batch forward and backward.
+
+        Raises:
+            FastLNError: where the loss is NaN, and where a trained norm gets no gradient in the first step.
+        """
+        ids = inputs.pop(KEY, None)
+        self._throughput.count(inputs)
+        loss = super().training_step(model, inputs, *args, **kwargs)
+        self._check_loss(loss, ids)
+        # Before the last batch of a step FSDP2 keeps gradients apart from the parameters.
+        if self.state.global_step == 0 and self._shows_norms and self.accelerator.sync_gradients:
+            check_norm_gradients(self.model)
+        return loss
+
+    def _check_loss(self, loss: Tensor, sample_ids: Sequence[str] | None) -> None:
+        # All processes ask: if one stopped alone, the others would wait for it.
+        if not self.accelerator.reduce(torch.isnan(loss).float(), "sum"):
+            return
+        step = self.state.global_step + 1
+        if self._watch is not None:
+            check_finite(self._watch.began_finite, step)
+        check_loss(loss.item(), step, sample_ids)
+        raise FastLNError(f"the loss is not a number at step {step} in the batch of another process")
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Log; for training steps also how far γ moved, the throughput since the last time and the peak memory.
+
+        The time of saving and evaluation does not count.
+        """
+        if "loss" in logs:
+            if self._watch is not None:
+                check_finite(self._watch.parameters, self.state.global_step)
+                shift = self._watch.gamma_shift()
+                logs |= {} if shift is None else {"gamma_shift": shift}
+            logs |= self._throughput.read(self.args.world_size)
+            logs["peak_memory_mib"] = round(peak_bytes(self.args.device) / 2**20, 1)
+        super().log(logs, start_time)
+
+    @property
+    def _shows_norms(self) -> bool:
+        """Whether norms keep parameters of their own; DeepSpeed and the first FSDP put them into others."""
+        return not self._sharded or self.accelerator.is_fsdp2
+
+    def _begin_watch(self) -> None:
+        if self._watch is None and self._shows_norms:
+            self._watch = NormWatch(self.model)
+            self.add_callback(self._watch)
+
+    def _end_watch(self) -> None:
+        if self._watch is not None:
+            self.remove_callback(self._watch)
+            self._watch = None
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        # How far norms moved is told from the model as it was given, before and after an interruption.
+        self._begin_watch()
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def _prepare_for_training(self, *args: Any, **kwargs: Any) -> Any:
+        prepared = super()._prepare_for_training(*args, **kwargs)
+        # Not before: with `cpu_ram_efficient_loading` the first process alone has the values until they are sharded.
+        self._begin_watch()
+        return prepared
+
+    def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+        with self._throughput.stopped():
+            super()._save_checkpoint(*args, **kwargs)
+
+    def _evaluate(self, *args: Any, **kwargs: Any) -> Any:
+        with self._throughput.stopped():
+            return super()._evaluate(*args, **kwargs)
+
+    def _get_dataloader(self, dataset: Any, description: str, *args: Any, **kwargs: Any) -> DataLoader:
+        # Batches of an iterable dataset may be put together from those of other processes, as tensors alone.
+        if not kwargs.get("is_training") or isinstance(dataset, IterableDataset):
+            return super()._get_dataloader(dataset, description, *args, **kwargs)
+        collator = self.data_collator
+        self.data_collator = WithSampleIds(super()._get_collator_with_removed_columns(collator, description))
+        try:
+            return super()._get_dataloader(dataset, description, *args, **kwargs)
+        finally:
+            self.data_collator = collator
+
+    def _get_collator_with_removed_columns(self, data_collator: Any, description: str | None = None) -> Any:
+        if isinstance(data_collator, WithSampleIds):  # removes the columns itself, after it has read the ids
+            return data_collator
+        return super()._get_collator_with_removed_columns(data_collator, description)

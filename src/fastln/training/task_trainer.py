@@ -1,0 +1,64 @@
+"""TaskTrainer: our trainer with a task's batches and an optimizer in float32."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+from torch.optim.lr_scheduler import LambdaLR
+from torch.utils.data import DataLoader
+
+from fastln.data import VQADataset
+from fastln.models import Task, VQATask
+from fastln.training.config import TrainConfig
+from fastln.training.method_trainer import MethodTrainer
+from fastln.training.optimizer import MasterAdamW, cosine_schedule, parameter_groups
+from fastln.training.sample_ids import WithSampleIds
+
+
+class TaskTrainer(MethodTrainer):
+    """The trainer of a `VQATask`: the task's batches, float32 optimizer state, a cosine schedule.
+
+    Args:
+        task: makes the batches.
+        model: the module to train: the task's model with the method on it, or peft's wrapper of that.
+        data: the training questions.
+        config: how to train.
+        **kwargs: as transformers' Trainer takes them.
+    """
+
+    def __init__(self, task: VQATask, model: nn.Module, data: VQADataset, config: TrainConfig, **kwargs: Any) -> None:
+        super().__init__(
+            model=model,
+            train_dataset=data,
+            data_collator=WithSampleIds(lambda samples: task.collate(samples, data)),
+            optimizers=(build_optimizer(model, task, config), None),
+            **kwargs,
+        )
+        # Losses are means over a batch; the Trainer must not divide them by a count of labels.
+        self.model_accepts_loss_kwargs = False
+        self.config = config
+        self.task = task
+
+    def get_train_dataloader(self) -> DataLoader:
+        """Return the task's batches."""
+        batches = self.task.batches(
+            self.train_dataset,
+            self.config.batch_size,
+            seed=self.config.seed,
+            questions_per_image=self.config.questions_per_image,
+        )
+        loader = DataLoader(self.train_dataset, batch_sampler=batches, collate_fn=self.data_collator)
+        return self.accelerator.prepare(loader)
+
+    def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None) -> LambdaLR:
+        """Make the schedule over the steps that the Trainer counts; several processes take fewer than one."""
+        self.lr_scheduler = cosine_schedule(optimizer or self.optimizer, num_training_steps, self.config.warmup)
+        return self.lr_scheduler
+
+
+def build_optimizer(model: nn.Module, task: Task, config: TrainConfig) -> MasterAdamW:
+    """Return the optimizer of everything in `model` that trains, at the rates of `config`."""
+    head = task.head_under(config.method)
+    return MasterAdamW(parameter_groups(model, head, config.rates, weight_decay=config.weight_decay))

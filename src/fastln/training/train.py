@@ -1,0 +1,174 @@
+"""train_task: train one task's model with one method."""
+
+from __future__ import annotations
+
+import logging
+import tempfile
+import time
+
+from safetensors import SafetensorError
+from torch import nn
+from transformers import PrinterCallback, TrainerCallback, TrainingArguments
+
+from fastln.data import VQADataset
+from fastln.engines import check_finishes, check_without, save_trained_adapter
+from fastln.errors import FastLNError
+from fastln.methods import count_parameters, describe_parameters, get_method
+from fastln.models import Task, VQATask
+from fastln.models.dual_task import DualEncoderTask
+from fastln.processes import is_first_process
+from fastln.training.checkpoints import checkpoints_in
+from fastln.training.config import TrainConfig, TrainFiles, TrainResult
+from fastln.training.features import cached_features, check_frozen
+from fastln.training.head import train_head
+from fastln.training.progress import ProgressBar, StepLog
+from fastln.training.task_trainer import TaskTrainer
+from fastln.training.tasks import apply_method, finish
+from fastln.training.tensor_store import TensorStore
+
+logger = logging.getLogger(__name__)
+
+
+class OneDeviceArguments(TrainingArguments):
+    """TrainingArguments of a process that uses one GPU at most; torchrun is the way to use several.
+
+    Several GPUs in one process would split a batch's images and its questions differently.
+    """
+
+    @property
+    def n_gpu(self) -> int:
+        """How many GPUs this process uses."""
+        return min(super().n_gpu, 1)
+
+
+def train_task(
+    task: VQATask,
+    data: VQADataset,
+    config: TrainConfig,
+    files: TrainFiles | None = None,
+    *,
+    engine: str | None = None,
+    features: TensorStore | None = None,
+    progress: bool = True,
+) -> TrainResult:
+    """Train a task's model with one method, from the start or from the last checkpoint.
+
+    A dual encoder's head that starts random is trained first, alone; see `fastln.training.head.train_head`. Afterwards
+    `task.model` is a stock model with the trained values in it, in its own dtype.
+
+    Args:
+        task: the model, and what makes its batches.
+        data: the training questions.
+        config: how to train.
+        files: what is kept on disk; None for nothing. Where no adapter can hold what the method trains, a line in the
+            log says why.
+        engine: who runs the method; the method's first by default.
+        features: keeps the frozen vision tower's output for each image; None for no caching.
+        progress: whether to show a progress bar.
+
+    Raises:
+        FastLNError: if a trained norm gets no gradient, the loss turns NaN, there is no checkpoint to resume from, what
+            the method trains cannot become part of the model, a setting of `config` has no effect on this model, or
+            `features` is given and the vision tower trains.
+    """
+    files = files or TrainFiles()
+    if files.resume and not (files.checkpoints and checkpoints_in(files.checkpoints)):
+        raise FastLNError(f"{files.checkpoints}: there is no checkpoint to resume from")
+    check_settings(task, config)
+    check_finishes(config.method)
+    check_without(config.without or (), get_method(config.method, engine)[1])
+    if features is not None:
+        check_frozen(task, config.method, config.scope)
+    tell_unused(task, config)
+    start = time.perf_counter()
+    head_epochs, epochs = epochs_of(task, config)
+    losses: list[float] = []
+    if isinstance(task, DualEncoderTask) and (not epochs or (task.random_head and not files.resume)):
+        with cached_features(task.vision_tower, features):
+            losses = train_head(task, data, config, epochs=head_epochs, progress=progress)
+    _, total = count_parameters(task.model)
+    model = apply_method(task, config.method, engine, scope=config.scope, without=config.without or ())
+    trainable, _ = count_parameters(model)
+    logger.info("%s: %s", config.method, describe_parameters(model))
+    if epochs:
+        with cached_features(task.vision_tower, features):
+            losses += _train_method(task, model, data, config, files, progress)
+    if files.adapter is not None and is_first_process():
+        try:
+            save_trained_adapter(model, files.adapter, files.adapter_dtype)
+        except FastLNError as error:
+            if isinstance(error.__cause__, OSError | SafetensorError):
+                raise
+            logger.info("no adapter, only the whole model: %s", error)
+    finish(task, model)
+    return TrainResult(losses, time.perf_counter() - start, trainable, total)
+
+
+def check_settings(task: Task, config: TrainConfig) -> None:
+    """Check that a rate given for the task head has an effect.
+
+    Raises:
+        FastLNError: if no head trains at `head_learning_rate`.
+    """
+    if config.head_learning_rate is None:
+        return
+    if config.method == "head":
+        raise FastLNError("method 'head' trains the head at learning_rate; give that in place of head_learning_rate")
+    if not task.random_head:
+        raise FastLNError(
+            f"head_learning_rate is for a task head that starts random, and {task.name} has none; leave it out"
+        )
+
+
+def tell_unused(task: VQATask, config: TrainConfig) -> None:
+    """Log which settings, given other values than their defaults, have no effect on this model."""
+    head_epochs, _ = epochs_of(task, config)
+    if not head_epochs and config.head_epochs not in (0, TrainConfig.head_epochs):
+        logger.warning("head_epochs %d has no effect: no head of %s trains alone", config.head_epochs, task.name)
+    if not task.shares_images and config.questions_per_image not in (1, TrainConfig.questions_per_image):
+        logger.warning(
+            "questions_per_image %d has no effect: %s shares no vision pass between questions",
+            config.questions_per_image,
+            task.name,
+        )
+
+
+def epochs_of(task: Task, config: TrainConfig) -> tuple[int, int]:
+    """Return how many epochs train the head alone, and how many then train all that the method trains."""
+    if not isinstance(task, DualEncoderTask):
+        return 0, config.epochs
+    # The towers stand still as long as nothing but the head learns.
+    if config.method == "head":
+        return config.head_epochs + config.epochs, 0
+    return config.head_epochs if task.random_head else 0, config.epochs
+
+
+def _train_method(
+    task: VQATask, model: nn.Module, data: VQADataset, config: TrainConfig, files: TrainFiles, progress: bool
+) -> list[float]:
+    """Train what the method trains, and return the loss of every step."""
+    checkpoints = files.checkpoints
+    with tempfile.TemporaryDirectory() as scratch:
+        arguments = OneDeviceArguments(
+            output_dir=str(checkpoints or scratch),
+            num_train_epochs=config.epochs,
+            per_device_train_batch_size=config.batch_size,
+            max_grad_norm=config.max_grad_norm,
+            seed=config.seed,
+            save_strategy="epoch" if checkpoints else "no",
+            save_total_limit=2,  # if the last is damaged later, the one before it is left
+            logging_steps=1,
+            logging_nan_inf_filter=False,
+            report_to="none",
+            disable_tqdm=True,  # our own bar shows the same, without a line per step
+            remove_unused_columns=False,
+            dataloader_pin_memory=False,
+            use_cpu=task.device.type == "cpu",
+        )
+        log = StepLog(checkpoints / "log.jsonl" if checkpoints else None)
+        callbacks: list[TrainerCallback] = [log, *([ProgressBar()] if progress else [])]
+        trainer = TaskTrainer(task, model, data, config, args=arguments, callbacks=callbacks)
+        trainer.remove_callback(PrinterCallback)
+        model.train()
+        trainer.train(resume_from_checkpoint=files.resume or None)
+        return log.losses
