@@ -206,7 +206,7 @@ def test_a_weight_that_trains_is_saved_for_every_module_that_shares_it(name, tmp
 
 @pytest.mark.parametrize("name", ["llama, tied", "gpt2"])
 def test_a_module_whose_weights_all_belong_to_another_says_to_which(name):
-    with pytest.raises(FastLNError, match=rf"'lm_head' shares all its weights .* also='{SHARED[name][0]}'"):
+    with pytest.raises(FastLNError, match=rf"'lm_head' shares all its weights with '{SHARED[name][0]}'"):
         fastln.prepare(family_models.make(name), also="lm_head")
 
 

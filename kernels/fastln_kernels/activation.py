@@ -148,7 +148,7 @@ def backward_kernel(
     BLOCK: tl.constexpr,
     VECTOR: tl.constexpr,
 ):
-    """The wanted ones of the gradients of `x` and `up`; a plain activation has no `up` and no `dup`."""
+    """The gradients of `x` and `up` that are wanted; a plain activation has no `up` and no `dup`."""
     row, cols, mask = block_of(n_cols, blocks_a_row, BLOCK, VECTOR)
     dy = tl.load(dy_ptr + row * dy_stride + cols, mask=mask, other=0.0)
     x = tl.load(x_ptr + row * x_stride + cols, mask=mask, other=0.0)
@@ -169,7 +169,7 @@ def activation_forward(x: Tensor, kind: ActivationKind) -> Tensor:
     """Apply an activation.
 
     Takes and returns what `fastln_kernels.reference_activation.activation_forward` does, for float32, bfloat16 and
-    float16; so do the other three functions.
+    float16. The other three functions follow the definition likewise.
     """
     return _forward(x, None, kind)
 
@@ -196,7 +196,7 @@ def gated_backward(
     need_dup: bool = False,
     out: GatedGradients | None = None,
 ) -> GatedGradients:
-    """Compute the wanted ones of the gradients; nothing is loaded or stored for the others."""
+    """Compute the gradients that are wanted; nothing is loaded or stored for the others."""
     wanted = (need_dgate, need_dup)
     if out is None:
         out = GatedGradients(

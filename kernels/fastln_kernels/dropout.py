@@ -1,4 +1,4 @@
-"""Dropout in Triton, and its random numbers; `reference.dropout_keep` defines which belongs to which element.
+"""Dropout in Triton, and its random numbers; `reference.dropout_keep` defines which number belongs to which element.
 
 No mask is stored: the number of an element is a function of seed, row and column, so the backward draws it again.
 """

@@ -212,7 +212,11 @@ def backward_tile(
     roomy = tile.warps < _MAX_WARPS
     budget = (200 if tile.rows >= tile.warps and not prologue else 160) - (40 if tight else 0)
     return BackwardTile(
-        *(tile.rows, tile.piece, tile.pieces, tile.warps, _capped(255) if roomy else None),
+        tile.rows,
+        tile.piece,
+        tile.pieces,
+        tile.warps,
+        _capped(255) if roomy else None,
         prefetch=roomy and registers <= budget,
     )
 

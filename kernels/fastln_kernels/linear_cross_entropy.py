@@ -25,6 +25,36 @@ weight, so small chunks are slow.
 """
 
 
+class HeadRequest(NamedTuple):
+    """What `linear_cross_entropy` computes from.
+
+    Attributes:
+        hidden: `(n_rows, d)`, any strides, of a floating dtype.
+        weight: `(n_classes, d)`, likewise.
+        bias: `(n_classes,)`, likewise, or None for zeros.
+        labels: `(n_rows,)`, int64, from 0 to below `n_classes`.
+        scale: What the logits are multiplied by.
+        softcap: What their size then stays below, softly; None for no bound.
+        label_smoothing: The share of the target that is spread over all classes.
+        dy: `(n_rows,)`, what each row's loss is multiplied by in the sum whose gradients are wanted; None for ones.
+        need_dhidden: Whether the gradient of `hidden` is wanted.
+        need_dweight: Whether the gradient of `weight` is wanted.
+        need_dbias: Whether the gradient of `bias` is wanted.
+    """
+
+    hidden: Tensor
+    weight: Tensor
+    bias: Tensor | None
+    labels: Tensor
+    scale: float = 1.0
+    softcap: float | None = None
+    label_smoothing: float = 0.0
+    dy: Tensor | None = None
+    need_dhidden: bool = False
+    need_dweight: bool = False
+    need_dbias: bool = False
+
+
 class HeadGradients(NamedTuple):
     """The results of `linear_cross_entropy`; None for those that were not requested.
 
@@ -41,35 +71,10 @@ class HeadGradients(NamedTuple):
     dbias: Tensor | None
 
 
-def linear_cross_entropy(
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    labels: Tensor,
-    *,
-    scale: float = 1.0,
-    softcap: float | None = None,
-    label_smoothing: float = 0.0,
-    dy: Tensor | None = None,
-    need_dhidden: bool = False,
-    need_dweight: bool = False,
-    need_dbias: bool = False,
-) -> HeadGradients:
-    """Compute the loss of every row and the requested gradients of their weighted sum.
-
-    Args:
-        hidden: `(n_rows, d)`, any strides, of a floating dtype.
-        weight: `(n_classes, d)`, likewise.
-        bias: `(n_classes,)`, likewise, or None for zeros.
-        labels: `(n_rows,)`, int64, from 0 to `n_classes - 1`.
-        scale: Factor on the logits.
-        softcap: Soft upper bound on the magnitude of the scaled logits; None for no bound.
-        label_smoothing: The share of the target that is spread over all classes.
-        dy: `(n_rows,)`, the weight of each row's loss in the sum; None for ones.
-        need_dhidden: Whether to compute the gradient of `hidden`.
-        need_dweight: Whether to compute the gradient of `weight`.
-        need_dbias: Whether to compute the gradient of `bias`.
-    """
+def linear_cross_entropy(request: HeadRequest) -> HeadGradients:
+    """Compute the loss of every row and the wanted gradients of their sum."""
+    hidden, weight, bias, labels, scale, softcap, label_smoothing, dy, *wanted = request
+    need_dhidden, need_dweight, need_dbias = wanted
     n_rows, n_classes = hidden.shape[0], weight.shape[0]
     wide = torch.float64 if hidden.dtype == torch.float64 else torch.float32
     losses = hidden.new_empty(n_rows, dtype=wide)

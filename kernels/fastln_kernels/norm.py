@@ -101,7 +101,7 @@ def norm_forward(request: NormForward) -> NormOutputs:
 
 
 def norm_backward(request: NormBackward) -> NormGradients:
-    """Compute the wanted ones of the gradients; nothing is loaded or stored for the others.
+    """Compute the gradients that are wanted; nothing is loaded or stored for the others.
 
     Takes and returns what `fastln_kernels.reference.norm_backward` does.
     """

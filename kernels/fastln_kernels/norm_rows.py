@@ -214,7 +214,16 @@ def backward_kernel(
     step = tl.num_programs(0)
     if PREFETCH:
         dy, saved, rstd, dstream = _load_inputs(
-            *(dy_ptr, saved_ptr, rstd_ptr, dstream_ptr, program, n_rows, dy_stride, saved_stride, dstream_stride, cols),
+            dy_ptr,
+            saved_ptr,
+            rstd_ptr,
+            dstream_ptr,
+            program,
+            n_rows,
+            dy_stride,
+            saved_stride,
+            dstream_stride,
+            cols,
             ROWS,
             N_COLS,
             PIECES,
@@ -223,8 +232,16 @@ def backward_kernel(
         rows = (tile * ROWS + tl.arange(0, ROWS)).to(tl.int64)
         in_rows = rows < n_rows
         loaded = _load_inputs(
-            *(dy_ptr, saved_ptr, rstd_ptr, dstream_ptr, tile + step if PREFETCH else tile, n_rows),
-            *(dy_stride, saved_stride, dstream_stride, cols),
+            dy_ptr,
+            saved_ptr,
+            rstd_ptr,
+            dstream_ptr,
+            tile + step if PREFETCH else tile,
+            n_rows,
+            dy_stride,
+            saved_stride,
+            dstream_stride,
+            cols,
             ROWS,
             N_COLS,
             PIECES,

@@ -160,7 +160,18 @@ def forward_wide_kernel(
         squares = tl.zeros((LANES,), tl.float32)
         for start in range(0, N_COLS, GROUP * COLS):
             blocks = _stream_group(
-                *(x_ptr, residual_ptr, seed, row, x_stride, residual_stride, start, cols, GROUP, COLS, N_COLS, FULL),
+                x_ptr,
+                residual_ptr,
+                seed,
+                row,
+                x_stride,
+                residual_stride,
+                start,
+                cols,
+                GROUP,
+                COLS,
+                N_COLS,
+                FULL,
                 THRESHOLD,
                 stream_dtype,
             )
@@ -190,8 +201,18 @@ def forward_wide_kernel(
                 blocks = _load_group(stream_ptr, row, N_COLS, start, cols, GROUP, COLS, N_COLS, FULL)
             else:
                 blocks = _stream_group(
-                    *(x_ptr, residual_ptr, seed, row, x_stride, residual_stride, start, cols),
-                    *(GROUP, COLS, N_COLS, FULL),
+                    x_ptr,
+                    residual_ptr,
+                    seed,
+                    row,
+                    x_stride,
+                    residual_stride,
+                    start,
+                    cols,
+                    GROUP,
+                    COLS,
+                    N_COLS,
+                    FULL,
                     THRESHOLD,
                     stream_dtype,
                 )
@@ -361,8 +382,18 @@ def backward_wide_kernel(
                         dnormed = _dnormed(dy, weight_ptr, row, start, cols, N_COLS, FULL, OFFSET)
                         inner = (dnormed - along_ones - normed * along_normed) * rstd
                         _store_rows(
-                            *(inner, dstream_ptr, dx_ptr, dresidual_ptr, seed, row, dstream_stride, start, cols),
-                            *(N_COLS, FULL, THRESHOLD),
+                            inner,
+                            dstream_ptr,
+                            dx_ptr,
+                            dresidual_ptr,
+                            seed,
+                            row,
+                            dstream_stride,
+                            start,
+                            cols,
+                            N_COLS,
+                            FULL,
+                            THRESHOLD,
                         )
                     if dweight_ptr is not None:
                         if ROUND_NORMED:
@@ -387,8 +418,18 @@ def backward_wide_kernel(
                     dnormed = _dnormed(dy[k], weight_ptr, row, here, cols, N_COLS, FULL, OFFSET)
                     inner = (dnormed - along_ones - normed * along_normed) * rstd
                     _store_rows(
-                        *(inner, dstream_ptr, dx_ptr, dresidual_ptr, seed, row, dstream_stride),
-                        *(start + k * COLS, cols, N_COLS, FULL, THRESHOLD),
+                        inner,
+                        dstream_ptr,
+                        dx_ptr,
+                        dresidual_ptr,
+                        seed,
+                        row,
+                        dstream_stride,
+                        start + k * COLS,
+                        cols,
+                        N_COLS,
+                        FULL,
+                        THRESHOLD,
                     )
 
     program = tl.program_id(0).to(tl.int64)

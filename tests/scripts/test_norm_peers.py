@@ -139,10 +139,10 @@ def test_torch_compile_compiles_once_a_case(monkeypatch):
     import torch._functorch.config as config
 
     compiled = []
-    monkeypatch.setattr(config, "donated_buffer", config.donated_buffer)
     monkeypatch.setattr(torch, "compile", lambda function, dynamic: compiled.append(function) or function)
-    implementation, _ = load_compile()
-    assert not config.donated_buffer
-    for n_cols in (40, 24):
-        assert fault(implementation, "dropout_add_layer_norm-backward", n_cols) is None
+    with config.patch(donated_buffer=config.donated_buffer):  # monkeypatch would delete it from torch's settings
+        implementation, _ = load_compile()
+        assert not config.donated_buffer
+        for n_cols in (40, 24):
+            assert fault(implementation, "dropout_add_layer_norm-backward", n_cols) is None
     assert len(compiled) == 2

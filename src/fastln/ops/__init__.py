@@ -1,4 +1,4 @@
-"""The differentiable operations: here is decided what is kept for backward and which gradients are computed."""
+"""The differentiable operations. They decide what is kept for backward and which gradients are computed."""
 
 from fastln.ops.activation import activation, gated_activation, packed_gated_activation
 from fastln.ops.attention import attention

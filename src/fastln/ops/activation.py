@@ -1,6 +1,6 @@
 """Activations, plain and gated: the operators, their fakes, their autograd formulas.
 
-Decided here, and only here: which gradients are computed (those that an input asks for) and what is kept for them.
+This file alone decides which gradients are computed (those that an input wants) and what is kept for them.
 
 | operation                       | gradients wanted | kept for backward                          |
 |---------------------------------|------------------|--------------------------------------------|
@@ -34,7 +34,7 @@ class _Arguments(NamedTuple):
 
     Attributes:
         kind: Which activation.
-        settings: How it runs.
+        settings: Which backend computes, and in which form.
     """
 
     kind: ActivationKind
@@ -63,7 +63,7 @@ def activation(x: Tensor, kind: ActivationKind, *, settings: OpSettings = DEFAUL
     Args:
         x: Any shape; float32, bfloat16, float16 or float64.
         kind: A name from `ACTIVATION_KINDS`.
-        settings: How it runs.
+        settings: Which backend computes, and in which form.
 
     Returns:
         A contiguous tensor of the shape and dtype of `x`.
@@ -86,7 +86,7 @@ def gated_activation(gate: Tensor, up: Tensor, kind: ActivationKind, *, settings
         gate: Any shape; float32, bfloat16, float16 or float64.
         up: Shaped like `gate`.
         kind: A name from `ACTIVATION_KINDS`: "silu" makes SwiGLU, "gelu" GEGLU.
-        settings: How it runs.
+        settings: Which backend computes, and in which form.
 
     Returns:
         A contiguous tensor of the shape of `gate`.
@@ -118,7 +118,7 @@ def packed_gated_activation(gate_up: Tensor, kind: ActivationKind, *, settings: 
     Args:
         gate_up: `(..., 2 * n_cols)`, gate first; float32, bfloat16, float16 or float64.
         kind: A name from `ACTIVATION_KINDS`.
-        settings: How it runs.
+        settings: Which backend computes, and in which form.
 
     Returns:
         `(..., n_cols)`, contiguous, in the dtype of `gate_up`.

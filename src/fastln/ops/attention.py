@@ -1,6 +1,6 @@
 """Softmax attention: the operator, its fake, its autograd formula.
 
-Decided here, and only here: which gradients are computed (those that an input asks for) and what is kept for them.
+This file alone decides which gradients are computed (those that an input wants) and what is kept for them.
 
 | gradients wanted     | kept for backward                                         |
 |----------------------|-----------------------------------------------------------|
@@ -8,7 +8,7 @@ Decided here, and only here: which gradients are computed (those that an input a
 | dv alone             | q, k, one number per query and head, the mask, the seed   |
 | dq or dk (+ any)     | the same, v and the output                                |
 
-The mask is kept as it was given, and there is none of dropout: its seed, eight bytes, draws the same numbers again.
+The mask is kept as it was given. Dropout keeps no mask: its seed, eight bytes, draws the same numbers again.
 
 On CPU tensors fastln's compiled kernels compute. Without them, or where the settings ask for the reference, plain
 PyTorch computes training with dropout, in blocks, so that nothing of the size of the scores is kept. Everything else
@@ -44,7 +44,7 @@ class _Arguments(NamedTuple):
         scale: Factor on the scores.
         causal: Whether query i sees keys 0..i only.
         dropout: Probability of dropping an attention weight.
-        settings: How it runs.
+        settings: Which backend computes, and in which form.
     """
 
     scale: float
@@ -91,7 +91,7 @@ def attention(
         causal: Query i sees keys 0..i. Not together with a mask.
         mask: Boolean (True: attend) or additive, broadcastable to `(B, H, Sq, Sk)`.
         dropout: Probability of dropping an attention weight, from 0 to below 1; 0 outside of training.
-        settings: How it runs.
+        settings: Which backend computes, and in which form.
 
     Returns:
         `(B, H, Sq, Dv)`; on CPU laid out as `(B, Sq, H, Dv)`. A row without a key is 0, and sends no gradient back.
@@ -103,7 +103,7 @@ def attention(
     if not 0 <= dropout < 1:
         raise FastLNError(f"dropout is {dropout}; it must be from 0 to below 1")
     if causal and mask is not None:
-        raise FastLNError("causal attention takes no mask: put what is causal into the mask")
+        raise FastLNError("causal attention takes no mask: write the causal part into the mask")
     if not q.is_meta and torch.is_autocast_enabled(q.device.type):
         q, k, v = (_autocast(x) for x in (q, k, v))
     if not has_own(q, k, v, mask=mask, dropout=dropout, settings=settings):
@@ -120,8 +120,8 @@ def has_own(
 ) -> bool:
     """Whether `attention` computes this itself rather than by torch's own attention.
 
-    A few queries in inference, a step of generation, are torch's: the kernels lay out all keys anew for them. Meta
-    tensors go the way of CPU tensors.
+    torch computes a few queries in inference, as in a step of generation: the kernels would lay out all keys anew.
+    Meta tensors go the way of CPU tensors.
 
     Args:
         q: As `attention` takes it.

@@ -118,10 +118,10 @@ def resolve(op: str, device: torch.device, settings: OpSettings) -> Choice:
     Args:
         op: A name from `OPERATIONS`.
         device: Where the operation's tensors are.
-        settings: Which backend is asked for.
+        settings: Name the backend.
 
     Raises:
-        FastLNError: If the backend that is asked for cannot run on this device.
+        FastLNError: If the backend that the settings name cannot run on this device.
     """
     asked, available, passed_over = settings.backend, dict(_TABLE[op]), []
     may_be_cpu = device.type == "cpu" and (asked == "cpu" or asked not in available)
@@ -162,10 +162,11 @@ def implementation(op: str, x: Tensor, settings: OpSettings) -> ModuleType:
     Args:
         op: A name from `OPERATIONS`.
         x: The tensor whose device and dtype decide.
-        settings: Which backend is asked for.
+        settings: Name the backend.
 
     Raises:
-        FastLNError: If the backend that is asked for cannot run on the device of `x`, or is Triton and `x` is float64.
+        FastLNError: If the backend that the settings name cannot run on the device of `x`, or it is Triton and `x` is
+            float64.
     """
     choice = resolve(op, x.device, settings)
     if x.dtype == torch.float64 and choice.backend != "reference":

@@ -1,10 +1,10 @@
 """Which way a call of an operation goes: past the dispatcher, through its operator, or through its definition.
 
-Under `torch.compile` and whatever else must see operators (fake tensors, tracing, dispatch modes) a call goes through
-the operator. In plain eager mode it goes past the dispatcher to the same functions, which costs a fraction of the time
-per call: an operator written in Python costs several times what a small LayerNorm takes. Under torch.func's transforms
-and forward-mode derivatives the definition runs, op by op: torch can transform that, but no operator of which it knows
-the reverse-mode gradient alone.
+Under `torch.compile`, and under anything else that must see operators (fake tensors, tracing, dispatch modes), a call
+goes through the operator. In plain eager mode it goes past the dispatcher to the same functions, which costs a fraction
+of the time per call: an operator written in Python costs several times what a small LayerNorm takes. Under torch.func's
+transforms and forward-mode derivatives the definition runs, op by op: torch can transform that, but no operator of
+which it knows the reverse-mode gradient alone.
 """
 
 import functools
@@ -22,7 +22,7 @@ FunctionT = TypeVar("FunctionT", bound=Callable[..., Any])
 
 
 def overridable(function: FunctionT) -> FunctionT:
-    """Have tensors among the positional arguments that have `__torch_function__` decide about a call, as torch has."""
+    """Let positional tensors with `__torch_function__` decide about a call, as torch's own functions do."""
 
     @functools.wraps(function)
     def call(*args: Any, **kwargs: Any) -> Any:
@@ -83,7 +83,7 @@ def call(ways: Ways, tensors: tuple[Tensor | None, ...], arguments: Arguments) -
 
 
 def needs_operator(*tensors: Tensor | None) -> bool:
-    """Whether something must see the operator: a compiler, a tracer, a mode, a tensor that is more than numbers."""
+    """Whether something must see the operator: a compiler, a tracer, a mode, a tensor of a class of its own."""
     if torch.compiler.is_compiling() or torch._C._is_tracing() or torch._C._len_torch_dispatch_stack():
         return True
     for x in tensors:  # noqa: SIM110 - a generator would double the time

@@ -21,7 +21,7 @@ class _Arguments(NamedTuple):
 
     Attributes:
         p: Probability of dropping an element.
-        settings: How it runs.
+        settings: Which backend computes, and in which form.
     """
 
     p: float
@@ -51,7 +51,7 @@ def dropout(x: Tensor, p: float, *, seed: Tensor | None = None, settings: OpSett
         x: `(..., n_cols)`, float32, bfloat16, float16 or float64.
         p: Probability of dropping an element, from 0 to below 1, in steps of 2^-16.
         seed: `(1,)`, int64, on the device of `x`; drawn from torch's generator by default.
-        settings: How it runs.
+        settings: Which backend computes, and in which form.
 
     Returns:
         A contiguous tensor of the shape and dtype of `x`.
@@ -83,11 +83,12 @@ def _by_seed(x: Tensor, seed: Tensor, arguments: _Arguments) -> Tensor:
 
 
 def _dropout(x: Tensor, seed: Tensor, arguments: _Arguments) -> Tensor:
+    kernels = implementation("dropout", x, arguments.settings)
     if x.numel() == 0:
         return torch.empty_like(x, memory_format=torch.contiguous_format)
     rows = x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
-    y = implementation("dropout", x, arguments.settings).dropout(rows, arguments.p, seed)
-    # No view in autograd's sense, or nobody could write to it in place.
+    y = kernels.dropout(rows, arguments.p, seed)
+    # Not a view to autograd: a view could not be written to in place.
     return torch.ops.aten._unsafe_view.default(y, x.shape)
 
 

@@ -1,10 +1,10 @@
-"""Linear layers whose weight is frozen: their autograd formula, and which way they go.
+"""Linear layers with a frozen weight: the autograd formula, and when fastln's kernel computes.
 
-Kept for backward is the weight, which is there anyway, and the argument's gradient is a linear layer of its own, with
-the weight turned over. What has no kernel of ours (weights that train, GPUs, compilers, float16) is torch's.
+The weight is kept for backward; it is there anyway. The gradient of `x` is a linear layer too, with the weight
+transposed. torch computes what has no kernel here: weights that train, GPUs, compilers, float16.
 
-Under autocast torch makes a rounded copy of a frozen float32 weight at every call. Here the weight is rounded as it is
-laid out, and the bias is not.
+Under autocast torch makes a rounded copy of a frozen float32 weight at every call. Here the weight is rounded while it
+is laid out, and the bias stays as it is.
 """
 
 from typing import Any
@@ -35,7 +35,7 @@ def linear(
         weight: `(n_cols, n_inner)`, as `torch.nn.Linear` has it, or `(n_inner, n_cols)` without `transpose`.
         bias: `(n_cols,)` or None.
         transpose: Whether the rows of `weight` belong to the columns of the result.
-        settings: How it runs.
+        settings: Which backend computes, and in which form.
 
     Returns:
         `(..., n_cols)`.
@@ -73,7 +73,7 @@ def _linear(x: Tensor, weight: Tensor, bias: Tensor | None, transpose: bool) -> 
     if wants_gradient(x):
         return _FrozenLinear.apply(x, weight, bias, transpose)
     y = native_linear.linear(x.reshape(-1, x.shape[-1]), weight, bias, transpose=transpose)
-    # No view in autograd's sense, or nobody could write to it in place.
+    # Not a view to autograd: a view could not be written to in place.
     return torch.ops.aten._unsafe_view.default(y, (*x.shape[:-1], y.shape[-1]))
 
 

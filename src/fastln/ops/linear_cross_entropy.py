@@ -1,8 +1,8 @@
 """A language-model head and its cross-entropy in one: the operation and its autograd formula.
 
 The rows without a label are left out before anything is computed. The gradient is made in the forward, while a chunk's
-logits are at hand (`fastln_kernels.linear_cross_entropy`), and the backward scales it by `dy`. Kept for backward, for
-the rows with a label alone:
+logits are at hand (`fastln_kernels.linear_cross_entropy`), and the backward scales it by `dy`. This is kept for
+backward, for the rows with a label alone:
 
 | gradients wanted       | kept                                                                     |
 |------------------------|--------------------------------------------------------------------------|
@@ -14,7 +14,7 @@ With reduction "none" each row has a `dy` of its own, which scales a row of the 
 go inside the sums over rows that are the gradients of weight and bias.
 """
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -27,6 +27,16 @@ IGNORE_INDEX = -100
 """The label of a position without one: PyTorch's cross-entropy ignores it, and transformers' datasets write it."""
 
 _REDUCTIONS = ("mean", "sum", "none")
+
+
+class _Loss(NamedTuple):
+    """Which loss: the options of `linear_cross_entropy`."""
+
+    scale: float
+    softcap: float | None
+    ignore_index: int
+    label_smoothing: float
+    reduction: str
 
 
 def linear_cross_entropy(
@@ -64,12 +74,13 @@ def linear_cross_entropy(
     Raises:
         FastLNError: If shapes, dtypes or settings do not fit, or a label is neither a class nor `ignore_index`.
     """
-    _check(hidden, weight, bias, labels, softcap, label_smoothing, reduction)
+    loss = _Loss(scale, softcap, ignore_index, label_smoothing, reduction)
+    _check(hidden, weight, bias, labels, loss)
     row_labels = labels.reshape(-1)
     if torch.compiler.is_compiling() or type(hidden) is not Tensor or hidden.is_meta:
         logits = F.linear(hidden, weight, bias).reshape(-1, len(weight))
         logits = shaped_logits(logits if logits.dtype == torch.float64 else logits.float(), scale, softcap)
-        loss = F.cross_entropy(
+        losses = F.cross_entropy(
             logits, row_labels, ignore_index=ignore_index, label_smoothing=label_smoothing, reduction=reduction
         )
     else:
@@ -78,9 +89,8 @@ def linear_cross_entropy(
             dtype = torch.get_autocast_dtype(device)
             hidden, weight, bias = hidden.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
         rows = hidden.reshape(-1, hidden.shape[-1])
-        settings = (scale, softcap, ignore_index, label_smoothing, reduction)
-        loss = _LinearCrossEntropy.apply(rows, weight, bias, row_labels, *settings)
-    return loss.view(labels.shape) if reduction == "none" else loss
+        losses = _LinearCrossEntropy.apply(rows, weight, bias, row_labels, loss)
+    return losses.view(labels.shape) if reduction == "none" else losses
 
 
 def shaped_logits(logits: Tensor, scale: float, softcap: float | None) -> Tensor:
@@ -90,15 +100,7 @@ def shaped_logits(logits: Tensor, scale: float, softcap: float | None) -> Tensor
     return logits if scale == 1 else logits * scale
 
 
-def _check(
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    labels: Tensor,
-    softcap: float | None,
-    label_smoothing: float,
-    reduction: str,
-) -> None:
+def _check(hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, loss: _Loss) -> None:
     if hidden.ndim == 0 or weight.ndim != 2 or weight.shape[1] != hidden.shape[-1] or weight.shape[0] == 0:
         raise FastLNError(
             f"hidden must be (..., d) and weight (n_classes, d), of one class or more; "
@@ -111,73 +113,77 @@ def _check(
             f"labels must be int64 and {(*hidden.shape[:-1],)}, one for each row of hidden; "
             f"they are {labels.dtype} and {(*labels.shape,)}"
         )
-    if softcap is not None and not softcap > 0:
-        raise FastLNError(f"softcap is {softcap}; it must be above 0")
-    if not 0 <= label_smoothing <= 1:
-        raise FastLNError(f"label_smoothing is {label_smoothing}; it must be from 0 to 1")
-    if reduction not in _REDUCTIONS:
-        raise FastLNError(f"unknown reduction {reduction!r}; valid: {', '.join(_REDUCTIONS)}")
+    if loss.softcap is not None and not loss.softcap > 0:
+        raise FastLNError(f"softcap is {loss.softcap}; it must be above 0")
+    if not 0 <= loss.label_smoothing <= 1:
+        raise FastLNError(f"label_smoothing is {loss.label_smoothing}; it must be from 0 to 1")
+    if loss.reduction not in _REDUCTIONS:
+        raise FastLNError(f"unknown reduction {loss.reduction!r}; valid: {', '.join(_REDUCTIONS)}")
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any,
-        hidden: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        labels: Tensor,
-        scale: float,
-        softcap: float | None,
-        ignore_index: int,
-        label_smoothing: float,
-        reduction: str,
-    ) -> Tensor:
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, loss: _Loss) -> Tensor:
         n_rows, n_classes = len(labels), len(weight)
-        rows = (labels != ignore_index).nonzero()[:, 0]
+        rows = (labels != loss.ignore_index).nonzero()[:, 0]
         n_labels = len(rows)
         if n_labels < n_rows:
             hidden, labels = hidden[rows], labels[rows]
         if n_labels and not 0 <= (lowest := int(labels.min())) <= (highest := int(labels.max())) < n_classes:
             wrong = lowest if lowest < 0 else highest
-            raise FastLNError(f"label {wrong} is neither one of {n_classes} classes nor ignore_index, {ignore_index}")
+            raise FastLNError(
+                f"label {wrong} is neither one of {n_classes} classes nor ignore_index, {loss.ignore_index}"
+            )
         need_dhidden, *need_parameters = ctx.needs_input_grad[:3]
-        each_its_own = reduction == "none" and any(need_parameters)
-        settings: dict[str, Any] = {"scale": scale, "softcap": softcap, "label_smoothing": label_smoothing}
-        losses, *gradients = kernels.linear_cross_entropy(
-            *(hidden, weight, bias, labels),
-            **settings,
+        each_its_own = loss.reduction == "none" and any(need_parameters)
+        request = kernels.HeadRequest(
+            hidden,
+            weight,
+            bias,
+            labels,
+            loss.scale,
+            loss.softcap,
+            loss.label_smoothing,
             need_dhidden=need_dhidden,
             need_dweight=need_parameters[0] and not each_its_own,
             need_dbias=need_parameters[1] and not each_its_own,
         )
+        losses, *gradients = kernels.linear_cross_entropy(request)
         inputs = (hidden, weight, bias, labels) if each_its_own else (None,) * 4
         ctx.save_for_backward(rows if n_labels < n_rows else None, *gradients, *inputs)
-        ctx.n_rows, ctx.n_labels, ctx.settings, ctx.reduction = n_rows, n_labels, settings, reduction
-        if reduction == "none":
+        ctx.n_rows, ctx.n_labels, ctx.loss = n_rows, n_labels, loss
+        if loss.reduction == "none":
             return losses if n_labels == n_rows else losses.new_zeros(n_rows).index_copy_(0, rows, losses)
-        return losses.sum() / n_labels if reduction == "mean" else losses.sum()
+        return losses.sum() / n_labels if loss.reduction == "mean" else losses.sum()
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         if torch.is_grad_enabled():
             raise FastLNError("linear_cross_entropy is differentiable once: no backward with create_graph=True")
         rows, dhidden, dweight, dbias, *inputs = ctx.saved_tensors
-        if ctx.reduction == "none":
+        loss: _Loss = ctx.loss
+        if loss.reduction == "none":
             dy = dy if rows is None else dy[rows]
             if inputs[0] is not None:
-                _, dweight, dbias = kernels.linear_cross_entropy(
-                    *inputs,
-                    **ctx.settings,
-                    dy=dy,
+                hidden, weight, bias, labels = inputs
+                request = kernels.HeadRequest(
+                    hidden,
+                    weight,
+                    bias,
+                    labels,
+                    loss.scale,
+                    loss.softcap,
+                    loss.label_smoothing,
+                    dy,
                     need_dweight=ctx.needs_input_grad[1],
                     need_dbias=ctx.needs_input_grad[2],
-                )[1:]
+                )
+                _, _, dweight, dbias = kernels.linear_cross_entropy(request)
         else:
-            dy = dy / max(ctx.n_labels, 1) if ctx.reduction == "mean" else dy
+            dy = dy / max(ctx.n_labels, 1) if loss.reduction == "mean" else dy
             dweight, dbias = (None if gradient is None else gradient * dy for gradient in (dweight, dbias))
         if dhidden is not None:
-            dhidden = (dhidden * (dy[:, None] if ctx.reduction == "none" else dy)).to(dhidden.dtype)
+            dhidden = (dhidden * (dy[:, None] if loss.reduction == "none" else dy)).to(dhidden.dtype)
             if rows is not None:
                 dhidden = dhidden.new_zeros(ctx.n_rows, dhidden.shape[1]).index_copy_(0, rows, dhidden)
-        return dhidden, dweight, dbias, *(None,) * 6
+        return dhidden, dweight, dbias, None, None

@@ -1,6 +1,6 @@
 """Norms, with or without dropout and a residual before them: the operator, its fake, its autograd formula.
 
-Decided here, and only here: which gradients are computed (those that an input asks for) and what is kept for them.
+This file alone decides which gradients are computed (those that an input wants) and what is kept for them.
 
 | gradients wanted               | kept for backward                     |
 |--------------------------------|---------------------------------------|
@@ -39,7 +39,7 @@ class _Arguments(NamedTuple):
         dropout: Probability of dropping an element.
         keep: The rows that the backward will read: "x" where nothing comes before the norm; else "stream" or "normed",
             which the forward returns beside `y`, or "nothing".
-        settings: How it runs.
+        settings: Which backend computes, and in which form.
     """
 
     kind: NormKind
@@ -92,7 +92,7 @@ def layer_norm(
         weight: `(n_cols,)` or None for ones; any of these dtypes, `x`'s or not.
         bias: `(n_cols,)` or None for zeros; likewise.
         eps: Added to the variance.
-        settings: How it runs.
+        settings: Which backend computes, and in which form.
 
     Returns:
         A contiguous tensor of the shape and dtype of `x`.
@@ -121,7 +121,7 @@ def rms_norm(
         eps: Added to the mean square.
         offset: Added to the weight, as 1 in Gemma.
         round_normed: Whether the normed row is rounded to the dtype of `x` before it is scaled, as in Llama.
-        settings: How it runs.
+        settings: Which backend computes, and in which form.
 
     Returns:
         A contiguous tensor of the shape and dtype of `x`.
@@ -160,7 +160,7 @@ def dropout_add_norm(
         dropout: Probability of dropping an element of `x`, from 0 to below 1; 0 outside of training.
         return_stream: Whether to return the sum too, as a pre-norm block needs it.
         seed: `(1,)`, int64, on the device of `x`; drawn from torch's generator by default.
-        settings: How it runs.
+        settings: Which backend computes, and in which form.
 
     Returns:
         The normed sum, contiguous, of the shape of `x`; with `return_stream`, that and the sum, which is `x` itself
@@ -191,7 +191,7 @@ def dropout_add_norm(
             return (y, x) if return_stream else y
     elif seed is None:
         seed = torch.randint(2**63 - 1, (1,), dtype=torch.int64, device=x.device)
-    # x_hat stands in for the sum in the backward; without one it is not stored.
+    # The backward reads x_hat in place of the sum; without a backward it is not stored.
     keep = "stream" if return_stream else "normed" if wants_gradient(x, residual, weight) else "nothing"
     y, stream = _norm(x, weight, bias, residual, seed, _Arguments(kind, dropout, keep, settings))
     return (y, stream) if return_stream else y
@@ -215,7 +215,7 @@ def _check(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> None:
     _check_input("x", x, x)
     n_cols = x.shape[-1] if x.ndim else 0
     if n_cols == 0:
-        raise FastLNError(f"a norm is over the last dimension, of one column or more; x is {(*x.shape,)}")
+        raise FastLNError(f"a norm needs a last dimension of one column or more; x is {(*x.shape,)}")
     for name, parameter in (("weight", weight), ("bias", bias)):
         if parameter is not None:
             _check_input(name, parameter, x)
@@ -249,7 +249,7 @@ def _forward(
     rows = x.reshape(-1, x.shape[-1])
     request = NormForward(rows, weight, bias, kind, _rows(residual), dropout, seed, keep == "stream", keep == "normed")
     outputs = arguments.kernels_for(x).norm_forward(request)
-    # No views in autograd's sense, or nobody could write to them in place.
+    # Not views to autograd: a view could not be written to in place.
     kept = outputs.normed if outputs.stream is None else _aten._unsafe_view.default(outputs.stream, x.shape)
     return _aten._unsafe_view.default(outputs.y, x.shape), kept, outputs.rstd
 
@@ -281,7 +281,7 @@ def _keep(
         stats if need_rows else None,
     )
     dtypes = [t.dtype for t, wanted in ((weight, need_dweight), (bias, need_dbias)) if t is not None and wanted]
-    # Where the two differ, autograd casts the one that is off.
+    # Where the two differ, autograd casts the other one.
     ctx.grad_dtype = dtypes[0] if dtypes and dtypes[0] == dtypes[-1] else torch.float32
     ctx.arguments = arguments
     ctx.set_materialize_grads(False)
@@ -318,7 +318,7 @@ def _gradients(
         dstream=dstream if need_dx or need_dresidual else None,
         dropout=dropout,
         seed=seed,
-        # Without dropout x and the residual have one gradient: it is asked for once, as that of x.
+        # Without dropout x and the residual have the same gradient: it is computed once, as that of x.
         need_dx=need_dx or (need_dresidual and not dropout),
         need_dresidual=need_dresidual and dropout > 0,
         need_dweight=need_dweight,
