@@ -5,7 +5,8 @@ from dataclasses import fields, replace
 import pytest
 import tiny
 
-from fastln.training import TrainConfig, train_task
+from fastln.plan import prepared
+from fastln.training import TrainConfig, train, train_task
 
 CONFIG = TrainConfig(epochs=2, head_epochs=0, batch_size=8, questions_per_image=4, learning_rate=1e-3, warmup=0.2)
 CHANGES = {
@@ -40,9 +41,23 @@ def test_the_same_settings_give_the_same_losses(usual, tmp_path):
 
 
 def test_no_setting_is_left_out():
-    assert CHANGES.keys() == {field.name for field in fields(TrainConfig)}
+    assert CHANGES.keys() | {"without"} == {field.name for field in fields(TrainConfig)}
 
 
 @pytest.mark.parametrize("name", CHANGES)
 def test_another_value_gives_other_losses(name, usual, tmp_path):
     assert losses(tmp_path, replace(CONFIG, **{name: CHANGES[name]})) != usual
+
+
+def test_what_is_to_be_left_out_is(tmp_path, monkeypatch):
+    """It changes how the model computes, and at most the last bits of a loss."""
+    left_out, finish = [], train.finish
+
+    def finished(task, model):
+        left_out.append(set(prepared(model).plan.without))
+        finish(task, model)
+
+    monkeypatch.setattr(train, "finish", finished)
+    for without in (None, ("attention", "linears")):
+        losses(tmp_path, replace(CONFIG, epochs=1, without=without))
+    assert left_out[1] - left_out[0] == {"attention", "linears"}
