@@ -197,7 +197,7 @@ def test_a_trained_norm_without_a_gradient_is_named(tmp_path):
         def forward(self, input_ids, labels):
             return {"loss": self.inner(input_ids=input_ids, labels=labels).loss}
 
-    with pytest.raises(FastLNError, match=r"received no gradient, .*unused.weight, unused.bias"):
+    with pytest.raises(FastLNError, match=r"received no gradient .*unused.weight, unused.bias"):
         train(tmp_path, Skipping(), save_strategy="no")
 
 
