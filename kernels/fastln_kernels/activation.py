@@ -38,8 +38,7 @@ def normal_share(x, bell_of_x):
 
     At -|x| it is `exp(-x^2 / 2) p(t)` with `t = 1 / (1 + 0.285 |x|)`. This is the form of Hastings' approximation
     7.1.26 in Abramowitz and Stegun, with p fitted to an absolute error of at most 2.8e-8 (half a rounding of 1) and a
-    relative error of at most 2.8e-4. It reuses the exponential of the backward, so it takes fewer instructions than
-    erf.
+    relative error of at most 2.8e-4. It reuses the exponential of the backward, so it is shorter than erf.
     """
     # A reciprocal square root is one instruction; a division is eight.
     root = tl.rsqrt(1 + 0.285 * tl.abs(x))

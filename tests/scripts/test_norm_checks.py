@@ -79,7 +79,7 @@ def test_a_result_of_the_wrong_dtype_or_that_is_not_a_number_is_caught():
     assert "torch.float64" in checked(with_y(torch.Tensor.double), configuration()).fault
     verdict = checked(with_y(lambda y: y * math.nan), configuration())
     assert verdict.errors == {"y": None}
-    assert "relative error of y nan" in verdict.fault
+    assert "relative error of y is nan" in verdict.fault
 
 
 def test_wrong_dropout_is_caught():

@@ -35,7 +35,7 @@ def test_a_kernel_that_keeps_memory_busy_takes_the_time_of_its_bytes():
 
 
 def test_a_program_that_no_sm_holds_has_no_time():
-    with pytest.raises(ValueError, match="32 warps is more than an SM holds"):
+    with pytest.raises(ValueError, match="32 warps does not fit on an SM"):
         predict([KERNEL | {"kernel": "big", "warps": 32, "resident_warps": 0}], 1, 1, MI300)
 
 

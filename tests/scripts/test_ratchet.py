@@ -67,7 +67,7 @@ def test_rows_are_not_written_where_only_sums_are_wanted_nor_in_128_bits_by_amds
 def test_missing_figures_are_told():
     others = [row(width=1024), row(case="rms_norm-forward"), row(kernel="forward_kernel 2"), row(library="liger")]
     (complaint,) = complaints(row(), *others)
-    assert "no figures to compare with" in complaint
+    assert "no earlier figures to compare with" in complaint
     assert "--accept" in complaint
 
 

@@ -96,7 +96,7 @@ def test_our_sources_compile_without_a_warning(name, monkeypatch):
 def test_a_warning_is_an_error_where_asked_for_and_else_in_the_log_at_debug(source, caplog, monkeypatch):
     source.write_text(SOURCE.replace("{", "{ int unused;"))
     monkeypatch.setenv("FASTLN_CPU_WARNINGS", "1")
-    with pytest.raises(library.KernelsUnavailableError, match=r"1 warnings, the first: .*small\.cpp.*unused"):
+    with pytest.raises(library.KernelsUnavailableError, match=r"1 compiler warnings, the first: .*small\.cpp.*unused"):
         library._build("small")
     assert not list(library.cache_directory().glob("*.so"))
     monkeypatch.delenv("FASTLN_CPU_WARNINGS")
