@@ -218,6 +218,7 @@ def test_the_table_groups_what_changes_and_what_stays():
     model[0].model.layers[0].self_attn.config = copy.deepcopy(model[0].config)
     model[0].model.layers[0].self_attn.config._attn_implementation = "eager"
     decided = plan(model)
+    assert str(decided) == decided.table()
     table = decided.table().splitlines()
     assert "160 of 28,840 parameters train" in table[0]
     assert any(line.split()[:4] == ["5", "RMSNorm", "fastln,", "float32"] for line in table)
@@ -310,3 +311,15 @@ def test_on_a_gpu_without_flash_attention_what_stays_is_said(monkeypatch):
     stays = {(stay.kind, stay.reason) for stay in plan(make("llama"), device="cuda").stays}
     assert any(kind == "attention" and "torch's scaled_dot_product_attention" in reason for kind, reason in stays)
     assert any(kind == "linear layer" and "torch's linear" in reason for kind, reason in stays)
+
+
+def test_what_is_no_model_is_named():
+    with pytest.raises(FastLNError, match=r"must be a torch.nn.Module, such as a transformers model; it is 'bert'"):
+        fastln.prepare("bert")
+
+
+def test_only_models_that_make_a_cache_or_can_checkpoint_are_told_about_it():
+    kinds = [change.kind for change in plan(make("vit")).changes]
+    assert "key-value cache" not in kinds
+    assert "activation checkpoints" in kinds
+    assert "key-value cache" in [change.kind for change in plan(make("llama")).changes]

@@ -89,6 +89,9 @@ class Plan:
     stays: tuple[Stay, ...]
     notes: tuple[str, ...] = ()
 
+    def __str__(self) -> str:
+        return self.table()
+
     def table(self) -> str:
         """Return the plan as readable text: what trains, what changes and what stays stock, grouped by kind."""
         rows = [("", "what", "becomes", "keeps for backward", "products", "left out by")]

@@ -23,6 +23,6 @@ def loading(source: str) -> Iterator[None]:
         raise
     # transformers and peft raise errors of many kinds for a broken file, from safetensors' own to a plain TypeError.
     except Exception as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        reason = " ".join(str(error).split())[:400] or type(error).__name__  # in one line
         hint = "" if Path(source).exists() else " (there is no such directory, and the hub does not have it)"
         raise FastLNError(f"{source}: cannot be loaded{hint}: {reason}") from error

@@ -315,6 +315,8 @@ def _settle_place(model: nn.Module, device: torch.device | str | None) -> torch.
 
 
 def _check_stock(model: nn.Module) -> None:
+    if not isinstance(model, nn.Module):
+        raise FastLNError(f"the model must be a torch.nn.Module, such as a transformers model; it is {model!r}")
     if prepared(model) is not None:
         raise FastLNError("this model is already prepared; call fastln.restore(model) first")
     inside = next(

@@ -14,11 +14,15 @@ fused `in_proj_weight`, routers and experts. Convolutions, embeddings and norms 
 
 from __future__ import annotations
 
+import inspect
 import re
 from collections.abc import Iterator
 
 from torch import nn
 from transformers import PreTrainedModel
+
+CACHE = ("use_cache", "past_key_values")
+"""The arguments of a forward that decide about a key-value cache."""
 
 _MATRIX = re.compile(r"(weight|proj)$")
 
@@ -104,6 +108,16 @@ def pretrained_models(model: nn.Module) -> Iterator[tuple[str, PreTrainedModel]]
     for name, module in model.named_modules():
         if isinstance(module, PreTrainedModel):
             yield name, module
+
+
+def arguments_before_cache(model: PreTrainedModel) -> int | None:
+    """Return how many arguments of the forward come before one that decides about a key-value cache.
+
+    Returns:
+        None if the model cannot be told to make no cache.
+    """
+    names = list(inspect.signature(model.forward).parameters)
+    return min(names.index(name) for name in CACHE if name in names) if "use_cache" in names else None
 
 
 def output_embeddings(model: PreTrainedModel) -> nn.Module | None:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
+from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.pytorch_utils import Conv1D
 
 from fastln.families.activations import activation_kind, is_activation
@@ -15,7 +16,7 @@ from fastln.families.blocks import calls_dropout, gated_mlp_kind, is_post_norm_e
 from fastln.families.heads import find_heads
 from fastln.families.last_block import last_blocks
 from fastln.families.norms import find_other_norms, is_norm, is_stock_layer_norm, norm_kind
-from fastln.families.parts import output_embeddings, pretrained_models
+from fastln.families.parts import arguments_before_cache, output_embeddings, pretrained_models
 from fastln.ops import ActivationKind
 
 
@@ -49,8 +50,7 @@ def recognise(model: nn.Module) -> list[Found]:
         *_heads(model),
         *_linears(model),
         *(Found(block.projection, "last_block", "last block", block.name) for block in last_blocks(model)),
-        *(Found(name, "cache", "cache of keys and values") for name, _ in pretrained_models(model)),
-        *(Found(name, "checkpointing", "activation checkpoints") for name, _ in pretrained_models(model)),
+        *_steps(model),
     ]
 
 
@@ -108,6 +108,14 @@ def _heads(model: nn.Module) -> Iterator[Found]:
     yield from (Found(name, "lm_head", "lm_head") for name in heads)
     for name, cls in others.items():
         yield Found(name, "lm_head", "lm_head", obstacle=f"the head is a {cls}, not a plain torch.nn.Linear")
+
+
+def _steps(model: nn.Module) -> Iterator[Found]:
+    for name, part in pretrained_models(model):
+        if (n_before := arguments_before_cache(part)) is not None:
+            yield Found(name, "cache", "key-value cache", n_before)
+        if any(isinstance(module, GradientCheckpointingLayer) for module in part.modules()):
+            yield Found(name, "checkpointing", "activation checkpoints")
 
 
 def _linears(model: nn.Module) -> Iterator[Found]:

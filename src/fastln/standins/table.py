@@ -163,13 +163,16 @@ def _last_block(place: Place) -> None:
     rows.put()
 
 
-def _steps(change: type[NoCache] | type[NoReentry]) -> Callable[[Place], None]:
-    def put(place: Place) -> None:
-        made = change(place.module)
-        place.undo.append(made)
-        made.put()
+def _no_cache(place: Place) -> None:
+    made = NoCache(place.module, place.detail)
+    place.undo.append(made)
+    made.put()
 
-    return put
+
+def _no_reentry(place: Place) -> None:
+    made = NoReentry(place.module)
+    place.undo.append(made)
+    made.put()
 
 
 def _arena(place: Place) -> None:
@@ -216,14 +219,14 @@ STAND_INS: dict[str, Row] = {
         reason="most rows of the last block are never read",
         put=_last_block,
     ),
-    "cache": Row("cache", "none in training", "no keys and values", False, "training uses no cache", _steps(NoCache)),
+    "cache": Row("cache", "none in training", "no keys and values", False, "training uses no cache", _no_cache),
     "checkpointing": Row(
         trick="checkpointing",
         becomes="without reentry",
         keeps="what they keep",
         has_products=False,
         reason="reentrant checkpoints send no gradient to layers behind frozen ones",
-        put=_steps(NoReentry),
+        put=_no_reentry,
     ),
     "arena": Row("arena", "fastln", "-", False, "memory of freed tensors is reused", _arena),
 }

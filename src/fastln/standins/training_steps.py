@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import inspect
 import logging
 from dataclasses import dataclass, field
 from typing import Any
@@ -14,9 +13,10 @@ from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from fastln.families.parts import CACHE
+
 logger = logging.getLogger(__name__)
 
-_CACHE = ("use_cache", "past_key_values")  # the arguments that decide whether there is a cache
 _FUNCTION = "_gradient_checkpointing_func"
 
 
@@ -29,15 +29,13 @@ class NoCache:
     """
 
     model: PreTrainedModel
+    n_before: int  # how many arguments may come by position before one that decides about a cache
     handle: RemovableHandle | None = None
 
     def put(self) -> None:
         """Register the hook."""
-        names = list(inspect.signature(self.model.forward).parameters)
-        if "use_cache" in names:
-            n_before = min(names.index(name) for name in _CACHE if name in names)
-            hook = functools.partial(_without_cache, n_before)
-            self.handle = self.model.register_forward_pre_hook(hook, with_kwargs=True)
+        hook = functools.partial(_without_cache, self.n_before)
+        self.handle = self.model.register_forward_pre_hook(hook, with_kwargs=True)
 
     def remove(self) -> None:
         """Remove the hook."""
@@ -54,7 +52,7 @@ def _without_cache(
     """
     if not model.training or not torch.is_grad_enabled():
         return None
-    if len(args) > n_before or any(kwargs.get(name) is not None for name in _CACHE):
+    if len(args) > n_before or any(kwargs.get(name) is not None for name in CACHE):
         return None
     return args, {**kwargs, "use_cache": False}
 
