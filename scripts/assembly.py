@@ -1,6 +1,6 @@
-"""Reads listings of machine code, NVIDIA's SASS and AMD's GCN: text in, counts out.
+"""Count instructions in listings of machine code: NVIDIA's SASS and AMD's GCN.
 
-A *loop* is what lies between a label and a branch back to it. Where a kernel has several, its loop here is the one with
+A *loop* is the code between a label and a branch back to it. If a kernel has several loops, "the loop" is the one with
 the most loads from global memory.
 """
 
@@ -14,7 +14,7 @@ Figures = dict[str, int]
 
 @dataclass(frozen=True)
 class Dialect:
-    """Patterns of one vendor's listing; `label` and `branch` have the label's name as their group 1."""
+    """Patterns for one vendor's listing. In `label` and `branch`, group 1 is the label's name."""
 
     label: str
     branch: str
@@ -43,12 +43,12 @@ GCN = Dialect(
 
 
 def longest_loop(code: list[str], dialect: Dialect) -> list[str]:
-    """Return the body of the loop with the most loads, or nothing."""
+    """Return the body of the loop with the most loads; an empty list if there is no loop."""
     labels = {found[1]: index for index, line in enumerate(code) if (found := re.search(dialect.label, line))}
     bodies = []
     for index, line in enumerate(code):
         branch = re.search(dialect.branch, line)
-        # The last instruction of every kernel of NVIDIA's is a branch to itself.
+        # The last instruction of every NVIDIA kernel is a branch to itself.
         if branch and labels.get(branch[1], index) < index - 1:
             bodies.append(code[labels[branch[1]] : index + 1])
     bodies = [body for body in bodies if count(body, dialect.load)]
@@ -56,17 +56,17 @@ def longest_loop(code: list[str], dialect: Dialect) -> list[str]:
 
 
 def count(lines: list[str], pattern: str) -> int:
-    """How many lines have the pattern."""
+    """Return how many lines match the pattern."""
     return sum(bool(re.search(pattern, line)) for line in lines)
 
 
 def common_figures(code: list[str], dialect: Dialect, wide: str) -> Figures:
-    """What is counted alike for both vendors; `wide` matches what marks an access of 128 bits.
+    """Return the figures that both vendors share. `wide` matches the mark of a 128-bit access.
 
     Returns:
-        `loads` and `stores` to global memory, and how many of them are 128 bits wide; and of the whole kernel, and with
-        `loop_` before them of the loop: `barriers`, `instructions`, and `spill_bytes`, which a lane moves to or from
-        its stack where it takes each instruction once.
+        `loads` and `stores` of global memory, and how many of them are 128 bits wide. Also `barriers`, `instructions`
+        and `spill_bytes`, both for the whole kernel and, with the prefix `loop_`, for the loop. `spill_bytes` are the
+        bytes that a lane moves to or from its stack if it executes each instruction once.
     """
     loop = longest_loop(code, dialect)
 
@@ -96,7 +96,7 @@ _GCN_WIDTHS |= {"byte": 1, "ubyte": 1, "sbyte": 1}
 
 
 def access_bytes(line: str) -> int:
-    """How many bytes a lane moves with an instruction that loads or stores."""
+    """Return how many bytes a lane moves with one load or store instruction."""
     amd = re.match(r"(?:global|buffer|scratch)_(?:load|store)_(dwordx\d|[a-z]+)", line)
     if amd:
         return _GCN_WIDTHS[amd[1]]
@@ -122,12 +122,12 @@ def sass_lines(listing: str) -> list[str]:
 
 
 def read_sass(listing: str, usage: str, ptx: str) -> Figures:
-    """Read a kernel compiled for NVIDIA's GPUs.
+    """Read the figures of a kernel compiled for NVIDIA GPUs.
 
     Args:
-        listing: nvdisasm's.
-        usage: What `cuobjdump -res-usage` prints.
-        ptx: What it was assembled from.
+        listing: The listing from nvdisasm.
+        usage: The output of `cuobjdump -res-usage`.
+        ptx: The PTX code that it was assembled from.
     """
     code = sass_lines(listing)
     return {
@@ -142,7 +142,7 @@ def read_sass(listing: str, usage: str, ptx: str) -> Figures:
 
 
 def sass_bytes_before_first_use(code: list[str]) -> int:
-    """Return how many bytes a lane has asked for when an instruction first needs one of them."""
+    """Return how many bytes a lane has requested when an instruction first needs one of them."""
     awaited: set[int] = set()
     total = 0
     for line in code:
@@ -153,8 +153,8 @@ def sass_bytes_before_first_use(code: list[str]) -> int:
             first = int(load[1])
             awaited.update(range(first, first + max(width // 4, 1)))
         elif any(int(register) in awaited for register in re.findall(r"\bR(\d+)\b", line)):
-            # A write to a register that is awaited is a wait too; but registers that are zeroed for a predicated
-            # load stand before it.
+            # Writing to an awaited register waits too. Registers that are zeroed for a predicated load do not count
+            # here, because the zeroing comes before the load.
             break
     return total
 
@@ -169,7 +169,7 @@ def gcn_lines(listing: str) -> list[str]:
 
 
 def read_gcn(listing: str) -> Figures:
-    """Read a kernel compiled for AMD's GPUs, from its assembly and the metadata at the assembly's end."""
+    """Read the figures of a kernel compiled for AMD GPUs, from its assembly and the metadata at the end."""
     code = gcn_lines(listing)
     return {
         "registers": _number(r"\.vgpr_count:\s+(\d+)", listing),
@@ -181,7 +181,7 @@ def read_gcn(listing: str) -> Figures:
 
 
 def gcn_bytes_before_first_wait(code: list[str]) -> int:
-    """Return how many bytes a lane has asked for when it first waits for memory (`s_waitcnt vmcnt`)."""
+    """Return how many bytes a lane has requested when it first waits for memory (`s_waitcnt vmcnt`)."""
     total = 0
     for line in code:
         if re.search(GCN.load, line):

@@ -1,17 +1,17 @@
-"""What the norm kernels compile to on real GPUs, beside Liger-Kernel's compiled the same way; no GPU needed.
+"""Compile the norm kernels, and Liger-Kernel's, for real GPUs and report figures of the machine code; no GPU needed.
 
-*Compiled* figures (registers, spills, width of the accesses, barriers, bytes a warp asks for before it waits) are read
-off the machine code. From them and the GPUs' data sheets a share of the memory's bandwidth is *predicted*:
-scripts/prediction.py says how.
+*Compiled* figures (registers, spills, width of the accesses, barriers, bytes that a warp requests before it waits) are
+read from the machine code. A share of the memory bandwidth is *predicted* from them and the GPUs' data sheets; see
+scripts/prediction.py.
 
     python scripts/compile_report.py                 # everything, into benchmarks/results/compile.json
-    python scripts/compile_report.py --resume        # go on where such a run was interrupted
+    python scripts/compile_report.py --resume        # continue an interrupted run
     python scripts/compile_report.py --machines sm_90 --widths 768 --dtypes bf16 --dry-run
 
-Rows are written when a GPU's dtype and width are done, in place of the file's rows for the same. The run fails, and
-leaves those rows as they were, where a fastln kernel spills or has no 128-bit access to its rows, or up to 8,192
-columns takes more registers or has fewer 128-bit accesses than the file says, or is not in the file; `--accept` takes
-the new figures all the same.
+The rows of one GPU, dtype and width are written when they are finished, and replace the file's rows for the same. The
+run fails and keeps the old rows if a fastln kernel spills or has no 128-bit access to its rows. Up to 8,192 columns it
+also fails if a kernel takes more registers than in the file, has fewer 128-bit accesses, or is not in the file.
+`--accept` writes the new figures anyway.
 """
 
 from __future__ import annotations
@@ -42,19 +42,19 @@ from report_rows import LIBRARIES, RESULTS, Row, load, save, source_digest
 from fastln_kernels import launch, norm
 
 N_ROWS = 8192
-PARAMETERS = "fp32"  # of weight and bias: what training keeps them in, and what takes the most registers
+PARAMETERS = "fp32"  # dtype of weight and bias: training uses it, and it takes the most registers
 READ_TWICE = {
     "forward_wide_kernel": ("x_ptr", "residual_ptr", "stream_ptr"),
     "backward_wide_kernel": ("dy_ptr", "saved_ptr"),
 }
-"""Rows that a program reads a second time, by kernel; of a forward that writes the stream, that alone."""
+"""Tensors that a kernel reads a second time. A forward that writes the stream rereads only the stream."""
 
 Kernel = dict[str, Any]
 Group = tuple[str, str, int]
 
 
 def launches(implementation: Implementation, case: Case, machine: Machine, n_cols: int, dtype: str) -> list[Launch]:
-    """What an implementation launches for a case on a machine, from tensors without storage."""
+    """Return what an implementation launches for a case on a machine, using tensors without storage."""
     draw = functools.partial(torch.empty, dtype=DTYPES[dtype], device="meta")
     seed = torch.zeros(1, dtype=torch.int64, device="meta")
     inputs = make_inputs(case, N_ROWS, n_cols, draw, DTYPES[PARAMETERS], seed)
@@ -73,7 +73,7 @@ def launches(implementation: Implementation, case: Case, machine: Machine, n_col
 
 
 def _on_every_sm(one: Launch, machine: Machine) -> Launch:
-    """Give Liger's backward the programs it would have on the machine, one per SM; without a GPU it takes one."""
+    """Give Liger's backward the number of programs it has on the machine, one per SM. Without a GPU it has one."""
     names = one.kernel.arg_names
     if "rows_per_program" not in names:
         return one
@@ -86,7 +86,7 @@ def _on_every_sm(one: Launch, machine: Machine) -> Launch:
 
 
 def _last_sums(one: Launch, n_cols: int) -> list[Launch]:
-    """The sum of a Liger kernel's partial sums, which it leaves to torch: as if our kernel did it, for both at once."""
+    """Return the launch that adds a Liger kernel's partial sums: our kernel, where Liger uses torch."""
     wanted = [one.given.get(name, False) for name in ("COMPUTE_DW", "COMPUTE_DB")]
     if not any(wanted):
         return []
@@ -96,11 +96,11 @@ def _last_sums(one: Launch, n_cols: int) -> list[Launch]:
 
 
 def work_of(one: Launch, n_cols: int) -> Kernel:
-    """What a launch moves, and in how many turns.
+    """Return how many bytes a launch moves, and in how many turns.
 
     Returns:
-        `moved`, bytes of the rows' tensors and partial sums; `read_twice`, bytes that it reads once more; `row_tiles`,
-        how many tiles of whole rows there are, and `turns`, how many tiles.
+        `moved`: bytes of the tensors of rows and of partial sums. `read_twice`: bytes that it reads a second time.
+        `row_tiles`: the number of tiles of whole rows. `turns`: the number of tiles.
     """
     twice = READ_TWICE.get(one.name, ())
     if one.given.get("stream_ptr") is not None:
@@ -111,25 +111,25 @@ def work_of(one: Launch, n_cols: int) -> Kernel:
             moved += value.numel() * value.element_size()
             again += value.numel() * value.element_size() if name in twice else 0
     if one.kernel.__module__.startswith("liger_kernel"):
-        # A row for each program; without a GPU they are one row, counted above.
+        # One row per program. Without a GPU there is only one row, which is counted above.
         sums = one.given.get("COMPUTE_DW", 0) + one.given.get("COMPUTE_DB", 0)
         moved += sums * (one.programs - 1) * n_cols * 4
     row_tiles = math.ceil(N_ROWS / one.given.get("ROWS", 1))
-    # With a group of blocks, a turn is a whole row.
+    # For a kernel with groups of blocks, a turn is a whole row.
     blocks = 1 if "GROUP" in one.given else math.ceil(n_cols / one.given.get("COLS", n_cols))
     turns = row_tiles * blocks
     return {"moved": moved, "read_twice": again, "row_tiles": row_tiles, "turns": turns}
 
 
 class Compiler:
-    """Compiles launches for one machine, each distinct kernel once."""
+    """Compiles launches for one machine, and each distinct kernel only once."""
 
     def __init__(self, machine: Machine):
         self.machine = machine
         self._figures: dict[str, machine_code.Figures] = {}
 
     def figures(self, one: Launch) -> machine_code.Figures:
-        """What the machine code of a launch says."""
+        """Return the figures of a launch's machine code."""
         special = machine_code.specialise(one)
         if special.key not in self._figures:
             binary = machine_code.build(special, self.machine.target)
@@ -137,7 +137,7 @@ class Compiler:
         return self._figures[special.key]
 
     def kernels(self, noted: Sequence[Launch], n_cols: int) -> Iterator[Kernel]:
-        """The figures of launches, under names that tell apart several launches of one kernel."""
+        """Yield the figures of launches. A number in the name distinguishes launches of the same kernel."""
         times: collections.Counter[str] = collections.Counter()
         for one in noted:
             times[one.name] += 1
@@ -157,21 +157,21 @@ class Compiler:
 
 
 def compile_group(group: Group, cases: Sequence[str], with_liger: bool, source: str) -> list[Row]:
-    """Rows of a machine, a dtype and a width: one per case and library."""
+    """Return the rows of a machine, a dtype and a width: one per case and library."""
     machine_name, dtype, n_cols = group
     machine = MACHINES[machine_name]
     compiler = Compiler(machine)
     implementations = [load_fastln()[0], load_liger()[0] if with_liger else None]
     rows = []
     for case, implementation in itertools.product((CASES[name] for name in cases), implementations):
-        # What Liger leaves to torch is no kernel of its own to compile.
+        # Liger leaves residuals to torch, so there is no Liger kernel to compile.
         if implementation is None or (implementation.name == "liger" and case.residual):
             continue
         useful = case.tensors * N_ROWS * n_cols * DTYPES[dtype].itemsize
         row = Row(machine_name, dtype, PARAMETERS, n_cols, N_ROWS, case.name, implementation.name, source, useful)
         row.note = implementation.note(case)
         rows.append(row)
-        # Whatever a compiler raises belongs in the row.
+        # Any error from a compiler goes into the row.
         try:
             row.compiled = list(compiler.kernels(launches(implementation, case, machine, n_cols, dtype), n_cols))
             row.predicted = predict(row.compiled, useful, N_ROWS * n_cols, machine)
@@ -182,21 +182,22 @@ def compile_group(group: Group, cases: Sequence[str], with_liger: bool, source: 
 
 HEAD = f"""# What the kernels compile to
 
-By `python scripts/compile_report.py`, without a GPU. *Compiled*, read off the machine code: KB that an SM has asked
-for before it waits, registers a lane, instructions that spill. *Predicted* from these and the data sheets
-(`scripts/prediction.py`): share of peak bandwidth, bytes exchanged with memory per element. Each cell is fastln's
-figure, then Liger-Kernel's where it has the operation; KB and registers are those of the kernel that moves the most
-bytes, spills those of the worst. {N_ROWS:,} rows, weight and bias in {PARAMETERS}. Liger always computes dx.
+Made by `python scripts/compile_report.py`, without a GPU. *Compiled*, read from the machine code: KB that an SM has
+requested before it waits, registers per lane, instructions that spill. *Predicted* from these and the data sheets
+(`scripts/prediction.py`): share of peak bandwidth, bytes exchanged with memory per element. Each cell has fastln's
+figure, then Liger-Kernel's if it has the operation. KB and registers are for the kernel that moves the most bytes;
+spills are for the worst kernel. {N_ROWS:,} rows, weight and bias in {PARAMETERS}. Liger always computes dx.
 """
 
 
 def table(rows: Sequence[Row]) -> str:
-    """Render the rows in Markdown: a section for each machine and dtype, fastln beside Liger in each row."""
+    """Render the rows in Markdown: a section per machine and dtype, with fastln and Liger side by side."""
     lines = [HEAD]
     for (name, dtype), section in itertools.groupby(rows, lambda row: (row.machine, row.dtype)):
         lines += [
             *("", f"## {name} ({MACHINES[name].name}), {dtype}", ""),
-            "| width | case | share of peak, predicted | KB in flight an SM | registers | spills | bytes per element |",
+            "| width | case | share of peak, predicted | KB in flight per SM | registers | spills "
+            "| bytes per element |",
             "|---|---|---|---|---|---|---|",
         ]
         for (width, case), pair in itertools.groupby(section, lambda row: (row.width, row.case)):
@@ -220,7 +221,7 @@ def _cells(row: Row) -> tuple[str, ...]:
 
 
 def merged(rows: Sequence[Row], before: Sequence[Row]) -> list[Row]:
-    """The earlier rows with the new ones in their places, in the order of the tables of machines and cases."""
+    """Return the earlier rows, updated with the new ones, in the order of MACHINES, DTYPES, widths and CASES."""
     latest = {(*row.group, row.case, row.library): row for row in (*before, *rows) if row.case in CASES}
     orders = [{name: i for i, name in enumerate(names)} for names in (MACHINES, DTYPES, CASES, LIBRARIES)]
 
@@ -232,8 +233,8 @@ def merged(rows: Sequence[Row], before: Sequence[Row]) -> list[Row]:
 
 
 def provenance(argv: Sequence[str]) -> dict[str, Any]:
-    """Where rows come from."""
-    # Here, because fastln brings transformers, which takes seconds to import and has no part in the rest.
+    """Return the provenance of the rows."""
+    # Not at the top: fastln imports transformers, which takes seconds and is not needed for the rest.
     from fastln.bench import provenance
     from fastln.machine import package_version
 
@@ -243,17 +244,17 @@ def provenance(argv: Sequence[str]) -> dict[str, Any]:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Compile, compare, write."""
+    """Compile, compare and write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--machines", nargs="+", choices=MACHINES, default=list(MACHINES))
     parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=list(DTYPES))
     parser.add_argument("--widths", nargs="+", type=int, default=list(WIDTHS))
     parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES), metavar="CASE")
-    parser.add_argument("--no-liger", action="store_true", help="leave Liger out")
+    parser.add_argument("--no-liger", action="store_true", help="skip Liger")
     parser.add_argument("--jobs", type=int, default=2, help="processes")
     parser.add_argument("--dry-run", action="store_true", help="compare and print the table, but write nothing")
-    parser.add_argument("--accept", action="store_true", help="write figures that are worse than before, too")
-    parser.add_argument("--resume", action="store_true", help="leave out what the file has from this very code")
+    parser.add_argument("--accept", action="store_true", help="also write figures that are worse than before")
+    parser.add_argument("--resume", action="store_true", help="skip what the file already has from the same code")
     parser.add_argument("--out", type=Path, default=RESULTS / "compile.json")
     options = parser.parse_args(arguments)
     before, source = load(options.out), source_digest()

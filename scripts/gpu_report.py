@@ -2,10 +2,10 @@
 
     python scripts/gpu_report.py
 
-Every configuration is checked against the definition in float64 before it is timed; one that fails is not timed, and
-its row says why. Times are of CUDA graphs, so that no time of the host is in them, over copies of the inputs that
-together exceed the L2 cache several times, so that every call finds its inputs in memory. All implementations of a
-configuration, and a plain copy that moves as many bytes, take turns in every round. Without a GPU nothing is measured.
+Every configuration is checked against the definition in float64 before it is timed. One that fails is not timed, and
+its row says why. Times are of CUDA graphs, so they contain no host time. The inputs are copied until they exceed the L2
+cache several times, so every call reads its inputs from memory. All implementations of a configuration, and a plain
+copy that moves as many bytes, take turns in every round. Without a GPU, nothing is measured.
 """
 
 from __future__ import annotations
@@ -25,18 +25,18 @@ from report_rows import RESULTS, Row, notes, save
 
 from fastln_kernels import launch
 
-TENSOR_BYTES = 64 << 20  # of one tensor of rows, unless --rows says how many
+TENSOR_BYTES = 64 << 20  # size of one tensor of rows, unless --rows is given
 
 
 def rows_for(n_cols: int, itemsize: int) -> int:
-    """How many rows make a tensor of about `TENSOR_BYTES`; at least those of one tile of the kernels for wide rows."""
+    """Return the number of rows in a tensor of about `TENSOR_BYTES`, but at least one tile of `launch.COLUMN_TILE`."""
     return max(TENSOR_BYTES // (n_cols * itemsize), launch.COLUMN_TILE.rows)
 
 
 def configurations(
     cases: Sequence[str], dtypes: Sequence[str], widths: Sequence[int], n_rows: int | None
 ) -> list[Configuration]:
-    """Every combination; `n_rows` of None is `rows_for`."""
+    """Return every combination. If `n_rows` is None, use `rows_for`."""
     return [
         Configuration(CASES[name], n_rows or rows_for(n_cols, DTYPES[dtype].itemsize), n_cols, dtype)
         for dtype in dtypes
@@ -46,8 +46,8 @@ def configurations(
 
 
 def describe(device: torch.device, argv: Sequence[str]) -> dict[str, Any]:
-    """Where the rows come from."""
-    # Here, because fastln brings transformers, which takes seconds to import and has no part in the rest.
+    """Return the provenance of the rows."""
+    # Not at the top: fastln imports transformers, which takes seconds and is not needed for the rest.
     from fastln.bench import provenance
     from fastln.machine import package_version
 
@@ -66,7 +66,7 @@ def describe(device: torch.device, argv: Sequence[str]) -> dict[str, Any]:
 
 
 def table(rows: Sequence[Row]) -> str:
-    """Render the rows in Markdown; all figures are measured."""
+    """Render the rows in Markdown. All figures are measured."""
     lines = [
         "| case | dtype | rows × columns | library | µs, median (quartiles) | GB/s | of copy | note |",
         "|---|---|---|---|---|---|---|---|",
@@ -84,28 +84,28 @@ def table(rows: Sequence[Row]) -> str:
 
 
 def at_least(least: int) -> Callable[[str], int]:
-    """What parses a whole number of that size or more from the command line."""
+    """Return a parser for whole numbers of at least `least` on the command line."""
 
     def number(text: str) -> int:
         if not text.isdecimal() or int(text) < least:
-            raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of {least} or more")
+            raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least {least}")
         return int(text)
 
     return number
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run from the command line; the exit status is 0 without a GPU too."""
+    """Run from the command line. Without a GPU the exit status is 0 too."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=RESULTS / "gpu.json", help="JSON file to write")
     parser.add_argument("--cases", nargs="+", choices=list(CASES), default=list(CASES), metavar="CASE")
     parser.add_argument("--dtypes", nargs="+", choices=list(DTYPES), default=["bf16"])
     parser.add_argument("--widths", nargs="+", type=at_least(1), default=WIDTHS, help="columns")
-    parser.add_argument("--rows", type=at_least(1), help="of a tensor; by default as many as make 64 MiB")
-    parser.add_argument("--rounds", type=at_least(2), default=20, help="turns that each implementation takes")
+    parser.add_argument("--rows", type=at_least(1), help="rows of a tensor; by default as many as fill 64 MiB")
+    parser.add_argument("--rounds", type=at_least(2), default=20, help="turns for each implementation")
     options = parser.parse_args(arguments)
     if not torch.cuda.is_available():
-        print("no CUDA GPU here: nothing was measured")
+        print("this machine has no CUDA GPU: nothing was measured")
         return 0
     device = torch.device("cuda", torch.cuda.current_device())
     origin = describe(device, sys.argv if arguments is None else arguments)
@@ -115,7 +115,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     gpu = origin["gpu"]
     bench = Bench(gpu["name"], device, gpu["l2_bytes"], options.rounds, record_graph, gpu_seconds)
     rows: list[Row] = []
-    # A backward runs on the stream of its forward, and graphs are recorded on any stream but the default one.
+    # A backward runs on the stream of its forward, and graphs cannot be recorded on the default stream.
     with torch.cuda.stream(torch.cuda.Stream()):
         for i, one in enumerate(todo, 1):
             print(f"{i}/{len(todo)} {one.case.name} {one.n_rows} × {one.n_cols} {one.dtype}", file=sys.stderr)

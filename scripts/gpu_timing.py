@@ -1,4 +1,4 @@
-"""Times the implementations of a configuration on a GPU, in turn, each from cold inputs and beside a plain copy."""
+"""Time the implementations of a configuration on a GPU, taking turns, with cold inputs and a plain copy to compare."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from norm_checks import SEED, Configuration, check, random_inputs
 from norm_peers import Implementation
 from report_rows import Row, notes, source_digest
 
-CACHE_MULTIPLE = 4  # of the L2 cache that the copies of the inputs fill together
-CALLS = 20  # at least, in one graph: what a replay itself costs is then small beside them
+CACHE_MULTIPLE = 4  # the copies of the inputs fill the L2 cache this many times
+CALLS = 20  # minimum number of calls in one graph, so that the cost of a replay itself is small
 COPY = "copy"
 
 Replay = Callable[[], object]
@@ -24,7 +24,7 @@ Replay = Callable[[], object]
 
 @dataclass(frozen=True)
 class Timing:
-    """How long a call took, in seconds; `low` and `high` are the quartiles over the rounds."""
+    """The time of a call, in seconds. `low` and `high` are the quartiles over the rounds."""
 
     seconds: list[float]
     median: float
@@ -36,15 +36,15 @@ class Timing:
 
 @dataclass(frozen=True)
 class Bench:
-    """What measuring depends on, apart from what is measured.
+    """The settings of a measurement.
 
     Attributes:
         machine: Name of the GPU.
-        device: Where the tensors are.
+        device: The device of the tensors.
         l2_bytes: Size of the cache that must stay cold.
-        rounds: How often each implementation takes its turn.
-        record: Makes, of works to run in turn and how many times over, something that replays them all.
-        clock: The seconds that one replay takes.
+        rounds: How many turns each implementation gets.
+        record: A function from works and a number of cycles to a function that replays them all.
+        clock: A function that returns the seconds of one replay.
     """
 
     machine: str
@@ -56,24 +56,24 @@ class Bench:
 
 
 def copies_for(bytes_per_call: int, l2_bytes: int) -> int:
-    """How many copies of the inputs to take in turn, so that they fill the cache `CACHE_MULTIPLE` times."""
+    """Return how many copies of the inputs fill the cache `CACHE_MULTIPLE` times."""
     return max(2, math.ceil(CACHE_MULTIPLE * l2_bytes / bytes_per_call))
 
 
 def copy_work(n_bytes: int, device: torch.device) -> Work:
-    """A plain copy that moves `n_bytes`: it reads half of them and writes the other half."""
+    """Return a plain copy that moves `n_bytes`: it reads half of them and writes the other half."""
     source = torch.zeros(n_bytes // 2, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
     return Work(lambda: {"copy": target.copy_(source)})
 
 
 def record_graph(works: Sequence[Work], n_cycles: int) -> Replay:
-    """Record the works in turn, over and over, in one CUDA graph; on the stream that prepared them."""
-    for work in works:  # compiles and tunes whatever has not been
+    """Record `n_cycles` cycles over the works in one CUDA graph, on the stream that prepared them."""
+    for work in works:  # compiles and autotunes what is not yet compiled
         work.run()
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
-    # A call's results stay until its turn comes again, so that the calls before that write elsewhere.
+    # Keep a call's results until its next turn, so that other calls do not write to the same memory.
     results: list[Results] = [{} for _ in works]
     with torch.cuda.graph(graph, stream=torch.cuda.current_stream()):
         for _ in range(n_cycles):
@@ -83,15 +83,15 @@ def record_graph(works: Sequence[Work], n_cycles: int) -> Replay:
 
     def replay() -> Sequence[Work]:
         graph.replay()
-        return works  # the graph reads their memory, so they have to live as long
+        return works  # the graph reads their memory, so they must live as long as the graph
 
     return replay
 
 
 def gpu_seconds(replay: Replay) -> float:
-    """The time of a replay by the GPU's clock, after one that is not timed.
+    """Return the time of a replay by the GPU's clock, after one that is not timed.
 
-    While that one runs the other is launched, so that its launch is no part of its time.
+    The timed replay is launched while the first one runs, so its launch is not part of its time.
     """
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     replay()
@@ -103,7 +103,7 @@ def gpu_seconds(replay: Replay) -> float:
 
 
 def interleave(replays: dict[str, Replay], rounds: int, clock: Callable[[Replay], float]) -> dict[str, list[float]]:
-    """Time each of them once a round, in an order that changes with the round, the same in every run."""
+    """Time each replay once per round. The order changes with the round but is the same in every run."""
     seconds: dict[str, list[float]] = {name: [] for name in replays}
     order, shuffle = list(replays), random.Random(SEED)
     for _ in range(rounds):
@@ -114,7 +114,7 @@ def interleave(replays: dict[str, Replay], rounds: int, clock: Callable[[Replay]
 
 
 def summarise(seconds: Sequence[float], copy_seconds: Sequence[float], n_bytes: int) -> Timing:
-    """The timing of one implementation; `copy_seconds` are of the copy of as many bytes, in the same rounds."""
+    """Return the timing of one implementation. `copy_seconds` are those of the plain copy in the same rounds."""
     low, median, high = statistics.quantiles(seconds, n=4, method="inclusive")
     share = statistics.median(copy / own for copy, own in zip(copy_seconds, seconds, strict=True))
     return Timing(list(seconds), median, low, high, n_bytes / median / 1e9, share)
@@ -124,8 +124,8 @@ def measure(configuration: Configuration, implementations: Sequence[Implementati
     """Check and time every implementation, and the copy, on one configuration.
 
     Returns:
-        A row for each. Its `measured` has what `norm_checks.Verdict` says of the errors and, where nothing was wrong,
-        `Timing`'s figures and `n_copies` of the inputs, taken in turn.
+        One row each. Its `measured` has the errors and bounds from `norm_checks.Verdict`. If nothing was wrong, it also
+        has the figures of `Timing` and `n_copies`, the number of copies of the inputs.
     """
     case, n_bytes = configuration.case, configuration.moved_bytes
     n_copies = copies_for(n_bytes, bench.l2_bytes)
@@ -141,7 +141,7 @@ def measure(configuration: Configuration, implementations: Sequence[Implementati
     replays = {COPY: bench.record([copy_work(n_bytes, bench.device) for _ in inputs], n_cycles)}
     for implementation in implementations:
         row = rows[implementation.name] = new_row(implementation.name, implementation.note(case))
-        # Whatever a peer raises, an unsupported width or too many registers, belongs in its row.
+        # Any error from a peer, such as an unsupported width or too many registers, goes into its row.
         try:
             verdict = check(implementation, configuration, inputs[0])
             row.measured, row.error = {"errors": verdict.errors, "bounds": verdict.bounds}, verdict.fault

@@ -1,7 +1,7 @@
-"""Compiles Triton kernels for real GPUs without one, and reads off the machine code what it will do.
+"""Compile Triton kernels for real GPUs, without a GPU, and read figures from the machine code.
 
-A launch is compiled as Triton would specialise it: launching functions run on tensors without storage, with the launch
-itself replaced by a note of its arguments (`noted_launches`), and each note is built for a target (`build`).
+Launches are compiled as Triton would specialise them. Launching functions run on tensors without storage, and each
+launch is replaced by a note of its arguments (`noted_launches`). Then each note is compiled for a target (`build`).
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-# Kernels are either interpreted or compiled, settled at their import.
+# Whether kernels are interpreted or compiled is decided when they are imported.
 os.environ.pop("TRITON_INTERPRET", None)
 
 import assembly
@@ -32,7 +32,7 @@ DTYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", 
 
 @dataclass(frozen=True, slots=True)
 class Launch:
-    """A kernel with the arguments that it would be launched with."""
+    """A kernel with the arguments of its launch."""
 
     kernel: JITFunction
     arguments: tuple[Any, ...]
@@ -41,28 +41,28 @@ class Launch:
 
     @property
     def name(self) -> str:
-        """The kernel's."""
+        """The kernel's name."""
         return str(self.kernel.__name__)
 
     @property
     def given(self) -> dict[str, Any]:
-        """The kernel's arguments by their names."""
+        """The kernel's arguments by name."""
         named = dict(zip(self.kernel.arg_names, self.arguments, strict=False))
         return named | {name: value for name, value in self.options.items() if name in self.kernel.arg_names}
 
     @property
     def programs(self) -> int:
-        """How many programs the grid has."""
+        """The number of programs in the grid."""
         return math.prod(self.grid)
 
     @property
     def warps(self) -> int:
-        """Of a program."""
+        """The number of warps per program."""
         return int(self.options.get("num_warps", 4))
 
 
 def noted_launches(function: Callable[[], Any]) -> list[Launch]:
-    """Run a launching function and return its launches, none of which takes place."""
+    """Run a launching function and return its launches, without executing them."""
     noted: list[Launch] = []
 
     def note(kernel: JITFunction, *arguments: Any, grid: Any, warmup: bool, **options: Any) -> None:
@@ -79,7 +79,7 @@ def noted_launches(function: Callable[[], Any]) -> list[Launch]:
 
 @dataclass(frozen=True, slots=True)
 class Specialisation:
-    """What Triton compiles a launch as: launches with the same one are the same machine code."""
+    """The specialisation that Triton compiles for a launch. Equal specialisations give the same machine code."""
 
     kernel: JITFunction
     signature: dict[str, str]
@@ -89,13 +89,13 @@ class Specialisation:
 
     @property
     def key(self) -> str:
-        """Tells it from every other of a target."""
+        """A string that is unique among the specialisations for a target."""
         of = (self.signature, self.constants, self.attributes, sorted(self.options.items()))
         return f"{self.kernel.__module__}.{self.kernel.__name__} {of}"
 
 
 def specialise(launch: Launch) -> Specialisation:
-    """Sort a launch's arguments into what Triton compiles in and what it leaves to run time."""
+    """Split a launch's arguments into compile-time constants and run-time arguments, as Triton does."""
     kernel, given = launch.kernel, launch.given
     options = {name: value for name, value in launch.options.items() if name not in kernel.arg_names}
     constants: dict[str, Any] = {}
@@ -119,24 +119,24 @@ def specialise(launch: Launch) -> Specialisation:
 
 
 def build(special: Specialisation, target: GPUTarget) -> Any:
-    """Compile for a target."""
+    """Compile a specialisation for a target."""
     source = ASTSource(special.kernel, special.signature, special.constants, special.attributes)
     return triton.compile(source, target=target, options=special.options)
 
 
 def specialises_on(kernel: JITFunction, names: tuple[str, ...]) -> bool:
-    """Whether a new value of one of these arguments may compile the kernel anew."""
+    """Whether a new value of one of these arguments can trigger a new compilation."""
     return not all(parameter.do_not_specialize for parameter in kernel.params if parameter.name in names)
 
 
 def read(binary: Any, target: GPUTarget) -> Figures:
-    """Read off a compiled kernel what it takes and does.
+    """Read the figures of a compiled kernel.
 
     Returns:
-        `registers` and bytes of `stack` per lane; `spills`, instructions that spill or fetch; `shared`, bytes;
-        `in_flight`, bytes that a warp asks for in its loop (or, without one, from its start) before it first waits for
-        any of them; on NVIDIA `truncations`, casts to bfloat16 that do not round, and `nan_dropped`, maxima that take
-        the number where the other side is NaN; and what `assembly.common_figures` does.
+        `registers` and bytes of `stack` per lane. `spills`: instructions that spill or reload. `shared`: bytes of
+        shared memory. `in_flight`: bytes that a warp requests in its loop (or from its start, if it has none) before it
+        first waits for any of them. On NVIDIA, `truncations`: casts to bfloat16 that do not round, and `nan_dropped`:
+        maxima that return the number if the other operand is NaN. And the figures of `assembly.common_figures`.
     """
     shared = {"shared": binary.metadata.shared}
     if target.backend == "hip":

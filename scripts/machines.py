@@ -1,4 +1,4 @@
-"""The GPUs that kernels are compiled for, by their vendors' data sheets."""
+"""The GPUs that kernels are compiled for, with figures from the vendors' data sheets."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ class Machine:
     """A GPU.
 
     Attributes:
-        name: Of the product.
-        target: What Triton compiles for.
-        sms: Streaming multiprocessors (compute units at AMD).
-        bandwidth: Of its memory, bytes per second.
+        name: Name of the product.
+        target: Triton's compilation target.
+        sms: Streaming multiprocessors (compute units on AMD).
+        bandwidth: Memory bandwidth in bytes per second.
         clock: Cycles per second.
-        l1: Bytes of L1 cache per SM; at NVIDIA shared memory is cut out of them.
-        l2: Bytes of the cache that all SMs share before memory; at AMD the Infinity Cache, of 17 TB/s.
-        registers: Of 32 bits, per SM.
+        l1: Bytes of L1 cache per SM. On NVIDIA, shared memory takes part of them.
+        l2: Bytes of the last cache before memory, shared by all SMs. On AMD this is the Infinity Cache, with 17 TB/s.
+        registers: 32-bit registers per SM.
         issue: Warp instructions per cycle and SM.
-        max_warps: Per SM.
-        max_programs: Per SM.
+        max_warps: Maximum number of warps per SM.
+        max_programs: Maximum number of programs per SM.
         shared: Bytes of shared memory per SM.
     """
 
@@ -43,28 +43,28 @@ class Machine:
 
     @property
     def lanes(self) -> int:
-        """Lanes of a warp."""
+        """Lanes per warp."""
         return int(self.target.warp_size)
 
     @property
     def tight(self) -> bool:
-        """What `launch.is_tight` says of it."""
+        """The value of `launch.is_tight` on this machine."""
         return self.target.backend == "hip" or self.target.arch >= 100
 
     def resident_programs(self, registers: int, shared: int, warps: int) -> int:
-        """How many programs one SM holds at once.
+        """Return how many programs one SM holds at once.
 
         Args:
-            registers: That a lane takes.
-            shared: Bytes of shared memory that a program takes.
-            warps: Of a program.
+            registers: Registers per lane.
+            shared: Bytes of shared memory per program.
+            warps: Warps per program.
         """
         per_warp = -(-registers // 8) * 8 * self.lanes
         programs = min(self.max_programs, self.max_warps // warps, self.registers // (per_warp * warps))
         return min(programs, self.shared // (shared + KB)) if shared else programs
 
     def l1_left(self, shared: int) -> int:
-        """How much L1 is left where `shared` bytes of shared memory are taken on an SM."""
+        """Return the bytes of L1 that are left when an SM uses `shared` bytes of shared memory."""
         return self.l1 - (shared if self.target.backend == "cuda" else 0)
 
 
@@ -94,8 +94,8 @@ MACHINES = {
         l1=256 * KB,
         l2=126 * MB,
     ),
-    # Four SIMDs of 512 registers for each of 64 lanes, 8 waves each, that take four cycles over an instruction's 64
-    # lanes.
+    # Each compute unit has four SIMDs. A SIMD has 512 registers for each of 64 lanes and holds 8 waves. An instruction
+    # takes four cycles for its 64 lanes.
     "gfx942": Machine(
         *("MI300X", GPUTarget("hip", "gfx942", 64)),
         sms=304,

@@ -1,4 +1,4 @@
-"""The operations that both reports are about, one table for the two, and how fastln's kernels are asked for each."""
+"""The operations in both reports (compile and GPU), and how to call fastln's kernels for each."""
 
 from __future__ import annotations
 
@@ -13,24 +13,24 @@ from fastln_kernels.reference import NormBackward, NormForward, NormKind
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 WIDTHS = (384, 768, 1024, 1152, 1280, 2048, 4096, 8192, 16384, 32768, 65536)
-DROPOUT = 0.125  # in steps of 1/65536 like fastln's, so that everybody scales by the same number
+DROPOUT = 0.125  # a multiple of 1/65536, as fastln needs, so that all implementations scale by the same number
 
 Results = dict[str, Tensor]
 
 
 @dataclass(frozen=True)
 class Case:
-    """A norm, asked for some of its results.
+    """A norm and the results that are requested from it.
 
     Attributes:
-        name: As on the command line and in the rows.
-        kind: Which norm.
-        results: What it has to return: `y` (and `stream`), or gradients.
+        name: Its name on the command line and in the rows.
+        kind: The kind of norm.
+        results: The results to return: `y` (and `stream`), or gradients.
         weight: Whether it has a weight.
         bias: Whether it has a bias.
-        residual: Whether it is of the sum `residual + dropout(x)`.
-        dropout: Of `x`, before the sum.
-        keeps_normed: Whether the sum itself is not returned (post-norm); fastln then keeps x_hat for the backward.
+        residual: Whether its input is the sum `residual + dropout(x)`.
+        dropout: Dropout probability of `x`, before the sum.
+        keeps_normed: Whether the sum itself is not returned (post-norm). fastln then keeps x_hat for the backward.
     """
 
     name: str
@@ -44,31 +44,31 @@ class Case:
 
     @property
     def backward(self) -> bool:
-        """Whether gradients are asked for."""
+        """Whether gradients are requested."""
         return "y" not in self.results
 
     @property
     def returns_stream(self) -> bool:
-        """Whether the forward returns the sum, so that a gradient reaches it by other ways too."""
+        """Whether the forward returns the sum, so that the sum's other uses contribute to its gradient."""
         return self.residual and not self.keeps_normed
 
     @property
     def needs_rows(self) -> bool:
-        """Whether gradients of rows are asked for."""
+        """Whether gradients of rows are requested."""
         return bool({"dx", "dresidual"} & set(self.results))
 
     @property
     def needs_saved(self) -> bool:
-        """Whether the gradients asked for depend on what was normalised."""
+        """Whether the requested gradients depend on the norm's input."""
         return self.results != ("dbias",)
 
     @property
     def tensors(self) -> int:
-        """How many tensors of rows must be read or written, whoever does it.
+        """Return how many tensors of rows any implementation must read or write.
 
-        A forward reads x (and the residual) and writes y (and the sum, or what stands for it in the backward). A
-        backward reads dy, what was normalised and the gradient of the returned sum, each where it is needed, and writes
-        dx and dresidual, which are one tensor where nothing was dropped.
+        A forward reads x (and the residual) and writes y (and the sum, or what the backward keeps instead). A backward
+        reads dy, the norm's input and the gradient of the returned sum, each if it is needed. It writes dx and
+        dresidual, which are one tensor without dropout.
         """
         if not self.backward:
             return 2 * (1 + self.residual)
@@ -115,7 +115,7 @@ CASES = {
 
 @dataclass(frozen=True)
 class Inputs:
-    """What a case takes; None for what it has not."""
+    """The inputs of a case; None for inputs that it does not have."""
 
     x: Tensor
     dy: Tensor
@@ -129,21 +129,21 @@ class Inputs:
 def make_inputs(
     case: Case, n_rows: int, n_cols: int, draw: Callable[..., Tensor], parameters: torch.dtype, seed: Tensor
 ) -> Inputs:
-    """Fill the inputs of a case.
+    """Create the inputs of a case.
 
     Args:
-        case: What they are for.
+        case: The case.
         n_rows: Rows of `x`.
         n_cols: Columns of `x`.
-        draw: Makes a tensor of a shape, as `torch.randn` does.
+        draw: A function that makes a tensor of a given shape, like `torch.randn`.
         parameters: The dtype of weight and bias.
-        seed: For dropout.
+        seed: The seed for dropout.
     """
     shape = (n_rows, n_cols)
     return Inputs(
         x=draw(shape),
         dy=draw(shape),
-        # Near what leaves x_hat as it is, as a trained norm has it.
+        # Close to the weight that leaves x_hat unchanged, as in a trained norm.
         weight=(1 - case.kind.offset + 0.1 * draw(n_cols)).to(parameters) if case.weight else None,
         bias=draw(n_cols).to(parameters) if case.bias else None,
         residual=draw(shape) if case.residual else None,
@@ -154,11 +154,11 @@ def make_inputs(
 
 @dataclass(frozen=True)
 class Work:
-    """A case with its inputs, ready to run again and again.
+    """A case with its inputs, ready to run repeatedly.
 
     Attributes:
-        run: Does what is timed.
-        stream: What the forward normalised, where that has run already, was not `x` and can be had.
+        run: The function that is timed.
+        stream: The sum that the forward normalised, if the forward has run, had a sum, and makes it available.
     """
 
     run: Callable[[], Results]
@@ -166,9 +166,9 @@ class Work:
 
 
 def kernel_work(kernels: Any, case: Case, given: Inputs) -> Work:
-    """The work of a module with the functions of `fastln_kernels.reference`; for a backward it runs the forward.
+    """Return the work of a module with the functions of `fastln_kernels.reference`. For a backward, run the forward.
 
-    As in training, a backward is given only what it needs.
+    As in training, a backward receives only what it needs.
     """
     dropout: dict[str, Any] = {"dropout": case.dropout, "seed": given.seed} if case.dropout else {}
     forward = NormForward(
@@ -203,5 +203,5 @@ def kernel_work(kernels: Any, case: Case, given: Inputs) -> Work:
 
 
 def pick(outputs: Any, names: Sequence[str]) -> Results:
-    """The named fields of what a kernel's launching function returned."""
+    """Return the named fields of a launching function's results."""
     return {name: getattr(outputs, name) for name in names}

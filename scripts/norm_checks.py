@@ -1,4 +1,4 @@
-"""Checks an implementation of a case against the definition in float64, as is done before it is timed."""
+"""Check an implementation of a case against the definition in float64, before it is timed."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ SEED = 0
 
 @dataclass(frozen=True)
 class Configuration:
-    """A case at one shape and dtype; `dtype` is a name from `DTYPES`, of rows, weight and bias."""
+    """A case at one shape and dtype. `dtype` is a name from `DTYPES`, for rows, weight and bias."""
 
     case: Case
     n_rows: int
@@ -32,12 +32,12 @@ class Configuration:
 
     @property
     def moved_bytes(self) -> int:
-        """The bytes that must move, whoever does the work; what is small beside the rows is left out."""
+        """The bytes that any implementation must move, without the small tensors such as weight and bias."""
         return self.case.tensors * self.n_rows * self.n_cols * DTYPES[self.dtype].itemsize
 
 
 def random_inputs(configuration: Configuration, device: torch.device, seed: int) -> Inputs:
-    """Normal rows; weight and bias in their dtype, which is what every peer accepts."""
+    """Return inputs with normally distributed rows. Weight and bias have the rows' dtype, which every peer accepts."""
     dtype = DTYPES[configuration.dtype]
     generator = torch.Generator(device).manual_seed(seed)
     draw = functools.partial(torch.randn, dtype=dtype, device=device, generator=generator)
@@ -46,42 +46,42 @@ def random_inputs(configuration: Configuration, device: torch.device, seed: int)
 
 
 def storage_bound(dtype: torch.dtype) -> float:
-    """What rounding to `dtype` costs at most, relative; for bfloat16 of a cast that truncates."""
+    """Return the largest relative error of rounding to `dtype`. For bfloat16 it allows a cast that truncates."""
     if dtype == torch.float32:
         return 0.0
     return torch.finfo(dtype).eps / (math.sqrt(3) if dtype == torch.bfloat16 else 2 * math.sqrt(3))
 
 
 def bounds_for(configuration: Configuration, roundings: int) -> dict[str, float]:
-    """What the relative root-mean-square error of each result may be; tests/kernels/test_norm.py derives the bounds.
+    """Return the bound on each result's relative root-mean-square error; tests/kernels/test_norm.py derives the bounds.
 
     Args:
-        configuration: What was computed.
-        roundings: As in `Implementation`; each may cost what storing a result costs.
+        configuration: The configuration that was computed.
+        roundings: As in `Implementation`. Each may cost as much as storing a result.
     """
     case = configuration.case
     storage = storage_bound(DTYPES[configuration.dtype])
     stored = 1 + (roundings if case.residual else 0)
     if case.kind.round_normed:
-        stored += 2  # x_hat, and what peers multiply it with, in the same dtype
+        stored += 2  # x_hat, and the weight that peers multiply it with, in the same dtype
     if case.backward and case.keeps_normed:
-        stored += 2  # x_hat, or the sum, as it was kept: in the product along the row and in that with it
+        stored += 2  # the stored x_hat or sum enters two products
     elementwise = 4 * ROUNDOFF + stored * storage
     summed = (4 + math.sqrt(configuration.n_rows / 2)) * ROUNDOFF + stored * storage
-    # The stream is rounded before it is normalised.
+    # The stream is rounded before the norm.
     y = elementwise + (storage if case.returns_stream else 0.0)
     bounds = {"y": y, "dweight": summed, "dbias": summed}
     return {name: bounds.get(name, elementwise) for name in case.results}
 
 
 def expected(case: Case, given: Inputs, keep: Tensor | None, stream: Tensor | None) -> tuple[Results, Results]:
-    """The results in float64, and the sizes of the terms that each is made of, which errors are relative to.
+    """Return the results in float64, and the sizes of the terms that each result sums. Errors are relative to these.
 
     Args:
-        case: What is asked for.
+        case: The case.
         given: The inputs.
         keep: Which elements of `x` dropout kept, or None without dropout.
-        stream: What the backward's forward normalised, as it was rounded, or None where that was `x` or is not known.
+        stream: The rounded sum that the forward normalised; None if that was `x` or is not known.
     """
     doubles: dict[str, Any] = {name: None if t is None else t.double() for name, t in vars(given).items()}
     exact = Inputs(**doubles)
@@ -124,7 +124,7 @@ def expected(case: Case, given: Inputs, keep: Tensor | None, stream: Tensor | No
 
 
 def relative_error(got: Tensor, want: Tensor, scale: Tensor) -> float:
-    """Root mean square of the error, relative to that of `scale`."""
+    """Return the root mean square of the error, relative to that of `scale`."""
 
     def size(tensor: Tensor) -> float:
         return tensor.square().mean().sqrt().item()
@@ -133,7 +133,7 @@ def relative_error(got: Tensor, want: Tensor, scale: Tensor) -> float:
 
 
 def seeded_run(implementation: Implementation, case: Case, given: Inputs) -> tuple[Results, Work]:
-    """Run once, with the random numbers that every such run has."""
+    """Run once, with the same random numbers in every such run."""
     torch.manual_seed(SEED)
     work = implementation.prepare(case, given)
     results = work.run()
@@ -141,10 +141,10 @@ def seeded_run(implementation: Implementation, case: Case, given: Inputs) -> tup
 
 
 def kept_by_dropout(implementation: Implementation, case: Case, given: Inputs) -> Tensor:
-    """Which elements dropout keeps in a seeded run.
+    """Return which elements dropout keeps in a seeded run.
 
-    Ones are sent through it, as `x` or as its gradient. Where the sum is not returned nothing else gets through whole,
-    but what is dropped has no gradient.
+    It sends ones through dropout, as `x` or as its gradient. If the sum is not returned, it looks at dx instead, which
+    is 0 for dropped elements.
     """
     if case.keeps_normed:
         of_x = dataclasses.replace(case, results=("dx",))
@@ -157,20 +157,20 @@ def kept_by_dropout(implementation: Implementation, case: Case, given: Inputs) -
 
 
 def dropout_fault(keep: Tensor, dropout: float) -> str | None:
-    """Say that dropout keeps more or fewer elements than it should: more than 5 standard deviations off."""
+    """Describe the fault if dropout keeps too many or too few elements, by more than 5 standard deviations."""
     rate, n = keep.double().mean().item(), keep.numel()
     if abs(rate - (1 - dropout)) <= 5 * math.sqrt(dropout * (1 - dropout) / n):
         return None
-    return f"dropout keeps {rate:.4f} of the elements where {1 - dropout:.4f} is asked for"
+    return f"dropout keeps {rate:.4f} of the elements instead of {1 - dropout:.4f}"
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """What a check found.
+    """The result of a check.
 
     Attributes:
-        errors: Relative root-mean-square error of each result; None for one that is not finite.
-        bounds: What they may be.
+        errors: Relative root-mean-square error of each result; None if it is not finite.
+        bounds: The bounds on the errors.
         fault: What is wrong, or None.
     """
 
@@ -197,5 +197,5 @@ def check(implementation: Implementation, configuration: Configuration, given: I
         error = relative_error(got[name], want[name], scale[name])
         errors[name] = error if math.isfinite(error) else None
         if not error <= bound:
-            faults.append(f"relative error of {name} {error:.1e}, above {bound:.1e}")
+            faults.append(f"relative error of {name} is {error:.1e}, above {bound:.1e}")
     return Verdict(errors, bounds, notes(*(fault for fault in faults if fault)) or None)

@@ -1,4 +1,4 @@
-"""Whose kernels are compared: fastln's and, each called as its users call it, those of its peers."""
+"""The implementations to compare: fastln's kernels and its peers', each called as its users call it."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from fastln_kernels import norm
 
 @dataclass(frozen=True)
 class Implementation:
-    """Somebody's kernels.
+    """One library's kernels.
 
     Attributes:
-        name: As in the rows.
-        prepare: Makes the work; for a backward it runs the forward.
-        note: What of a case is done otherwise than asked, or "".
-        roundings: To the dtype, beyond those of the definition, where dropout and the sum come before the norm.
+        name: Its name in the rows.
+        prepare: A function that makes the work. For a backward, it runs the forward.
+        note: A function that says how a case is done differently than requested, or "".
+        roundings: How many times it rounds to the dtype beyond the definition, if dropout and a sum precede the norm.
     """
 
     name: str
@@ -39,17 +39,17 @@ Function = Callable[[Leaves], tuple[Tensor, Tensor | None]]
 Norm = Callable[[Tensor, Tensor | None, Tensor | None], Tensor]
 
 GRADIENTS = {"x": "dx", "residual": "dresidual", "weight": "dweight", "bias": "dbias"}
-APART = "dropout and sum by torch, apart"
+APART = "dropout and sum by torch, separately"
 
 
 def autograd_work(function_for: Callable[[Case, Inputs], Function], case: Case, given: Inputs) -> Work:
-    """The work of a peer that is called through autograd.
+    """Return the work of a peer that is called through autograd.
 
-    A forward is that of training, where every input wants a gradient; a backward is asked for the wanted ones alone.
+    In a forward every input requires a gradient, as in training. A backward computes only the requested gradients.
 
     Args:
-        function_for: Returns what computes `y` and the sum, or None, from the leaves.
-        case: What to do.
+        function_for: Returns a function from the leaves to `y` and the sum (None if there is none).
+        case: The case.
         given: The inputs.
     """
     leaves: Leaves = {}
@@ -67,7 +67,7 @@ def autograd_work(function_for: Callable[[Case, Inputs], Function], case: Case, 
         return Work(forward)
     y, stream = function(leaves)
     wanted = {gradient: leaves[name] for name, gradient in GRADIENTS.items() if gradient in case.results}
-    # Copies, since Liger writes its dx where dy was; what later calls then find there makes them no more work.
+    # Use copies, because Liger overwrites dy with dx. Later calls then read other values, which takes the same time.
     outputs, gradients = [y], [given.dy.clone()]
     if case.returns_stream:
         assert stream is not None
@@ -82,7 +82,7 @@ def autograd_work(function_for: Callable[[Case, Inputs], Function], case: Case, 
 
 
 def composed(case: Case, norm_function: Norm) -> Function:
-    """Torch's dropout and sum where the case has them, then the norm: for peers that do not fuse the three."""
+    """Combine torch's dropout and sum, if the case has them, with a norm: for peers that do not fuse the three."""
 
     def function(leaves: Leaves) -> tuple[Tensor, Tensor | None]:
         x, weight, bias = leaves["x"], leaves.get("weight"), leaves.get("bias")
@@ -95,7 +95,7 @@ def composed(case: Case, norm_function: Norm) -> Function:
 
 
 def torch_function(case: Case) -> Function:
-    """The case in torch's own functions, put together as transformers' models do it."""
+    """Return the case in torch's own functions, composed as in transformers' models."""
     kind = case.kind
 
     def layer_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
@@ -113,38 +113,38 @@ def torch_function(case: Case) -> Function:
 
 
 def surplus(case: Case, always: Sequence[str]) -> str:
-    """Say which gradients are computed though nobody wants them, of those that always are."""
+    """Say which gradients are computed without being requested, out of those that are always computed."""
     has = {"dx": True, "dweight": case.weight, "dbias": case.bias}
     extra = [name for name in always if name not in case.results and has[name]]
     return f"computes {' and '.join(extra)} too" if case.backward and extra else ""
 
 
 def load_fastln() -> Loaded:
-    """These kernels, without the operators above them: a graph holds nothing of those anyway."""
+    """Load fastln's kernels, without the operators around them. A CUDA graph would not contain those anyway."""
     return Implementation("fastln", functools.partial(kernel_work, norm)), ""
 
 
 def load_torch() -> Loaded:
-    """Torch, one operation after the other."""
+    """Load torch, with one operation after the other."""
 
     def note(case: Case) -> str:
-        return "dropout, sum and norm apart" if case.residual else ""
+        return "dropout, sum and norm separately" if case.residual else ""
 
     prepare = functools.partial(autograd_work, lambda case, given: torch_function(case))
     return Implementation("torch eager", prepare, note, roundings=2), ""
 
 
 def load_compile() -> Loaded:
-    """The same through torch.compile, its default mode."""
+    """Load the same functions through torch.compile, in its default mode."""
     import torch._dynamo
     import torch._functorch.config
 
-    # Otherwise a compiled backward can run only once, and here it is recorded several times.
+    # Otherwise a compiled backward could run only once, but here it runs several times.
     torch._functorch.config.donated_buffer = False
 
     @functools.lru_cache(maxsize=1)
     def compiled(case: Case, shape: torch.Size, dtype: torch.dtype) -> Function:
-        # After a few shapes of one function dynamo gives up, or compiles it for any shape.
+        # Without a reset, dynamo gives up after a few shapes of one function, or compiles it for any shape.
         torch._dynamo.reset()
         return torch.compile(torch_function(case), dynamic=False)
 
@@ -155,7 +155,7 @@ def load_compile() -> Loaded:
 
 
 def load_liger() -> Loaded:
-    """Liger-Kernel: layer_norm and rms_norm, neither with dropout nor with a residual, nor without dx."""
+    """Load Liger-Kernel's layer_norm and rms_norm. They have no dropout and no residual, and always compute dx."""
     try:
         ops = importlib.import_module("liger_kernel.ops")
     except ImportError as error:
@@ -163,7 +163,7 @@ def load_liger() -> Loaded:
 
     def function_for(case: Case, given: Inputs) -> Function:
         kind = case.kind
-        # Its layer norm cannot do without weight and bias.
+        # Its layer norm requires weight and bias.
         ones = None if case.weight else torch.ones_like(given.x[0])
         zeros = None if case.bias else torch.zeros_like(given.x[0] if given.weight is None else given.weight)
 
@@ -173,7 +173,7 @@ def load_liger() -> Loaded:
             )
 
         def rms_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
-            # "gemma" is all in float32, as the definition is but for Llama's rounding.
+            # "gemma" computes everything in float32, as the definition does except for Llama's rounding.
             mode = "llama" if kind.round_normed else "gemma"
             return ops.LigerRMSNormFunction.apply(x, weight, kind.eps, kind.offset, mode)
 
@@ -183,7 +183,7 @@ def load_liger() -> Loaded:
         in_place = case.backward and not case.kind.centre
         lacks = case.kind.centre and not case.bias
         return notes(
-            APART if case.dropout else "sum by torch, apart" if case.residual else "",
+            APART if case.dropout else "sum by torch, separately" if case.residual else "",
             surplus(case, ("dx",)),
             "writes dx over dy" if in_place else "",
             "with a bias of zeros" + ("" if case.weight else " and a weight of ones") if lacks else "",
@@ -193,7 +193,7 @@ def load_liger() -> Loaded:
 
 
 def load_flash() -> Loaded:
-    """flash-attention's Triton norm, with dropout and residual fused; it computes every gradient."""
+    """Load flash-attention's Triton norm. It fuses dropout and residual, and computes every gradient."""
     try:
         module = importlib.import_module("flash_attn.ops.triton.layer_norm")
     except ImportError as error:
@@ -236,7 +236,7 @@ LOADERS = {
 
 
 def load_all() -> tuple[list[Implementation], dict[str, str]]:
-    """Every implementation that is here, and why the others are not."""
+    """Return every available implementation, and why the others are missing."""
     found, missing = [], {}
     for name, load in LOADERS.items():
         implementation, reason = load()

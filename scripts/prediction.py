@@ -1,26 +1,27 @@
-"""What a kernel's machine code and a GPU's data sheet say about its speed: a prediction, no measurement.
+"""Predict a kernel's speed from its machine code and a GPU's data sheet. This is not a measurement.
 
     share = useful bytes / bandwidth / sum over kernels of max(traffic time, waiting time, issue time)
 
-- *Useful* is what any kernel must move for these results.
-- *Traffic* is what this one exchanges with memory, over the bandwidth: the rows it reads and writes, partial sums, and
-  of what follows only what no cache holds.
+- *Useful* bytes are those that any kernel must move for these results.
+- *Traffic* time is the bytes that this kernel exchanges with memory, divided by the bandwidth. It counts the rows that
+  the kernel reads and writes, partial sums, and what the caches cannot hold of the following:
   - Rows that a program reads a second time count again, unless the rows of all programs that run at once fit into half
-    of the L2.
-  - Spills (loads and stores of a lane's stack) count where the stacks of all threads of an SM exceed the L1 that shared
-    memory leaves, and then for the part of all SMs' stacks that the L2 cannot hold. What a cache serves costs no
-    traffic here, only the issue of its instructions: that flatters kernels that spill.
-- *Waiting* is the time in which the bytes asked for arrive, each after a latency of 600 ns (Little's law): all that is
-  read or written, second reads too, times latency, over the bytes in flight; one latency at least. In flight is what a
-  warp asks for before it first waits, times the warps that the SMs hold at once, or that there are.
-  Where a kernel has several loops, that with the most loads stands for it.
-- *Issue* is all warps' instructions over what the SMs issue: those of the loop in every turn, the others once. It is
-  left out where a row takes several turns of the loop.
+    of the L2 cache.
+  - Spills (loads and stores of a lane's stack) count if the stacks of all threads of an SM exceed the L1 cache that
+    shared memory leaves. Then the part of all SMs' stacks that the L2 cannot hold counts. Accesses that a cache serves
+    cost no traffic here, only the issue of their instructions. That favours kernels that spill.
+- *Waiting* time is the time until the requested bytes arrive, each after a latency of 600 ns (Little's law). It is all
+  bytes read or written, including second reads, times the latency, divided by the bytes in flight, and at least one
+  latency. The bytes in flight are those that a warp requests before it first waits, times the number of warps that the
+  SMs hold at once, or of all warps if there are fewer. If a kernel has several loops, the one with the most loads
+  counts.
+- *Issue* time is the number of instructions of all warps, divided by the rate at which the SMs issue them. The loop's
+  instructions count in every turn, the others once. Issue time is left out if a row takes several turns of the loop.
 
-Caches otherwise, latencies that vary and launch times are not in it. It says which kernel has a reason to be slow, and
-why. The same rules hold for every library. Liger's sums over its programs are torch's, two kernels that are not
-compiled here; they are counted as if fastln's last kernel, one for both, did them: for as many rows as Liger has
-programs.
+Other cache effects, varying latencies and launch times are not included. The prediction shows which kernel has a reason
+to be slow, and which reason. The same rules apply to every library. Liger leaves the sums over its programs to torch,
+in two kernels that are not compiled here. They are counted as one launch of fastln's last kernel, with as many rows as
+Liger has programs.
 """
 
 from __future__ import annotations
@@ -35,11 +36,11 @@ Kernel = dict[str, Any]
 
 
 def traffic(kernel: Kernel, machine: Machine) -> int:
-    """Bytes that a launch exchanges with memory.
+    """Return the bytes that a launch exchanges with memory.
 
     Args:
-        kernel: A kernel of a row's `compiled`.
-        machine: What it was compiled for.
+        kernel: A kernel from a row's `compiled`.
+        machine: The machine that it was compiled for.
     """
     total: int = kernel["moved"]
     at_once = kernel["resident_warps"] // kernel["warps"]
@@ -53,18 +54,18 @@ def traffic(kernel: Kernel, machine: Machine) -> int:
 
 
 def executed(kernel: Kernel, what: str) -> int:
-    """How often all warps of a launch together do that of which the kernel has `what` and its loop `loop_what`."""
+    """Return the total of the figure `what` over all warps of a launch. `loop_what` is the loop's part of it."""
     in_loop: int = kernel[f"loop_{what}"]
     return int(kernel["warps"] * (kernel["programs"] * (kernel[what] - in_loop) + kernel["turns"] * in_loop))
 
 
 def in_flight(kernel: Kernel) -> int:
-    """Bytes that an SM's warps have asked for when they first wait."""
+    """Return the bytes that an SM's warps have requested when they first wait."""
     return int(kernel["resident_warps"] * kernel["in_flight"])
 
 
 def seconds(kernel: Kernel, machine: Machine) -> float:
-    """The time of a launch."""
+    """Return the predicted time of a launch, in seconds."""
     moving = traffic(kernel, machine) / machine.bandwidth
     at_once = min(kernel["resident_warps"] * machine.sms, kernel["programs"] * kernel["warps"])
     turns = (kernel["moved"] + kernel["read_twice"]) / (at_once * kernel["in_flight"])
@@ -76,15 +77,15 @@ def seconds(kernel: Kernel, machine: Machine) -> float:
 
 
 def predict(kernels: list[Kernel], useful_bytes: int, elements: int, machine: Machine) -> dict[str, float]:
-    """The share of peak bandwidth, the time, and the traffic per element of a row of the report.
+    """Return the share of peak bandwidth, the time, and the traffic per element for a row of the report.
 
     Raises:
-        ValueError: If a program is more than an SM holds, so that it cannot run there.
+        ValueError: If a program does not fit on an SM, so that it cannot run.
     """
     for kernel in kernels:
         if not kernel["resident_warps"]:
             raise ValueError(
-                f"{kernel['kernel']} cannot run: its program of {kernel['warps']} warps is more than an SM holds"
+                f"{kernel['kernel']} cannot run: its program of {kernel['warps']} warps does not fit on an SM"
             )
     total = sum(seconds(kernel, machine) for kernel in kernels)
     return {

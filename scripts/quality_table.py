@@ -1,8 +1,9 @@
 """Answer quality of every method at its best learning rate, as a Markdown table.
 
-For each method: one short run per learning rate, on the questions about nine tenths of the training images; then runs
-of full length at the best rate, on all training questions, one per seed. Both are scored on the test questions, so the
-choice among the rates has seen them, for all methods alike. The short runs are also scored on the held-out images.
+Each method gets one short run per learning rate, on the questions about nine tenths of the training images. Then it
+gets full-length runs at the best rate, on all training questions, one per seed. Both are scored on the test questions.
+So for all methods alike, the choice of the rate has seen the test questions. The short runs are also scored on the
+held-out images.
 
 Finished runs of the same recipe are reused, so you can stop the script and start it again. The table shows every run in
 the folder. Seconds and memory of a step come from `--bench`, the results of `fastln bench`: runs side by side would
@@ -31,13 +32,13 @@ from fastln.bench.provenance import settle
 from fastln.methods import METHODS
 from fastln.training import TrainConfig
 
-RATES = (1, 10 / 3, 1 / 3, 1 / 10)  # times the method's default
+RATES = (1, 10 / 3, 1 / 3, 1 / 10)  # factors on the method's default rate
 VALIDATION = 0.1
 Record = dict[str, Any]
 
 
 def run(options: argparse.Namespace, name: str, config: dict[str, Any], validation: float) -> Record:
-    """Return the record of the run with this configuration, from the folder if it is there."""
+    """Return the record of the run with this configuration. Reuse a finished run if the folder has one."""
     folder = options.out / name
     record = folder / "run.json"
     wanted = {"data": options.data, "model": options.model, "validation": validation}
@@ -76,7 +77,7 @@ def sweep(options: argparse.Namespace, method: str, pool: ThreadPoolExecutor) ->
 
 
 def train(options: argparse.Namespace, method: str, rate: float, pool: ThreadPoolExecutor) -> list[Future[Record]]:
-    """Start one run of full length per seed."""
+    """Start one full-length run per seed."""
     recipe = {"method": method, "epochs": options.epochs, "head_epochs": options.head_epochs, "learning_rate": rate}
     return [
         pool.submit(run, options, f"{method}-{rate:.1e}-seed{seed}", recipe | {"seed": seed}, 0.0)
@@ -89,9 +90,9 @@ def rate_of(result: Record) -> float:
 
 
 def best_rate(short: Iterable[Record]) -> float:
-    """Return the learning rate of the short run with the most right answers on the test questions.
+    """Return the learning rate of the short run with the most correct answers on the test questions.
 
-    Of equal ones, the nearest to the method's default.
+    If several are equal, return the one closest to the method's default.
     """
 
     def order(record: Record) -> tuple[float, float]:
@@ -144,7 +145,7 @@ def table(records: list[Record], timed: dict[tuple[str, str], Record]) -> str:
 
 
 def adapter_size(full: list[Record], short: list[Record]) -> str:
-    """Say how many bytes the adapter takes: of the full runs where they wrote one, else of the short ones."""
+    """Say how many bytes the adapter takes, from the full runs if they wrote one, else from the short runs."""
     for runs, note in ((full, ""), (short, " (short runs)")):
         if sizes := [size for record in runs if (size := record.get("adapter_bytes"))]:
             return f"{max(sizes):,}{note}"

@@ -1,4 +1,4 @@
-"""Says where fastln's kernels got worse than the committed figures, or are bad in themselves."""
+"""Report where fastln's kernels got worse than the committed figures, or have faults of their own."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ def _key(row: Row, kernel: dict[str, Any]) -> tuple[str, ...]:
 
 
 def worse(rows: Sequence[Row], before: Sequence[Row]) -> Iterator[str]:
-    """Yield a complaint for each fault of fastln's kernels; up to `RATCHET_WIDTH` columns for each loss too.
+    """Yield a complaint for each fault of fastln's kernels, and for each loss up to `RATCHET_WIDTH` columns.
 
     Args:
-        rows: What was compiled now.
-        before: What the committed file says; what it lacks is a fault too.
+        rows: The newly compiled rows.
+        before: The rows of the committed file. A missing kernel counts as a loss.
     """
     earlier = {_key(row, kernel): kernel for row in before for kernel in row.compiled or () if row.library == "fastln"}
     for row in rows:
@@ -46,22 +46,23 @@ def _faults(row: Row, kernel: dict[str, Any]) -> Iterator[str]:
         yield f"{kernel['spills']} instructions spill"
     if not kernel["loads_128"]:
         yield "no 128-bit loads"
-    # Sums leave as single rows. AMD's compiler writes 16-bit results 8 bytes at a time: whole lines too.
+    # Sums are written as single rows, so they are exempt. AMD's compiler writes 16-bit results 8 bytes at a time, which
+    # also fills whole lines.
     case = CASES[row.case]
     writes_rows = kernel["kernel"] in BY_ROWS and (case.needs_rows or not case.backward)
     if writes_rows and row.machine != "gfx942" and not kernel["stores_128"]:
         yield "no 128-bit stores"
     if kernel["specialises_on_rows"]:
-        yield "compiles anew for another number of rows"
+        yield "recompiles for a different number of rows"
     if kernel.get("truncations"):
         yield "truncates to bfloat16"
     if kernel.get("nan_dropped"):
-        yield "a NaN would be dropped"
+        yield "drops NaN"
 
 
 def _losses(kernel: dict[str, Any], then: dict[str, Any] | None) -> Iterator[str]:
     if then is None:
-        yield "there are no figures to compare with: look at the new ones, then add them with --accept"
+        yield "no earlier figures to compare with: check the new figures, then add them with --accept"
         return
     for what, figure in LOSSES.items():
         if figure(kernel) > figure(then):

@@ -1,8 +1,8 @@
-"""The paper's small model at its real size, from the first step to a merged model: BLIP-VQA of 361 million parameters.
+"""Train, evaluate and merge a model of real size: BLIP-VQA with 361 million parameters, the paper's small model.
 
-With random weights, on a few of the embedded questions, images of 480², two to a batch: some minutes on a CPU. Trains
-undisturbed, then again killed at the first checkpoint and resumed, evaluates, puts the adapter into the base, and
-compares what must be the same, bit for bit.
+The model has random weights. It trains on a few of the embedded questions, with images of 480² and batches of two. This
+takes some minutes on a CPU. The script trains without interruption, and again with a kill at the first checkpoint and a
+resume. Then it evaluates, merges the adapter into the base, and compares bit for bit what must be equal.
 
     python scripts/real_size_run.py --out runs/real-size
 """
@@ -44,14 +44,14 @@ def write_data(folder: Path) -> None:
 
 
 def write_base(folder: Path, data: Path) -> None:
-    """Write the model with random weights, which a bare configuration gives."""
+    """Write the model with random weights, created from a configuration alone."""
     vision = {
         "hidden_size": 768,
         "intermediate_size": 3072,
         "num_hidden_layers": 12,
         "num_attention_heads": 12,
         "image_size": SIZE,
-        "initializer_range": 0.02,  # BlipConfig's own, 1e-10, leaves hardly a gradient to the tower
+        "initializer_range": 0.02,  # with BlipConfig's default, 1e-10, the tower gets almost no gradient
     }
     text = {"vocab_size": 30524, "encoder_hidden_size": 768, "num_attention_heads": 12}
     configuration = folder.with_suffix(".json")
@@ -61,15 +61,15 @@ def write_base(folder: Path, data: Path) -> None:
 
 
 def fastln(*words: object) -> subprocess.Popen[str]:
-    """Start a command of fastln, as a user would."""
+    """Start a fastln command, as a user would."""
     return subprocess.Popen([sys.executable, "-m", "fastln", *map(str, words)], text=True, stdout=subprocess.PIPE)
 
 
 def finished(process: subprocess.Popen[str], *words: str) -> list[str]:
-    """Wait for a command, and return the lines that it printed with any of the words in them.
+    """Wait for a command, and return the lines of its output that contain any of the words.
 
     Raises:
-        SystemExit: if it failed.
+        SystemExit: If the command failed.
     """
     printed, _ = process.communicate()
     if process.returncode:
@@ -81,7 +81,7 @@ def same(one: Path, other: Path) -> str:
     """Compare two files of tensors.
 
     Raises:
-        SystemExit: where they differ.
+        SystemExit: If they differ.
     """
     first, second = load_file(one), load_file(other)
     if first.keys() != second.keys() or not all(torch.equal(second[name], tensor) for name, tensor in first.items()):
@@ -132,7 +132,7 @@ def main() -> None:
     finished(fastln("eval", f"blip:{base}", "--data", data, "--adapter", adapter, "--metrics", out / "adapter.json"))
     scores = [json.loads((out / name).read_text()) for name in ("killed.json", "adapter.json")]
     if any(scores[0][name] != scores[1][name] for name in scores[0].keys() - {"model"}):
-        raise SystemExit("the base with the adapter has other scores")
+        raise SystemExit("the base model with the adapter has different scores")
     finished(fastln("merge", adapter, "--base", base, "--out", out / "merged"))
     print("merged:", same(out / "merged" / MODEL, out / "killed/model" / MODEL))
 

@@ -1,4 +1,4 @@
-"""The rows of both reports and their JSON: one shape for what is compiled, predicted and measured."""
+"""The rows of both reports and their JSON format, for compiled, predicted and measured figures."""
 
 from __future__ import annotations
 
@@ -25,20 +25,20 @@ class Row:
     """One library's figures for one case on one machine.
 
     Attributes:
-        machine: What the code was compiled for, or the name of the GPU that it ran on.
-        dtype: Of the rows, a name from `norm_cases.DTYPES`.
-        parameters: Of weight and bias, likewise.
+        machine: The machine that the code was compiled for, or the name of the GPU that it ran on.
+        dtype: The dtype of the rows, a name from `norm_cases.DTYPES`.
+        parameters: The dtype of weight and bias, likewise.
         width: Columns of a tensor.
         n_rows: Rows of a tensor.
         case: A name from `norm_cases.CASES`.
-        library: Whose kernels.
-        source: Digest of the code that the figures were had from, `source_digest`.
-        useful_bytes: What must move, whoever does the work.
-        note: What is done otherwise than asked, or "".
+        library: The library whose kernels these are.
+        source: Digest of the code that gave the figures, from `source_digest`.
+        useful_bytes: The bytes that any implementation must move.
+        note: How the library does the case differently than requested, or "".
         error: Why figures are missing, or None.
-        compiled: What was read off the machine code, for each kernel; None where nothing was compiled.
-        predicted: What follows from that by arithmetic; None where nothing was compiled.
-        measured: What a run on the machine gave; None where nothing ran.
+        compiled: Figures from the machine code, for each kernel; None if nothing was compiled.
+        predicted: Figures computed from those; None if nothing was compiled.
+        measured: Figures of a run on the machine; None if nothing ran.
     """
 
     machine: str
@@ -58,12 +58,12 @@ class Row:
 
     @property
     def group(self) -> tuple[str, str, int]:
-        """Rows that are compiled together."""
+        """The machine, dtype and width. Rows with the same group are compiled together."""
         return self.machine, self.dtype, self.width
 
 
 def source_digest() -> str:
-    """A digest of the kernels and of the scripts that are in use; other code may give other figures."""
+    """Return a digest of the kernels and of the imported scripts. Different code may give different figures."""
     modules = [getattr(module, "__file__", None) for module in list(sys.modules.values())]
     scripts = {Path(name) for name in modules if name and Path(name).parent == HERE}
     digest = hashlib.sha256()
@@ -73,7 +73,7 @@ def source_digest() -> str:
 
 
 def save(path: Path, provenance: dict[str, Any], rows: Sequence[Row]) -> None:
-    """Write a report, a row a line without defaults and zeros; whoever interrupts it finds the file as it was."""
+    """Write a report atomically, with one row per line, without defaults and zeros."""
     lines = ",\n".join(map(_line, rows))
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_suffix(".new")
@@ -82,7 +82,7 @@ def save(path: Path, provenance: dict[str, Any], rows: Sequence[Row]) -> None:
 
 
 def load(path: Path) -> list[Row]:
-    """Read a report's rows; none where there is no file, or one of another shape."""
+    """Read a report's rows. Return none if there is no file, and skip rows of another format."""
     if not path.is_file():
         return []
     found = json.loads(path.read_text())["rows"]
@@ -104,5 +104,5 @@ def _line(row: Row) -> str:
 
 
 def notes(*parts: str) -> str:
-    """What there is to say, on one line."""
+    """Join the non-empty parts on one line."""
     return "; ".join(part for part in parts if part)

@@ -1,11 +1,11 @@
 """Check every load and store of the kernels against its tensor's bounds with triton-viz's sanitizer; no GPU needed.
 
-    make sanitize    # in an environment of its own, .venv-sanitize
+    make sanitize    # in a separate environment, .venv-sanitize
 
-The launching functions run as they are, with their own launch choices, on shapes whose rows and columns end inside a
-tile; `strict_sanitizer.py` says what is checked and how. First comes a check of the check: copies of the kernels whose
-masks let through one column, or one row, too many must be reported. The exit status is 1 where an access out of bounds
-was found, a broken copy passed, or a kernel was never launched.
+The launching functions run unchanged, with their own launch choices, on shapes whose rows and columns end inside a
+tile. `strict_sanitizer.py` explains what is checked and how. First the script checks itself: it must report copies of
+the kernels whose masks let through one column or one row too many. The exit status is 1 if it finds an access out of
+bounds, if a broken copy passes, or if a kernel is never launched.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from types import ModuleType
 from typing import Any
 from unittest import mock
 
-# triton-viz interprets by itself, and only what is not interpreted already.
+# triton-viz has its own interpreter, and cannot trace kernels that are already interpreted.
 os.environ.pop("TRITON_INTERPRET", None)
 
 import torch
@@ -42,11 +42,11 @@ KERNELS = Path(__file__).parent.parent / "kernels"
 ROWS = (1, 7, 33)
 WIDTHS = (1, 3, 17, 384, 1000, 1152)
 WIDE_ROWS, WIDE = 7, (12000, 33000)
-"""Rows whose sums go through a kernel of their own, and rows that no kernel holds in registers."""
+"""Shapes of rows whose sums use a separate kernel, and of rows that no kernel holds in registers."""
 DTYPES = (torch.float32, torch.bfloat16)
 
 BREAKS = {"column": (r"< (N_COLS|n_cols)\b", r"<= \1"), "row": (r"\brows < (n_\w+)", r"rows <= \1")}
-"""What makes every mask let through one more column or row."""
+"""Substitutions that make every mask let through one more column or row."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,9 +56,9 @@ class Options:
     Attributes:
         dropout: Whether the prologue has dropout.
         residual: Whether it adds a residual and returns the sum; in the backward, whether the sum has a gradient.
-        strided: Whether rows lie further apart than they are long.
-        centre: LayerNorm rather than RMSNorm.
-        normed: Whether x_hat is what is kept for backward.
+        strided: Whether the row stride is larger than the row length.
+        centre: Whether it is LayerNorm and not RMSNorm.
+        normed: Whether the backward uses x_hat as its saved tensor.
     """
 
     dropout: bool
@@ -68,19 +68,19 @@ class Options:
     normed: bool
 
 
-# Eight in which every two options take all four pairs of values.
+# Eight combinations in which any two options take all four pairs of values.
 OPTIONS = [Options(a, b, c, a ^ b, b ^ c) for a, b, c in itertools.product((False, True), repeat=3)]
 SUBSETS = [wanted for wanted in itertools.product((False, True), repeat=3) if any(wanted)]
 
 
 @dataclass
 class Tally:
-    """What was checked and found.
+    """A count of checks and findings.
 
     Attributes:
         launches: Launches by kernel.
-        accesses: Loads and stores checked, by kernel.
-        findings: Where an access out of bounds was found, each with the case that first led there.
+        accesses: Checked loads and stores by kernel.
+        findings: The places of accesses out of bounds, each with the first case that led there.
     """
 
     launches: Counter[str] = field(default_factory=Counter)
@@ -88,7 +88,7 @@ class Tally:
     findings: dict[tuple[str, str], str] = field(default_factory=dict)
 
     def add(self, kernel: str, sanitizer: StrictSanitizer, case: str) -> None:
-        """Take in what one kernel's sanitizer saw in one case."""
+        """Add the results of one kernel's sanitizer in one case."""
         self.launches[kernel] += sanitizer.launches
         self.accesses[kernel] += sanitizer.accesses
         for record in sanitizer.records:
@@ -102,7 +102,7 @@ class Kernels:
     """The kernels of a copy of the package.
 
     Attributes:
-        kernels: Every function for Triton that is called `..._kernel`, by its module and name.
+        kernels: Every Triton function named `..._kernel`, by module and name.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -116,7 +116,7 @@ class Kernels:
         self.kernels = {_where(kernel): kernel for _, _, kernel in self._uses()}
 
     def module(self, name: str) -> Any:
-        """A module of the package, such as the one with a kernel's launching function."""
+        """Return a module of the package, such as the one with a kernel's launching function."""
         return next(module for module in self._modules if module.__name__ == f"{PACKAGE}.{name}")
 
     def _uses(self) -> Iterator[tuple[ModuleType, str, triton.JITFunction]]:
@@ -127,7 +127,7 @@ class Kernels:
 
     @contextlib.contextmanager
     def sanitized(self, tally: Tally, case: str) -> Iterator[None]:
-        """Check the launches inside, and add what they do to the tally."""
+        """Check the launches inside the block, and add the results to the tally."""
         sanitizers = {name: StrictSanitizer() for name in self.kernels}
         with contextlib.ExitStack() as stack:
             for module, name, kernel in list(self._uses()):
@@ -142,7 +142,7 @@ class Kernels:
 def check_norms(
     kernels: Kernels, tally: Tally, n_rows: int, n_cols: int, dtype: torch.dtype, options: Iterable[Options]
 ) -> None:
-    """Run the norm, forward and for all subsets of the gradients, under the sanitizer."""
+    """Run the norm under the sanitizer: the forward, and the backward for all subsets of the gradients."""
     reference = importlib.import_module(f"{PACKAGE}.reference")
     weight, bias = torch.empty(n_cols), torch.empty(n_cols)
     print(f"{n_rows} × {n_cols} {_name(dtype)}", file=sys.stderr)
@@ -188,7 +188,7 @@ def check_norms(
 
 
 def check_elementwise(kernels: Kernels, tally: Tally, n_rows: int, n_cols: int, dtype: torch.dtype) -> None:
-    """Run dropout and the activations, of contiguous tensors and of halves of one, under the sanitizer."""
+    """Run dropout and the activations under the sanitizer, on contiguous tensors and on two halves of one tensor."""
     print(f"elementwise {n_rows} × {n_cols} {_name(dtype)}", file=sys.stderr)
     activation, seed = kernels.module("activation"), torch.zeros(1, dtype=torch.int64)
     for halves in (False, True):
@@ -205,7 +205,7 @@ def check_elementwise(kernels: Kernels, tally: Tally, n_rows: int, n_cols: int, 
 
 
 def _where(kernel: triton.JITFunction) -> str:
-    """The kernel's module and name: two modules may have kernels of one name."""
+    """Return the kernel's module and name, because two modules may have kernels of the same name."""
     return f"{kernel.fn.__module__.removeprefix(f'{PACKAGE}.')}.{kernel.fn.__name__}"
 
 
@@ -214,7 +214,7 @@ def _name(dtype: torch.dtype) -> str:
 
 
 def check_check() -> list[str]:
-    """Break the masks of copies of the kernels; return a complaint for each kernel that passes all the same."""
+    """Break the masks in copies of the kernels, and return a complaint for each broken kernel that passes."""
     complaints = []
     for what, (mask, broken_mask) in BREAKS.items():
         with tempfile.TemporaryDirectory() as folder:
@@ -225,10 +225,10 @@ def check_check() -> list[str]:
             for n_rows, n_cols in ((7, 17), (WIDE_ROWS, WIDE[-1])):
                 check_norms(broken, tally, n_rows, n_cols, torch.float32, [OPTIONS[-1]])
             check_elementwise(broken, tally, 7, 17, torch.float32)
-        # Columns are masked in helpers that all share; rows, where there are several, in the kernel or not at all.
+        # Shared helpers mask the columns. Kernels with several rows mask the rows themselves, or do not mask them.
         expected = {n for n, k in broken.kernels.items() if what == "column" or "rows <= n_" in k.src}
         reported = {kernel for kernel, _ in tally.findings}
-        print(f"broken on purpose, one {what} too many: reported in {', '.join(sorted(reported)) or 'none'}")
+        print(f"broken on purpose with one {what} too many: reported in {', '.join(sorted(reported)) or 'none'}")
         complaints += [f"{kernel} with one {what} too many was not reported" for kernel in sorted(expected - reported)]
     return complaints
 
@@ -238,21 +238,21 @@ def main() -> int:
     began = time.perf_counter()
     complaints = check_check()
     kernels, tally = Kernels(KERNELS), Tally()
-    turn = itertools.cycle(OPTIONS)  # in this order, every width meets all eight
+    turn = itertools.cycle(OPTIONS)  # in this order, every width gets all eight
     for dtype, n_cols, n_rows in itertools.product(DTYPES, WIDTHS, ROWS):
         check_norms(kernels, tally, n_rows, n_cols, dtype, itertools.islice(turn, 2))
     for dtype, n_cols, n_rows in itertools.product(DTYPES, WIDTHS, ROWS):
         check_elementwise(kernels, tally, n_rows, n_cols, dtype)
     for n_cols, dtype in itertools.product(WIDE, DTYPES):
         check_norms(kernels, tally, WIDE_ROWS, n_cols, dtype, itertools.islice(turn, 4))
-    print(f"checked all gradients' subsets in {' and '.join(map(_name, DTYPES))}, with and without dropout, residual,")
+    print(f"checked all subsets of gradients in {' and '.join(map(_name, DTYPES))}; with, without dropout, residual,")
     print(
         f"  gaps between rows and mean: rows {ROWS} × columns {WIDTHS} and {WIDE_ROWS} × {WIDE}; dropout, activations"
     )
     for kernel in sorted(kernels.kernels):
         print(f"  {kernel}: {tally.accesses[kernel]} loads and stores in {tally.launches[kernel]} launches")
         if not tally.accesses[kernel]:
-            complaints.append(f"{kernel} was never launched: give it a case in {Path(__file__).name}")
+            complaints.append(f"{kernel} was never launched: add a case for it in {Path(__file__).name}")
     complaints += [f"{kernel}: {where}\n    at {case}" for (kernel, where), case in tally.findings.items()]
     print(f"{time.perf_counter() - began:.0f} s")
     for complaint in complaints:

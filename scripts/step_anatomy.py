@@ -1,12 +1,12 @@
-"""Where a step's time goes, by kind of operation: norm tuning by peft and by fastln side by side.
+"""Show where a step's time goes, by kind of operation: norm tuning by peft and by fastln side by side.
 
     python scripts/step_anatomy.py BertForMaskedLM:8x128 --dtype bfloat16
 
-*Measured* by torch's profiler in one process, with the methods taking turns: the own time of each operation, without
-that of operations inside it, summed by kind, as the mean over the steps. An operation of the backward counts with the
-forward operation that recorded it. A fused operation counts under the last of its kinds: dropout and residual before a
-norm as norms, dropout inside attention as attention. `between` is time outside any operation: Python. The profiler adds
-some microseconds to each operation; the last line is the step without it.
+*Measured* with torch's profiler in one process, with the methods taking turns. Each operation's own time (without
+operations inside it) is summed by kind, as the mean over the steps. A backward operation counts with the forward
+operation that recorded it. A fused operation counts under its last kind: dropout and residual before a norm count as
+norms, dropout inside attention as attention. `between` is time outside any operation, in Python. The profiler adds some
+microseconds to each operation; the last line is the step without the profiler.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from fastln.models.shapes import make_shape
 from fastln.training.optimizer import MasterAdamW
 from fastln.training.tasks import apply_method
 
-# In order of precedence: an operation has the first kind whose pattern matches it or an operation around it.
+# In order of precedence: an operation's kind is the first whose pattern matches it or an operation around it.
 KINDS = {
     "head": r"cross_entropy|log_softmax|nll_loss|LinearCrossEntropy",
     "dropout": r"[Dd]ropout|bernoulli",
@@ -53,8 +53,8 @@ def kind_of(chain: list[Any], n_classes: int | None) -> str:
     """Return the kind of an operation of the forward pass.
 
     Args:
-        chain: Its event and those around it, innermost first.
-        n_classes: Of the language-model head, whose product is recognised by its shape; None without a head.
+        chain: The operation's event and the events around it, innermost first.
+        n_classes: The number of classes of the language-model head, which identifies its product; None without a head.
     """
     if n_classes and any(PRODUCTS.search(e.name) and n_classes in _sizes(e) for e in chain):
         return "head"
@@ -72,8 +72,8 @@ def sort(events: Iterable[Any], n_classes: int | None) -> Counter[str]:
     """Return microseconds by row of the table.
 
     Args:
-        events: Of `forward`, `backward` and `optimizer` ranges, in the order in which they began.
-        n_classes: As `kind_of`.
+        events: Events in the ranges `forward`, `backward` and `optimizer`, in the order of their start.
+        n_classes: As for `kind_of`.
     """
     times: Counter[str] = Counter()
     recorded: dict[int, str] = {}  # kind of each operation with an autograd node, by the sequence number of the node
@@ -91,7 +91,7 @@ def sort(events: Iterable[Any], n_classes: int | None) -> Counter[str]:
                 node = next((e for e in reversed(chain) if e.sequence_nr >= 0), None)
                 row = recorded.get(node.sequence_nr, "other") if node else "other"
             else:
-                # Several operations share one number; the node belongs to the last.
+                # Several operations can share a number. The node belongs to the last of them.
                 row = recorded[event.sequence_nr] = kind_of(chain, n_classes)
             row = f"{row}, {phase}" if row in SPLIT else row
         times[row] += event.self_cpu_time_total
@@ -99,12 +99,12 @@ def sort(events: Iterable[Any], n_classes: int | None) -> Counter[str]:
 
 
 class Subject:
-    """A prepared model that takes steps.
+    """A prepared model that runs training steps.
 
     Args:
         pair: METHOD/ENGINE.
         shape: CLASS:BATCHxSIZE[:LAYERS], see `fastln.models.shapes`.
-        dtype: Of the model.
+        dtype: The model's dtype.
     """
 
     def __init__(self, pair: str, shape: str, dtype: torch.dtype) -> None:
@@ -119,7 +119,7 @@ class Subject:
         self.seconds: list[float] = []
 
     def step(self, record: Callable[[str], Any] = lambda name: nullcontext()) -> None:
-        """Take a step; `record` opens a range around each phase."""
+        """Run a step. `record` opens a range around each phase."""
         with record("forward"):
             loss = self.model(**self.batch).loss
         with record("backward"):
@@ -129,7 +129,7 @@ class Subject:
             self.optimizer.zero_grad()
 
     def measure(self) -> None:
-        """Take one step with the profiler and one without."""
+        """Run one step with the profiler and one without."""
         with profile(activities=[ProfilerActivity.CPU], record_shapes=True) as found:
             self.step(record_function)
         events = sorted(found.events(), key=lambda event: event.time_range.start)
@@ -146,7 +146,7 @@ def _inside(event: Any) -> bool:
 
 
 def table(subjects: dict[str, Subject], steps: int) -> str:
-    """Render milliseconds per step, and shares, in Markdown."""
+    """Render milliseconds per step and shares, in Markdown."""
     lines = [f"| | {' | '.join(f'{name}, ms (share)' for name in subjects)} |", f"|---|{'---:|' * len(subjects)}"]
     totals = {name: sum(subject.times.values()) for name, subject in subjects.items()}
     for row in ROWS:
@@ -162,7 +162,7 @@ def table(subjects: dict[str, Subject], steps: int) -> str:
 
 
 def main() -> None:
-    """Print the table."""
+    """Measure and print the table."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("shape", help="CLASS:BATCHxSIZE[:LAYERS]")
     parser.add_argument("--dtype", choices=DTYPES, default="bfloat16")

@@ -1,10 +1,10 @@
-"""What a layer stores for backward while norms alone train: stock against fastln, one row for each family.
+"""Measure what a layer stores for backward when only norms train: stock against fastln, one row per family.
 
     python scripts/stored_table.py            # writes benchmarks/results/stored.json and prints the table
 
-*Measured* by autograd's saved tensors (parameters excluded) in bfloat16, on models with random weights: the bytes that
-4 layers store less those of 2 layers, halved, so that embeddings, heads and losses drop out. A unit is one bfloat16
-tensor of the layer's width for each token. Dropout is as each family's configuration has it by default.
+*Measured* as autograd's saved tensors (without parameters) in bfloat16, on models with random weights. A layer's figure
+is half the difference between the bytes that 4 and 2 layers store, so that embeddings, heads and losses cancel. A unit
+is one bfloat16 tensor of the layer's width for each token. Dropout has the default of each family's configuration.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ SIZES = {
     "Qwen2ForCausalLM": 256,
     "GemmaForCausalLM": 256,
 }
-# BLIP's vision encoder alone: the whole model has layers of several kinds.
+# Only BLIP's vision encoder, because the whole model has several kinds of layers.
 ROWS = FAMILIES | {"BlipVisionModel": vision_family("BlipVisionModel", 16, 1)}
 
 
@@ -56,7 +56,7 @@ def stored(model: nn.Module, inputs: dict[str, Tensor]) -> int:
 
 
 def per_layer(family: Family, size: int, prepare: Callable[[nn.Module], nn.Module]) -> float:
-    """Return the units that one layer stores for samples of one size."""
+    """Return the units that one layer stores, for samples of a given size."""
     inputs = family.batch(BATCH, size)
     inputs = {name: t.bfloat16() if t.is_floating_point() else t for name, t in inputs.items()}
     few, many = (stored(prepare(family.make(size, n_layers).bfloat16().train()), dict(inputs)) for n_layers in (2, 4))
@@ -64,7 +64,7 @@ def per_layer(family: Family, size: int, prepare: Callable[[nn.Module], nn.Modul
 
 
 def unfrozen_norms(model: nn.Module) -> nn.Module:
-    """Unfreeze the norms and nothing else, with stock code."""
+    """Unfreeze only the norms, with stock code."""
     trained = set(norm_parameters(model))
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(name in trained)
@@ -72,7 +72,7 @@ def unfrozen_norms(model: nn.Module) -> nn.Module:
 
 
 def measure() -> Iterator[dict[str, Any]]:
-    """Yield a row for each family: its name, what it reads, and the units a layer stores."""
+    """Yield a row for each family: its name, its input, and the units that a layer stores."""
     for name, size in SIZES.items():
         stock, ours = (per_layer(ROWS[name], size, prepare) for prepare in (unfrozen_norms, fastln.prepare))
         shape = f"{size}²" if "pixel_values" in ROWS[name].batch(1, size) else f"{size} tokens"

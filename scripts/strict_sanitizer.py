@@ -1,20 +1,21 @@
-"""triton-viz's sanitizer, made to run fastln's kernels and to miss less.
+"""A version of triton-viz's sanitizer that runs fastln's kernels and misses fewer errors.
 
-triton-viz runs a kernel on symbols in place of numbers: program ids, elements of `tl.arange` and loop counters become
-integers of the solver Z3, which is asked for values that take a load or store, where its mask lets it, out of bounds.
-Nothing is loaded, and numbers read from memory stay unknown; so what is found holds for every content of the tensors.
+triton-viz runs a kernel on symbols instead of numbers. Program ids, elements of `tl.arange` and loop counters become
+integers of the solver Z3. Z3 then searches for values that take a load or store out of bounds although its mask allows
+it. Nothing is loaded, and numbers read from memory stay unknown. So the findings hold for any content of the tensors.
 
-What version 3.0 cannot do, or does too loosely, is put right here:
+This module fixes what triton-viz 3.0 cannot do or does too loosely:
 
-- an access must lie in the tensor that its own pointer belongs to, not in any that the kernel was given;
-- each call of `tl.arange` is a variable of its own; two of the same length were one, which left all but the diagonal
-  of a square tile unchecked. (So a mask must be made from the same call as the address that it guards.)
-- each launch is checked, also after one with the same arguments; a question that Z3 cannot answer is an error;
-- a tensor that begins inside its storage has its rows where they are, not that far beyond;
-- `tl.static_range` counts in numbers, for the kernels index tuples by it; a program id with one possible value is that;
-- `tl.sum` keeps its shape; `tl.split` and `tl.math.umulhi` give unknown numbers.
+- An access must be inside the tensor of its own pointer, not inside just any of the kernel's tensors.
+- Each call of `tl.arange` is a separate variable. In triton-viz two calls of the same length are one variable, which
+  leaves all but the diagonal of a square tile unchecked. (So a mask must use the same call as the address it guards.)
+- Each launch is checked, even after one with the same arguments. If Z3 cannot answer, that is an error.
+- The rows of a tensor that begins inside its storage get their real addresses, without adding the offset twice.
+- `tl.static_range` yields numbers, because the kernels use it to index tuples. A program id with only one possible
+  value is that number.
+- `tl.sum` keeps its shape. `tl.split` and `tl.math.umulhi` return unknown numbers.
 
-Integers have no width: an offset that overflows int32 goes unnoticed.
+Integers have no width, so it does not detect offsets that overflow int32.
 """
 
 from __future__ import annotations
@@ -35,14 +36,15 @@ from triton_viz.core.callbacks import ForLoopCallbacks, OpCallbacks  # type: ign
 from triton_viz.core.data import MakeRange, ProgramId, ReduceSum  # type: ignore[import-not-found]
 from triton_viz.core.patch import OPERATION_REGISTRY  # type: ignore[import-not-found]
 
-# triton-viz refuses every operation of tl.math that it patches; unpatched, they reach the builder's, which it supports.
+# triton-viz rejects every operation of tl.math that it patches. Without the patches, they reach builder operations that
+# it supports.
 OPERATION_REGISTRY["triton"].namespaces[tl.math].clear()
-# A joined tensor is one that triton-viz never evaluates, so an address made from it would be an error, not a pass.
+# triton-viz never evaluates a joined tensor, so an address computed from one would be an error and not pass silently.
 interpreter_builder.create_split = lambda joined: (SymbolicExpr.create("join", joined, joined),) * 2
 
 
 def _physical_rows(tensor: torch.Tensor) -> list[tuple[int, int]]:
-    """The first and last address of each row; triton-viz adds the storage's offset to a pointer that has it already."""
+    """Return the first and last address of each row. triton-viz adds the storage offset a second time; undo that."""
     offset = tensor.storage_offset() * tensor.element_size()
     return [(first - offset, last - offset) for first, last in get_physical_addr_from_tensor_slice(tensor)]
 
@@ -51,7 +53,7 @@ sanitizer.get_physical_addr_from_tensor_slice = _physical_rows
 
 
 class _Solver(z3.Solver):
-    """A solver whose "unknown" is no silent pass."""
+    """A solver that raises an error instead of returning "unknown"."""
 
     def check(self, *assumptions: Any) -> Any:
         answer = super().check(*assumptions)
@@ -75,7 +77,7 @@ class StrictSanitizer(SymbolicSanitizer):
         self.accesses = 0
 
     def grid_callback(self, grid: tuple[int, ...]) -> None:
-        """Begin a launch, whose arguments are known by now."""
+        """Start a launch. Its arguments are known at this point."""
         super().grid_callback(grid)
         self.launches += 1
         self.cache_grid = None
@@ -96,7 +98,7 @@ class StrictSanitizer(SymbolicSanitizer):
         self.solver.pop()
 
     def register_op_callback(self, op_type: type) -> OpCallbacks:
-        """Return what to call in place of and after an operation of the interpreter's."""
+        """Return the functions to call instead of, and after, an operation of the interpreter."""
         callbacks = super().register_op_callback(op_type)
         symbolic = callbacks.op_overrider
 
@@ -125,9 +127,9 @@ class StrictSanitizer(SymbolicSanitizer):
         return callbacks
 
     def register_for_loop_callback(self) -> ForLoopCallbacks:
-        """Return what to call in loops."""
+        """Return the functions to call in loops."""
         symbolic = super().register_for_loop_callback()
-        static: list[bool] = []  # of the loops that are running
+        static: list[bool] = []  # whether each running loop is a static_range
 
         def wrap(iterable: Any, line: int, kind: str, *call: Any) -> Any:
             return None if kind == "tl_static_range" else symbolic.range_wrapper_factory(iterable, line, kind, *call)

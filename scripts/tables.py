@@ -1,10 +1,10 @@
-"""Regenerate the generated blocks of README.md and docs/ from the results that are committed.
+"""Regenerate the generated blocks of README.md and docs/ from the committed results.
 
     python scripts/tables.py            # or `make readme-tables`: rewrite every block
-    python scripts/tables.py --check    # write nothing; name the blocks that differ, and exit with status 1
+    python scripts/tables.py --check    # write nothing; list the pages that differ, and exit with status 1 if any do
 
-A block stands between `<!-- generated: NAME -->` and `<!-- /generated: NAME -->`; `BLOCKS` says which function makes it
-from which file in benchmarks/results/. Nothing is measured here: each block names the command that measured it.
+A block is the text between `<!-- generated: NAME -->` and `<!-- /generated: NAME -->`. `BLOCKS` lists the function that
+makes it from a file in benchmarks/results/. This script measures nothing.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ _BLOCK = re.compile(r"<!-- generated: (?P<name>[\w-]+) -->\n.*?<!-- /generated: 
 
 
 def cpu() -> str:
-    """The suite `cpu`: norm tuning by fastln beside norm tuning and LoRA by peft."""
+    """Return the suite `cpu`: norm tuning by fastln beside norm tuning and LoRA by peft."""
     columns = ("step s of fastln", "floor s (share)", "norm tuning by peft takes", "LoRA by peft takes")
     sizes = ("peak MiB: fastln, peft's norms, LoRA", "saved MiB")
     lines = [_row("model", "dtype", *columns, *sizes), "|---|---|" + "---:|" * 6]
@@ -67,7 +67,7 @@ def cpu() -> str:
 
 
 def cpu_summary() -> str:
-    """The same in bfloat16, for README, with the range of the rest in a sentence."""
+    """Return the bfloat16 part of the suite `cpu` for README, with the range of the rest in a sentence."""
     columns = ("model, bfloat16", "step s of fastln", "norm tuning by peft takes", "LoRA by peft takes")
     lines = [_row(*columns, "peak MiB: fastln, peft's norms, LoRA"), "|---|" + "---:|" * 4]
     others = []
@@ -90,7 +90,7 @@ def _triples() -> Iterator[tuple[Row, Row, Row]]:
 
 
 def _measured(rows: list[Row]) -> str:
-    """Say when, where and by which commands the rows were measured."""
+    """Say when, where and with which commands the rows were measured."""
     commands: dict[str, str] = {}
     for row in rows:
         commit = row.provenance["commit"]
@@ -116,27 +116,27 @@ def _mib(n_bytes: int | None) -> str:
 
 
 def suite(name: str) -> Callable[[], str]:
-    """A whole suite, as `fastln bench` writes it to results.md, one heading deeper."""
+    """Return a function that gives a whole suite as in results.md of `fastln bench`, one heading level deeper."""
     return lambda: to_markdown(read_rows(RESULTS / f"{name}.json")).replace("\n## ", "\n### ").rstrip("\n")
 
 
 def quality() -> str:
-    """Answer quality of every method, with the seconds and memory of its steps."""
+    """Return the answer quality of every method, with the time and memory of its steps."""
     runs = json.loads((RESULTS / "quality.json").read_text())["runs"]
     rows = json.loads((RESULTS / "vqa-rad.json").read_text())
     return quality_table.table(runs, {(row["method"], row["engine"]): row for row in rows if not row["error"]})
 
 
 def stored() -> str:
-    """What a layer stores for backward."""
+    """Return what a layer stores for backward."""
     return stored_table.table(json.loads((RESULTS / "stored.json").read_text())["rows"])
 
 
 def compiled_backward() -> str:
-    """What the backward kernels of LayerNorm compile to on an H100 at 768 columns, beside Liger-Kernel's."""
+    """Return the figures of LayerNorm's compiled backward kernels on an H100 at 768 columns, and Liger-Kernel's."""
     wanted = ("layer_norm-dx-dweight-dbias", "layer_norm-dweight-dbias", "layer_norm-dbias")
     names = {"fastln": "fastln", "liger": "Liger-Kernel"}
-    columns = ("gradients", "library", "KB in flight an SM", "barriers in the loop", "share of peak, predicted")
+    columns = ("gradients", "library", "KB in flight per SM", "barriers in the loop", "share of peak, predicted")
     lines = [_row(*columns), "|---|---|" + "---:|" * 3]
     rows = [
         row
@@ -154,7 +154,7 @@ def compiled_backward() -> str:
 
 
 def predicted_losses() -> str:
-    """Where Liger-Kernel's norms are predicted to be faster: how many cases, by up to how many points of peak."""
+    """Return where Liger-Kernel's norms are predicted to be faster: how many cases, and by how many points of peak."""
     shares: dict[tuple[str, int], dict[tuple[str, str], dict[str, float]]] = defaultdict(lambda: defaultdict(dict))
     for row in report_rows.load(RESULTS / "compile.json"):
         if row.predicted:
@@ -191,16 +191,16 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "compiled-backward": compiled_backward,
     "predicted-losses": predicted_losses,
 }
-"""What makes each block, by its name."""
+"""The function that makes each block, by the block's name."""
 
 
 def pages() -> list[Path]:
-    """The files that may hold blocks."""
+    """Return the files that may contain blocks."""
     return [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 
 
 def filled(text: str) -> str:
-    """Return a page with every block made anew."""
+    """Return a page with every block regenerated."""
 
     def block(match: re.Match[str]) -> str:
         name = match["name"]
@@ -210,9 +210,9 @@ def filled(text: str) -> str:
 
 
 def main() -> int:
-    """Rewrite the pages, or check them."""
+    """Rewrite or check the pages."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--check", action="store_true", help="write nothing; fail where a page would change")
+    parser.add_argument("--check", action="store_true", help="write nothing; fail if a page would change")
     options = parser.parse_args()
     changed = {page: new for page in pages() if (new := filled(page.read_text())) != page.read_text()}
     for page, text in changed.items():

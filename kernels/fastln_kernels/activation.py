@@ -1,11 +1,11 @@
-"""Activations in Triton, plain and gated, forward and backward; README.md beside this package has the formulas.
+"""Activations in Triton, plain and gated, forward and backward. kernels/README.md has the formulas.
 
-Values are cast to float32 before any arithmetic; addresses are int64. A program takes one block of neighbouring
-elements of one row, and tensors that are all contiguous count as a single row. Element counts are run-time arguments
-that Triton does not specialise on; only whether they are whole 16-byte vectors is known when a kernel is compiled (two
-versions), for then the mask is the same for a whole vector and accesses stay 16 bytes wide.
+Values are cast to float32 before any arithmetic. Addresses are int64. A program processes one block of neighbouring
+elements of one row. If all tensors are contiguous, they are treated as one row. Element counts are run-time arguments
+on which Triton does not specialise. At compile time only one thing is known about them: whether they are whole 16-byte
+vectors. If so, the mask is the same for a whole vector, and accesses stay 16 bytes wide. Each kernel has two versions.
 
-A row stride may be anything (gate and up may be two halves of one tensor); columns that are not contiguous are copied.
+Rows may have any stride (gate and up may be two halves of one tensor). Tensors with non-contiguous columns are copied.
 """
 
 # mypy: allow-untyped-defs, disable-error-code="assignment"
@@ -36,12 +36,12 @@ def bell(x):
 def normal_share(x, bell_of_x):
     """Return the normal distribution function of `x`.
 
-    Of -|x| it is `exp(-x^2 / 2) p(t)`, `t = 1 / (1 + 0.285 |x|)`: the form of Hastings' approximation 7.1.26 in
-    Abramowitz and Stegun, with p fitted to err by at most 2.8e-8 (half a rounding of 1) and by 2.8e-4 of the result,
-    however small. With the backward's exponential in it, it takes two thirds of the instructions that a library's erf
-    does, which cost more time than the memory.
+    At -|x| it is `exp(-x^2 / 2) p(t)` with `t = 1 / (1 + 0.285 |x|)`. This is the form of Hastings' approximation
+    7.1.26 in Abramowitz and Stegun, with p fitted to an absolute error of at most 2.8e-8 (half a rounding of 1) and a
+    relative error of at most 2.8e-4. It reuses the exponential of the backward, so it takes fewer instructions than
+    erf.
     """
-    # A square root's reciprocal is one instruction, a quotient is eight.
+    # A reciprocal square root is one instruction; a division is eight.
     root = tl.rsqrt(1 + 0.285 * tl.abs(x))
     t = root * root
     p = 0.3285763208304476 - 0.0957163233615396 * t
@@ -55,7 +55,7 @@ def normal_share(x, bell_of_x):
 
 @triton.jit
 def share(x, KIND: tl.constexpr):
-    """Return what `x` is multiplied by, from 0 to 1; an exponential that overflows makes the 0 that is right."""
+    """Return the factor on `x`, from 0 to 1. If the exponential overflows, the result is 0, which is correct."""
     if KIND == "gelu":
         return normal_share(x, bell(x))
     elif KIND == "gelu_tanh":
@@ -71,7 +71,7 @@ def share(x, KIND: tl.constexpr):
 def value(x, KIND: tl.constexpr):
     """Return the activation of `x`."""
     if KIND == "relu":
-        return tl.where(x <= 0, 0.0, x)  # NaN stays
+        return tl.where(x <= 0, 0.0, x)  # keeps NaN
     else:
         return x * share(x, KIND)
 
@@ -88,7 +88,7 @@ def times_slope(dy, x, KIND: tl.constexpr):
         s = share(x, KIND)
         left = x * s * (1 - s)
         if KIND == "gelu_tanh":
-            # An infinite square would meet the 0 of `left`.
+            # Clamp the square: infinity times the 0 of `left` would be NaN.
             square = tl.minimum(x * x, 1e30, propagate_nan=tl.PropagateNan.ALL)
             left *= (square * (3 * GELU_TANH_CUBIC) + 1) * GELU_TANH_SLOPE
         elif KIND == "quick_gelu":
@@ -98,7 +98,7 @@ def times_slope(dy, x, KIND: tl.constexpr):
 
 @triton.jit
 def block_of(n_cols, blocks_a_row, BLOCK: tl.constexpr, VECTOR: tl.constexpr):
-    """Return this program's row (int64), columns and mask, which is the same for each `VECTOR` neighbours."""
+    """Return this program's row (int64), columns and mask. `VECTOR` neighbours share one mask value."""
     row = (tl.program_id(0) // blocks_a_row).to(tl.int64)
     start = (tl.program_id(0) % blocks_a_row).to(tl.int64) * BLOCK
     cols = start + tl.arange(0, BLOCK)
@@ -119,7 +119,7 @@ def forward_kernel(
     BLOCK: tl.constexpr,
     VECTOR: tl.constexpr,
 ):
-    """`y = activation(x)`, times `up` where there is one."""
+    """Compute `y = activation(x)`, or `activation(x) * up` if there is an `up`."""
     row, cols, mask = block_of(n_cols, blocks_a_row, BLOCK, VECTOR)
     x = tl.load(x_ptr + row * x_stride + cols, mask=mask, other=0.0)
     if up_ptr is not None:
@@ -148,7 +148,7 @@ def backward_kernel(
     BLOCK: tl.constexpr,
     VECTOR: tl.constexpr,
 ):
-    """The gradients of `x` and `up` that are wanted; a plain activation has no `up` and no `dup`."""
+    """Compute the requested gradients of `x` and `up`. A plain activation has no `up` and no `dup`."""
     row, cols, mask = block_of(n_cols, blocks_a_row, BLOCK, VECTOR)
     dy = tl.load(dy_ptr + row * dy_stride + cols, mask=mask, other=0.0)
     x = tl.load(x_ptr + row * x_stride + cols, mask=mask, other=0.0)
@@ -168,8 +168,8 @@ def backward_kernel(
 def activation_forward(x: Tensor, kind: ActivationKind) -> Tensor:
     """Apply an activation.
 
-    Takes and returns what `fastln_kernels.reference_activation.activation_forward` does, for float32, bfloat16 and
-    float16. The other three functions follow the definition likewise.
+    This and the other three functions have the arguments and results of those in
+    `fastln_kernels.reference_activation`, for float32, bfloat16 and float16.
     """
     return _forward(x, None, kind)
 
@@ -196,7 +196,7 @@ def gated_backward(
     need_dup: bool = False,
     out: GatedGradients | None = None,
 ) -> GatedGradients:
-    """Compute the gradients that are wanted; nothing is loaded or stored for the others."""
+    """Compute only the requested gradients. The kernel loads and stores nothing for the others."""
     wanted = (need_dgate, need_dup)
     if out is None:
         out = GatedGradients(
@@ -217,7 +217,7 @@ def _forward(x: Tensor, up: Tensor | None, kind: ActivationKind) -> Tensor:
 def _launch(
     kernel: Any, inputs: tuple[Tensor | None, ...], results: tuple[Tensor | None, ...], kind: ActivationKind
 ) -> None:
-    """Launch over tensors of one shape; the results' columns are contiguous."""
+    """Launch a kernel. All tensors have the same shape, and the results have contiguous columns."""
     given = [t for t in (*inputs, *results) if t is not None]
     if given[0].numel() == 0:
         return
@@ -229,7 +229,7 @@ def _launch(
     block = launch.elementwise_block(given[0].element_size())
     blocks_a_row = triton.cdiv(n_cols, block.cols)
     vector = 16 // given[0].element_size()
-    # A single row needs no stride, and 0 is one that Triton takes for a multiple of 16.
+    # A single row needs no stride. Triton treats 0 as a multiple of 16, so pass 0.
     strides = (0 if t is None or flat else t.stride(0) for t in rows)
     options = {
         "KIND": kind,

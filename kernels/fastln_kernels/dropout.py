@@ -1,6 +1,6 @@
-"""Dropout in Triton, and its random numbers; `reference.dropout_keep` defines which number belongs to which element.
+"""Dropout in Triton, and its random numbers. `reference.dropout_keep` defines which number belongs to which element.
 
-No mask is stored: the number of an element is a function of seed, row and column, so the backward draws it again.
+No mask is stored. An element's number is a function of seed, row and column, so the backward draws it again.
 """
 
 # mypy: allow-untyped-defs
@@ -15,10 +15,10 @@ from fastln_kernels.reference import dropout_threshold
 
 @triton.jit
 def random_16_bits(seed, rows, first_col, N_ROWS: tl.constexpr, N_COLS: tl.constexpr, LANE_COLS: tl.constexpr):
-    """Return `(N_ROWS, N_COLS)` numbers below 2^16 for `rows` (int64) and the columns from `first_col` on.
+    """Return `(N_ROWS, N_COLS)` numbers below 2^16, for `rows` (int64) and the columns starting at `first_col`.
 
-    `LANE_COLS`, 8 or 4, is how many neighbouring columns a lane holds, so that numbers are made where they are needed:
-    of 4 columns a lane uses one half of a call. `first_col` and `N_COLS` are multiples of 8.
+    `LANE_COLS`, 8 or 4, is the number of neighbouring columns that a lane holds, so that each lane makes its own
+    numbers. With 4 columns, a lane uses half of a Philox call. `first_col` and `N_COLS` are multiples of 8.
     """
     LANES: tl.constexpr = N_COLS // LANE_COLS
     shape: tl.constexpr = (N_ROWS, LANES)
@@ -27,7 +27,7 @@ def random_16_bits(seed, rows, first_col, N_ROWS: tl.constexpr, N_COLS: tl.const
     high = tl.broadcast_to((rows >> 32).to(tl.uint32)[:, None], shape)
     groups = lanes if LANE_COLS == 8 else lanes // 2
     w0, w1, w2, w3 = tl.philox(seed, groups, low, high, tl.zeros(shape, tl.uint32))
-    # The last of the joined dimensions runs fastest: low or high half, then odd or even word, then first or last two.
+    # The last joined dimension varies fastest: low or high half, then even or odd word, then first or last two words.
     if LANE_COLS == 8:
         words = tl.join(tl.join(w0, w2), tl.join(w1, w3))
     else:
@@ -39,9 +39,9 @@ def random_16_bits(seed, rows, first_col, N_ROWS: tl.constexpr, N_COLS: tl.const
 
 @triton.jit
 def dropped_out(x, seed, rows, first_col, THRESHOLD: tl.constexpr, dtype: tl.constexpr):
-    """Return the float32 tile `x`, whose rows and first column are given, with dropout applied.
+    """Return the float32 tile `x` with dropout applied. `rows` and `first_col` give its place.
 
-    A lane is taken to hold as many columns as it loads of `dtype` at once, 16 bytes.
+    This assumes that a lane holds 16 bytes of `dtype`, as many columns as it loads at once.
     """
     LANE_COLS: tl.constexpr = 128 // dtype.primitive_bitwidth
     numbers = random_16_bits(seed, rows, first_col, x.shape[0], x.shape[1], LANE_COLS)
@@ -61,7 +61,7 @@ def dropout_kernel(
     COLS: tl.constexpr,
     THRESHOLD: tl.constexpr,
 ):
-    """Some columns of some rows."""
+    """Apply dropout to some columns of some rows."""
     rows = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)
     first_col = tl.program_id(1) * COLS
     cols = first_col + tl.arange(0, COLS)
@@ -73,7 +73,7 @@ def dropout_kernel(
 
 
 def dropout(x: Tensor, dropout: float, seed: Tensor) -> Tensor:
-    """Return `x` with dropout applied; takes and returns what `fastln_kernels.reference.dropout` does."""
+    """Return `x` with dropout applied, as `fastln_kernels.reference.dropout` does."""
     n_rows, n_cols = x.shape
     x = x if x.stride(1) == 1 or n_cols == 1 else x.contiguous()
     y = torch.empty((n_rows, n_cols), dtype=x.dtype, device=x.device)

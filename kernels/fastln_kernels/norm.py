@@ -1,11 +1,11 @@
-"""LayerNorm and RMSNorm in Triton, forward and backward; README.md beside this package derives the mathematics.
+"""LayerNorm and RMSNorm in Triton, forward and backward. kernels/README.md derives the mathematics.
 
-Four habits hold throughout. Values are cast to float32 before any arithmetic. Row addresses are int64. The number of
-rows is a run-time argument that is never specialised on, so that no new length recompiles; the width is a constant.
-Sums over rows go through float32 partials, one per program, which one kernel adds up in a fixed order, so that two runs
-on one machine give the same bits.
+Four rules apply throughout. Values are cast to float32 before any arithmetic. Row addresses are int64. The number of
+rows is a run-time argument on which Triton does not specialise, so a new length does not recompile; the width is a
+constant. Sums over rows use float32 partial sums, one per program, and one kernel adds them in a fixed order, so two
+runs on one machine give the same bits.
 
-Tensors of rows may have any row stride; columns, weights and biases that are not contiguous are copied first.
+Rows may have any stride. Tensors with non-contiguous columns, and such weights and biases, are copied first.
 """
 
 # mypy: allow-untyped-defs
@@ -44,7 +44,7 @@ def finish_kernel(
     ROWS: tl.constexpr,
     COLS: tl.constexpr,
 ):
-    """Add up the programs' partial sums, in the same order every time, and round to the gradients' dtype."""
+    """Add the programs' partial sums, always in the same order, and round to the gradients' dtype."""
     cols = tl.program_id(0) * COLS + tl.arange(0, COLS)
     in_cols = cols < N_COLS
     dweight = tl.zeros((ROWS, COLS), tl.float32)
@@ -68,8 +68,8 @@ def finish_kernel(
 def norm_forward(request: NormForward) -> NormOutputs:
     """Normalise each row of `residual + dropout(x)`, then scale and shift it.
 
-    Takes and returns what `fastln_kernels.reference.norm_forward` does, for float32, bfloat16 and float16; weight and
-    bias may be of any of these dtypes.
+    Arguments and results are those of `fastln_kernels.reference.norm_forward`, for float32, bfloat16 and float16.
+    Weight and bias may have any of these dtypes.
     """
     kind, seed = request.kind, request.seed
     x, residual = _unit_columns(request.x), _unit_columns(request.residual)
@@ -101,9 +101,9 @@ def norm_forward(request: NormForward) -> NormOutputs:
 
 
 def norm_backward(request: NormBackward) -> NormGradients:
-    """Compute the gradients that are wanted; nothing is loaded or stored for the others.
+    """Compute only the requested gradients. The kernels load and store nothing for the others.
 
-    Takes and returns what `fastln_kernels.reference.norm_backward` does.
+    Arguments and results are those of `fastln_kernels.reference.norm_backward`.
     """
     kind, rstd = request.kind, request.rstd
     dy, saved = _unit_columns(request.dy), _unit_columns(request.saved)
@@ -127,7 +127,7 @@ def norm_backward(request: NormBackward) -> NormGradients:
     wide = launch.wide_tile(*where[:2], n_inputs=1 + need_rows, n_sums=n_sums, prologue=prologue)
     find_mean = request.need_dweight and kind.centre and not request.saved_is_normed
     by_rows = tile is not None or need_rows or find_mean
-    # Which sums the programs keep that go through the rows; the others are made apart, from each row's mean.
+    # Which sums the row programs keep. A separate kernel computes the others from each row's mean.
     n_kept = n_sums if tile else wide.sums if by_rows else 0
     kept = (request.need_dweight and n_kept > 0, request.need_dbias and n_kept > request.need_dweight)
     apart = tuple(wanted and not has for wanted, has in zip(need, kept, strict=True))
@@ -166,12 +166,12 @@ def norm_backward(request: NormBackward) -> NormGradients:
 
 
 def _partials(wanted: tuple[bool, ...], n_partials: int, n_cols: int, device: torch.device) -> list[Tensor | None]:
-    """Room for the programs' partial sums; None for those that are not wanted."""
+    """Allocate the programs' partial sums; None for those that are not requested."""
     return [torch.empty((n_partials, n_cols), dtype=torch.float32, device=device) if has else None for has in wanted]
 
 
 def finish(partials: Sequence[Tensor | None], gradients: Sequence[Tensor | None]) -> None:
-    """Add up programs' partial sums, `(n_partials, n_cols)` or None, into the gradients of weight and bias."""
+    """Add the programs' partial sums, `(n_partials, n_cols)` or None, and write the gradients of weight and bias."""
     shape = next((sums.shape for sums in partials if sums is not None), None)
     if shape is None:
         return
@@ -190,7 +190,8 @@ def _constants(n_cols: int, kind: NormKind, dropout: float) -> dict[str, Any]:
     }
 
 
-# Contraction of a * b + c is set because its default is about to change in Triton, and results with it.
+# `enable_fp_fusion` (contraction of a * b + c) is set explicitly, because Triton is about to change its default, and
+# that would change results.
 def _row_options(tile: launch.RowTile) -> dict[str, Any]:
     sizes = {"ROWS": tile.rows, "PIECE": tile.piece, "PIECES": tile.pieces}
     cap = {} if tile.max_registers is None else {"maxnreg": tile.max_registers}

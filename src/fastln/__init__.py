@@ -8,7 +8,7 @@ from fastln.decision import Plan
 from fastln.errors import FastLNError
 from fastln.machine import warn_of_untested_versions
 from fastln.merge import merge_adapter
-from fastln.plan import plan
+from fastln.plan import apply, plan
 from fastln.prepare import prepare, restore
 
 if TYPE_CHECKING:
@@ -18,6 +18,7 @@ __all__ = [
     "FastLNError",
     "FastLNTrainer",
     "Plan",
+    "apply",
     "load_adapter",
     "merge_adapter",
     "ops",

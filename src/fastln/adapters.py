@@ -29,7 +29,7 @@ from fastln.files import replace_files
 from fastln.fingerprint import FINGERPRINT, difference, fingerprint
 from fastln.methods import norm_parameters
 from fastln.plan import prepared
-from fastln.processes import gathered, is_first_process
+from fastln.processes import gathered, is_first_process, own_class
 
 logger = logging.getLogger(__name__)
 
@@ -109,8 +109,9 @@ def save_adapter(model: nn.Module, directory: str | Path, *, dtype: torch.dtype 
         name: gathered(tensor).cpu().clone(memory_format=torch.contiguous_format) for name, tensor in tensors.items()
     }
     metadata = {"format": "pt", FINGERPRINT: fingerprint(model, tuned.keys() | whole.keys())}
+    base = own_class(model)
     config = {
-        "auto_mapping": {"base_model_class": type(model).__name__, "parent_library": type(model).__module__},
+        "auto_mapping": {"base_model_class": base.__name__, "parent_library": base.__module__},
         "peft_type": LN_TUNING,
         "task_type": None,
         "inference_mode": True,

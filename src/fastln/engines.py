@@ -26,7 +26,6 @@ from fastln.files import written_whole
 from fastln.methods import IA3_TARGETS, LORA_RANK, LORA_TARGETS, get_method, select_parameters, settle_scope
 from fastln.plan import prepared, settle_without
 from fastln.prepare import prepare, restore
-from fastln.standins.part import stand_back
 
 N_VIRTUAL_TOKENS = 20
 PROMPT_METHODS = ("prefix", "p-tuning", "prompt")
@@ -202,8 +201,6 @@ def _norms_and_lora(
     config = _peft_config(model, "lora", scope)
     prepare(model, "layernorm", scope=scope, also=also, without=without, backend=backend)
     own = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    for name in config.target_modules:
-        stand_back(model.get_submodule(name))  # peft asks for stock layers
     wrapped = peft.get_peft_model(model, config, autocast_adapter_dtype=False)
     for parameter in own:
         parameter.requires_grad_(True)
@@ -245,7 +242,7 @@ def _prompt_config(model: nn.Module, method: str, scope: str | Iterable[str] | N
             f"sequence-classification language model, which {name} is not"
         )
     if scope is not None:
-        raise FastLNError(f"method {method!r} works on the whole model's input; leave the scope {scope!r} out")
+        raise FastLNError(f"method {method!r} works on the whole model's input; leave out the scope {scope!r}")
     if method == "prefix":
         return peft.PrefixTuningConfig(task_type=task, num_virtual_tokens=N_VIRTUAL_TOKENS)
     if method == "p-tuning":

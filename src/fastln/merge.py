@@ -14,7 +14,7 @@ from fastln.adapters import warn_of_rounding
 from fastln.errors import FastLNError
 from fastln.files import written_whole
 from fastln.plan import prepared
-from fastln.processes import is_first_process, is_sharded
+from fastln.processes import is_first_process, is_sharded, own_class
 
 _WEIGHTS_FILE = re.compile(r"model(-\d+-of-\d+)?\.safetensors(\.index\.json)?")
 
@@ -34,8 +34,8 @@ def merge_adapter(model: PreTrainedModel, directory: str | Path) -> None:
     """
     if is_sharded(model):
         raise FastLNError(
-            f"{type(model).__name__} is sharded over processes, so it cannot be written whole: save its adapter, which "
-            "`fastln merge` puts into the base"
+            f"{own_class(model).__name__} is sharded over processes, so it cannot be written whole: save its "
+            "adapter, which `fastln merge` puts into the base"
         )
     if not is_first_process():
         return

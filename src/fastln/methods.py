@@ -102,7 +102,10 @@ METHODS: dict[str, Method] = {
         Method(
             "layernorm-full",
             "every norm, the projector, word embeddings and the output head (ICLR 2024, arXiv 2312.11420)",
-            *(_OWN, _MATRICES, _norms_and_ends, _NORMS),
+            engines=_OWN,
+            learning_rate=_MATRICES,
+            select=_norms_and_ends,
+            norm_learning_rate=_NORMS,
         ),
         Method("layernorm+lora", "every norm, and LoRA from peft", ("fastln",), 5e-4, None, _NORMS),
         Method("bitfit", "every bias", _OWN, 1e-3, _biases),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import logging
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
@@ -13,15 +14,18 @@ from torch import Tensor, nn
 
 from fastln.decision import Change, Plan, Stay
 from fastln.errors import FastLNError
+from fastln.families.norms import norm_eps
 from fastln.families.recognise import Found, recognise
 from fastln.machine import settle_device, why_no_arena
 from fastln.methods import describe_other_norms, get_method, select_parameters, settle_scope
-from fastln.ops import OpSettings
+from fastln.ops import NormKind, OpSettings
 from fastln.ops.backends import resolve
 from fastln.standins.attention import NAME, ViewSpec, flash_views
 from fastln.standins.part import Undo, is_stand_in
 from fastln.standins.table import STAND_INS, Place
 from fastln.standins.tricks import TRICKS
+
+logger = logging.getLogger(__name__)
 
 STATE = "_fastln_state"
 
@@ -44,13 +48,19 @@ class Prepared:
 
     def remove(self, model: nn.Module) -> None:
         """Undo every change to `model`. Tuned values stay, cast to the model's own dtype."""
+        failures = []
         for change in reversed(self.undo):
-            change.remove()
+            try:
+                change.remove()
+            except BaseException as error:  # the others are undone all the same
+                failures.append(error)
         for name, parameter in model.named_parameters():
             if parameter.requires_grad != self.requires_grad.get(name, parameter.requires_grad):
                 parameter.requires_grad_(self.requires_grad[name])
-        if hasattr(model, STATE):
+        if prepared(model) is not None:
             delattr(model, STATE)
+        if failures:
+            raise failures[0]
 
 
 def prepared(model: nn.Module) -> Prepared | None:
@@ -136,8 +146,8 @@ def apply(plan: Plan, model: nn.Module) -> None:
     _check_fits(plan, model)
     state = Prepared(plan)
     before: dict[str, Tensor] = {}
-    setattr(model, STATE, state)
     try:
+        setattr(model, STATE, state)
         for name, parameter in model.named_parameters():
             state.requires_grad[name] = parameter.requires_grad
             parameter.requires_grad_(name in plan.trained)
@@ -150,10 +160,15 @@ def apply(plan: Plan, model: nn.Module) -> None:
             place = Place(model, change.name, change.detail, plan.settings, dtypes, state.undo)
             STAND_INS[change.stand_in].put(place)
     except BaseException:
-        state.remove(model)
+        # First the original tensors: casting back would need memory, and perhaps there is none.
         for name, tensor in before.items():
-            model.get_parameter(name).data = tensor  # the original tensor, not a copy that was cast and cast back
+            model.get_parameter(name).data = tensor
+        state.remove(model)
         raise
+
+
+# What `backend="reference"` leaves out; norms, activations, dropout and their blocks run as their definitions.
+_NOT_PLAIN = ("lm_head", "last_block", "arena", "blip_attention", "blip_text_attention")
 
 
 class _Decider:
@@ -178,18 +193,19 @@ class _Decider:
         found = recognise(self._model)
         heads = {entry.name for entry in found if entry.what == "lm_head" and self._waits()}
         decided: list[Change | Stay] = self._flash_attention(found)
+        flash = {entry.name for entry in decided if isinstance(entry, Change)}
         for entry in found:
-            if entry.what in ("linear", "conv1d") and entry.name in heads:
+            if (entry.what in ("linear", "conv1d") and entry.name in heads) or (
+                entry.what == "attention" and entry.name in flash
+            ):
                 continue
-            made = self._of(entry)
-            decided += [] if made is None else [made]
+            decided.append(self._of(entry))
         if self._device.type == "cpu":
             arena = Found("", "arena", "memory of large tensors", obstacle=why_no_arena(self._device))
-            made = self._of(arena)
-            decided += [] if made is None else [made]
+            decided.append(self._of(arena))
         return decided
 
-    def _of(self, entry: Found) -> Change | Stay | None:
+    def _of(self, entry: Found) -> Change | Stay:
         match entry.what:
             case "layer_norm" | "norm" | "slow_norm":
                 return self._norm(entry)
@@ -197,10 +213,8 @@ class _Decider:
                 return self._attention(entry)
             case "linear" | "conv1d":
                 return self._linear(entry)
-            case "lm_head" | "last_block" | "arena" if self._settings.backend == "reference":
-                return None  # plain PyTorch throughout
-            case "blip_attention" | "blip_text_attention" if self._settings.backend == "reference":
-                return None
+        if entry.what in _NOT_PLAIN and self._settings.backend == "reference":
+            return Stay(entry.name, entry.label, entry.obstacle or "backend 'reference' is plain PyTorch")
         return self._known(entry)
 
     def _known(self, entry: Found, detail: Any = None) -> Change | Stay:
@@ -248,12 +262,10 @@ class _Decider:
     def _waits(self) -> bool:
         return "late_logits" not in self._without and self._settings.backend != "reference"
 
-    def _attention(self, entry: Found) -> Change | Stay | None:
-        if self._device.type != "cpu" or self._settings.backend == "reference":
-            return None  # sdpa is torch's best; `_flash_attention` has already decided about flash-attn
+    def _attention(self, entry: Found) -> Change | Stay:
         choice = resolve("attention", self._device, self._settings)
         if choice.backend != "cpu":
-            return None if entry.obstacle else Stay(entry.name, entry.label, choice.reason)
+            return Stay(entry.name, entry.label, entry.obstacle or choice.reason)
         return self._known(entry, ViewSpec(NAME))
 
     def _flash_attention(self, found: list[Found]) -> list[Change | Stay]:
@@ -263,9 +275,10 @@ class _Decider:
         views = flash_views(self._model, kept)
         return [self._known(Found(name, "attention", "attention"), spec) for name, spec in views.items()]
 
-    def _linear(self, entry: Found) -> Change | Stay | None:
-        if resolve("linear", self._device, self._settings).backend != "cpu":
-            return None  # torch's own linear is the best available
+    def _linear(self, entry: Found) -> Change | Stay:
+        choice = resolve("linear", self._device, self._settings)
+        if choice.backend != "cpu":
+            return Stay(entry.name, entry.label, choice.reason)
         if id(self._modules[entry.name].weight) in self._trained:
             return Stay(entry.name, entry.label, "its weight trains")
         return self._known(entry)
@@ -325,6 +338,22 @@ def _check_fits(plan: Plan, model: nn.Module) -> None:
                 f"the plan is for another model: it expects {change.name!r} to be a {change.stock}, but this "
                 f"{type(model).__name__} has {held} there"
             )
+        for own, dtype in change.dtypes:
+            if (held := module.get_parameter(own).dtype) != dtype:
+                raise FastLNError(
+                    f"the plan is for a model in another dtype: {_joined(change.name, own)} is {dtype} in it, and "
+                    f"{held} here; plan with a model of this dtype"
+                )
+        if isinstance(change.detail, NormKind) and norm_eps(module) != change.detail.eps:
+            raise FastLNError(
+                f"the plan is for another model: the norm {change.name!r} has eps {change.detail.eps} in it, and "
+                f"{norm_eps(module)} here"
+            )
+    here = next((parameter.device for parameter in model.parameters()), torch.device(plan.device))
+    if here.type not in ("meta", torch.device(plan.device).type):
+        logger.warning(
+            "the plan is for device %s, and this model is on %s: move it there before it runs", plan.device, here
+        )
     if missing := sorted(plan.trained - parameters):
         raise FastLNError(
             f"the plan is for another model: it trains {missing[0]!r}, but this {type(model).__name__} has no such "

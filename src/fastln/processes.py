@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 
 from torch import Tensor, distributed, nn
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 
@@ -29,3 +30,9 @@ def gathered(tensor: Tensor) -> Tensor:
     """Return the full values of a tensor. If it is distributed, all processes must call this."""
     tensor = tensor.detach()
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def own_class(model: nn.Module) -> type[nn.Module]:
+    """Return the class that `model` was made of: FSDP2 gives it a subclass."""
+    kind = type(model)
+    return kind.__bases__[-1] if FSDPModule in kind.__bases__ else kind

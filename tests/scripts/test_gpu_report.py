@@ -39,7 +39,7 @@ def test_without_a_gpu_nothing_is_measured(monkeypatch, capsys, tmp_path):
     out = tmp_path / "results" / "gpu.json"
     assert gpu_report.main(["--out", str(out)]) == 0
     captured = capsys.readouterr()
-    assert captured.out == "no CUDA GPU here: nothing was measured\n"
+    assert captured.out == "this machine has no CUDA GPU: nothing was measured\n"
     assert captured.err == ""
     assert not out.parent.exists()
 

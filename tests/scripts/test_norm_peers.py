@@ -120,14 +120,14 @@ def test_what_peers_do_otherwise_is_said(monkeypatch):
         return implementation.note(CASES[case])
 
     assert note(fastln, "layer_norm-dweight-dbias") == ""
-    assert note(eager, "dropout_add_layer_norm-forward") == "dropout, sum and norm apart"
+    assert note(eager, "dropout_add_layer_norm-forward") == "dropout, sum and norm separately"
     assert note(liger, "layer_norm-dweight-dbias") == "computes dx too"
     assert note(liger, "layer_norm-dx") == ""
     assert note(liger, "layer_norm_no_bias-forward") == "with a bias of zeros"
     assert note(liger, "layer_norm_no_affine-dx") == "with a bias of zeros and a weight of ones"
     assert note(liger, "rms_norm-dx-dweight") == "writes dx over dy"
-    assert note(liger, "dropout_add_layer_norm-backward") == "dropout and sum by torch, apart"
-    assert note(liger, "add_layer_norm-forward") == "sum by torch, apart"
+    assert note(liger, "dropout_add_layer_norm-backward") == "dropout and sum by torch, separately"
+    assert note(liger, "add_layer_norm-forward") == "sum by torch, separately"
     assert note(flash, "layer_norm-dx") == "computes dweight and dbias too"
     assert note(flash, "layer_norm-forward") == ""
     assert note(flash, "layer_norm_no_affine-dx") == "with a weight of ones"

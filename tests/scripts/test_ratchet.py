@@ -40,9 +40,9 @@ def test_the_same_and_the_better_pass():
         ({"loads_128": 2}, "2 loads that are not of 128 bits, 1 before"),
         ({"stores_128": 2}, "1 stores that are not of 128 bits, 0 before"),
         ({"spills": 2}, "2 instructions spill"),
-        ({"specialises_on_rows": True}, "compiles anew"),
+        ({"specialises_on_rows": True}, "recompiles"),
         ({"truncations": 1}, "truncates to bfloat16"),
-        ({"nan_dropped": 1}, "a NaN would be dropped"),
+        ({"nan_dropped": 1}, "drops NaN"),
     ],
 )
 def test_the_worse_is_told(changes, words):

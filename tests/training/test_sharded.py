@@ -15,7 +15,7 @@ from torch.distributed.tensor import DTensor, Replicate, distribute_tensor, init
 
 import fastln
 from fastln import ops
-from fastln.adapters import WEIGHTS
+from fastln.adapters import CONFIG, WEIGHTS
 from fastln.errors import FastLNError
 from fastln.training.watch import PATIENCE, NormWatch, check_finite
 
@@ -118,7 +118,10 @@ def test_an_adapter_of_a_sharded_model_is_that_of_the_whole_one(mesh, tmp_path):
         assert one.metadata() == two.metadata()
         assert set(one.keys()) == set(two.keys())
         assert all(torch.equal(one.get_tensor(key), two.get_tensor(key)) for key in set(one.keys()))
-    with pytest.raises(FastLNError, match="LlamaForCausalLM is sharded over processes and not written whole"):
+    assert (tmp_path / "whole" / CONFIG).read_text() == (tmp_path / "sharded" / CONFIG).read_text()
+    with pytest.raises(
+        FastLNError, match=r"^LlamaForCausalLM is sharded over processes, so it cannot be written whole"
+    ):
         fastln.merge_adapter(sharded, tmp_path / "merged")
     assert not (tmp_path / "merged").exists()
 

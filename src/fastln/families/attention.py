@@ -95,6 +95,9 @@ def _depends_on_name(cls: type[nn.Module]) -> str | None:
     return None
 
 
+_FIXED = (ast.Constant, ast.Tuple, ast.List, ast.Set, ast.expr_context)
+
+
 def _is_interface(node: ast.AST) -> bool:
     return any(isinstance(inner, ast.Name) and inner.id == INTERFACE for inner in ast.walk(node))
 
@@ -103,7 +106,7 @@ def _compares_other_names(node: ast.Compare) -> bool:
     """Whether the name is compared only with constants, none of which is "sdpa"."""
     constants = [inner.value for inner in ast.walk(node) if isinstance(inner, ast.Constant)]
     others = [side for side in (node.left, *node.comparators) if not isinstance(side, ast.Attribute)]
-    fixed = all(isinstance(side, ast.Constant | ast.Tuple | ast.List | ast.Set) for side in others)
+    fixed = all(isinstance(inner, _FIXED) for side in others for inner in ast.walk(side))
     return fixed and bool(constants) and "sdpa" not in constants
 
 

@@ -89,13 +89,18 @@ def _is_reached(module: nn.Module) -> bool:
     return is_norm(module) and next(module.parameters(recurse=False), None) is not None
 
 
+def norm_eps(module: nn.Module) -> float | None:
+    """Return the eps of a norm, by whichever name its class keeps it; None if it has none."""
+    return next((value for name in _EPS if isinstance(value := getattr(module, name, None), float)), None)
+
+
 def norm_kind(module: nn.Module) -> NormKind | None:
     """Return which of fastln's norms `module` computes over its last dimension; None if it computes none of them.
 
     This runs the module's forward on a few rows and compares the results with each norm's definition. There are rows
     with a mean, rows so small that eps dominates, and bfloat16 rows, which show where the module rounds.
     """
-    eps = next((value for name in _EPS if isinstance(value := getattr(module, name, None), float)), None)
+    eps = norm_eps(module)
     if eps is None or not _may_be_fast(module):
         return None
     probe = copy.copy(module)

@@ -16,8 +16,14 @@ SCOPES: dict[str, tuple[str, ...]] = {
     "text": ("text", "text_model", "text_encoder", "qformer"),
     "decoder": ("text_decoder", "decoder", "language_model"),
     "projector": (
-        *("multi_modal_projector", "mm_projector", "visual_projection", "text_projection", "language_projection"),
-        *("connector", "merger", "deepstack_merger_list"),
+        "multi_modal_projector",
+        "mm_projector",
+        "visual_projection",
+        "text_projection",
+        "language_projection",
+        "connector",
+        "merger",
+        "deepstack_merger_list",
     ),
 }
 _SCOPE_OF = {name: scope for scope, names in SCOPES.items() for name in names}

@@ -114,7 +114,7 @@ class LazyLogits(LateTensor):
         cls, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         """As for every late tensor, but for calls that ask for a gradient which would go past these logits."""
-        if func in _OF_GRADIENTS:
+        if func in _OF_GRADIENTS and not _is_of_distributed(func, args):
             late = [x for x in tree_leaves((args, kwargs)) if isinstance(x, LateTensor)]
             if all(isinstance(x, LazyLogits) and x._want_gradient() for x in late):
                 with torch._C.DisableTorchFunctionSubclass():
@@ -166,6 +166,12 @@ class LazyLogits(LateTensor):
 
 _GRAD = vars(torch._C.TensorBase)["grad"].__get__
 _OF_GRADIENTS = {Tensor.retain_grad, Tensor.register_hook, _GRAD, torch.autograd.grad}
+
+
+def _is_of_distributed(func: Callable[..., Any], args: tuple[Any, ...]) -> bool:
+    """Whether this is a hook of torch.distributed's: FSDP2 has one on every output, and asks for no gradient by it."""
+    hook = args[1] if func is Tensor.register_hook and len(args) > 1 else None
+    return str(getattr(hook, "__module__", "")).startswith("torch.distributed.")
 
 
 # The nodes of autograd behind late logits. They are for gradients of uses that autograd alone sees, and for those that

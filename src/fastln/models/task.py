@@ -106,7 +106,13 @@ class VQATask(Task, ABC):
             if cut := [sample.id for sample, n in zip(dataset.samples, lengths, strict=True) if n > most]:
                 logger.warning(
                     "%s %s: %d of %d %s have more than %d tokens and are cut off there, for example that of sample %s",
-                    *(dataset.name, dataset.split, len(cut), len(lengths), what, most, cut[0]),
+                    dataset.name,
+                    dataset.split,
+                    len(cut),
+                    len(lengths),
+                    what,
+                    most,
+                    cut[0],
                 )
 
     def cut_off(self, samples: list[Sample]) -> dict[str, tuple[list[int], int]]:

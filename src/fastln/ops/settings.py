@@ -43,7 +43,8 @@ class OpSettings:
             if value not in valid:
                 near = get_close_matches(str(value), valid, n=1)
                 hint = f" (did you mean {near[0]!r}?)" if near else ""
-                raise FastLNError(f"unknown {name} {value!r}{hint}; valid: {', '.join(valid)}")
+                option = "activations" if name == "storage" else name  # as a user knows it
+                raise FastLNError(f"unknown {option} {value!r}{hint}; valid: {', '.join(valid)}")
 
     @property
     def flat(self) -> tuple[str, ...]:

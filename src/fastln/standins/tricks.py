@@ -25,7 +25,7 @@ TRICKS: dict[str, Trick] = {
     for trick in (
         Trick(
             "norms",
-            "norms run as fused kernels and compute only the gradients that are needed",
+            "run as fused kernels and compute only the gradients that are needed",
             "none known; trained norms are float32 with or without this",
         ),
         Trick("activations", "store one tensor for backward, where stock code may store several", "none known"),
@@ -52,7 +52,11 @@ TRICKS: dict[str, Trick] = {
             "in training, the last block computes only the tokens that are read",
             "hidden states of the last block are computed only if you read them",
         ),
-        Trick("cache", "makes no key-value cache in training", "outputs.past_key_values is None in training"),
+        Trick(
+            "cache",
+            "in training, keys and values are not copied into a cache",
+            "outputs.past_key_values is None in training",
+        ),
         Trick(
             "checkpointing",
             "gradient checkpointing runs without reentry, so that norms behind frozen layers get gradients",

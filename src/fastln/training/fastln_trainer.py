@@ -12,6 +12,7 @@ from transformers import TrainingArguments
 from fastln.engines import put_method
 from fastln.errors import FastLNError
 from fastln.methods import describe_parameters, norm_parameters
+from fastln.plan import settle_without
 from fastln.training.method_trainer import MethodTrainer
 
 
@@ -67,7 +68,7 @@ class FastLNTrainer(MethodTrainer):
             "backend": backend,
         }
         if without:
-            self._method["without"] = without
+            self._method["without"] = self._without = settle_without(without)
         super().__init__(model, args, *others, **kwargs)
         if norm_learning_rate is not None and self.optimizer is not None:
             raise FastLNError(

@@ -15,9 +15,10 @@ from peft.tuners.adalora import AdaLoraModel, RankAllocator
 from transformers import PreTrainedConfig, Trainer
 
 from fastln.errors import FastLNError
-from fastln.machine import package_version
+from fastln.machine import TESTED_VERSIONS, package_version
 
-SUPPORTED = {"transformers": ">=5.23,<6", "accelerate": ">=1.15", "peft": ">=0.21"}  # as pyproject.toml has it
+SUPPORTED = {"transformers": TESTED_VERSIONS["transformers"], "accelerate": ">=1.15", "peft": ">=0.21"}
+"""The versions that have these, as pyproject.toml has them."""
 
 
 @dataclass(frozen=True)

@@ -37,12 +37,13 @@ class MethodTrainer(ResumableTrainer):
 
     data_collator: Any
     model: Any
+    _without: tuple[str, ...] = ()  # names of what `fastln.prepare` leaves out
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         self._watch: NormWatch | None = None
         self._throughput = Throughput()
         super().__init__(*args, **kwargs)
-        if self.args.activation_checkpointing:
+        if self.args.activation_checkpointing and "checkpointing" not in self._without:
             given = dict(self.args.activation_checkpointing_kwargs or {})
             if given.get("use_reentrant"):
                 logger.info("checkpoints are without reentry: reentrant ones give no gradient behind frozen layers")

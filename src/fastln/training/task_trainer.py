@@ -29,6 +29,7 @@ class TaskTrainer(MethodTrainer):
     """
 
     def __init__(self, task: VQATask, model: nn.Module, data: VQADataset, config: TrainConfig, **kwargs: Any) -> None:
+        self._without = tuple(config.without or ())
         super().__init__(
             model=model,
             train_dataset=data,
