@@ -1,10 +1,11 @@
 """Which of the tests that are marked `slow` a run takes: none, all, or a sample that rotates from run to run.
 
 `--slow sample` takes a few of each pool. A test function is a pool of its own, of which a run takes one case, unless
-the mark says otherwise: `slow(take=8)` takes eight, `slow(take=0)` none, and all functions of `slow(pool="processes")`
-are one pool. A number says which: the next number takes the next ones, until all have been taken. By default it is the
-days since 1970 plus the commits so far. So it moves on with every day and every commit, and a commit that is run again
-on the same day gets the same sample. FASTLN_SAMPLE gives another number. Where `-m` is given it alone chooses.
+the mark says otherwise: `slow(take=8)` takes eight, and all functions of `slow(pool="processes")` are one pool. What
+takes minutes is in none, by `slow(take=0)`. A number says which cases: the next number takes the next ones, until all
+have been taken. By default it is the days since 1970 plus the commits so far. So it moves on with every day and every
+commit, and a commit that is run again on the same day gets the same sample. FASTLN_SAMPLE gives another number. Where
+`-m` is given it alone chooses.
 """
 
 import os
@@ -62,9 +63,10 @@ def sample(items: list[pytest.Item], number: int) -> list[pytest.Item]:
     pools, sizes = defaultdict(list), {}
     for item in items:
         mark = item.get_closest_marker("slow")
-        name = mark.kwargs.get("pool", item.nodeid.partition("[")[0])
-        pools[name].append(item)
-        sizes[name] = mark.kwargs.get("take", 1)
+        name, take = mark.kwargs.get("pool", item.nodeid.partition("[")[0]), mark.kwargs.get("take", 1)
+        if take:
+            pools[name].append(item)
+            sizes[name] = take
     taken = []
     for name, pool in pools.items():
         pool.sort(key=lambda item: item.nodeid)

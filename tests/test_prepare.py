@@ -97,7 +97,10 @@ def test_state_dict_keys_and_shapes_stay_and_restore_gives_stock_modules():
     assert trained == dict.fromkeys(norm_parameters(model), torch.float32)
     with torch.no_grad():
         norms[0].weight.fill_(1.5)
+    model(input_ids=torch.ones(1, 4, dtype=torch.long)).last_hidden_state.pow(4).mean().backward()
+    assert norms[0].weight.grad is not None
     assert fastln.restore(model) is model
+    assert all(parameter.grad is None for parameter in model.parameters()), "of another dtype than the parameter"
     norms = [module for module in model.modules() if isinstance(module, nn.LayerNorm)]
     assert all(type(norm) is nn.LayerNorm for norm in norms)
     assert norms[0].weight.dtype == torch.bfloat16

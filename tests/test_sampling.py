@@ -51,6 +51,12 @@ def test_numbers_in_a_row_take_every_case_before_any_again(n, take):
     assert len({item.nodeid for item in first}) == min(n, 2 * take)
 
 
+def test_what_takes_minutes_is_in_no_pool():
+    some = items(4) + items(2, "test_x.py::test[large]", take=0)
+    taken = {item.nodeid for number in range(20) for item in sample(some, number)}
+    assert taken == {item.nodeid for item in items(4)}
+
+
 def test_the_order_of_collection_does_not_matter():
     taken = {item.nodeid for item in sample(items(9, take=3), 5)}
     assert {item.nodeid for item in sample(items(9, take=3)[::-1], 5)} == taken

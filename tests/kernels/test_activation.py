@@ -230,8 +230,9 @@ def test_the_definition_is_what_autograd_makes_of_torchs_activations(kind):
 @pytest.mark.timeout(1200)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("kind", ACTIVATION_KINDS)
-def test_every_kind_shape_and_layout(kind, dtype):
-    for n_rows, n_cols in itertools.product((0, 1, 7), (1, 2, 3, 17, 64, 1000, 1152, 3072, 11008)):
+@pytest.mark.parametrize("n_cols", [1, 2, 3, 17, 64, 1000, 1152, 3072, 11008])
+def test_every_kind_shape_and_layout(n_cols, kind, dtype):
+    for n_rows in (0, 1, 7):
         for one, other in itertools.product(("row stride", "contiguous", "transposed"), repeat=2):
             x, up, dy = (normal(n_rows, n_cols, dtype=dtype, seed=seed) for seed in range(3))
             check_plain(LAYOUTS[one](x), LAYOUTS[other](dy), kind)

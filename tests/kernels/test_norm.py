@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+import math
 
 import pytest
 import torch
@@ -120,10 +121,15 @@ SHAPES = [(n_cols, n_rows) for n_cols in WIDTHS for n_rows in ((0, 1, 7, 300) if
 FEW_ELEMENTS = 2**14
 
 
-@pytest.mark.slow
 @pytest.mark.timeout(1200)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize(("n_cols", "n_rows"), SHAPES)
+@pytest.mark.parametrize(
+    ("n_cols", "n_rows"),
+    [
+        pytest.param(*shape, marks=pytest.mark.slow(take=0 if math.prod(shape) > FEW_ELEMENTS // 8 else 1))
+        for shape in SHAPES
+    ],
+)
 def test_every_shape_subset_kind_and_prologue(n_cols, n_rows, dtype):
     """Every forward in every dtype, and every backward in one of them, which turns with the shape.
 
