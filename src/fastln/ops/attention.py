@@ -98,8 +98,8 @@ def attention(
         `(B, H, Sq, Dv)`; on CPU laid out as `(B, Sq, H, Dv)`. A row without a key is 0 and has no gradient.
 
     Raises:
-        FastLNError: If the probability is out of range, causal is combined with a mask, or the backend cannot run on the
-            device of `q`.
+        FastLNError: If the probability is out of range, causal is combined with a mask, or the backend cannot run on
+            the device of `q`.
     """
     if not 0 <= dropout < 1:
         raise FastLNError(f"dropout is {dropout}; it must be from 0 to below 1")

@@ -90,7 +90,7 @@ _TABLE: dict[str, dict[str, _Kernels]] = {
 OPERATIONS = tuple(_TABLE)
 """The operations for which a backend is chosen."""
 
-_DEVICES = {"triton": ("cuda",), "cpu": ("cpu",)}  # that `auto` uses them on; the reference runs everywhere
+_DEVICES = {"triton": ("cuda",), "cpu": ("cpu",)}  # where `auto` chooses them; the reference runs everywhere
 
 
 @dataclass(frozen=True, slots=True)

@@ -404,7 +404,7 @@ def _operator_backward(
     stats: Tensor | None,
     *wanted: Any,
 ) -> list[Tensor]:
-    """Return the gradients that are needed; `wanted` says which, then the parameters' gradient dtype, then the arguments."""
+    """Return the gradients that are needed; `wanted` says which, and ends with their dtype and the arguments."""
     *wants, arguments = wanted
     kind, dropout, keep, _ = arguments
     request = NormBackward(dy, saved, weight, stats, kind, keep == "normed", dstream, dropout, seed, *wants)
