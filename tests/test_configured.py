@@ -89,7 +89,7 @@ def test_defaults_that_the_method_brings_are_told(words, engine, rate, head, mon
     for name, value in (("engine", engine), ("learning_rate", rate), ("head_learning_rate", head)):
         line = next(line for line in output.out.splitlines() if line.startswith(f"{name}: "))
         assert line == f"{name}: null  # {value}" if value else "null" not in line
-    assert "language: null  # Of SLAKE's questions: en (the default) or zh." in output.out
+    assert "language: null  # Language of SLAKE's questions: en (the default) or zh." in output.out
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Fast LayerNorm tuning of transformers: compute and store only what the norms are owed."""
+"""Fast LayerNorm tuning of transformers: compute and store only what training the norms needs."""
 
 from typing import TYPE_CHECKING, Any
 
@@ -32,7 +32,7 @@ warn_of_untested_versions()
 
 
 def __getattr__(name: str) -> Any:
-    # The Trainer brings half of transformers, accelerate and peft with it: only for who asks for it.
+    # Imported on first use: the Trainer imports much of transformers, accelerate and peft.
     if name == "FastLNTrainer":
         from fastln.training.fastln_trainer import FastLNTrainer
 

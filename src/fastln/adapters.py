@@ -1,11 +1,11 @@
-"""Adapters: the tuned norms of a model in a file of some hundred kilobytes, in peft's layout for LN tuning.
+"""Adapters: a model's tuned norms in a file of some hundred kilobytes, in peft's layout for LN tuning.
 
 An adapter is a folder with `adapter_model.safetensors` and `adapter_config.json`. It holds the tuned norms, in float32
-by default, and the modules that train whole, such as a task head (`also` of `prepare`; peft's `modules_to_save`). The
-tensors' file carries a fingerprint of the frozen parameters, so that an adapter is never put on another base.
+by default, and the modules that train in full, such as a task head (`also` of `prepare`; peft's `modules_to_save`). The
+tensors' file has a fingerprint of the frozen parameters, so that an adapter is never put on another base.
 
-A weight that several modules share, such as tied word embeddings, belongs to the first of them in the model's order.
-`also` trains it by that module's name, and then it trains in all of them: the adapter holds each of these modules.
+A weight that several modules share, such as tied word embeddings, belongs to the first of them in the model's order. To
+train it, name that module in `also`. It then trains in all of them, and the adapter holds each of these modules.
 """
 
 from __future__ import annotations
@@ -41,11 +41,11 @@ _TUNED = ".ln_tuning_layers."  # between a norm's name and its parameter's
 
 @dataclass(frozen=True)
 class _Adapter:
-    """What a folder holds.
+    """The contents of an adapter's folder.
 
     Attributes:
-        tensors: by their names in the model.
-        fingerprint: of the base's other parameters; None in a file that peft wrote.
+        tensors: the tensors, by their names in the model.
+        fingerprint: the fingerprint of the base's other parameters; None in a file that peft wrote.
     """
 
     tensors: dict[str, Tensor]
@@ -53,23 +53,23 @@ class _Adapter:
 
 
 def save_adapter(model: nn.Module, directory: str | Path, *, dtype: torch.dtype = torch.float32) -> None:
-    """Write what training changed: the tuned norms, and the modules that train whole in their own dtype.
+    """Write what training changed: the tuned norms, and the modules that train in full, in their own dtype.
 
     `load_adapter`, `peft.PeftModel.from_pretrained(base, directory)` and, for a base that was loaded from a directory
-    or the hub, `peft.AutoPeftModel.from_pretrained(directory)` read it. The files appear whole or not at all. Of
-    several processes (torch.distributed's, torchrun's) only the first writes, as in `save_pretrained`. Where FSDP2
-    shards the model, every process must call this, because it gathers the values.
+    or the hub, `peft.AutoPeftModel.from_pretrained(directory)` read it. The files appear complete or not at all. With
+    several processes (torch.distributed, torchrun) only the first writes, as in `save_pretrained`. If FSDP2 shards the
+    model, every process must call this function, because it gathers the values.
 
     Args:
         model: a model that `prepare` was called on, with method `layernorm` (and perhaps `also`).
         directory: the folder; an adapter in it is replaced.
-        dtype: of the norms' values. float16 takes half the bytes and rounds a γ near 1 by up to 5e-4; a warning says by
-            how much. Values merged into a bfloat16 base have an eighth of that precision.
+        dtype: dtype of the norms' values. float16 takes half the bytes and rounds a γ near 1 by up to 5e-4; a warning
+            says by how much. Values merged into a bfloat16 base have an eighth of that precision.
 
     Raises:
         FastLNError: if `dtype` has fewer than 16 bits or is too narrow for a value, if the model is not prepared, if no
             norm trains, if something trains that this kind of adapter cannot hold (it holds norms and the modules in
-            `also`), or if the folder cannot be written to. An earlier adapter in the folder is then still whole.
+            `also`), or if the folder cannot be written to. An earlier adapter in the folder is then still complete.
     """
     if not dtype.is_floating_point or dtype.itemsize < 2:
         raise FastLNError(f"an adapter in {dtype}: its norms can be float32, bfloat16, float16 or float64")
@@ -103,8 +103,9 @@ def save_adapter(model: nn.Module, directory: str | Path, *, dtype: torch.dtype 
     tensors = {stored_as[name]: parameter.to(dtype) for name, parameter in tuned.items()}
     whole = {name: tensor for name, tensor in model.state_dict().items() if name.startswith(inside)}
     tensors |= {f"{PEFT_PREFIX}{name}": tensor for name, tensor in whole.items()}
-    exact = {name: gathered(parameter) for name, parameter in tuned.items()}  # by all, before all but the first return
-    # Copies, because safetensors refuses views of one memory, which tied weights are.
+    # Every process gathers; then all but the first return.
+    exact = {name: gathered(parameter) for name, parameter in tuned.items()}
+    # Copies, because safetensors refuses views of shared memory, such as tied weights.
     tensors = {
         name: gathered(tensor).cpu().clone(memory_format=torch.contiguous_format) for name, tensor in tensors.items()
     }
@@ -134,10 +135,10 @@ def save_adapter(model: nn.Module, directory: str | Path, *, dtype: torch.dtype 
 
 
 def load_adapter(model: nn.Module, directory: str | Path, *, check_base: bool = True) -> None:
-    """Put the values of an adapter, fastln's or peft's for LN tuning, into a model, in place.
+    """Load an LN-tuning adapter, fastln's or peft's, into a model, in place.
 
-    In a prepared model the tuned norms have float32 parameters and take every digit. A stock model of lower precision
-    rounds them, and a warning says so.
+    In a prepared model the tuned norms have float32 parameters and keep the exact values. A stock model of lower
+    precision rounds them, and a warning says so.
 
     Args:
         model: the base model that the adapter was trained on, prepared or stock.
@@ -145,9 +146,9 @@ def load_adapter(model: nn.Module, directory: str | Path, *, check_base: bool = 
         check_base: whether the base must have the fingerprint that the adapter was saved with (peft writes none).
 
     Raises:
-        FastLNError: if the folder holds no whole adapter of this kind, if its names or shapes are not the model's, if
-            the base is another one, or if the adapter has several values for one weight that modules of this model
-            share. The model is then unchanged.
+        FastLNError: if the folder holds no complete adapter of this kind, if its names or shapes do not fit the model,
+            if the base is a different one, or if the adapter has several values for one weight that modules of
+            this model share. The model is then unchanged.
     """
     adapter = _read(Path(directory))
     own = model.state_dict()
@@ -175,10 +176,10 @@ def load_adapter(model: nn.Module, directory: str | Path, *, check_base: bool = 
 
 
 def adapter_type(folder: Path) -> str:
-    """Return which of peft's kinds the adapter in a folder is.
+    """Return peft's type of the adapter in a folder.
 
     Raises:
-        FastLNError: if the folder has no readable configuration or no tensors' file.
+        FastLNError: if the folder has no readable configuration or no file of tensors.
     """
     kind = str(_config(folder).get("peft_type"))
     if not (folder / WEIGHTS).is_file():
@@ -188,12 +189,12 @@ def adapter_type(folder: Path) -> str:
 
 
 def warn_of_rounding(exact: Mapping[str, Tensor], kept: Mapping[str, Tensor], advice: str) -> None:
-    """Warn of how many values of `exact` were rounded in `kept`, and by how much; say nothing where none was.
+    """Warn if values of `exact` were rounded in `kept`: how many, and by how much.
 
     Args:
         exact: tensors by name.
         kept: the same names and more, perhaps in other dtypes.
-        advice: how to keep every digit; the end of the warning.
+        advice: how to keep the exact values; the end of the warning.
     """
     n_values = n_rounded = 0
     largest = 0.0
@@ -215,17 +216,17 @@ def warn_of_rounding(exact: Mapping[str, Tensor], kept: Mapping[str, Tensor], ad
 
 
 def _owner(name: str) -> str:
-    """Return the name of the module that owns the parameter of this name; the model itself is the empty name."""
+    """Return the name of the module that owns this parameter; empty for the model itself."""
     return name.rpartition(".")[0]
 
 
 def _prefixes(modules: Collection[str]) -> tuple[str, ...]:
-    """Return what the names of everything inside these modules begin with."""
+    """Return the name prefixes of everything inside these modules."""
     return tuple(f"{name}." for name in modules)
 
 
 def _shared(model: nn.Module) -> list[list[str]]:
-    """Return the names of each parameter that has several, the model's own choice first."""
+    """Return all names of each parameter that has several; the name that the model lists comes first."""
     names_of: dict[nn.Parameter, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         names_of.setdefault(parameter, []).append(name)
@@ -233,10 +234,10 @@ def _shared(model: nn.Module) -> list[list[str]]:
 
 
 def _with_sharers(model: nn.Module, also: Collection[str]) -> list[str]:
-    """Return the modules that train whole, and those that share a weight which trains with them.
+    """Return the modules that train in full, and those that share a trained weight with them.
 
     Raises:
-        FastLNError: if the model itself holds such a weight, outside its modules: an adapter has no name for that.
+        FastLNError: if the model itself holds such a weight, outside its modules: an adapter has no name for it.
     """
     modules = list(also)
     for names in _shared(model):
@@ -253,7 +254,7 @@ def _with_sharers(model: nn.Module, also: Collection[str]) -> list[str]:
 
 
 def _frozen_sharers(model: nn.Module, directory: str | Path, tensors: Mapping[str, Tensor]) -> set[str]:
-    """Return the names of the adapter's tensors that are weights of modules which it leaves alone, unchanged.
+    """Return the names of the adapter's tensors that are unchanged weights of modules that it does not train.
 
     Raises:
         FastLNError: if the adapter has a new value for such a weight, or two values for one weight.
@@ -280,19 +281,19 @@ def _frozen_sharers(model: nn.Module, directory: str | Path, tensors: Mapping[st
 
 
 def _equal(stored: Tensor, parameter: Tensor) -> bool:
-    """Whether two tensors agree in the dtype of one of them: the bases may be in different ones."""
+    """Whether two tensors are equal in the dtype of one of them, because the bases may have different dtypes."""
     stored = stored.to(parameter.device)
     return torch.equal(stored.to(parameter.dtype), parameter) or torch.equal(stored, parameter.to(stored.dtype))
 
 
 def _name_or_path(model: nn.Module) -> str | None:
-    """Return where the base was loaded from, as peft does; None where that is not known."""
+    """Return where the base was loaded from, as peft does; None if that is not known."""
     named = (vars(model).get("name_or_path"), getattr(getattr(model, "config", None), "name_or_path", None))
     return next((name for name in named if name), None)
 
 
 def _targets(model: nn.Module, names: list[str]) -> list[str] | str:
-    """Return what makes peft choose these modules alone: names, or a pattern where one ends the name of another too."""
+    """Return what makes peft choose only these modules: names, or a pattern if one name is also the end of another."""
     endings = tuple(f".{name}" for name in names)
     if any(name.endswith(endings) for name, _ in model.named_modules()):
         return "|".join(re.escape(name) for name in names)
@@ -306,7 +307,7 @@ def _read(folder: Path) -> _Adapter:
     try:
         with safe_open(path, "pt") as file:
             metadata = file.metadata() or {}
-            stored = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
+            stored = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
     except (OSError, SafetensorError) as error:
         raise FastLNError(f"{path}: cannot be read, it is damaged or cut short: {error}") from error
     tensors = {name.removeprefix(PEFT_PREFIX).replace(_TUNED, "."): tensor for name, tensor in stored.items()}

@@ -28,28 +28,26 @@ Layout = Annotated[
     str | None,
     typer.Option(help=f"How the data is laid out: {', '.join(READERS)}; recognised by default."),
 ]
-Language = Annotated[str | None, typer.Option(help="Of SLAKE's questions: en (the default) or zh.")]
-SkipBadRows = Annotated[bool, typer.Option("--skip-bad-rows", help="Leave bad rows out; the log lists them.")]
+Language = Annotated[str | None, typer.Option(help="Language of SLAKE's questions: en (the default) or zh.")]
+SkipBadRows = Annotated[bool, typer.Option("--skip-bad-rows", help="Skip bad rows; the log lists them.")]
 Model = Annotated[
     str,
     typer.Option(
         help="'dual', 'dual:VISION,TEXT', 'blip', 'blip:SOURCE', 'chat:SOURCE', or a folder that `fastln train` wrote."
     ),
 ]
-DType = Annotated[str, typer.Option(help="float32, bfloat16, or auto: bfloat16 where the hardware has units for it.")]
-FeatureCache = Annotated[
-    Path | None, typer.Option(help="Keep a frozen vision tower's features in this folder and read them back.")
-]
-FeatureCacheSize = Annotated[str, typer.Option(help="The most that folder holds; the least recently used goes first.")]
+DType = Annotated[str, typer.Option(help="float32, bfloat16 or auto: bfloat16 if the hardware supports it.")]
+FeatureCache = Annotated[Path | None, typer.Option(help="Cache a frozen vision tower's features in this folder.")]
+FeatureCacheSize = Annotated[str, typer.Option(help="Maximum size of the cache; the least recently used goes first.")]
 Device = Annotated[str, typer.Option(help="cpu, cuda or auto.")]
 ImageSize = Annotated[
     int | None,
-    typer.Option(help="Images are resized to this edge, in pixels; the size saved with the model by default."),
+    typer.Option(help="Edge length in pixels that images are resized to; by default the size saved with the model."),
 ]
 
 
 class TrainCommand(ConfiguredCommand):
-    """`fastln train`, which knows the defaults of each method."""
+    """`fastln train`, with the defaults of each method."""
 
     def defaults(self, values: dict[str, Any]) -> dict[str, str]:
         """Return the method's own engine and learning rates."""
@@ -66,31 +64,33 @@ def bench(
     out: Annotated[Path, typer.Option(help="Folder for results.json, results.md and results.png.")] = Path(
         "runs/bench"
     ),
-    suite: Annotated[str, typer.Option(help="A suite's name or YAML file; the options below override it.")] = "",
+    suite: Annotated[str, typer.Option(help="Name or YAML file of a suite; the options below override it.")] = "",
     data: Annotated[str | None, typer.Option(help="'phantom' or a dataset's folder.")] = None,
     model: Annotated[
         list[str] | None,
-        typer.Option(help="A model, as `fastln train --model`, or a shape such as BertForMaskedLM:8x128; repeatable."),
+        typer.Option(
+            help="Model, as for `fastln train --model`, or a shape such as BertForMaskedLM:8x128; repeatable."
+        ),
     ] = None,
     method: Annotated[
         list[str] | None, typer.Option(help="METHOD/ENGINE: layernorm/peft, LN-F-T/fastln, ...; repeatable.")
     ] = None,
     batch_size: Annotated[int | None, typer.Option(min=1, help="Questions per step.")] = None,
-    rounds: Annotated[int | None, typer.Option(min=1, help="Turns of each method.")] = None,
-    steps: Annotated[int | None, typer.Option(min=1, help="Timed steps per turn.")] = None,
+    rounds: Annotated[int | None, typer.Option(min=1, help="Rounds per method.")] = None,
+    steps: Annotated[int | None, typer.Option(min=1, help="Timed steps per round.")] = None,
     epochs: Annotated[
-        int | None, typer.Option(min=0, help="Epochs of training before answers are counted; 0 counts none.")
+        int | None, typer.Option(min=0, help="Epochs of training before the answers are scored; 0: do not score.")
     ] = None,
     dtype: Annotated[list[str] | None, typer.Option(help="float32, bfloat16 or auto; repeatable.")] = None,
     device: Annotated[str | None, typer.Option(help="cpu, cuda or auto.")] = None,
-    seed: Annotated[int | None, typer.Option(help="Seed of weights, batches and dropout.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Seed for weights, batches and dropout.")] = None,
     image_size: ImageSize = None,
     layout: Layout = None,
     language: Language = None,
     skip_bad_rows: SkipBadRows = False,
     overwrite: Annotated[bool, typer.Option(help="Replace an earlier run in the folder.")] = False,
 ) -> None:
-    """Compare methods by speed, memory and answers, each in a process of its own, in interleaved rounds."""
+    """Compare the speed, memory and answers of methods, each in its own process, in interleaved rounds."""
     from fastln.bench.report import show
     from fastln.bench.runner import run_suite
     from fastln.bench.suite import load_suite
@@ -124,30 +124,41 @@ def train(
     data: Data = "phantom",
     model: Model = "dual",
     method: Annotated[
-        str, typer.Option(help="What trains: layernorm, lora, LN-F-T, ...; see the README.")
+        str, typer.Option(help="Tuning method: layernorm, lora, LN-F-T, ...; docs/methods.md lists all.")
     ] = "layernorm",
-    engine: Annotated[str | None, typer.Option(help="fastln, torch or peft; the method's best by default.")] = None,
+    engine: Annotated[
+        str | None, typer.Option(help="fastln, torch or peft; the method's first engine by default.")
+    ] = None,
     scope: Annotated[
-        list[str] | None, typer.Option(help="vision, text, decoder or projector; repeatable; all by default.")
+        list[str] | None,
+        typer.Option(help="Sub-model: vision, text, decoder or projector; repeatable; all by default."),
     ] = None,
     without: Annotated[
-        list[str] | None, typer.Option(help="Leave out one thing that fastln changes; repeatable; see fastln doctor.")
+        list[str] | None, typer.Option(help="Leave out one of fastln's changes; repeatable; fastln doctor lists them.")
     ] = None,
     epochs: Annotated[int, typer.Option(min=1)] = 15,
     head_epochs: Annotated[
-        int, typer.Option(min=0, help="Epochs before those in which only a head that starts random trains.")
+        int, typer.Option(min=0, help="Epochs before these that train only a randomly initialised head.")
     ] = 3,
     batch_size: Annotated[int, typer.Option(min=1, help="Questions per step.")] = 32,
-    learning_rate: Annotated[float | None, typer.Option(help="The method's own by default.")] = None,
-    head_learning_rate: Annotated[float | None, typer.Option(help="Rate of a task head that starts random.")] = None,
-    weight_decay: Annotated[float, typer.Option(min=0, help="Of matrices; norms and biases never decay.")] = 0.01,
-    warmup: Annotated[float, typer.Option(min=0, max=1, help="Share of the steps over which the rate rises.")] = 0.05,
-    max_grad_norm: Annotated[float, typer.Option(help="Larger gradients are scaled down to this norm.")] = 1.0,
+    learning_rate: Annotated[
+        float | None, typer.Option(help="Learning rate; the method's default if not given.")
+    ] = None,
+    head_learning_rate: Annotated[
+        float | None, typer.Option(help="Learning rate of a randomly initialised task head.")
+    ] = None,
+    weight_decay: Annotated[
+        float, typer.Option(min=0, help="Weight decay of matrices; norms and biases never decay.")
+    ] = 0.01,
+    warmup: Annotated[
+        float, typer.Option(min=0, max=1, help="Fraction of the steps over which the learning rate rises.")
+    ] = 0.05,
+    max_grad_norm: Annotated[float, typer.Option(help="Clip gradients to this norm.")] = 1.0,
     questions_per_image: Annotated[
-        int, typer.Option(min=1, help="The most questions on one image in a batch, which share its vision pass (dual).")
+        int, typer.Option(min=1, help="Most questions on one image in a batch; they share a vision pass (dual).")
     ] = 16,
     validation: Annotated[
-        float, typer.Option(min=0, max=0.5, help="Share of the training images whose questions are held out.")
+        float, typer.Option(min=0, max=0.5, help="Fraction of the training images whose questions are held out.")
     ] = 0.0,
     feature_cache: FeatureCache = None,
     feature_cache_size: FeatureCacheSize = "10GiB",
@@ -156,7 +167,7 @@ def train(
     adapter_dtype: Annotated[
         str, typer.Option(help="Dtype of the norms in OUT/adapter: float32, or float16 for half the bytes.")
     ] = "float32",
-    seed: Annotated[int, typer.Option(help="Seed of the head's weights, the batches and dropout.")] = 0,
+    seed: Annotated[int, typer.Option(help="Seed for the head's weights, the batches and dropout.")] = 0,
     image_size: ImageSize = None,
     layout: Layout = None,
     language: Language = None,
@@ -167,7 +178,7 @@ def train(
         bool, typer.Option("--dry-run", help="Show what trains, the memory and the first batch, then stop.")
     ] = False,
 ) -> None:
-    """Tune a model, save it, and count its right answers to the test questions."""
+    """Tune a model, save it, and score its answers to the test questions."""
     from fastln.data import DataOptions
     from fastln.training.config import TrainConfig
     from fastln.training.run import TrainRun, run_training
@@ -207,7 +218,7 @@ def train(
 
 @app.command("eval", cls=ConfiguredCommand)
 def evaluate(
-    model: Annotated[str, typer.Argument(help="A folder that `fastln train` wrote, or whatever its --model takes.")],
+    model: Annotated[str, typer.Argument(help="A folder that `fastln train` wrote, or any value of its --model.")],
     data: Data = "phantom",
     split: Annotated[str, typer.Option(help="train, validation or test, as published.")] = "test",
     batch_size: Annotated[int, typer.Option(min=1)] = 64,
@@ -222,7 +233,7 @@ def evaluate(
     language: Language = None,
     skip_bad_rows: SkipBadRows = False,
     adapter: Annotated[
-        Path | None, typer.Option(help="A folder such as OUT/adapter; MODEL is then the base that it was trained on.")
+        Path | None, typer.Option(help="Adapter folder, such as OUT/adapter; MODEL is then its base model.")
     ] = None,
 ) -> None:
     """Score a model's answers (all, closed, open) or its reports (BLEU, ROUGE-L, CIDEr)."""
@@ -249,11 +260,11 @@ def evaluate(
 
 @app.command(cls=ConfiguredCommand)
 def merge(
-    adapter: Annotated[Path, typer.Argument(help="The adapter's folder, such as OUT/adapter; fastln's or peft's.")],
+    adapter: Annotated[Path, typer.Argument(help="Adapter folder, such as OUT/adapter; written by fastln or peft.")],
     base: Annotated[
         str,
         typer.Option(
-            help="The model it was trained on: a directory, a hub name, or a folder that `fastln train` wrote."
+            help="The model that it was trained on: a directory, a hub name, or a folder that `fastln train` wrote."
         ),
     ],
     out: Annotated[Path, typer.Option(help="A new folder for the merged model.")],
@@ -261,7 +272,7 @@ def merge(
         bool, typer.Option(help="Refuse a base whose frozen weights differ from those that the adapter was trained on.")
     ] = True,
 ) -> None:
-    """Write a base model with an adapter's values in it, in the base's dtype, and its tokenizer and preprocessing."""
+    """Merge an adapter into its base model; write the result in the base's dtype, with tokenizer and preprocessing."""
     from fastln.training.merge_run import merge_into_base
 
     merge_into_base(base, adapter, out, check_base=check_base)
@@ -295,7 +306,7 @@ def main() -> None:
     logging.getLogger("httpx").setLevel(logging.WARNING)
     warnings.formatwarning = _one_line
     try:
-        with logging_redirect_tqdm():  # so that messages and the progress bar have lines of their own
+        with logging_redirect_tqdm():  # so that messages do not break the progress bar
             app()
     except FastLNError as error:
         typer.echo(f"error: {error}", err=True)

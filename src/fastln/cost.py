@@ -1,4 +1,4 @@
-"""What a training step costs at least: the matrix products that every method needs, and this machine's rate at them."""
+"""Lower bound on the cost of a training step: the matrix products that every method needs, and this machine's rate."""
 
 from __future__ import annotations
 
@@ -25,17 +25,17 @@ from fastln.prepare import restore
 class Products(TorchFunctionMode):
     """Counts the operations of the matrix products in a forward pass of stock code, and in its backward pass.
 
-    A product of (n, k) by (k, m) takes 2 n k m operations, and as many again for each of its two factors that needs a
-    gradient. So a frozen linear layer counts twice, or once if nothing before it trains. Attention counts its two
-    products and the four of their gradients, and half of that if it is causal; scores that a backward pass computes
-    again do not count again. The language-model head counts only the positions that carry a label. Rows that wait
-    (`fastln.late.rows`) count when they are computed.
+    A product of (n, k) and (k, m) takes 2 n k m operations, and as many again for each factor that needs a gradient. So
+    a frozen linear layer counts twice, or once if nothing before it trains. Attention counts its two products and the
+    four of their gradients, or half of that if it is causal. Scores that a backward pass recomputes do not count again.
+    The language-model head counts only the positions with a label. Late rows (`fastln.late.rows`) count when they are
+    computed.
 
-    Nothing is told apart by its address, so the model may lie on the meta device.
+    No tensor is identified by its address, so the model may be on the meta device.
 
     Args:
         model: Its heads are recognised by their weights.
-        labels: Of the batch, with values; `IGNORE_INDEX` stands for no label.
+        labels: The batch's labels, with values; `IGNORE_INDEX` means no label.
     """
 
     def __init__(self, model: nn.Module, labels: Tensor | None = None) -> None:
@@ -47,9 +47,9 @@ class Products(TorchFunctionMode):
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        """Call `func` and count what it multiplies."""
+        """Call `func` and count its matrix products."""
         if func not in METADATA and any(isinstance(arg, LazyRows) for arg in args):
-            with self:  # for what is computed inside
+            with self:  # for the calls inside
                 return LazyRows.__torch_function__(func, types, args, kwargs)
         result = func(*args, **(kwargs or {}))
         if func is functional.linear:
@@ -86,13 +86,14 @@ _MATMULS = (torch.matmul, torch.bmm, torch.mm, Tensor.matmul, Tensor.__matmul__,
 
 
 def count_operations(model: nn.Module, batch: Mapping[str, Any]) -> float:
-    """Return the operations of a training step's products, counting the last block only for rows that are read.
+    """Count the operations of a training step's matrix products; the last block counts only for rows that are read.
 
-    On the meta device rows do not wait, so there the last block counts for all of its rows.
+    On the meta device no rows are late, so there the last block counts for all of its rows.
 
     Args:
-        model: Stock, in training mode. What trains is what requires a gradient. It is the same afterwards.
-        batch: What the model takes. For a model on the meta device it may lie on the CPU, and its labels must.
+        model: A stock model in training mode. The trained parameters are those that require a gradient. It is unchanged
+            afterwards.
+        batch: The model's arguments. For a model on the meta device they may be on the CPU; the labels must be.
 
     Raises:
         FastLNError: If the model is prepared, or the labels have no values.
@@ -104,7 +105,7 @@ def count_operations(model: nn.Module, batch: Mapping[str, Any]) -> float:
         )
     is_meta = any(parameter.is_meta for parameter in model.parameters())
     trains = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
-    # Norms and activations work row by row, and rows may wait. Products stay torch's own, which `Products` sees.
+    # Norms and activations work row by row, so rows may be late. Products stay torch's own, which `Products` sees.
     stock = ("attention", "linears", "late_logits", "cache", "checkpointing", "arena")
     apply(plan(model, "full", without=stock), model)
     try:
@@ -122,20 +123,20 @@ def _on_meta(batch: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def matrix_rate(device: torch.device, dtype: torch.dtype, repeats: int = 10) -> float:
-    """Measure how many operations per second a device reaches in a typical layer's product.
+    """Measure how many operations per second a device reaches in a typical layer's matrix product.
 
-    The product is written into memory that exists already.
+    The product is written into memory that is already allocated.
 
     Args:
         device: Where to multiply: a CPU or a GPU.
-        dtype: Of the factors and the product.
+        dtype: Dtype of the factors and the product.
         repeats: How often to measure; the fastest counts.
     """
     n_rows, n_in, n_out = 1024, 1024, 4096
     x, weight = (torch.randn(shape, device=device).to(dtype) for shape in ((n_rows, n_in), (n_out, n_in)))
     y = torch.empty(n_rows, n_out, device=device, dtype=dtype)
     seconds = []
-    for _ in range(1 + repeats):  # the first one warms up
+    for _ in range(1 + repeats):  # the first is a warm-up
         synchronize(device)
         start = time.perf_counter()
         torch.mm(x, weight.T, out=y)

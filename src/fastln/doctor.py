@@ -1,4 +1,4 @@
-"""What this machine has, which backend each operation will use and why, and what `prepare` would change in a model."""
+"""Shows the machine, the backend of each operation and why, and what `prepare` would change in a model."""
 
 from __future__ import annotations
 
@@ -29,15 +29,15 @@ WIDER_THAN_128_BITS = {"avx2", "avx512f", "sve"}
 
 
 def examine(model: str | None = None) -> dict[str, Any]:
-    """Look at the machine, and change nothing in this process.
+    """Examine the machine, without changing anything in this process.
 
     Args:
-        model: What `fastln.models.outline` takes, to be planned for the device that "auto" gives.
+        model: A model, as `fastln.models.outline` takes it. The plan is for the device that "auto" gives.
 
     Returns:
-        `packages` (version or None), `machine`, `operations` (for each the backend that "auto" gives on the device
-        that "auto" gives, and why), `tricks` (what `prepare` may change: what each gains and risks) and `plan` (its
-        table's lines; None without a model).
+        `packages` (version or None), `machine`, `operations` (for each the backend that "auto" gives on the default
+        device, and why), `tricks` (what `prepare` may change, with the gain and risk of each) and `plan` (the lines of
+        its table; None without a model).
 
     Raises:
         FastLNError: If there is no such model.
@@ -75,7 +75,7 @@ def examine(model: str | None = None) -> dict[str, Any]:
 
 
 def _freed_memory(device: torch.device) -> str:
-    """Say who keeps the memory of large tensors that are freed while a model is prepared."""
+    """Say who keeps the memory of freed large tensors while a model is prepared."""
     if reason := why_no_arena(device):
         return f"torch's allocator decides ({reason})"
     limit = arena_limit()
@@ -86,7 +86,7 @@ def _freed_memory(device: torch.device) -> str:
 
 
 def _slower(flags: set[str]) -> str | None:
-    """Say what this machine lacks for the CPU kernels to be fast; None where it lacks nothing."""
+    """Say why the CPU kernels are slower on this machine; None if they are not."""
     lacks = []
     if why := library.why_not("norm"):
         lacks.append(f"every operation runs without compiled kernels ({why})")
@@ -98,7 +98,7 @@ def _slower(flags: set[str]) -> str | None:
 
 
 def _plan(model: str, device: torch.device) -> list[str]:
-    # Only here: transformers' models take seconds to import.
+    # Imported here because transformers' models take seconds to import.
     from fastln.models.outline import outline
     from fastln.plan import plan
 
@@ -106,7 +106,7 @@ def _plan(model: str, device: torch.device) -> list[str]:
 
 
 def render(findings: dict[str, Any]) -> str:
-    """Write what `examine` found for a person."""
+    """Format what `examine` found as text."""
     machine = findings["machine"]
     memory = f"{machine['memory_gib']} GiB"
     if machine["memory_limit_gib"] < machine["memory_gib"]:

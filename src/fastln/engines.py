@@ -1,4 +1,4 @@
-"""Engines put a method on a model: fastln itself, plain torch, or peft. All train the same kinds of parameters."""
+"""Engines set up a model for a method: fastln itself, plain torch, or peft. All train the same kinds of parameters."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from fastln.prepare import prepare, restore
 
 N_VIRTUAL_TOKENS = 20
 PROMPT_METHODS = ("prefix", "p-tuning", "prompt")
-_VIRTUAL = ("PREFIX_TUNING", "P_TUNING", "PROMPT_TUNING", "MULTITASK_PROMPT_TUNING")  # peft's names of these
+_VIRTUAL = ("PREFIX_TUNING", "P_TUNING", "PROMPT_TUNING", "MULTITASK_PROMPT_TUNING")  # peft's names for these
 _TASK_TYPES = {
     "CAUSAL_LM": MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
     "SEQ_2_SEQ_LM": MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES,
@@ -47,23 +47,23 @@ def put_method(
     without: str | Iterable[str] = (),
     backend: str = "auto",
 ) -> nn.Module:
-    """Put `method` on any model, in place.
+    """Set up any model for `method`, in place.
 
     Args:
         model: the model.
         method: as `fastln.methods.get_method` takes it.
-        engine: who runs it; the method's first by default.
+        engine: the engine that runs it; the method's first by default.
         scope: as `fastln.prepare` takes it.
-        also: names of further modules that train whole.
+        also: names of further modules that train in full.
         without: names of what `fastln.prepare` leaves out; for engine `fastln` only.
-        backend: of fastln's operations; for engine `fastln` only.
+        backend: the backend of fastln's operations; for engine `fastln` only.
 
     Returns:
         The module to train: the model itself, or peft's wrapper of it.
 
     Raises:
-        FastLNError: for an unknown pair or scope, a model that the method finds nothing in, or `without` or a backend
-            under another engine.
+        FastLNError: for an unknown method, engine or scope, a model in which the method matches nothing, or `without`
+            or a backend with another engine.
     """
     method, scope = settle_scope(method, scope)
     also = (also,) if isinstance(also, str) else tuple(also)
@@ -93,10 +93,10 @@ def put_method(
 
 
 def check_without(without: str | Iterable[str], engine: str) -> None:
-    """Check that `prepare` knows what is to be left out, and that the engine is the one that has it.
+    """Check that `prepare` knows the names in `without`, and that they fit the engine.
 
     Raises:
-        FastLNError: for an unknown name, or any name under another engine than `fastln`.
+        FastLNError: for an unknown name, or any name with an engine other than `fastln`.
     """
     names = settle_without(without)
     if names and engine != "fastln":
@@ -107,7 +107,7 @@ def check_without(without: str | Iterable[str], engine: str) -> None:
 
 
 def check_finishes(method: str) -> None:
-    """Check that what `method` trains can become part of the model itself, as `to_stock` makes it.
+    """Check that `to_stock` can make what `method` trains part of the model itself.
 
     Raises:
         FastLNError: if it trains virtual tokens.
@@ -127,7 +127,7 @@ def to_stock(trained: nn.Module) -> nn.Module:
     """
     model = trained
     if isinstance(trained, peft.PeftModel):
-        # peft leaves its wrappers around the further modules (for norms), or takes them for linear layers (for ia3).
+        # peft leaves its wrappers around modules in `also` (for norms), or treats them as linear layers (for ia3).
         base = trained.get_base_model()
         for name, module in list(base.named_modules()):
             if isinstance(module, ModulesToSaveWrapper):
@@ -137,16 +137,16 @@ def to_stock(trained: nn.Module) -> nn.Module:
 
 
 def save_trained_adapter(trained: nn.Module, directory: Path, dtype: torch.dtype = torch.float32) -> None:
-    """Write what a method trained as an adapter: fastln's for norms, peft's for its own methods.
+    """Write what a method trained as an adapter: in fastln's form for norms, in peft's form for peft's methods.
 
     Args:
         trained: what `put_method` returned, before `to_stock`.
         directory: a new folder.
-        dtype: of the norms in it; peft's adapters keep their own.
+        dtype: dtype of its norms; peft's adapters keep their own dtype.
 
     Raises:
-        FastLNError: for what no adapter can hold (`full`, `bitfit`, norms beside lora, plain torch), with the reason;
-            or if the folder cannot be written to, and then it does not appear.
+        FastLNError: for what no adapter can hold (`full`, `bitfit`, norms with lora, plain torch), with the reason; or
+            if the folder cannot be written to. The folder then does not appear.
     """
     if not isinstance(trained, peft.PeftModel):
         save_adapter(trained, directory, dtype=dtype)
@@ -161,7 +161,7 @@ def save_trained_adapter(trained: nn.Module, directory: Path, dtype: torch.dtype
 
 
 def load_trained_adapter(model: nn.Module, directory: Path) -> nn.Module:
-    """Put an adapter that `save_trained_adapter` or peft wrote into a stock model.
+    """Load an adapter that `save_trained_adapter` or peft wrote into a stock model.
 
     Args:
         model: the base that it was trained on; it is changed in place.
@@ -171,8 +171,8 @@ def load_trained_adapter(model: nn.Module, directory: Path) -> nn.Module:
         The stock model with the adapter's values in it.
 
     Raises:
-        FastLNError: if the folder holds no whole adapter, if the adapter does not fit the model, or if it is of virtual
-            tokens; as `load_adapter` does.
+        FastLNError: if the folder holds no complete adapter, if the adapter does not fit the model, or if it holds
+            virtual tokens; also as in `load_adapter`.
     """
     if (kind := adapter_type(directory)) == LN_TUNING:
         with warnings.catch_warnings():
@@ -197,7 +197,7 @@ def _norms_and_lora(
     without: str | Iterable[str],
     backend: str,
 ) -> nn.Module:
-    # The names are found before anything is swapped for a stand-in.
+    # Find the names before `prepare` replaces any module with a stand-in.
     config = _peft_config(model, "lora", scope)
     prepare(model, "layernorm", scope=scope, also=also, without=without, backend=backend)
     own = [parameter for parameter in model.parameters() if parameter.requires_grad]
@@ -208,7 +208,7 @@ def _norms_and_lora(
 
 
 def _peft_config(model: nn.Module, method: str, scope: str | Iterable[str] | None) -> peft.PeftConfig:
-    """Return peft's configuration of a method, with LoRA's usual settings for LoRA and its kinds."""
+    """Return peft's configuration of a method, with LoRA's usual settings for LoRA and its variants."""
     inside = parameters_in(model, scope)
     if method == "layernorm":
         return peft.LNTuningConfig(target_modules=[name for name, _ in find_norms(model) if f"{name}.weight" in inside])
@@ -219,7 +219,7 @@ def _peft_config(model: nn.Module, method: str, scope: str | Iterable[str] | Non
     }
     if method == "ia3":
         scaled = [name for name in attention if IA3_TARGETS.search(name)]
-        # What follows the hidden row stands last in a block.
+        # The layer after the hidden units is the last in a block.
         hidden = [list(maps)[-1] for maps in ffn_maps(model).values() if _is_linear(list(maps.values())[-1])]
         hidden = [name for name in hidden if f"{name}.weight" in inside]
         return peft.IA3Config(target_modules=_found(scaled, method, model) + hidden, feedforward_modules=hidden)
@@ -228,7 +228,7 @@ def _peft_config(model: nn.Module, method: str, scope: str | Iterable[str] | Non
         return peft.VeraConfig(target_modules=targets)
     settings = {"lora_alpha": 2 * LORA_RANK, "lora_dropout": 0.1, "target_modules": targets}
     if method == "adalora":
-        # The trainer says how many steps there are, when it knows.
+        # The trainer sets the number of steps once it knows it.
         return peft.AdaLoraConfig(**settings, target_r=LORA_RANK, init_r=12, total_step=1)
     return peft.LoraConfig(**settings, r=LORA_RANK, use_dora=method == "dora")
 

@@ -1,4 +1,4 @@
-"""Fingerprints of base models: an adapter or a checkpoint carries one, to find out whether a model is its base."""
+"""Fingerprints of base models: an adapter or checkpoint stores one, to check whether a model is its base."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ FINGERPRINT = "fastln_base"
 """The key of the fingerprint in a safetensors file's metadata."""
 
 _VERSION = "v2"
-_N_SAMPLED = 64  # values of each parameter
+_N_SAMPLED = 64  # values per parameter
 _PRECISIONS = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 def fingerprint(model: nn.Module, without: Collection[str] = ()) -> str:
-    """Return what identifies a base model: digests of its parameters' names, shapes and some of their values.
+    """Return a fingerprint of a base model: digests of its parameters' names, shapes and some of their values.
 
-    There is one digest of the values rounded to bfloat16 and one of them rounded to float16, and the dtypes that the
-    parameters have. `difference` compares a model with it. Some 64 values of each parameter are looked at, so that
-    bases trained differently differ, but ones that differ in a few values alone may not. The answers that a dual
-    encoder chooses from count too: with another list the same head gives other answers.
+    It has a digest of the values rounded to bfloat16, one of the values rounded to float16, and the dtypes of the
+    parameters. `difference` compares a model with it. It covers about 64 values of each parameter. So bases that were
+    trained differently have different fingerprints, but bases that differ in only a few values may not. It also covers
+    the list of answers that a dual encoder chooses from: with another list, the same head gives other answers.
 
     Args:
         model: the model, prepared or stock.
@@ -38,17 +38,17 @@ def fingerprint(model: nn.Module, without: Collection[str] = ()) -> str:
 def difference(stored: str, model: nn.Module, without: Collection[str] = ()) -> str | None:
     """Compare a model with a stored fingerprint.
 
-    The model may have another dtype than the one that the fingerprint was taken of: a checkpoint in float32 agrees with
-    itself loaded in bfloat16 or in float16. Loaded in these two it may not, for either keeps bits that the other
-    rounds away; the answer then says so.
+    The model may have another dtype than the one with the fingerprint: a float32 checkpoint matches itself loaded in
+    bfloat16 or float16. But if one is loaded in bfloat16 and the other in float16, they may not match, because each
+    dtype keeps bits that the other rounds away. The answer then says so.
 
     Args:
-        stored: what `fingerprint` returned; or what it returned before it had versions, a bare digest in bfloat16.
+        stored: what `fingerprint` returned, or the older form without a version, a bare digest in bfloat16.
         model: the model, prepared or stock.
         without: names of parameters that are left out.
 
     Returns:
-        What differs, for an error message; None where the model agrees.
+        What differs, for an error message; None if the model matches.
 
     Raises:
         FastLNError: if a later version of fastln wrote the fingerprint.

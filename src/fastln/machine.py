@@ -1,4 +1,4 @@
-"""What this machine has, and what "auto" means on it."""
+"""The machine: devices, dtypes, memory limits and versions; what "auto" means here."""
 
 from __future__ import annotations
 
@@ -28,10 +28,10 @@ TESTED_VERSIONS = {"torch": ">=2.13,<2.14", "transformers": ">=5.23,<5.24"}
 
 
 def settle_device(name: str) -> torch.device:
-    """Return the device that `name` means: "cpu", "cuda", or "auto" for a GPU where there is one.
+    """Return the device that `name` means: "cpu", "cuda", or "auto" for a GPU if there is one.
 
     Raises:
-        FastLNError: for another name, or "cuda" where torch sees no GPU.
+        FastLNError: for an unknown name, or "cuda" if torch sees no GPU.
     """
     if name not in DEVICES:
         raise FastLNError(f"unknown device {name!r} (valid: {', '.join(DEVICES)})")
@@ -43,10 +43,10 @@ def settle_device(name: str) -> torch.device:
 
 
 def settle_dtype(name: str, device: torch.device) -> torch.dtype:
-    """Return the dtype that `name` means: "auto" is bfloat16 where the device has units for it, else float32.
+    """Return the dtype that `name` means: "auto" is bfloat16 if the hardware supports it, else float32.
 
     Raises:
-        FastLNError: for another name.
+        FastLNError: for an unknown name.
     """
     if name == "auto":
         return torch.bfloat16 if has_bfloat16_units(device) else torch.float32
@@ -59,7 +59,7 @@ def has_bfloat16_units(device: torch.device) -> bool:
     """Whether the device multiplies bfloat16 in hardware."""
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
-    # Not mkldnn's own question, which says yes where bfloat16 is emulated, at a loss.
+    # mkldnn's own check also says yes if bfloat16 is emulated, which is slower than float32.
     return bool({"avx512_bf16", "amx_bf16", "bf16"} & cpu_flags())
 
 
@@ -68,8 +68,8 @@ class MemoryLimit:
     """How much memory may be used.
 
     Attributes:
-        n_bytes: That much.
-        source: What sets this limit, in words for a user.
+        n_bytes: The limit, in bytes.
+        source: What sets it, in words for users.
     """
 
     n_bytes: int
@@ -77,10 +77,10 @@ class MemoryLimit:
 
 
 def memory_limit(proc: Path = Path("/proc/self")) -> MemoryLimit:
-    """Return how much memory this process may use: the machine's, or the limit of a cgroup (a container) if less.
+    """Return how much memory this process may use: the machine's, or less if a cgroup (a container) limits it.
 
     Args:
-        proc: The process's folder, in which `cgroup` and `mountinfo` say where the limits stand.
+        proc: The process's folder; its files `cgroup` and `mountinfo` say where the limits are.
     """
     physical = psutil.virtual_memory().total
     in_cgroup = min(_cgroup_limits(proc), default=physical)
@@ -90,7 +90,7 @@ def memory_limit(proc: Path = Path("/proc/self")) -> MemoryLimit:
 
 
 def arena_limit() -> MemoryLimit:
-    """Return how much the arena of large CPU tensors may hold: `memory_limit`, or half of what `ulimit -v` leaves."""
+    """Return the limit of the arena of large CPU tensors: `memory_limit`, or half of what `ulimit -v` leaves."""
     limit = memory_limit()
     addresses, _ = resource.getrlimit(resource.RLIMIT_AS)
     if addresses == resource.RLIM_INFINITY:
@@ -100,7 +100,7 @@ def arena_limit() -> MemoryLimit:
 
 
 def why_no_arena(device: torch.device) -> str | None:
-    """Say why `install_arena` would not do for a model on `device`; None where it would. It replaces nothing."""
+    """Say why `install_arena` cannot serve a model on `device`; None if it can. This changes nothing."""
     if device.type != "cpu":
         return f"the arena is for CPU tensors, and the model is on {device.type}"
     if os.environ.get("FASTLN_KEEP_PAGES", "1") == "0":
@@ -114,14 +114,14 @@ def why_no_arena(device: torch.device) -> str | None:
 
 
 def install_arena() -> None:
-    """Have this process keep the memory of large CPU tensors that are freed, for the next step to use as it is.
+    """Keep the memory of freed large CPU tensors in this process, so that the next step can reuse it.
 
-    A training step frees large tensors and asks for the same ones again. Without the arena, the C library gives the
-    largest back to the system at once, which maps and zeroes each page again at the next touch. In the arena, memory
-    stays for tensors of 64 KiB and more. Each call counts one user more; `release_arena` undoes one call.
+    A training step frees large tensors and then allocates the same sizes again. Without the arena, the C library
+    returns the largest ones to the system at once, and the system maps and zeroes their pages again on the next use.
+    The arena keeps the memory of tensors of 64 KiB and more. Each call adds one user; `release_arena` undoes one call.
 
     Raises:
-        KernelsUnavailableError: If torch or the system refuses; `why_no_arena` says so before.
+        KernelsUnavailableError: If torch or the system refuses; `why_no_arena` tells in advance.
     """
     limit = arena_limit()
     if n_bytes := memory.install(limit.n_bytes):
@@ -134,22 +134,22 @@ def install_arena() -> None:
 
 
 def release_arena() -> None:
-    """Undo one `install_arena`; after the last one torch's allocator is back, and free memory goes to the system."""
+    """Undo one `install_arena`. The last call restores torch's allocator and returns free memory to the system."""
     memory.release()
 
 
 def cpu_flags() -> set[str]:
-    """The instruction sets that the kernel reports; empty where it does not."""
+    """Return the instruction sets that the kernel reports; empty if it reports none."""
     return set((_cpu_info("flags") or _cpu_info("Features") or "").split())
 
 
 def cpu_model() -> str:
-    """The processor's name."""
+    """Return the processor's name."""
     return _cpu_info("model name") or platform.processor() or platform.machine()
 
 
 def package_version(package: str) -> str | None:
-    """The installed version of a package; None where it is not installed."""
+    """Return the installed version of a package; None if it is not installed."""
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
@@ -157,9 +157,9 @@ def package_version(package: str) -> str | None:
 
 
 def warn_of_untested_versions() -> None:
-    """Warn, in one line, of versions of torch and transformers that fastln is not tested with.
+    """Warn, in one line, about versions of torch and transformers that fastln is not tested with.
 
-    `FASTLN_UNTESTED_VERSIONS=1` silences it, for who tests just that (`make test-newest`).
+    `FASTLN_UNTESTED_VERSIONS=1` silences the warning, for tests of such versions (`make test-newest`).
     """
     if os.environ.get("FASTLN_UNTESTED_VERSIONS", "0") != "0":
         return
@@ -186,7 +186,7 @@ def _cpu_info(key: str) -> str | None:
 
 
 def _cgroup_limits(proc: Path) -> Iterator[int]:
-    """Yield the limits, in bytes, of this process's cgroup and of those around it, of versions 1 and 2."""
+    """Yield the limits, in bytes, of this process's cgroup and its parents, for cgroup versions 1 and 2."""
     try:
         groups = (proc / "cgroup").read_text().splitlines()
         mounts = (proc / "mountinfo").read_text().splitlines()
@@ -203,7 +203,7 @@ def _cgroup_limits(proc: Path) -> Iterator[int]:
         kind, *_, options = after.split()
         if kind not in paths or (kind == "cgroup" and "memory" not in options.split(",")):
             continue
-        # A container sees its own group as the root of the mount, whatever path it is told.
+        # A container sees its own group as the root of the mount, even if `cgroup` gives another path.
         folder = Path(point, os.path.relpath(paths[kind], root))
         folder = folder if Path(paths[kind]).is_relative_to(root) and folder.is_dir() else Path(point)
         while folder.is_relative_to(point):

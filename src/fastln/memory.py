@@ -1,7 +1,7 @@
-"""What a training step holds in memory: counted while a model runs, on a CPU, a GPU or the meta device, or measured.
+"""The memory of a training step: counted while a model runs (on a CPU, a GPU or the meta device), or measured.
 
-The words are the same everywhere. *Weights* are a model's parameters and buffers, *gradients* those of the parameters
-that train, *optimizer* what the optimizer keeps for them, and *saved* what autograd keeps from forward to backward.
+All reports use the same terms. *Weights* are a model's parameters and buffers. *Gradients* are those of the trained
+parameters. *Optimizer* is what the optimizer keeps for them. *Saved* is what autograd keeps from forward to backward.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ MASTER = 4  # bytes for each trained number of lower precision: its float32 copy
 
 @dataclass(frozen=True)
 class Footprint:
-    """What a training step holds in memory, in bytes. Libraries and intermediate results come on top.
+    """The memory of a training step, in bytes, without libraries and intermediate results.
 
     Attributes:
-        weights: Of parameters and buffers.
-        gradients: Of the parameters that train.
+        weights: Parameters and buffers.
+        gradients: Gradients of the trained parameters.
         optimizer: What the optimizer keeps for them.
         saved: What autograd keeps for backward.
     """
@@ -46,10 +46,10 @@ class Footprint:
         return self.weights + self.gradients + self.optimizer + self.saved
 
     def describe(self, saved: str = "stored for backward") -> str:
-        """Return it as one line, in MiB.
+        """Format the sizes as one line, in MiB.
 
         Args:
-            saved: What to call `saved`, for example by what batch it was counted.
+            saved: The label of `saved`, for example with the batch that it was counted for.
         """
         parts = {"weights": self.weights, "gradients": self.gradients, "optimizer": self.optimizer, saved: self.saved}
         listed = ", ".join(f"{name} {size / 2**20:,.1f}" for name, size in parts.items())
@@ -57,10 +57,10 @@ class Footprint:
 
 
 def footprint(model: nn.Module, saved: int) -> Footprint:
-    """Return what a step of AdamW holds, as `fastln.training` sets it up: moments and copies in float32.
+    """Return the memory of an AdamW step as `fastln.training` runs it, with moments and copies in float32.
 
     Args:
-        model: On any device, the meta device included. What trains is what requires a gradient.
+        model: On any device, including meta. The trained parameters are those that require a gradient.
         saved: Bytes that autograd keeps for backward, as `SavedActivations` counts them.
     """
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
@@ -77,26 +77,26 @@ def footprint(model: nn.Module, saved: int) -> Footprint:
 class SavedActivations:
     """Counts the bytes that autograd keeps for backward while the context is open.
 
-    Open it around the forward pass alone: what a recomputing layer saves again during backward is not kept between the
-    two. Every storage counts once and whole, however many views of it are saved, because any view keeps all of it
-    alive. The storages of the model's own parameters and buffers do not count, because they would be there anyway.
+    Open it only around the forward pass: what a recomputing layer saves again during backward is not kept between the
+    two. Each storage counts once and in full, however many views of it are saved, because any view keeps all of it
+    alive. The storages of the model's own parameters and buffers do not count, because they exist anyway.
 
         with SavedActivations(model) as saved:
             loss = model(**batch).loss
         loss.backward()
         print(saved.bytes)
 
-    The model may lie on the meta device, with its batch. Then `AsOnCPU` is on, and the count is that of the same model
-    on a CPU, except that
+    The model and its batch may be on the meta device. Then `AsOnCPU` is active, and the count is that of the same model
+    on a CPU, with these exceptions:
 
-    - logits and the last block's rows do not wait there, because `fastln.late` needs to know which positions have a
-      label. So a prepared model counts them whole, as with `without=("late_logits", "late_rows")` on a CPU;
-    - torch's own LayerNorm in 16 bits counts its statistics in float32, as a GPU keeps them, and a CPU does in 16 bits;
-    - no token counts as padding, so no mask is kept that a CPU would keep for a padded batch;
-    - a model whose shapes depend on values, such as Qwen2.5-VL, cannot run there: torch raises its own error.
+    - Logits and the last block's rows are not late, because `fastln.late` needs to know which positions have a label.
+      So a prepared model counts them in full, as with `without=("late_logits", "late_rows")` on a CPU.
+    - torch's own LayerNorm in 16 bits counts its statistics in float32, as on a GPU. A CPU keeps them in 16 bits.
+    - No token counts as padding, so the count lacks the mask that a CPU would keep for a padded batch.
+    - A model whose shapes depend on values, such as Qwen2.5-VL, cannot run on meta: torch raises its own error.
 
     Args:
-        model: Its parameters and buffers are left out.
+        model: The model whose parameters and buffers do not count.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -110,14 +110,14 @@ class SavedActivations:
 
     @property
     def bytes(self) -> int:
-        """What was saved so far, in bytes."""
+        """The bytes saved so far."""
         return sum(self._sizes.values())
 
     def _pack(self, tensor: Tensor) -> Tensor:
         storage = _storage(tensor)
         if storage not in self._excluded:
             self._sizes[storage] = tensor.untyped_storage().nbytes()
-        return tensor.detach()  # a result packed as it is would hold the node that holds it, for ever
+        return tensor.detach()  # an undetached result would form a cycle with its own node, and never be freed
 
     def __enter__(self) -> SavedActivations:
         if self._is_meta:
@@ -130,28 +130,27 @@ class SavedActivations:
 
 
 def _storage(tensor: Tensor) -> StorageWeakRef:
-    """Return what tells a tensor's storage from all others, those included that get its address after it is freed.
+    """Return a key that identifies a tensor's storage, even if another one gets its address after it is freed.
 
-    On the meta device every storage has the address 0. A weak reference keeps no memory.
+    On the meta device every storage has the address 0. A weak reference keeps no memory alive.
     """
     return StorageWeakRef(tensor.untyped_storage())
 
 
 class AsOnCPU(TorchFunctionMode):
-    """Has a model on the meta device do what it does on a CPU, although no tensor has values there.
+    """Makes a model on the meta device run as on a CPU, although its tensors have no values.
 
-    Attention: on the meta device torch's own forms the scores, and keeps them. Here it takes the operator in blocks
-    that a CPU takes, wherever a CPU would.
+    Attention: on the meta device, torch's own attention forms the scores and keeps them. Here it uses the blockwise
+    operator wherever a CPU would.
 
-    Questions about values: `if mask.all():` fails on the meta device. Here the answer is yes, which transformers' own
-    questions hope for: no token is padding, the texts of a batch are not packed, there are as many image tokens as
-    patches.
+    Tests of values: `if mask.all():` fails on the meta device. Here such a test is true, which is the usual case in
+    transformers: no token is padding, the texts of a batch are not packed, there are as many image tokens as patches.
     """
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        """Call `func`, or what takes its place on the meta device."""
+        """Call `func`, or its replacement on the meta device."""
         if func is functional.scaled_dot_product_attention and args[0].is_meta:
             return _attention(*args, **(kwargs or {}))
         if func in _QUESTIONS and args[0].is_meta and args[0].dtype == torch.bool:
@@ -172,14 +171,14 @@ def _attention(
     scale: float | None = None,
     enable_gqa: bool = False,
 ) -> Tensor:
-    """As `torch.nn.functional.scaled_dot_product_attention`, by the operator that a CPU takes."""
+    """Compute `torch.nn.functional.scaled_dot_product_attention` with the operator that a CPU uses."""
     in_blocks = dropout_p == 0 and query.ndim == 4 and not (attn_mask is not None and attn_mask.requires_grad)
     if not in_blocks:
         return functional.scaled_dot_product_attention(
             query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
         )
     if attn_mask is not None and attn_mask.dtype == torch.bool:
-        attn_mask = torch.zeros_like(attn_mask, dtype=query.dtype)  # what a CPU's operator is given, and keeps
+        attn_mask = torch.zeros_like(attn_mask, dtype=query.dtype)  # the CPU's operator gets such a mask, and keeps it
     operator = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
     out: Tensor = operator(query, key, value, 0.0, is_causal, attn_mask=attn_mask, scale=scale)[0]
     return out
@@ -195,21 +194,21 @@ def reset_peak(device: torch.device) -> str:
     """Start a new measurement of the peak memory of `device` (of this process, for the CPU).
 
     Returns:
-        What `peak_bytes` will return: "CUDA allocator peak"; or "process peak RSS", which is everything resident
-        (libraries, weights, activations); or, where the system cannot reset that, "process peak RSS, whole life".
+        The name of what `peak_bytes` will return: "CUDA allocator peak"; or "process peak RSS", which is everything
+        resident (libraries, weights, activations); or "process peak RSS, whole life" if the system cannot reset that.
     """
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         return "CUDA allocator peak"
     try:
-        Path("/proc/self/clear_refs").write_text("5")  # 5: VmHWM falls back to what is resident now
+        Path("/proc/self/clear_refs").write_text("5")  # 5 resets VmHWM to what is resident now
     except OSError:
         return "process peak RSS, whole life"
     return "process peak RSS"
 
 
 def peak_bytes(device: torch.device) -> int:
-    """The peak memory since `reset_peak`, in bytes."""
+    """Return the peak memory since `reset_peak`, in bytes."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     try:

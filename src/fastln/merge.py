@@ -1,4 +1,4 @@
-"""Merging: the whole model, stock, with the tuned values in the base's dtype."""
+"""Merging: writes the whole stock model with the tuned values in the base's dtype."""
 
 from __future__ import annotations
 
@@ -20,17 +20,17 @@ _WEIGHTS_FILE = re.compile(r"model(-\d+-of-\d+)?\.safetensors(\.index\.json)?")
 
 
 def merge_adapter(model: PreTrainedModel, directory: str | Path) -> None:
-    """Write the whole model with `save_pretrained`, the tuned values in the base's dtype; the model stays as it is.
+    """Write the whole model with `save_pretrained`, with tuned values in the base's dtype; the model does not change.
 
-    Of several processes only the first writes.
+    With several processes, only the first writes.
 
     Args:
         model: a model that `prepare` was called on, or a stock one after `load_adapter`.
-        directory: the folder; a model in it is replaced once all of the new one is on the disk.
+        directory: the folder; a model in it is replaced once the new one is completely on disk.
 
     Raises:
         FastLNError: if the model is sharded, or if the folder cannot be written to; an earlier model in it is then
-            still whole.
+            still complete.
     """
     if is_sharded(model):
         raise FastLNError(
@@ -54,7 +54,7 @@ def merge_adapter(model: PreTrainedModel, directory: str | Path) -> None:
 
 
 def save_merged(model: PreTrainedModel, directory: Path) -> None:
-    """Call `save_pretrained` with the tuned values in the base's dtype; on a full disk half a model may remain."""
+    """Call `save_pretrained` with the tuned values in the base's dtype; on a full disk, part of a model may remain."""
     state = prepared(model)
     dtypes: Mapping[str, torch.dtype] = {} if state is None else state.dtypes
     tuned = {name: parameter for name, parameter in model.named_parameters() if name in dtypes}

@@ -87,8 +87,8 @@ def _norms_and_ends(model: nn.Module) -> list[str]:
     return [*norm_parameters(model), *connector, *embedding_parameters(model), *head_parameters(model)]
 
 
-# Learning rates: those of layernorm, lora, bitfit and full were tuned on VQA-RAD (README). The others have the order of
-# magnitude that their papers use.
+# Learning rates: those of layernorm, lora, bitfit and full were tuned on VQA-RAD (docs/benchmarks.md). The others have
+# the order of magnitude that their papers use.
 HEAD_LEARNING_RATE = 1e-3
 _NORMS = 3e-3
 _MATRICES = 5e-5

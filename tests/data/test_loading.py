@@ -85,7 +85,7 @@ def test_a_published_validation_split_is_the_one():
         source.dataset("validation")
     published = dataclasses.replace(source, splits=source.splits | {"validation": source.splits["test"]})
     assert published.dataset("validation").samples == source.splits["test"]
-    with pytest.raises(FastLNError, match=r"has a validation split of its own: validation_fraction must be 0, not 0.1"):
+    with pytest.raises(FastLNError, match=r"already has a validation split: validation_fraction must be 0, not 0.1"):
         published.dataset("train", validation_fraction=0.1)
 
 

@@ -69,11 +69,11 @@ def test_no_whole_checkpoint_is_an_error(run, tmp_path):
 
 def test_a_checkpoint_of_another_run_is_refused(run):
     folder, _ = run
-    with pytest.raises(FastLNError, match=r"trained.safetensors: it is of another run: \d+ names differ"):
+    with pytest.raises(FastLNError, match=r"trained.safetensors: it is from another run: \d+ names differ"):
         trainer(folder, "attention").train(resume_from_checkpoint=True)
     other = FastLNTrainer(llama(), arguments(folder), train_dataset=Sentences())
     other.model.model.norm.weight = torch.nn.Parameter(torch.ones(16))
-    with pytest.raises(FastLNError, match=r"of another model: model.norm.weight has shape \(32,\) there and \(16,\)"):
+    with pytest.raises(FastLNError, match=r"from another model: model.norm.weight has shape \(32,\) there and \(16,\)"):
         other.train(resume_from_checkpoint=True)
 
 
@@ -113,7 +113,7 @@ def test_a_checkpoint_beside_another_base_is_refused(method, tmp_path):
     kept = frozen.detach().clone()
     with torch.no_grad():
         frozen += 1
-    with pytest.raises(FastLNError, match=r"checkpoint-12/trained\.safetensors: it is of another base model"):
+    with pytest.raises(FastLNError, match=r"checkpoint-12/trained\.safetensors: it is from another base model"):
         other.train(resume_from_checkpoint=True)
     with torch.no_grad():
         frozen.copy_(kept)

@@ -386,7 +386,7 @@ def test_lora_counts_the_model_and_not_its_copies(tmp_path):
 def test_a_checkpoint_of_another_method_is_refused(tmp_path):
     data = tiny.phantom(24)
     train_task(tiny.dual(tmp_path, data), data, CONFIG, TrainFiles(tmp_path / "a"), progress=False)
-    with pytest.raises(FastLNError, match="it is of another run"):
+    with pytest.raises(FastLNError, match="it is from another run"):
         train_task(
             tiny.dual(tmp_path, data),
             data,

@@ -1,4 +1,4 @@
-"""Answers as text: what counts as the same answer, and the list of those that a classifier can give."""
+"""Answers as text: which answers count as equal, and the vocabulary of answers that a classifier chooses from."""
 
 from __future__ import annotations
 
@@ -9,17 +9,17 @@ from fastln.errors import FastLNError
 from fastln.ops.linear_cross_entropy import IGNORE_INDEX
 
 UNKNOWN = IGNORE_INDEX
-"""The index of an answer that is not in the vocabulary, which counts for nothing in the loss."""
+"""The index of an answer outside the vocabulary; the loss ignores it."""
 
 _SURROUNDING = " .,;:!?\"'`"
 
 
 def normalise_answer(text: str) -> str:
-    """Return an answer in the form in which answers are compared.
+    """Normalise an answer for comparison.
 
-    In this order: lower case; runs of white space become one blank; blanks and the characters ``. , ; : ! ? " ' ` ``
-    are taken from both ends. Nothing inside changes and nothing else is removed: `5%`, `X-ray` and `(CN V)` keep
-    their signs, `Yes.` and `" yes"` become `yes`.
+    In this order: convert to lower case; replace runs of white space by one blank; strip blanks and the characters
+    ``. , ; : ! ? " ' ` `` from both ends. Nothing else changes: `5%`, `X-ray` and `(CN V)` keep their signs; `Yes.` and
+    `" yes"` become `yes`.
     """
     return " ".join(text.lower().split()).strip(_SURROUNDING)
 
@@ -47,16 +47,16 @@ class AnswerVocabulary:
 
     @classmethod
     def build(cls, answers: Iterable[str]) -> AnswerVocabulary:
-        """Make the vocabulary of training answers: normalised, the most frequent first, equal counts by their text.
+        """Make the vocabulary of training answers: normalised, most frequent first, ties sorted by text.
 
         Raises:
-            FastLNError: There are no answers, or normalising leaves nothing of one.
+            FastLNError: There are no answers, or one of them is empty after normalising.
         """
         counts = Counter(normalise_answer(answer) for answer in answers)
         return cls(sorted(counts, key=lambda answer: (-counts[answer], answer)))
 
     def index(self, answer: str) -> int:
-        """Return the index of an answer in any spelling; `UNKNOWN` where the vocabulary lacks it."""
+        """Return the index of an answer, which need not be normalised; `UNKNOWN` if the vocabulary lacks it."""
         return self._indices.get(normalise_answer(answer), UNKNOWN)
 
     def __getitem__(self, index: int) -> str:

@@ -1,4 +1,4 @@
-"""Batches of questions about the same images, or of texts of like length."""
+"""Batches of questions about the same images, or with texts of similar length."""
 
 from __future__ import annotations
 
@@ -9,22 +9,22 @@ from torch.utils.data import Sampler
 
 from fastln.data.dataset import VQADataset
 
-_STRETCH = 16  # batches: texts of like length are put together among so many, which chance chooses
+_STRETCH = 16  # batches: texts are sorted by length within random stretches of this many
 
 
 class GroupedBatches(Sampler[list[int]]):
-    """Indices of questions in batches, with up to `questions_per_image` of one image beside each other.
+    """Batches of question indices, with up to `questions_per_image` questions on one image next to each other.
 
-    The vision encoder can then run once for all of them, which changes no result. Each epoch, the questions of each
-    image are shuffled and cut into groups, and the shuffled groups, one after the other, fill the batches; a batch that
-    a group would overfill takes only part of it. Every question comes once an epoch. With one question per image this
-    is an ordinary shuffle. Note that questions of one image make the batches less independent of each other.
+    The vision encoder can then run once for all of them, which changes no result. In each epoch, the questions of each
+    image are shuffled and cut into groups. The shuffled groups fill the batches in turn; if a group would overfill a
+    batch, the batch takes only part of it. Every question comes once per epoch. With one question per image, this is an
+    ordinary shuffle. Note that grouping by image makes the batches less independent of each other.
 
-    With `by_length` the groups of some batches that stand beside each other are ordered by the length of their texts
-    before they fill them, and the batches are shuffled: less of them is padding, which costs as much as text.
+    With `by_length`, the groups of some neighbouring batches are sorted by the length of their texts before they fill
+    the batches, and the batches are shuffled. This leaves less padding, which costs as much as text.
 
-    The order depends on the questions, the seed and the epoch alone, so a run is resumed by setting the epoch and
-    leaving out the batches already done.
+    The order depends only on the questions, the seed and the epoch. So a run is resumed by setting the epoch and
+    skipping the batches that are already done.
 
     Args:
         dataset: The questions.
@@ -32,7 +32,7 @@ class GroupedBatches(Sampler[list[int]]):
         seed: Any integer.
         questions_per_image: The largest group.
         drop_last: Leave out a short last batch.
-        by_length: Whether texts of like length come together; the short last batch has the longest then.
+        by_length: Whether texts of similar length come together; the short last batch then has the longest.
     """
 
     def __init__(
@@ -70,7 +70,7 @@ class GroupedBatches(Sampler[list[int]]):
         return full + (rest > 0 and not self.drop_last)
 
     def __iter__(self) -> Iterator[list[int]]:
-        # Seeding by text gives the same numbers in every version of Python and mixes seed and epoch well.
+        # Seeding with a string gives the same numbers in every version of Python and mixes seed and epoch well.
         shuffler = random.Random(f"{self.seed}/{self.epoch}")
         groups = []
         for indices in self._by_image.values():

@@ -1,4 +1,4 @@
-"""Samples and their images: what every reader makes and every model takes."""
+"""Samples and their images: the data that all readers return and all models take."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ class Sample:
     """One question about one or several images, or one report to write about them.
 
     Attributes:
-        id: Name of the sample in its data, which may give several the same.
-        image: Key of the image, to be given to `VQADataset.image`; several samples share one image. Empty where
-            there is none: a question for a language model.
-        question: The question; runs of white space are single blanks. Empty where a report is wanted.
+        id: The sample's name in its data; it need not be unique.
+        image: Key of the image, for `VQADataset.image`; several samples may share one image. Empty if there is no
+            image: a question for a language model.
+        question: The question; runs of white space are single blanks. Empty if a report is to be written.
         answer: The answer (or the report) in the spelling of the data, never empty.
-        closed: True where the data calls the question closed (yes/no, or a choice it names), False where open, None
-            where it does not say.
+        closed: True if the data calls the question closed (yes/no, or a named choice), False if open, None if it does
+            not say.
         views: Keys of further images of the same study, in the order of the data.
-        history: What was asked and answered before in the same conversation. A model may learn those answers too; the
+        history: The earlier questions and answers of the same conversation. A model may learn those answers too; the
             last one, `answer`, is what is scored.
     """
 
@@ -43,22 +43,22 @@ class Sample:
 
     @property
     def images(self) -> tuple[str, ...]:
-        """The keys of all its images."""
+        """The keys of all images."""
         return (self.image, *self.views) if self.image else ()
 
     @property
     def n_characters(self) -> int:
-        """The summed length of the texts of all its turns."""
+        """The total length of the texts of all turns."""
         return sum(len(text) for turn in ((self.question, self.answer), *self.history) for text in turn)
 
     @property
     def is_report(self) -> bool:
-        """Whether there is no question: a report is to be written."""
+        """Whether a report is to be written, because there is no question."""
         return not self.question
 
 
 def demands(samples: Iterable[Sample]) -> frozenset[str]:
-    """Return what samples ask of a model beyond the answer to one question.
+    """Return what samples demand of a model beyond the answer to one question.
 
     Returns:
         Some of `images`, `questions without an image`, `several images`, `reports` and `conversations`.
@@ -76,9 +76,9 @@ def demands(samples: Iterable[Sample]) -> frozenset[str]:
 
 
 def digest(samples: Iterable[Sample], stats: Mapping[str, ImageStat]) -> str:
-    """Return a digest of samples, in their order: of their texts, and of their images' keys and stats (not pixels).
+    """Return a digest of samples, in order: their texts and their images' keys and stats (not pixels).
 
-    To read the whole of every image at each start would take too long.
+    Reading every image in full at each start would take too long.
     """
     hashed = hashlib.sha256()
     for sample in samples:
@@ -88,14 +88,14 @@ def digest(samples: Iterable[Sample], stats: Mapping[str, ImageStat]) -> str:
 
 @dataclass(frozen=True, slots=True)
 class Source:
-    """What a reader returns: all its splits, and a function from an image's key to the image.
+    """The result of a reader: all splits, and a function from an image's key to the image.
 
     Attributes:
-        name: Shown wherever the data is named.
-        synthetic: True where the images are drawn by a program.
-        splits: The samples by split, in the order of the data; a split that the data does not have is missing.
+        name: The data's name, for messages.
+        synthetic: Whether a program draws the images.
+        splits: The samples by split, in the order of the data; splits that the data lacks are missing.
         image: Takes a key, gives the image in mode RGB; can be pickled, for worker processes.
-        stats: What is known of each image without decoding it, by its key.
+        stats: What is known about each image without decoding it, by key.
     """
 
     name: str
@@ -107,28 +107,27 @@ class Source:
     def dataset(self, split: str, *, validation_fraction: float = 0.0) -> VQADataset:
         """Return one split.
 
-        Data that has no validation split of its own can have one taken out of the training questions: all those about
-        some of the images, chosen by a hash of the image's key alone. So rephrasings of one question stay on one side;
-        and so do an image's answers, of which some set aside would leave the others to be learnt as the answer to
-        everything.
+        If the data has no validation split, one can be taken from the training questions: all questions about some of
+        the images, chosen only by a hash of the image's key. So all rephrasings of a question stay on one side, and so
+        do all answers about an image. If only some of these were set aside, a model could learn the others as the
+        answer to everything.
 
         Args:
             split: `train`, `validation` or `test`.
-            validation_fraction: Share of the images whose training questions are set aside, from 0 up to but not
+            validation_fraction: Fraction of the images whose training questions are set aside, from 0 up to but not
                 including 1.
 
         Returns:
             The questions of the split, at least one.
 
         Raises:
-            FastLNError: An unknown split, one that the data does not have or that is empty; a bad fraction, or one for
-                data that has a validation split of its own.
+            FastLNError: The split is unknown, missing in the data or empty; or the fraction is out of range, or is
+                given for data that already has a validation split.
         """
         check_split(split, validation_fraction)
         if validation_fraction and "validation" in self.splits:
             raise FastLNError(
-                f"{self.name} has a validation split of its own: validation_fraction must be 0, not "
-                f"{validation_fraction}"
+                f"{self.name} already has a validation split: validation_fraction must be 0, not {validation_fraction}"
             )
         if validation_fraction and split != "test":
             wanted = split == "validation"
@@ -148,12 +147,12 @@ class Source:
 
 
 class VQADataset(Dataset[Sample]):
-    """The questions of one split. Images are decoded each time they are asked for.
+    """The questions of one split. Images are decoded on each access.
 
     Attributes:
         name: The name of the data.
         split: `train`, `validation` or `test`.
-        synthetic: True where the images are drawn by a program.
+        synthetic: Whether a program draws the images.
         samples: The questions, in a fixed order.
     """
 
@@ -186,7 +185,7 @@ class VQADataset(Dataset[Sample]):
         return self._image(key)
 
     def stat(self, key: str) -> ImageStat:
-        """Return what is known of an image, one of `Sample.images`, without decoding it."""
+        """Return what is known about an image, one of `Sample.images`, without decoding it."""
         return self._stats[key]
 
 

@@ -1,12 +1,12 @@
 """DICOM images to RGB, in the window that the file names.
 
 The grey values of the first frame pass through the modality's rescaling and the file's first window (DICOM PS3.3
-C.11.2.1.2, functions LINEAR, LINEAR_EXACT and SIGMOID) or table of values of interest; without either, the lowest value
-becomes black and the highest white (so too for windows that enhanced files keep per frame). MONOCHROME1, where low is
-bright, is inverted.
+C.11.2.1.2, functions LINEAR, LINEAR_EXACT and SIGMOID) or table of values of interest. Without either, the lowest value
+becomes black and the highest white; this also applies to enhanced files, which keep their windows per frame.
+MONOCHROME1, in which low values are bright, is inverted.
 
-pydicom reads the files (`pip install 'fastln[dicom]'`); uncompressed and run-length encoded pixels need nothing more,
-JPEG, JPEG-LS and JPEG 2000 the plugins of pydicom that decode them.
+pydicom reads the files (`pip install 'fastln[dicom]'`). Uncompressed and run-length encoded pixels need nothing else.
+JPEG, JPEG-LS and JPEG 2000 need pydicom's plugins that decode them.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _MARK = b"DICM"
 
 
 def is_dicom(source: Path | bytes) -> bool:
-    """Whether a file (or what one holds) has the mark of DICOM after its preamble."""
+    """Whether a file (or its content) has the DICOM mark after the preamble."""
     if isinstance(source, bytes):
         return source[_PREAMBLE : _PREAMBLE + len(_MARK)] == _MARK
     with source.open("rb") as file:
@@ -37,8 +37,8 @@ def read(source: Path | bytes, max_pixels: int) -> Image.Image:
     """Decode the first frame.
 
     Args:
-        source: The file, or what it holds.
-        max_pixels: The largest image that is decoded.
+        source: The file, or its content.
+        max_pixels: The most pixels of an image that is decoded.
 
     Returns:
         The image in mode RGB, 8 bits a channel.

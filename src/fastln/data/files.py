@@ -1,4 +1,4 @@
-"""The rows of a text file, one after the other: a JSON list, JSON Lines, CSV. No file is held in memory whole."""
+"""Reads the rows of a text file one by one: a JSON list, JSON Lines or CSV. No file is held in memory in full."""
 
 from __future__ import annotations
 
@@ -15,28 +15,28 @@ from fastln.errors import FastLNError
 SUFFIXES = (".json", ".jsonl", ".csv")
 
 SPLIT_STEMS = {"train": ("train",), "validation": ("validation", "val", "validate", "valid"), "test": ("test",)}
-"""The names that the file of each split may have, where the layout leaves that open."""
+"""The names that the file of each split may have, if the layout does not fix them."""
 
 _LONGEST_FIELD = 1 << 24
-"""Characters of a CSV field; a report is far shorter, and an unclosed quotation mark swallows the rest of the file."""
+"""The most characters of a CSV field; reports are far shorter. After an unclosed quotation mark, a field never ends."""
 
 _POINTER = b"version https://git-lfs.github.com/"
 
 
 class BadRowError(Exception):
-    """What is wrong with one row; `RowChecker.read` adds where it stands."""
+    """The error in one row; `RowChecker.read` adds its place."""
 
 
 def read_rows(file: Path, columns: Iterable[str] = ()) -> Iterator[Any]:
-    """Yield the rows of a file, by its suffix; for a line that cannot be parsed, the `BadRowError` that says why.
+    """Yield the rows of a file, by its suffix; for a line that cannot be parsed, yield a `BadRowError` that says why.
 
     Args:
-        file: JSON Lines (`.jsonl`), CSV (`.csv`), else a JSON list; a `.jsonl` that begins as a list is one, for
-            LLaVA-Med's scripts write such.
-        columns: Those that a CSV file must have.
+        file: JSON Lines (`.jsonl`), CSV (`.csv`), else a JSON list. A `.jsonl` file that begins like a list is read as
+            a list, because LLaVA-Med's scripts write such files.
+        columns: The columns that a CSV file must have.
 
     Raises:
-        FastLNError: The file cannot be read, is not UTF-8, or is of another kind than its suffix says.
+        FastLNError: The file cannot be read, is not UTF-8, or does not match its suffix.
     """
     with opened(file) as stream:
         if file.suffix == ".csv":
@@ -60,11 +60,11 @@ def listed(content: JsonStream, where: object) -> Iterator[Any]:
     """Take the values of a list of rows.
 
     Args:
-        content: A JSON text, of which the list is next.
+        content: A JSON text, with the list next.
         where: The file (and the place in it), for the message.
 
     Raises:
-        FastLNError: Something else is next.
+        FastLNError: The next value is not a list.
     """
     if content.peek() != "[":
         raise FastLNError(f"{where}: a JSON list of rows is needed, {beginning(content)}")
@@ -72,29 +72,29 @@ def listed(content: JsonStream, where: object) -> Iterator[Any]:
 
 
 def beginning(content: JsonStream) -> str:
-    """Return how the next part of a JSON text begins, for a message."""
+    """Describe how the next part of a JSON text begins, for a message."""
     first = content.peek()
     return f"this begins with {first!r}" if first else "this is empty"
 
 
 def data_name(path: Path) -> str:
-    """Return a name for data: its folder's, or its file's without the suffix."""
+    """Return a name for data: the name of its folder, or of its file without the suffix."""
     path = path.resolve()
     return path.name if path.is_dir() else path.stem
 
 
 def shown(value: Any) -> str:
-    """Write a value for a message, shortened."""
+    """Format a value for a message, shortened."""
     written = json.dumps(value, default=str)
     return written if len(written) <= 40 else f"{written[:40]}..."
 
 
 @contextmanager
 def opened(file: Path) -> Iterator[TextIO]:
-    """Open a file of UTF-8 text, with or without a byte-order mark; raise where it cannot be read.
+    """Open a file of UTF-8 text, with or without a byte-order mark.
 
     Raises:
-        FastLNError: The file is missing, cannot be read, is not UTF-8, or is the pointer of Git LFS to it.
+        FastLNError: The file is missing, cannot be read, is not UTF-8, or is only a Git LFS pointer.
     """
     try:
         refuse_pointer(file)
@@ -109,10 +109,10 @@ def opened(file: Path) -> Iterator[TextIO]:
 
 
 def refuse_pointer(file: Path) -> None:
-    """Refuse the pointer that Git leaves in place of a large file where Git LFS is not installed.
+    """Refuse a Git LFS pointer, which Git leaves in place of a large file if Git LFS is not installed.
 
     Raises:
-        FastLNError: It is that.
+        FastLNError: The file is such a pointer.
         OSError: The file cannot be read.
     """
     with file.open("rb") as stream:
@@ -126,7 +126,7 @@ def _json_lines(stream: TextIO) -> Iterator[Any]:
             yield BadRowError("the line is empty")
             continue
         try:
-            yield json.loads(line.rstrip("\r\n"))  # so that an error at a line's break is one at its end
+            yield json.loads(line.rstrip("\r\n"))  # so that an error at a line break is reported at the line's end
         except json.JSONDecodeError as error:
             yield BadRowError(f"column {error.colno}: not valid JSON: {error.msg}")
         except (ValueError, RecursionError) as error:
@@ -158,7 +158,7 @@ def check_columns(file: Path, needed: Iterable[str], present: Iterable[str]) -> 
     """Check that a table has the columns that every row needs.
 
     Raises:
-        FastLNError: It lacks some.
+        FastLNError: Some are missing.
     """
     present = list(present)
     if missing := [name for name in needed if name not in present]:

@@ -1,4 +1,4 @@
-"""Image files to RGB: safely, and without losing what is stored in more than 8 bits."""
+"""Decodes image files to RGB: safely, and without losing values stored in more than 8 bits."""
 
 from __future__ import annotations
 
@@ -16,21 +16,21 @@ from fastln.data import dicom
 from fastln.errors import FastLNError
 
 MAX_PIXELS = 1 << 26
-"""The most pixels of an image that is decoded, 8192 x 8192; Pillow's own limit is higher and only warns."""
+"""The most pixels of an image that is decoded, 8192 x 8192. Pillow's own limit is higher, and Pillow only warns."""
 
 FORMATS = ("BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP")
-"""The formats that are decoded, by content, not by name: for others, such as EPS, Pillow runs other programs."""
+"""The formats that are decoded, by content, not by name. For others, such as EPS, Pillow runs other programs."""
 
 _JPEG_END = b"\xff\xd9"
 
 
 class ImageStat(NamedTuple):
-    """What is known of an image before it is decoded.
+    """What is known about an image before it is decoded.
 
     Attributes:
         width: In pixels, before an orientation stored with it is applied.
         height: As `width`.
-        n_bytes: Of its file, or of what is embedded; 0 where it is drawn by a program.
+        n_bytes: Size of its file or embedded content; 0 if a program draws it.
     """
 
     width: int
@@ -41,21 +41,21 @@ class ImageStat(NamedTuple):
 def read_image(source: Path | bytes, name: object = None) -> Image.Image:
     """Decode an image.
 
-    Transparent pixels become black, the background of radiology; an orientation stored with a JPEG is applied; of an
-    animation or a stack of slices the first is taken. Grey values of more than 8 bits are scaled linearly: full white
-    is the largest number of as many bits as the brightest pixel needs (scanners put 10 or 12 bits into 16); where there
-    are negative values, the lowest one becomes black. DICOM is windowed; see `fastln.data.dicom`.
+    Transparent pixels become black, the background of radiology. An orientation stored with a JPEG is applied. An
+    animation or a stack of slices gives its first image. Grey values of more than 8 bits are scaled linearly: white is
+    the largest value with as many bits as the brightest pixel needs (scanners store 10 or 12 bits in 16). If there are
+    negative values, the lowest one becomes black. DICOM is windowed; see `fastln.data.dicom`.
 
     Args:
-        source: The file, or what it holds.
-        name: What messages call it; the file's path by default.
+        source: The file, or its content.
+        name: Its name in messages; the file's path by default.
 
     Returns:
         The image in mode RGB, 8 bits a channel.
 
     Raises:
-        FastLNError: The file is missing, truncated, no image, of a kind that has no grey scale, or holds more than
-            `MAX_PIXELS` pixels. The message names it.
+        FastLNError: The file is missing or truncated, is not an image, has pixels without a known grey scale, or has
+            more than `MAX_PIXELS` pixels. The message names it.
     """
     with _told(name or source):
         if dicom.is_dicom(source):
@@ -65,16 +65,16 @@ def read_image(source: Path | bytes, name: object = None) -> Image.Image:
 
 
 def check_image(source: Path | bytes, name: object = None) -> ImageStat:
-    """Check that `read_image` can read an image, more cheaply: JPEG by its header and end, PNG by its checksums.
+    """Check, at low cost, that `read_image` can read an image: JPEG by its header and end, PNG by its checksums.
 
-    A JPEG that does not end with its mark of the end, which stands nowhere inside the pixels, is decoded, at an eighth
-    of its size.
+    A JPEG that does not end with its end marker, which cannot occur inside the pixels, is decoded at an eighth of its
+    size.
 
     Returns:
-        What the check has seen of it.
+        What the check found out about it.
 
     Raises:
-        FastLNError: As for `read_image`.
+        FastLNError: As in `read_image`.
     """
     with _told(name or source):
         n_bytes = len(source) if isinstance(source, bytes) else source.stat().st_size

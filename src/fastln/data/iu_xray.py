@@ -1,8 +1,8 @@
-"""The reader of chest X-ray reports as R2Gen (Chen et al., EMNLP 2020) has IU X-Ray: `annotation.json` and `images/`.
+"""The reader of chest X-ray reports, IU X-Ray in R2Gen's form (Chen et al., EMNLP 2020): `annotation.json`, `images/`.
 
 The file is an object with the lists `train`, `val` and `test`; each study in them has an `id`, a `report` and the
-`image_path` of its views, two in IU X-Ray (`CXR2384_IM-0942/0.png` and `1.png`). There is no question: the report is to
-be written. MIMIC-CXR in R2Gen's format is read the same way.
+`image_path` of its views, two in IU X-Ray (`CXR2384_IM-0942/0.png` and `1.png`). There is no question: the model is to
+write the report. MIMIC-CXR in R2Gen's format is read the same way.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def read(folder: Path, options: DataOptions) -> Source:
         options: Whether to skip bad rows.
 
     Raises:
-        FastLNError: The file or the image folder is missing; the file is no object of three lists; or rows are bad.
+        FastLNError: The file or the image folder is missing; the file is not an object of three lists; or rows are bad.
     """
     rows = RowChecker([image_folder(folder, "images")], skip=options.skip_bad_rows)
     file = folder / _FILE

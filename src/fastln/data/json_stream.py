@@ -1,4 +1,4 @@
-"""A JSON text taken apart value by value, so that a list of any length is never in memory whole."""
+"""Parses a JSON text value by value, so that a list of any length is never in memory in full."""
 
 from __future__ import annotations
 
@@ -49,13 +49,13 @@ class JsonStream:
         while True:
             try:
                 value, end = _DECODER.raw_decode(self._text, self._at)
-            except json.JSONDecodeError as error:  # wrong, or not all of it has been read yet
+            except json.JSONDecodeError as error:  # invalid, or not read completely yet
                 if not self._read_more():
                     raise self._error(error.msg, error.pos) from error
                 continue
             except (ValueError, RecursionError) as error:  # a number of thousands of digits, thousands of brackets
                 raise self._error(str(error), self._at) from error
-            # A number may go on in what has not been read: a value has ended where the next mark stands.
+            # A number may continue in unread text, so a value has ended only if the next mark follows.
             after = _BLANKS.match(self._text, end).end()  # type: ignore[union-attr]
             if self._text[after : after + 1] in _AFTER_A_VALUE or not self._read_more():
                 self._at = end
@@ -88,7 +88,7 @@ class JsonStream:
                 return
 
     def end(self) -> None:
-        """Make sure that nothing follows."""
+        """Check that nothing follows."""
         if self.peek():
             raise self._error("Extra data", self._at)
 
@@ -108,7 +108,7 @@ class JsonStream:
         return found
 
     def _read_more(self) -> bool:
-        # Twice as much as before, so that a long value is not parsed from its start too often.
+        # Twice as much as before, so that a long value is not parsed again from its start too often.
         more = self._stream.read(max(_CHUNK, len(self._text) - self._at))
         if more:
             self._lines, self._column = self._place(self._at)

@@ -1,15 +1,15 @@
 """The reader of conversations in the format of LLaVA-Med: a JSON list (or JSON Lines) of `image`, `conversations`.
 
-`conversations` is a list of turns, `{"from": "human", "value": ...}` and `{"from": "gpt", "value": ...}` by turns;
-LLaVA-Med's own files spell the field `conversatons` in places, which is read too. `<image>` in the first question
-marks where the image goes and is taken out: a model puts images where it wants them. One conversation is one sample:
-the last question with its answer, and the turns before as its history. `answer_type`, where there is one, says CLOSED
-or OPEN (in PathVQA's words yes/no, other, number): LLaVA-Med turns the three question sets into `train.json` and
-`test.json` of this kind. The rows of its evaluation, `llava_med_eval_qa50_qa.jsonl`, have `text` and `gpt4_answer`
+`conversations` is a list of alternating turns, `{"from": "human", "value": ...}` and `{"from": "gpt", "value": ...}`.
+LLaVA-Med's own files spell the field `conversatons` in places; that is read too. `<image>` in the first question marks
+where the image goes. It is removed, because each model has its own place for images. One conversation is one sample:
+the last question with its answer, and the earlier turns as its history. The optional `answer_type` says CLOSED or OPEN
+(or PathVQA's yes/no, other, number): LLaVA-Med converts the three question sets to such `train.json` and `test.json`
+files. The rows of its evaluation, `llava_med_eval_qa50_qa.jsonl`, have `text` and `gpt4_answer`
 instead, one question each.
 
-Files, splits and images are found as for plain rows; see `fastln.data.plain`. LLaVA-Med's download puts the files into
-`data/instruct`, `data/alignment` and `data/eval` and the images into `data/images`, where they are found too.
+Files, splits and images are found as for plain rows; see `fastln.data.plain`. They are also found where LLaVA-Med's
+download puts them: files in `data/instruct`, `data/alignment` and `data/eval`, images in `data/images`.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ _PEEKED = 1 << 16
 
 
 def recognises(path: Path) -> bool:
-    """Whether any of the files in which plain rows would be begins with a row of LLaVA-Med's form."""
+    """Whether any file that could hold plain rows begins with a row in LLaVA-Med's form."""
     return any(_is_of_the_kind(file) for file in split_files(path).values())
 
 
@@ -42,7 +42,7 @@ def _is_of_the_kind(file: Path) -> bool:
     try:
         with file.open("rb") as stream:
             start = stream.read(_PEEKED)
-    except OSError:  # the reader of plain rows, which is next, reports it
+    except OSError:  # the next reader, of plain rows, reports it
         return False
     return any(f'"{field}"'.encode() in start for field in (*_FIELDS, _EVALUATION[1]))
 
@@ -101,7 +101,7 @@ def _turns(row: dict[str, Any], n_images: int) -> list[tuple[str, str]]:
 def _value(turn: dict[str, Any], number: int, n_images: int) -> str:
     what = f"the value of turn {number}"
     if number % 2:
-        value = as_text_or_number(turn.get("value"), what)  # answers of VQA-RAD are numbers in places
+        value = as_text_or_number(turn.get("value"), what)  # some answers of VQA-RAD are numbers
         if not normalise_answer(value):
             raise BadRowError(f"{what} is {shown(value)}, of which normalising leaves nothing")
         return value

@@ -1,4 +1,4 @@
-"""From what a user gives as data to a dataset."""
+"""Loads the dataset that a user names."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ class Reader:
     """How one layout of data on disk is read.
 
     Attributes:
-        layout: What data in this layout looks like, for error messages.
-        recognises: Tells whether a folder (or a file) has this layout.
+        layout: A description of the layout, for error messages.
+        recognises: Whether a folder (or a file) has this layout.
         read: Reads it.
-        languages: Those to choose from, for data in several.
+        languages: The languages to choose from, if the data has several.
     """
 
     layout: str
@@ -39,7 +39,7 @@ READERS = {
     "llava-med": Reader(llava_med.LAYOUT, llava_med.recognises, llava_med.read),
     "plain": Reader(plain.LAYOUT, plain.recognises, plain.read),
 }
-"""Every layout that `load_source` knows, by its name; the first that recognises a folder reads it."""
+"""Every layout that `load_source` knows, by name; the first that recognises a folder reads it."""
 
 
 def load_source(spec: str, options: DataOptions | None = None) -> Source:
@@ -50,8 +50,8 @@ def load_source(spec: str, options: DataOptions | None = None) -> Source:
         options: How to read it.
 
     Raises:
-        FastLNError: Unknown data or layout, an option that does not go with it; or bad data: a file that cannot be
-            read, or bad rows, which are all listed with file, index and reason.
+        FastLNError: The data or the layout is unknown, an option does not fit it, a file cannot be read, or rows are
+            bad; all bad rows are listed with file, index and reason.
     """
     options = options or DataOptions()
     if spec == phantom.NAME:
@@ -80,7 +80,7 @@ def load_dataset(
         The questions of the split, at least one.
 
     Raises:
-        FastLNError: As for the two.
+        FastLNError: As in these two.
     """
     check_split(split, validation_fraction)
     return load_source(spec, options).dataset(split, validation_fraction=validation_fraction)

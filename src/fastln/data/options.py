@@ -1,4 +1,4 @@
-"""How a user may have data read: the options beside its place."""
+"""The options for reading data."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ class DataOptions:
     """How data is read.
 
     Attributes:
-        layout: Name of the layout, for data that is not recognised or taken for another; recognised where None.
-        language: Of the questions, for data in several: SLAKE's `en` (which None means) or `zh`.
-        skip_bad_rows: Leave bad rows out and list them in the log, rather than refuse the data.
+        layout: Name of the layout, for data that is not recognised or is taken for another; None to recognise it.
+        language: Language of the questions, if the data has several: SLAKE's `en` (the default, None) or `zh`.
+        skip_bad_rows: Skip bad rows and list them in the log, instead of refusing the data.
     """
 
     layout: str | None = None

@@ -1,13 +1,13 @@
-"""The reader of Parquet as the hub has it: the columns `image` (`bytes`, `path`), `question` and `answer`.
+"""The reader of Parquet files in the hub's form: columns `image` (`bytes`, `path`), `question` and `answer`.
 
-The files of a split lie in the folder or in `data`: `train-00000-of-00002-HASH.parquet` and so on, `train.parquet`, or
-a folder `train` of them; so for `validation` (or `val`) and `test`. PathVQA, VQA-RAD and SLAKE are published like this;
-the data is called as its folder is. A single file is all training. Columns that are used where they are there: `id`
-(or `qid`, `question_id`) and `answer_type`.
+The files of a split are in the folder or in `data`: `train-00000-of-00002-HASH.parquet` and so on, `train.parquet`, or
+a folder `train` of files; likewise for `validation` (or `val`) and `test`. PathVQA, VQA-RAD and SLAKE are published in
+this form; the data takes its folder's name. A single file is all training data. Optional columns: `id` (or `qid`,
+`question_id`) and `answer_type`.
 
-An image stands in the row of each of its questions; equal bytes are one image here, so that its questions share it.
-Images are not held: each is remembered by the place where it stands first, and read from there when it is asked for,
-which takes the reading of its row group; the hub's have 100 rows.
+The rows of all questions on an image repeat the image. Equal bytes count as one image, so that its questions share it.
+Images are not kept in memory: the reader keeps the first place of each, and reads it from there on request. That reads
+its whole row group; the hub's have 100 rows.
 pyarrow reads the files (`pip install 'fastln[parquet]'`).
 """
 
@@ -34,10 +34,10 @@ LAYOUT = "files .parquet of image, question, answer: train-*, validation-*, test
 _COLUMNS = ("image", "question", "answer")
 _OPTIONAL_COLUMNS = (*ID_FIELDS, "answer_type")
 _ROWS_AT_A_TIME = 32
-"""Rows whose images are held at once while they are checked."""
+"""The number of rows whose images are held at once while they are checked."""
 
 _BUFFER = 1 << 20
-"""Bytes read ahead of them; without it pyarrow reads a column of a whole row group at once."""
+"""The bytes to read ahead; without it, pyarrow reads a whole row group's column at once."""
 
 
 def recognises(path: Path) -> bool:
@@ -53,7 +53,7 @@ def read(path: Path, options: DataOptions) -> Source:
         options: Whether to skip bad rows.
 
     Raises:
-        FastLNError: There are no files, one is no Parquet or lacks a column; pyarrow is missing; or rows are bad.
+        FastLNError: There are no files, one is not Parquet or lacks a column; pyarrow is missing; or rows are bad.
     """
     files = _split_files(path)
     if not files:
@@ -94,12 +94,12 @@ def _split_files(path: Path) -> dict[str, list[Path]]:
 
 
 def _name(path: Path, file: Path) -> str:
-    """Return a name for a file that no other file of the data has: files in folders of splits may share names."""
+    """Return a unique name for a file, because files in the splits' folders may share names."""
     return file.relative_to(path).with_suffix("").as_posix().removeprefix("data/") if path.is_dir() else file.stem
 
 
 class _Place(NamedTuple):
-    """Where an image's bytes are: a row of a row group of a file."""
+    """The place of an image's bytes: a row of a row group of a file."""
 
     file: Path
     group: int
@@ -107,7 +107,7 @@ class _Place(NamedTuple):
 
 
 class _Images:
-    """The distinct images of some files, each checked once and found again by its first place."""
+    """The distinct images of some files, each checked once and read from its first place."""
 
     def __init__(self) -> None:
         self.places: dict[str, _Place] = {}
@@ -116,10 +116,10 @@ class _Images:
         self._problems: dict[bytes, str] = {}
 
     def add(self, content: object, place: _Place, key: str) -> str:
-        """Return the key of the image in a row, `key` where it is a new one.
+        """Return the key of the image in a row; a new image gets `key`.
 
         Raises:
-            BadRowError: There is none, or none that can be read.
+            BadRowError: There is no image, or it cannot be read.
         """
         data = content.get("bytes") if isinstance(content, dict) else None
         if not data:
@@ -139,7 +139,7 @@ class _Images:
 
 
 def _rows(file: Path) -> Iterator[dict[str, Any]]:
-    """Return the rows, each with its `place`, holding few of them at a time."""
+    """Return the rows, each with its `place`, with only few in memory at a time."""
     with _opened(file) as content:
         present = content.schema_arrow.names
         check_columns(file, _COLUMNS, present)
@@ -167,7 +167,7 @@ def _image_column(file: Path, group: int) -> Any:
 
 @contextmanager
 def _opened(file: Path) -> Iterator[Any]:
-    """Open a file, and turn what pyarrow raises into a FastLNError that names it."""
+    """Open a file, and turn pyarrow's errors into a FastLNError that names it."""
     try:
         from pyarrow import ArrowException
         from pyarrow.parquet import ParquetFile

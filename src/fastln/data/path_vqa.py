@@ -1,11 +1,11 @@
-"""The reader of PathVQA (He et al., 2020) as its authors have it: `qas/` and `images/{train,val,test}/NAME.jpg`.
+"""The reader of PathVQA (He et al., 2020) in its authors' form: `qas/` and `images/{train,val,test}/NAME.jpg`.
 
 `qas` holds the questions twice, and either is read: `train/train_qa.pkl`, rows with `image`, `question` and `answer`,
 and `train_vqa.pkl`, rows with `img_id`, `sent`, `label` (whose key is the answer) and `answer_type` (yes/no, other,
-number), which alone says what is closed. The first comes first, for it leaves out no answer.
+number). Only the second says which questions are closed. The first is preferred, because it omits no answer.
 
-A pickle runs whatever code its author put into it, so none is read: a message says how to convert the files to JSON
-beside them. PathVQA as the hub has it is read by `fastln.data.parquet`.
+A pickle can run any code that its author put into it, so none is read. A message says how to convert the files to JSON
+next to them. `fastln.data.parquet` reads the hub's form of PathVQA.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ _CONVERT = (
 
 
 def recognises(folder: Path) -> bool:
-    """Whether a folder holds the original's folder of questions."""
+    """Whether a folder holds the original folder of questions."""
     return (folder / _QUESTIONS).is_dir()
 
 
@@ -71,7 +71,7 @@ def read(folder: Path, options: DataOptions) -> Source:
 
 
 def _files(folder: Path) -> dict[str, Path]:
-    """Return the file of each split; raise where one is missing or not converted."""
+    """Return the file of each split; raise if one is missing or not converted."""
     files, pickled = {}, []
     for split, name in _SPLITS.items():
         places = (folder / name / f"{name}_qa.json", folder / f"{name}_vqa.json")

@@ -1,11 +1,11 @@
 """Phantom: radiology-like images drawn by this program, and questions about what was drawn.
 
-Synthetic, for trying things out and for tests: a model that answers these questions has learned nothing about medicine.
+The data is synthetic, for trials and tests: a model that answers these questions has learned nothing about medicine.
 CT-like axial slices of head, chest and abdomen, and X-ray-like projections of chest and knees, each with none to three
 lesions, all on one side. As in radiology the patient faces the reader: the patient's left is on the right of the image.
 
-Everything is a function of the seed and the number of the image; nothing is stored. All arithmetic that reaches a pixel
-is on integers, so the images are the same on every machine that runs the same Pillow and NumPy.
+Everything is a function of the seed and the number of the image; nothing is stored. All arithmetic on pixels uses
+integers, so the images are the same on every machine that runs the same Pillow and NumPy.
 """
 
 from __future__ import annotations
@@ -35,16 +35,16 @@ _SEED = 20240416
 
 @dataclass(frozen=True, slots=True)
 class Scene:
-    """What one image shows.
+    """The content of one image.
 
     Attributes:
-        seed: Seeds what has no bearing on any answer: texture and noise.
+        seed: Seed for texture and noise, which do not affect any answer.
         modality: `ct` or `x-ray`.
         organ: `head`, `chest`, `abdomen` or `knee`.
         side: The patient's side of all lesions, `left` or `right`; `none` without lesions.
         lesions: Centre and radius (x, y, r) of each.
         zoom: Size of the anatomy, in 64ths.
-        shift: Its place (x, y), away from the centre.
+        shift: Its offset (x, y) from the centre.
     """
 
     seed: int
@@ -79,7 +79,7 @@ def source() -> Source:
 
 
 def draw(scene: Scene) -> Image.Image:
-    """Draw a scene; the same scene gives the same pixels.
+    """Draw a scene; equal scenes give equal pixels.
 
     Returns:
         An image of `IMAGE_SIZE` x `IMAGE_SIZE` pixels in mode RGB, all three channels alike.
@@ -94,7 +94,7 @@ def draw(scene: Scene) -> Image.Image:
         image = image.filter(ImageFilter.GaussianBlur(1))
     # The sum of four uniform numbers is close enough to a normal one, and needs no floating point.
     noise = np.random.default_rng(scene.seed).integers(-view.noise, view.noise + 1, (4, *image.size)).sum(axis=0)
-    # Structured noise: the same again at a quarter of the resolution, as reconstruction filters leave it.
+    # Structured noise: the same at a quarter of the resolution, as reconstruction filters leave it.
     coarse = noise[: IMAGE_SIZE // 4, : IMAGE_SIZE // 4].repeat(4, axis=0).repeat(4, axis=1) // 2
     pixels = np.asarray(image).astype(np.int64) + noise + coarse
     return Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).filter(ImageFilter.SMOOTH).convert("RGB")
@@ -249,7 +249,7 @@ class _View:
         lesion: The grey of a lesion.
         radius: Smallest and largest radius of a lesion.
         noise: Half the range of each of the four numbers whose sum is the noise of a pixel.
-        left: Where a lesion on the patient's left may stand, far enough apart not to touch.
+        left: Where lesions on the patient's left may be, far enough apart not to touch.
         right: The same for the right.
     """
 

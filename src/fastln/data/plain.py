@@ -1,11 +1,11 @@
 """The reader of users' own questions: JSON Lines, CSV or a JSON list with the fields `image`, `question`, `answer`.
 
 A folder holds one file per split: `train`, `validation` (or `val`, `validate`, `valid`) and `test`, each with the
-suffix `.jsonl`, `.csv` or `.json`. A single file is all training. Images are named relative to the folder `images`
-beside the files where they are there, to the files' own folder otherwise. Optional fields: `id` (or `qid`,
-`question_id`; the row's index by default) and `answer_type`, CLOSED or OPEN. In JSON, `image` may be a list of several,
-all views of one study. Where no row at all has the field `image`, the questions are about none, for models that read
-text alone.
+suffix `.jsonl`, `.csv` or `.json`. A single file is all training data. Images are named relative to the folder
+`images` beside the files if they are there, otherwise relative to the files' own folder. Optional fields: `id` (or
+`qid`, `question_id`; the row's index by default) and `answer_type`, CLOSED or OPEN. In JSON, `image` may be a list of
+several, all views of one study. If no row has the field `image`, the questions are about no image, for models that read
+only text.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _COLUMNS = ("question", "answer")
 
 
 def split_files(path: Path) -> dict[str, Path]:
-    """Return the file of each split that is there: in a folder by their names, a single file is `train`.
+    """Return the file of each existing split: in a folder by name; a single file is `train`.
 
     Raises:
         FastLNError: Two files could be the same split.
@@ -55,11 +55,11 @@ def read_splits(
     Args:
         path: The file, or the folder of files.
         rows: Checks the rows.
-        parse: Makes a sample of a row, its index and the keys of its images: none where no row of the data has any.
-        columns: Those that a CSV file must have.
+        parse: Makes a sample from a row, its index and its images' keys (none if no row of the data has any).
+        columns: The columns that a CSV file must have.
 
     Raises:
-        FastLNError: There is none, one cannot be read, or rows are bad.
+        FastLNError: There is no file, one cannot be read, or rows are bad.
     """
     files = split_files(path)
     if not files:
@@ -74,10 +74,10 @@ def read_splits(
 
 
 def _has_images(path: Path, rows: Iterable[Any]) -> bool:
-    """Whether any row has an image; mostly the first row decides, before anything is checked.
+    """Whether any row has an image; usually the first row decides. This runs before any check.
 
     Raises:
-        FastLNError: None has, and there is another field that looks as if it were meant.
+        FastLNError: No row has one, but another field looks like a misnamed `image`.
     """
     fields: set[str] = set()
     for row in rows:
@@ -94,7 +94,7 @@ def _has_images(path: Path, rows: Iterable[Any]) -> bool:
 
 
 def images_beside(path: Path) -> list[Path]:
-    """Return the folders that images may be named relative to: `images`, where there is one, and the files' own."""
+    """Return the folders that image names may be relative to: `images`, if it exists, and the files' own."""
     folder = path if path.is_dir() else path.parent
     return [place for place in (folder / "images", folder) if place.is_dir()]
 
@@ -103,7 +103,7 @@ def image_names(row: dict[str, Any]) -> list[str]:
     """Return the names in the field `image`: one, or a list of at least one.
 
     Raises:
-        BadRowError: There is none.
+        BadRowError: There is no name.
     """
     value = row.get("image")
     names = value if isinstance(value, list) else [value]
@@ -113,7 +113,7 @@ def image_names(row: dict[str, Any]) -> list[str]:
 
 
 def recognises(path: Path) -> bool:
-    """Whether this is a file of rows, or a folder with one for a split."""
+    """Whether this is a file of rows, or a folder with such a file for a split."""
     return bool(split_files(path))
 
 

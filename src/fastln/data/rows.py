@@ -1,4 +1,4 @@
-"""Checks of the rows of data files, in any layout: all bad rows are found before an error is raised."""
+"""Checks the rows of data files in any layout; finds all bad rows before it raises an error."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ class RowChecker:
     """Reads the rows of one dataset and remembers the bad ones.
 
     Args:
-        folders: Where images are looked for, in this order.
-        skip: Leave bad rows out, and tell them in the log, rather than refuse the data.
+        folders: The folders to search for images, in this order.
+        skip: Skip bad rows and list them in the log, instead of refusing the data.
     """
 
     def __init__(self, folders: Sequence[Path], *, skip: bool = False) -> None:
@@ -48,8 +48,8 @@ class RowChecker:
 
         Args:
             where: The file (and the place in it), for the messages.
-            rows: What should be objects with named fields; one that is a `BadRowError` says what is wrong with it.
-            parse: Makes something of a row and its index.
+            rows: Should be objects with named fields; a `BadRowError` in place of a row says what is wrong with it.
+            parse: Makes the result from a row and its index.
         """
         parsed = []
         for index, row in enumerate(rows):
@@ -72,8 +72,8 @@ class RowChecker:
             The name, which is the image's key.
 
         Raises:
-            BadRowError: There is no such file, it is no image that can be read, or the name leads out of the folder of
-                images, by itself or by a link.
+            BadRowError: There is no such file, it is not a readable image, or the name leads out of the folder of
+                images, directly or through a link.
         """
         if name in self._bad_images:
             raise BadRowError(self._bad_images[name])
@@ -86,7 +86,7 @@ class RowChecker:
         return name
 
     def _find(self, name: str) -> tuple[Path, ImageStat]:
-        """Return the folder that the name is relative to, and what the check has seen of the image."""
+        """Return the folder that the name is relative to, and what the check found out about the image."""
         reason = f"is missing in {self._shown}"
         for folder in self._folders:
             try:
@@ -104,7 +104,7 @@ class RowChecker:
         raise BadRowError(f"image {shown(name)} {reason}")
 
     def finish(self) -> None:
-        """Raise one `FastLNError` about all bad rows so far, if there are any; or log them, where they are skipped."""
+        """Raise one `FastLNError` about all bad rows so far, if any; or log them, if they are skipped."""
         if not self._problems:
             return
         count = f"{len(self._problems):,} bad row(s) of {self._n_rows:,}"
@@ -125,9 +125,9 @@ class RowChecker:
         """Finish, and make the source of the data.
 
         Args:
-            name: What the data is called.
+            name: The data's name.
             splits: The samples by split.
-            images: `Source.image` and `Source.stats`; by default they are of the files that `image` found.
+            images: `Source.image` and `Source.stats`; by default those of the files that `image` found.
 
         Raises:
             FastLNError: There were bad rows, and they are not skipped.
@@ -145,10 +145,10 @@ def _image(folders: dict[str, Path], key: str) -> Image.Image:
 
 
 def image_folder(folder: Path, *names: str) -> Path:
-    """Return the first of some folders that is there.
+    """Return the first of some folders that exists.
 
     Raises:
-        FastLNError: None is; where an archive of one is there, the message says to unpack it.
+        FastLNError: None exists; if there is an archive of one, the message says to unpack it.
     """
     for name in names:
         if (folder / name).is_dir():
@@ -160,23 +160,23 @@ def image_folder(folder: Path, *names: str) -> Path:
 
 
 def text(row: dict[str, Any], field: str) -> str:
-    """Return a field that must be a text other than blanks, without the blanks around it.
+    """Return a field that must be a non-blank text, stripped of blanks.
 
     Raises:
-        BadRowError: The field is missing, no text, no Unicode, or empty.
+        BadRowError: The field is missing, not a text, not valid Unicode, or empty.
     """
     return as_text(_value(row, field), f"field {field!r}")
 
 
 def as_text(value: Any, what: str) -> str:
-    """Check that a value is a text other than blanks, and return it without the blanks around it.
+    """Check that a value is a non-blank text, and return it stripped of blanks.
 
     Args:
-        value: What the data holds.
-        what: How a message names it.
+        value: The value in the data.
+        what: Its name in messages.
 
     Raises:
-        BadRowError: It is no text, no Unicode, or empty.
+        BadRowError: It is not a text, not valid Unicode, or empty.
     """
     if not isinstance(value, str):
         raise BadRowError(f"{what} must be a text, not {shown(value)}")
@@ -184,22 +184,22 @@ def as_text(value: Any, what: str) -> str:
         raise BadRowError(f"{what} is empty")
     try:
         value.encode()
-    except UnicodeEncodeError as error:  # JSON can hold half a surrogate pair, which no tokenizer takes
+    except UnicodeEncodeError as error:  # JSON can hold half a surrogate pair, which tokenizers do not accept
         raise BadRowError(f"{what} holds half of a surrogate pair: {shown(value)}") from error
     return value.strip()
 
 
 def line(row: dict[str, Any], field: str) -> str:
-    """Return a text with single blanks for its runs of white space.
+    """Return a text with runs of white space replaced by single blanks.
 
     Raises:
-        BadRowError: As for `text`.
+        BadRowError: As in `text`.
     """
     return " ".join(text(row, field).split())
 
 
 def text_or_number(row: dict[str, Any], field: str) -> str:
-    """Return a field that may be a number as well as a text, as text.
+    """Return a field that may be a text or a number, as text.
 
     Raises:
         BadRowError: The field is missing, of another type, or empty.
@@ -208,7 +208,7 @@ def text_or_number(row: dict[str, Any], field: str) -> str:
 
 
 def as_text_or_number(value: Any, what: str) -> str:
-    """Return as text what may be a number as well as a text; the arguments and errors are those of `as_text`."""
+    """Return a text or number as text, with the arguments and errors of `as_text`."""
     whole = isinstance(value, int) and not isinstance(value, bool)
     if whole or (isinstance(value, float) and math.isfinite(value)):
         return str(value)
@@ -216,7 +216,7 @@ def as_text_or_number(value: Any, what: str) -> str:
 
 
 def answer(row: dict[str, Any], field: str) -> str:
-    """Return a text or number, as text, that normalising does not leave empty.
+    """Return a text or number, as text, that is not empty after normalising.
 
     Raises:
         BadRowError: The field is missing, of another type, empty, or nothing but punctuation.
@@ -228,7 +228,7 @@ def answer(row: dict[str, Any], field: str) -> str:
 
 
 def choice(row: dict[str, Any], field: str, choices: dict[str, T]) -> T:
-    """Return what the value of a field with a fixed set of values means.
+    """Return the meaning of a field with a fixed set of values.
 
     Raises:
         BadRowError: The field is missing or has another value; the message lists the valid ones.
@@ -240,16 +240,16 @@ def choice(row: dict[str, Any], field: str, choices: dict[str, T]) -> T:
 
 
 ANSWER_TYPES = {"CLOSED": True, "OPEN": False}
-"""What the field `answer_type` of VQA-RAD and SLAKE says."""
+"""The values of the field `answer_type` in VQA-RAD and SLAKE."""
 
 _CLOSED_LABELS = ANSWER_TYPES | {"YES/NO": True, "OTHER": False, "NUMBER": False}
 
 
 def closed_label(row: dict[str, Any]) -> bool | None:
-    """Return what an optional field `answer_type` says: whether the question is closed, None without the field.
+    """Return whether the optional field `answer_type` says that the question is closed; None without the field.
 
     Raises:
-        BadRowError: It says something else than CLOSED, OPEN or PathVQA's yes/no, other, number, in any case.
+        BadRowError: It says anything other than CLOSED, OPEN or PathVQA's yes/no, other, number, in any case.
     """
     if not row.get("answer_type"):
         return None
@@ -260,7 +260,7 @@ def row_id(row: dict[str, Any], default: str) -> str:
     """Return the first of the fields `id`, `qid` and `question_id` that a row has, as text, or the default.
 
     Raises:
-        BadRowError: It is neither a text nor a number, or empty.
+        BadRowError: It is neither a text nor a number, or it is empty.
     """
     return next((text_or_number(row, name) for name in ID_FIELDS if name in row), default)
 

@@ -1,16 +1,16 @@
-"""The reader of VQA-RAD (Lau et al., Scientific Data 2018), in both layouts in which it is found.
+"""The reader of VQA-RAD (Lau et al., Scientific Data 2018), in both of its layouts.
 
 *Split*: `trainset.json` and `testset.json`, the split that the literature uses. *Public*: the authors' own single file,
-`VQA_RAD Dataset Public.json`. The images lie in `images` or, as the authors name it, `VQA_RAD Image Folder`.
+`VQA_RAD Dataset Public.json`. The images are in `images` or in `VQA_RAD Image Folder`, the authors' name.
 
-Each row of the public file gives its question and, where `question_frame` is not `NULL`, that question once more in a
-template's words. Numbering questions and frames through, row by row, gives the `qid` of the split files: `phrase_type`
-`test_...` puts a question into the test split, everything else is training. The frames are training even where their
-question is a test question: 284 of the 1,267 frames in training therefore say what the test asks, with its answer, 263
-of them in other words. That is the split of the literature and is kept.
+Each row of the public file gives its question and, if `question_frame` is not `NULL`, the same question in a template's
+words. Numbering questions and frames consecutively, row by row, gives the `qid` of the split files: `phrase_type`
+`test_...` puts a question into the test split, and everything else is training. Frames are training even if their
+question is a test question. So 284 of the 1,267 frames in training repeat a test question with its answer, 263 of them
+in other words. That is the split of the literature, and it is kept.
 
-Where the same image, question (but for case and white space) and answer (normalised) stand in both splits, the row is
-dropped from training: 14 such triples, which are 22 of the 3,064 rows. The published test split stays whole.
+If the same image, question (ignoring case and white space) and answer (normalised) are in both splits, the row is
+dropped from training. There are 14 such triples, in 22 of the 3,064 rows. The published test split stays complete.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ def recognises(folder: Path) -> bool:
 
 
 def read(folder: Path, options: DataOptions) -> Source:
-    """Read a VQA-RAD folder; where it holds both layouts, the split files.
+    """Read a VQA-RAD folder; if it holds both layouts, read the split files.
 
     Args:
         folder: A folder that `recognises` accepts.
@@ -50,7 +50,7 @@ def read(folder: Path, options: DataOptions) -> Source:
 
     Raises:
         FastLNError: A file or the image folder is missing; a file is not a JSON list (with line and column); or rows
-            are bad: all of them are told with file, index and reason.
+            are bad: all of them are listed with file, index and reason.
     """
     rows = RowChecker([image_folder(folder, *_IMAGE_FOLDERS)], skip=options.skip_bad_rows)
     if (folder / _PUBLIC_FILE).is_file() and not all((folder / name).is_file() for name in _SPLIT_FILES.values()):

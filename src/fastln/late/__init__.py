@@ -1,1 +1,1 @@
-"""Tensors that wait until it is known what is read of them: logits, and rows of the last block."""
+"""Late tensors: logits and rows of the last block, computed only when it is known what is read of them."""

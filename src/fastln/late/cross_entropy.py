@@ -16,8 +16,8 @@ class CrossEntropy:
     """The cross-entropy of rows against class labels.
 
     Attributes:
-        weight: Of each class, `(n_classes,)`, or None.
-        ignore_index: The label of rows that count for nothing.
+        weight: The weight of each class, `(n_classes,)`, or None.
+        ignore_index: The label of rows that are ignored.
         reduction: "mean", "sum" or "none".
         label_smoothing: From 0 to 1.
     """
@@ -49,7 +49,7 @@ def bind(
     reduction: str = "mean",
     label_smoothing: float = 0.0,
 ) -> tuple[Tensor, Tensor, CrossEntropy] | None:
-    """Return rows, labels and settings of a call; None where it has other shapes, probabilities or old arguments."""
+    """Return a call's rows, labels and settings; None if it has other shapes, probabilities or deprecated arguments."""
     is_rows_and_labels = input.ndim == 2 and target.dtype == torch.int64 and target.shape == input.shape[:1]
     if not is_rows_and_labels or target.device != input.device or size_average is not None or reduce is not None:
         return None

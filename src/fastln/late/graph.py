@@ -1,4 +1,4 @@
-"""The graph of rows that wait: functions of rows, computed for some rows or for all of them when somebody asks."""
+"""The graph of late rows: functions of rows, computed on request for some rows or for all."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from fastln.late.tensor import Unwritten
 
 
 class Rows:
-    """Rows as a function of the same rows of other nodes or tensors. What a node stands for never changes.
+    """Rows as a function of the same rows of other nodes or tensors. The values that a node stands for never change.
 
-    A node remembers two results: the rows that were picked first, and all rows. So later reads find the same values,
-    and the same elements dropped, as the first.
+    A node keeps two results: the rows that were picked first, and all rows. So later reads get the same values as the
+    first, with the same elements dropped.
 
     Attributes:
-        function: From the inputs' rows, each `(n, d)`, to these; an object that no other node has.
+        function: Makes these rows from the inputs' rows, each `(n, d)`; no other node has the same object.
         inputs: Nodes, or tensors `(n_rows, d)`.
-        tensors: What the rows depend on that needs a gradient, by `id`.
+        tensors: The tensors that the rows depend on and that need a gradient, by `id`.
     """
 
     def __init__(
@@ -35,17 +35,17 @@ class Rows:
             self.tensors |= x.tensors if isinstance(x, Rows) else {}
         self._unwritten = Unwritten(own)
         self._untouched = True
-        self._index: Tensor | None = None  # of the rows that were picked before any others were computed
+        self._index: Tensor | None = None  # of the rows that were picked first, before any others were computed
         self._picked: _Result | None = None
         self._all: _Result | None = None
         self._memory: Tensor | None = None
 
     def waits(self) -> bool:
-        """Whether not all rows have been computed."""
+        """Whether some rows have not been computed yet."""
         return self._all is None
 
     def pick(self, index: Tensor) -> Tensor | None:
-        """Return the rows of these numbers, `(n, d)`, computed alone; None where others were computed before."""
+        """Compute only the rows with these numbers, `(n, d)`; None if other rows were computed before."""
         if self._untouched:
             self._untouched, self._index = False, index
         if self._index is None or not (self._index is index or torch.equal(self._index, index)):
@@ -72,20 +72,20 @@ class Rows:
             if self._index is not None:
                 rows = rows.index_copy(0, self._index, self._take(self._index))
             self._all = _Result(rows.contiguous())
-            # What the inputs remember goes from memory here, unless somebody else holds them.
+            # This frees the results that the inputs keep, unless something else holds the inputs.
             self.inputs = tuple(x._forgetful() if isinstance(x, Rows) else x for x in self.inputs)
         return self._all.get()
 
     def memory(self, writes: bool) -> Tensor:
-        """Return all rows, where the tensors that stand for them see what each other writes."""
+        """Return all rows, in the one memory that all tensors for them share, so that each sees the others' writes."""
         if self._memory is None:
             rows = self.compute()
-            # Others may still be computed from these rows: who begins by writing gets a copy.
+            # Other rows may still be computed from these, so a caller that writes gets a copy.
             self._memory = rows.clone() if writes else rows
         return self._memory
 
     def anew(self, done: dict[Callable[..., Tensor], Rows]) -> Rows:
-        """Return a copy of the graph with nothing computed, for a second computation with a history of its own."""
+        """Return a copy of the graph with nothing computed, for a second computation with its own autograd history."""
         if self.function not in done:
             node = done[self.function] = self._forgetful()
             node.inputs = tuple(x.anew(done) if isinstance(x, Rows) else x for x in self.inputs)
@@ -99,7 +99,7 @@ class Rows:
 
 
 class Slice(Rows):
-    """Some of another node's rows, by their numbers `(n,)`; which of them are read is not known yet."""
+    """Some rows of another node, by their numbers `(n,)`; it is not known yet which of them are read."""
 
     def __init__(self, rows: Rows, numbers: Tensor) -> None:
         super().__init__(partial(torch.index_select, dim=0, index=numbers), (rows,))
@@ -112,13 +112,13 @@ class Slice(Rows):
 
 
 class _Result:
-    """A tensor that was computed and may have been handed out."""
+    """A computed tensor, which callers may hold."""
 
     def __init__(self, tensor: Tensor) -> None:
         self._tensor, self._version = tensor, tensor._version
 
     def get(self) -> Tensor:
-        """Return the tensor; raise if somebody has written into it."""
+        """Return the tensor; raise if it was written to."""
         if self._tensor._version != self._version:
             raise FastLNError(
                 "hidden states of the last block were written to through a view before others were computed from "

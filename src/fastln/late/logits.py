@@ -1,8 +1,8 @@
-"""Logits that wait: a language-model head's output that is computed only when something other than a loss needs it.
+"""Late logits: a language-model head's output, computed only when something other than a loss needs it.
 
-Models compute logits in one place and their loss in another, some views and casts later. `LazyLogits` passes through
-that code in place of the logits. When it comes to `torch.nn.functional.cross_entropy`, the loss is computed by
-`fastln.ops.linear_cross_entropy` from the hidden states and the head's weight.
+Models compute logits in one place and their loss in another, after some views and casts. `LazyLogits` passes through
+that code instead of the logits. When it reaches `torch.nn.functional.cross_entropy`, `fastln.ops.linear_cross_entropy`
+computes the loss from the hidden states and the head's weight.
 """
 
 from __future__ import annotations
@@ -29,11 +29,11 @@ from fastln.late.tensor import Call, LateTensor, Unwritten, as_it_is_now
 
 
 class _Head:
-    """What all late logits of a head's call are made of: `F.linear(hidden, weight, bias)`.
+    """The inputs of all late logits of one call of a head: `F.linear(hidden, weight, bias)`.
 
     Attributes:
-        has_loss: Whether a loss was computed past the logits.
-        wants_gradient: Whether it must send its gradient through them all the same.
+        has_loss: Whether a loss was computed without the logits.
+        wants_gradient: Whether that loss must still send its gradient through them.
     """
 
     def __init__(self, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> None:
@@ -50,7 +50,7 @@ class _Head:
         return self.weight.to(dtype), None if self.bias is None else self.bias.to(dtype)
 
     def logits(self, steps: tuple[Call, ...]) -> Tensor:
-        """Return what the steps make of the linear layer's result."""
+        """Compute the linear layer and apply the steps to its result."""
         with self._modes.restored(), torch.autocast(self.hidden.device.type, enabled=False):
             logits = F.linear(computed(self.hidden), *self.parameters())
             return reduce(lambda values, step: step(values), steps, logits)
@@ -58,14 +58,14 @@ class _Head:
 
 @dataclass(frozen=True, eq=False)
 class _Recipe:
-    """How late logits are computed, or a loss without them.
+    """How late logits, or a loss without them, are computed.
 
     Attributes:
-        head: What they are made of.
-        steps: From the linear layer's result to these logits.
-        hidden: The hidden states of these rows alone, for a loss.
+        head: The inputs.
+        steps: The calls that lead from the linear layer's result to these logits.
+        hidden: The hidden states of these rows only, for a loss.
         scale, softcap: For a loss, as in `ops.linear_cross_entropy`.
-        origin: The late logits of which these are a view, by the last step.
+        origin: The late logits that these are a view of; the last step makes the view.
     """
 
     head: _Head
@@ -79,26 +79,26 @@ class _Recipe:
 class LazyLogits(LateTensor):
     """`F.linear(hidden, weight, bias)`, perhaps scaled and softly capped, not computed yet.
 
-    Views of whole rows, slices of positions, casts to float32, products with positive numbers and `tanh` stay late; the
-    loss of `cross_entropy` over rows and class labels is computed without them. Every other use computes the logits,
-    once, with the values, gradients and aliasing of stock logits. The loss is differentiable once. It sends its
-    gradient past the logits, unless `retain_grad`, `register_hook` or `torch.autograd.grad` asks for theirs.
+    Views of whole rows, slices of positions, casts to float32, products with positive numbers and `tanh` stay late.
+    `cross_entropy` over rows and class labels computes its loss without the logits. Every other use computes them,
+    once, with the values, gradients and aliasing of stock logits. The loss is differentiable once. Its gradient
+    bypasses the logits, unless `retain_grad`, `register_hook` or `torch.autograd.grad` asks for the logits' gradient.
 
-    Made by `LazyLogits.of`.
+    `LazyLogits.of` makes them.
     """
 
     _recipe: _Recipe
-    _twin: Tensor  # on meta: its shape and strides, and whether what a call makes of it is a view
+    _twin: Tensor  # on meta: gives shape and strides, and shows whether a call returns a view
     _own: Tensor | None  # once computed
 
     @staticmethod
     def of(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> LazyLogits:
-        """Stand for `F.linear(hidden, weight, bias)`, under the autocast of now.
+        """Return late logits for `F.linear(hidden, weight, bias)`, under the current autocast mode.
 
         Args:
-            hidden: `(..., d)`, of at least one dimension more.
-            weight: `(n_classes, d)`, of the dtype of `hidden`, two classes or more.
-            bias: `(n_classes,)`, likewise, or None.
+            hidden: `(..., d)`, with at least one dimension before the last.
+            weight: `(n_classes, d)`, with the dtype of `hidden` and two classes or more.
+            bias: `(n_classes,)`, same dtype, or None.
         """
         device = hidden.device.type
         if torch.is_autocast_enabled(device):
@@ -113,7 +113,7 @@ class LazyLogits(LateTensor):
     def __torch_function__(
         cls, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        """As for every late tensor, but for calls that ask for a gradient which would go past these logits."""
+        """As for every late tensor, except for calls that ask for a gradient that would bypass these logits."""
         if func in _OF_GRADIENTS and not _is_of_distributed(func, args):
             late = [x for x in tree_leaves((args, kwargs)) if isinstance(x, LateTensor)]
             if all(isinstance(x, LazyLogits) and x._want_gradient() for x in late):
@@ -150,7 +150,7 @@ class LazyLogits(LateTensor):
         return self._recipe.head
 
     def _want_gradient(self) -> bool:
-        """Have a loss that was computed past these logits send its gradient through them; False if there is none."""
+        """Make a loss that was computed without these logits send its gradient through them; False if there is none."""
         head = self._recipe.head
         if not head.has_loss or self._recipe.origin is not None:
             return False
@@ -169,13 +169,13 @@ _OF_GRADIENTS = {Tensor.retain_grad, Tensor.register_hook, _GRAD, torch.autograd
 
 
 def _is_of_distributed(func: Callable[..., Any], args: tuple[Any, ...]) -> bool:
-    """Whether this is a hook of torch.distributed's: FSDP2 has one on every output, and asks for no gradient by it."""
+    """Whether this is a hook of torch.distributed: FSDP2 sets one on every output, and it asks for no gradient."""
     hook = args[1] if func is Tensor.register_hook and len(args) > 1 else None
     return str(getattr(hook, "__module__", "")).startswith("torch.distributed.")
 
 
-# The nodes of autograd behind late logits. They are for gradients of uses that autograd alone sees, and for those that
-# somebody asks for; other uses have the history of the logits that they got, or of the loss.
+# The autograd nodes of late logits. They serve uses that only autograd sees, and requests for the logits' gradient.
+# All other uses have the history of the computed logits, or of the loss.
 
 
 def _lazy(node: type[torch.autograd.Function], held: list[_Head], twin: Tensor, recipe: _Recipe, *args: Any) -> Any:
@@ -221,7 +221,7 @@ class _OfHead(torch.autograd.Function):
 
 
 class _OfStep(torch.autograd.Function):
-    """The last of the steps that lead to late logits, from those before it."""
+    """The last step to late logits, from the logits before it."""
 
     @staticmethod
     def forward(ctx: Any, held: list[_Head], twin: Tensor, steps: tuple[Call, ...], logits: Tensor) -> Tensor:
@@ -240,7 +240,7 @@ class _OfStep(torch.autograd.Function):
 
 
 class _Computed(torch.autograd.Function):
-    """The computed logits of late ones, with a history that goes through these."""
+    """The computed values of late logits, with a history that goes through the late logits."""
 
     @staticmethod
     def forward(ctx: Any, logits: Tensor, values: Tensor) -> Tensor:
@@ -252,7 +252,7 @@ class _Computed(torch.autograd.Function):
 
 
 class _Loss(torch.autograd.Function):
-    """A loss that was computed past its logits: its gradient goes the same way, or through them if that is wanted."""
+    """A loss computed without its logits. Its gradient bypasses them too, unless their gradient was asked for."""
 
     @staticmethod
     def forward(ctx: Any, loss: Tensor, logits: LazyLogits, labels: Tensor, cross_entropy: CrossEntropy) -> Tensor:
@@ -271,12 +271,12 @@ class _Loss(torch.autograd.Function):
         return None, *torch.autograd.grad(loss, logits, dy.to(loss.dtype)), None, None
 
 
-# Each rule returns the result of a call on late logits, late itself, or None where the call needs the logits. `call` is
-# open at their place; made on the twin it tells shape and strides, and whether the result is a view.
+# Each rule returns the result of a call on late logits, or None if the call needs the computed logits. `call` is open
+# at their place. Made with the twin, it gives shape and strides, and shows whether the result is a view.
 
 
 def _derived(logits: LazyLogits, call: Call, **changes: Any) -> LazyLogits:
-    """Return what the call makes of late logits, and how that changes their recipe."""
+    """Return the late result of a call on late logits; `changes` says how the recipe changes."""
     twin, old = call(logits._twin), logits._recipe
     if twin is logits._twin:
         return logits
@@ -287,7 +287,7 @@ def _derived(logits: LazyLogits, call: Call, **changes: Any) -> LazyLogits:
 
 
 def _same_rows(logits: LazyLogits, call: Call) -> Tensor | None:
-    """Shape the rows anew, or pick some of them."""
+    """Reshape the leading dimensions, or pick some rows."""
     is_index = call.func is Tensor.__getitem__
     if is_index and not is_basic(call.args[1]):
         return None
@@ -335,7 +335,7 @@ def _cross_entropy(logits: LazyLogits, call: Call) -> Tensor | None:
     _, labels, cross_entropy = bound
     recipe = logits._recipe
     one = torch.zeros(1, dtype=logits.dtype, device=logits.device)
-    dtype = F.cross_entropy(one[None], torch.zeros_like(one, dtype=torch.int64)).dtype  # autocast decides, too
+    dtype = F.cross_entropy(one[None], torch.zeros_like(one, dtype=torch.int64)).dtype  # depends on autocast too
     with torch.autocast(logits.device.type, enabled=False):
         weight, bias = recipe.head.parameters()
         if cross_entropy.reduction == "none":

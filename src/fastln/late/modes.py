@@ -1,4 +1,4 @@
-"""The modes of torch that a late tensor is computed under: those of the moment when it became late."""
+"""The torch modes that a late tensor is computed under: those that were active when it was made."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from torch import Tensor
 
 
 class Modes:
-    """Autocast and the hooks on saved tensors, as they are now.
+    """The current autocast mode and hooks on saved tensors.
 
-    Hooks that came on since, such as a checkpoint's, are left out: the checkpoint's second forward pass finds the late
-    tensor computed, so its first must not see the computation.
+    Hooks that were added since, such as a checkpoint's, are left out. The checkpoint's second forward pass finds the
+    late tensor already computed, so its first pass must not see the computation.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -24,7 +24,7 @@ class Modes:
         self._hooks = _hooks()
 
     def last(self) -> bool:
-        """Whether the modes are still the same, apart from hooks that have gone."""
+        """Whether the modes are still the same, apart from removed hooks."""
         hooks = _hooks()
         return self.autocast == _autocast(self.device) and hooks == self._hooks[: len(hooks)]
 
@@ -53,7 +53,7 @@ def _hooks() -> _Hooks:
 
 
 def _pop_hooks() -> _Hooks:
-    """Take the hooks on saved tensors off, and return them, the outermost first."""
+    """Remove the hooks on saved tensors, and return them, outermost first."""
     found: _Hooks = []
     while (pair := torch._C._autograd._top_saved_tensors_default_hooks(True)) is not None:
         torch._C._autograd._pop_saved_tensors_default_hooks()

@@ -1,9 +1,9 @@
-"""Rows that wait: what the last block of a model computes token by token, until it is known which tokens are read.
+"""Late rows: what a model's last block computes token by token, delayed until it is known which tokens are read.
 
-After its last attention a model treats each token by itself, and of most tokens nobody reads the result: a causal
-language model reads those before a label, an image classifier the first. `LazyRows` passes through the model's code in
-place of the hidden states, and what is done to its rows is noted down in a graph. Once some rows are picked, those
-alone are computed; every other use computes all.
+After its last attention, a model treats each token separately, and most tokens' results are never read: a causal
+language model reads those before a label, an image classifier reads the first. `LazyRows` passes through the model's
+code instead of the hidden states, and a graph records the operations on its rows. When some rows are picked, only those
+are computed. Every other use computes all.
 """
 
 from __future__ import annotations
@@ -27,27 +27,28 @@ from fastln.late.modes import Modes
 from fastln.late.tensor import Call, LateTensor, as_it_is_now
 
 WHOLE = 0.9
-"""From this share of the rows on, all are computed: to gather some and scatter their gradients costs time, too."""
+"""From this share of the rows on, all are computed, because gathering some and scattering their gradients also costs
+time."""
 
 
 class LazyRows(LateTensor):
-    """A tensor whose rows, those of its last dimension, are a function of the same rows of other tensors.
+    """A tensor whose rows (along its last dimension) are a function of the same rows of other tensors.
 
-    Linear layers, norms, activations, dropouts, sums and products of rows stay late; so do views that leave rows whole.
-    Picking rows by an index computes those, and `cross_entropy` computes those with a label. Any other use computes
-    all rows, once. A hook or `retain_grad` sees the uses that come after it.
+    Linear layers, norms, activations, dropouts, sums and products of rows stay late. So do views that keep rows whole.
+    Picking rows by an index computes only those, and `cross_entropy` computes those with a label. Any other use
+    computes all rows, once. A hook or `retain_grad` sees the uses that come after it.
 
-    Made by `LazyRows.of`.
+    `LazyRows.of` makes them.
     """
 
     _rows: Rows
-    _twin: Tensor  # on meta; says where in the memory of all rows this tensor lies
+    _twin: Tensor  # on meta; shows where this tensor lies in the memory of all rows
     _modes: Modes
     _own: Tensor | None  # once computed
 
     @staticmethod
     def of(x: Tensor) -> LazyRows:
-        """Stand for `x`, of two dimensions or more."""
+        """Return late rows for `x`, which has two dimensions or more."""
         rows = Rows(lambda x: x, (x.reshape(-1, x.shape[-1]),))
         return _lazy(rows, torch.empty(x.shape, dtype=x.dtype, device="meta"), Modes(x.device))
 
@@ -60,7 +61,7 @@ class LazyRows(LateTensor):
         return self._rows.waits()
 
     def _may_go_on(self) -> bool:
-        """Whether more can be left for later on top of these rows."""
+        """Whether further operations on these rows can stay late."""
         return self._waits() and self._modes.last()
 
     def _compute(self, writes: bool = False) -> Tensor:
@@ -73,7 +74,7 @@ class LazyRows(LateTensor):
         return self._rows, self._modes
 
     def _pick(self, numbers: Tensor) -> Tensor | None:
-        """Return rows by their numbers, `(n, d)`; None where those are too many, or others were computed before."""
+        """Return rows by their numbers, `(n, d)`; None if there are too many, or others were computed before."""
         if not self._waits() or len(numbers) >= WHOLE * (self._twin.numel() // self._twin.shape[-1]):
             return None
         with self._modes.restored():
@@ -81,17 +82,17 @@ class LazyRows(LateTensor):
 
 
 def computed(x: Tensor) -> Tensor:
-    """Return `x`, or all that it stands for."""
+    """Return `x`, with all rows computed if it is late."""
     return x._compute() if isinstance(x, LazyRows) else x
 
 
 def as_they_are(x: LazyRows) -> LazyRows:
-    """Return the same late rows in memory of their own, so that nobody writes into them."""
+    """Return the same late rows in separate memory, so that later writes do not reach them."""
     return _lazy(Rows(lambda rows: rows, (_node(x),)), torch.empty_like(x._twin), x._modes)
 
 
 def labelled(x: Tensor, labels: Tensor, ignore_index: int) -> tuple[Tensor, Tensor]:
-    """Return the rows of `x` (n_rows, d) that have a label, and their labels; all of both where nothing waits."""
+    """Return the rows of `x` (n_rows, d) that have a label, and their labels; all of both if `x` is not late."""
     if not isinstance(x, LazyRows):
         return x, labels
     index = (labels != ignore_index).nonzero()[:, 0]
@@ -100,9 +101,9 @@ def labelled(x: Tensor, labels: Tensor, ignore_index: int) -> tuple[Tensor, Tens
 
 
 class _Wait(torch.autograd.Function):
-    """Makes a `LazyRows`. Its gradient is for uses that autograd alone sees, and is found by computing the rows again.
+    """Makes a `LazyRows`. Its gradient serves uses that only autograd sees, and recomputes the rows.
 
-    All other uses have the history of the rows that they got.
+    All other uses have the history of the computed rows.
     """
 
     @staticmethod
@@ -116,7 +117,7 @@ class _Wait(torch.autograd.Function):
         if dy is None:
             return (None,) * (3 + ctx.n_tensors)
         if torch.is_grad_enabled():
-            raise FastLNError("rows that waited are differentiable once: no backward with create_graph=True")
+            raise FastLNError("late rows are differentiable once: no backward with create_graph=True")
         if not ctx.held:
             raise FastLNError("an autograd.Function took late hidden states without reading them; pass it `hidden + 0`")
         ((rows, modes),) = ctx.held
@@ -134,11 +135,11 @@ def _lazy(rows: Rows, twin: Tensor, modes: Modes) -> LazyRows:
     return lazy
 
 
-# Each rule returns the result of a call, late or of the rows that it picks, or None where the call needs all rows.
+# Each rule returns the result of a call, late or for the rows that it picks, or None if the call needs all rows.
 
 
 def _by_rows(call: Call, places: tuple[int, ...] = (0,)) -> Tensor | None:
-    """Leave a function of rows, which may come at `places` among the arguments, for later."""
+    """Delay a function of rows; the rows may be at `places` among the arguments."""
     at = {i: x for i, x in enumerate(call.args) if i in places and isinstance(x, Tensor) and x.ndim > 1}
     inputs, call = list(at.values()), call.open_at(*at)
     lazy = next((x for x in inputs if isinstance(x, LazyRows)), None)
@@ -148,7 +149,7 @@ def _by_rows(call: Call, places: tuple[int, ...] = (0,)) -> Tensor | None:
         return None
     args, kwargs = tree_map_only(Tensor, as_it_is_now, (call.args, call.kwargs))
     call = replace(call, args=args, kwargs=kwargs)
-    with torch.no_grad():  # of no rows: it tells the dtype and the number of columns
+    with torch.no_grad():  # a call with no rows gives the dtype and the number of columns
         like = call(*(torch.empty(0, x.shape[-1], dtype=x.dtype, device=x.device) for x in inputs))
     if not isinstance(like, Tensor) or not like.is_floating_point() or like.device != lazy.device:
         return None
@@ -159,13 +160,13 @@ def _by_rows(call: Call, places: tuple[int, ...] = (0,)) -> Tensor | None:
 
 
 def _node(x: LazyRows) -> Rows:
-    """Return the rows of `x` in their order."""
+    """Return the node of the rows of `x`, in their order."""
     is_all = x._twin.is_contiguous() and (x._twin._base is None or x._twin._base.numel() == x._twin.numel())
     return x._rows if is_all else Slice(x._rows, row_numbers(x._twin, x.device))
 
 
 def _ours_with_dropout(call: Call) -> Tensor | None:
-    """Draw the seed now, as if nothing waited."""
+    """Draw the seed now, as if the rows were not late."""
     p = call.kwargs.get("dropout", 0.0)
     if call.func is ops.dropout:
         p = call.args[1] if len(call.args) > 1 else call.kwargs["p"]
@@ -177,7 +178,7 @@ def _ours_with_dropout(call: Call) -> Tensor | None:
 
 
 def _stock_dropout(call: Call) -> Tensor | None:
-    """One that drops nothing may wait; else stock code draws the mask now, for all rows."""
+    """Delay dropout that drops nothing; otherwise stock code draws the mask now, for all rows."""
     given = {"p": 0.5, "training": True, **dict(zip(("p", "training"), call.args[1:], strict=False)), **call.kwargs}
     return None if given["p"] > 0 and given["training"] else _by_rows(call)
 
@@ -195,7 +196,7 @@ def _cast(call: Call) -> Tensor | None:
 
 
 def _view(call: Call) -> Tensor | None:
-    """Shape the leading dimensions anew."""
+    """Reshape the leading dimensions."""
     lazy = call.args[0]
     if not isinstance(lazy, LazyRows) or not lazy._may_go_on():
         return None
@@ -208,7 +209,7 @@ def _view(call: Call) -> Tensor | None:
 
 
 def _index(call: Call) -> Tensor | None:
-    """Compute few rows at once, and leave many for later."""
+    """Compute few rows at once; many rows stay late."""
     lazy, index = call.args
     if not isinstance(lazy, LazyRows) or not lazy._waits():
         return None
@@ -233,7 +234,7 @@ def _index_by_tensors(lazy: LazyRows, parts: tuple[Any, ...]) -> Tensor | None:
         return None
     numbers = row_numbers(lazy._twin, lazy.device).view(lazy.shape[:-1])[parts]
     rows = lazy._pick(numbers.reshape(-1))
-    # A copy, as in stock code: who writes into it writes into nothing else.
+    # A copy, as in stock code: writes into it reach nothing else.
     return None if rows is None else rows.view(*numbers.shape, rows.shape[-1]).clone()
 
 

@@ -1,4 +1,4 @@
-"""What late tensors have in common: how torch meets them, and what must not change before they are computed.
+"""The base of late tensors: how torch's calls reach them, and a check of what must not change before they are computed.
 
 `docs/late-tensors.md` explains late tensors on one page.
 """
@@ -19,7 +19,7 @@ from fastln.errors import FastLNError
 
 @dataclass(frozen=True, eq=False)
 class Call:
-    """A call of `func`, which can be made again with other tensors at `places` among the arguments."""
+    """A call of `func` that can be repeated with other tensors at `places` among the arguments."""
 
     func: Callable[..., Any]
     args: tuple[Any, ...]
@@ -40,15 +40,15 @@ class Call:
 
 
 class LateTensor(Tensor):
-    """A tensor that is computed when somebody reads it.
+    """A tensor that is computed when it is read.
 
-    torch meets it in two places. Calls from Python come to `__torch_function__`, above autograd: a rule may answer
-    with another late tensor (`_later`); every other call gets the computed tensor, with its autograd history. What does
-    not pass there, such as the arguments of an `autograd.Function`, comes to `__torch_dispatch__`, below autograd. For
-    that case the late tensor has a `grad_fn` of its own.
+    torch's calls reach it in two places. Calls from Python reach `__torch_function__`, above autograd. There a rule may
+    answer with another late tensor (`_later`); every other call gets the computed tensor, with its autograd history.
+    Uses that do not pass there, such as the arguments of an `autograd.Function`, reach `__torch_dispatch__`, below
+    autograd. For them the late tensor has its own `grad_fn`.
 
-    The graph of a loss may reach that `grad_fn`, and must not keep alive what the loss has no use for. So `_held`, a
-    list that the two share, stays empty until somebody reads the tensor, for whoever does may send it a gradient.
+    The graph of a loss may contain that `grad_fn`, and must not keep alive what the loss does not need. So `_held`, a
+    list that the tensor and its `grad_fn` share, stays empty until the tensor is read: only then may it get a gradient.
     """
 
     _held: list[Any]
@@ -80,15 +80,15 @@ class LateTensor(Tensor):
 
     @classmethod
     def _later(cls, call: Call) -> Any:
-        """Return the result of a call without computing all, or None where the call needs the computed tensor."""
+        """Return the result of a call without computing everything, or None if the call needs the computed tensor."""
         raise NotImplementedError
 
     def _compute(self, writes: bool = False) -> Tensor:
-        """Return the computed tensor with its autograd history; `writes` says that the caller will write into it."""
+        """Return the computed tensor with its autograd history; `writes` says that the caller will write to it."""
         raise NotImplementedError
 
     def _source(self) -> Any:
-        """Return what the gradient of this tensor is computed from."""
+        """Return the objects that the gradient of this tensor is computed from."""
         raise NotImplementedError
 
     def _read(self, writes: bool = False) -> Tensor:
@@ -97,7 +97,7 @@ class LateTensor(Tensor):
 
     @classmethod
     def _wrapper(cls, twin: Tensor, device: torch.device) -> Tensor:
-        """Return a tensor without memory, of the shape, strides and dtype of `twin`, which is on meta."""
+        """Return a tensor without memory, with the shape, strides and dtype of `twin`, which is on meta."""
         strides, offset = twin.stride(), twin.storage_offset()
         return Tensor._make_wrapper_subclass(
             cls, twin.shape, strides, storage_offset=offset, dtype=twin.dtype, device=device
@@ -105,17 +105,17 @@ class LateTensor(Tensor):
 
 
 class Unwritten:
-    """Tensors that must stay as they are until a late tensor has been computed from them.
+    """Tensors that must not change until a late tensor has been computed from them.
 
-    Optimizers with `fused=True` write without raising the version of a tensor. So the first row and column of every
-    trained matrix are kept and compared, too.
+    Optimizers with `fused=True` write without raising a tensor's version. So the first row and column of every trained
+    matrix are also kept and compared.
     """
 
     def __init__(self, tensors: Iterable[Tensor]) -> None:
         self._tensors = [(tensor, tensor._version, _edges(tensor)) for tensor in tensors]
 
     def check(self) -> None:
-        """Raise a `FastLNError` if anybody has written to one of the tensors."""
+        """Raise a `FastLNError` if one of the tensors was written to."""
         for tensor, version, edges in self._tensors:
             if tensor._version != version or not _same(_edges(tensor), edges):
                 raise FastLNError(
@@ -138,15 +138,15 @@ def _same(a: Tensor | None, b: Tensor | None) -> bool:
 
 
 def as_it_is_now(tensor: Tensor) -> Tensor:
-    """Return a copy, with history, of a short trained vector (a norm's γ or β, a bias); others as they are.
+    """Return a copy, with history, of a trained vector (a norm's γ or β, a bias); return other tensors unchanged.
 
-    An optimizer may step before the late tensor is read, whose values are those of the forward pass all the same.
+    An optimizer may step before the late tensor is read. Its values must still be those of the forward pass.
     """
     return tensor.clone() if tensor.requires_grad and tensor.is_leaf and tensor.ndim <= 1 else tensor
 
 
 def _writes(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-    """Whether a call writes into an argument."""
+    """Whether a call writes to an argument."""
     if kwargs.get("inplace") or (func in _IN_PLACE_AT and any(args[_IN_PLACE_AT[func] :])):
         return True
     name = getattr(func, "__name__", "")
@@ -155,7 +155,7 @@ def _writes(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, A
 
 _IN_PLACE_AT = {F.relu: 1, F.silu: 1, F.dropout: 3}  # the place of the argument `inplace`
 
-# What a late tensor answers by itself.
+# The properties and methods that need no computed values.
 _PROPERTIES = "shape dtype device layout ndim requires_grad is_leaf is_cpu is_cuda is_meta is_nested is_sparse _version"
 METADATA = {
     *(getattr(Tensor, name).__get__ for name in _PROPERTIES.split()),

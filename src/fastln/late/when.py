@@ -1,4 +1,4 @@
-"""When something may be computed after the module that makes it has returned."""
+"""Whether a module's result may be computed after the module has returned."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from fastln.late.rows import LazyRows
 
 
 def may_be_late(x: Tensor) -> bool:
-    """Whether what is made of `x` may be computed after the module that makes it has returned."""
+    """Whether a module may return a late result for `x`, to be computed after the module has returned."""
     return (
         torch.is_grad_enabled()
         and not torch.compiler.is_compiling()

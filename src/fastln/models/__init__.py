@@ -39,16 +39,16 @@ def load_task(
     Args:
         spec: `dual`, `dual:VISION,TEXT`, `blip`, `blip:SOURCE`, `chat:SOURCE`, or a directory that `fastln train`
             wrote: its output folder, or the model in it.
-        train_data: makes the answer vocabulary of a new dual encoder and the tokenizer of a bare configuration.
-        dtype: of the parameters.
-        seed: of everything that starts random.
-        device: where the model goes.
+        train_data: gives the answer vocabulary of a new dual encoder and the tokenizer of a bare configuration.
+        dtype: dtype of the parameters.
+        seed: seed for everything that is initialised randomly.
+        device: the model's device.
         image_size: edge of the square, in pixels, that images are resized to (for Qwen2.5-VL: whose area they have at
             most); what stands beside the model by default. No weight depends on it.
 
     Raises:
-        FastLNError: if `spec` is none of these, what it names cannot be loaded, the data is not for it, or it does not
-            take images of the size.
+        FastLNError: if `spec` is none of these, the model cannot be loaded, the data does not fit it, or it does not
+            take images of this size.
     """
     task = _load(spec, train_data, dtype, seed, image_size)
     if image_size is not None and isinstance(task, chat_task.ChatTask):

@@ -1,4 +1,4 @@
-"""Questions for BLIP-VQA, which generates its answers: from a directory, a hub name or a bare configuration."""
+"""The task of BLIP-VQA, which generates its answers; loaded from a directory, a hub name or a bare configuration."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from fastln.data import Sample, VQADataset
 
 MAX_ANSWER_TOKENS = 16
-_ENDS = 2  # of these: the start token and the end token
+_ENDS = 2  # the start token and the end token of a text
 _READ = {"pixel_values", "input_ids", "attention_mask", INTERPOLATE}  # before an answer is written
 
 
@@ -35,11 +35,11 @@ class BlipTask(VQATask):
     def collate(self, samples: list[Sample], dataset: VQADataset) -> dict[str, Any]:
         """Return pixel_values (batch, ...), question tokens, decoder tokens and labels (batch, n_answer_tokens).
 
-        With images of another size than the model's own goes the word that its positions are to be interpolated.
+        If images differ in size from the model's own, an argument asks for interpolated positions.
         """
         pixels = torch.stack([self.images(dataset, sample.image) for sample in samples])
         config = self.model.config.text_config
-        # The decoder reads its start token, the answer, the end token and padding, and learns the same one token on.
+        # The decoder reads its start token, the answer, the end token and padding; the labels are shifted by one token.
         answers = self.tokenizer([sample.answer for sample in samples], add_special_tokens=False)["input_ids"]
         rows = [[config.bos_token_id, *tokens[: MAX_ANSWER_TOKENS - _ENDS], config.sep_token_id] for tokens in answers]
         longest = max(map(len, rows))
@@ -56,7 +56,7 @@ class BlipTask(VQATask):
         return batch | self.tokenize([sample.question for sample in samples]) | positions
 
     def cut_off(self, samples: list[Sample]) -> dict[str, tuple[list[int], int]]:
-        """Return the lengths of questions and of answers, and how many tokens of each are read and learnt."""
+        """Return the lengths of questions and answers, and how many tokens of each are read and learnt."""
         ids = self.tokenizer([s.answer for s in samples], add_special_tokens=False, verbose=False)["input_ids"]
         answers = [len(row) for row in ids], MAX_ANSWER_TOKENS - _ENDS
         return {"questions": self.question_lengths(samples), "answers": answers}
@@ -69,7 +69,7 @@ class BlipTask(VQATask):
             do_sample=False,
             num_beams=1,
         )
-        # The start token comes first, and the tokenizer does not know it.
+        # The first token is the start token, which the tokenizer does not know.
         return self.tokenizer.batch_decode(tokens[:, 1:], skip_special_tokens=True)
 
 
@@ -102,7 +102,7 @@ def embedded_config() -> BlipConfig:
 def from_config(
     config: BlipConfig, train_data: VQADataset, dtype: torch.dtype, seed: int, image_size: int | None, name: str
 ) -> BlipTask:
-    """Build BLIP-VQA with random weights; its tokenizer is made of the training data's words."""
+    """Build BLIP-VQA with random weights and a tokenizer of the training data's words."""
     text = config.text_config
     texts = [text for sample in train_data.samples for text in (sample.question, sample.answer)]
     tokenizer = word_tokenizer(
@@ -120,13 +120,13 @@ def from_source(source: str, train_data: VQADataset, dtype: torch.dtype, seed: i
 
     Args:
         source: a directory, a hub name, a directory with config.json and no weights, or a configuration's .json file.
-        train_data: makes the tokenizer where `source` is a bare configuration.
-        dtype: of the parameters.
-        seed: of the initial weights of a bare configuration.
-        image_size: edge length of images; what the preprocessing beside the model says by default.
+        train_data: gives the tokenizer if `source` is a bare configuration.
+        dtype: dtype of the parameters.
+        seed: seed for the initial weights of a bare configuration.
+        image_size: edge length of images; by default that of the model's preprocessing.
 
     Raises:
-        FastLNError: if there is nothing to load, it is not BLIP, or its patches do not make up such images.
+        FastLNError: if there is nothing to load, it is not BLIP, or its patches do not fit images of this size.
     """
     path = Path(source)
     if bare := bare_configuration(source):

@@ -1,4 +1,4 @@
-"""Questions, reports and conversations for models that chat: language models, with or without a vision tower."""
+"""The task of models that chat (language models with or without a vision tower): questions, reports, conversations."""
 
 from __future__ import annotations
 
@@ -33,13 +33,13 @@ if TYPE_CHECKING:
     from fastln.data import Sample, VQADataset
 
 REPORT_QUESTION = "Write the radiology report."
-"""What a model is asked where the data has reports and no questions."""
+"""The prompt if the data has reports and no questions."""
 ANSWER_TOKENS = 64
 """The most tokens generated for a question."""
 LONG_ANSWER_TOKENS = 512
-"""The most tokens generated where the data has reports or conversations."""
+"""The most tokens generated if the data has reports or conversations."""
 
-# Encoders have a class for causal language modelling too, for use inside other models.
+# Encoders also have a class for causal language modelling, for use inside other models.
 _LANGUAGE_MODELS = set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES) - set(MODEL_FOR_MASKED_LM_MAPPING_NAMES)
 MODEL_TYPES = frozenset({*CHAT_VISION, *_LANGUAGE_MODELS})
 """The values that a configuration's model_type may have."""
@@ -50,17 +50,17 @@ _BYTES_BESIDE = 512  # of a template around a text; more than most have
 
 
 class ChatTask(VQATask):
-    """Learns every answer of a conversation, and generates its last one.
+    """A task that learns every answer of a conversation, and generates the last one.
 
     Args:
         model: the network.
-        tokenizer: a fast one; its chat template is used, or `fastln.models.chat_template.PLAIN` and kept in it.
+        tokenizer: a fast tokenizer. If it has no chat template, it gets `fastln.models.chat_template.PLAIN`.
         images: reads images; None for a language model.
-        name: what tables call the model.
+        name: the model's name in tables.
         vision: how the model's family reads images; None for a language model.
 
     Raises:
-        FastLNError: if the tokenizer is a slow one, or its chat template cannot be used.
+        FastLNError: if the tokenizer is slow, or its chat template cannot be used.
     """
 
     def __init__(
@@ -95,18 +95,18 @@ class ChatTask(VQATask):
         """Set the size that images are resized to; for Qwen2.5-VL, to at most `image_size`² pixels.
 
         Raises:
-            FastLNError: if the model reads images of its own size alone, or none at all.
+            FastLNError: if the model reads only images of its own size, or none.
         """
         if self.chat_vision is None or self.images is None:
             raise FastLNError(f"image size {image_size}: {self.name} reads only text; leave the image size out")
         self.chat_vision.set_size(self.images, self.model.config, image_size)
 
     def check_data(self, dataset: VQADataset) -> None:
-        """Check that the model can use all that the samples hold, and find out how long answers may get.
+        """Check that the model can use everything in the samples, and find out how long answers may get.
 
         Raises:
-            FastLNError: as for every task, and if samples are longer than the model's context, all of which are told;
-                nothing is cut off.
+            FastLNError: as for every task, and if samples are longer than the model's context; the message lists them.
+                Nothing is cut off.
         """
         super().check_data(dataset)
         if demands(dataset.samples) & {"reports", "conversations"}:
@@ -115,7 +115,7 @@ class ChatTask(VQATask):
         for sample in dataset.samples:
             try:
                 lengths = self._image_tokens(sample, dataset)
-                # Most are short enough by their bytes, of which a token has one at least; a batch checks all again.
+                # Most are short enough by their bytes, since a token has at least one. `collate` checks all again.
                 most = sum(len(text.encode()) + _BYTES_BESIDE for turn in _turns(sample) for text in turn)
                 if sum(lengths) + most > self.max_tokens:
                     self.encode(sample, lengths)
@@ -131,7 +131,7 @@ class ChatTask(VQATask):
             )
 
     def collate(self, samples: list[Sample], dataset: VQADataset) -> dict[str, Tensor]:
-        """Return input_ids, attention_mask and labels (batch, longest), and what the model reads of all images."""
+        """Return input_ids, attention_mask and labels (batch, longest), and the model's arguments for all images."""
         rows, images = [], []
         for sample in samples:
             inputs = [self.images.inputs(dataset, key) for key in sample.images] if self.images else []
@@ -151,9 +151,9 @@ class ChatTask(VQATask):
         return {name: tensor.to(self.device) for name, tensor in batch.items()}
 
     def encode(self, sample: Sample, image_lengths: list[int]) -> tuple[Tensor, Tensor]:
-        """Return a sample's tokens and labels, (n_tokens,): labels are the answers' tokens and those that end them.
+        """Return a sample's tokens and labels, (n_tokens,): labels are the answers' tokens, with their end tokens.
 
-        The whole conversation becomes tokens at once, and what is an answer's is told by where tokens stand in it.
+        The whole conversation is tokenized at once. The positions of tokens in the text show which belong to answers.
 
         Args:
             sample: the conversation.
@@ -188,14 +188,14 @@ class ChatTask(VQATask):
         return [text.strip() for text in self.tokenizer.batch_decode(tokens[:, n_tokens:], skip_special_tokens=True)]
 
     def save(self, directory: Path) -> None:
-        """Write everything that `load_task(directory)` needs, and what transformers' `AutoProcessor` does."""
+        """Write everything that `load_task(directory)` and transformers' `AutoProcessor` need."""
         super().save(directory)
         if self.images is not None and self.chat_vision is not None and self.chat_vision.processor is not None:
             processor = self.chat_vision.processor(self.model.config, self.images, self.tokenizer)
             processor.save_pretrained(directory)
 
     def _prompts(self, batch: dict[str, Tensor]) -> tuple[dict[str, Tensor], int]:
-        """Return the batch without labels and last answers, and the length of the prompts, padded on the left."""
+        """Return the batch without labels and last answers, padded on the left, and the length of the prompts."""
         labelled = batch["labels"] != IGNORE_INDEX
         begins = labelled & ~labelled.roll(1, dims=1)
         ends = (begins * torch.arange(labelled.shape[1], device=labelled.device)).amax(dim=1).tolist()
@@ -209,7 +209,7 @@ class ChatTask(VQATask):
         return prompts, longest
 
     def _greedy(self, n_tokens: int) -> GenerationConfig:
-        # These overrule all settings of the model's own that could change a greedy search.
+        # These override all settings of the model that could change greedy search.
         return GenerationConfig(
             max_new_tokens=max(1, min(self.max_new_tokens, self.max_tokens - n_tokens)),
             do_sample=False,
@@ -252,12 +252,12 @@ def from_source(source: str, train_data: VQADataset, dtype: torch.dtype, seed: i
 
     Args:
         source: a directory, a hub name, a directory with config.json and no weights, or a configuration's .json file.
-        train_data: makes the tokenizer where `source` is a bare configuration.
-        dtype: of the parameters.
-        seed: of the initial weights of a bare configuration.
+        train_data: gives the tokenizer if `source` is a bare configuration.
+        dtype: dtype of the parameters.
+        seed: seed for the initial weights of a bare configuration.
 
     Raises:
-        FastLNError: if there is nothing to load, or it is no model that chats.
+        FastLNError: if there is nothing to load, or the model cannot chat.
     """
     name = f"chat:{Path(source).stem if source.endswith('.json') else Path(source).name}"
     if bare := bare_configuration(source):
@@ -287,7 +287,7 @@ def from_config(
     seed: int,
     name: str,
 ) -> ChatTask:
-    """Build a conversational model with random weights; its tokenizer is made of the training data's words."""
+    """Build a conversational model with random weights and a tokenizer of the training data's words."""
     text = config.get_text_config()
     roles = ("bos_token", "eos_token", "pad_token")
     tokenizer = chat_tokenizer(
@@ -323,7 +323,7 @@ def _turns(sample: Sample) -> list[tuple[str, str]]:
 
 
 def _labels(ids: list[int], places: list[tuple[int, int]], conversation: Conversation) -> list[int]:
-    """Return the tokens that have a character in an answer; `IGNORE_INDEX` in place of the others."""
+    """Return the tokens that overlap an answer, and `IGNORE_INDEX` in place of all others."""
 
     def is_answer(start: int, end: int) -> bool:
         return start < end and any(start < after and first < end for first, after in conversation.answers)

@@ -1,4 +1,4 @@
-"""Conversations as text, by a model's own chat template, with the places of the answers in it."""
+"""Writes conversations as text with a model's own chat template, and finds the answers in it."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ PLAIN = (
 )
 """For models without a chat template: LLaVA's form, `USER: question ASSISTANT: answer</s>`, without a system prompt."""
 
-_OPEN, _CLOSE = "\ue000", "\ue001"  # for private use: no text has them, and no template minds
+_OPEN, _CLOSE = "\ue000", "\ue001"  # private-use characters: no text has them, and templates pass them through
 _MARK = re.compile(f"{_OPEN}[0-9]+{_CLOSE}")
 
 Turn = tuple[str, str]
@@ -32,9 +32,9 @@ class Conversation:
     """A conversation as the model reads it.
 
     Attributes:
-        text: all of it, up to the end of the last answer.
-        answers: where in the text each answer stands, to the end of the token that ends it. Blanks before it belong to
-            it, as they do to its first token with most tokenizers; so what stands before is the same whatever it is.
+        text: the conversation, up to the end of the last answer.
+        answers: the span of each answer in the text, up to the end of its end token. Blanks before an answer belong to
+            it, as they belong to its first token with most tokenizers. So the text before does not depend on it.
     """
 
     text: str
@@ -42,23 +42,23 @@ class Conversation:
 
 
 class ChatTemplate:
-    """Writes conversations in the form in which a model is trained on them.
+    """Writes conversations in the form that a model is trained on.
 
-    Where the answers stand is found by rendering the conversation with marks in their place; the text with the answers
-    must be the same otherwise, so no template can put something else under the labels unseen.
+    To find the answers, the conversation is also rendered with marks in their place. The two texts must otherwise be
+    equal, so no template can silently put other text under the labels.
 
     Args:
         tokenizer: knows the special tokens.
-        template: the chat template (Jinja); `PLAIN` where None.
-        image_token: what stands for an image in the text; None for models that read only text.
-        placeholder: an image's place, around its token, where the template takes text and no parts.
+        template: the chat template (Jinja); None for `PLAIN`.
+        image_token: the token of an image in the text; None for models that read only text.
+        placeholder: an image's place, with its token, if the template takes text instead of parts.
 
     Attributes:
         source: the template.
         end: the token that ends an answer: the one that the template puts there, or the tokenizer's end token.
 
     Raises:
-        FastLNError: the template cannot be rendered or leaves out images, or there is no token to end an answer with.
+        FastLNError: the template cannot be rendered or leaves out images, or no token can end an answer.
     """
 
     def __init__(
@@ -85,8 +85,8 @@ class ChatTemplate:
             image_lengths: how many tokens each image takes; images stand before the first question.
 
         Raises:
-            FastLNError: the template does something else to answers than to put them somewhere, or the conversation
-                holds the model's own image token.
+            FastLNError: the template changes answers instead of only placing them, or the conversation contains the
+                model's own image token.
         """
         answers = [answer for _, answer in turns]
         n_images = len(image_lengths)
@@ -139,7 +139,7 @@ class ChatTemplate:
         return f"{place}\n" * n_images + text
 
     def _takes_parts(self, image_token: str) -> bool:
-        """Whether the template takes images and text as parts; a processor's does, a tokenizer's takes text."""
+        """Whether the template takes images and text as parts, as a processor's does; a tokenizer's takes text."""
         turn = (f"{_OPEN}0{_CLOSE}", f"{_OPEN}1{_CLOSE}")
         self._in_parts = True
         try:

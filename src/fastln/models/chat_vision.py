@@ -28,14 +28,14 @@ class ChatVision:
     """How the models of a family read images.
 
     Attributes:
-        placeholder: an image's place in a text, around its token.
+        placeholder: an image's place in a text, with its token.
         tokens: the special tokens of a tokenizer made for a bare configuration, by the configuration's field.
-        images: from a source (None for a bare configuration), the configuration and a dtype to what reads images.
-        set_size: has what reads images make them of another size, or raises where the configuration forbids it.
-        n_tokens: how many tokens an image takes, from the configuration and the shape of its `pixel_values`.
+        images: makes the image reader from a source (None for a bare configuration), the configuration and a dtype.
+        set_size: sets the image reader's size, or raises if the configuration forbids it.
+        n_tokens: the number of tokens of an image, from the configuration and the shape of its `pixel_values`.
         marks_tokens: whether the model must be told which tokens are an image's (`mm_token_type_ids`).
-        processor: from the configuration, what reads images and the tokenizer to transformers' processor, where that
-            is more than the two together and must be saved.
+        processor: makes transformers' processor from the configuration, the image reader and the tokenizer, if it is
+            more than the two together and must be saved.
     """
 
     placeholder: str
@@ -64,7 +64,7 @@ def _llava_size(images: ImageInputs, config: PreTrainedConfig, image_size: int) 
 
 
 def _llava_tokens(config: PreTrainedConfig, shape: torch.Size) -> int:
-    # One for each row of the tower's output, perhaps without the class token's; a tower without weights gives them.
+    # One per row of the tower's output, perhaps without the class token; a tower without weights gives the shape.
     with torch.device("meta"):
         tower = AutoModel.from_config(copy.deepcopy(config.vision_config))
         rows = tower(torch.empty(shape)).last_hidden_state.shape[1]

@@ -1,4 +1,4 @@
-"""The dual encoder: any transformers vision encoder beside any text encoder, a small fusion head over both."""
+"""The dual encoder: any transformers vision encoder and text encoder, with a small fusion head over both."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from fastln.models.image_size import INTERPOLATE
 
 MODEL_TYPE = "fastln-dual-encoder"
 PASS_TOKENS = 128
-"""What one more pass of the text encoder costs, in tokens: some milliseconds of Python."""
+"""The cost of one more pass of the text encoder, in tokens: it takes some milliseconds of Python."""
 
 
 class DualEncoderConfig(PreTrainedConfig):
@@ -28,8 +28,8 @@ class DualEncoderConfig(PreTrainedConfig):
         answers: the answer vocabulary; the model classifies over it.
         head_hidden_size: width of the fusion head.
         head_dropout: dropout probability inside the fusion head.
-        vision_pooler: whether the vision encoder's own pooler is pretrained; one that is not is left out.
-        random_weights: whether the encoders never saw data, so that accuracy means nothing.
+        vision_pooler: whether the vision encoder's own pooler is pretrained; otherwise it is left out.
+        random_weights: whether the encoders have random weights, so that accuracy means nothing.
     """
 
     model_type = MODEL_TYPE
@@ -73,7 +73,7 @@ class FusionHead(nn.Module):
 
 
 class DualEncoder(PreTrainedModel):
-    """A vision encoder, a text encoder, and a fusion head that chooses an answer by their pooled features."""
+    """A vision encoder, a text encoder, and a fusion head that chooses an answer from their pooled features."""
 
     config: DualEncoderConfig
     config_class = DualEncoderConfig
@@ -90,7 +90,7 @@ class DualEncoder(PreTrainedModel):
         vision: PreTrainedModel | None = None,
         text: PreTrainedModel | None = None,
     ) -> None:
-        """Build the model, around given encoders where there are any.
+        """Build the model, around the given encoders if any.
 
         Args:
             config: the whole model's configuration.
@@ -107,12 +107,12 @@ class DualEncoder(PreTrainedModel):
         AnswerVocabulary(config.answers or [])
         self.vision = AutoModel.from_config(config.vision_config) if vision is None else vision
         self.text = AutoModel.from_config(config.text_config) if text is None else text
-        # One configuration object per tower, so that what is switched on the whole reaches the part.
+        # One configuration object per tower, so that settings changed on the whole model reach the tower.
         self.config.vision_config = self.vision.config
         self.config.text_config = self.text.config
         if not config.vision_pooler:
             self.vision.pooler = None
-        # A BERT pooler is not on the way to the answer: features are the mean over tokens.
+        # A BERT pooler is not needed: features are the mean over tokens.
         if getattr(self.text, "pooler", None) is not None:
             self.text.pooler = None
         self.fusion_head = FusionHead(2 * config.vision_config.hidden_size + config.text_config.hidden_size, config)
@@ -127,7 +127,7 @@ class DualEncoder(PreTrainedModel):
 
     def vision_features(self, pixel_values: Tensor, interpolate_pos_encoding: bool = False) -> Tensor:
         """Return (n_images, 2 * hidden) from (n_images, 3, height, width): the pooled output beside the token mean."""
-        positions = {INTERPOLATE: True} if interpolate_pos_encoding else {}  # not every encoder takes this
+        positions = {INTERPOLATE: True} if interpolate_pos_encoding else {}  # not all encoders take this
         outputs = self.vision(pixel_values=pixel_values, **positions)
         mean = outputs.last_hidden_state.mean(dim=1)
         pooled = getattr(outputs, "pooler_output", None)
@@ -136,7 +136,7 @@ class DualEncoder(PreTrainedModel):
     def text_features(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         """Return (batch, hidden): the mean of the last hidden states over the tokens that are not padding.
 
-        On a CPU texts of like length have a pass of their own where that spares more padding than a pass costs.
+        On a CPU, texts of similar length get a separate pass if that saves more padding than a pass costs.
         """
         if input_ids.device.type != "cpu":
             return self._text_features(input_ids, attention_mask)
@@ -191,10 +191,10 @@ class DualEncoder(PreTrainedModel):
 
 
 def passes(lengths: Sequence[int]) -> list[int]:
-    """Cut texts into passes so that tokens, padding and the passes themselves cost the least together.
+    """Cut texts into passes so that the total cost of tokens, padding and passes is lowest.
 
     Args:
-        lengths: of the texts, in rising order; a pass is as long as its last.
+        lengths: lengths of the texts, in rising order; a pass is as long as its last text.
 
     Returns:
         The end of each pass.
@@ -214,13 +214,13 @@ def passes(lengths: Sequence[int]) -> list[int]:
 
 
 def answer_loss(logits: Tensor, labels: Tensor) -> Tensor:
-    """Return the mean cross-entropy of logits (batch, n_answers) over the labels (batch,) that are answers; or 0."""
+    """Return the mean cross-entropy of logits (batch, n_answers) over labels (batch,) that are answers; else 0."""
     total = nn.functional.cross_entropy(logits.float(), labels, ignore_index=UNKNOWN, reduction="sum")
     return total / (labels != UNKNOWN).sum().clamp(min=1)
 
 
 def _standardised(features: Tensor) -> Tensor:
-    # The towers' scales differ by an order of magnitude; without this the larger one decides.
+    # The towers' scales differ by an order of magnitude; without this the larger one dominates.
     return nn.functional.layer_norm(features, features.shape[-1:])
 
 

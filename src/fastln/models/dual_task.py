@@ -1,4 +1,4 @@
-"""Questions for the dual encoder: from two pretrained towers, a saved model, or the embedded configuration."""
+"""The task of the dual encoder, from two pretrained towers, a saved model, or the embedded configuration."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ HEAD = ("fusion_head",)  # a name that no encoder has
 
 
 class DualEncoderTask(VQATask):
-    """Classifies the answer of each question; questions on the same image share its vision pass."""
+    """A task that classifies the answer of each question; questions on the same image share its vision pass."""
 
     model: DualEncoder
     images: ImagePixels
@@ -35,7 +35,7 @@ class DualEncoderTask(VQATask):
     def collate(self, samples: list[Sample], dataset: VQADataset) -> dict[str, Any]:
         """Return pixel_values (n_images, ...), image_index, input_ids, attention_mask and labels (batch,).
 
-        With images of another size than the vision encoder's own goes `positions`.
+        If images differ in size from the vision encoder's own, the arguments of `positions` are added.
         """
         rows = {key: row for row, key in enumerate(dict.fromkeys(sample.image for sample in samples))}
         vocabulary = self.vocabulary
@@ -49,7 +49,7 @@ class DualEncoderTask(VQATask):
 
     @property
     def positions(self) -> dict[str, bool]:
-        """The arguments by which the vision encoder interpolates its positions."""
+        """The arguments that make the vision encoder interpolate its positions."""
         return position_arguments(self.model.vision, self.images.image_size)
 
     def cut_off(self, samples: list[Sample]) -> dict[str, tuple[list[int], int]]:
@@ -108,19 +108,19 @@ def embedded(train_data: VQADataset, dtype: torch.dtype, seed: int, image_size: 
 def from_towers(
     vision: str, text: str, train_data: VQADataset, dtype: torch.dtype, seed: int, image_size: int | None
 ) -> DualEncoderTask:
-    """Join two pretrained encoders under a head that starts random.
+    """Join two pretrained encoders under a randomly initialised head.
 
     Args:
         vision: directory or hub name of the vision encoder (or of a model that has one, such as CLIP).
         text: directory or hub name of the text encoder.
         train_data: its answers are the answer vocabulary.
-        dtype: of the parameters.
-        seed: of the head's initial weights.
-        image_size: edge length of images; what the preprocessing beside the vision encoder says by default.
+        dtype: dtype of the parameters.
+        seed: seed for the head's initial weights.
+        image_size: edge length of images; by default that of the vision encoder's preprocessing.
 
     Raises:
-        FastLNError: if a directory holds no model, a hub name cannot be had, or the vision encoder does not take such
-            images.
+        FastLNError: if a directory holds no model, a hub name cannot be loaded, or the vision encoder does not take
+            such images.
     """
     vision_model, vision_pooler = _tower(vision, "vision_config", dtype)
     text_model, _ = _tower(text, "text_config", dtype)
@@ -146,10 +146,10 @@ def from_towers(
 
 
 def from_saved(directory: str, train_data: VQADataset, dtype: torch.dtype, image_size: int | None) -> DualEncoderTask:
-    """Load a dual encoder that `VQATask.save` wrote; its head is trained and no longer starts random.
+    """Load a dual encoder that `VQATask.save` wrote; its head is already trained.
 
     Raises:
-        FastLNError: if something is missing, or the model can say none of the data's answers.
+        FastLNError: if something is missing, or the model's vocabulary has none of the data's answers.
     """
     with loading(directory):
         model, report = DualEncoder.from_pretrained(directory, dtype=dtype, output_loading_info=True)

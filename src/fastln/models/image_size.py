@@ -1,7 +1,7 @@
-"""Images of another size than a vision encoder's own: which sizes it takes, and with which arguments.
+"""Image sizes other than a vision encoder's own: which sizes it takes, and with which arguments.
 
-No weight changes: where an encoder has a learned position for each patch of its own size, transformers interpolates
-them (bicubic) in every forward that asks for it. So an adapter has the same base whatever the images' size.
+No weight changes: if an encoder has learned positions for the patches of its own size, transformers interpolates them
+(bicubic) in every forward that asks for it. So an adapter's base is the same for all image sizes.
 """
 
 from __future__ import annotations
@@ -36,17 +36,17 @@ def check_size(image_size: int, patch: int) -> None:
 
 
 def check_size_for(config: PreTrainedConfig, image_size: int | None) -> None:
-    """Check that an encoder cuts images of this size into whole patches, or that it is its own; None always is.
+    """Check that an encoder can cut images of this size into whole patches; None and its own size always pass.
 
     Raises:
-        FastLNError: as `check_size`.
+        FastLNError: as in `check_size`.
     """
     if image_size is not None and not _is_own(config, image_size):
         check_size(image_size, math.lcm(*_edges(getattr(config, "patch_size", None) or 1)))
 
 
 def check_reads(encoder: PreTrainedModel, image_size: int) -> None:
-    """Check that a vision encoder takes images of this size, by trying it on one without weights.
+    """Check that a vision encoder takes images of this size, by a trial run without weights.
 
     Raises:
         FastLNError: if it does not.
@@ -66,10 +66,10 @@ def check_reads(encoder: PreTrainedModel, image_size: int) -> None:
 
 
 def position_arguments(encoder: PreTrainedModel, image_size: int) -> dict[str, bool]:
-    """Return the arguments about positions that a vision encoder's forward needs at this size of images.
+    """Return the position arguments that a vision encoder's forward needs for this image size.
 
-    That is nothing at its own size, and for encoders that interpolate by themselves (DINOv2) or have no positions of a
-    size (DINOv3).
+    There are none at its own size, and for encoders that interpolate by themselves (DINOv2) or whose positions have no
+    fixed size (DINOv3).
     """
     takes = INTERPOLATE in inspect.signature(type(encoder).forward).parameters
     return {INTERPOLATE: True} if takes and not _is_own(encoder.config, image_size) else {}
@@ -80,5 +80,5 @@ def _is_own(config: PreTrainedConfig, image_size: int) -> bool:
 
 
 def _edges(size: Any) -> tuple[Any, ...]:
-    """Height and width, which some configurations give as two numbers."""
+    """Return height and width, which some configurations give as two numbers."""
     return tuple(size) if isinstance(size, list | tuple) else (size,)

@@ -1,4 +1,4 @@
-"""From a dataset's images to what models read; each is decoded once while all fit in memory."""
+"""Turns a dataset's images into model inputs; each is decoded once as long as all fit in memory."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ CACHE_BYTES = 1 << 30
 
 
 class ImageInputs:
-    """What a transformers image processor makes of images, kept while it fits in memory.
+    """The output of a transformers image processor, cached while it fits in memory.
 
     Args:
         processor: the image processor.
-        dtype: what the pixel values are kept and returned in.
-        cache_bytes: how much memory they may take; past that, images are decoded again.
+        dtype: dtype of the pixel values, cached and returned.
+        cache_bytes: how much memory the cache may take; beyond that, images are decoded again.
     """
 
     def __init__(self, processor: Any, dtype: torch.dtype, cache_bytes: int = CACHE_BYTES) -> None:
@@ -35,7 +35,7 @@ class ImageInputs:
         self._kept: dict[tuple[str, str], dict[str, Tensor]] = {}
 
     def inputs(self, dataset: VQADataset, key: str) -> dict[str, Tensor]:
-        """Return one image as the model's keyword arguments, whose rows are joined to those of other images."""
+        """Return one image as the model's keyword arguments; their rows are concatenated with those of other images."""
         name = (dataset.name, key)
         made = self._kept.get(name)
         if made is None:
@@ -48,9 +48,9 @@ class ImageInputs:
         return made
 
     def shape(self, stat: ImageStat) -> torch.Size:
-        """Return the shape of an image's `pixel_values`, without decoding it; here (n_patches, values of a patch).
+        """Return the shape of an image's `pixel_values`, without decoding it; here (n_patches, values per patch).
 
-        It is the same for an image turned by a quarter, so it does not matter that `stat` has it as it is stored.
+        A quarter turn does not change it, so it does not matter that `stat` ignores the stored orientation.
 
         Raises:
             FastLNError: if the processor takes no images of this size.
@@ -63,21 +63,20 @@ class ImageInputs:
         return torch.Size((n_patches, 3 * processor.temporal_patch_size * processor.patch_size**2))
 
     def __str__(self) -> str:
-        """The size of images when the model gets them; here the processor's limits on their pixels."""
+        """The size of the images that the model gets; here the processor's limits on their pixels."""
         return f"{self.processor.size['shortest_edge']:,} to {self.processor.size['longest_edge']:,} pixels each"
 
 
 class ImagePixels(ImageInputs):
     """Resizes and normalises images for a vision encoder of one image size.
 
-    Every image is resized to the whole of a square: radiographs carry their findings at the edges too, so nothing is
-    cropped away.
+    Every image is resized in full to a square. Nothing is cropped, because radiographs also have findings at the edges.
 
     Args:
-        processor: a transformers image processor; its size and cropping are overruled.
-        image_size: edge length in pixels; what the processor says by default.
-        dtype: as for `ImageInputs`.
-        cache_bytes: as for `ImageInputs`.
+        processor: a transformers image processor; its size and cropping are overridden.
+        image_size: edge length in pixels; by default the processor's.
+        dtype: as in `ImageInputs`.
+        cache_bytes: as in `ImageInputs`.
     """
 
     def __init__(
@@ -94,13 +93,13 @@ class ImagePixels(ImageInputs):
     def of_source(
         cls, source: str | None, config: PreTrainedConfig, dtype: torch.dtype, image_size: int | None = None
     ) -> ImagePixels:
-        """Read the preprocessing beside a model; where there is none, plain, to the size in its configuration.
+        """Load a model's preprocessing; if it has none, use plain preprocessing with the size in its configuration.
 
         Args:
-            source: a directory or hub name; None where there is nothing but the configuration.
-            config: of the vision encoder.
-            dtype: of the pixel values.
-            image_size: edge length in pixels; what the preprocessing says by default.
+            source: a directory or hub name; None if there is only the configuration.
+            config: configuration of the vision encoder.
+            dtype: dtype of the pixel values.
+            image_size: edge length in pixels; by default that of the preprocessing.
 
         Raises:
             FastLNError: if the preprocessing cannot be loaded, or the encoder cannot cut such images into patches.
@@ -127,7 +126,7 @@ class ImagePixels(ImageInputs):
         return torch.Size((1, 3, self.image_size, self.image_size))
 
     def __str__(self) -> str:
-        """The size of images when the model gets them."""
+        """The size of the images that the model gets."""
         return f"{self.image_size} x {self.image_size} pixels"
 
 

@@ -1,7 +1,7 @@
-"""LLaVA-Med's own checkpoints (model type `llava_mistral`), read as transformers' LLaVA, to the same numbers.
+"""Loads LLaVA-Med's own checkpoints (model type `llava_mistral`) as transformers' LLaVA, with the same results.
 
-Their code is no part of transformers, and stores the same layers under other names: a CLIP vision tower, a projector of
-two linear maps, a Mistral language model. Prompts and pictures are made as its authors train and evaluate it:
+Their code is not part of transformers, and stores the same layers under other names: a CLIP vision tower, a projector
+of two linear layers, a Mistral language model. Prompts and images are made as its authors train and evaluate it:
 https://github.com/microsoft/LLaVA-Med, release 1.5.
 """
 
@@ -36,21 +36,21 @@ TEMPLATE = (
     "{% else %}{{ message['content'] + ' ' + eos_token }}{% endif %}"
     "{% endfor %}"
 )
-"""The conversations that it was trained on (`mistral_instruct`)."""
+"""The form of the conversations that it was trained on (`mistral_instruct`)."""
 
-_KNOWN_TOWER = "clip-vit-large-patch14-336"  # what LlavaConfig describes by default, so that nothing is downloaded
+_KNOWN_TOWER = "clip-vit-large-patch14-336"  # the default of LlavaConfig, so that nothing is downloaded
 _NAMES = {
     r"^model\.vision_tower\.vision_tower\.(vision_model\.)?": "model.vision_tower.",
     r"^model\.mm_projector\.0\.": "model.multi_modal_projector.linear_1.",
     r"^model\.mm_projector\.2\.": "model.multi_modal_projector.linear_2.",
     r"^model\.(?=embed_tokens|layers|norm)": "model.language_model.",
 }
-# Settings of LLaVA's code that transformers' model does not have, with the values that it takes.
+# Settings of LLaVA's code that transformers' model lacks, with the values that it assumes.
 _ONLY = {"mm_projector_type": ("mlp2x_gelu",), "mm_use_im_start_end": (False, None)}
 
 
 def is_llava_med(source: str) -> bool:
-    """Whether a directory or hub name holds a checkpoint of LLaVA-Med's own form."""
+    """Whether a directory or hub name holds a checkpoint in LLaVA-Med's own form."""
     return PreTrainedConfig.get_config_dict(source)[0].get("model_type") == MODEL_TYPE
 
 
@@ -59,15 +59,15 @@ def load(
 ) -> tuple[LlavaForConditionalGeneration, PreTrainedTokenizerBase, ImagePixels]:
     """Load a checkpoint as the model, tokenizer and image preprocessing of transformers' LLaVA.
 
-    The tokenizer gets a token for images, of which the model knows nothing: its rows in the word embeddings and the
-    head are the means of all others, so that it is never the likeliest.
+    The tokenizer gets an image token, which is new to the model. Its rows in the word embeddings and the head are the
+    means of all others, so that it is never the most likely.
 
     Args:
         source: a directory or hub name, with the weights as safetensors.
-        dtype: of the parameters; "auto" for the checkpoint's. Pixel values are in the model's.
+        dtype: dtype of the parameters; "auto" for the checkpoint's. Pixel values have the model's dtype.
 
     Raises:
-        FastLNError: if the checkpoint lacks weights, or has a part that transformers' LLaVA has not.
+        FastLNError: if the checkpoint lacks weights, or has a part that transformers' LLaVA lacks.
     """
     found, _ = PreTrainedConfig.get_config_dict(source)
     for name, values in _ONLY.items():
@@ -82,7 +82,7 @@ def load(
         output_loading_info=True,
     )
     refuse_missing(source, "LLaVA-Med", report["missing_keys"])
-    vars(model).pop("_weight_conversions", None)  # or save_pretrained would go back to the original's names
+    vars(model).pop("_weight_conversions", None)  # otherwise save_pretrained would restore the original names
     tokenizer = load_tokenizer(source, model.config)
     tokenizer.chat_template = TEMPLATE
     tokenizer.model_max_length = min(tokenizer.model_max_length, found.get("tokenizer_model_max_length") or 2048)

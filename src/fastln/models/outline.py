@@ -16,7 +16,7 @@ from fastln.models.sources import bare_configuration, check_source, saved_model
 
 
 def outline(spec: str) -> PreTrainedModel:
-    """Build a model on the meta device from its configuration alone. No weight is read, no memory allocated.
+    """Build a model on the meta device from only its configuration. No weight is read, no memory allocated.
 
     Args:
         spec: A directory, a hub name, a configuration's .json file (`blip:` or `chat:` may stand before these), a
@@ -50,7 +50,7 @@ def outline(spec: str) -> PreTrainedModel:
 
 
 def _model_class(source: str, config: PreTrainedConfig) -> Any:
-    """Return the class that the configuration names; `AutoModel` where it names none."""
+    """Return the class that the configuration names; `AutoModel` if it names none."""
     names = config.architectures or []
     if not names:
         return AutoModel

@@ -1,7 +1,7 @@
 """Models of usual sizes with random weights, each with a random batch of a chosen shape: for timing, not learning.
 
 A shape is written CLASS:BATCHxSIZE, for example `BertForMaskedLM:8x128` (sequences of 128 tokens) or
-`ViTForImageClassification:8x224` (images of 224² pixels); CLASS:BATCHxSIZE:LAYERS has another depth than the usual.
+`ViTForImageClassification:8x224` (images of 224² pixels); CLASS:BATCHxSIZE:LAYERS sets the number of layers.
 """
 
 from __future__ import annotations
@@ -38,10 +38,10 @@ class Family:
 
     Attributes:
         n_layers: the usual depth.
-        width: of a layer.
-        n_tokens: from the size of a sample to the number of its tokens.
-        make: from the size of a sample and a number of layers to a model.
-        batch: from a number of samples and their size to what the model takes, labels included.
+        width: width of a layer.
+        n_tokens: gives the number of tokens of a sample from its size.
+        make: makes a model from the size of a sample and a number of layers.
+        batch: makes the model's arguments, labels included, from a number of samples and their size.
     """
 
     n_layers: int
@@ -53,7 +53,7 @@ class Family:
 
 @dataclass(frozen=True)
 class Shape:
-    """What to make a model and a batch for it from: what `parse_shape` reads from a specification."""
+    """The specification of a model and a batch for it, as `parse_shape` reads it."""
 
     family: str
     batch_size: int
@@ -65,7 +65,7 @@ class ShapeTask(Task):
     """A model with random weights.
 
     Attributes:
-        batch: what it takes, the same for every step.
+        batch: its arguments, the same for every step.
     """
 
     def __init__(self, model: PreTrainedModel, batch: dict[str, Tensor], *, name: str) -> None:
@@ -85,15 +85,15 @@ def _config(model: str, settings: dict[str, Any]) -> Any:
 def text_family(
     model: str, sizes: dict[str, Any], vocabulary: int, n_layers: int, *, masked: bool = False, depth: str = ""
 ) -> Family:
-    """Language models: 15% of the tokens carry labels where `masked`, else the last `ANSWER_TOKENS`.
+    """Language models: 15% of the tokens have labels if `masked`, else the last `ANSWER_TOKENS`.
 
     Args:
         model: transformers' class.
-        sizes: what its configuration takes.
-        vocabulary: how many tokens it knows.
+        sizes: arguments of its configuration.
+        vocabulary: size of its vocabulary.
         n_layers: the usual depth.
         masked: whether it fills in masked tokens.
-        depth: the configuration's name for the number of layers, where it is not the usual one.
+        depth: the configuration's name for the number of layers, if it is not the usual one.
     """
     depth = depth or "num_hidden_layers"
 
@@ -112,12 +112,12 @@ def text_family(
 
 
 def vision_family(model: str, patch: int, extra_tokens: int) -> Family:
-    """Vision encoders of ViT-Base's size, with a classifier where their class has one.
+    """Vision encoders of ViT-Base's size, with a classifier if their class has one.
 
     Args:
         model: transformers' class.
         patch: edge of a patch, in pixels.
-        extra_tokens: how many tokens stand beside the patches.
+        extra_tokens: number of tokens besides the patches.
     """
 
     def make(edge: int, layers: int) -> PreTrainedModel:
@@ -172,8 +172,8 @@ FAMILIES: dict[str, Family] = {
     "Qwen2ForCausalLM": text_family("Qwen2ForCausalLM", _WIDE, 32000, 8),
     "GemmaForCausalLM": text_family("GemmaForCausalLM", _WIDE | {"head_dim": 64}, 32000, 8),
 }
-"""Encoders have BERT-Base's and ViT-Base's sizes; models with gated MLPs 8 layers of width 1,024, whatever they are
-published with."""
+"""Encoders have BERT-Base's and ViT-Base's sizes. Models with gated MLPs have 8 layers of width 1,024, whatever their
+published sizes."""
 
 
 def is_shape(spec: str) -> bool:
@@ -185,7 +185,7 @@ def parse_shape(spec: str) -> Shape:
     """Read a shape's specification.
 
     Raises:
-        FastLNError: if it is malformed, or of a class that there is no family of.
+        FastLNError: if it is malformed, or there is no family for its class.
     """
     found = _SHAPE.fullmatch(spec)
     if not found:
@@ -206,12 +206,12 @@ def make_shape(
 
     Args:
         spec: CLASS:BATCHxSIZE or CLASS:BATCHxSIZE:LAYERS.
-        dtype: of the parameters and of pixel values.
-        seed: of weights and batch.
-        device: where both go.
+        dtype: dtype of parameters and pixel values.
+        seed: seed for weights and batch.
+        device: device of both.
 
     Raises:
-        FastLNError: as `parse_shape`.
+        FastLNError: as in `parse_shape`.
     """
     shape = parse_shape(spec)
     family = FAMILIES[shape.family]

@@ -16,7 +16,7 @@ MODEL = "model"
 
 
 def saved_model(source: str) -> str:
-    """Return the directory of the model in the output folder of `fastln train`; any other source as it is.
+    """Return the directory of the model in the output folder of `fastln train`; return any other source unchanged.
 
     Raises:
         FastLNError: if that run did not finish.
@@ -33,7 +33,7 @@ def check_source(source: str) -> None:
     """Check that `source` is a model's directory, or could be a hub name.
 
     Raises:
-        FastLNError: if it is a directory without config.json, or looks like a path and is not there.
+        FastLNError: if it is a directory without config.json, or looks like a path and does not exist.
     """
     path = Path(source)
     if path.is_dir():
@@ -60,7 +60,7 @@ def bare_configuration(source: str) -> Path | None:
 
 
 def file_of(source: str, name: str) -> Path | None:
-    """Return where a file of a model lies; None where the directory or the hub's repository has no such file.
+    """Return the path of a model's file; None if the directory or the hub's repository has no such file.
 
     Raises:
         OSError: if the hub refuses to answer.
@@ -70,11 +70,11 @@ def file_of(source: str, name: str) -> Path | None:
 
 
 def load_tokenizer(source: str, config: PreTrainedConfig | None = None) -> PreTrainedTokenizerBase:
-    """Load a tokenizer, with the processor's chat template, where there is one.
+    """Load a tokenizer, with the processor's chat template if there is one.
 
     Args:
         source: a directory or hub name.
-        config: of the model, where the one beside the tokenizer is not transformers' own.
+        config: the model's configuration, if the one beside the tokenizer is not in transformers' form.
     """
     tokenizer = AutoTokenizer.from_pretrained(source, config=config)
     processor, _ = ProcessorMixin.get_processor_dict(source)
@@ -83,7 +83,7 @@ def load_tokenizer(source: str, config: PreTrainedConfig | None = None) -> PreTr
 
 
 def refuse_missing(source: str, what: str, missing: Iterable[str]) -> None:
-    """Check that a checkpoint had everything.
+    """Check that a checkpoint was complete.
 
     Args:
         source: where it came from.

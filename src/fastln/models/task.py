@@ -1,4 +1,4 @@
-"""Tasks: a model that methods can be put on, and one with all that visual question answering takes."""
+"""Tasks: a model to tune, and such a model with everything that visual question answering needs."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ logger = logging.getLogger(__name__)
 
 
 class Task:
-    """A model that methods can be put on.
+    """A model to tune with a method.
 
     Attributes:
         model: the network; `model(**batch).loss` is what training minimises.
-        name: what tables call the model.
+        name: the model's name in tables.
         head: names of the modules that make up the task head.
-        random_head: those of them that start random and so train under every method.
+        random_head: those of them that are randomly initialised and so train with every method.
     """
 
     head: tuple[str, ...] = ()
@@ -41,7 +41,7 @@ class Task:
         self.random_head = random_head
 
     def head_under(self, method: str) -> tuple[str, ...]:
-        """Return the names of the head's modules that train, at its rate: those that start random; under `head` all."""
+        """Return the names of the head's modules that train, at its rate: the random ones, or all for method `head`."""
         return self.head if method == "head" else self.random_head
 
     @property
@@ -60,12 +60,12 @@ class VQATask(Task, ABC):
 
     Attributes:
         tokenizer: for the questions (and for generated answers).
-        images: from images to pixel values.
-        vision: name of the vision tower whose last hidden states the model reads, so that they can be cached; the
-            whole model's, empty, where there is none.
+        images: turns images into pixel values.
+        vision: name of the vision tower whose last hidden states the model reads, so that they can be cached; empty,
+            for the whole model, if there is none.
         takes: which of the data's demands (`fastln.data.demands`) it can meet.
-        does: what it can do, for messages about data that it cannot take.
-        shares_images: whether samples of one image share its vision pass in a batch, and so belong in one batch.
+        does: what it can do, for messages about data that it cannot use.
+        shares_images: whether samples on one image share its vision pass, and so belong in one batch.
     """
 
     vision: str = ""
@@ -92,11 +92,11 @@ class VQATask(Task, ABC):
         return self.model.get_submodule(self.vision)
 
     def check_data(self, dataset: VQADataset) -> None:
-        """Check that the model can use what the samples hold, and warn of texts that it cuts off.
+        """Check that the model can use the samples, and warn about texts that it cuts off.
 
         Raises:
-            FastLNError: if they hold images, several of them, none, reports or conversations, and the model has no
-                place for them.
+            FastLNError: if they hold images, several images, no images, reports or conversations, and the model cannot
+                use them.
         """
         if missing := sorted(demands(dataset.samples) - self.takes):
             raise FastLNError(
@@ -116,16 +116,16 @@ class VQATask(Task, ABC):
                 )
 
     def cut_off(self, samples: list[Sample]) -> dict[str, tuple[list[int], int]]:
-        """Return how many tokens each sample's texts have, and how many the model keeps; nothing where it keeps all."""
+        """Return how many tokens each sample's texts have, and how many the model keeps; nothing if it keeps all."""
         return {}
 
     def batches(
         self, dataset: VQADataset, batch_size: int, *, seed: int, questions_per_image: int, drop_last: bool = False
     ) -> GroupedBatches:
-        """Return a dataset's batches, grouped so that each costs little: see `GroupedBatches`.
+        """Return a dataset's batches, grouped to reduce the cost of each; see `GroupedBatches`.
 
-        A model that shares vision passes gets up to `questions_per_image` of an image together; any other gets texts of
-        like length, since they are padded to the longest.
+        A model that shares vision passes gets up to `questions_per_image` questions on an image together. Any other
+        model gets texts of similar length, because they are padded to the longest.
         """
         return GroupedBatches(
             dataset,
@@ -138,14 +138,14 @@ class VQATask(Task, ABC):
 
     @abstractmethod
     def collate(self, samples: list[Sample], dataset: VQADataset) -> dict[str, Any]:
-        """Make the model's keyword arguments, labels included, from some samples of one dataset."""
+        """Make the model's keyword arguments, with labels, from samples of one dataset."""
 
     @abstractmethod
     def answers(self, batch: dict[str, Any]) -> list[str]:
         """Return the model's answer to each question of a batch made by `collate`."""
 
     def save(self, directory: Path) -> None:
-        """Write model, tokenizer and image preprocessing, so that `load_task(directory)` loads them again."""
+        """Write model, tokenizer and image preprocessing, for `load_task(directory)` to load."""
         self.model.save_pretrained(directory)
         self.tokenizer.save_pretrained(directory)
         if self.images is not None:

@@ -1,4 +1,4 @@
-"""Word-level tokenizers made from a dataset's own words, for models that come as a bare configuration."""
+"""Word-level tokenizers made from a dataset's words, for models that are a bare configuration."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ def word_tokenizer(
     """Make a tokenizer of the most frequent words.
 
     Args:
-        texts: what the words are taken from.
-        vocab_size: how many ids the model has; words that find none become [UNK].
+        texts: the source of the words.
+        vocab_size: how many ids the model has; words without an id become [UNK].
         pad_id: the id that the model's configuration gives to padding.
         sep_id: the id that the model's configuration gives to the end of a text; any free one by default.
         taken: further ids that the configuration gives a meaning to.
@@ -45,9 +45,9 @@ def chat_tokenizer(
     """Make a tokenizer of the most frequent words for a conversational model.
 
     Args:
-        texts: what the words are taken from.
-        vocab_size: how many ids the model has; words that find none become <unk>.
-        ids: the ids that the model's configuration gives to `bos_token`, `eos_token` and `pad_token`; any where None.
+        texts: the source of the words.
+        vocab_size: how many ids the model has; words without an id become <unk>.
+        ids: the ids that the model's configuration gives to `bos_token`, `eos_token` and `pad_token`; None: a free id.
         further: further special tokens, such as an image's, with their ids.
 
     Raises:
@@ -69,7 +69,7 @@ def chat_tokenizer(
 def _word_level(
     texts: Iterable[str], vocab_size: int, special: Mapping[str, int | None], unknown: str, taken: Iterable[int] = ()
 ) -> Tokenizer:
-    """Return a tokenizer for lower-cased words; special tokens have the ids given, or free ones where None."""
+    """Return a tokenizer for lower-cased words; special tokens get the given ids, or free ones if None."""
     vocab = {token: index for token, index in special.items() if index is not None}
     if outside := [token for token, index in vocab.items() if not 0 <= index < vocab_size]:
         raise FastLNError(
@@ -86,7 +86,7 @@ def _word_level(
                 vocab[token] = next(free)
     except StopIteration:
         raise FastLNError(f"a vocabulary of {vocab_size} ids has no room for the special tokens") from None
-    # The most frequent first; equal counts in alphabetical order, so that the ids are the same every time.
+    # Most frequent first, ties in alphabetical order, so that the ids are always the same.
     ranked = sorted(counts.items(), key=lambda item: (-item[1], item[0]))
     vocab |= {word: index for (word, _), index in zip(ranked, free, strict=False)}
     tokenizer = Tokenizer(WordLevel(vocab, unk_token=unknown))

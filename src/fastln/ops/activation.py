@@ -1,17 +1,17 @@
 """Activations, plain and gated: the operators, their fakes, their autograd formulas.
 
-This file alone decides which gradients are computed (those that an input wants) and what is kept for them.
+Only this file decides which gradients are computed (those that the inputs need) and what is kept for them.
 
 | operation                       | gradients wanted | kept for backward                          |
 |---------------------------------|------------------|--------------------------------------------|
 | any                             | none             | nothing                                    |
 | activation                      | of x             | x; for ReLU the result                     |
 | gated, of two tensors           | of gate          | gate and up                                |
-|                                 | of up alone      | gate                                       |
-| gated, of the halves of one     | of it            | that one tensor                            |
+|                                 | only of up       | gate                                       |
+| gated, of one tensor's halves   | of that tensor   | that tensor                                |
 
-What a gate lets through is computed again in the backward. ReLU keeps its result, whose sign says all that the
-argument's does: so the argument is free before the next layer runs, and a trained next layer keeps the same tensor.
+The backward recomputes the activation of the gate. ReLU keeps its result instead of its argument, because the sign of
+either suffices. So the argument is freed before the next layer runs, and a trained next layer keeps the same tensor.
 """
 
 from collections.abc import Callable, Sequence
@@ -30,7 +30,7 @@ _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 class _Arguments(NamedTuple):
-    """What an activation takes beside its tensors.
+    """The arguments of an activation besides its tensors.
 
     Attributes:
         kind: Which activation.
@@ -42,17 +42,17 @@ class _Arguments(NamedTuple):
 
     @staticmethod
     def schema() -> str:
-        """How an operator's signature declares the scalars."""
+        """Return how an operator's schema declares the scalars."""
         return f"str kind, {SCHEMA}"
 
     @property
     def flat(self) -> tuple[Any, ...]:
-        """The same as scalars, in the operators' order."""
+        """The arguments as scalars, in the order of the schema."""
         return self.kind, *self.settings.flat
 
     @classmethod
     def of(cls, kind: ActivationKind, *flat: str) -> "_Arguments":
-        """Return the arguments of which these are the `flat`."""
+        """Rebuild the arguments from the scalars of `flat`."""
         return cls(kind, OpSettings.of(*flat))
 
 
@@ -69,7 +69,7 @@ def activation(x: Tensor, kind: ActivationKind, *, settings: OpSettings = DEFAUL
         A contiguous tensor of the shape and dtype of `x`.
 
     Raises:
-        FastLNError: If there is no such kind, the dtype does not fit, or the backend cannot run on the device of `x`.
+        FastLNError: If the kind is unknown, the dtype is not supported, or the backend cannot run on the device of `x`.
     """
     _check("x", x, kind)
     y: Tensor = call(_PLAIN, (x,), _Arguments(kind, settings))
@@ -80,19 +80,19 @@ def activation(x: Tensor, kind: ActivationKind, *, settings: OpSettings = DEFAUL
 def gated_activation(gate: Tensor, up: Tensor, kind: ActivationKind, *, settings: OpSettings = DEFAULT) -> Tensor:
     """Compute `activation(gate) * up` elementwise, rounded once; differentiable once.
 
-    Where `gate` and `up` differ in dtype, both are cast to the dtype that their product has.
+    If `gate` and `up` differ in dtype, both are cast to the dtype of their product.
 
     Args:
         gate: Any shape; float32, bfloat16, float16 or float64.
         up: Shaped like `gate`.
-        kind: A name from `ACTIVATION_KINDS`: "silu" makes SwiGLU, "gelu" GEGLU.
+        kind: A name from `ACTIVATION_KINDS`: "silu" gives SwiGLU, "gelu" GEGLU.
         settings: Which backend computes, and in which form.
 
     Returns:
         A contiguous tensor of the shape of `gate`.
 
     Raises:
-        FastLNError: If there is no such kind, shapes, dtypes or devices do not fit, or the backend cannot run on the
+        FastLNError: If the kind is unknown, shapes, dtypes or devices do not match, or the backend cannot run on the
             device of `gate`.
     """
     _check("gate", gate, kind)
@@ -113,7 +113,7 @@ def gated_activation(gate: Tensor, up: Tensor, kind: ActivationKind, *, settings
 def packed_gated_activation(gate_up: Tensor, kind: ActivationKind, *, settings: OpSettings = DEFAULT) -> Tensor:
     """Compute `activation(gate) * up` of the two halves of a fused projection's result; differentiable once.
 
-    One tensor is kept and one gradient written, where `gated_activation` of two halves would have theirs joined.
+    This keeps one tensor and writes one gradient. `gated_activation` writes two, which autograd would have to join.
 
     Args:
         gate_up: `(..., 2 * n_cols)`, gate first; float32, bfloat16, float16 or float64.
@@ -124,7 +124,7 @@ def packed_gated_activation(gate_up: Tensor, kind: ActivationKind, *, settings: 
         `(..., n_cols)`, contiguous, in the dtype of `gate_up`.
 
     Raises:
-        FastLNError: If there is no such kind, the shape or dtype does not fit, or the backend cannot run on the
+        FastLNError: If the kind is unknown, the shape or dtype is not supported, or the backend cannot run on the
             device of `gate_up`.
     """
     _check("gate_up", gate_up, kind)
@@ -152,7 +152,7 @@ def _activation_backward(dy: Tensor, saved: Tensor, arguments: _Arguments) -> Te
 
 
 def _gated(gate: Tensor, up: Tensor | None, arguments: _Arguments) -> Tensor:
-    """`gate` holds both where `up` is None."""
+    """Compute a gated activation. If `up` is None, `gate` holds both halves."""
     halves = gate.chunk(2, -1) if up is None else (gate, up)
     y: Tensor = implementation("gated_activation", gate, arguments.settings).gated_forward(*halves, arguments.kind)
     return y
@@ -161,7 +161,7 @@ def _gated(gate: Tensor, up: Tensor | None, arguments: _Arguments) -> Tensor:
 def _gated_backward(
     dy: Tensor, gate: Tensor, up: Tensor | None, packed: bool, need_dgate: bool, need_dup: bool, arguments: _Arguments
 ) -> list[Tensor]:
-    """Return the wanted gradients; that of a packed gate, which holds both, is one."""
+    """Return the gradients that are needed. A packed gate holds both halves and has one gradient."""
     backward = implementation("gated_activation", dy, arguments.settings).gated_backward
     kind = arguments.kind
     if packed:

@@ -1,18 +1,19 @@
 """Softmax attention: the operator, its fake, its autograd formula.
 
-This file alone decides which gradients are computed (those that an input wants) and what is kept for them.
+Only this file decides which gradients are computed (those that the inputs need) and what is kept for them.
 
 | gradients wanted     | kept for backward                                         |
 |----------------------|-----------------------------------------------------------|
 | none                 | nothing                                                   |
-| dv alone             | q, k, one number per query and head, the mask, the seed   |
-| dq or dk (+ any)     | the same, v and the output                                |
+| only dv              | q, k, one number per query and head, the mask, the seed   |
+| dq or dk (+ any)     | the same, plus v and the output                           |
 
-The mask is kept as it was given. Dropout keeps no mask: its seed, eight bytes, draws the same numbers again.
+The mask is kept in the form in which it was passed. Dropout keeps no mask, only its seed (eight bytes), from which the
+backward draws the same numbers again.
 
-On CPU tensors fastln's compiled kernels compute. Without them, or where the settings ask for the reference, plain
-PyTorch computes training with dropout, in blocks, so that nothing of the size of the scores is kept. Everything else
-(other devices, float64, masks that want a gradient, torch.func's transforms) goes to torch's own
+fastln's compiled kernels compute attention of CPU tensors. Without them, or if the settings ask for the reference,
+plain PyTorch computes training with dropout, in blocks, so that nothing of the size of the scores is kept. Everything
+else (other devices, float64, masks that need a gradient, torch.func's transforms) goes to torch's own
 `scaled_dot_product_attention`.
 """
 
@@ -38,7 +39,7 @@ _FEW_QUERIES = 16
 
 
 class _Arguments(NamedTuple):
-    """What attention takes beside its tensors.
+    """The arguments of attention besides its tensors.
 
     Attributes:
         scale: Factor on the scores.
@@ -54,17 +55,17 @@ class _Arguments(NamedTuple):
 
     @staticmethod
     def schema() -> str:
-        """How an operator's signature declares the scalars."""
+        """Return how an operator's schema declares the scalars."""
         return f"float scale, bool causal, float dropout, {SCHEMA}"
 
     @property
     def flat(self) -> tuple[Any, ...]:
-        """The same as scalars, in the operators' order."""
+        """The arguments as scalars, in the order of the schema."""
         return self.scale, self.causal, self.dropout, *self.settings.flat
 
     @classmethod
     def of(cls, scale: float, causal: bool, dropout: float, *flat: str) -> "_Arguments":
-        """Return the arguments of which these are the `flat`."""
+        """Rebuild the arguments from the scalars of `flat`."""
         return cls(scale, causal, dropout, OpSettings.of(*flat))
 
 
@@ -79,9 +80,9 @@ def attention(
     dropout: float = 0.0,
     settings: OpSettings = DEFAULT,
 ) -> Tensor:
-    """Softmax attention, differentiable once in q, k, v (and, by torch's own, in an additive mask).
+    """Compute softmax attention; differentiable once in q, k and v (and, through torch's own, in an additive mask).
 
-    Under autocast q, k, v are cast to its dtype, as torch's own attention casts them.
+    Under autocast, q, k and v are cast to its dtype, as in torch's own attention.
 
     Args:
         q: Queries `(B, H, Sq, D)`, any floating dtype.
@@ -94,11 +95,11 @@ def attention(
         settings: Which backend computes, and in which form.
 
     Returns:
-        `(B, H, Sq, Dv)`; on CPU laid out as `(B, Sq, H, Dv)`. A row without a key is 0, and sends no gradient back.
+        `(B, H, Sq, Dv)`; on CPU laid out as `(B, Sq, H, Dv)`. A row without a key is 0 and has no gradient.
 
     Raises:
-        FastLNError: If the probability does not fit, causal meets a mask, or the backend cannot run on the device of
-            `q`.
+        FastLNError: If the probability is out of range, causal is combined with a mask, or the backend cannot run on
+            the device of `q`.
     """
     if not 0 <= dropout < 1:
         raise FastLNError(f"dropout is {dropout}; it must be from 0 to below 1")
@@ -118,10 +119,10 @@ def attention(
 def has_own(
     q: Tensor, k: Tensor, v: Tensor, *, mask: Tensor | None, dropout: float, settings: OpSettings = DEFAULT
 ) -> bool:
-    """Whether `attention` computes this itself rather than by torch's own attention.
+    """Whether `attention` computes this call itself instead of using torch's own attention.
 
-    torch computes a few queries in inference, as in a step of generation: the kernels would lay out all keys anew.
-    Meta tensors go the way of CPU tensors.
+    torch computes inference with few queries, such as a generation step, because the kernels would repack all keys each
+    time. Meta tensors are treated like CPU tensors.
 
     Args:
         q: As `attention` takes it.
@@ -158,9 +159,9 @@ def has_own(
 
 
 def _has_kernels(x: Tensor, settings: OpSettings) -> bool:
-    """Whether there are compiled kernels for tensors like `x`."""
+    """Whether compiled kernels exist for tensors like `x`."""
     has_library = _has_library(torch.device("cpu") if x.is_meta else x.device, settings)
-    # torch refuses the products where oneDNN is switched off.
+    # torch refuses these matrix products if oneDNN is switched off.
     return has_library and x.dtype in DTYPES and bool(torch.backends.mkldnn.enabled)
 
 
@@ -174,7 +175,7 @@ def _autocast(x: Tensor) -> Tensor:
 
 
 def _kernels_for(x: Tensor, settings: OpSettings) -> ModuleType:
-    """Return the module with the functions of `fastln_kernels.reference_attention` that computes attention of `x`."""
+    """Return the module that computes attention of `x`, with the functions of `fastln_kernels.reference_attention`."""
     return native_attention if _has_kernels(x, settings) else reference_attention
 
 
@@ -195,7 +196,7 @@ def _backward(request: AttentionBackward, arguments: _Arguments) -> AttentionGra
 def _keep(ctx: Any, tensors: tuple[Any, ...], arguments: _Arguments, out: Tensor, lse: Tensor) -> None:
     q, k, v, mask, seed = tensors
     need_scores = ctx.needs_input_grad[0] or ctx.needs_input_grad[1]
-    # dv alone needs nothing of v but its shape, which k's and dout's say.
+    # dv needs only the shape of v, which follows from the shapes of k and dout.
     ctx.save_for_backward(q, k, v if need_scores else None, out if need_scores else None, lse, mask, seed)
     ctx.arguments = arguments
     ctx.set_materialize_grads(False)
@@ -245,7 +246,7 @@ def _operator_gradients(ctx: Any, dout: Tensor | None, _: None) -> tuple[Tensor 
 
 
 def _backward_by_operator(request: AttentionBackward, arguments: _Arguments) -> AttentionGradients:
-    """As `_backward`, for those who must see an operator."""
+    """Like `_backward`, through the operator, for compilers and tracers."""
     forward, dout, out, lse, *wanted = request
     made = iter(
         torch.ops.fastln.attention_backward(
@@ -275,7 +276,7 @@ def _operator_backward(
     seed: Tensor | None,
     *wanted: Any,
 ) -> list[Tensor]:
-    """Return the wanted gradients; `wanted` is which they are and the arguments."""
+    """Return the gradients that are needed; `wanted` says which, and ends with the arguments."""
     *wants, arguments = wanted
     scale, causal, dropout, _ = arguments
     forward = AttentionForward(q, k, v, scale, causal, mask, dropout, seed)
@@ -290,7 +291,7 @@ def _fake_backward(dout: Tensor, q: Tensor, k: Tensor, v: Tensor, *others: Any) 
 
 
 def _like_tokens(x: Tensor, dim: int) -> Tensor:
-    """A result: tokens before heads in memory, as models lay out what they project."""
+    """Allocate a result with tokens before heads in memory, as models lay out their projections."""
     n_batches, n_heads, n_tokens, _ = x.shape
     return x.new_empty(n_batches, n_tokens, n_heads, dim).transpose(1, 2)
 

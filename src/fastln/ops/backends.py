@@ -19,13 +19,13 @@ __all__ = ["BACKENDS", "OPERATIONS", "Choice", "implementation", "resolve"]
 
 
 class _Kernels(NamedTuple):
-    """What a backend has for an operation.
+    """A backend's implementation of an operation.
 
     Attributes:
-        module: Where its functions are, inside `fastln_kernels`.
-        words: What it is, for a user.
+        module: The module of its functions, inside `fastln_kernels`.
+        words: A description for users.
         library: The compiled library (`fastln_kernels.cpu.library`) that it needs, if any.
-        without: What serves where there is no such library; None: the next backend does.
+        without: The fallback if that library is missing. None: the next backend.
     """
 
     module: str
@@ -53,7 +53,7 @@ def _activation(without: tuple[str, str] | None = None) -> dict[str, _Kernels]:
     }
 
 
-# What each operation has, fastest first.
+# The implementations of each operation, fastest first.
 _TABLE: dict[str, dict[str, _Kernels]] = {
     "layer_norm": _norm(("cpu.torch_norm", "torch's fused CPU kernel")),
     "rms_norm": _norm(),
@@ -88,9 +88,9 @@ _TABLE: dict[str, dict[str, _Kernels]] = {
 }
 
 OPERATIONS = tuple(_TABLE)
-"""The operations that choose a backend."""
+"""The operations for which a backend is chosen."""
 
-_DEVICES = {"triton": ("cuda",), "cpu": ("cpu",)}  # where `auto` takes a backend; the reference runs everywhere
+_DEVICES = {"triton": ("cuda",), "cpu": ("cpu",)}  # where `auto` chooses them; the reference runs everywhere
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,7 +99,7 @@ class Choice:
 
     Attributes:
         backend: A name from `BACKENDS`, never `auto`.
-        reason: Why this one, in words for a user.
+        reason: Why this one, in words for users.
         module: The module whose functions compute, inside `fastln_kernels`.
     """
 
@@ -112,13 +112,13 @@ class Choice:
 def resolve(op: str, device: torch.device, settings: OpSettings) -> Choice:
     """Choose the backend of an operation.
 
-    Where an operation does not have the backend that the settings name, `auto` decides: so one name serves for a whole
-    model. `triton` runs on CPU tensors only under Triton's interpreter, for tests.
+    If the operation lacks the backend that the settings name, `auto` decides. So one name works for a whole model.
+    `triton` runs on CPU tensors only under Triton's interpreter, for tests.
 
     Args:
         op: A name from `OPERATIONS`.
-        device: Where the operation's tensors are.
-        settings: Name the backend.
+        device: The device of the operation's tensors.
+        settings: The settings that name the backend.
 
     Raises:
         FastLNError: If the backend that the settings name cannot run on this device.
@@ -162,7 +162,7 @@ def implementation(op: str, x: Tensor, settings: OpSettings) -> ModuleType:
     Args:
         op: A name from `OPERATIONS`.
         x: The tensor whose device and dtype decide.
-        settings: Name the backend.
+        settings: The settings that name the backend.
 
     Raises:
         FastLNError: If the backend that the settings name cannot run on the device of `x`, or it is Triton and `x` is
@@ -178,12 +178,12 @@ def implementation(op: str, x: Tensor, settings: OpSettings) -> ModuleType:
 
 @functools.cache
 def _module(name: str) -> ModuleType:
-    # Triton may not exist: its kernels are imported only where they are wanted.
+    # Triton may not be installed, so its kernels are imported only when needed.
     return importlib.import_module(f"fastln_kernels.{name}")
 
 
 def _no_library(kernels: _Kernels) -> str | None:
-    """Say why the compiled library that these kernels need cannot be had; None where it can."""
+    """Say why the compiled library that these kernels need is not available; None if it is."""
     if kernels.library is None:
         return None
     why_not = products.why_not if kernels.library in products.LIBRARIES else library.why_not
@@ -191,7 +191,7 @@ def _no_library(kernels: _Kernels) -> str | None:
 
 
 def _obstacle(backend: str, device: torch.device) -> str | None:
-    if device.type == "meta":  # it stands for whatever device the work is planned for
+    if device.type == "meta":  # it stands for any device that the work is planned for
         return None
     if backend == "cpu" and device.type != "cpu":
         return "it takes CPU tensors only"

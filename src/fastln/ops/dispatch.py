@@ -1,10 +1,10 @@
-"""Which way a call of an operation goes: past the dispatcher, through its operator, or through its definition.
+"""Calls an operation in one of three ways: without the dispatcher, through its operator, or by its plain definition.
 
-Under `torch.compile`, and under anything else that must see operators (fake tensors, tracing, dispatch modes), a call
-goes through the operator. In plain eager mode it goes past the dispatcher to the same functions, which costs a fraction
-of the time per call: an operator written in Python costs several times what a small LayerNorm takes. Under torch.func's
-transforms and forward-mode derivatives the definition runs, op by op: torch can transform that, but no operator of
-which it knows the reverse-mode gradient alone.
+Under `torch.compile`, and wherever else operators must be visible (fake tensors, tracing, dispatch modes), a call goes
+through the operator. In plain eager mode it bypasses the dispatcher and runs the same functions. That takes a fraction
+of the time per call: an operator written in Python costs several times as much as a small LayerNorm. Under torch.func's
+transforms and forward-mode derivatives, the definition runs op by op. torch can transform that, but it cannot transform
+an operator with only a reverse-mode gradient.
 """
 
 import functools
@@ -22,7 +22,7 @@ FunctionT = TypeVar("FunctionT", bound=Callable[..., Any])
 
 
 def overridable(function: FunctionT) -> FunctionT:
-    """Let positional tensors with `__torch_function__` decide about a call, as torch's own functions do."""
+    """Let positional tensors with `__torch_function__` handle a call, as torch's own functions do."""
 
     @functools.wraps(function)
     def call(*args: Any, **kwargs: Any) -> Any:
@@ -34,25 +34,25 @@ def overridable(function: FunctionT) -> FunctionT:
 
 
 class Arguments(Protocol):
-    """What an operation takes beside its tensors: a named tuple whose last field is the settings."""
+    """The arguments of an operation besides its tensors: a named tuple whose last field is the settings."""
 
     @staticmethod
     def schema() -> str:
-        """How an operator's signature declares the scalars."""
+        """Return how an operator's schema declares the scalars."""
 
     @property
     def flat(self) -> tuple[Any, ...]:
-        """The same as scalars, as the operator takes them."""
+        """The arguments as scalars, as the operator takes them."""
 
     @classmethod
     def of(cls, *flat: Any) -> Self:
-        """Return the arguments of which these are the `flat`."""
+        """Rebuild the arguments from the scalars of `flat`."""
 
     def _replace(self, *, settings: OpSettings) -> Self: ...
 
 
 class Ways(NamedTuple):
-    """The ways that a call of an operation can go.
+    """The three ways to call an operation.
 
     Attributes:
         operator: What compilers and tracers see; takes the tensors and `arguments.flat`.
@@ -66,12 +66,12 @@ class Ways(NamedTuple):
 
 
 def call(ways: Ways, tensors: tuple[Tensor | None, ...], arguments: Arguments) -> Any:
-    """Call an operation the way that fits what is at work around it.
+    """Call an operation in the way that the surrounding context needs.
 
     Args:
-        ways: Of the operation.
-        tensors: Its tensors; None for those that it does without.
-        arguments: What it takes beside them.
+        ways: The operation's ways.
+        tensors: Its tensors; None for those that are absent.
+        arguments: Its other arguments.
     """
     if needs_operator(*tensors):
         return ways.operator(*tensors, *arguments.flat)
@@ -83,7 +83,7 @@ def call(ways: Ways, tensors: tuple[Tensor | None, ...], arguments: Arguments) -
 
 
 def needs_operator(*tensors: Tensor | None) -> bool:
-    """Whether something must see the operator: a compiler, a tracer, a mode, a tensor of a class of its own."""
+    """Whether something must see the operator: a compiler, a tracer, a mode or a tensor subclass."""
     if torch.compiler.is_compiling() or torch._C._is_tracing() or torch._C._len_torch_dispatch_stack():
         return True
     for x in tensors:  # noqa: SIM110 - a generator would double the time
@@ -93,14 +93,14 @@ def needs_operator(*tensors: Tensor | None) -> bool:
 
 
 def is_transformed() -> bool:
-    """Whether torch.func's transforms or forward-mode derivatives are at work; operators have neither."""
+    """Whether torch.func's transforms or forward-mode derivatives are active; operators support neither."""
     if torch.compiler.is_compiling():
         return False
     return torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0
 
 
 def wants_gradient(*tensors: Tensor | None) -> bool:
-    """Whether autograd records what is done with one of these."""
+    """Whether autograd records operations on any of these."""
     if torch.is_grad_enabled():
         for x in tensors:
             if x is not None and x.requires_grad:
@@ -111,14 +111,14 @@ def wants_gradient(*tensors: Tensor | None) -> bool:
 def define(
     name: str, signature: str, arguments: type[Arguments], function: Callable[..., Any], fake: Callable[..., Any]
 ) -> None:
-    """Define an operator, by `torch.library` rather than its `custom_op`, whose wrapper doubles the time of a call.
+    """Define an operator with `torch.library`, not with `custom_op`, whose wrapper doubles the time of a call.
 
     Args:
-        name: Of the operator, such as `fastln::norm`.
-        signature: What it takes and returns, as torch's schemas have it; the arguments come last, as in `schema`.
+        name: The operator's name, such as `fastln::norm`.
+        signature: Its signature in torch's schema language. The arguments come last, as in `schema`.
         arguments: The class of the arguments; both functions take one of these in place of the scalars.
-        function: What computes it, on every device.
-        fake: What makes its results without their numbers.
+        function: Computes it, on every device.
+        fake: Makes its results without values.
     """
     torch.library.define(name, signature, tags=torch.Tag.pt2_compliant_tag)
     torch.library.impl(name, "default", _taking_scalars(function, arguments))

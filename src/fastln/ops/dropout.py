@@ -1,7 +1,7 @@
 """Dropout without a mask: the operator, its fake, its autograd formula.
 
-What is kept for backward is the seed, eight bytes. Dropout is linear in `x`, and so its own gradient: the backward
-drops of `dy` what the forward dropped of `x`, by drawing the same numbers again.
+Only the seed, eight bytes, is kept for backward. Dropout is linear in `x`, so its gradient is the same dropout: the
+backward draws the same numbers again and drops the elements of `dy` that the forward dropped of `x`.
 """
 
 import math
@@ -17,7 +17,7 @@ from fastln.ops.settings import DEFAULT, SCHEMA, OpSettings
 
 
 class _Arguments(NamedTuple):
-    """What dropout takes beside its tensors.
+    """The arguments of dropout besides its tensors.
 
     Attributes:
         p: Probability of dropping an element.
@@ -29,23 +29,23 @@ class _Arguments(NamedTuple):
 
     @staticmethod
     def schema() -> str:
-        """How an operator's signature declares the scalars."""
+        """Return how an operator's schema declares the scalars."""
         return f"float p, {SCHEMA}"
 
     @property
     def flat(self) -> tuple[Any, ...]:
-        """The same as scalars, in the operator's order."""
+        """The arguments as scalars, in the order of the schema."""
         return self.p, *self.settings.flat
 
     @classmethod
     def of(cls, p: float, *flat: str) -> "_Arguments":
-        """Return the arguments of which these are the `flat`."""
+        """Rebuild the arguments from the scalars of `flat`."""
         return cls(p, OpSettings.of(*flat))
 
 
 @overridable
 def dropout(x: Tensor, p: float, *, seed: Tensor | None = None, settings: OpSettings = DEFAULT) -> Tensor:
-    """Drop elements of `x` at random and scale the others, so that the expected value stays.
+    """Drop elements of `x` at random and scale the others, so that the expected value stays the same.
 
     Args:
         x: `(..., n_cols)`, float32, bfloat16, float16 or float64.
@@ -57,7 +57,7 @@ def dropout(x: Tensor, p: float, *, seed: Tensor | None = None, settings: OpSett
         A contiguous tensor of the shape and dtype of `x`.
 
     Raises:
-        FastLNError: If the probability, the dtype or the seed does not fit, or the backend cannot run on the device
+        FastLNError: If the probability, the dtype or the seed is not valid, or the backend cannot run on the device
             of `x`.
     """
     if not 0 <= p < 1:
@@ -88,7 +88,7 @@ def _dropout(x: Tensor, seed: Tensor, arguments: _Arguments) -> Tensor:
         return torch.empty_like(x, memory_format=torch.contiguous_format)
     rows = x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
     y = kernels.dropout(rows, arguments.p, seed)
-    # Not a view to autograd: a view could not be written to in place.
+    # Autograd must not see a view, which could not be written to in place.
     return torch.ops.aten._unsafe_view.default(y, x.shape)
 
 

@@ -1,10 +1,10 @@
-"""Linear layers with a frozen weight: the autograd formula, and when fastln's kernel computes.
+"""Linear layers with a frozen weight: the autograd formula, and when fastln's kernel is used.
 
-The weight is kept for backward; it is there anyway. The gradient of `x` is a linear layer too, with the weight
-transposed. torch computes what has no kernel here: weights that train, GPUs, compilers, float16.
+The weight is kept for backward, which costs nothing: it exists anyway. The gradient of `x` is also a linear layer, with
+the weight transposed. torch computes the cases without a kernel here: trained weights, GPUs, compilers, float16.
 
-Under autocast torch makes a rounded copy of a frozen float32 weight at every call. Here the weight is rounded while it
-is laid out, and the bias stays as it is.
+Under autocast, torch makes a rounded copy of a frozen float32 weight in every call. Here the weight is rounded while it
+is packed for the kernel, and the bias is not changed.
 """
 
 from typing import Any
@@ -34,7 +34,7 @@ def linear(
         x: `(..., n_inner)`.
         weight: `(n_cols, n_inner)`, as `torch.nn.Linear` has it, or `(n_inner, n_cols)` without `transpose`.
         bias: `(n_cols,)` or None.
-        transpose: Whether the rows of `weight` belong to the columns of the result.
+        transpose: Whether each row of `weight` gives one column of the result.
         settings: Which backend computes, and in which form.
 
     Returns:
@@ -73,7 +73,7 @@ def _linear(x: Tensor, weight: Tensor, bias: Tensor | None, transpose: bool) -> 
     if wants_gradient(x):
         return _FrozenLinear.apply(x, weight, bias, transpose)
     y = native_linear.linear(x.reshape(-1, x.shape[-1]), weight, bias, transpose=transpose)
-    # Not a view to autograd: a view could not be written to in place.
+    # Autograd must not see a view, which could not be written to in place.
     return torch.ops.aten._unsafe_view.default(y, (*x.shape[:-1], y.shape[-1]))
 
 

@@ -1,8 +1,8 @@
 """A language-model head and its cross-entropy in one: the operation and its autograd formula.
 
-The rows without a label are left out before anything is computed. The gradient is made in the forward, while a chunk's
-logits are at hand (`fastln_kernels.linear_cross_entropy`), and the backward scales it by `dy`. This is kept for
-backward, for the rows with a label alone:
+Rows without a label are dropped before anything is computed. The forward also computes the gradient, while it holds a
+chunk's logits (`fastln_kernels.linear_cross_entropy`), and the backward scales it by `dy`. This is kept for backward,
+only for the rows with a label:
 
 | gradients wanted       | kept                                                                     |
 |------------------------|--------------------------------------------------------------------------|
@@ -10,8 +10,8 @@ backward, for the rows with a label alone:
 | of weight, bias        | that gradient                                                            |
 | the same, "none"       | instead: rows `(n_labels, d)`, labels, weight, bias; computed in backward|
 
-With reduction "none" each row has a `dy` of its own, which scales a row of the gradient of hidden but would have to
-go inside the sums over rows that are the gradients of weight and bias.
+With reduction "none" each row has its own `dy`. It scales one row of the gradient of hidden. But the gradients of
+weight and bias are sums over rows, and `dy` would have to scale the terms inside these sums.
 """
 
 from typing import Any, NamedTuple
@@ -30,7 +30,7 @@ _REDUCTIONS = ("mean", "sum", "none")
 
 
 class _Loss(NamedTuple):
-    """Which loss: the options of `linear_cross_entropy`."""
+    """The options of `linear_cross_entropy`."""
 
     scale: float
     softcap: float | None
@@ -53,18 +53,18 @@ def linear_cross_entropy(
 ) -> Tensor:
     """Cross-entropy of `hidden @ weight.T + bias` against labels, without holding those logits; differentiable once.
 
-    Value and gradients are those of `F.cross_entropy(F.linear(hidden, weight, bias).float(), labels, ...)`, to
-    rounding, with the logits scaled and capped in between; that is what runs under `torch.compile`. Under autocast the
-    product is of the autocast dtype.
+    Value and gradients equal those of `F.cross_entropy(F.linear(hidden, weight, bias).float(), labels, ...)`, up to
+    rounding, with the logits scaled and capped in between; `torch.compile` runs that code. Under autocast, the matrix
+    product has the autocast dtype.
 
     Args:
         hidden: `(..., d)`, of a floating dtype.
         weight: `(n_classes, d)`, of the same dtype.
         bias: `(n_classes,)`, likewise, or None for zeros.
         labels: `(...)`, int64.
-        scale: What the logits are multiplied by.
-        softcap: What their size then stays below: `softcap * tanh(logits / softcap)`; None for no bound.
-        ignore_index: Positions with this label count for nothing.
+        scale: Factor on the logits.
+        softcap: Bound on their size after scaling: `softcap * tanh(logits / softcap)`; None for no bound.
+        ignore_index: Positions with this label are ignored.
         label_smoothing: The share of the target that is spread over all classes, from 0 to 1.
         reduction: "mean" over the positions with a label (NaN where there is none), "sum" or "none".
 
@@ -72,7 +72,7 @@ def linear_cross_entropy(
         float32 (float64 for float64): a scalar; with "none", shaped like `labels`, 0 where a label is ignored.
 
     Raises:
-        FastLNError: If shapes, dtypes or settings do not fit, or a label is neither a class nor `ignore_index`.
+        FastLNError: If shapes, dtypes or settings are not valid, or a label is neither a class nor `ignore_index`.
     """
     loss = _Loss(scale, softcap, ignore_index, label_smoothing, reduction)
     _check(hidden, weight, bias, labels, loss)

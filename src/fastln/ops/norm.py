@@ -1,6 +1,6 @@
 """Norms, with or without dropout and a residual before them: the operator, its fake, its autograd formula.
 
-This file alone decides which gradients are computed (those that an input wants) and what is kept for them.
+Only this file decides which gradients are computed (those that the inputs need) and what is kept for them.
 
 | gradients wanted               | kept for backward                     |
 |--------------------------------|---------------------------------------|
@@ -8,9 +8,9 @@ This file alone decides which gradients are computed (those that an input wants)
 | dweight (+ dbias)              | the rows, their statistics            |
 | of x or residual (+ any)       | the rows, their statistics, the weight|
 
-The rows are `x` itself where nothing comes before the norm; the new residual stream where the caller gets that (it is
-there anyway); and x_hat where the caller gets the normed sum alone, so that the sum is never stored. The statistics are
-one float32 per row, and two where torch's CPU kernel computes. Dropout keeps its seed, eight bytes.
+The rows are one of three tensors: `x` itself if nothing comes before the norm; the new residual stream if the caller
+gets that (it exists anyway); or x_hat if the caller gets only the normed sum, so that the sum is never stored. The
+statistics are one float32 per row, or two with torch's CPU kernel. Dropout keeps only its seed, eight bytes.
 """
 
 import math
@@ -32,13 +32,13 @@ _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 class _Arguments(NamedTuple):
-    """What a norm takes beside its tensors.
+    """The arguments of a norm besides its tensors.
 
     Attributes:
         kind: Which norm.
         dropout: Probability of dropping an element.
-        keep: The rows that the backward will read: "x" where nothing comes before the norm; else "stream" or "normed",
-            which the forward returns beside `y`, or "nothing".
+        keep: The rows that the backward reads: "x" if nothing comes before the norm; else "stream" or "normed", which
+            the forward returns with `y`, or "nothing".
         settings: Which backend computes, and in which form.
     """
 
@@ -49,19 +49,19 @@ class _Arguments(NamedTuple):
 
     @staticmethod
     def schema() -> str:
-        """How an operator's signature declares the scalars."""
+        """Return how an operator's schema declares the scalars."""
         return f"float eps, bool centre, float offset, bool round_normed, float dropout, str keep, {SCHEMA}"
 
     @property
     def flat(self) -> tuple[Any, ...]:
-        """The same as scalars, in the operator's order."""
+        """The arguments as scalars, in the order of the schema."""
         kind = self.kind
         numbers = (kind.eps, kind.centre, kind.offset, kind.round_normed, self.dropout, self.keep)
         return numbers + self.settings.flat
 
     @classmethod
     def of(cls, *flat: Any) -> "_Arguments":
-        """Return the arguments of which these are the `flat`."""
+        """Rebuild the arguments from the scalars of `flat`."""
         eps, centre, offset, round_normed, dropout, keep, *settings = flat
         return cls(NormKind(eps, centre, offset, round_normed), dropout, keep, OpSettings.of(*settings))
 
@@ -148,8 +148,8 @@ def dropout_add_norm(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Normalise `residual + dropout(x)` over the last dimension; differentiable once. No dropout mask is stored.
 
-    Where `x` and `residual` differ in dtype (under autocast a 16-bit layer's output meets a float32 residual stream),
-    both are cast to the dtype that `residual + x` has, and the results have it too.
+    If `x` and `residual` differ in dtype (under autocast, a 16-bit layer's output meets a float32 residual stream),
+    both are cast to the dtype of `residual + x`, which is also the dtype of the results.
 
     Args:
         x: `(..., n_cols)`, float32, bfloat16, float16 or float64.
@@ -158,13 +158,13 @@ def dropout_add_norm(
         bias: `(n_cols,)` or None for zeros; likewise.
         kind: Which norm.
         dropout: Probability of dropping an element of `x`, from 0 to below 1; 0 outside of training.
-        return_stream: Whether to return the sum too, as a pre-norm block needs it.
+        return_stream: Whether to return the sum too, which a pre-norm block needs.
         seed: `(1,)`, int64, on the device of `x`; drawn from torch's generator by default.
         settings: Which backend computes, and in which form.
 
     Returns:
-        The normed sum, contiguous, of the shape of `x`; with `return_stream`, that and the sum, which is `x` itself
-        where nothing is dropped or added.
+        The normed sum, contiguous, of the shape of `x`; with `return_stream`, also the sum, which is `x` itself
+        if nothing is dropped or added.
 
     Raises:
         FastLNError: If shapes, dtypes, devices or the probability do not fit, or the backend cannot run on the
@@ -191,7 +191,7 @@ def dropout_add_norm(
             return (y, x) if return_stream else y
     elif seed is None:
         seed = torch.randint(2**63 - 1, (1,), dtype=torch.int64, device=x.device)
-    # The backward reads x_hat in place of the sum; without a backward it is not stored.
+    # The backward reads x_hat instead of the sum. Without a backward it is not stored.
     keep = "stream" if return_stream else "normed" if wants_gradient(x, residual, weight) else "nothing"
     y, stream = _norm(x, weight, bias, residual, seed, _Arguments(kind, dropout, keep, settings))
     return (y, stream) if return_stream else y
@@ -205,7 +205,7 @@ def _norm(
     seed: Tensor | None,
     arguments: _Arguments,
 ) -> tuple[Tensor, Any]:
-    """Return `y` and, where that is kept, the stream."""
+    """Return `y` and, if it is kept, the stream."""
     _check(x, weight, bias)
     y, stream, *_ = call(_WAYS, (x, weight, bias, residual, seed), arguments)
     return y, stream
@@ -244,18 +244,18 @@ def _forward(
     seed: Tensor | None,
     arguments: _Arguments,
 ) -> tuple[Tensor, Tensor | None, Tensor]:
-    """Return `y`, what is kept of the rows (None, the stream, or x_hat as rows) and the statistics."""
+    """Return `y`, the rows that are kept (None, the stream, or x_hat as rows) and the statistics."""
     kind, dropout, keep, _ = arguments
     rows = x.reshape(-1, x.shape[-1])
     request = NormForward(rows, weight, bias, kind, _rows(residual), dropout, seed, keep == "stream", keep == "normed")
     outputs = arguments.kernels_for(x).norm_forward(request)
-    # Not views to autograd: a view could not be written to in place.
+    # Autograd must not see views, which could not be written to in place.
     kept = outputs.normed if outputs.stream is None else _aten._unsafe_view.default(outputs.stream, x.shape)
     return _aten._unsafe_view.default(outputs.y, x.shape), kept, outputs.rstd
 
 
 def _backward(request: NormBackward, arguments: _Arguments) -> NormGradients:
-    """Compute the wanted gradients of tensors of any number of dimensions."""
+    """Compute the gradients that are needed, for tensors with any number of dimensions."""
     dy = request.dy
     rows = request._replace(dy=dy.reshape(-1, dy.shape[-1]), saved=_rows(request.saved), dstream=_rows(request.dstream))
     dx, dresidual, dweight, dbias = arguments.kernels_for(dy).norm_backward(rows)
@@ -281,7 +281,7 @@ def _keep(
         stats if need_rows else None,
     )
     dtypes = [t.dtype for t, wanted in ((weight, need_dweight), (bias, need_dbias)) if t is not None and wanted]
-    # Where the two differ, autograd casts the other one.
+    # If the two differ, autograd casts the other one.
     ctx.grad_dtype = dtypes[0] if dtypes and dtypes[0] == dtypes[-1] else torch.float32
     ctx.arguments = arguments
     ctx.set_materialize_grads(False)
@@ -318,7 +318,7 @@ def _gradients(
         dstream=dstream if need_dx or need_dresidual else None,
         dropout=dropout,
         seed=seed,
-        # Without dropout x and the residual have the same gradient: it is computed once, as that of x.
+        # Without dropout, x and the residual have the same gradient. It is computed once, as that of x.
         need_dx=need_dx or (need_dresidual and not dropout),
         need_dresidual=need_dresidual and dropout > 0,
         need_dweight=need_dweight,
@@ -377,7 +377,7 @@ def _operator_gradients(ctx: Any, dy: Tensor | None, dstream: Tensor | None, _: 
 
 
 def _backward_by_operator(request: NormBackward, arguments: _Arguments) -> NormGradients:
-    """As `_backward`, for those who must see an operator."""
+    """Like `_backward`, through the operator, for compilers and tracers."""
     wanted = (request.need_dx, request.need_dresidual, request.need_dweight, request.need_dbias)
     made = iter(
         torch.ops.fastln.norm_backward(
@@ -404,7 +404,7 @@ def _operator_backward(
     stats: Tensor | None,
     *wanted: Any,
 ) -> list[Tensor]:
-    """Return the wanted gradients; `wanted` is which they are, the dtype of the parameters', and the arguments."""
+    """Return the gradients that are needed; `wanted` says which, and ends with their dtype and the arguments."""
     *wants, arguments = wanted
     kind, dropout, keep, _ = arguments
     request = NormBackward(dy, saved, weight, stats, kind, keep == "normed", dstream, dropout, seed, *wants)

@@ -1,4 +1,4 @@
-"""How operations run: one frozen object that every operation takes beside its tensors."""
+"""Settings that say how operations run; every operation takes them besides its tensors."""
 
 from __future__ import annotations
 
@@ -9,20 +9,20 @@ from difflib import get_close_matches
 from fastln.errors import FastLNError
 
 BACKENDS = ("auto", "triton", "cpu", "reference")
-"""Whose kernels compute; `auto` takes the fastest that the device has."""
+"""Which kernels compute; `auto` takes the fastest for the device."""
 
 STORAGES = ("exact",)
-"""What an operation may keep for backward; `exact`: what its gradients need, in full."""
+"""What an operation may keep for backward; `exact`: all that its gradients need, in full."""
 
 PRODUCTS = ("exact",)
-"""In which form matrix products run; `exact`: in the model's own dtype."""
+"""How matrix products are computed; `exact`: in the model's own dtype."""
 
 
 @dataclass(frozen=True, slots=True)
 class OpSettings:
-    """How operations run: one frozen object that travels whole from the plan to the kernels.
+    """How operations run; one frozen object is passed whole from the plan to the kernels.
 
-    Operators of torch take scalars alone: they get the settings as `flat`, and `of` makes the settings of that again.
+    torch's operators take only scalars here. They get the fields as `flat`, and `of` rebuilds the settings from them.
 
     Attributes:
         backend: A name from `BACKENDS`.
@@ -43,28 +43,28 @@ class OpSettings:
             if value not in valid:
                 near = get_close_matches(str(value), valid, n=1)
                 hint = f" (did you mean {near[0]!r}?)" if near else ""
-                option = "activations" if name == "storage" else name  # as a user knows it
+                option = "activations" if name == "storage" else name  # the user-facing name
                 raise FastLNError(f"unknown {option} {value!r}{hint}; valid: {', '.join(valid)}")
 
     @property
     def flat(self) -> tuple[str, ...]:
-        """The fields in order: arguments of an operator, which `SCHEMA` declares."""
+        """The fields in order, as arguments of an operator; `SCHEMA` declares them."""
         return tuple([getattr(self, name) for name in _NAMES])
 
     @staticmethod
     @functools.cache
     def of(*flat: str) -> OpSettings:
-        """Return the settings of which these are the `flat`."""
+        """Rebuild the settings from the scalars of `flat`."""
         return OpSettings(*flat)
 
 
 _NAMES = tuple(field.name for field in fields(OpSettings))
 
 SCHEMA = ", ".join(f"str {name}" for name in _NAMES)
-"""How an operator's signature declares the settings."""
+"""How an operator's schema declares the settings."""
 
 N_FLAT = len(_NAMES)
-"""How many scalars the settings are."""
+"""The number of scalars in the settings."""
 
 DEFAULT = OpSettings()
 REFERENCE = OpSettings(backend="reference")

@@ -15,26 +15,26 @@ _AVERAGES = ("exp_avg_ipt", "exp_avg_unc")
 
 
 class AdaLoRASteps(TrainerCallback):
-    """Moves the ranks of peft's AdaLoRA after every step; does nothing for other models."""
+    """Updates the ranks of peft's AdaLoRA after every step; does nothing for other models."""
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any
     ) -> None:
-        """Tell AdaLoRA over how many steps its ranks fall."""
+        """Set the number of steps over which AdaLoRA reduces its ranks."""
         if (tuner := _tuner(model)) is not None:
             tuner.rankallocator.set_total_step(state.max_steps)
 
     def on_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any
     ) -> None:
-        """Weigh the ranks by this step's gradients, and move them."""
-        # The last step takes ranks away by the weights from the steps before it; a single step has none before it.
+        """Weigh the ranks by this step's gradients, and update them."""
+        # The last step removes ranks by the weights from earlier steps; a single step has no such weights.
         if (tuner := _tuner(model)) is not None and state.max_steps > 1:
             tuner.update_and_allocate(state.global_step + 1)
 
 
 def save_importance(model: nn.Module, folder: Path) -> None:
-    """Write the running averages by which AdaLoRA weighs ranks; write nothing for other models."""
+    """Write the running averages that AdaLoRA weighs ranks by; write nothing for other models."""
     if (tuner := _tuner(model)) is not None:
         averages = {
             f"{kind}/{name}": tensor
@@ -52,7 +52,7 @@ def load_importance(model: nn.Module, folder: Path) -> None:
     for key, tensor in load_file(folder / IMPORTANCE, device=str(device)).items():
         kind, _, name = key.partition("/")
         getattr(tuner.rankallocator, kind)[name] = tensor
-        # The third kind is made anew at every step; peft takes its presence as a sign that the averages are there.
+        # The third kind is recomputed in every step, but peft takes its presence as a sign that the averages exist.
         tuner.rankallocator.ipt.setdefault(name, tensor)
 
 

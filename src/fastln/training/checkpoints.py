@@ -1,9 +1,9 @@
-"""Checkpoints on disk: written whole or not at all, and checked for being whole when they are read.
+"""Checkpoints on disk: written completely or not at all, and checked for completeness when they are read.
 
-A checkpoint is written into a folder beside its place, under a name that nothing takes for a checkpoint, together with
-a list of its files and their sizes; everything is flushed to the disk, and then the folder is renamed. So a process
-that is killed at any moment, or a disk that fills up, leaves all earlier checkpoints as they were. If a checkpoint
-loses bytes later (an interrupted copy, a broken file system), it no longer agrees with its list.
+A checkpoint is first written to a temporary folder beside its place, with a list of its files and their sizes. When
+everything is flushed to disk, the folder is renamed. So all earlier checkpoints survive if the process is killed at any
+moment or the disk fills up. If a checkpoint loses bytes later (an interrupted copy, a broken file system), it no longer
+matches its list.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ LEAVING = ".fastln-deleting"
 
 
 def checkpoints_in(folder: Path) -> list[Path]:
-    """Return the checkpoints in a folder, whole or not, the one of the highest step first."""
+    """Return the checkpoints in a folder, complete or not, highest step first."""
     found = {}
     for path in folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*") if folder.is_dir() else ():
         step = path.name.rpartition("-")[2]
@@ -43,7 +43,7 @@ def checkpoints_in(folder: Path) -> list[Path]:
 
 
 def what_is_wrong(checkpoint: Path) -> str | None:
-    """Return what is wrong with a checkpoint; None if it is whole."""
+    """Return what is wrong with a checkpoint; None if it is complete."""
     if not checkpoint.is_dir():
         return "there is no such folder"
     try:
@@ -60,7 +60,7 @@ def what_is_wrong(checkpoint: Path) -> str | None:
 
 
 def last_whole(folder: Path) -> Path:
-    """Return the last whole checkpoint in a folder, with a warning that names those that were passed over.
+    """Return the last complete checkpoint in a folder; a warning names those that were skipped.
 
     Raises:
         FastLNError: if there is none; the message says what is wrong with the others.
@@ -78,20 +78,20 @@ def last_whole(folder: Path) -> Path:
 
 
 def clear_leftovers(folder: Path) -> None:
-    """Remove what a killed process was writing or deleting."""
+    """Remove what a killed process left half written or half deleted."""
     for name in (STAGING, LEAVING):
         shutil.rmtree(folder / name, ignore_errors=True)
 
 
 def publish(written: Path, place: Path) -> None:
-    """Move a complete checkpoint into its place; it replaces one that is there already.
+    """Move a complete checkpoint to its place, replacing an existing one.
 
     Args:
         written: its folder, on the file system of `place`.
         place: where it belongs.
 
     Raises:
-        OSError: if it cannot be written; `place` is then as it was.
+        OSError: if it cannot be written; `place` is then unchanged.
     """
     files = {str(path.relative_to(written)): path.stat().st_size for path in written.rglob("*") if path.is_file()}
     (written / FILES).write_text(json.dumps(files, indent=1, sort_keys=True) + "\n")
@@ -104,7 +104,7 @@ def publish(written: Path, place: Path) -> None:
 
 
 def remove(checkpoint: Path) -> None:
-    """Delete a checkpoint; a process that is killed meanwhile leaves all of it under its name, or nothing."""
+    """Delete a checkpoint; if the process is killed meanwhile, all of it stays under its name, or nothing does."""
     leaving = checkpoint.parent / LEAVING
     shutil.rmtree(leaving, ignore_errors=True)
     os.rename(checkpoint, leaving)
@@ -112,7 +112,7 @@ def remove(checkpoint: Path) -> None:
 
 
 def rotate(folder: Path, limit: int | None, keep: Iterable[Path]) -> None:
-    """Delete the checkpoints of the lowest steps until `limit` are left.
+    """Delete the oldest checkpoints (lowest steps) until `limit` are left.
 
     Args:
         folder: where they are.
@@ -129,18 +129,18 @@ def rotate(folder: Path, limit: int | None, keep: Iterable[Path]) -> None:
 
 
 def trained_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
-    """Return the parameters that train, by the names that they have in the module that trains."""
+    """Return the trained parameters, by their names in the trained module."""
     return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
 
 
 def save_trained(model: nn.Module, folder: Path) -> None:
-    """Write the parameters that train, and a fingerprint of the frozen ones, which come with the base model."""
+    """Write the trained parameters and a fingerprint of the frozen ones, which the base model holds."""
     tensors = {name: p.detach().contiguous() for name, p in trained_parameters(model).items()}
     save_file(tensors, folder / TRAINED, {"format": "pt", FINGERPRINT: fingerprint(model, _not_frozen(model))})
 
 
 def load_trained(model: nn.Module, folder: Path) -> None:
-    """Read what `save_trained` wrote, in place.
+    """Load what `save_trained` wrote, in place.
 
     Raises:
         FastLNError: if the file cannot be read, holds other parameters than those that train, or comes from a run with
@@ -157,17 +157,17 @@ def load_trained(model: nn.Module, folder: Path) -> None:
     if saved.keys() != trained.keys():
         odd = sorted(saved.keys() ^ trained.keys())
         raise FastLNError(
-            f"{path}: it is of another run: {len(odd)} names differ from those that train now, for example {odd[0]}"
+            f"{path}: it is from another run: {len(odd)} names differ from those that train now, for example {odd[0]}"
         )
     for name, parameter in trained.items():
         if saved[name].shape != parameter.shape:
             raise FastLNError(
-                f"{path}: it is of another model: {name} has shape {tuple(saved[name].shape)} there and "
+                f"{path}: it is from another model: {name} has shape {tuple(saved[name].shape)} there and "
                 f"{tuple(parameter.shape)} here"
             )
     if base is not None and (differs := difference(base, model, _not_frozen(model))) is not None:
         raise FastLNError(
-            f"{path}: it is of another base model: {differs}; resume with that base, or start a new training"
+            f"{path}: it is from another base model: {differs}; resume with that base, or start a new training"
         )
     with torch.no_grad():
         for name, parameter in trained.items():
@@ -175,5 +175,5 @@ def load_trained(model: nn.Module, folder: Path) -> None:
 
 
 def _not_frozen(model: nn.Module) -> set[str]:
-    # AdaLoRA counts its ranks in parameters that no optimizer has, and they change.
+    # AdaLoRA stores its ranks in parameters that no optimizer has, and they change.
     return {name for name, p in model.named_parameters() if p.requires_grad or "ranknum" in name}

@@ -1,4 +1,4 @@
-"""How a task is trained, what of it is kept on disk, and what came of it."""
+"""Settings of a training run, what it keeps on disk, and its result."""
 
 from __future__ import annotations
 
@@ -17,22 +17,22 @@ class TrainConfig:
     """How to train.
 
     Attributes:
-        method: as `fastln.methods.get_method` takes it; it brings the learning rate and its groups.
+        method: as `fastln.methods.get_method` takes it; it determines the learning rates and their groups.
         scope: the sub-models that the method tunes; None for all.
         without: names of what `fastln.prepare` leaves out; None for nothing. For engine `fastln` only.
         epochs: passes over the training questions.
-        head_epochs: passes that train a head which starts random, alone and on the frozen towers' features, before
-            the method's own epochs. Method `head` trains nothing else, for `head_epochs` and `epochs` together.
+        head_epochs: passes that train only a randomly initialised head, on the frozen towers' features, before the
+            method's own epochs. Method `head` trains nothing else, for `head_epochs` plus `epochs`.
         batch_size: questions per step.
-        learning_rate: of the method's own parameters; None for the method's default.
-        head_learning_rate: of a task head that starts random, under other methods than `head`; None for
+        learning_rate: the rate of the method's own parameters; None for the method's default.
+        head_learning_rate: the rate of a randomly initialised task head, for methods other than `head`; None for
             `fastln.methods.HEAD_LEARNING_RATE`.
-        weight_decay: of matrices; norms and biases never decay.
-        warmup: share of the steps over which the rate rises; it then falls to 0 along a cosine.
+        weight_decay: weight decay of matrices; norms and biases never decay.
+        warmup: fraction of the steps over which the rate rises; it then falls to 0 along a cosine.
         max_grad_norm: gradients are scaled down to this norm.
-        questions_per_image: how many questions on one image go into a batch together (where there are as many), for
-            models that run the vision tower once for all of them; other models get batches of texts of like length.
-        seed: of the batches' order and of dropout.
+        questions_per_image: how many questions on one image a batch takes together, if there are as many, for models
+            that run the vision tower once for all of them. Other models get batches of texts of similar length.
+        seed: seed for the order of the batches and for dropout.
     """
 
     method: str = "layernorm"
@@ -66,7 +66,7 @@ class TrainConfig:
 
     @property
     def rates(self) -> LearningRates:
-        """The learning rates: the method's, where none are given."""
+        """The learning rates: the method's defaults if none are given."""
         return learning_rates(self.method, self.learning_rate, self.head_learning_rate)
 
 
@@ -76,9 +76,9 @@ class TrainFiles:
 
     Attributes:
         checkpoints: folder for a checkpoint after each epoch (the last two stay) and for `log.jsonl`.
-        resume: continue from the last whole checkpoint in that folder.
-        adapter: folder for what was trained, apart from the base.
-        adapter_dtype: of the norms in the adapter.
+        resume: continue from the last complete checkpoint in that folder.
+        adapter: folder for what was trained, without the base.
+        adapter_dtype: dtype of the norms in the adapter.
     """
 
     checkpoints: Path | None = None
@@ -89,10 +89,10 @@ class TrainFiles:
 
 @dataclass(frozen=True)
 class TrainResult:
-    """What a training run did.
+    """The result of a training run.
 
     Attributes:
-        losses: the loss of every step (of a resumed run without the steps that trained the head alone).
+        losses: the loss of every step (for a resumed run, without the steps that trained only the head).
         seconds: wall-clock time of this call.
         trainable_parameters: how many parameters the method trained.
         total_parameters: how many the model has.

@@ -22,7 +22,7 @@ from fastln.training.tensor_store import TensorStore
 
 @dataclass(frozen=True)
 class EvalRun:
-    """One evaluation: what `fastln eval` was asked for.
+    """The options of one `fastln eval`.
 
     Attributes:
         model: as `fastln.models.load_task` takes it.
@@ -32,9 +32,9 @@ class EvalRun:
         dtype: "float32", "bfloat16" or "auto".
         device: "cpu", "cuda" or "auto".
         options: how the data is read.
-        adapter: folder of an adapter to put into the model, which is then the base that it was trained on.
-        image_size: as `fastln.models.load_task` takes it; a saved model knows the one that it was trained with.
-        predictions: JSON Lines file for every question with its answer and the model's.
+        adapter: folder of an adapter to load into the model, which is then the adapter's base.
+        image_size: as `fastln.models.load_task` takes it; by default the size saved with the model.
+        predictions: JSON Lines file for every question, with its answer and the model's answer.
         metrics: JSON file for the scores.
     """
 
@@ -64,17 +64,17 @@ def run_evaluation(run: EvalRun, features: TensorStore | None = None) -> Accurac
     """Score a saved model, and print the result.
 
     Args:
-        run: what to do.
+        run: the options.
         features: keeps the vision tower's output for each image; None for no caching.
 
     Raises:
-        FastLNError: for anything in `run` that cannot be had as given.
+        FastLNError: if an option in `run` is invalid or cannot be met.
     """
     device = settle_device(run.device)
     source = load_source(run.data, run.options)
     dataset = source.dataset(run.split)
     check_scorable(dataset.samples)
-    # A saved model brings its own vocabulary; a new one takes it from the training questions.
+    # A saved model has its own vocabulary; a new one takes it from the training questions.
     words_from = dataset if Path(run.model).is_dir() else source.dataset("train")
     dtype = settle_dtype(run.dtype, device)
     task = load_task(run.model, words_from, dtype=dtype, device=device, image_size=run.image_size)

@@ -51,7 +51,7 @@ def evaluate(
     progress: bool = False,
     features: TensorStore | None = None,
 ) -> Accuracy | ReportScores:
-    """Return how good a model's answers (or reports) are; see `predict` for the arguments."""
+    """Score a model's answers (or reports); see `predict` for the arguments."""
     predictions = predict(task, dataset, batch_size=batch_size, progress=progress, features=features)
     return score(predictions, dataset.samples)
 
@@ -59,13 +59,13 @@ def evaluate(
 def print_scores(
     task: VQATask, dataset: VQADataset, scores: Accuracy | ReportScores, *, head_is_trained: bool = False
 ) -> None:
-    """Print a model's scores on a dataset, with a note on what makes them say little.
+    """Print a model's scores on a dataset, with a note if they mean little.
 
     Args:
         task: the model.
         dataset: what was scored.
-        scores: of the model's answers.
-        head_is_trained: whether a head that starts random has been trained.
+        scores: the scores of the model's answers.
+        head_is_trained: whether a randomly initialised head has been trained.
     """
     notes = []
     if task.random_head and not head_is_trained:
@@ -81,7 +81,7 @@ def print_scores(
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Put `model` in evaluation mode, and afterwards back in the mode that it was in."""
+    """Put `model` in evaluation mode, and restore its mode afterwards."""
     training = model.training
     model.eval()
     try:

@@ -1,4 +1,4 @@
-"""FastLNTrainer: the drop-in for transformers' Trainer; it puts a method on the model and watches over it."""
+"""FastLNTrainer: a drop-in for transformers' Trainer that sets up a tuning method and monitors its training."""
 
 from __future__ import annotations
 
@@ -17,30 +17,30 @@ from fastln.training.method_trainer import MethodTrainer
 
 
 class FastLNTrainer(MethodTrainer):
-    """transformers' Trainer for a method of fastln: every argument of the Trainer's, and these.
+    """transformers' Trainer for fastln's methods; it takes all of the Trainer's arguments and these.
 
     The model is prepared in place (peft's methods wrap it: `trainer.model` is what trains). Norms train in float32,
-    without weight decay (as biases do), and at `norm_learning_rate` where that is given. Training stops with a
-    `FastLNError` where a trained norm gets no gradient, does not move or turns NaN, and where the loss is NaN. The log
-    has the mean |Δγ|, samples and tokens a second, and the peak memory. Checkpoints are `ResumableTrainer`'s.
-    Activation checkpointing is without reentry whatever `use_reentrant` says, as in every prepared model.
+    without weight decay (like biases), and at `norm_learning_rate` if that is given. Training stops with a
+    `FastLNError` if a trained norm gets no gradient, does not move or becomes NaN, or if the loss is NaN. The log has
+    the mean |Δγ|, samples and tokens per second, and the peak memory. Checkpoints are those of `ResumableTrainer`.
+    Activation checkpointing is never reentrant, even if `use_reentrant` asks for it, as in every prepared model.
 
     Args:
         model: As for the Trainer.
         args: As for the Trainer.
         *others: As for the Trainer.
-        method: What trains: a name from `fastln.methods.METHODS`, or a code for each sub-model (`LN-F-T`).
+        method: What trains: a name from `fastln.methods.METHODS`, or one code per sub-model (`LN-F-T`).
         scope: The sub-models to tune, all by default.
-        also: Names of further modules that train whole, such as a task head that starts random.
-        engine: Who runs the method; its first by default.
-        backend: Of fastln's operations.
+        also: Names of further modules that train in full, such as a randomly initialised task head.
+        engine: The engine that runs the method; its first by default.
+        backend: The backend of fastln's operations.
         without: What `fastln.prepare` leaves out.
-        norm_learning_rate: Of trained norms; `args.learning_rate` by default.
+        norm_learning_rate: The rate of trained norms; `args.learning_rate` by default.
         **kwargs: As for the Trainer.
 
     Raises:
-        FastLNError: As `fastln.prepare` does; and for a norm_learning_rate that is not positive, that no norm takes, or
-            that comes with an optimizer of your own.
+        FastLNError: As in `fastln.prepare`; and if norm_learning_rate is not positive, no norm trains, or you pass your
+            own optimizer with it.
     """
 
     def __init__(
@@ -77,11 +77,11 @@ class FastLNTrainer(MethodTrainer):
                 "out"
             )
         if self.model_init is None:
-            # After the Trainer moved it to its device, which decides on the backends.
+            # After the Trainer has moved the model to its device, which determines the backends.
             self.model = self.model_wrapped = self.callback_handler.model = self._put(self.model)
 
     def call_model_init(self, trial: Any = None) -> nn.Module:
-        """Make the model, and put the method on it."""
+        """Make the model, and set it up for the method."""
         model = super().call_model_init(trial)
         return self._put(model if self._sharded else model.to(self.args.device))
 
@@ -98,15 +98,15 @@ class FastLNTrainer(MethodTrainer):
         return super()._prepare_for_training(*args, **kwargs)
 
     def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
-        """Return the names of the parameters that decay: matrices that are no norm's."""
+        """Return the names of the parameters that decay: matrices outside norms."""
         norms = set(norm_parameters(model))
         return [name for name, p in model.named_parameters() if p.dim() > 1 and name not in norms]
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
-        """Make the Trainer's optimizer; norms become groups of their own if they have a rate of their own.
+        """Make the Trainer's optimizer; norms get separate groups if they have a separate rate.
 
         Raises:
-            FastLNError: if they have one and the optimizer has no norm in its parameter groups.
+            FastLNError: if they have a separate rate and the optimizer has no norm in its parameter groups.
         """
         is_new = self.optimizer is None
         optimizer = super().create_optimizer(model)
@@ -121,7 +121,7 @@ def _norms(model: nn.Module) -> list[nn.Parameter]:
 
 
 def _set_rate(optimizer: torch.optim.Optimizer, parameters: Iterable[nn.Parameter], rate: float) -> None:
-    """Give those of `parameters` that an optimizer has groups of their own, at that rate."""
+    """Move those of `parameters` that an optimizer has to separate groups, at that rate."""
     chosen = {id(parameter) for parameter in parameters}
     groups, n_moved = [], 0
     for group in optimizer.param_groups:

@@ -1,9 +1,9 @@
-"""A frozen vision tower runs once for each image: its output is kept on disk and read back in later epochs and runs.
+"""The feature cache: a frozen vision tower runs once per image; later epochs and runs read its output from disk.
 
-The key of an output is made of the image's pixel values as the tower receives them, the tower's weights, and everything
-else that its numbers depend on. What is read back are the bits that the tower would compute, with one exception: a
-matrix product may round differently for another number of images in the batch. torch's CPU products were not seen to do
-so on the rows of all tokens, and the pooling, one row for each image, is computed each time. If a tower does round
+The key of an output covers the image's pixel values as the tower receives them, the tower's weights, and everything
+else that the values depend on. The cache returns the same bits as the tower would compute, with one exception: a matrix
+product may round differently for another number of images in the batch. We have not seen torch's CPU products do so on
+the rows of all tokens, and the pooling, with one row per image, is computed each time. If a tower does round
 differently, a warning says so.
 """
 
@@ -30,24 +30,25 @@ from fastln.training.tensor_store import TensorStore, as_bytes
 logger = logging.getLogger(__name__)
 
 HIDDEN, POOLED = "last_hidden_state", "pooler_output"
-_ORIGIN = ("_name_or_path", "architectures", "dtype", "transformers_version")  # in a configuration: where it is from
-_POOLING = ("pooler", "head")  # what transformers' towers call the module that pools their last hidden states
+# The fields of a configuration that only say where it is from.
+_ORIGIN = ("_name_or_path", "architectures", "dtype", "transformers_version")
+_POOLING = ("pooler", "head")  # transformers' name for the module that pools the last hidden states
 
 
 @contextlib.contextmanager
 def cached_features(tower: nn.Module, store: TensorStore | None) -> Iterator[None]:
-    """Run `tower` only once for each image, in place, as long as the context lasts.
+    """Run `tower` only once per image while the context lasts; changes `tower` in place.
 
-    Within it the weights of the tower must stay as they are. A call with other arguments beside pixel values and
-    `interpolate_pos_encoding`, for example one that asks for attention weights, bypasses the cache.
+    Within the context, the tower's weights must not change. A call with arguments other than pixel values and
+    `interpolate_pos_encoding`, such as a request for attention weights, bypasses the cache.
 
     Args:
         tower: a vision model of transformers: from (n_images, channels, height, width) it computes `last_hidden_state`,
             (n_images, n_tokens, n_cols), and perhaps `pooler_output`, (n_images, n_cols).
-        store: where its output is kept; None for no caching.
+        store: the store of its output; None for no caching.
 
     Raises:
-        FastLNError: at the first call whose output must not be kept: a parameter of the tower trains, the tower draws
+        FastLNError: at the first call whose output must not be cached: a parameter of the tower trains, the tower draws
             random numbers (dropout), or it computes statistics over the batch.
     """
     if store is None:
@@ -78,7 +79,7 @@ def check_frozen(task: VQATask, method: str, scope: Sequence[str] | None) -> Non
     """
     check_cacheable(task)
     chosen, _ = get_method(method)
-    if chosen.select is None:  # what peft adds, it adds to everything in the scope
+    if chosen.select is None:  # peft's methods add parameters to everything in the scope
         trained = ["adapters"] if scope is None or "vision" in scope else []
     else:
         names = select_parameters(task.model, chosen, scope)
@@ -104,7 +105,7 @@ def check_cacheable(task: VQATask) -> None:
 
 
 class _Memo:
-    """The forward of a tower: looks the output up, and computes it if it is not there."""
+    """The cached forward of a tower: looks the output up, and computes it if it is missing."""
 
     def __init__(self, tower: nn.Module, store: TensorStore) -> None:
         self.n_found = self.n_computed = 0
@@ -113,7 +114,7 @@ class _Memo:
         self._forward = tower.forward
         self._fingerprint = fingerprint(tower)
         self._pooling = next((name for name in _POOLING if isinstance(getattr(tower, name, None), nn.Module)), None)
-        self._checked: set[bool] = set()  # the modes, training or not, in which the tower was
+        self._checked: set[bool] = set()  # the modes (training or not) that the tower was checked in
 
     def __call__(self, pixel_values: Tensor, **kwargs: Any) -> Any:
         """Return the output for `pixel_values`, (n_images, channels, height, width)."""
@@ -138,12 +139,12 @@ class _Memo:
     def _compute(
         self, pixel_values: Tensor, positions: dict[str, Any], keys: list[str], missing: list[str]
     ) -> dict[str, dict[str, Tensor]]:
-        """Run the tower on the images under the keys `missing`, once each, and keep its output."""
+        """Run the tower once on each image with a key in `missing`, and keep its output."""
         rows = [keys.index(key) for key in missing]
         if self._tower.training not in self._checked:
             self._check(pixel_values[rows[:1]], positions)
             self._checked.add(self._tower.training)
-        # If every image is new, the whole batch runs: a run of the uncached shape rounds as the uncached run does.
+        # If every image is new, run the whole batch: the same shape rounds as in an uncached run.
         output = self._run(pixel_values if len(rows) == len(keys) else pixel_values[rows], positions)
         computed = {key: {name: tensor[row] for name, tensor in output.items()} for row, key in enumerate(missing)}
         for key, tensors in computed.items():
@@ -151,7 +152,7 @@ class _Memo:
         return computed
 
     def _run(self, pixel_values: Tensor, positions: dict[str, Any]) -> dict[str, Tensor]:
-        """Return the part of the output that is kept: pooled rows only if no pooling module computes them."""
+        """Return the part of the output to keep; it has pooled rows only if no pooling module computes them."""
         pooling = None if self._pooling is None else getattr(self._tower, self._pooling)
         if pooling is not None:
             setattr(self._tower, str(self._pooling), nn.Identity())
@@ -167,12 +168,12 @@ class _Memo:
                 "cached"
             )
         if pooling is not None and pooled is not hidden:
-            self._pooling = None  # a module of that name which does something else
+            self._pooling = None  # a module of that name that does something else
             return self._run(pixel_values, positions)
         return {HIDDEN: hidden} if pooled is None or pooled is hidden else {HIDDEN: hidden, POOLED: pooled}
 
     def _check(self, image: Tensor, positions: dict[str, Any]) -> None:
-        """Run the tower on one image, (1, channels, height, width), alone and in a batch: may its output be kept?"""
+        """Check, with one image (1, channels, height, width) alone and in a batch, that the output may be cached."""
         name = type(self._tower).__name__
         norms = nn.modules.batchnorm._NormBase
         if any(isinstance(module, norms) and module.training for module in self._tower.modules()):
@@ -203,16 +204,16 @@ class _Memo:
     def _keys(self, pixel_values: Tensor, positions: dict[str, Any]) -> list[str]:
         device = pixel_values.device.type
         autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
-        # Modules choose their code by these, and two ways of computing may round differently.
+        # Modules choose their code by these, and different code may round differently.
         state = (self._tower.training, torch.is_grad_enabled(), autocast, torch.get_float32_matmul_precision())
         salt = repr((self._fingerprint, state, positions, pixel_values.dtype, pixel_values.shape[1:])).encode()
         return [hashlib.sha256(salt + as_bytes(image)).hexdigest() for image in pixel_values.cpu()]
 
 
 def fingerprint(tower: nn.Module) -> str:
-    """Return a digest of everything that the numbers of `tower` depend on, except its input and its mode.
+    """Return a digest of everything that the output of `tower` depends on, except its input and mode.
 
-    That is its weights and buffers, its configuration, the classes of its modules (`prepare` changes them), where it
+    These are its weights and buffers, its configuration, the classes of its modules (`prepare` changes them), where it
     runs, and the versions of fastln, torch and transformers.
     """
     digest = hashlib.sha256()

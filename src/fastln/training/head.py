@@ -1,4 +1,4 @@
-"""Train a task head alone, on the features of frozen towers, which are computed once."""
+"""Trains only a task head, on features of frozen towers that are computed once."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ from fastln.training.progress import check_loss
 def train_head(
     task: DualEncoderTask, data: VQADataset, config: TrainConfig, *, epochs: int, progress: bool = False
 ) -> list[float]:
-    """Train the fusion head alone; the towers run once over the data, in evaluation mode, and stay as they are.
+    """Train only the fusion head. The towers run once over the data, in evaluation mode, and do not change.
 
-    Tuning a pretrained tower under a head that is still random spoils the tower first (Kumar et al., arXiv
-    2202.10054); and while only the head learns, the towers' features are the same in every epoch.
+    Tuning a pretrained tower under a still random head first damages the tower (Kumar et al., arXiv 2202.10054). And
+    while only the head trains, the towers' features are the same in every epoch.
 
     Args:
         task: the dual encoder.
         data: the training questions.
-        config: how to train; the head takes the head's rate.
+        config: how to train; the head uses the head's learning rate.
         epochs: passes over the questions, in place of those of `config`.
         progress: whether to show a progress bar on stderr.
 
@@ -64,7 +64,7 @@ def train_head(
 
 
 def _features(task: DualEncoderTask, data: VQADataset, batch_size: int = 64) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return vision features by image, each question's row in them, text features and labels by question."""
+    """Return vision features per image, each question's row in them, and text features and labels per question."""
     keys = list(dict.fromkeys(sample.image for sample in data.samples))
     row_of = {key: row for row, key in enumerate(keys)}
     vision, text = [], []

@@ -1,6 +1,6 @@
-"""What the trainers rely on in transformers, accelerate and peft beyond their public interfaces, checked at import.
+"""The private parts of transformers, accelerate and peft that the trainers rely on; checked at import.
 
-A release that renames one of these would not fail by itself: the trainers' own methods would no longer be called.
+If a release renamed one of them, nothing else would fail: the trainers' own methods would just not be called.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from fastln.errors import FastLNError
 from fastln.machine import TESTED_VERSIONS, package_version
 
 SUPPORTED = {"transformers": TESTED_VERSIONS["transformers"], "accelerate": ">=1.15", "peft": ">=0.21"}
-"""The versions that have these, as pyproject.toml has them."""
+"""The versions that have them, as in pyproject.toml."""
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ class Internal:
     Attributes:
         package: the package.
         owner: the class.
-        name: of the method or attribute.
+        name: the name of the method or attribute.
         parameters: the method's first parameters, after `self`; none for an attribute.
     """
 
@@ -64,8 +64,8 @@ def check_internals(internals: Iterable[Internal] = INTERNALS) -> None:
     """Check that the installed packages have what the trainers rely on.
 
     Raises:
-        FastLNError: for the first that is missing, or whose first parameters are others; the message names the
-            installed version and those that fastln works with.
+        FastLNError: for the first that is missing or has other first parameters; the message names the installed
+            version and those that fastln works with.
     """
     for internal in internals:
         found = getattr(internal.owner, internal.name, None)

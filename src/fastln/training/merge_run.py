@@ -1,4 +1,4 @@
-"""fastln merge: from the folders of a base model and an adapter to one model that needs neither peft nor fastln."""
+"""fastln merge: merges a base model and an adapter into one model that needs neither peft nor fastln."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def merge_into_base(base: str, adapter: Path, out: Path, *, check_base: bool = T
     with loading(base):
         model, tools = _load(base)
     if kind == LN_TUNING:
-        # In a prepared model the norms are float32: they are rounded last, with a warning. It never runs.
+        # In a prepared model the norms are float32, so they are rounded last, with a warning. The model never runs.
         apply(plan(model, without=TRICKS, backend="reference"), model)
         load_adapter(model, adapter, check_base=check_base)
     else:
@@ -81,7 +81,7 @@ def merge_into_base(base: str, adapter: Path, out: Path, *, check_base: bool = T
 
 
 def _load(base: str) -> tuple[PreTrainedModel, dict[str, Any]]:
-    """Return the model, and what is saved beside it, by what it is: its tokenizer and preprocessing."""
+    """Return the model and its companions by kind: its tokenizer and preprocessing."""
     if llava_med.is_llava_med(base):
         llava, tokenizer, images = llava_med.load(base, "auto")
         return llava, {"tokenizer": tokenizer, "processor": llava_processor(llava.config, images, tokenizer)}
@@ -96,13 +96,13 @@ def _load(base: str) -> tuple[PreTrainedModel, dict[str, Any]]:
         tools["preprocessor"] = _tool(base, "preprocessor", _load_preprocessor)
     if file_of(base, PROCESSOR) or (has_tokenizer and preprocessor is not None):
         processor = _tool(base, "processor", AutoProcessor.from_pretrained)
-        # Where a model has no class of processors, this is its tokenizer again.
+        # If a model has no processor class, this is its tokenizer again.
         tools["processor"] = processor if isinstance(processor, ProcessorMixin) else None
     return model, {name: tool for name, tool in tools.items() if tool is not None}
 
 
 def _tool(base: str, name: str, load: Any) -> Any | None:
-    """Load what stands beside the base model; where it is broken warn of that, and return None."""
+    """Load a companion of the base model; if it is broken, warn and return None."""
     try:
         with loading(base):
             return load(base)
@@ -114,6 +114,6 @@ def _tool(base: str, name: str, load: Any) -> Any | None:
 def _load_preprocessor(base: str) -> Any:
     path = file_of(base, PREPROCESSOR)
     assert path is not None
-    # Those for audio share the name of the file; they alone have a sampling rate.
+    # Audio preprocessing uses the same file name, and only it has a sampling rate.
     is_audio = "sampling_rate" in json.loads(path.read_text())
     return (AutoFeatureExtractor if is_audio else AutoImageProcessor).from_pretrained(base)

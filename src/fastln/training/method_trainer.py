@@ -1,4 +1,4 @@
-"""MethodTrainer: transformers' Trainer for a model with a method on it; the step, watch and log of all our trainers."""
+"""MethodTrainer: transformers' Trainer for a model with a tuning method; the base of all our trainers."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ logger = logging.getLogger(__name__)
 
 
 class MethodTrainer(ResumableTrainer):
-    """A Trainer that watches over the training of a method.
+    """A Trainer that monitors the training of a method.
 
-    It stops with a `FastLNError` where a trained norm gets no gradient, does not move or turns NaN, and where the loss
-    is NaN; of several processes all stop. It moves AdaLoRA's ranks. Its log has the mean |Δγ|, samples and tokens a
-    second, and the peak memory. Activation checkpointing is without reentry, as in every prepared model.
+    It stops with a `FastLNError` if a trained norm gets no gradient, does not move or becomes NaN, or if the loss is
+    NaN; with several processes, all stop. It updates AdaLoRA's ranks. Its log has the mean |Δγ|, samples and tokens per
+    second, and the peak memory. Activation checkpointing is not reentrant, as in every prepared model.
 
     Args:
         *args: As the Trainer takes them.
@@ -52,10 +52,10 @@ class MethodTrainer(ResumableTrainer):
         self.add_callback(AdaLoRASteps())
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
-        """Train, as `ResumableTrainer.train` does.
+        """Train, as in `ResumableTrainer.train`.
 
         Raises:
-            FastLNError: As that does; and for a dataset without a sample.
+            FastLNError: As in that method; and if the dataset has no sample.
         """
         if isinstance(self.train_dataset, Sized) and not len(self.train_dataset):
             raise FastLNError("train_dataset holds no sample; look at what filtered or read it")
@@ -63,22 +63,22 @@ class MethodTrainer(ResumableTrainer):
         return super().train(*args, **kwargs)
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Tensor:
-        """Take one batch forward and backward.
+        """Run one batch forward and backward.
 
         Raises:
-            FastLNError: where the loss is NaN, and where a trained norm gets no gradient in the first step.
+            FastLNError: if the loss is NaN, or a trained norm gets no gradient in the first step.
         """
         ids = inputs.pop(KEY, None)
         self._throughput.count(inputs)
         loss = super().training_step(model, inputs, *args, **kwargs)
         self._check_loss(loss, ids)
-        # Before the last batch of a step FSDP2 keeps gradients apart from the parameters.
+        # Until the last batch of a step, FSDP2 keeps gradients separate from the parameters.
         if self.state.global_step == 0 and self._shows_norms and self.accelerator.sync_gradients:
             check_norm_gradients(self.model)
         return loss
 
     def _check_loss(self, loss: Tensor, sample_ids: Sequence[str] | None) -> None:
-        # All processes ask: if one stopped alone, the others would wait for it.
+        # All processes check: if only one stopped, the others would wait for it.
         if not self.accelerator.reduce(torch.isnan(loss).float(), "sum"):
             return
         step = self.state.global_step + 1
@@ -88,7 +88,7 @@ class MethodTrainer(ResumableTrainer):
         raise FastLNError(f"the loss is not a number at step {step} in the batch of another process")
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Log; for training steps also how far γ moved, the throughput since the last time and the peak memory.
+        """Log; for training steps also how far γ moved, the throughput since the last log and the peak memory.
 
         The time of saving and evaluation does not count.
         """
@@ -103,7 +103,7 @@ class MethodTrainer(ResumableTrainer):
 
     @property
     def _shows_norms(self) -> bool:
-        """Whether norms keep parameters of their own; DeepSpeed and the first FSDP put them into others."""
+        """Whether norms keep separate parameters; DeepSpeed and FSDP1 merge them into others."""
         return not self._sharded or self.accelerator.is_fsdp2
 
     def _begin_watch(self) -> None:
@@ -117,13 +117,13 @@ class MethodTrainer(ResumableTrainer):
             self._watch = None
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        # How far norms moved is told from the model as it was given, before and after an interruption.
+        # How far norms moved counts from the model as it was passed in, before and after an interruption.
         self._begin_watch()
         super()._load_from_checkpoint(resume_from_checkpoint, model)
 
     def _prepare_for_training(self, *args: Any, **kwargs: Any) -> Any:
         prepared = super()._prepare_for_training(*args, **kwargs)
-        # Not before: with `cpu_ram_efficient_loading` the first process alone has the values until they are sharded.
+        # Not before: with `cpu_ram_efficient_loading`, only the first process has the values until they are sharded.
         self._begin_watch()
         return prepared
 
@@ -136,7 +136,7 @@ class MethodTrainer(ResumableTrainer):
             return super()._evaluate(*args, **kwargs)
 
     def _get_dataloader(self, dataset: Any, description: str, *args: Any, **kwargs: Any) -> DataLoader:
-        # Batches of an iterable dataset may be put together from those of other processes, as tensors alone.
+        # Batches of an iterable dataset may be assembled from those of other processes, only as tensors.
         if not kwargs.get("is_training") or isinstance(dataset, IterableDataset):
             return super()._get_dataloader(dataset, description, *args, **kwargs)
         collator = self.data_collator
@@ -147,6 +147,6 @@ class MethodTrainer(ResumableTrainer):
             self.data_collator = collator
 
     def _get_collator_with_removed_columns(self, data_collator: Any, description: str | None = None) -> Any:
-        if isinstance(data_collator, WithSampleIds):  # removes the columns itself, after it has read the ids
+        if isinstance(data_collator, WithSampleIds):  # removes the columns itself, after reading the ids
             return data_collator
         return super()._get_collator_with_removed_columns(data_collator, description)

@@ -30,7 +30,7 @@ class MasterAdamW(torch.optim.Optimizer):
         lr: learning rate.
         betas: decay of the two moments.
         eps: added to the root of the second moment.
-        weight_decay: decoupled.
+        weight_decay: decoupled weight decay.
     """
 
     def __init__(
@@ -51,7 +51,7 @@ class MasterAdamW(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:
-        """Take one step; parameters without a gradient stay.
+        """Take one step; parameters without a gradient do not change.
 
         Args:
             closure: recomputes the loss, as torch's optimizers allow.
@@ -71,7 +71,7 @@ class MasterAdamW(torch.optim.Optimizer):
         parameters = [parameter for parameter in group["params"] if parameter.grad is not None]
         states = [self._state_of(parameter) for parameter in parameters]
         beta1, beta2 = group["betas"]
-        # One kernel for all. It reads memory in order and ignores strides, so everything that it gets is contiguous.
+        # One kernel for all. It reads memory in order and ignores strides, so all its arguments must be contiguous.
         adamw(
             [state.get("master", parameter) for state, parameter in zip(states, parameters, strict=True)],
             [parameter.grad.float().contiguous() for parameter in parameters],
@@ -114,22 +114,22 @@ class MasterAdamW(torch.optim.Optimizer):
 
 
 def cosine_schedule(optimizer: torch.optim.Optimizer, n_steps: int, warmup: float) -> LambdaLR:
-    """Return a schedule: rates rise over the share `warmup` of the steps, then fall to 0 along a cosine."""
+    """Return a schedule: rates rise over the fraction `warmup` of the steps, then fall to 0 along a cosine."""
     return get_cosine_schedule_with_warmup(optimizer, math.ceil(warmup * n_steps), n_steps)
 
 
 def parameter_groups(
     model: nn.Module, head: Iterable[str], rates: LearningRates, *, weight_decay: float = WEIGHT_DECAY
 ) -> list[dict[str, Any]]:
-    """Group the parameters that train: the task head's, norms, and the method's others, each by whether they decay.
+    """Group the trained parameters: the task head's, norms, and the method's others, each with and without decay.
 
     Norms and biases never decay: pulling γ towards 0 undoes the pretrained model.
 
     Args:
         model: the module to train.
         head: names of the modules that train as a task head (also inside peft's wrappers).
-        rates: of the three groups.
-        weight_decay: of matrices.
+        rates: the rates of the three groups.
+        weight_decay: weight decay of matrices.
 
     Returns:
         Parameter groups for an optimizer, empty ones left out.
@@ -144,7 +144,7 @@ def parameter_groups(
 
 
 def describe_rates(model: nn.Module, head: Iterable[str], rates: LearningRates) -> str:
-    """Return a line that says at which rates the groups of `parameter_groups` train."""
+    """Describe, in one line, the rates of the groups of `parameter_groups`."""
     used = {rate for _, rate, _ in _trained(model, head)}
     names = {"norms": "norms", "own": "the method's others" if "norms" in used else "the method's", "head": "task head"}
     found = [f"{words} {getattr(rates, rate):g}" for rate, words in names.items() if rate in used]

@@ -1,4 +1,4 @@
-"""What a training run would do, shown before it starts: what trains, what changes, the memory, the first batch."""
+"""Previews a training run before it starts: what trains, what changes, the memory, the first batch."""
 
 from __future__ import annotations
 
@@ -24,19 +24,19 @@ N_SAME = 4
 
 
 def preview(task: VQATask, data: VQADataset, config: TrainConfig, engine: str | None) -> str:
-    """Put the method on the task's model, run two batches forward, and describe what that showed, in several lines.
+    """Set up the task's model for the method, run two batches forward, and describe the result in several lines.
 
-    The batch that is described is the first. The memory is that of the first epoch's largest batch: the one with the
-    most pixels and, among those, the longest texts, padding included. Finding it decodes no image and makes no token.
+    The description shows the first batch. The memory is that of the first epoch's largest batch: the one with the most
+    pixels and, among those, the longest texts, with padding. Finding it decodes no image and tokenizes no text.
 
     Args:
-        task: The model; it stays as the method made it.
+        task: The model; the method's changes remain.
         data: The training questions.
         config: How to train.
-        engine: Who runs the method; the method's first by default.
+        engine: The engine that runs the method; the method's first by default.
 
     Raises:
-        FastLNError: As training would, if the method, the model or the images of these batches do not fit.
+        FastLNError: As in training, if the method, the model or the images of these batches do not fit.
     """
     batches = task.batches(data, config.batch_size, seed=config.seed, questions_per_image=config.questions_per_image)
     first, *others = ([data[index] for index in batch] for batch in batches)
@@ -60,7 +60,7 @@ def preview(task: VQATask, data: VQADataset, config: TrainConfig, engine: str | 
 
 
 def _extent(task: VQATask, data: VQADataset, samples: list[Sample]) -> tuple[int, int]:
-    """Return the number of pixel values in a batch, and of characters, padding included."""
+    """Return the numbers of pixel values and of characters in a batch, with padding."""
     n_characters = len(samples) * max(sample.n_characters for sample in samples)
     if task.images is None:
         return 0, n_characters
@@ -70,7 +70,7 @@ def _extent(task: VQATask, data: VQADataset, samples: list[Sample]) -> tuple[int
 
 
 def _changes(model: nn.Module, engine: str) -> str:
-    """Return what fastln changed in the model, which `apply_method` was called with."""
+    """Describe what fastln changed in the model, after `apply_method`."""
     done = prepared(model)
     return f"engine {engine}: fastln replaces nothing, the model stays stock" if done is None else done.plan.table()
 
@@ -101,7 +101,7 @@ def _sample(task: VQATask, batch: dict[str, Any], row: int, sample: Sample) -> s
 
 
 def _shortened(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> str:
-    """Decode tokens. A long run of one token (an image's, padding) is written once, with its length."""
+    """Decode tokens. A long run of one token (of an image, or padding) is written once, with its length."""
     parts: list[str] = []
     waiting: list[int] = []
     for token, run in itertools.groupby(ids):

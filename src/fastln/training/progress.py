@@ -1,4 +1,4 @@
-"""A progress bar, and a log of every step's loss, of a training run."""
+"""The progress bar of a training run, and its log of every step's loss."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from fastln.errors import FastLNError
 
 
 def check_loss(loss: float, step: int, sample_ids: Sequence[str] | None = None) -> float:
-    """Return `loss`, having checked that it is a number.
+    """Check that `loss` is a number, and return it.
 
     Raises:
         FastLNError: if it is NaN; the message names the samples if their ids are given.
@@ -28,7 +28,7 @@ def check_loss(loss: float, step: int, sample_ids: Sequence[str] | None = None) 
 
 
 class ProgressBar(TrainerCallback):
-    """One bar on stderr over all steps, with the running mean of the loss."""
+    """A progress bar on stderr over all steps, with the running mean of the loss."""
 
     def __init__(self) -> None:
         self.bar: Any = None
@@ -70,7 +70,7 @@ class StepLog(TrainerCallback):
     """Keeps every step's loss, and appends it to a file.
 
     Args:
-        path: the file, a line of JSON for each step; None for no file.
+        path: the file, one line of JSON per step; None for no file.
     """
 
     def __init__(self, path: Path | None) -> None:
@@ -80,11 +80,11 @@ class StepLog(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Start from a resumed run's losses, and cut the file after the checkpoint's step: later steps come again."""
+        """Start from a resumed run's losses, and cut the file after the checkpoint's step; later steps run again."""
         self.losses = [entry["loss"] for entry in state.log_history if "loss" in entry]
         if self.path is not None and self.path.is_file() and state.is_world_process_zero:
             with self.path.open() as file:
-                rows = list(itertools.islice(file, state.global_step))  # one row for each step
+                rows = list(itertools.islice(file, state.global_step))  # one row per step
             self.path.write_text("".join(rows))
 
     def on_log(

@@ -1,4 +1,4 @@
-"""run.json, the record of a training run: what was asked, what data was read, and what came of it."""
+"""run.json, the record of a training run: its options, its data and its result."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from fastln.errors import FastLNError
 
 
 def write_json(path: Path, values: dict[str, object]) -> None:
-    """Write values as JSON; no reader ever finds half a file."""
+    """Write values as JSON; readers never find a partial file."""
     beside = path.with_suffix(".tmp")
     beside.write_text(json.dumps(values, indent=1, default=str) + "\n")
     beside.replace(path)
 
 
 def is_finished(record: Path) -> bool | None:
-    """Whether the run came to its end; None where no record says so."""
+    """Whether the run finished; None if no record says so."""
     try:
         return bool(json.loads(record.read_text())["finished"])
     except (OSError, ValueError, KeyError, TypeError):
@@ -28,14 +28,14 @@ def check_same_options(run: dict[str, Any], record: Path) -> None:
     """Check that the run to resume had the same options.
 
     Args:
-        run: the options now, by name; those under `config` count as the others do.
+        run: the current options, by name; those under `config` count like the others.
         record: the record of the run to resume.
 
     Raises:
         FastLNError: for the first option that differs, or a record that cannot be read.
     """
     before = _options(_recorded(record, "run"))
-    for name, value in json.loads(json.dumps(_options(run))).items():  # as JSON has it: lists in place of tuples
+    for name, value in json.loads(json.dumps(_options(run))).items():  # as in JSON: lists instead of tuples
         if before.get(name) != value:
             raise FastLNError(f"{record}: the run to resume had {name} {_shown(before.get(name))}, not {_shown(value)}")
 
@@ -44,8 +44,8 @@ def check_same_data(data: str, digests: dict[str, str], record: Path) -> None:
     """Check that the run to resume read the same questions and images.
 
     Args:
-        data: what the dataset is called.
-        digests: of its splits now.
+        data: the dataset's name.
+        digests: the current digests of its splits.
         record: the record of the run to resume.
 
     Raises:
@@ -64,7 +64,7 @@ def _recorded(record: Path, name: str) -> dict[str, Any]:
     try:
         return dict(json.loads(record.read_text())[name])
     except (OSError, ValueError, KeyError, TypeError):
-        raise FastLNError(f"{record}: is not the record of a run, so there is nothing to resume") from None
+        raise FastLNError(f"{record}: this is not the record of a run, so there is nothing to resume") from None
 
 
 def _shown(value: object) -> str:

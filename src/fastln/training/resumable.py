@@ -1,4 +1,4 @@
-"""transformers' Trainer with checkpoints that are small, and whole or absent; a resumed run ends with the same bits."""
+"""transformers' Trainer with small checkpoints that are never partial; a resumed run gives the same bits."""
 
 from __future__ import annotations
 
@@ -26,24 +26,24 @@ class ResumableTrainer(Trainer):
     """A Trainer whose checkpoints hold what trains, and the states of optimizer, scheduler, sampler and generators.
 
     Checkpoints appear complete or not at all (`fastln.training.checkpoints`), and never with a value that is not
-    finite. `train(resume_from_checkpoint=True)` takes the last whole one. Sharded models (FSDP, DeepSpeed) are saved in
-    transformers' own form.
+    finite. `train(resume_from_checkpoint=True)` takes the last complete one. Sharded models (FSDP, DeepSpeed) are saved
+    in transformers' own form.
     """
 
     _staging: Path | None = None
     _to_push: str | None = None
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
-        """Train, as `transformers.Trainer.train` does.
+        """Train, as in `transformers.Trainer.train`.
 
         Args:
-            resume_from_checkpoint: True for the last whole checkpoint in the output folder (a warning names those that
-                are passed over), or a checkpoint's folder.
+            resume_from_checkpoint: True for the last complete checkpoint in the output folder (a warning names those
+                that are skipped), or a checkpoint's folder.
             *args: as the Trainer takes them.
             **kwargs: as the Trainer takes them.
 
         Raises:
-            FastLNError: if the given checkpoint is not whole, or the output folder has no whole one.
+            FastLNError: if the given checkpoint is not complete, or the output folder has no complete one.
         """
         folder = Path(self.args.output_dir)
         if resume_from_checkpoint is True:
@@ -57,7 +57,7 @@ class ResumableTrainer(Trainer):
         return super().train(resume_from_checkpoint, *args, **kwargs)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Save the whole model as the Trainer does; in a checkpoint, the parameters that train."""
+        """Save the whole model as the Trainer does, or only the trained parameters in a checkpoint."""
         if not _internal_call or self._sharded:
             super().save_model(output_dir, _internal_call)
         elif self.args.should_save:
@@ -69,7 +69,7 @@ class ResumableTrainer(Trainer):
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         if not self._sharded:
             check_finite(checkpoints.trained_parameters(self.model), self.state.global_step)
-        # The Trainer's own code writes into the staging folder: meanwhile `_get_output_dir` returns that.
+        # The Trainer's own code writes to the staging folder: meanwhile `_get_output_dir` returns that.
         place = Path(self._get_output_dir(trial))
         name = f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
         staging = place / checkpoints.STAGING
@@ -103,7 +103,7 @@ class ResumableTrainer(Trainer):
             self._push_from_checkpoint(str(place / name))
 
     def _best(self, place: Path) -> str | None:
-        """Return where the best checkpoint is, or is about to be."""
+        """Return where the best checkpoint is, or will be."""
         step = self.state.best_global_step
         if not step:
             return self.state.best_model_checkpoint
@@ -114,7 +114,7 @@ class ResumableTrainer(Trainer):
         return str(self._staging or super()._get_output_dir(trial))
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
-        # Not before it is in its place.
+        # Only once it is in its place.
         if self._staging is not None:
             self._to_push = checkpoint_folder
         else:

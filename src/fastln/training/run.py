@@ -1,4 +1,4 @@
-"""fastln train: from options to a folder with a trained model in it."""
+"""fastln train: trains a model by its options and writes it to a folder."""
 
 from __future__ import annotations
 
@@ -38,18 +38,18 @@ ADAPTER_DTYPES = {"float32": torch.float32, "float16": torch.float16}
 
 @dataclass(frozen=True)
 class TrainRun:
-    """One training run: what `fastln train` was asked for.
+    """The options of one `fastln train`.
 
     Attributes:
         data: "phantom", or a dataset's folder or file.
         model: as `fastln.models.load_task` takes it.
-        engine: who runs the method; the method's first where None.
+        engine: the engine that runs the method; None for the method's first.
         config: how to train.
-        validation: share of the training images whose questions are held out and scored beside the test questions.
+        validation: fraction of the training images whose questions are held out and scored like the test questions.
         dtype: "float32", "bfloat16" or "auto".
         device: "cpu", "cuda" or "auto".
         options: how the data is read.
-        adapter_dtype: of the norms in the adapter, "float32" or "float16".
+        adapter_dtype: dtype of the norms in the adapter, "float32" or "float16".
         image_size: as `fastln.models.load_task` takes it.
     """
 
@@ -80,7 +80,7 @@ class TrainRun:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What came of a run: the scores on `test` and `validation` (None where the data has none), and the training."""
+    """The result of a run: the scores on `test` and `validation` (None if the data has none), and the training."""
 
     test: Accuracy | ReportScores | None
     validation: Accuracy | ReportScores | None
@@ -96,13 +96,13 @@ def run_training(
     features: TensorStore | None = None,
     dry_run: bool = False,
 ) -> Outcome | None:
-    """Train, save to `out/model` and `out/adapter`, score, and write what happened to `out/run.json`.
+    """Train, save to `out/model` and `out/adapter`, score, and write a record to `out/run.json`.
 
-    Where no adapter can hold what the method trains there is none, and the log says why. Of several processes
-    (torchrun) all train, and the first alone looks into `out`, writes and scores.
+    If no adapter can hold what the method trains, none is written, and the log says why. With several processes
+    (torchrun), all train, and only the first reads and writes `out` and scores.
 
     Args:
-        run: what to do.
+        run: the options.
         out: a new or empty folder, or the folder of the run to resume.
         resume: continue from the last checkpoint in `out`.
         overwrite: delete an earlier run in `out` first.
@@ -110,11 +110,11 @@ def run_training(
         dry_run: print what would train, the memory it takes and the first batch; write nothing and return None.
 
     Returns:
-        What came of it; None where nothing was to be done.
+        The result; None if there was nothing to do.
 
     Raises:
-        FastLNError: for anything in `run` that cannot be had as given, an `out` that already holds a run, or a run to
-            resume that had other options or read other questions or images.
+        FastLNError: if an option in `run` is invalid or cannot be met, `out` already holds a run, or the run to resume
+            had other options or read other questions or images.
     """
     method, engine = get_method(run.config.method, run.engine)
     check_finishes(run.config.method)
@@ -130,7 +130,7 @@ def run_training(
     if resume and is_finished(out / RECORD):
         logger.info("%s: this run is finished; there is nothing left to resume", out)
         return None
-    # What is wrong had better be found before the training than after it.
+    # Find errors before the training, not after it.
     data, scored = _datasets(run, source)
     task = load_task(run.model, data, dtype=dtype, seed=run.config.seed, device=device, image_size=run.image_size)
     for dataset in scored.values():
@@ -176,7 +176,7 @@ def run_training(
 
 
 def _datasets(run: TrainRun, source: Source) -> tuple[VQADataset, dict[str, VQADataset]]:
-    """Return the training questions, and by split those that are scored after the training."""
+    """Return the training questions, and those to score after the training, by split."""
     data = source.dataset("train", validation_fraction=run.validation)
     scored = {split: source.dataset(split) for split in ("validation", "test") if split in source.splits}
     if run.validation:
@@ -202,13 +202,13 @@ def _check_folder(run: TrainRun, out: Path, *, resume: bool, overwrite: bool) ->
 
 
 def _came_to_nothing(out: Path) -> bool:
-    """Whether the run in `out` ended before it wrote anything, so that nothing is lost by starting again."""
+    """Whether the run in `out` ended before it wrote anything, so that starting again loses nothing."""
     wrote = checkpoints_in(out / CHECKPOINTS) or (out / MODEL).exists() or (out / ADAPTER).exists()
     return is_finished(out / RECORD) is False and not wrote
 
 
 def _clear(out: Path) -> None:
-    """Make the folder, and delete what an earlier run wrote to it; everything else in it stays."""
+    """Make the folder, and delete what an earlier run wrote to it; other files stay."""
     try:
         for name in (MODEL, ADAPTER, CHECKPOINTS):
             shutil.rmtree(out / name, ignore_errors=True)
@@ -229,5 +229,5 @@ def _save(task: VQATask, folder: Path) -> None:
 
 
 def _size(folder: Path) -> int | None:
-    """How many bytes the files of a folder take; None where there is none."""
+    """Return the size of a folder's files in bytes; None if there is no such folder."""
     return sum(path.stat().st_size for path in folder.iterdir()) if folder.is_dir() else None

@@ -10,7 +10,7 @@ NAMES = ("id", "sample_id", "question_id", "qid", "uid")
 
 
 class WithSampleIds:
-    """A collator that adds the ids of the samples to the batch that another collator makes.
+    """A collator that adds the samples' ids to the batch of another collator.
 
     Args:
         collate: Makes the batch.

@@ -1,4 +1,4 @@
-"""TaskTrainer: our trainer with a task's batches and an optimizer in float32."""
+"""TaskTrainer: our trainer, with a task's batches and a float32 optimizer."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class TaskTrainer(MethodTrainer):
 
     Args:
         task: makes the batches.
-        model: the module to train: the task's model with the method on it, or peft's wrapper of that.
+        model: the module to train: the task's model after `apply_method`, or peft's wrapper of it.
         data: the training questions.
         config: how to train.
         **kwargs: as transformers' Trainer takes them.
@@ -37,7 +37,7 @@ class TaskTrainer(MethodTrainer):
             optimizers=(build_optimizer(model, task, config), None),
             **kwargs,
         )
-        # Losses are means over a batch; the Trainer must not divide them by a count of labels.
+        # Losses are means over a batch, so the Trainer must not divide them by the number of labels.
         self.model_accepts_loss_kwargs = False
         self.config = config
         self.task = task
@@ -54,12 +54,12 @@ class TaskTrainer(MethodTrainer):
         return self.accelerator.prepare(loader)
 
     def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None) -> LambdaLR:
-        """Make the schedule over the steps that the Trainer counts; several processes take fewer than one."""
+        """Make the schedule over the Trainer's number of steps, which is lower with several processes."""
         self.lr_scheduler = cosine_schedule(optimizer or self.optimizer, num_training_steps, self.config.warmup)
         return self.lr_scheduler
 
 
 def build_optimizer(model: nn.Module, task: Task, config: TrainConfig) -> MasterAdamW:
-    """Return the optimizer of everything in `model` that trains, at the rates of `config`."""
+    """Return the optimizer of all trained parameters in `model`, at the rates of `config`."""
     head = task.head_under(config.method)
     return MasterAdamW(parameter_groups(model, head, config.rates, weight_decay=config.weight_decay))

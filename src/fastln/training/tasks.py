@@ -1,4 +1,4 @@
-"""Methods on tasks: what `fastln.engines` does to a model, done to a task's, with its head."""
+"""Methods for tasks: applies `fastln.engines` to a task's model, with its head."""
 
 from __future__ import annotations
 
@@ -21,23 +21,23 @@ def apply_method(
     without: str | Iterable[str] = (),
     backend: str = "auto",
 ) -> nn.Module:
-    """Put `method` on the task's model, in place.
+    """Set up the task's model for `method`, in place.
 
-    A task head that starts random trains under every method. Method `head` trains any head.
+    A randomly initialised task head trains with every method. Method `head` trains any head.
 
     Args:
         task: the model.
         method: as `fastln.methods.get_method` takes it.
-        engine: who runs it; the method's first by default.
+        engine: the engine that runs it; the method's first by default.
         scope: the sub-models to tune; all by default.
         without: names of what `fastln.prepare` leaves out; for engine `fastln` only.
-        backend: of fastln's operations; for engine `fastln` only.
+        backend: the backend of fastln's operations; for engine `fastln` only.
 
     Returns:
         The module to train: the task's model itself, or peft's wrapper of it.
 
     Raises:
-        FastLNError: as `put_method` does, and for method `head` where there is no task head.
+        FastLNError: as in `put_method`, and for method `head` if there is no task head.
     """
     if method == "head" and not task.head:
         raise FastLNError(f"method 'head' trains a task head, and {task.name} has none")
@@ -49,17 +49,17 @@ def finish(task: Task, trained: nn.Module) -> None:
     """Make the task's model stock again, with the trained values in it.
 
     Args:
-        task: the one that `apply_method` was called with.
+        task: the task that `apply_method` was called with.
         trained: what `apply_method` returned.
     """
     task.model = to_stock(trained)
 
 
 def load_task_adapter(task: Task, directory: Path) -> None:
-    """Put an adapter, fastln's or peft's, into the task's model, which stays stock.
+    """Load an adapter, fastln's or peft's, into the task's model, which stays stock.
 
     Raises:
-        FastLNError: as `fastln.engines.load_trained_adapter` does.
+        FastLNError: as in `fastln.engines.load_trained_adapter`.
     """
     task.model = load_trained_adapter(task.model, directory)
-    task.random_head = ()  # the adapter holds it: it trains under every method
+    task.random_head = ()  # the adapter holds it, because it trains with every method

@@ -1,7 +1,8 @@
-"""Tensors on disk under keys, up to a number of bytes: what has been unused for longest makes room.
+"""A store of tensors on disk under keys, with a size limit; the least recently used are deleted first.
 
-A store is a folder of safetensors files, one a key, in subfolders by the key's first two digits. Several processes may
-share one: files appear whole, by renaming, and whoever writes holds a lock. A file that is damaged counts as absent.
+A store is a folder of safetensors files, one per key, in subfolders by the key's first two digits. Several processes
+may share a store: files are renamed into place when complete, and the writer holds a lock. A damaged file counts as
+absent.
 """
 
 from __future__ import annotations
@@ -26,10 +27,10 @@ from fastln.sizes import parse_bytes
 
 logger = logging.getLogger(__name__)
 
-LEDGER = "size.lock"  # locked by whoever writes; holds the bytes in use
+LEDGER = "size.lock"  # the writer locks it; it holds the bytes in use
 INCOMING = "incoming.tmp"
-_BLOCK = 4096  # what a file takes is a multiple of this
-_SHARE_KEPT = 0.9  # of the limit, when room is made: so that not every further file makes room anew
+_BLOCK = 4096  # a file's size on disk is a multiple of this
+_SHARE_KEPT = 0.9  # of the limit, after freeing space, so that not every further file has to free space again
 _KEY = re.compile(r"[0-9a-f]{64}")
 
 
@@ -37,11 +38,11 @@ class TensorStore:
     """A bounded folder of tensors under keys.
 
     If a write fails (a full disk, a folder that became read-only), the store warns once and from then on only reads. A
-    file that cannot be read counts as absent.
+    file that it cannot read counts as absent.
 
     Args:
-        directory: the folder; made if it is not there. Files in it that are not the store's stay untouched.
-        limit: what its files may take on disk, in bytes or as "8GiB".
+        directory: the folder; created if it is missing. Files in it that are not the store's stay untouched.
+        limit: the most that its files may take on disk, in bytes or as "8GiB".
 
     Raises:
         FastLNError: if the folder cannot be made or written to, or the limit is not a number of bytes.
@@ -59,11 +60,11 @@ class TensorStore:
             raise FastLNError(f"{directory}: cannot be used as a cache: {error}") from error
 
     def get(self, key: str) -> dict[str, Tensor] | None:
-        """Return the tensors under `key`, 64 hexadecimal digits; None where there are none."""
+        """Return the tensors under `key`, 64 hexadecimal digits; None if there are none."""
         path = self._path(key)
         try:
             with safe_open(path, "pt") as file:
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
                 whole = (file.metadata() or {}).get("crc32") == _checksum(tensors)
             if whole:
                 os.utime(path)
@@ -72,7 +73,7 @@ class TensorStore:
             return None
         except SafetensorError:
             pass
-        logger.warning("%s: is damaged; its tensors will be computed again", path)
+        logger.warning("%s: this file is damaged; its tensors will be computed again", path)
         with contextlib.suppress(OSError):
             path.unlink()
         return None
@@ -96,14 +97,14 @@ class TensorStore:
                 used = _read(ledger)
                 if used is None or used + size > self.limit:
                     used = self._make_room(size, int(_SHARE_KEPT * self.limit))
-                # The ledger first: if this process ends here, it counts too much, and the next count puts that right.
+                # The ledger first: if this process ends here, the ledger is too high, and the next count corrects it.
                 _write(ledger, used + size)
                 self._publish(path, data)
         except OSError as error:
             self._stop_writing(str(error))
 
     def _publish(self, path: Path, data: bytes) -> None:
-        incoming = self.directory / INCOMING  # one is enough, for one process at a time writes
+        incoming = self.directory / INCOMING  # one is enough, because only one process writes at a time
         try:
             incoming.write_bytes(data)
             path.parent.mkdir(exist_ok=True)
@@ -114,7 +115,7 @@ class TensorStore:
             raise
 
     def _make_room(self, wanted: int, limit: int) -> int:
-        """Delete what has been unused for longest until `wanted` more bytes fit; return the bytes then in use."""
+        """Delete the least recently used files until `wanted` more bytes fit; return the bytes then in use."""
         files = sorted(self._files())
         used = sum(size for _, _, size in files)
         for _, path, size in files:
@@ -125,7 +126,7 @@ class TensorStore:
         return used
 
     def _files(self) -> Iterator[tuple[int, str, int]]:
-        """Yield when each of the store's files was last used (ns), its path and what it takes on disk."""
+        """Yield, for each of the store's files, the time of last use (ns), the path and the size on disk."""
         with os.scandir(self.directory) as folders:
             for folder in [entry for entry in folders if len(entry.name) == 2 and entry.is_dir()]:
                 with os.scandir(folder.path) as entries:

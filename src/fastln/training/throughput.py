@@ -1,4 +1,4 @@
-"""How many samples and tokens a second a training run takes, without the time of saving and evaluation."""
+"""Measures the samples and tokens per second of a training run, without the time of saving and evaluation."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor
 
 
 class Throughput:
-    """Counts samples and tokens since the last reading, and the seconds in which they were trained on."""
+    """Counts samples and tokens since the last reading, and the seconds of training on them."""
 
     def __init__(self) -> None:
         self.restart()
@@ -24,15 +24,15 @@ class Throughput:
 
     @contextmanager
     def stopped(self) -> Iterator[None]:
-        """Leave the time within this context out."""
+        """Exclude the time within this context."""
         start = time.perf_counter()
         yield
         self._since += time.perf_counter() - start
 
     def count(self, inputs: Mapping[str, Any]) -> None:
-        """Count a batch: its rows, and the tokens that its mask lets through."""
+        """Count a batch: its rows, and the tokens that its mask does not hide."""
         ids, mask = inputs.get("input_ids"), inputs.get("attention_mask")
-        # Pixel values may come as patches, with more than one row for a sample.
+        # Pixel values may be patches, with more than one row per sample.
         rows = next(
             (x for x in (ids, inputs.get("labels"), *inputs.values()) if isinstance(x, Tensor) and x.dim()), None
         )
@@ -43,10 +43,10 @@ class Throughput:
             self._n_tokens += ids.numel()
 
     def read(self, n_processes: int) -> dict[str, float]:
-        """Return `samples_per_second` and, for texts, `tokens_per_second` of all processes, and begin again.
+        """Return `samples_per_second` and, for texts, `tokens_per_second` of all processes, and start again.
 
         Args:
-            n_processes: how many train together; each is taken to have as much to do as this one.
+            n_processes: how many train together; each is assumed to have as much work as this one.
         """
         factor = n_processes / (time.perf_counter() - self._since)
         rates = {"samples_per_second": round(self._n_samples * factor, 3)}

@@ -1,4 +1,4 @@
-"""train_task: train one task's model with one method."""
+"""train_task: trains one task's model with one method."""
 
 from __future__ import annotations
 
@@ -30,14 +30,14 @@ logger = logging.getLogger(__name__)
 
 
 class OneDeviceArguments(TrainingArguments):
-    """TrainingArguments of a process that uses one GPU at most; torchrun is the way to use several.
+    """TrainingArguments of a process that uses at most one GPU; use torchrun for several.
 
-    Several GPUs in one process would split a batch's images and its questions differently.
+    Several GPUs in one process would split a batch's images and questions differently.
     """
 
     @property
     def n_gpu(self) -> int:
-        """How many GPUs this process uses."""
+        """The number of GPUs that this process uses."""
         return min(super().n_gpu, 1)
 
 
@@ -53,16 +53,16 @@ def train_task(
 ) -> TrainResult:
     """Train a task's model with one method, from the start or from the last checkpoint.
 
-    A dual encoder's head that starts random is trained first, alone; see `fastln.training.head.train_head`. Afterwards
+    A dual encoder's randomly initialised head first trains alone; see `fastln.training.head.train_head`. Afterwards
     `task.model` is a stock model with the trained values in it, in its own dtype.
 
     Args:
         task: the model, and what makes its batches.
         data: the training questions.
         config: how to train.
-        files: what is kept on disk; None for nothing. Where no adapter can hold what the method trains, a line in the
-            log says why.
-        engine: who runs the method; the method's first by default.
+        files: what to keep on disk; None for nothing. If no adapter can hold what the method trains, a line in the log
+            says why.
+        engine: the engine that runs the method; the method's first by default.
         features: keeps the frozen vision tower's output for each image; None for no caching.
         progress: whether to show a progress bar.
 
@@ -105,7 +105,7 @@ def train_task(
 
 
 def check_settings(task: Task, config: TrainConfig) -> None:
-    """Check that a rate given for the task head has an effect.
+    """Check that `head_learning_rate` has an effect if it is given.
 
     Raises:
         FastLNError: if no head trains at `head_learning_rate`.
@@ -121,7 +121,7 @@ def check_settings(task: Task, config: TrainConfig) -> None:
 
 
 def tell_unused(task: VQATask, config: TrainConfig) -> None:
-    """Log which settings, given other values than their defaults, have no effect on this model."""
+    """Log which settings with non-default values have no effect on this model."""
     head_epochs, _ = epochs_of(task, config)
     if not head_epochs and config.head_epochs not in (0, TrainConfig.head_epochs):
         logger.warning("head_epochs %d has no effect: no head of %s trains alone", config.head_epochs, task.name)
@@ -134,10 +134,10 @@ def tell_unused(task: VQATask, config: TrainConfig) -> None:
 
 
 def epochs_of(task: Task, config: TrainConfig) -> tuple[int, int]:
-    """Return how many epochs train the head alone, and how many then train all that the method trains."""
+    """Return how many epochs train only the head, and how many then train all that the method trains."""
     if not isinstance(task, DualEncoderTask):
         return 0, config.epochs
-    # The towers stand still as long as nothing but the head learns.
+    # The towers do not change while only the head trains.
     if config.method == "head":
         return config.head_epochs + config.epochs, 0
     return config.head_epochs if task.random_head else 0, config.epochs
@@ -146,7 +146,7 @@ def epochs_of(task: Task, config: TrainConfig) -> tuple[int, int]:
 def _train_method(
     task: VQATask, model: nn.Module, data: VQADataset, config: TrainConfig, files: TrainFiles, progress: bool
 ) -> list[float]:
-    """Train what the method trains, and return the loss of every step."""
+    """Train with the method, and return the loss of every step."""
     checkpoints = files.checkpoints
     with tempfile.TemporaryDirectory() as scratch:
         arguments = OneDeviceArguments(
@@ -156,11 +156,11 @@ def _train_method(
             max_grad_norm=config.max_grad_norm,
             seed=config.seed,
             save_strategy="epoch" if checkpoints else "no",
-            save_total_limit=2,  # if the last is damaged later, the one before it is left
+            save_total_limit=2,  # if the last one is damaged later, the one before it remains
             logging_steps=1,
             logging_nan_inf_filter=False,
             report_to="none",
-            disable_tqdm=True,  # our own bar shows the same, without a line per step
+            disable_tqdm=True,  # our progress bar shows the same, without a line per step
             remove_unused_columns=False,
             dataloader_pin_memory=False,
             use_cpu=task.device.type == "cpu",

@@ -1,4 +1,4 @@
-"""A watch on trained norms: that they move, and stay finite. Nothing else shows when they do not."""
+"""Checks that trained norms move and stay finite. Nothing else would show if they did not."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ from fastln.methods import norm_parameters
 from fastln.processes import gathered
 
 PATIENCE = 3
-LEAST_RATE = 1e-5  # below it a float32 γ of 1 may take many steps to change
+LEAST_RATE = 1e-5  # below it, a float32 γ of 1 may need many steps to change
 
 
 class NormWatch(TrainerCallback):
     """Stops training when a trained norm does not move, and measures how far norms moved.
 
-    A norm does not move if after `PATIENCE` optimizer steps at a rate of `LEAST_RATE` or more every element of a γ or β
-    has the value that it began with. That happens to a norm in bfloat16, whose steps all round to nothing, to a norm
-    that the optimizer was not given, and to a norm that the loss does not depend on.
+    A norm does not move if every element of a γ or β still has its initial value after `PATIENCE` optimizer steps at a
+    rate of `LEAST_RATE` or more. That happens to a norm in bfloat16 whose steps all round to zero, to a norm that the
+    optimizer does not have, and to a norm that the loss does not depend on.
 
-    FSDP2 may shard the model after the watch began; all processes then see the same.
+    FSDP2 may shard the model after the watch has started; all processes then see the same.
 
     Args:
         model: The model that trains, before its first step.
@@ -41,12 +41,12 @@ class NormWatch(TrainerCallback):
 
     @property
     def parameters(self) -> dict[str, nn.Parameter]:
-        """The parameters of trained norms as they are now: sharding replaces them."""
+        """The current parameters of trained norms; sharding replaces them."""
         return {name: getattr(norm, own) for name, (norm, own) in self._norms.items()}
 
     @property
     def began_finite(self) -> dict[str, nn.Parameter]:
-        """Those of `parameters` that had neither NaN nor infinity in them when the watch began."""
+        """Those of `parameters` that were finite when the watch started."""
         return {name: p for name, p in self.parameters.items() if self.start[name].isfinite().all()}
 
     def on_pre_optimizer_step(
@@ -76,7 +76,7 @@ class NormWatch(TrainerCallback):
                 )
 
     def gamma_shift(self) -> float | None:
-        """Return the mean |γ - γ at the start| over all elements of trained norms; None where no γ trains."""
+        """Return the mean |γ - initial γ| over all elements of trained norms; None if no γ trains."""
         pairs = (
             self._now_and_then(name, parameter)
             for name, parameter in self.parameters.items()
@@ -93,7 +93,7 @@ class NormWatch(TrainerCallback):
 
 
 def check_finite(parameters: Mapping[str, Tensor], step: int) -> None:
-    """Check that parameters are finite; of several processes all must call this, and all raise.
+    """Check that parameters are finite; with several processes, all must call this, and all raise.
 
     Raises:
         FastLNError: naming the parameters that are not.
