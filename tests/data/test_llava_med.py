@@ -58,7 +58,7 @@ def test_a_single_file_is_training_and_its_images_lie_beside_it(tmp_path):
         ({"conversations": ["A", "1"]}, "turn 0 must be from 'human', not \"A\""),
         ({"conversations": turns("<image>", "1")}, "the value of turn 0 is empty"),
         ({"conversations": turns("A", None)}, "the value of turn 1 must be a text, not null"),
-        ({"conversations": turns("A", "...")}, 'the value of turn 1 is "...", of which normalising leaves nothing'),
+        ({"conversations": turns("A", "...")}, 'the value of turn 1 is "...", which is empty after normalising'),
         (
             {"conversations": turns("<image><image>A", "1")},
             "turn 0 holds 2 times <image>; the row has 1, due in turn 0",

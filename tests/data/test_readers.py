@@ -92,7 +92,7 @@ def bad_rows(name, layout, folder):
     good = layout.row(1)
     rows = [(layout.answer(good, " "), "is empty"), (layout.answer(good, ""), "is empty")]
     if name != "iu-xray":
-        rows += [(layout.answer(good, "?!"), "of which normalising leaves nothing")]
+        rows += [(layout.answer(good, "?!"), "which is empty after normalising")]
     if name == "parquet":
         rows += [(layout.image(good, None), "field 'image' holds no bytes")]
         rows += [(layout.image(good, b""), "field 'image' holds no bytes")]

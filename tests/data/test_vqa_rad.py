@@ -111,7 +111,7 @@ def refusal(spec, split="train"):
         ({"answer": float("nan")}, "field 'answer' must be a text, not NaN"),
         ({"answer": "\ud800"}, "field 'answer' holds half of a surrogate pair"),
         ({"answer": " \t"}, "field 'answer' is empty"),
-        ({"answer": "?!"}, "field 'answer' is \"?!\", of which normalising leaves nothing"),
+        ({"answer": "?!"}, "field 'answer' is \"?!\", which is empty after normalising"),
         ({"question": ""}, "field 'question' is empty"),
         ({"question": 3}, "field 'question' must be a text, not 3"),
         ({"answer_type": "HALF-OPEN"}, "field 'answer_type' is \"HALF-OPEN\", which is none of CLOSED, OPEN"),

@@ -103,7 +103,7 @@ def _value(turn: dict[str, Any], number: int, n_images: int) -> str:
     if number % 2:
         value = as_text_or_number(turn.get("value"), what)  # some answers of VQA-RAD are numbers
         if not normalise_answer(value):
-            raise BadRowError(f"{what} is {shown(value)}, of which normalising leaves nothing")
+            raise BadRowError(f"{what} is {shown(value)}, which is empty after normalising")
         return value
     value = as_text(turn.get("value"), what)
     marks = value.count(_IMAGE)

@@ -223,7 +223,7 @@ def answer(row: dict[str, Any], field: str) -> str:
     """
     value = text_or_number(row, field)
     if not normalise_answer(value):
-        raise BadRowError(f"field {field!r} is {shown(value)}, of which normalising leaves nothing")
+        raise BadRowError(f"field {field!r} is {shown(value)}, which is empty after normalising")
     return value
 
 
