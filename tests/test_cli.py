@@ -36,7 +36,7 @@ def fastln(*arguments, monkeypatch, capsys):
         (["train", "--out", "{tmp}/o", "--feature-cache", "{tmp}/c"], "a vision tower that is frozen, and method"),
         (
             ["train", "--out", "{tmp}/o", "--feature-cache", "{tmp}/c", "--feature-cache-size", "x"],
-            "'x' is no number of",
+            "'x' is not a valid size",
         ),
         (["eval", "{tmp}/nowhere"], "nowhere"),
         (

@@ -98,7 +98,7 @@ def test_rows_are_written_as_they_are_had_and_not_had_again(tmp_path):
     )
     status, words = found["refused"]
     assert status == 1
-    assert "backward_kernel: there are no figures to compare with" in words
+    assert "backward_kernel: no earlier figures to compare with" in words
     assert not found["nothing"]
     assert found["accepted"][0] == 0
     assert [row["width"] for row in found["one"]["rows"]] == [768]

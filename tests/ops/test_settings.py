@@ -16,7 +16,7 @@ from fastln.ops.settings import DEFAULT, REFERENCE, SCHEMA, OpSettings
             r"unknown backend 'trition' \(did you mean 'triton'\?\); valid: auto, triton, cpu, ref",
         ),
         ({"backend": None}, "unknown backend None; valid: auto"),
-        ({"storage": "exakt"}, r"unknown storage 'exakt' \(did you mean 'exact'\?\); valid: exact"),
+        ({"storage": "exakt"}, r"unknown activations 'exakt' \(did you mean 'exact'\?\); valid: exact"),
         ({"products": "int4"}, "unknown products 'int4'; valid: exact"),
     ],
 )

@@ -95,6 +95,19 @@ def is_stand_in(module: nn.Module) -> bool:
     return isinstance(module.__dict__.get(ATTRIBUTE), Part)
 
 
+def code_of(module: nn.Module) -> tuple[object, ...]:
+    """Return what decides which code computes `module`: two modules with the same weights may round differently by it.
+
+    That is its class, the form of a stand-in (its class has the stock name) with its settings, and what attention is
+    called in its configuration.
+    """
+    cls = type(module)
+    form = next((base.__qualname__ for base in cls.__mro__ if base.__dict__.get("_is_form")), None)
+    settings = module.__dict__[ATTRIBUTE].settings if is_stand_in(module) else None
+    attention = getattr(module.__dict__.get("config"), "_attn_implementation", None)
+    return cls.__module__, cls.__qualname__, form, settings, attention
+
+
 def stand_back(model: nn.Module) -> None:
     """Give every stand-in of `model` its own class back, in place."""
     for module in model.modules():

@@ -25,6 +25,7 @@ from fastln.machine import cpu_model, package_version
 from fastln.methods import get_method, select_parameters
 from fastln.models import VQATask
 from fastln.models.image_size import INTERPOLATE
+from fastln.standins.part import code_of
 from fastln.training.tensor_store import TensorStore, as_bytes
 
 logger = logging.getLogger(__name__)
@@ -213,8 +214,8 @@ class _Memo:
 def fingerprint(tower: nn.Module) -> str:
     """Return a digest of everything that the output of `tower` depends on, except its input and mode.
 
-    These are its weights and buffers, its configuration, the classes of its modules (`prepare` changes them), where it
-    runs, and the versions of fastln, torch and transformers.
+    These are its weights and buffers, its configuration, the code of its modules (`prepare` changes it), where it runs,
+    and the versions of fastln, torch and transformers.
     """
     digest = hashlib.sha256()
 
@@ -227,7 +228,7 @@ def fingerprint(tower: nn.Module) -> str:
         settings = {name: value for name, value in config.to_dict().items() if name not in _ORIGIN}
         add(json.dumps(settings, sort_keys=True, default=str), config._attn_implementation)
     for name, module in tower.named_modules():
-        add(name, type(module).__module__, type(module).__qualname__)
+        add(name, *code_of(module))
     devices = set()
     for name, tensor in (*tower.named_parameters(), *tower.named_buffers()):
         add(name, tensor.dtype, tensor.shape)
