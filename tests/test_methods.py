@@ -116,7 +116,7 @@ def test_norms_and_lora_train_fused_projections():
 def test_virtual_tokens_need_a_language_model(method):
     with pytest.raises(FastLNError, match="sequence-classification language model, which BlipForQuestionAnswering is"):
         put_method(family_models.make("blip"), method)
-    with pytest.raises(FastLNError, match="leave the scope 'decoder' out"):
+    with pytest.raises(FastLNError, match="leave out the scope 'decoder'"):
         put_method(family_models.make("opt"), method, scope="decoder")
 
 

@@ -100,7 +100,7 @@ def test_a_damaged_file_counts_as_absent_and_is_written_again(damage, tmp_path, 
         data = data.replace(b"crc32", b"crc33")
     path.write_bytes({"cut": data[:-1], "emptied": b"", "replaced": b"no tensors"}.get(damage, data))
     assert store.get(key(1)) is None
-    assert f"{path}: is damaged" in caplog.text
+    assert f"{path}: this file is damaged" in caplog.text
     store.put(key(1), tensors(1))
     assert torch.equal(store.get(key(1))["x"], tensors(1)["x"])
 
