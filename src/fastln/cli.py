@@ -284,7 +284,7 @@ def doctor(
         str | None,
         typer.Argument(
             help="Show the plan for this model: a directory, a hub name, a configuration's .json file, a folder that "
-            "`fastln train` wrote, or a shape such as BertForMaskedLM:8x128. No weights are read."
+            "`fastln train` wrote, blip, chat:SOURCE, or a shape such as BertForMaskedLM:8x128. No weights are read."
         ),
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,

@@ -35,7 +35,7 @@ def prepare(
 
     Modules stay the same objects and keep their hooks and attributes. `state_dict()` keeps its keys and shapes. In a
     model of lower precision the parameters of trained norms become float32, because in bfloat16 a step of 1e-4 on a
-    weight of 1.0 rounds to nothing. If anything fails, the model stays unchanged.
+    weight of 1.0 is lost to rounding. If anything fails, the model stays unchanged.
 
     Args:
         model: Any transformers model, or any `nn.Module` with LayerNorm or RMSNorm modules.

@@ -72,7 +72,7 @@ def linear_cross_entropy(
         float32 (float64 for float64): a scalar; with "none", shaped like `labels`, 0 where a label is ignored.
 
     Raises:
-        FastLNError: If shapes, dtypes or settings are not valid, or a label is neither a class nor `ignore_index`.
+        FastLNError: If shapes, dtypes or arguments are not valid, or a label is neither a class nor `ignore_index`.
     """
     loss = _Loss(scale, softcap, ignore_index, label_smoothing, reduction)
     _check(hidden, weight, bias, labels, loss)

@@ -52,7 +52,7 @@ class LayerNorm(StandIn):
 class Float32Parameters:
     """Casts 16-bit trained parameters of a norm to float32, and can cast them back.
 
-    In bfloat16 a step of 1e-4 on a weight of 1.0 rounds to nothing.
+    In bfloat16 a step of 1e-4 on a weight of 1.0 is lost to rounding.
 
     Attributes:
         norm: The norm.
