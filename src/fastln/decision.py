@@ -118,7 +118,8 @@ class Plan:
         if slow:
             names = ", ".join(f"{change.name} ({change.kind})" for change in slow[:9])
             more = f" and {len(slow) - 9} more" if len(slow) > 9 else ""
-            lines.append(f"trains with stock code: {names}{more}: {slow[0].reason}")
+            reasons = "; ".join(dict.fromkeys(change.reason for change in slow))
+            lines.append(f"trains with stock code: {names}{more}: {reasons}")
         if stays := Counter((stay.kind, stay.reason) for stay in self.stays):
             parts = [f"{_counted(count, kind)} ({reason})" for (kind, reason), count in stays.items()]
             lines.append(f"stays stock: {'; '.join(parts)}")

@@ -60,6 +60,8 @@ class Prepared:
         if prepared(model) is not None:
             delattr(model, STATE)
         if failures:
+            for other in failures[1:]:
+                failures[0].add_note(f"Undoing another change failed too: {other!r}")
             raise failures[0]
 
 
