@@ -22,7 +22,7 @@ LAYERS = """
     methods standins
     plan
     memory
-    prepare
+    prepare rates
     cost
     adapters
     engines

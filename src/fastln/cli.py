@@ -36,7 +36,7 @@ Model = Annotated[
         help="'dual', 'dual:VISION,TEXT', 'blip', 'blip:SOURCE', 'chat:SOURCE', or a folder that `fastln train` wrote."
     ),
 ]
-DType = Annotated[str, typer.Option(help="float32, bfloat16 or auto: bfloat16 if the hardware supports it.")]
+DType = Annotated[str, typer.Option(help="float32, bfloat16 or auto: the one that this machine multiplies faster.")]
 FeatureCache = Annotated[Path | None, typer.Option(help="Cache a frozen vision tower's features in this folder.")]
 FeatureCacheSize = Annotated[str, typer.Option(help="Maximum size of the cache; the least recently used goes first.")]
 Device = Annotated[str, typer.Option(help="cpu, cuda or auto.")]

@@ -1,4 +1,4 @@
-"""The machine: devices, dtypes, memory limits and versions; what "auto" means here."""
+"""The machine: devices, memory limits and versions."""
 
 from __future__ import annotations
 
@@ -20,7 +20,6 @@ from fastln_kernels.cpu import memory
 
 logger = logging.getLogger(__name__)
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 DEVICES = ("auto", "cpu", "cuda")
 
 TESTED_VERSIONS = {"torch": ">=2.13,<2.14", "transformers": ">=5.23,<5.24"}
@@ -40,27 +39,6 @@ def settle_device(name: str) -> torch.device:
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     return torch.device(name)
-
-
-def settle_dtype(name: str, device: torch.device) -> torch.dtype:
-    """Return the dtype that `name` means: "auto" is bfloat16 if the hardware supports it, else float32.
-
-    Raises:
-        FastLNError: for an unknown name.
-    """
-    if name == "auto":
-        return torch.bfloat16 if has_bfloat16_units(device) else torch.float32
-    if name not in DTYPES:
-        raise FastLNError(f"unknown dtype {name!r} (valid: auto, {', '.join(DTYPES)})")
-    return DTYPES[name]
-
-
-def has_bfloat16_units(device: torch.device) -> bool:
-    """Whether the device multiplies bfloat16 in hardware."""
-    if device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    # mkldnn's own check also says yes if bfloat16 is emulated, which is slower than float32.
-    return bool({"avx512_bf16", "amx_bf16", "bf16"} & cpu_flags())
 
 
 @dataclass(frozen=True)

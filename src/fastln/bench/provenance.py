@@ -11,7 +11,8 @@ from typing import Any
 import psutil
 import torch
 
-from fastln.machine import cpu_model, package_version, settle_device, settle_dtype
+from fastln.machine import cpu_model, package_version, settle_device
+from fastln.rates import settle_dtype
 
 
 def settle(device: str, *dtypes: str) -> tuple[str, tuple[str, ...], dict[str, Any]]:
