@@ -13,20 +13,21 @@ import typer
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from fastln.configured import ConfiguredCommand
-from fastln.data.loading import READERS
 from fastln.errors import FastLNError
+from fastln.layouts import LAYOUTS
+from fastln.versions import package_version
 
 app = typer.Typer(
     add_completion=False,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
-    help="Tune the norms of a transformer fast, and compare that with other tuning methods.",
+    context_settings={"help_option_names": ["-h", "--help"]},
 )
 
 Data = Annotated[str, typer.Option(help="'phantom' (embedded, synthetic), or a dataset's folder or file.")]
 Layout = Annotated[
     str | None,
-    typer.Option(help=f"How the data is laid out: {', '.join(READERS)}; recognised by default."),
+    typer.Option(help=f"How the data is laid out: {', '.join(LAYOUTS)}; recognised by default."),
 ]
 Language = Annotated[str | None, typer.Option(help="Language of SLAKE's questions: en (the default) or zh.")]
 SkipBadRows = Annotated[bool, typer.Option("--skip-bad-rows", help="Skip bad rows; the log lists them.")]
@@ -44,6 +45,21 @@ ImageSize = Annotated[
     int | None,
     typer.Option(help="Edge length in pixels that images are resized to; by default the size saved with the model."),
 ]
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"fastln {package_version('fastln')}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version and exit.")
+    ] = False,
+) -> None:
+    """Tune the norms of a transformer fast, and compare that with other tuning methods."""
 
 
 class TrainCommand(ConfiguredCommand):

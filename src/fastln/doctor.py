@@ -14,13 +14,13 @@ from fastln.machine import (
     cpu_flags,
     cpu_model,
     memory_limit,
-    package_version,
     settle_device,
     why_no_arena,
 )
 from fastln.ops.backends import OPERATIONS, resolve
 from fastln.ops.settings import DEFAULT
 from fastln.rates import has_bfloat16_units, product_rates
+from fastln.versions import package_version
 from fastln_kernels.cpu import library, products
 
 PACKAGES = ("fastln", "torch", "triton", "transformers", "peft", "accelerate", "flash-attn", "liger-kernel")

@@ -21,12 +21,13 @@ from torch import Tensor, nn
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from fastln.errors import FastLNError
-from fastln.machine import cpu_model, package_version
+from fastln.machine import cpu_model
 from fastln.methods import get_method, select_parameters
 from fastln.models import VQATask
 from fastln.models.image_size import INTERPOLATE
 from fastln.standins.part import code_of
 from fastln.training.tensor_store import TensorStore, as_bytes
+from fastln.versions import package_version
 
 logger = logging.getLogger(__name__)
 
