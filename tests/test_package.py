@@ -1,5 +1,6 @@
 """The package itself: what it offers, and that it and the command line's help import nothing slow."""
 
+import os
 import subprocess
 import sys
 from types import FunctionType, ModuleType
@@ -55,3 +56,19 @@ except SystemExit as end:
 
 def test_the_import_alone_is_fast():
     assert not modules_after("import fastln; fastln.__version__; dir(fastln)") & set(SLOW)
+
+
+def test_a_folder_of_that_name_does_not_hide_the_package(tmp_path):
+    """Such as a clone of the repository beside a script."""
+    (tmp_path / "fastln" / "src").mkdir(parents=True)
+    program = "import fastln, fastln_kernels; print(fastln.__file__, fastln_kernels.__file__)"
+    (tmp_path / "script.py").write_text(program)
+    for arguments in (["script.py"], ["-c", program]):
+        done = subprocess.run(
+            [sys.executable, *arguments], capture_output=True, text=True, check=True, cwd=tmp_path, env=without_path()
+        )
+        assert "None" not in done.stdout
+
+
+def without_path() -> dict[str, str]:
+    return {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
