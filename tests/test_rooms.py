@@ -20,7 +20,7 @@ LAYERS = """
     fingerprint ops
     decision families late
     methods standins
-    plan
+    plan watch
     memory
     prepare rates
     cost

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from fastln.plan import apply, plan
     from fastln.prepare import prepare, restore
     from fastln.training.fastln_trainer import FastLNTrainer
+    from fastln.watch import watch_norms
 
 __all__ = [
     "FastLNError",
@@ -29,6 +30,7 @@ __all__ = [
     "prepare",
     "restore",
     "save_adapter",
+    "watch_norms",
 ]
 __version__ = package_version("fastln") or "unknown"
 
@@ -44,6 +46,7 @@ _MODULE_OF = {
     "prepare": "prepare",
     "restore": "prepare",
     "save_adapter": "adapters",
+    "watch_norms": "watch",
 }
 
 warn_of_untested_versions()

@@ -147,7 +147,10 @@ def train(
     ] = None,
     scope: Annotated[
         list[str] | None,
-        typer.Option(help="Sub-model: vision, text, decoder or projector; repeatable; all by default."),
+        typer.Option(
+            help="Part to tune: vision, text, decoder, projector, or a pattern of module names; 'not:' before one "
+            "leaves it out; repeatable; all by default."
+        ),
     ] = None,
     without: Annotated[
         list[str] | None, typer.Option(help="Leave out one of fastln's changes; repeatable; fastln doctor lists them.")
