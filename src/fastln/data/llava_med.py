@@ -52,12 +52,12 @@ def read(path: Path, options: DataOptions) -> Source:
 
     Args:
         path: What `recognises` accepts.
-        options: Whether to skip bad rows.
+        options: How to read the data.
 
     Raises:
         FastLNError: A file cannot be read, or rows are bad.
     """
-    rows = RowChecker(_image_folders(path), skip=options.skip_bad_rows)
+    rows = RowChecker(_image_folders(path), options)
 
     def parse(row: dict[str, Any], index: int, images: tuple[str, ...]) -> Sample:
         *history, (question, answer) = _turns(row, len(images))

@@ -16,9 +16,10 @@ from pathlib import Path
 from typing import Any
 
 from fastln.data.dataset import Sample, Source
-from fastln.data.files import SPLIT_STEMS, SUFFIXES, BadRowError, data_name, read_rows
+from fastln.data.files import SPLIT_STEMS, SUFFIXES, BadRowError, data_name
 from fastln.data.options import DataOptions
 from fastln.data.rows import RowChecker, answer, as_text, closed_label, line, row_id
+from fastln.data.tables import read_rows
 from fastln.errors import FastLNError
 
 LAYOUT = "a file .jsonl, .csv or .json of image, question, answer; or a folder of train, validation and test files"
@@ -122,12 +123,12 @@ def read(path: Path, options: DataOptions) -> Source:
 
     Args:
         path: What `recognises` accepts.
-        options: Whether to skip bad rows.
+        options: How to read the data.
 
     Raises:
         FastLNError: A file cannot be read, or rows are bad.
     """
-    rows = RowChecker(images_beside(path), skip=options.skip_bad_rows)
+    rows = RowChecker(images_beside(path), options)
 
     def parse(row: dict[str, Any], index: int, images: tuple[str, ...]) -> Sample:
         return Sample(
