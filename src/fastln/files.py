@@ -1,4 +1,4 @@
-"""Write files atomically: a reader never sees half a file."""
+"""Files: where a name that the user gives leads, and how to write so that a reader never sees half a file."""
 
 from __future__ import annotations
 
@@ -10,6 +10,20 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 STAGING = ".fastln-writing"
+
+
+def expanded(name: str) -> str:
+    """Return a user's name of a file or folder with `~` and the environment's variables in it replaced.
+
+    A leading `~` or `~USER` becomes the home folder. `$NAME` and `${NAME}` become the variable's value; if there is no
+    such variable, or no such user, the text stays as it is.
+    """
+    return os.path.expanduser(os.path.expandvars(name))
+
+
+def user_path(path: str | Path) -> Path:
+    """Return the path that a user means, as `expanded` reads it; every path from outside comes through here."""
+    return Path(expanded(str(path)))
 
 
 @contextlib.contextmanager

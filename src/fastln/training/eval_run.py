@@ -10,9 +10,11 @@ from fastln.data import DataOptions, load_source
 from fastln.data.answers import normalise_answer
 from fastln.data.dataset import check_split
 from fastln.errors import FastLNError
+from fastln.files import expanded, user_path
 from fastln.machine import settle_device, settle_dtype
 from fastln.metrics import Accuracy, ReportScores, check_scorable, score
 from fastln.models import load_task
+from fastln.models.sources import expanded_sources
 from fastln.training.evaluate import predict, print_scores
 from fastln.training.features import check_cacheable
 from fastln.training.record import write_json
@@ -52,6 +54,11 @@ class EvalRun:
 
     def __post_init__(self) -> None:
         check_split(self.split)
+        object.__setattr__(self, "data", expanded(self.data))
+        object.__setattr__(self, "model", expanded_sources(self.model))
+        for what in ("adapter", "predictions", "metrics"):
+            if getattr(self, what) is not None:
+                object.__setattr__(self, what, user_path(getattr(self, what)))
         for what in ("predictions", "metrics"):
             path: Path | None = getattr(self, what)
             if path is not None and not path.absolute().parent.is_dir():
