@@ -321,7 +321,7 @@ def _read(folder: Path) -> _Adapter:
 def _config(folder: Path) -> dict[str, Any]:
     path = folder / CONFIG
     try:
-        config = json.loads(path.read_text())
+        config = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise FastLNError(f"{folder}: there is no {CONFIG} in this folder; an adapter has one") from None
     except (OSError, ValueError) as error:

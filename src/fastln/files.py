@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import json
 import os
 import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 STAGING = ".fastln-writing"
 
@@ -24,6 +26,23 @@ def expanded(name: str) -> str:
 def user_path(path: str | Path) -> Path:
     """Return the path that a user means, as `expanded` reads it; every path from outside comes through here."""
     return Path(expanded(str(path)))
+
+
+def json_text(values: object, **settings: Any) -> str:
+    """Return values as JSON that people can read: letters of every language as they are, other objects as text.
+
+    If a text holds half of a surrogate pair (a file's name can), everything but ASCII is escaped: it is no UTF-8.
+
+    Args:
+        values: What to write.
+        **settings: As `json.dumps` takes them.
+    """
+    text = json.dumps(values, ensure_ascii=False, default=str, **settings)
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return json.dumps(values, default=str, **settings)
+    return text
 
 
 @contextlib.contextmanager

@@ -92,7 +92,7 @@ def _load(spec: str, train_data: VQADataset, dtype: torch.dtype, seed: int, imag
 
 def _model_type(path: Path) -> str | None:
     try:
-        config = json.loads(path.read_text())
+        config = json.loads(path.read_text(encoding="utf-8"))
     except json.JSONDecodeError as error:
         raise FastLNError(f"{path}: not JSON: line {error.lineno}, column {error.colno}: {error.msg}") from None
     except (OSError, UnicodeDecodeError) as error:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -10,7 +9,7 @@ from fastln.data import DataOptions, load_source
 from fastln.data.answers import normalise_answer
 from fastln.data.dataset import check_split
 from fastln.errors import FastLNError
-from fastln.files import expanded, user_path
+from fastln.files import expanded, json_text, user_path
 from fastln.machine import settle_device, settle_dtype
 from fastln.metrics import Accuracy, ReportScores, check_scorable, score
 from fastln.models import load_task
@@ -92,9 +91,9 @@ def run_evaluation(run: EvalRun, features: TensorStore | None = None) -> Accurac
         load_task_adapter(task, run.adapter)
     answers = predict(task, dataset, batch_size=run.batch_size, progress=True, features=features)
     if run.predictions is not None:
-        with run.predictions.open("w") as file:
+        with run.predictions.open("w", encoding="utf-8") as file:
             for sample, answer in zip(dataset.samples, answers, strict=True):
-                file.write(json.dumps(asdict(sample) | {"prediction": normalise_answer(answer)}) + "\n")
+                file.write(json_text(asdict(sample) | {"prediction": normalise_answer(answer)}) + "\n")
     scores = score(answers, dataset.samples)
     if run.metrics is not None:
         write_json(run.metrics, {"model": task.name, "data": dataset.name, "split": run.split, **asdict(scores)})

@@ -116,5 +116,5 @@ def _load_preprocessor(base: str) -> Any:
     path = file_of(base, PREPROCESSOR)
     assert path is not None
     # Audio preprocessing uses the same file name, and only it has a sampling rate.
-    is_audio = "sampling_rate" in json.loads(path.read_text())
+    is_audio = "sampling_rate" in json.loads(path.read_text(encoding="utf-8"))
     return (AutoFeatureExtractor if is_audio else AutoImageProcessor).from_pretrained(base)

@@ -145,7 +145,7 @@ class TensorStore:
 
     @contextlib.contextmanager
     def _locked(self) -> Iterator[IO[str]]:
-        with (self.directory / LEDGER).open("a+") as ledger:
+        with (self.directory / LEDGER).open("a+", encoding="utf-8") as ledger:
             fcntl.flock(ledger, fcntl.LOCK_EX)  # until it is closed
             yield ledger
 
