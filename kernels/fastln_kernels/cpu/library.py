@@ -113,7 +113,7 @@ def _build(name: str) -> Path:
     depends = hashlib.sha256()
     version = _run([*command, "--version"]).stdout
     for part in (
-        *(source.read_text(encoding="utf-8") for source in sources),
+        *(source.read_text() for source in sources),
         version,
         *flags,
         *more_flags,

@@ -38,16 +38,20 @@ def drop_repeats(
         else:
             kept.append(sample)
             differing += whole[0] in asked
-    if dropped or differing:
-        where = f"the {' or '.join(others)} split repeats"
-        stay = f"{differing} repeat images and question with another answer and stay"
+    where = f"the {' or '.join(others)} split"
+    if dropped:
         logger.warning(
-            "%s: dropped %d training questions that %s with images and answer%s%s",
+            "%s: dropped %d training questions that %s repeats with images and answer (--keep-repeats keeps them)",
             name,
             dropped,
             where,
-            " (--keep-repeats keeps them)" if dropped else "",
-            f"; {stay}" if differing else "",
+        )
+    if differing:
+        logger.info(
+            "%s: %d training questions have the images and the question of %s, and another answer; they stay",
+            name,
+            differing,
+            where,
         )
     return {**splits, "train": kept}
 
