@@ -50,6 +50,8 @@ def read_splits(
     rows: RowChecker,
     parse: Callable[[dict[str, Any], int, tuple[str, ...]], Sample],
     columns: Iterable[str] = (),
+    *,
+    mixed: bool = False,
 ) -> Source:
     """Read the file of each split.
 
@@ -58,6 +60,7 @@ def read_splits(
         rows: Checks the rows.
         parse: Makes a sample from a row, its index and its images' keys (none if no row of the data has any).
         columns: The columns that a CSV file must have.
+        mixed: Whether rows without an image may stand beside rows with one.
 
     Raises:
         FastLNError: There is no file, one cannot be read, or rows are bad.
@@ -68,7 +71,9 @@ def read_splits(
     illustrated = _has_images(path, (row for file in files.values() for row in read_rows(file, columns)))
 
     def sample(row: dict[str, Any], index: int) -> Sample:
-        return parse(row, index, tuple(rows.image(name) for name in image_names(row)) if illustrated else ())
+        if not illustrated or (mixed and not row.get("image")):
+            return parse(row, index, ())
+        return parse(row, index, tuple(rows.image(name) for name in image_names(row)))
 
     splits = {split: rows.read(file, read_rows(file, columns), sample) for split, file in files.items()}
     return rows.source(data_name(path), splits)
