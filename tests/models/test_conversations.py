@@ -186,3 +186,17 @@ def test_a_model_of_one_question_names_what_it_cannot_take(tmp_path):
         load_task("dual", data)
     with pytest.raises(FastLNError, match=r"several images, which .* the first such row is sample later$"):
         load_task(tiny_chat.config(tmp_path, "llama"), data)
+
+
+def test_tokens_that_would_mislead_are_told_before_training(tmp_path):
+    talk = [{"from": "human", "value": "Who ?"}, {"from": "gpt", "value": "no"}]
+    rows = [{"id": f"{n}", "conversations": talk} for n in range(2)]
+    rows += [
+        {"id": "end", "conversations": [talk[0], {"from": "gpt", "value": "a </s> b"}]},
+        {"id": "pad", "conversations": [{"from": "human", "value": "What <|image_pad|> ?"}, talk[1]]},
+    ]
+    with pytest.raises(FastLNError) as caught:
+        load_task(tiny_chat.config(tmp_path, "qwen2_5_vl"), dataset(tmp_path / "data", rows))
+    assert "2 of 4 samples cannot be used" in str(caught.value)
+    assert "sample end: an answer contains </s>, the token that ends it" in str(caught.value)
+    assert "sample pad: the conversation has 1 times <|image_pad|> and 0 images" in str(caught.value)

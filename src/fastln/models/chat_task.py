@@ -122,7 +122,8 @@ class ChatTask(VQATask):
                 # of each kind is tried, because some templates have no place for some kinds.
                 texts = [sample.system, *(text for turn in _turns(sample) for text in turn)]
                 most = sum(len(text.encode()) + _BYTES_BESIDE for text in texts)
-                if sum(lengths) + most > self.max_tokens or kind not in tried:
+                suspect = any(token in text for text in texts for token in self.template.forbidden)
+                if suspect or sum(lengths) + most > self.max_tokens or kind not in tried:
                     tried.add(kind)
                     self.encode(sample, lengths)
             except FastLNError as error:

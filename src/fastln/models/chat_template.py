@@ -58,6 +58,7 @@ class ChatTemplate:
     Attributes:
         source: the template.
         end: the token that ends an answer: the one that the template puts there, or the tokenizer's end token.
+        forbidden: the tokens that no text of a conversation may hold: that one, and an image's.
 
     Raises:
         FastLNError: the template cannot be rendered or leaves out images, or no token can end an answer.
@@ -78,6 +79,7 @@ class ChatTemplate:
         self._placeholder = placeholder
         self._in_parts = image_token is not None and self._takes_parts(image_token)
         self.end = self._end()
+        self.forbidden = (self.end,) if image_token is None else (self.end, image_token)
 
     def write(
         self,
