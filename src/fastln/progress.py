@@ -107,8 +107,11 @@ class _Above:
             try:
                 with tqdm.get_lock():
                     bars = _open_bars()
-                    for one in bars:
-                        one.clear(nolock=True)
+                    if stream.isatty():
+                        for one in bars:
+                            one.clear(nolock=True)
+                    else:  # nothing can be taken back in a file: the bar's line ends
+                        stream.write("\n")
                     stream.write("\n".join(lines) + "\n")
                     stream.flush()
                     for one in bars:
