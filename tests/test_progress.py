@@ -159,6 +159,7 @@ def failing(error, after):
     return fail
 
 
+@pytest.mark.parametrize("terminal", ["terminal"], indirect=True)
 @pytest.mark.parametrize(
     ("error", "message", "status"),
     [(FastLNError("image x: is broken"), "error: image x: is broken", 2), (KeyboardInterrupt(), "interrupted", 130)],
@@ -176,6 +177,7 @@ def test_eval_ends_its_bar_before_the_error(error, message, status, terminal, mo
     assert lines[-2].startswith("eval test: ")
 
 
+@pytest.mark.parametrize("terminal", ["terminal"], indirect=True)
 @pytest.mark.parametrize(("where", "desc"), [(head, "train the head: "), (method_trainer, "train: ")])
 def test_train_ends_its_bars_before_the_error(where, desc, terminal, monkeypatch, tmp_path):
     stderr = terminal()
