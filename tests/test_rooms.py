@@ -16,7 +16,7 @@ SOURCES = (ROOT / "src" / "fastln", ROOT / "kernels" / "fastln_kernels")
 LAYERS = """
     fastln_kernels
     errors
-    files layouts machine processes sizes versions
+    files machine processes progress reading sizes versions
     fingerprint ops
     decision families late
     methods standins

@@ -33,7 +33,7 @@ def blip(tmp_path) -> str:
 
 
 def test_published_splits_are_trained_on_and_scored(model, tmp_path, capsys):
-    bad = SLAKE.answer(SLAKE.row(3), "")
+    bad = SLAKE.answer(SLAKE.row(3), "?")
     data = SLAKE.make(tmp_path / "data", train=[SLAKE.row(n) for n in (0, 1, 2)] + [bad], validation=[SLAKE.row(3)] * 2)
     with pytest.raises(FastLNError, match=r"1 bad row\(s\)"):
         run_training(TrainRun(data, model, None, CONFIG), tmp_path / "out")
@@ -91,3 +91,13 @@ def test_files_that_cannot_be_written_are_found_first(tmp_path):
         run_evaluation(EvalRun("dual", "phantom", "test", metrics=tmp_path / "no" / "such"))
     with pytest.raises(FastLNError, match="is a folder; name a file for the metrics"):
         run_evaluation(EvalRun("dual", "phantom", "test", metrics=tmp_path))
+
+
+def test_what_is_written_keeps_the_letters_of_every_language(tmp_path, monkeypatch):
+    monkeypatch.setattr(chat_task, "ANSWER_TOKENS", 2)
+    row = PLAIN.row(2) | {"question": "Röntgen 头部?"}
+    data = PLAIN.make(tmp_path / "Übung", test=[row])
+    files = {"predictions": tmp_path / "p.jsonl", "metrics": tmp_path / "m.json"}
+    run_evaluation(EvalRun(tiny_chat.config(tmp_path, "llava"), data, "test", **files))
+    assert '"question": "Röntgen 头部?"' in (tmp_path / "p.jsonl").read_text(encoding="utf-8")
+    assert '"data": "Übung"' in (tmp_path / "m.json").read_text(encoding="utf-8")
