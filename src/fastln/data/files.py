@@ -84,8 +84,8 @@ def data_name(path: Path) -> str:
 
 
 def shown(value: Any) -> str:
-    """Format a value for a message, shortened."""
-    written = json.dumps(value, default=str)
+    """Format a value for a message, shortened; readable in any script, but with half surrogate pairs escaped."""
+    written = json.dumps(value, default=str, ensure_ascii=False).encode(errors="backslashreplace").decode()
     return written if len(written) <= 40 else f"{written[:40]}..."
 
 

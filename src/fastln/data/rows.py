@@ -14,7 +14,9 @@ from PIL import Image
 from fastln.data.answers import normalise_answer
 from fastln.data.dataset import Sample, Source
 from fastln.data.files import BadRowError, shown
+from fastln.data.image_files import ImageFinder, located
 from fastln.data.images import ImageStat, check_image, read_image
+from fastln.data.remarks import Remark, Remarks
 from fastln.errors import FastLNError
 
 T = TypeVar("T")
@@ -34,11 +36,12 @@ class RowChecker:
     """
 
     def __init__(self, folders: Sequence[Path], *, skip: bool = False) -> None:
-        self._folders = [folder.resolve() for folder in folders]
-        self._shown = " or ".join(map(str, folders))
+        self.remarks = Remarks()
+        self._finder = ImageFinder(folders)
         self._skip = skip
         self._n_rows = 0
         self._problems: list[str] = []
+        self._keys: dict[str, str] = {}
         self._found: dict[str, Path] = {}
         self._stats: dict[str, ImageStat] = {}
         self._bad_images: dict[str, str] = {}
@@ -69,7 +72,7 @@ class RowChecker:
         """Find the file of an image and check it, once.
 
         Returns:
-            The name, which is the image's key.
+            The image's key: the file's own name, whatever the spelling in the row.
 
         Raises:
             BadRowError: There is no such file, it is not a readable image, or the name leads out of the folder of
@@ -77,31 +80,27 @@ class RowChecker:
         """
         if name in self._bad_images:
             raise BadRowError(self._bad_images[name])
-        if name not in self._found:
+        if name not in self._keys:
             try:
-                self._found[name], self._stats[name] = self._find(name)
+                self._keys[name] = self._checked(name)
             except BadRowError as problem:
                 self._bad_images[name] = str(problem)
                 raise
-        return name
+        return self._keys[name]
 
-    def _find(self, name: str) -> tuple[Path, ImageStat]:
-        """Return the folder that the name is relative to, and what the check found out about the image."""
-        reason = f"is missing in {self._shown}"
-        for folder in self._folders:
+    def _checked(self, name: str) -> str:
+        found = self._finder.find(name)
+        if found.key not in self._stats:
+            path, frame = located(found.folder, found.key)
             try:
-                path = (folder / name).resolve()
-                present = path.is_file()
-            except (OSError, RuntimeError, ValueError) as error:  # too long, a loop of links, a zero byte
+                self._stats[found.key] = check_image(path, frame=frame, remarks=self.remarks)
+            except FastLNError as error:
                 raise BadRowError(f"image {shown(name)}: {error}") from error
-            if not path.is_relative_to(folder):
-                reason = f"leads outside the folder {self._shown}"
-            elif present:
-                try:
-                    return folder, check_image(path)
-                except FastLNError as error:
-                    raise BadRowError(f"image {shown(name)}: {error}") from error
-        raise BadRowError(f"image {shown(name)} {reason}")
+            self._found[found.key] = found.folder
+        if found.spelling:
+            what = "are named in another spelling than their files, and were found"
+            self.remarks.add(shown(name), Remark(what, f"{found.key} ({found.spelling})"))
+        return found.key
 
     def finish(self) -> None:
         """Raise one `FastLNError` about all bad rows so far, if any; or log them, if they are skipped."""
@@ -134,6 +133,7 @@ class RowChecker:
         """
         self.finish()
         logger.info("%s: %s", name, ", ".join(f"{split} {len(samples):,}" for split, samples in splits.items()))
+        self.remarks.tell(name)
         image, stats = images or (functools.partial(_image, self._found), self._stats)
         return Source(name, synthetic=False, splits=splits, image=image, stats=stats)
 
@@ -141,7 +141,8 @@ class RowChecker:
 def _image(folders: dict[str, Path], key: str) -> Image.Image:
     if key not in folders:
         raise FastLNError(f"no question of this data is about an image named {key!r}")
-    return read_image(folders[key] / key)
+    path, frame = located(folders[key], key)
+    return read_image(path, frame=frame)
 
 
 def image_folder(folder: Path, *names: str) -> Path:
