@@ -62,6 +62,9 @@ HOUNSFIELD = {"RescaleSlope": 1, "RescaleIntercept": -1024}  # CT - 1024: -1024,
         ({"WindowCenter": 50, "WindowWidth": 100, "VOILUTFunction": "LINEAR_EXACT"}, [0, 0, 0, 128, 255, 255]),
         ({"WindowCenter": 50, "WindowWidth": 100, "VOILUTFunction": "SIGMOID"}, [0, 5, 30, 128, 225, 255]),
         ({"WindowCenter": 50, "WindowWidth": 1}, [0, 0, 0, 255, 255, 255]),
+        ({"WindowCenter": 50, "WindowWidth": 0.5}, [0, 0, 0, 128, 255, 255]),
+        ({"WindowCenter": 50, "WindowWidth": 0}, [0, 62, 65, 68, 72, 255]),  # no window
+        ({"WindowCenter": "", "WindowWidth": 1}, [0, 62, 65, 68, 72, 255]),
         ({}, [0, 62, 65, 68, 72, 255]),  # the whole range
     ],
 )

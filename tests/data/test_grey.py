@@ -103,6 +103,13 @@ def test_deep_colours_are_scaled_by_their_bits(bits, container):
     np.testing.assert_array_equal(read(make(values)), np.rint(values.astype(int) * 255 / white))
 
 
+def test_grey_stored_as_deep_colour_is_scaled_as_grey():
+    values = padded(RAMP, -32768)[..., None].repeat(3, -1) + 32768
+    assert levels(png(values)) == 256
+    with_alpha = np.concatenate([values, np.full((*values.shape[:2], 1), 65535)], -1)
+    assert levels(png(with_alpha)) == 256
+
+
 def test_deep_colours_that_pillow_reads_by_half_are_refused():
     content = tiff(np.full((2, 2, 3), 999, np.uint16), photometric=2, planar=2, compressed=True)
     with pytest.raises(FastLNError, match="it: cannot read this image: compressed colours of 16 bits"):

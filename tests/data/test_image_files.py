@@ -73,6 +73,8 @@ def test_found(folder, name, key, spelling):
         ("b.png#3", "is missing in {folder}"),
         ("photo.jpg", 'is missing in {folder}; there is "photo.jpeg", of another type'),
         ("photo", 'is missing in {folder}; there is "photo.jpeg", of another type'),
+        ("data/images/a.png", 'is missing in {folder}; there is "a.png": write that'),
+        ("../images/a.png/../../outside.png", "leads outside the folder {folder}"),
         ("twin/x.PNG", 'is missing in {folder}, where only case differs: "X.png" and "x.png"'),
         ("gone.png", "is missing in {folder}: it is a link to {folder.parent}/nowhere.png, which is missing"),
         ("Sub", "is missing in {folder}: it is a folder"),

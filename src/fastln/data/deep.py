@@ -73,7 +73,10 @@ def decode(image: Image.Image, again: Image.Image) -> Decoded:
         _set_raw_modes(again, [_OTHER_BYTES[mode] for mode in raw])
         values = np.asarray(image).astype(np.uint16) << 8 | np.asarray(again)
         clear = (values[..., :3] == transparent).all(-1) if isinstance(transparent, tuple) else None
-        return _colour(values[..., :3], _opacity(values[..., 3:], clear), gamma)
+        opacity = _opacity(values[..., 3:], clear)
+        if (values[..., :3] == values[..., :1]).all():  # grey stored as colour
+            return _grey(values[..., 0], opacity, gamma, inverted=False)
+        return _colour(values[..., :3], opacity, gamma)
     if raw == [_GREY_ALPHA]:
         _set_raw_modes(image, ["RGBA"])  # four bytes a pixel as well: the high and the low one of grey, then of alpha
         values = np.asarray(image).copy().view(">u2")
@@ -121,7 +124,8 @@ def _colour(values: np.ndarray, opacity: np.ndarray | None, power: float) -> Dec
     limits = grey.colour_limits(values)
     brightness = limits.brightness(values)
     rule = f"from 0 to {int(limits.white)} in colour{gamma_rule(power)}"
-    return Decoded(_finish(brightness, None if opacity is None else opacity[..., None], power), rule, "")
+    lost = grey.levels_lost(values, brightness)
+    return Decoded(_finish(brightness, None if opacity is None else opacity[..., None], power), rule, lost)
 
 
 def _finish(brightness: np.ndarray, opacity: np.ndarray | None, power: float) -> Image.Image:

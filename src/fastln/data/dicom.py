@@ -101,8 +101,10 @@ def read(source: Path | bytes, max_pixels: int, frame: int = 0) -> Shown:
         bits = 16 if pixels.max() > 255 else 8  # some tables of 16 bits hold values of 8
     if pixels.ndim == 3:
         limits = grey.colour_limits(pixels, max(bits, 8))
+        brightness = limits.brightness(pixels)
         rule = f"from 0 to {int(limits.white)} in colour" if bits > 8 else ""
-        return Shown(grey.to_rgb(limits.brightness(pixels)), n_frames, rule, "", [])
+        lost = grey.levels_lost(pixels, brightness) if rule else ""
+        return Shown(grey.to_rgb(brightness), n_frames, rule, lost, [])
     return _grey(pixels, header, bits, n_frames)
 
 
@@ -222,7 +224,7 @@ def _voi(values: np.ndarray, header: Dataset) -> tuple[np.ndarray | None, str, i
         outputs = apply_voi(inputs, header)
         return outputs / ((1 << bits) - 1), "by the file's table", len(tables)
     centers, widths = _all(header.get("WindowCenter")), _all(header.get("WindowWidth"))
-    if not centers or not widths:
+    if not centers or not widths or not widths[0] > 0:  # some files state a width of 0 for none
         return None, "", 0
     function = str(header.get("VOILUTFunction") or "LINEAR").strip().upper()
     rule = "by the file's window"
@@ -230,7 +232,7 @@ def _voi(values: np.ndarray, header: Dataset) -> tuple[np.ndarray | None, str, i
 
 
 def _window(values: np.ndarray, center: float, width: float, function: str) -> np.ndarray:
-    if function == "LINEAR":
+    if function == "LINEAR" and width >= 1:  # the standard allows no narrower one, but files of float values have it
         center, width = center - 0.5, width - 1
     if width <= 0:  # a window of one value: a threshold
         return (values > center).astype(np.float64)

@@ -133,23 +133,23 @@ class ImageFinder:
             place = folder / written
             if place.is_symlink() and not place.exists():
                 return f"{reason}: it is a link to {os.readlink(place)}, which is missing"
-        windows = PureWindowsPath(written)
-        if windows.drive or windows.root:
-            hint = next((tail for tail in _tails(windows.parts) if self._inside(tail)), None)
-            there = f"; there is {shown(hint)}: write that" if hint else ""
-            return (
-                f"leads outside the folder {self._shown}: it is absolute, and names are relative to the folder{there}"
-            )
+        path = PureWindowsPath(written)
+        near = next((tail for tail in _tails(path.parts) if self._inside(tail)), None)
+        hint = f"; there is {shown(near)}: write that" if near else ""
+        if path.drive or path.root:
+            return f"leads outside the folder {self._shown}: it is absolute, and names are relative to the folder{hint}"
         if outside:
-            return f"leads outside the folder {self._shown}"
+            return f"leads outside the folder {self._shown}{hint}"
+        if hint:
+            return reason + hint
         for folder in self._folders:
             place = folder / written
             if place.is_dir():
                 return f"{reason}: it is a folder"
             stem = _fold(place.stem)
             others = [other for names in self._listing(place.parent).values() for other in names]
-            if near := [other for other in others if _fold(Path(other).stem) == stem]:
-                return f"{reason}; there is {shown(near[0])}, of another type"
+            if kin := [other for other in others if _fold(Path(other).stem) == stem]:
+                return f"{reason}; there is {shown(kin[0])}, of another type"
         return reason
 
     def _inside(self, name: str) -> bool:
@@ -187,8 +187,10 @@ def _key(folder: Path, base: str, path: Path) -> str:
 
 
 def _tails(parts: Sequence[str]) -> Iterator[str]:
+    """Yield the ends of a path that stay below the folder that they are relative to."""
     for start in range(1, len(parts)):
-        yield "/".join(parts[start:])
+        if ".." not in parts[start:]:
+            yield "/".join(parts[start:])
 
 
 def _fold(name: str) -> str:

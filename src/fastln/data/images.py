@@ -211,7 +211,7 @@ def _with_long_texts_dropped(source: Path | bytes, function: Callable[[Path | by
             raise
     content = source if isinstance(source, bytes) else source.read_bytes()
     kept, start = [_PNG_START], len(_PNG_START)
-    while start < len(content):
+    while start + 8 <= len(content):
         length, kind = struct.unpack_from(">I4s", content, start)
         end = start + 12 + length
         if kind not in _PNG_TEXTS:
