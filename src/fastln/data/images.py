@@ -27,7 +27,7 @@ MAX_PIXELS = 1 << 26
 FORMATS = ("BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP")
 """The formats that are decoded, by content, not by name. For others, such as EPS, Pillow runs other programs."""
 
-SEVERAL = "hold several pictures, of which the first is used (write NAME#2 for the third)"
+SEVERAL = "hold several pictures, of which the first is used"
 FEW_LEVELS = "fill few of 256 grey levels"
 
 _TOO_MANY = f"more than the {MAX_PIXELS} that are decoded; scale it down"
@@ -112,7 +112,8 @@ def check_image(
     if lost:
         remarks.add(name, Remark(FEW_LEVELS, lost))
     if n_frames > 1 and frame is None:
-        remarks.add(name, Remark(SEVERAL, f"{n_frames} pictures"))
+        way = "" if isinstance(source, bytes) else " (write NAME#2 for the third)"
+        remarks.add(name, Remark(SEVERAL + way, f"{n_frames} pictures"))
     return ImageStat(*size, n_bytes)
 
 

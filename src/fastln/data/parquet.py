@@ -131,7 +131,7 @@ class _Images:
             raise BadRowError(self._problems[digest])
         if digest not in self._keys:
             try:
-                self.stats[key] = check_image(data, "field 'image'", remarks=self._remarks)
+                self.stats[key] = check_image(data, f"the image of {key}", remarks=self._remarks)
             except FastLNError as error:
                 self._problems[digest] = str(error)
                 raise BadRowError(str(error)) from error
