@@ -12,7 +12,7 @@ from typing import Annotated, Any
 import typer
 from tqdm.contrib.logging import logging_redirect_tqdm
 
-from fastln.configured import ConfiguredCommand
+from fastln.configured import ConfiguredCommand, OptionalValues
 from fastln.data.loading import READERS
 from fastln.errors import FastLNError
 
@@ -29,7 +29,17 @@ Layout = Annotated[
     typer.Option(help=f"How the data is laid out: {', '.join(READERS)}; recognised by default."),
 ]
 Language = Annotated[str | None, typer.Option(help="Language of SLAKE's questions: en (the default) or zh.")]
-SkipBadRows = Annotated[bool, typer.Option("--skip-bad-rows", help="Skip bad rows; the log lists them.")]
+SkipBadRows = Annotated[
+    str,
+    typer.Option(
+        "--skip-bad-rows",
+        metavar="[LIMIT]",
+        help="Skip bad rows; the log lists them. LIMIT: all (the default), a number of rows, or a share such as 1%.",
+    ),
+]
+KeepRepeats = Annotated[
+    bool, typer.Option("--keep-repeats", help="Keep training rows that the test or validation split repeats.")
+]
 Model = Annotated[
     str,
     typer.Option(
@@ -59,7 +69,7 @@ class TrainCommand(ConfiguredCommand):
         return {"engine": engine, "learning_rate": f"{rates.own:g}{norms}", "head_learning_rate": f"{rates.head:g}"}
 
 
-@app.command()
+@app.command(cls=OptionalValues)
 def bench(
     out: Annotated[Path, typer.Option(help="Folder for results.json, results.md and results.png.")] = Path(
         "runs/bench"
@@ -87,7 +97,8 @@ def bench(
     image_size: ImageSize = None,
     layout: Layout = None,
     language: Language = None,
-    skip_bad_rows: SkipBadRows = False,
+    skip_bad_rows: SkipBadRows = "none",
+    keep_repeats: KeepRepeats = False,
     overwrite: Annotated[bool, typer.Option(help="Replace an earlier run in the folder.")] = False,
 ) -> None:
     """Compare the speed, memory and answers of methods, each in its own process, in interleaved rounds."""
@@ -109,7 +120,8 @@ def bench(
         "image_size": image_size,
         "layout": layout,
         "language": language,
-        "skip_bad_rows": skip_bad_rows or None,
+        "skip_bad_rows": None if skip_bad_rows == "none" else skip_bad_rows,
+        "keep_repeats": keep_repeats or None,
     }
     name = suite or ("quick" if data is None and model is None else "real")
     rows = run_suite(load_suite(name, overrides), out, overwrite=overwrite, argv=sys.argv)
@@ -171,7 +183,8 @@ def train(
     image_size: ImageSize = None,
     layout: Layout = None,
     language: Language = None,
-    skip_bad_rows: SkipBadRows = False,
+    skip_bad_rows: SkipBadRows = "none",
+    keep_repeats: KeepRepeats = False,
     resume: Annotated[bool, typer.Option(help="Continue from the last checkpoint in the folder.")] = False,
     overwrite: Annotated[bool, typer.Option(help="Replace an earlier run in the folder.")] = False,
     dry_run: Annotated[
@@ -199,7 +212,7 @@ def train(
         questions_per_image=questions_per_image,
         seed=seed,
     )
-    options = DataOptions(layout, language, skip_bad_rows)
+    options = DataOptions(layout, language, skip_bad_rows, keep_repeats)
     run = TrainRun(
         data,
         model,
@@ -231,7 +244,8 @@ def evaluate(
     image_size: ImageSize = None,
     layout: Layout = None,
     language: Language = None,
-    skip_bad_rows: SkipBadRows = False,
+    skip_bad_rows: SkipBadRows = "none",
+    keep_repeats: KeepRepeats = False,
     adapter: Annotated[
         Path | None, typer.Option(help="Adapter folder, such as OUT/adapter; MODEL is then its base model.")
     ] = None,
@@ -251,7 +265,7 @@ def evaluate(
         device=device,
         predictions=predictions,
         metrics=metrics,
-        options=DataOptions(layout, language, skip_bad_rows),
+        options=DataOptions(layout, language, skip_bad_rows, keep_repeats),
         adapter=adapter,
         image_size=image_size,
     )

@@ -95,7 +95,7 @@ def test_found(folder, name, key, spelling):
 def test_not_found(folder, name, reason):
     with pytest.raises(BadRowError) as caught:
         ImageFinder([folder]).find(name)
-    assert str(caught.value).startswith(f"image {shown(name)}")
+    assert str(caught.value).startswith(f"image {shown(name, 200)}")
     assert reason.format(folder=folder) in str(caught.value)
 
 
@@ -125,3 +125,12 @@ def test_rows_may_name_the_pictures_of_a_file(tmp_path, caplog):
     (tmp_path / "train.csv").write_text(f"image,question,answer\n{rows}stack.tif,Is it?,no\n")
     load_source(str(tmp_path))
     assert "1 image(s) hold several pictures, of which the first is used (write NAME#2 for the third)" in caplog.text
+
+
+def test_pictures_of_one_file_are_no_copies_of_each_other(tmp_path):
+    Image.new("L", (2, 2)).save(tmp_path / "stack.tif", save_all=True, append_images=[Image.new("L", (2, 2), 9)])
+    for split, frame in (("train", "#1"), ("test", "#0")):
+        (tmp_path / f"{split}.csv").write_text(f"image,question,answer\nstack.tif{frame},Is it?,yes\n")
+    assert len(load_source(str(tmp_path)).splits["train"]) == 1
+    (tmp_path / "test.csv").write_text("image,question,answer\nstack.tif#1,Is it?,yes\nstack.tif,Is it?,yes\n")
+    assert not load_source(str(tmp_path)).splits["train"]

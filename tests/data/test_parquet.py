@@ -26,7 +26,7 @@ def refusal(spec):
 
 def test_equal_bytes_are_one_image_wherever_they_stand(tmp_path):
     rows = [HUB.row(number) for number in (0, 1, 0, 2, 1)]  # in row groups of two, in two files
-    source = load_source(HUB.make(tmp_path, train=rows, test=[HUB.row(2), HUB.row(3)]))
+    source = load_source(HUB.make(tmp_path, train=rows, test=[HUB.answer(HUB.row(n), "mitosis") for n in (2, 3)]))
     train, test = source.splits["train"], source.splits["test"]
     assert len({sample.id for sample in train}) == 5
     assert train[0].image == train[2].image

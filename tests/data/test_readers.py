@@ -90,7 +90,9 @@ def test_what_is_asked_of_a_model(tmp_path, name, layout):
 def bad_rows(name, layout, folder):
     """Rows that are bad, each in its own way, with what is said of them; the dataset will lie in `folder`/data."""
     good = layout.row(1)
-    rows = [(layout.answer(good, " "), "is empty"), (layout.answer(good, ""), "is empty")]
+    rows = [(layout.answer(good, " "), "is empty")]
+    if name != "slake":  # as published, it has one
+        rows += [(layout.answer(good, ""), "is empty")]
     if name != "iu-xray":
         rows += [(layout.answer(good, "?!"), "which is empty after normalising")]
     if name == "parquet":

@@ -33,7 +33,7 @@ def blip(tmp_path) -> str:
 
 
 def test_published_splits_are_trained_on_and_scored(model, tmp_path, capsys):
-    bad = SLAKE.answer(SLAKE.row(3), "")
+    bad = SLAKE.answer(SLAKE.row(3), "?")
     data = SLAKE.make(tmp_path / "data", train=[SLAKE.row(n) for n in (0, 1, 2)] + [bad], validation=[SLAKE.row(3)] * 2)
     with pytest.raises(FastLNError, match=r"1 bad row\(s\)"):
         run_training(TrainRun(data, model, None, CONFIG), tmp_path / "out")

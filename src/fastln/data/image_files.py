@@ -16,6 +16,9 @@ from urllib.parse import unquote
 
 from fastln.data.files import BadRowError, shown
 
+LONGEST_NAME = 200
+"""The characters of an image's name that messages show."""
+
 _ADDRESS = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+://|data:[a-z]+/")
 _FRAME = re.compile(r"(.+)#(\d{1,9})")
 
@@ -65,7 +68,7 @@ class ImageFinder:
         try:
             return self._find(name)
         except (OSError, RuntimeError, ValueError) as error:  # too long, a loop of links, a zero byte
-            raise BadRowError(f"image {shown(name)}: {error}") from error
+            raise BadRowError(f"image {shown(name, LONGEST_NAME)}: {error}") from error
 
     def _find(self, name: str) -> Found:
         outside = False
@@ -87,7 +90,7 @@ class ImageFinder:
                             changed = _difference(base, match)
                             words = f"{spelling} and {changed}" if spelling else changed
                             return Found(folder, match + frame, words)
-        raise BadRowError(f"image {shown(name)} {self._reason(name, outside)}")
+        raise BadRowError(f"image {shown(name, LONGEST_NAME)} {self._reason(name, outside)}")
 
     def _folded(self, folder: Path, base: str) -> str | None:
         """Return the one name below a folder that differs from `base` only in case and Unicode form.
@@ -105,7 +108,7 @@ class ImageFinder:
             if len(names) > 1:
                 several = " and ".join(map(shown, names))
                 raise BadRowError(
-                    f"image {shown(base)} is missing in {self._shown}, where only case differs: {several}"
+                    f"image {shown(base, LONGEST_NAME)} is missing in {self._shown}, where only case differs: {several}"
                 )
             if not names:
                 return None
@@ -135,7 +138,7 @@ class ImageFinder:
                 return f"{reason}: it is a link to {os.readlink(place)}, which is missing"
         path = PureWindowsPath(written)
         near = next((tail for tail in _tails(path.parts) if self._inside(tail)), None)
-        hint = f"; there is {shown(near)}: write that" if near else ""
+        hint = f"; there is {shown(near, LONGEST_NAME)}: write that" if near else ""
         if path.drive or path.root:
             return f"leads outside the folder {self._shown}: it is absolute, and names are relative to the folder{hint}"
         if outside:
@@ -149,7 +152,7 @@ class ImageFinder:
             stem = _fold(place.stem)
             others = [other for names in self._listing(place.parent).values() for other in names]
             if kin := [other for other in others if _fold(Path(other).stem) == stem]:
-                return f"{reason}; there is {shown(kin[0])}, of another type"
+                return f"{reason}; there is {shown(kin[0], LONGEST_NAME)}, of another type"
         return reason
 
     def _inside(self, name: str) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import hashlib
 import logging
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -14,10 +15,13 @@ from PIL import Image
 from fastln.data.answers import normalise_answer
 from fastln.data.dataset import Sample, Source
 from fastln.data.files import BadRowError, shown
-from fastln.data.image_files import ImageFinder, located
+from fastln.data.image_files import LONGEST_NAME, ImageFinder, located
 from fastln.data.images import ImageStat, check_image, read_image
+from fastln.data.options import DataOptions
 from fastln.data.remarks import Remark, Remarks
-from fastln.errors import FastLNError
+from fastln.data.repeats import drop_repeats
+from fastln.data.tables import EMPTY
+from fastln.errors import FastLNError, listing
 
 T = TypeVar("T")
 
@@ -32,30 +36,41 @@ class RowChecker:
 
     Args:
         folders: The folders to search for images, in this order.
-        skip: Skip bad rows and list them in the log, instead of refusing the data.
+        options: Whether to skip bad rows, and to keep what several splits have.
     """
 
-    def __init__(self, folders: Sequence[Path], *, skip: bool = False) -> None:
+    def __init__(self, folders: Sequence[Path], options: DataOptions) -> None:
         self.remarks = Remarks()
         self._finder = ImageFinder(folders)
-        self._skip = skip
+        self._options = options
         self._n_rows = 0
         self._problems: list[str] = []
         self._keys: dict[str, str] = {}
         self._found: dict[str, Path] = {}
         self._stats: dict[str, ImageStat] = {}
         self._bad_images: dict[str, str] = {}
+        self._alike: dict[ImageStat, list[str]] = {}
+        self._digests: dict[str, str] = {}
+        self._copies: dict[str, str] = {}
 
     def read(self, where: object, rows: Iterable[Any], parse: Callable[[dict[str, Any], int], T]) -> list[T]:
         """Parse each row, leaving out those for which `parse` raises `BadRowError`.
 
+        Rows without any content are left out too. Their number is logged, except of those at the end.
+
         Args:
             where: The file (and the place in it), for the messages.
             rows: Should be objects with named fields; a `BadRowError` in place of a row says what is wrong with it.
-            parse: Makes the result from a row and its index.
+            parse: Makes the result from a row and its index. Empty rows count in the index, so that it is that of the
+                file.
         """
         parsed = []
+        n_empty = n_last = 0
         for index, row in enumerate(rows):
+            if _is_empty(row):
+                n_last += 1
+                continue
+            n_empty, n_last = n_empty + n_last, 0
             self._n_rows += 1
             try:
                 if isinstance(row, BadRowError):
@@ -66,6 +81,8 @@ class RowChecker:
             except BadRowError as problem:
                 names = [f" ({name} {shown(row[name])})" for name in ID_FIELDS if isinstance(row, dict) and name in row]
                 self._problems.append(f"{where}: row {index}{''.join(names[:1])}: {problem}")
+        if n_empty:
+            logger.info("%s: left out %d empty row(s)", where, n_empty)
         return parsed
 
     def image(self, name: str) -> str:
@@ -95,23 +112,42 @@ class RowChecker:
             try:
                 self._stats[found.key] = check_image(path, frame=frame, remarks=self.remarks)
             except FastLNError as error:
-                raise BadRowError(f"image {shown(name)}: {error}") from error
+                raise BadRowError(f"image {shown(name, LONGEST_NAME)}: {error}") from error
             self._found[found.key] = found.folder
+            self._find_copy(found.key)
         if found.spelling:
             what = "are named in another spelling than their files, and were found"
-            self.remarks.add(shown(name), Remark(what, f"{found.key} ({found.spelling})"))
+            self.remarks.add(shown(name, LONGEST_NAME), Remark(what, f"{found.key} ({found.spelling})"))
         return found.key
+
+    def _find_copy(self, name: str) -> None:
+        """Find an earlier image with the same bytes; only files of the same size in pixels and bytes are read."""
+        alike = self._alike.setdefault(self._stats[name], [])
+        for other in alike:
+            if self._digest(other) == self._digest(name):
+                self._copies[name] = other
+                return
+        alike.append(name)
+
+    def _digest(self, name: str) -> str:
+        if name not in self._digests:
+            path, frame = located(self._found[name], name)
+            with path.open("rb") as file:
+                self._digests[name] = f"{hashlib.file_digest(file, 'sha256').hexdigest()}#{frame or 0}"
+        return self._digests[name]
 
     def finish(self) -> None:
         """Raise one `FastLNError` about all bad rows so far, if any; or log them, if they are skipped."""
         if not self._problems:
             return
-        count = f"{len(self._problems):,} bad row(s) of {self._n_rows:,}"
-        lines = "\n  ".join(self._problems)
-        if not self._skip:
+        n_bad, most = len(self._problems), self._options.skip_bad_rows
+        count = f"{n_bad:,} bad row(s) of {self._n_rows:,}"
+        lines = listing(self._problems)
+        if not self._options.skips(n_bad, self._n_rows):
+            limit = f", more than the {most} that may be skipped" if most else ""
             raise FastLNError(
                 f"{count}, counted from 0:\n  {lines}\n"
-                f"That was {count}; --skip-bad-rows (DataOptions.skip_bad_rows) leaves them out."
+                f"That was {count}{limit}; --skip-bad-rows (DataOptions.skip_bad_rows) leaves them out."
             )
         logger.warning("skipped %s, counted from 0:\n  %s\nThat was %s, skipped.", count, lines, count)
 
@@ -121,7 +157,7 @@ class RowChecker:
         splits: Mapping[str, list[Sample]],
         images: tuple[Callable[[str], Image.Image], Mapping[str, ImageStat]] | None = None,
     ) -> Source:
-        """Finish, and make the source of the data.
+        """Finish, drop training rows that another split repeats, and make the source of the data.
 
         Args:
             name: The data's name.
@@ -132,10 +168,23 @@ class RowChecker:
             FastLNError: There were bad rows, and they are not skipped.
         """
         self.finish()
+        if not self._options.keep_repeats:
+            splits = drop_repeats(name, splits, self._copies)
         logger.info("%s: %s", name, ", ".join(f"{split} {len(samples):,}" for split, samples in splits.items()))
         self.remarks.tell(name)
         image, stats = images or (functools.partial(_image, self._found), self._stats)
-        return Source(name, synthetic=False, splits=splits, image=image, stats=stats)
+        return Source(name, synthetic=False, splits=splits, image=image, stats=stats, copies=self._copies)
+
+
+def _is_empty(row: Any) -> bool:
+    """Whether a row holds nothing: an empty line, or an object whose values are all missing or blank."""
+    return row is EMPTY or (isinstance(row, dict) and bool(row) and all(map(_is_blank, row.values())))
+
+
+def _is_blank(value: Any) -> bool:
+    if isinstance(value, float):  # pandas' sign for a missing value
+        return math.isnan(value)
+    return value is None or (isinstance(value, str) and not value.strip())
 
 
 def _image(folders: dict[str, Path], key: str) -> Image.Image:
@@ -183,6 +232,8 @@ def as_text(value: Any, what: str) -> str:
         raise BadRowError(f"{what} must be a text, not {shown(value)}")
     if not value.strip():
         raise BadRowError(f"{what} is empty")
+    if "\0" in value:
+        raise BadRowError(f"{what} holds a zero byte: {shown(value)}")
     try:
         value.encode()
     except UnicodeEncodeError as error:  # JSON can hold half a surrogate pair, which tokenizers do not accept
@@ -209,7 +260,9 @@ def text_or_number(row: dict[str, Any], field: str) -> str:
 
 
 def as_text_or_number(value: Any, what: str) -> str:
-    """Return a text or number as text, with the arguments and errors of `as_text`."""
+    """Return a text or number as text, 1.0 as `1`, with the arguments and errors of `as_text`."""
+    if isinstance(value, float) and value.is_integer() and abs(value) < 2**53:
+        value = int(value)  # a column of numbers of which one is missing has only such values
     whole = isinstance(value, int) and not isinstance(value, bool)
     if whole or (isinstance(value, float) and math.isfinite(value)):
         return str(value)

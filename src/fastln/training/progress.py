@@ -83,9 +83,9 @@ class StepLog(TrainerCallback):
         """Start from a resumed run's losses, and cut the file after the checkpoint's step; later steps run again."""
         self.losses = [entry["loss"] for entry in state.log_history if "loss" in entry]
         if self.path is not None and self.path.is_file() and state.is_world_process_zero:
-            with self.path.open() as file:
+            with self.path.open(encoding="utf-8") as file:
                 rows = list(itertools.islice(file, state.global_step))  # one row per step
-            self.path.write_text("".join(rows))
+            self.path.write_text("".join(rows), encoding="utf-8")
 
     def on_log(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: Any = None, **kwargs: Any
@@ -96,6 +96,6 @@ class StepLog(TrainerCallback):
         loss = float(logs["loss"])
         self.losses.append(loss)
         if self.path is not None and state.is_world_process_zero:
-            with self.path.open("a") as file:
+            with self.path.open("a", encoding="utf-8") as file:
                 row = {"step": state.global_step, "epoch": state.epoch, "loss": loss, "lr": logs.get("learning_rate")}
                 file.write(json.dumps(row) + "\n")

@@ -38,6 +38,8 @@ class NormWatch(TrainerCallback):
         }
         self.start = {name: gathered(parameter).clone() for name, parameter in self.parameters.items()}
         self.n_steps = 0
+        self.reaches_all = True
+        """Whether the loss of the current batch depends on every norm; a batch that does not counts as no step."""
 
     @property
     def parameters(self) -> dict[str, nn.Parameter]:
@@ -53,7 +55,7 @@ class NormWatch(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Count the steps that are large enough to move every norm."""
-        if any(group["lr"] >= LEAST_RATE for group in kwargs["optimizer"].param_groups):
+        if self.reaches_all and any(group["lr"] >= LEAST_RATE for group in kwargs["optimizer"].param_groups):
             self.n_steps += 1
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
@@ -62,6 +64,8 @@ class NormWatch(TrainerCallback):
         Raises:
             FastLNError: naming the norms that did not.
         """
+        if not self.reaches_all:
+            return
         if getattr(kwargs["optimizer"], "step_was_skipped", False):  # by loss scaling
             self.n_steps -= 1
         elif self.n_steps == PATIENCE:
