@@ -62,6 +62,8 @@ def test_data_without_labels_has_the_definition_by_answer_alone():
         ("upper", "right upper lobe", 1 / 3, 0.5),
         ("the right, upper lobe", "right upper lobe", 1, 6 / 7),
         ("", "right upper lobe", 0, 0),
+        ("right", "", 0, 0),  # readers refuse such answers
+        ("", "", 1, 1),
         ("no no no", "no, no", 1, 0.8),  # a word counts as often as it occurs
         ("no", "no, no", 0.5, 2 / 3),
     ],

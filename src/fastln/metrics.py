@@ -184,6 +184,8 @@ def _closed_open(pairs: list[tuple[str, str]], closed: list[bool | None]) -> Clo
 def _overlap(prediction: str, answer: str) -> tuple[float, float]:
     """Return recall and F1 over the answer's words, counting repeated words."""
     given, wanted = (Counter(answer_words(text)) for text in (prediction, answer))
+    if not wanted:
+        return float(not given), float(not given)
     common = (given & wanted).total()
     # 2PR / (P + R) with P = common / given and R = common / wanted.
     return common / wanted.total(), 2 * common / (given.total() + wanted.total())

@@ -166,14 +166,22 @@ def _told(source: Path | bytes, name: object) -> Iterator[None]:
     try:
         yield
     except UnidentifiedImageError as error:
-        kind = kind_of(source)
-        known = f"this is not an image of a known format ({', '.join(FORMATS)}, DICOM)"
-        raise FastLNError(f"{name}: {known}{f'; it is {kind}' if kind else ''}") from error
+        raise FastLNError(f"{name}: {_not_identified(source)}") from error
     except Exception as error:  # decoders raise almost anything on a damaged file
         reason = " ".join(str(getattr(error, "strerror", None) or error).split()) or type(error).__name__
         if "truncated" in reason.lower():  # Pillow has several wordings
             reason = "it is truncated or damaged: copy or download it again"
+        elif not isinstance(error, (ValueError, MemoryError)) and not getattr(error, "strerror", None):
+            reason = f"it is damaged, or of a kind that is not read ({reason}): copy it again, or save it as PNG"
         raise FastLNError(f"{name}: cannot read this image: {reason}") from error
+
+
+def _not_identified(source: Path | bytes) -> str:
+    kind = kind_of(source)
+    if kind is None:  # it begins as one of the formats
+        return "cannot read this image: it is damaged, or of a kind that is not read: copy it again, or save it as PNG"
+    known = f"this is not an image of a known format ({', '.join(FORMATS)}, DICOM)"
+    return f"{known}; it is {kind}" if kind else known
 
 
 @contextmanager
@@ -186,6 +194,8 @@ def _opened(source: Path | bytes, frame: int = 0) -> Iterator[Image.Image]:
             count = re.search(r"\d+", str(error))
             raise ValueError(f"{int(count[0]):,} pixels, {_TOO_MANY}" if count else str(error)) from error
     with image:
+        if not image.width * image.height:
+            raise ValueError(f"{image.width} x {image.height} pixels: there is nothing to see")
         if image.width * image.height > MAX_PIXELS:
             raise ValueError(f"{image.width} x {image.height} pixels, {_TOO_MANY}")
         if frame:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-_KINDS: tuple[tuple[bytes, str], ...] = (
+_KINDS: tuple[tuple[bytes, str | None], ...] = (
     (rb"version https://git-lfs", "a pointer of Git LFS, not the file itself; fetch that: git lfs pull"),
     (
         rb"(?s)/annex/objects/|(\.\./)*\.git/annex/",
@@ -31,12 +31,16 @@ _KINDS: tuple[tuple[bytes, str], ...] = (
     (rb"NRRD", "an NRRD volume; save its slices as PNG"),
     (rb"\x89HDF", "an HDF5 file; save its pictures as PNG"),
     (rb"\x93NUMPY", "an array of NumPy; save it as PNG"),
-    (rb"(?s)(\x89PNG|\xff\xd8\xff|GIF8|BM|II\*\x00|MM\x00\*|RIFF....WEBP|\x00\x00\x00\x0cjP)", ""),
+    (rb"(?s)(\x89PNG|\xff\xd8\xff|GIF8|BM|II\*\x00|MM\x00\*|RIFF....WEBP|\x00\x00\x00\x0cjP|P[1-6]\s)", None),
 )
 
 
-def kind_of(source: Path | bytes) -> str:
-    """Return what a file is, as the end of a sentence that begins "this is"."""
+def kind_of(source: Path | bytes) -> str | None:
+    """Return what a file is, as the end of a sentence that begins "it is".
+
+    Returns:
+        Empty if that is not known; None if it begins as an image of a known format.
+    """
     if isinstance(source, bytes):
         start = source[:1024]
     else:
@@ -48,10 +52,7 @@ def kind_of(source: Path | bytes) -> str:
         return "nothing but zeros; copy or download it again"
     for pattern, words in _KINDS:
         if re.match(pattern, start):
-            return words or (
-                "damaged, or of a kind that Pillow does not read, though it begins as such a file should: "
-                "copy it again, or save it as PNG"
-            )
+            return words
     try:
         text = start.decode()
     except UnicodeDecodeError as error:
