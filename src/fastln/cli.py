@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from tqdm.contrib.logging import logging_redirect_tqdm
 
 from fastln.configured import ConfiguredCommand, OptionalValues
 from fastln.data.loading import READERS
 from fastln.errors import FastLNError
+from fastln.progress import around_bars, close_bars
 
 app = typer.Typer(
     add_completion=False,
@@ -310,6 +310,10 @@ def doctor(
     typer.echo(json.dumps(findings, indent=2) if as_json else render(findings))
 
 
+INTERRUPTED = 130
+"""The exit status after Ctrl-C."""
+
+
 def _one_line(message: Warning | str, *_: object, **__: object) -> str:
     return f"warning: {message}\n"
 
@@ -319,12 +323,18 @@ def main() -> None:
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     logging.getLogger("httpx").setLevel(logging.WARNING)
     warnings.formatwarning = _one_line
-    try:
-        with logging_redirect_tqdm():  # so that messages do not break the progress bar
+    with around_bars():
+        try:
             app()
-    except FastLNError as error:
-        typer.echo(f"error: {error}", err=True)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        typer.echo("interrupted", err=True)
-        sys.exit(130)
+        except FastLNError as error:
+            close_bars()
+            typer.echo(f"error: {error}", err=True)
+            sys.exit(2)
+        except (KeyboardInterrupt, SystemExit) as end:
+            if isinstance(end, SystemExit) and end.code != INTERRUPTED:  # typer turns the first into the second
+                raise
+            close_bars()
+            typer.echo("interrupted", err=True)
+            sys.exit(INTERRUPTED)
+        finally:
+            close_bars()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
 import math
@@ -9,10 +10,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from fastln.errors import FastLNError
+from fastln.progress import bar
 
 
 def check_loss(loss: float, step: int, sample_ids: Sequence[str] | None = None) -> float:
@@ -28,22 +29,28 @@ def check_loss(loss: float, step: int, sample_ids: Sequence[str] | None = None) 
 
 
 class ProgressBar(TrainerCallback):
-    """A progress bar on stderr over all steps, with the running mean of the loss."""
+    """A progress bar on stderr over all steps, with the running mean of the loss.
+
+    Whoever trains calls `close` at the end, because the Trainer calls no callback when an error ends the training.
+    """
 
     def __init__(self) -> None:
         self.bar: Any = None
         self.mean: float | None = None
+        self._open = contextlib.ExitStack()
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Open the bar."""
-        self.bar = tqdm(
-            total=state.max_steps,
-            initial=state.global_step,
-            desc="train",
-            unit="step",
-            disable=not state.is_world_process_zero,
+        self.bar = self._open.enter_context(
+            bar(
+                total=state.max_steps,
+                initial=state.global_step,
+                desc="train",
+                unit="step",
+                shown=state.is_world_process_zero,
+            )
         )
 
     def on_log(
@@ -63,7 +70,11 @@ class ProgressBar(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Close the bar."""
-        self.bar.close()
+        self.close()
+
+    def close(self) -> None:
+        """Close the bar if it is open."""
+        self._open.close()
 
 
 class StepLog(TrainerCallback):
