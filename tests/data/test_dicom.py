@@ -254,6 +254,12 @@ def test_colour(tmp_path):
     assert np.asarray(images.read_image(path)).tolist() == [[[0, 1, 128], [255, 0, 0]]]
 
 
+def test_luminance_and_chrominance_become_colours(tmp_path):
+    pixels = np.array([[[76, 85, 255], [255, 128, 128]]], np.uint8)
+    path = write(tmp_path / "ybr.dcm", pixels, PhotometricInterpretation="YBR_FULL")
+    np.testing.assert_allclose(np.asarray(images.read_image(path)), [[[254, 0, 0], [255, 255, 255]]], atol=1)
+
+
 def test_a_file_is_known_by_its_mark_and_read_from_bytes(tmp_path):
     path = write(tmp_path / "ct.png", CT)
     assert images.read_image(path.read_bytes(), "bytes") == images.read_image(path)
