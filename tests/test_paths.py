@@ -9,7 +9,7 @@ import tiny
 import torch
 import typer
 from layouts import LAYOUTS
-from transformers import BertConfig, BertForMaskedLM
+from transformers import BertConfig, BertForMaskedLM, TrainingArguments
 
 import fastln
 from fastln import cli
@@ -120,6 +120,11 @@ def test_python_reads_paths_alike(home):
         load_task("chat:~/nowhere", tiny.phantom(4))
     with pytest.raises(FastLNError, match=f"{home}/nowhere"):
         outline("~/nowhere")
+    arguments = TrainingArguments(output_dir="~/trained", report_to="none", use_cpu=True)
+    config = BertConfig(hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2, vocab_size=9)
+    trainer = fastln.FastLNTrainer(model=BertForMaskedLM(config), args=arguments, train_dataset=[{"input_ids": [1]}])
+    with pytest.raises(FastLNError, match=f"{home}/trained/checkpoint-1: there is no such folder"):
+        trainer.train(resume_from_checkpoint="~/trained/checkpoint-1")
 
 
 def test_adapters_and_merged_models(home):

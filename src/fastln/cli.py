@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import logging
 import sys
@@ -323,6 +324,8 @@ def main() -> None:
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     logging.getLogger("httpx").setLevel(logging.WARNING)
     warnings.formatwarning = _one_line
+    if isinstance(sys.stdout, io.TextIOWrapper):  # a name that the terminal cannot show must not end a run
+        sys.stdout.reconfigure(errors="backslashreplace")
     with around_bars():
         try:
             app()

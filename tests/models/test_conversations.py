@@ -184,3 +184,5 @@ def test_a_model_of_one_question_names_what_it_cannot_take(tmp_path):
     data = dataset(tmp_path)
     with pytest.raises(FastLNError, match=r"conversations and .* and system turns, which .* cannot take"):
         load_task("dual", data)
+    with pytest.raises(FastLNError, match=r"several images, which .* the first such row is sample later$"):
+        load_task(tiny_chat.config(tmp_path, "llama"), data)

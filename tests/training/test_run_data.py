@@ -93,3 +93,13 @@ def test_files_that_cannot_be_written_are_found_first(tmp_path):
         run_evaluation(EvalRun("dual", "phantom", "test", metrics=tmp_path / "no" / "such"))
     with pytest.raises(FastLNError, match="is a folder; name a file for the metrics"):
         run_evaluation(EvalRun("dual", "phantom", "test", metrics=tmp_path))
+
+
+def test_what_is_written_keeps_the_letters_of_every_language(tmp_path, monkeypatch):
+    monkeypatch.setattr(chat_task, "ANSWER_TOKENS", 2)
+    row = PLAIN.row(2) | {"question": "Röntgen 头部?"}
+    data = PLAIN.make(tmp_path / "Übung", test=[row])
+    files = {"predictions": tmp_path / "p.jsonl", "metrics": tmp_path / "m.json"}
+    run_evaluation(EvalRun(tiny_chat.config(tmp_path, "llava"), data, "test", **files))
+    assert '"question": "Röntgen 头部?"' in (tmp_path / "p.jsonl").read_text(encoding="utf-8")
+    assert '"data": "Übung"' in (tmp_path / "m.json").read_text(encoding="utf-8")

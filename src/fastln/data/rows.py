@@ -49,8 +49,9 @@ class RowChecker:
         self._found: dict[str, Path] = {}
         self._stats: dict[str, ImageStat] = {}
         self._bad_images: dict[str, str] = {}
-        self._alike: dict[ImageStat, list[str]] = {}
+        self._alike: dict[ImageStat, str] = {}
         self._digests: dict[str, str] = {}
+        self._by_digest: dict[tuple[ImageStat, str], str] = {}
         self._copies: dict[str, str] = {}
 
     def read(self, where: object, rows: Iterable[Any], parse: Callable[[dict[str, Any], int], T]) -> list[T]:
@@ -122,12 +123,13 @@ class RowChecker:
 
     def _find_copy(self, name: str) -> None:
         """Find an earlier image with the same bytes; only files of the same size in pixels and bytes are read."""
-        alike = self._alike.setdefault(self._stats[name], [])
-        for other in alike:
-            if self._digest(other) == self._digest(name):
-                self._copies[name] = other
-                return
-        alike.append(name)
+        stat = self._stats[name]
+        first = self._alike.setdefault(stat, name)
+        if first != name:
+            for one in (first, name):
+                earlier = self._by_digest.setdefault((stat, self._digest(one)), one)
+            if earlier != name:
+                self._copies[name] = earlier
 
     def _digest(self, name: str) -> str:
         if name not in self._digests:

@@ -20,6 +20,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from fastln.data import demands
 from fastln.errors import FastLNError, listing, loading
+from fastln.files import user_path
 from fastln.models import llava_med
 from fastln.models.chat_template import ChatTemplate, Conversation
 from fastln.models.chat_vision import CHAT_VISION, ChatVision
@@ -195,6 +196,7 @@ class ChatTask(VQATask):
 
     def save(self, directory: Path) -> None:
         """Write everything that `load_task(directory)` and transformers' `AutoProcessor` need."""
+        directory = user_path(directory)
         super().save(directory)
         if self.images is not None and self.chat_vision is not None and self.chat_vision.processor is not None:
             processor = self.chat_vision.processor(self.model.config, self.images, self.tokenizer)
