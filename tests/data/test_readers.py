@@ -154,8 +154,8 @@ def test_all_bad_rows_of_all_files_are_told_at_once_or_skipped_with_a_count(tmp_
 
 def test_an_image_is_checked_once(tmp_path, name, layout, monkeypatch):
     checked = []
-    monkeypatch.setattr("fastln.data.rows.check_image", lambda path: checked.append(path))
-    monkeypatch.setattr("fastln.data.parquet.check_image", lambda content, what: checked.append(content))
+    monkeypatch.setattr("fastln.data.rows.check_image", lambda path, **_: checked.append(path))
+    monkeypatch.setattr("fastln.data.parquet.check_image", lambda content, what, **_: checked.append(content))
     load_source(layout.make(tmp_path, train=[layout.row(number) for number in (1, 2, 1, 2, 2)]))
     assert len(checked) == len(set(checked))
     assert checked

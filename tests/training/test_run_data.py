@@ -78,10 +78,12 @@ def test_reports_are_scored_as_reports(tmp_path, monkeypatch, capsys):
     files = {"predictions": tmp_path / "p.jsonl", "metrics": tmp_path / "m.json"}
     scores = run_evaluation(EvalRun(tiny_chat.config(tmp_path, "llava"), data, "test", **files))
     assert isinstance(scores, ReportScores)
-    assert json.loads((tmp_path / "m.json").read_text())["cider"] == scores.cider
-    first, note = capsys.readouterr().out.splitlines()
+    written = json.loads((tmp_path / "m.json").read_text())
+    assert (written["rouge_l"], written["cider"]) == (scores.rouge_l, None)
+    first, *notes = capsys.readouterr().out.splitlines()
     assert first.startswith("iu-xray test: 1 reports: BLEU-1 to 4 ")
-    assert note.startswith("  note: towers of random weights")
+    assert "  note: CIDEr needs at least two different references: not scored" in notes
+    assert notes[-1].startswith("  note: towers of random weights")
     (row,) = [json.loads(line) for line in (tmp_path / "p.jsonl").read_text().splitlines()]
     assert (row["views"], row["question"]) == (["CXR2_IM-0001/1.png"], "")
 

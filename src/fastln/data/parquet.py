@@ -25,6 +25,7 @@ from PIL import Image
 from fastln.data.dataset import Sample, Source
 from fastln.data.files import SPLIT_STEMS, BadRowError, data_name, refuse_pointer
 from fastln.data.images import ImageStat, check_image, read_image
+from fastln.data.remarks import Remarks
 from fastln.data.rows import ID_FIELDS, RowChecker, answer, closed_label, line, row_id
 from fastln.data.tables import EMPTY, check_columns
 from fastln.errors import FastLNError
@@ -60,7 +61,7 @@ def read(path: Path, options: DataOptions) -> Source:
     if not files:
         raise FastLNError(f"{path}: no Parquet files; looked for train-*.parquet, train.parquet and train/*.parquet")
     rows = RowChecker([], options)
-    images = _Images()
+    images = _Images(rows.remarks)
 
     def parse(name: str, row: dict[str, Any], index: int) -> Sample:
         key = f"{name}/{index:06d}"
@@ -110,7 +111,8 @@ class _Place(NamedTuple):
 class _Images:
     """The distinct images of some files, each checked once and read from its first place."""
 
-    def __init__(self) -> None:
+    def __init__(self, remarks: Remarks) -> None:
+        self._remarks = remarks
         self.places: dict[str, _Place] = {}
         self.stats: dict[str, ImageStat] = {}
         self._keys: dict[bytes, str] = {}
@@ -130,7 +132,7 @@ class _Images:
             raise BadRowError(self._problems[digest])
         if digest not in self._keys:
             try:
-                self.stats[key] = check_image(data, "field 'image'")
+                self.stats[key] = check_image(data, f"the image of {key}", remarks=self._remarks)
             except FastLNError as error:
                 self._problems[digest] = str(error)
                 raise BadRowError(str(error)) from error

@@ -15,7 +15,9 @@ from PIL import Image
 from fastln.data.answers import normalise_answer
 from fastln.data.dataset import Sample, Source
 from fastln.data.files import BadRowError, shown
+from fastln.data.image_files import LONGEST_NAME, ImageFinder, located
 from fastln.data.images import ImageStat, check_image, read_image
+from fastln.data.remarks import Remark, Remarks
 from fastln.data.repeats import drop_repeats
 from fastln.data.tables import EMPTY
 from fastln.errors import FastLNError, listing
@@ -25,9 +27,6 @@ T = TypeVar("T")
 
 ID_FIELDS = ("id", "qid", "question_id")
 """The fields that may name a row."""
-
-_LONGEST_NAME = 200
-"""The characters of an image's name that messages show."""
 
 logger = logging.getLogger(__name__)
 
@@ -41,11 +40,12 @@ class RowChecker:
     """
 
     def __init__(self, folders: Sequence[Path], options: DataOptions) -> None:
-        self._folders = [folder.resolve() for folder in folders]
-        self._shown = " or ".join(map(str, folders))
+        self.remarks = Remarks()
+        self._finder = ImageFinder(folders)
         self._options = options
         self._n_rows = 0
         self._problems: list[str] = []
+        self._keys: dict[str, str] = {}
         self._found: dict[str, Path] = {}
         self._stats: dict[str, ImageStat] = {}
         self._bad_images: dict[str, str] = {}
@@ -90,7 +90,7 @@ class RowChecker:
         """Find the file of an image and check it, once.
 
         Returns:
-            The name, which is the image's key.
+            The image's key: the file's own name, whatever the spelling in the row.
 
         Raises:
             BadRowError: There is no such file, it is not a readable image, or the name leads out of the folder of
@@ -98,14 +98,28 @@ class RowChecker:
         """
         if name in self._bad_images:
             raise BadRowError(self._bad_images[name])
-        if name not in self._found:
+        if name not in self._keys:
             try:
-                self._found[name], self._stats[name] = self._find(name)
+                self._keys[name] = self._checked(name)
             except BadRowError as problem:
                 self._bad_images[name] = str(problem)
                 raise
-            self._find_copy(name)
-        return name
+        return self._keys[name]
+
+    def _checked(self, name: str) -> str:
+        found = self._finder.find(name)
+        if found.key not in self._stats:
+            path, frame = located(found.folder, found.key)
+            try:
+                self._stats[found.key] = check_image(path, frame=frame, remarks=self.remarks)
+            except FastLNError as error:
+                raise BadRowError(f"image {shown(name, LONGEST_NAME)}: {error}") from error
+            self._found[found.key] = found.folder
+            self._find_copy(found.key)
+        if found.spelling:
+            what = "are named in another spelling than their files, and were found"
+            self.remarks.add(shown(name, LONGEST_NAME), Remark(what, f"{found.key} ({found.spelling})"))
+        return found.key
 
     def _find_copy(self, name: str) -> None:
         """Find an earlier image with the same bytes; only files of the same size in pixels and bytes are read."""
@@ -119,27 +133,10 @@ class RowChecker:
 
     def _digest(self, name: str) -> str:
         if name not in self._digests:
-            with (self._found[name] / name).open("rb") as file:
-                self._digests[name] = hashlib.file_digest(file, "sha256").hexdigest()
+            path, frame = located(self._found[name], name)
+            with path.open("rb") as file:
+                self._digests[name] = f"{hashlib.file_digest(file, 'sha256').hexdigest()}#{frame or 0}"
         return self._digests[name]
-
-    def _find(self, name: str) -> tuple[Path, ImageStat]:
-        """Return the folder that the name is relative to, and what the check found out about the image."""
-        reason = f"is missing in {self._shown}"
-        for folder in self._folders:
-            try:
-                path = (folder / name).resolve()
-                present = path.is_file()
-            except (OSError, RuntimeError, ValueError) as error:  # too long, a loop of links, a zero byte
-                raise BadRowError(f"image {shown(name, _LONGEST_NAME)}: {error}") from error
-            if not path.is_relative_to(folder):
-                reason = f"leads outside the folder {self._shown}"
-            elif present:
-                try:
-                    return folder, check_image(path)
-                except FastLNError as error:
-                    raise BadRowError(f"image {shown(name, _LONGEST_NAME)}: {error}") from error
-        raise BadRowError(f"image {shown(name, _LONGEST_NAME)} {reason}")
 
     def finish(self) -> None:
         """Raise one `FastLNError` about all bad rows so far, if any; or log them, if they are skipped."""
@@ -176,6 +173,7 @@ class RowChecker:
         if not self._options.keep_repeats:
             splits = drop_repeats(name, splits, self._copies)
         logger.info("%s: %s", name, ", ".join(f"{split} {len(samples):,}" for split, samples in splits.items()))
+        self.remarks.tell(name)
         image, stats = images or (functools.partial(_image, self._found), self._stats)
         return Source(name, synthetic=False, splits=splits, image=image, stats=stats, copies=self._copies)
 
@@ -194,7 +192,8 @@ def _is_blank(value: Any) -> bool:
 def _image(folders: dict[str, Path], key: str) -> Image.Image:
     if key not in folders:
         raise FastLNError(f"no question of this data is about an image named {key!r}")
-    return read_image(folders[key] / key)
+    path, frame = located(folders[key], key)
+    return read_image(path, frame=frame)
 
 
 def image_folder(folder: Path, *names: str) -> Path:
