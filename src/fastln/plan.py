@@ -17,7 +17,7 @@ from fastln.errors import FastLNError
 from fastln.families.norms import norm_eps
 from fastln.families.recognise import Found, recognise
 from fastln.machine import settle_device, why_no_arena
-from fastln.methods import describe_other_norms, get_method, select_parameters, settle_scope
+from fastln.methods import describe_other_norms, get_method, random_heads, select_parameters, settle_scope
 from fastln.ops import NormKind, OpSettings
 from fastln.ops.backends import resolve
 from fastln.standins.attention import NAME, ViewSpec, flash_views
@@ -109,17 +109,20 @@ def plan(
     method, scope = settle_scope(method, scope)
     also = (also,) if isinstance(also, str) else tuple(also)
     chosen, _ = get_method(method)
+    random = random_heads(model, select_parameters(model, chosen, scope, also), left_out)
+    also = (*also, *random.train)
     trained = frozenset(select_parameters(model, chosen, scope, also))
     if not trained:
         raise FastLNError(f"method {method!r} trains nothing by itself; list the task head's modules in `also`")
     place = _settle_place(model, device)
     resolve("layer_norm", place, settings)  # raises if the backend is not available
-    decided = _Decider(model, trained, left_out, settings, place).decide()
-    left = describe_other_norms(model, trained, scope)
+    decided = _Decider(model, trained, left_out, settings, place).decide([*random.train, *random.frozen])
+    notes = (describe_other_norms(model, trained, scope), random.note)
     parameters = dict(model.named_parameters())
     return Plan(
         model=type(model).__name__,
         method=method,
+        scope=(scope,) if isinstance(scope, str) else None if scope is None else tuple(scope),
         also=also,
         device=str(place),
         settings=settings,
@@ -129,7 +132,7 @@ def plan(
         n_total=sum(parameter.numel() for parameter in parameters.values()),
         changes=tuple(entry for entry in decided if isinstance(entry, Change)),
         stays=tuple(entry for entry in decided if isinstance(entry, Stay)),
-        notes=() if left is None else (left,),
+        notes=tuple(note for note in notes if note is not None),
     )
 
 
@@ -191,7 +194,7 @@ class _Decider:
         self._modules = dict(model.named_modules())
         self._trained = {id(p): p for name, p in model.named_parameters() if name in trained}
 
-    def decide(self) -> list[Change | Stay]:
+    def decide(self, random_heads: Iterable[str]) -> list[Change | Stay]:
         found = recognise(self._model)
         heads = {entry.name for entry in found if entry.what == "lm_head" and self._waits()}
         decided: list[Change | Stay] = self._flash_attention(found)
@@ -202,6 +205,7 @@ class _Decider:
             ):
                 continue
             decided.append(self._of(entry))
+        decided += [self._known(Found(name, "random_head", "random head")) for name in random_heads]
         if self._device.type == "cpu":
             arena = Found("", "arena", "memory of large tensors", obstacle=why_no_arena(self._device))
             decided.append(self._of(arena))

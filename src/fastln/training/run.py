@@ -26,6 +26,7 @@ from fastln.training.evaluate import evaluate, print_scores
 from fastln.training.features import check_frozen
 from fastln.training.preview import preview
 from fastln.training.record import check_same_data, check_same_options, is_finished, write_json
+from fastln.training.tasks import groups_that_train
 from fastln.training.tensor_store import TensorStore
 from fastln.training.train import check_settings, tell_unused, train_task
 
@@ -140,10 +141,17 @@ def run_training(
     if features is not None:
         check_frozen(task, run.config.method, run.config.scope)
     if dry_run:
-        tell_unused(task, run.config)
         print(preview(task, data, run.config, engine))
+        tell_unused(task, data, run.config, ADAPTER_DTYPES[run.adapter_dtype])
         return None
-    record = {"run": asdict(run), "engine": engine, "dtype": str(dtype), "digests": digests}
+    rates = run.config.rates.of(groups_that_train(task, run.config.method, run.config.scope))
+    record = {
+        "run": asdict(run),
+        "engine": engine,
+        "dtype": str(dtype),
+        "learning_rates": rates,
+        "digests": digests,
+    }
     if is_first:
         if not resume:
             _clear(out)

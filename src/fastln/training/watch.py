@@ -66,7 +66,12 @@ class NormWatch(TrainerCallback):
             self.n_steps -= 1
         elif self.n_steps == PATIENCE:
             self.n_steps += 1  # once is enough
-            still = {name: p.dtype for name, p in self.parameters.items() if torch.equal(*self._now_and_then(name, p))}
+            still = {
+                name: p.dtype
+                for name, p in self.parameters.items()
+                if torch.equal(*self._now_and_then(name, p))
+                and not self._moved_in_float32(name, p, kwargs["optimizer"])
+            }
             if still:
                 dtypes = ", ".join(sorted({str(dtype).removeprefix("torch.") for dtype in still.values()}))
                 raise FastLNError(
@@ -74,6 +79,11 @@ class NormWatch(TrainerCallback):
                     "values were cast to a dtype that rounds the steps away, the optimizer does not have them, or "
                     "their gradients are 0"
                 )
+
+    def _moved_in_float32(self, name: str, parameter: nn.Parameter, optimizer: Any) -> bool:
+        """Whether the optimizer keeps a float32 copy that moved, by steps that the parameter's dtype rounds away."""
+        copy = optimizer.state.get(parameter, {}).get("master")
+        return copy is not None and not torch.equal(copy, self.start[name].to(copy.device, copy.dtype))
 
     def gamma_shift(self) -> float | None:
         """Return the mean |γ - initial γ| over all elements of trained norms; None if no γ trains."""
