@@ -17,7 +17,14 @@ from fastln.errors import FastLNError
 from fastln.families.norms import norm_eps
 from fastln.families.recognise import Found, recognise
 from fastln.machine import settle_device, why_no_arena
-from fastln.methods import describe_other_norms, get_method, random_heads, select_parameters, settle_scope
+from fastln.methods import (
+    RANDOM_HEADS,
+    describe_other_norms,
+    get_method,
+    random_heads,
+    select_parameters,
+    settle_scope,
+)
 from fastln.ops import NormKind, OpSettings
 from fastln.ops.backends import resolve
 from fastln.standins.attention import NAME, ViewSpec, flash_views
@@ -117,7 +124,7 @@ def plan(
     place = _settle_place(model, device)
     resolve("layer_norm", place, settings)  # raises if the backend is not available
     decided = _Decider(model, trained, left_out, settings, place).decide([*random.train, *random.frozen])
-    notes = (describe_other_norms(model, trained, scope), random.note)
+    notes = (describe_other_norms(model, trained, scope), random.note, _describe_unused(left_out, decided))
     parameters = dict(model.named_parameters())
     return Plan(
         model=type(model).__name__,
@@ -229,7 +236,7 @@ class _Decider:
         if entry.obstacle is not None:
             return Stay(entry.name, entry.label, entry.obstacle)
         if row.trick in self._without:
-            return Stay(entry.name, entry.label, f"left out: without={row.trick!r}")
+            return Stay(entry.name, entry.label, _left_out(row.trick))
         return self._change(entry, entry.what, entry.detail if detail is None else detail)
 
     def _change(
@@ -260,7 +267,7 @@ class _Decider:
         left_out = "norms" in self._without
         if entry.obstacle is None and not left_out:
             return self._change(entry, entry.what, entry.detail, dtypes)
-        reason = entry.obstacle or "left out: without='norms'"
+        reason = entry.obstacle or _left_out("norms")
         if not dtypes:
             return Stay(entry.name, entry.label, reason)
         return dataclasses.replace(self._change(entry, "slow_norm", None, dtypes), reason=reason)
@@ -296,6 +303,17 @@ def _becomes(what: str, detail: Any, dtypes: tuple[tuple[str, torch.dtype], ...]
     if not dtypes:
         return what
     return f"{what}, {'float64' if any(dtype == torch.float64 for _, dtype in dtypes) else 'float32'}"
+
+
+def _left_out(trick: str) -> str:
+    return f"left out: without={trick!r}"
+
+
+def _describe_unused(without: tuple[str, ...], decided: Iterable[Change | Stay]) -> str | None:
+    """Describe which names in `without` left nothing out; None if all did, or were there for heads that may come."""
+    reasons = {entry.reason for entry in decided}
+    unused = [name for name in without if name != RANDOM_HEADS and _left_out(name) not in reasons]
+    return f"without {', '.join(map(repr, unused))} has no effect on this model here" if unused else None
 
 
 def settle_without(without: str | Iterable[str]) -> tuple[str, ...]:

@@ -122,13 +122,15 @@ def run_training(
     device = settle_device(run.device)
     dtype = settle_dtype(run.dtype, device)
     is_first = is_first_process()
+    if dry_run and (resume or overwrite):
+        logger.warning("a dry run reads and writes nothing in %s, so resume and overwrite have no effect", out)
     if is_first and not dry_run:
         _check_folder(run, out, resume=resume, overwrite=overwrite)
     source = load_source(run.data, run.options)
     digests = {split: digest(samples, source.stats) for split, samples in source.splits.items()}
-    if is_first and resume:
+    if is_first and resume and not dry_run:
         check_same_data(run.data, digests, out / RECORD)
-    if resume and is_finished(out / RECORD):
+    if resume and not dry_run and is_finished(out / RECORD):
         logger.info("%s: this run is finished; there is nothing left to resume", out)
         return None
     # Find errors before the training, not after it.
