@@ -23,6 +23,7 @@ from transformers import (
 )
 
 from fastln.families import checkpoint
+from fastln.families import heads as heads_module
 from fastln.families.heads import RandomParts, random_parts
 
 
@@ -134,3 +135,20 @@ def test_names_in_old_and_in_split_checkpoints_are_found(load, tmp_path):
     assert checkpoint.lacking(model) == set()
     with pytest.raises(LookupError, match=r"no checkpoint of .*away"):
         checkpoint.stored_shape(model, "lm_head.weight")
+
+
+def test_under_fsdp_the_first_process_tells_the_others(load, monkeypatch):
+    """With `cpu_ram_efficient_loading`, transformers marks everything in all processes but the first."""
+    model = load(BertForSequenceClassification, "bert")
+    for parameter in model.parameters():
+        parameter._is_hf_initialized = True
+    assert random_parts(model) == RandomParts()
+
+    def broadcast(values, src):
+        assert src == 0
+        values[0] = heads("classifier")
+
+    monkeypatch.setattr(heads_module, "is_fsdp_enabled", lambda: True)
+    monkeypatch.setattr(heads_module.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(heads_module.distributed, "broadcast_object_list", broadcast)
+    assert random_parts(model) == heads("classifier")

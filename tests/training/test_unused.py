@@ -105,7 +105,9 @@ def test_the_size_of_a_cache_that_is_not_there(words, command, capsys):
 
 
 def test_a_layout_for_data_that_comes_with_fastln():
-    with pytest.raises(FastLNError, match="phantom comes with fastln and has no layout on disk; leave out layout 'plain'"):
+    with pytest.raises(
+        FastLNError, match="phantom comes with fastln and has no layout on disk; leave out layout 'plain'"
+    ):
         load_source("phantom", DataOptions(layout="plain"))
 
 

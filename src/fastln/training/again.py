@@ -67,8 +67,12 @@ def _unwrapped(wrapper: peft.PeftModel, method: str) -> nn.Module:
             if isinstance(module, ModulesToSaveWrapper):
                 base.set_submodule(name, module.modules_to_save[module.active_adapter])
     else:
+        narrow = sorted({str(p.dtype).removeprefix("torch.") for p in base.parameters() if p.dtype.itemsize == 2})
         logger.warning(
-            "the model had method %s: its tuned values are merged into it, and it gets method %s", before.method, method
+            "the model had method %s: its tuned values are merged into it%s, and it gets method %s",
+            before.method,
+            f", rounded to {narrow[0]}" if narrow else "",
+            method,
         )
         model = to_stock(wrapper)
     model.__dict__.pop(WRAPPER, None)

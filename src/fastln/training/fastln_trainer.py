@@ -114,9 +114,9 @@ class FastLNTrainer(MethodTrainer):
         """Check that norms have their own rate if one was asked for, whoever made the optimizer."""
         rate: float | None = self.norm_learning_rate
         optimizer: Any = self.optimizer
-        if rate is None or (
-            self._made is not None and self._made in (optimizer, getattr(optimizer, "optimizer", None))
-        ):
+        # DeepSpeed and FSDP make another optimizer of the one that we made.
+        is_ours = self._made in (optimizer, getattr(optimizer, "optimizer", None)) or self._sharded
+        if rate is None or (self._made is not None and is_ours):
             return
         norms = {id(p) for p in _norms(self.model) if p.requires_grad} if self._shows_norms else set()
         groups = [group for group in optimizer.param_groups if any(id(p) in norms for p in group["params"])]
