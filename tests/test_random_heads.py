@@ -65,6 +65,14 @@ def test_it_can_be_left_out(bert, caplog):
         fastln.plan(bert(), "head", without="random_heads")
 
 
+def test_a_scope_may_leave_it_out_by_name(bert):
+    plan = fastln.plan(bert(), scope="not:classifier")
+    assert not plan.trained & HEAD
+    assert ("classifier", "the scope leaves it out") in [(stay.name, stay.reason) for stay in plan.stays]
+    assert fastln.plan(bert(), scope=["bert.encoder.layer.1", "not:*.intermediate"]).trained >= HEAD
+    assert not trained(put_method(bert(), "bitfit", "torch", scope="not:classifier")) & HEAD
+
+
 @pytest.mark.parametrize("method", ["full", "head", "T"])
 def test_a_method_that_trains_it_is_left_as_it_is(method, bert):
     model = bert()

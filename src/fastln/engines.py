@@ -136,7 +136,7 @@ def _put(model: nn.Module, settings: MethodSettings) -> nn.Module:
     named = (
         select_parameters(model, chosen, settings.scope, settings.also) if by_torch else _inside(model, settings.also)
     )
-    random = random_heads(model, named, settings.without)
+    random = random_heads(model, named, settings.without, settings.scope)
     if settings.method in PROMPT_METHODS:
         return _prompted(model, settings, random.train)
     if random.note:

@@ -10,7 +10,14 @@ from dataclasses import dataclass
 from torch import nn
 
 from fastln.errors import FastLNError
-from fastln.families import find_norms, find_other_norms, parameters_in, sub_models
+from fastln.families import (
+    find_norms,
+    find_other_norms,
+    leaves_out_only,
+    parameters_in,
+    parts_left_out,
+    sub_models,
+)
 from fastln.families.heads import random_parts
 from fastln.families.parts import attention_maps, embedding_parameters, ffn_maps, head_parameters, own_parameters
 
@@ -160,7 +167,7 @@ def settle_scope(method: str, scope: str | Iterable[str] | None) -> tuple[str, s
                 f"scope {scope!r} already says what trains in every sub-model; leave out the method {method!r}"
             )
         return scope, None
-    if is_notation(method) and scope is not None:
+    if is_notation(method) and scope is not None and not leaves_out_only(scope):
         raise FastLNError(
             f"method {method!r} already says what trains in every sub-model; leave out the scope {scope!r}"
         )
@@ -297,7 +304,12 @@ RANDOM_HEADS = "random_heads"
 """The name for `without` that leaves such heads frozen, whichever engine runs the method."""
 
 
-def random_heads(model: nn.Module, trained: Collection[str], without: Collection[str] = ()) -> RandomHeads:
+def random_heads(
+    model: nn.Module,
+    trained: Collection[str],
+    without: Collection[str] = (),
+    scope: str | Iterable[str] | None = None,
+) -> RandomHeads:
     """Decide what trains of the parts of a model that no checkpoint gave their values.
 
     Heads train; a frozen random head would keep the model at chance. Other parts, such as a whole tower, do not: they
@@ -307,6 +319,7 @@ def random_heads(model: nn.Module, trained: Collection[str], without: Collection
         model: The model.
         trained: Names of the parameters that train in any case.
         without: What the caller leaves out.
+        scope: The parts to tune. A head is in no sub-model, so only an entry that leaves it out by name counts.
     """
     parts = random_parts(model)
     names = [name for name, _ in model.named_parameters()]
@@ -314,7 +327,10 @@ def random_heads(model: nn.Module, trained: Collection[str], without: Collection
     def is_frozen(part: str) -> bool:
         return any((name == part or name.startswith(f"{part}.")) and name not in trained for name in names)
 
-    heads = tuple(filter(is_frozen, parts.heads))
+    heads = list(filter(is_frozen, parts.heads))
+    left_out = parts_left_out(scope)
+    inside = parameters_in(model, left_out) if heads and left_out else set(names)
+    frozen = [head for head in heads if RANDOM_HEADS in without or not any(n.startswith(f"{head}.") for n in inside)]
     others = list(filter(is_frozen, parts.others))
     note = None
     if others:
@@ -323,7 +339,7 @@ def random_heads(model: nn.Module, trained: Collection[str], without: Collection
             f"not in the checkpoint of {type(model).__name__}, so random, and frozen: {some}; load a checkpoint that "
             "has it, or train it with `also`"
         )
-    return RandomHeads((), heads, note) if RANDOM_HEADS in without else RandomHeads(heads, (), note)
+    return RandomHeads(tuple(head for head in heads if head not in frozen), tuple(frozen), note)
 
 
 def _no_parameters(model: nn.Module, module: str) -> str:

@@ -19,6 +19,7 @@ from fastln.families.recognise import Found, recognise
 from fastln.machine import settle_device, why_no_arena
 from fastln.methods import (
     RANDOM_HEADS,
+    RandomHeads,
     describe_other_norms,
     get_method,
     random_heads,
@@ -116,14 +117,14 @@ def plan(
     method, scope = settle_scope(method, scope)
     also = (also,) if isinstance(also, str) else tuple(also)
     chosen, _ = get_method(method)
-    random = random_heads(model, select_parameters(model, chosen, scope, also), left_out)
+    random = random_heads(model, select_parameters(model, chosen, scope, also), left_out, scope)
     also = (*also, *random.train)
     trained = frozenset(select_parameters(model, chosen, scope, also))
     if not trained:
         raise FastLNError(f"method {method!r} trains nothing by itself; list the task head's modules in `also`")
     place = _settle_place(model, device)
     resolve("layer_norm", place, settings)  # raises if the backend is not available
-    decided = _Decider(model, trained, left_out, settings, place).decide([*random.train, *random.frozen])
+    decided = _Decider(model, trained, left_out, settings, place).decide(random)
     notes = (describe_other_norms(model, trained, scope), random.note, _describe_unused(left_out, decided))
     parameters = dict(model.named_parameters())
     return Plan(
@@ -201,7 +202,7 @@ class _Decider:
         self._modules = dict(model.named_modules())
         self._trained = {id(p): p for name, p in model.named_parameters() if name in trained}
 
-    def decide(self, random_heads: Iterable[str]) -> list[Change | Stay]:
+    def decide(self, random: RandomHeads) -> list[Change | Stay]:
         found = recognise(self._model)
         heads = {entry.name for entry in found if entry.what == "lm_head" and self._waits()}
         decided: list[Change | Stay] = self._flash_attention(found)
@@ -212,7 +213,9 @@ class _Decider:
             ):
                 continue
             decided.append(self._of(entry))
-        decided += [self._known(Found(name, "random_head", "random head")) for name in random_heads]
+        by_scope = None if RANDOM_HEADS in self._without else "the scope leaves it out"
+        decided += [self._known(Found(name, "random_head", "random head")) for name in random.train]
+        decided += [self._known(Found(name, "random_head", "random head", obstacle=by_scope)) for name in random.frozen]
         if self._device.type == "cpu":
             arena = Found("", "arena", "memory of large tensors", obstacle=why_no_arena(self._device))
             decided.append(self._of(arena))

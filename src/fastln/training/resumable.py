@@ -15,7 +15,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from fastln.errors import FastLNError
 from fastln.training import adalora, checkpoints
 from fastln.training.internals import check_internals
-from fastln.training.watch import check_finite
+from fastln.watch import check_finite
 
 logger = logging.getLogger(__name__)
 
