@@ -94,7 +94,7 @@ def is_done(record: Path, wanted: dict[str, Any], config: dict[str, Any]) -> boo
 def other_rates(options: argparse.Namespace, method: str) -> Record:
     """Return the rates that a sweep does not touch: those of norms in a mixed method, and of a random head."""
     norms = METHODS[method].norm_learning_rate
-    has_head = options.model.startswith("dual") and method != "head"
+    has_head = options.model.partition(":")[0] == "dual" and method != "head"
     rates = {"norm_learning_rate": norms, "head_learning_rate": HEAD_LEARNING_RATE if has_head else None}
     return {name: rate for name, rate in rates.items() if rate is not None}
 

@@ -184,11 +184,11 @@ def _tell_frozen(model: nn.Module, directory: str | Path, tensors: Collection[st
     frozen = [name for name, p in model.named_parameters() if name in tensors and not p.requires_grad]
     if owners := list(dict.fromkeys(_owner(name) for name in frozen)):
         logger.warning(
-            "%s: %d modules have the adapter's values but stay frozen, for example %s, and save_adapter would leave "
-            "them out: prepare the model with the `also` and `scope` that the adapter was trained with",
+            "%s: %s%s got the adapter's values but stay frozen, and save_adapter would leave them out: prepare the "
+            "model with the `also` and `scope` that the adapter was trained with",
             directory,
-            len(owners),
-            owners[0],
+            ", ".join(owners[:3]),
+            f" and {len(owners) - 3} more" if len(owners) > 3 else "",
         )
 
 

@@ -83,9 +83,10 @@ def put_method(
     """
     settings = MethodSettings.of(method, engine, scope, also, without, backend)
     trained = _put(model, settings)
-    trained.__dict__[SETTINGS] = model.__dict__[SETTINGS] = settings
     if isinstance(trained, peft.PeftModel):
-        model.__dict__[WRAPPER] = trained  # so that a later call with the model, into which peft puts layers, finds it
+        # Not as a module of it: so that who is given the model, into which peft puts layers, finds the wrapper.
+        model.__dict__[WRAPPER] = trained
+        trained.__dict__[SETTINGS] = settings
     return trained
 
 
@@ -120,12 +121,14 @@ class MethodSettings:
         check_without(without, engine)
         if backend != "auto" and engine != "fastln":
             raise FastLNError(f"engine {engine!r} runs stock code: backend {backend!r} is for engine 'fastln'")
-        scope = scope if scope is None or isinstance(scope, str) else tuple(scope)
         also = (also,) if isinstance(also, str) else tuple(also)
         return cls(method, engine, scope, also, settle_without(without), backend)
 
 
-SETTINGS, WRAPPER = "_fastln_settings", "_fastln_wrapper"
+SETTINGS = "_fastln_settings"
+"""The attribute of peft's wrapper that has the `MethodSettings` which it was made for."""
+WRAPPER = "_fastln_wrapper"
+"""The attribute of a model that has peft's wrapper of it."""
 
 
 def _put(model: nn.Module, settings: MethodSettings) -> nn.Module:
@@ -232,6 +235,7 @@ def to_stock(trained: nn.Module) -> nn.Module:
             if isinstance(module, ModulesToSaveWrapper):
                 base.set_submodule(name, module.modules_to_save[module.active_adapter])
         model = trained.merge_and_unload()
+        model.__dict__.pop(WRAPPER, None)
     return model if prepared(model) is None else restore(model)
 
 

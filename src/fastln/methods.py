@@ -155,12 +155,13 @@ def is_notation(name: object) -> bool:
     return isinstance(name, str) and all(code in _CODES for code in name.split("-"))
 
 
-def settle_scope(method: str, scope: str | Iterable[str] | None) -> tuple[str, str | Iterable[str] | None]:
+def settle_scope(method: str, scope: str | Iterable[str] | None) -> tuple[str, str | tuple[str, ...] | None]:
     """Return method and scope. A notation by sub-model replaces both: it becomes the method, and the scope None.
 
     Raises:
         FastLNError: If the notation is combined with another scope or another method.
     """
+    scope = scope if scope is None or isinstance(scope, str) else tuple(scope)
     if isinstance(scope, str) and is_notation(scope):
         if method not in ("layernorm", scope):
             raise FastLNError(

@@ -137,6 +137,17 @@ def test_names_in_old_and_in_split_checkpoints_are_found(load, tmp_path):
         checkpoint.stored_shape(model, "lm_head.weight")
 
 
+def test_what_no_checkpoint_of_the_class_has_and_what_is_offloaded_is_not_random(load, monkeypatch):
+    model = load(BertForSequenceClassification, "bert without pooler")
+    assert random_parts(model) == heads("bert.pooler", "classifier")
+    monkeypatch.setattr(model.bert, "_keys_to_ignore_on_load_missing", [r"pooler\."])
+    assert random_parts(model) == heads("classifier")
+    model.bert.encoder.to("meta")
+    assert random_parts(model) == heads("classifier")
+    model.classifier.to("meta")
+    assert random_parts(model) == heads()
+
+
 def test_under_fsdp_the_first_process_tells_the_others(load, monkeypatch):
     """With `cpu_ram_efficient_loading`, transformers marks everything in all processes but the first."""
     model = load(BertForSequenceClassification, "bert")

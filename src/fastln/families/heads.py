@@ -7,6 +7,7 @@ its names are then compared with those in the checkpoint.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -73,12 +74,17 @@ def _random_parts(model: nn.Module) -> RandomParts:
     is_marked = len(random) < len(floating)
     if not is_marked:
         random = lacking(model) if isinstance(model, PreTrainedModel) else set()
+    # What is offloaded lost its mark.
+    random = {name for name in random & floating.keys() if not floating[name].is_meta}
     if random:
-        random -= _resized(model, is_marked)
+        random -= _resized(model, is_marked) | _expected(model)
+    if not random:
+        return RandomParts()
+    behind = _behind(model)
     heads, others = [], []
-    for name, inside in _whole(model, random) if random else ():
+    for name, inside in _whole(model, random):
         # `also` takes modules alone, so a parameter by itself is no head.
-        if name not in floating and inside <= _behind(model) and not outermost_attention(_within(model, name)):
+        if name not in floating and inside <= behind and not outermost_attention(_within(model, name)):
             heads.append(name)
         elif not all(_is_constant(floating[own]) for own in inside):
             others.append(name)
@@ -132,6 +138,17 @@ def _behind(model: nn.Module) -> set[str]:
 
 def _is_inside(name: str, module: str) -> bool:
     return not module or name.startswith(f"{module}.")
+
+
+def _expected(model: nn.Module) -> set[str]:
+    """Return the names of parameters that no checkpoint of their class has, such as computed positions."""
+    found = set()
+    for prefix, part in pretrained_models(model):
+        if patterns := list(part._keys_to_ignore_on_load_missing or ()):
+            ignored = re.compile("|".join(f"({pattern})" for pattern in patterns))
+            names = (name for name, _ in part.named_parameters() if ignored.search(name))
+            found |= {f"{prefix}.{name}" if prefix else name for name in names}
+    return found
 
 
 def _resized(model: nn.Module, is_marked: bool) -> set[str]:
