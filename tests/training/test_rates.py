@@ -16,7 +16,8 @@ from fastln.training.optimizer import rates_in_use
 from fastln.training.tasks import apply_method, groups_that_train
 from fastln.training.train import check_settings
 
-ALL = [method for method in METHODS if method not in ("prefix", "p-tuning", "prompt")]
+MIXED = ["layernorm", "layernorm+bias", "layernorm-full", "layernorm+lora", "lora", "head", "LN-T", "F-LN"]
+OTHERS = [m for m in (*METHODS, "LN-LN", "ATT-FFN", "T-F") if m not in (*MIXED, "prefix", "p-tuning", "prompt")]
 
 
 @pytest.fixture(scope="module")
@@ -33,7 +34,7 @@ def rates(task, config):
     return {group["lr"] for group in optimizer.param_groups}, said
 
 
-@pytest.mark.parametrize("method", [*ALL, "LN-T", "LN-LN", "F-LN", "ATT-FFN", "T-F"])
+@pytest.mark.parametrize("method", [*MIXED, *(pytest.param(method, marks=pytest.mark.slow) for method in OTHERS)])
 def test_the_rate_that_is_asked_is_that_of_all(method, dual):
     task = dual()
     predicted = groups_that_train(task, method)
@@ -91,6 +92,7 @@ def test_on_a_model_without_a_random_head(tmp_path):
     with pytest.raises(FastLNError, match="head_learning_rate is for a task head that starts random"):
         check_settings(task, TrainConfig(head_learning_rate=1e-3))
     check_settings(task, TrainConfig("full", learning_rate=1e-3, norm_learning_rate=1e-3))
+    check_settings(task, TrainConfig("head", learning_rate=1e-3))  # `apply_method` says that there is no head
     with pytest.raises(FastLNError, match="norm_learning_rate is 0; it must be greater"):
         TrainConfig(norm_learning_rate=0)
 

@@ -57,23 +57,16 @@ def put_method_again(model: nn.Module, **settings: Any) -> nn.Module:
 def _unwrapped(wrapper: peft.PeftModel, method: str) -> nn.Module:
     """Return the stock model inside peft's wrapper, with the tuned values merged."""
     before: MethodSettings = wrapper.__dict__[SETTINGS]
-    base = wrapper.get_base_model()
+    model = wrapper.get_base_model()
+    narrow = sorted({str(p.dtype).removeprefix("torch.") for p in model.parameters() if p.dtype.itemsize == 2})
     if before.method in PROMPT_METHODS:
-        logger.warning(
-            "the model had method %s: its virtual tokens are dropped, and it gets method %s", before.method, method
-        )
-        model = base
-        for name, module in list(base.named_modules()):
+        _tell_replaced(before.method, method, "its virtual tokens are dropped")
+        for name, module in list(model.named_modules()):
             if isinstance(module, ModulesToSaveWrapper):
-                base.set_submodule(name, module.modules_to_save[module.active_adapter])
+                model.set_submodule(name, module.modules_to_save[module.active_adapter])
     else:
-        narrow = sorted({str(p.dtype).removeprefix("torch.") for p in base.parameters() if p.dtype.itemsize == 2})
-        logger.warning(
-            "the model had method %s: its tuned values are merged into it%s, and it gets method %s",
-            before.method,
-            f", rounded to {narrow[0]}" if narrow else "",
-            method,
-        )
+        rounded = f", rounded to {' and '.join(narrow)}" if narrow else ""
+        _tell_replaced(before.method, method, f"its tuned values are merged into it{rounded}")
         model = to_stock(wrapper)
     model.__dict__.pop(WRAPPER, None)
     return model
@@ -96,10 +89,15 @@ def _prepared_again(model: nn.Module, method: str, settings: Mapping[str, Any]) 
     if trained is model and now is not None and now.plan == state.plan:
         logger.info("the model has method %s already, and goes on from its tuned values", method)
         return trained
-    logger.warning("the model had method %s: its tuned values stay, and it gets method %s", state.plan.method, method)
+    _tell_replaced(state.plan.method, method, "its tuned values stay")
     if trained is model:
         warn_of_rounding(exact, dict(model.named_parameters()), "load the model in float32 to keep every digit")
     return trained
+
+
+def _tell_replaced(before: str, now: str, what: str) -> None:
+    again = " with other settings" if before == now else ""
+    logger.warning("the model had method %s: %s, and it gets method %s%s", before, what, now, again)
 
 
 def _has_layers(wrapper: peft.PeftModel) -> bool:

@@ -127,7 +127,7 @@ def check_settings(task: Task, config: TrainConfig) -> None:
             f"norm_learning_rate is for norms, and method {config.method!r} trains none in {task.name}; leave it out"
         )
     own = {"norms": config.norm_learning_rate, "head": config.head_learning_rate}
-    if config.learning_rate is not None and all(own.get(group) is not None for group in groups):
+    if config.learning_rate is not None and groups and all(own.get(group) is not None for group in groups):
         raise FastLNError(
             f"learning_rate has no effect: all that method {config.method!r} trains in {task.name} has a rate of its "
             "own; leave learning_rate out, or the others"
