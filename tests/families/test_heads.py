@@ -101,6 +101,7 @@ def test_parts_between_and_around_models_are_heads_and_what_attends_is_not(load,
     bert, vit = (checkpoints.write(tmp_path, name) for name in ("bert", "vit of 3 classes"))
     both = VisionTextDualEncoderModel.from_vision_text_pretrained(vit, bert)
     assert random_parts(both) == heads("vision_model.pooler", "visual_projection", "text_projection")
+    assert random_parts(copy.deepcopy(both)).heads[-2:] == ("visual_projection", "text_projection")
     found = random_parts(EncoderDecoderModel.from_encoder_decoder_pretrained(bert, bert))
     assert found.heads == ("decoder.cls.predictions.transform",)
     assert found.others == tuple(f"decoder.bert.encoder.layer.{n}.crossattention" for n in range(2))
@@ -115,6 +116,10 @@ def test_parts_between_and_around_models_are_heads_and_what_attends_is_not(load,
             self.head = nn.Linear(32, 4)
 
     assert random_parts(Around()) == RandomParts(("head",), ("query", "mixer"))
+    assert random_parts(copy.deepcopy(Around())) == heads("head")
+    new = Around()
+    new.encoder = BertModel(checkpoints.BERT)  # in place of what was loaded
+    assert random_parts(new) == heads()
 
 
 def test_names_in_old_and_in_split_checkpoints_are_found(load, tmp_path):
@@ -132,7 +137,7 @@ def test_names_in_old_and_in_split_checkpoints_are_found(load, tmp_path):
     assert checkpoint.stored_shape(model, "model.norm.weight") == (32,)
     model.config._name_or_path = str(tmp_path / "away")
     model.name_or_path = str(tmp_path / "away")
-    assert checkpoint.lacking(model) == set()
+    assert checkpoint.lacking(model) is None
     with pytest.raises(LookupError, match=r"no checkpoint of .*away"):
         checkpoint.stored_shape(model, "lm_head.weight")
 

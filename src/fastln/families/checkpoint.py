@@ -33,12 +33,12 @@ def stored_shape(model: PreTrainedModel, name: str) -> tuple[int, ...] | None:
     return None if key is None else stored[key][1]
 
 
-def lacking(model: PreTrainedModel) -> set[str]:
+def lacking(model: PreTrainedModel) -> set[str] | None:
     """Return the names of the parameters that the model's checkpoint lacks, or holds in another shape.
 
     Returns:
-        None of them if the checkpoint is not on this machine, or the model does not have its values: it was then made
-        from the configuration alone, or changed since.
+        The names; None if the checkpoint is not on this machine, or the model does not have its values: it was then
+        made from the configuration alone, or changed since.
     """
     stored = _stored(model)
     found: dict[str, str] = {}
@@ -46,15 +46,20 @@ def lacking(model: PreTrainedModel) -> set[str]:
         key = _key(name, stored)
         if key is not None and stored[key][1] == tuple(parameter.shape):
             found[name] = key
-    matrices = [name for name in found if model.get_parameter(name).dim() > 1]
-    if not matrices:
-        return set()
-    smallest = min(matrices, key=lambda name: model.get_parameter(name).numel())
-    values = _read(stored[found[smallest]][0], found[smallest])
+    telling = [name for name in found if _tells(model.get_parameter(name))]
+    if not telling:
+        return None
+    smallest = min(telling, key=lambda name: model.get_parameter(name).numel())
     own = model.get_parameter(smallest)
-    if own.is_meta or not torch.equal(values.to(own.device, own.dtype), own):
-        return set()
+    values = _read(stored[found[smallest]][0], found[smallest])
+    if not torch.equal(values.to(own.device, own.dtype), own):
+        return None
     return {name for name, _ in model.named_parameters()} - found.keys()
+
+
+def _tells(parameter: Tensor) -> bool:
+    """Whether a parameter's values tell where they are from: those of a new norm or bias are the same everywhere."""
+    return parameter.dim() > 1 and not parameter.is_meta and bool(parameter.min() != parameter.max())
 
 
 def _key(name: str, stored: Mapping[str, object]) -> str | None:

@@ -8,11 +8,10 @@ its names are then compared with those in the checkpoint.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 
 from torch import distributed, nn
-from transformers import PreTrainedModel
 from transformers.distributed.fsdp import is_fsdp_enabled
 
 from fastln.families.checkpoint import lacking, stored_shape
@@ -73,7 +72,7 @@ def _random_parts(model: nn.Module) -> RandomParts:
     random = {name for name, parameter in floating.items() if not getattr(parameter, _MARK, False)}
     is_marked = len(random) < len(floating)
     if not is_marked:
-        random = lacking(model) if isinstance(model, PreTrainedModel) else set()
+        random = _lacking(model)
     # What is offloaded lost its mark.
     random = {name for name in random & floating.keys() if not floating[name].is_meta}
     if random:
@@ -90,6 +89,34 @@ def _random_parts(model: nn.Module) -> RandomParts:
             others.append(name)
     # transformers may rename what it reads, so a name that a checkpoint lacks proves little outside the heads.
     return RandomParts(tuple(heads), tuple(others) if is_marked else ())
+
+
+def _lacking(model: nn.Module) -> set[str]:
+    """Return the names of what the checkpoints of a copied model lack, and of what is outside the models they are of.
+
+    Nothing if no part of it has the values of a checkpoint.
+    """
+    found: set[str] = set()
+    loaded: list[str] = []
+    models = dict(pretrained_models(model))
+    for prefix, part in models.items():
+        if not any(_is_inside(prefix, outer) for outer in loaded) and (names := lacking(part)) is not None:
+            loaded.append(prefix)
+            found |= {f"{prefix}.{name}" if prefix else name for name in names}
+    if not loaded:
+        return found
+    joining = _joining(models)
+    outside = {
+        name
+        for name, _ in model.named_parameters()
+        if not any(_is_inside(name, part) for part in models if part in loaded or part not in joining)
+    }
+    return found | outside
+
+
+def _joining(models: Collection[str]) -> set[str]:
+    """Return those of the models, by name, that hold other models."""
+    return {name for name in models if any(other != name and _is_inside(other, name) for other in models)}
 
 
 def _within(model: nn.Module, name: str) -> nn.Module:
@@ -127,7 +154,7 @@ def _behind(model: nn.Module) -> set[str]:
     They are outside every transformers model, or in one that holds other such models, as a task's model holds its base.
     """
     names = [name for name, _ in pretrained_models(model)]
-    joining = {name for name in names if any(other != name and _is_inside(other, name) for other in names)}
+    joining = _joining(names)
     found = set(head_parameters(model))
     for name, _ in model.named_parameters():
         owner = max((one for one in names if _is_inside(name, one)), key=len, default=None)
