@@ -126,7 +126,7 @@ class Pictures(Dataset):
         return 32
 
 
-@pytest.mark.parametrize("method", ["layernorm", "lora"])
+@pytest.mark.parametrize("method", ["layernorm", pytest.param("lora", marks=pytest.mark.slow)])
 def test_a_trainer_without_also_learns(method, vit, tmp_path):
     """The loss of the last batch tells the two apart; with the head frozen and random, it stays well above."""
     losses = {}

@@ -27,8 +27,8 @@ def values(model):
 @pytest.mark.parametrize(
     ("method", "dtype"),
     [
-        *((method, torch.float32) for method in ("layernorm", "layernorm+lora", "lora", "prompt")),
-        ("layernorm", torch.bfloat16),
+        *(("layernorm", torch.float32), ("lora", torch.float32), ("layernorm", torch.bfloat16)),
+        *(pytest.param(method, torch.float32, marks=pytest.mark.slow) for method in ("layernorm+lora", "prompt")),
         *(
             pytest.param(method, torch.bfloat16, marks=pytest.mark.slow)
             for method in ("layernorm+lora", "lora", "prompt")
@@ -53,7 +53,11 @@ def test_the_same_method_goes_on(method, dtype, trainer, caplog):
 
 @pytest.mark.parametrize(
     ("one", "other"),
-    [("layernorm", "lora"), ("layernorm", "bitfit"), ("lora", "layernorm"), ("ia3", "lora"), ("prompt", "layernorm")],
+    [
+        *(("layernorm", "lora"), ("lora", "layernorm"), ("prompt", "layernorm")),
+        pytest.param("layernorm", "bitfit", marks=pytest.mark.slow),
+        pytest.param("ia3", "lora", marks=pytest.mark.slow),
+    ],
 )
 def test_another_method_takes_its_place_and_tuned_values_stay(one, other, trainer, caplog):
     model = llama(attention_bias=True)
