@@ -29,7 +29,7 @@ from pathlib import Path
 from typing import Any
 
 from fastln.bench.provenance import settle
-from fastln.methods import METHODS
+from fastln.methods import HEAD_LEARNING_RATE, METHODS
 from fastln.training import TrainConfig
 
 # The scores of a table by their names in run.json; the first chooses the rate.
@@ -91,9 +91,18 @@ def is_done(record: Path, wanted: dict[str, Any], config: dict[str, Any]) -> boo
     return found["finished"] and all(run[name] == value for name, value in (wanted | config).items())
 
 
+def other_rates(options: argparse.Namespace, method: str) -> Record:
+    """Return the rates that a sweep does not touch: those of norms in a mixed method, and of a random head."""
+    norms = METHODS[method].norm_learning_rate
+    has_head = options.model.partition(":")[0] == "dual" and method != "head"
+    rates = {"norm_learning_rate": norms, "head_learning_rate": HEAD_LEARNING_RATE if has_head else None}
+    return {name: rate for name, rate in rates.items() if rate is not None}
+
+
 def sweep(options: argparse.Namespace, method: str, pool: ThreadPoolExecutor) -> list[Future[Record]]:
     """Start one short run per learning rate."""
     recipe = {"method": method, "seed": 0, "epochs": options.sweep_epochs, "head_epochs": options.head_epochs}
+    recipe |= other_rates(options, method)
     rates = [METHODS[method].learning_rate * factor for factor in RATES]
     return [
         pool.submit(run, options, f"sweep-{method}-{rate:.1e}", recipe | {"learning_rate": rate}, VALIDATION)
@@ -104,6 +113,7 @@ def sweep(options: argparse.Namespace, method: str, pool: ThreadPoolExecutor) ->
 def train(options: argparse.Namespace, method: str, rate: float, pool: ThreadPoolExecutor) -> list[Future[Record]]:
     """Start one full-length run per seed."""
     recipe = {"method": method, "epochs": options.epochs, "head_epochs": options.head_epochs, "learning_rate": rate}
+    recipe |= other_rates(options, method)
     return [
         pool.submit(run, options, f"{method}-{rate:.1e}-seed{seed}", recipe | {"seed": seed}, 0.0)
         for seed in range(options.seeds)

@@ -77,18 +77,20 @@ def test_every_setting_of_a_training_is_an_option_with_the_same_default(monkeypa
 
 
 @pytest.mark.parametrize(
-    ("words", "engine", "rate", "head"),
+    ("words", "engine", "rates"),
     [
-        ([], "fastln", "0.003", "0.001"),
-        (["method=lora"], "peft", "0.0005", "0.001"),
-        (["method=layernorm+lora"], "fastln", "0.0005; norms 0.003", "0.001"),
-        (["method=LN-F-T", "engine=torch"], None, "5e-05; norms 0.003", "0.001"),
-        (["method=head", "learning_rate=0.5"], "fastln", None, "0.5"),
+        ([], "fastln", ("0.003", "0.003", "0.001")),
+        (["method=lora"], "peft", ("0.0005", "0.0005", "0.001")),
+        (["method=layernorm+lora"], "fastln", ("0.0005", "0.003", "0.001")),
+        (["method=LN-F-T", "engine=torch"], None, ("5e-05", "0.003", "0.001")),
+        (["method=LN-F-T", "learning_rate=0.5"], "fastln", (None, "0.5", "0.5")),
+        (["method=head", "learning_rate=0.5"], "fastln", (None, "0.5", "0.5")),
     ],
 )
-def test_defaults_that_the_method_brings_are_told(words, engine, rate, head, monkeypatch, capsys):
+def test_defaults_that_the_method_brings_are_told(words, engine, rates, monkeypatch, capsys):
     _, output = fastln("train", "--print-config", *words, monkeypatch=monkeypatch, capsys=capsys)
-    for name, value in (("engine", engine), ("learning_rate", rate), ("head_learning_rate", head)):
+    names = ("learning_rate", "norm_learning_rate", "head_learning_rate")
+    for name, value in (("engine", engine), *zip(names, rates, strict=True)):
         line = next(line for line in output.out.splitlines() if line.startswith(f"{name}: "))
         assert line == f"{name}: null  # {value}" if value else "null" not in line
     assert "language: null  # Language of SLAKE's questions: en (the default) or zh." in output.out

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from fastln.errors import FastLNError
 from fastln.files import replace_files, user_path
 from fastln.fingerprint import FINGERPRINT, difference, fingerprint
-from fastln.methods import norm_parameters
+from fastln.methods import RANDOM_HEADS, norm_parameters
 from fastln.plan import prepared
 from fastln.processes import gathered, is_first_process, own_class
 
@@ -175,6 +175,23 @@ def load_adapter(model: nn.Module, directory: str | Path, *, check_base: bool = 
         for name, tensor in tensors.items():
             own[name].copy_(tensor)
     warn_of_rounding(tensors, own, "call fastln.prepare(model) before loading, which makes the tuned norms float32")
+    _tell_frozen(model, directory, tensors)
+
+
+def _tell_frozen(model: nn.Module, directory: str | Path, tensors: Collection[str]) -> None:
+    """Warn of values in a prepared model that the adapter trained, and that would not train here."""
+    state = prepared(model)
+    if state is None or RANDOM_HEADS in state.plan.without:  # who leaves heads frozen knows it, as `fastln merge` does
+        return
+    frozen = [name for name, p in model.named_parameters() if name in tensors and not p.requires_grad]
+    if owners := list(dict.fromkeys(_owner(name) for name in frozen)):
+        logger.warning(
+            "%s: %s%s got the adapter's values but stay frozen, and save_adapter would leave them out: prepare the "
+            "model with the `also` and `scope` that the adapter was trained with",
+            directory,
+            ", ".join(owners[:3]),
+            f" and {len(owners) - 3} more" if len(owners) > 3 else "",
+        )
 
 
 def adapter_type(folder: Path) -> str:

@@ -50,7 +50,9 @@ Model = Annotated[
 ]
 DType = Annotated[str, typer.Option(help="float32, bfloat16 or auto: the one that this machine multiplies faster.")]
 FeatureCache = Annotated[Path | None, typer.Option(help="Cache a frozen vision tower's features in this folder.")]
-FeatureCacheSize = Annotated[str, typer.Option(help="Maximum size of the cache; the least recently used goes first.")]
+FeatureCacheSize = Annotated[
+    str | None, typer.Option(help="Maximum size of the cache, 10GiB by default; the least recently used goes first.")
+]
 Device = Annotated[str, typer.Option(help="cpu, cuda or auto.")]
 ImageSize = Annotated[
     int | None,
@@ -77,13 +79,18 @@ class TrainCommand(ConfiguredCommand):
     """`fastln train`, with the defaults of each method."""
 
     def defaults(self, values: dict[str, Any]) -> dict[str, str]:
-        """Return the method's own engine and learning rates."""
+        """Return the method's own engine, and the learning rates that are used."""
         from fastln.methods import get_method, learning_rates
 
         _, engine = get_method(values["method"], values["engine"])
-        rates = learning_rates(values["method"], values["learning_rate"], values["head_learning_rate"])
-        norms = "" if rates.norms == rates.own else f"; norms {rates.norms:g}"
-        return {"engine": engine, "learning_rate": f"{rates.own:g}{norms}", "head_learning_rate": f"{rates.head:g}"}
+        given = {group: values[f"{group}_learning_rate"] for group in ("norm", "head")}
+        rates = learning_rates(values["method"], values["learning_rate"], norms=given["norm"], head=given["head"])
+        return {
+            "engine": engine,
+            "learning_rate": f"{rates.own:g}",
+            "norm_learning_rate": f"{rates.norms:g}",
+            "head_learning_rate": f"{rates.head:g}",
+        }
 
 
 @app.command(cls=OptionalValues)
@@ -174,8 +181,10 @@ def train(
     ] = 3,
     batch_size: Annotated[int, typer.Option(min=1, help="Questions per step.")] = 32,
     learning_rate: Annotated[
-        float | None, typer.Option(help="Learning rate; the method's default if not given.")
+        float | None,
+        typer.Option(help="Learning rate of all that trains; if not given, norms, head and others have defaults each."),
     ] = None,
+    norm_learning_rate: Annotated[float | None, typer.Option(help="Learning rate of norms.")] = None,
     head_learning_rate: Annotated[
         float | None, typer.Option(help="Learning rate of a randomly initialised task head.")
     ] = None,
@@ -193,7 +202,7 @@ def train(
         float, typer.Option(min=0, max=0.5, help="Fraction of the training images whose questions are held out.")
     ] = 0.0,
     feature_cache: FeatureCache = None,
-    feature_cache_size: FeatureCacheSize = "10GiB",
+    feature_cache_size: FeatureCacheSize = None,
     dtype: DType = "auto",
     device: Device = "auto",
     adapter_dtype: Annotated[
@@ -225,6 +234,7 @@ def train(
         head_epochs=head_epochs,
         batch_size=batch_size,
         learning_rate=learning_rate,
+        norm_learning_rate=norm_learning_rate,
         head_learning_rate=head_learning_rate,
         weight_decay=weight_decay,
         warmup=warmup,
@@ -245,7 +255,7 @@ def train(
         adapter_dtype=adapter_dtype,
         image_size=image_size,
     )
-    features = None if feature_cache is None else TensorStore(feature_cache, feature_cache_size)
+    features = TensorStore.at(feature_cache, feature_cache_size)
     run_training(run, out, resume=resume, overwrite=overwrite, features=features, dry_run=dry_run)
 
 
@@ -256,7 +266,7 @@ def evaluate(
     split: Annotated[str, typer.Option(help="train, validation or test, as published.")] = "test",
     batch_size: Annotated[int, typer.Option(min=1)] = 64,
     feature_cache: FeatureCache = None,
-    feature_cache_size: FeatureCacheSize = "10GiB",
+    feature_cache_size: FeatureCacheSize = None,
     dtype: DType = "auto",
     device: Device = "auto",
     predictions: Annotated[Path | None, typer.Option(help="Write every answer to this JSON Lines file.")] = None,
@@ -275,7 +285,7 @@ def evaluate(
     from fastln.training.eval_run import EvalRun, run_evaluation
     from fastln.training.tensor_store import TensorStore
 
-    features = None if feature_cache is None else TensorStore(feature_cache, feature_cache_size)
+    features = TensorStore.at(feature_cache, feature_cache_size)
     run = EvalRun(
         model,
         data,

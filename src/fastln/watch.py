@@ -127,7 +127,8 @@ class NormWatch:
     def _after_step(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
         parameters = self.parameters
         for name in [name for name, n_steps in self._unmoved.items() if n_steps]:
-            if not torch.equal(*self._now_and_then(name, parameters[name])):
+            moved = not torch.equal(*self._now_and_then(name, parameters[name]))
+            if moved or self._moved_in_float32(name, parameters[name]):
                 del self._unmoved[name]
         if stuck := [name for name, n_steps in self._unmoved.items() if n_steps >= PATIENCE]:
             raise FastLNError(self._why_stuck(stuck))
@@ -140,6 +141,11 @@ class NormWatch:
             if 2 * len(self._without_gradient | self._only_zeros) >= len(parameters):
                 raise FastLNError(complaint)
             logger.warning("%s", complaint)
+
+    def _moved_in_float32(self, name: str, parameter: nn.Parameter) -> bool:
+        """Whether an optimizer keeps a float32 copy that moved, by steps that the parameter's dtype rounds away."""
+        copies = [optimizer.state.get(parameter, {}).get("master") for optimizer in self._optimizers]
+        return any(not torch.equal(c, self.start[name].to(c.device, c.dtype)) for c in copies if c is not None)
 
     def _why_stuck(self, names: list[str]) -> str:
         held = {id(p) for optimizer in self._optimizers for group in optimizer.param_groups for p in group["params"]}

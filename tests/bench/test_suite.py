@@ -148,3 +148,22 @@ def test_an_unknown_suite_is_answered_with_the_nearest():
         load_suite("quik")
     with pytest.raises(FastLNError, match=r"nowhere\.yaml: cannot read"):
         load_suite("nowhere.yaml")
+
+
+def test_keys_without_effect_are_told(tmp_path, caplog):
+    shapes = "methods: [layernorm/peft]\nmodels: [BertForMaskedLM:2x8:1]\n"
+    load(tmp_path, f"{shapes}layout: slake\nseed: 3\nepochs: 0\n", epochs=2, batch_size=8, data="phantom")
+    said = (
+        "mine.yaml: no effect on shapes, which have random batches of their own size: layout, epochs, batch_size, data"
+    )
+    assert said in caplog.text
+    caplog.clear()
+    load(tmp_path, GOOD, head_epochs=7)
+    assert "head_epochs has no effect without epochs" in caplog.text
+    caplog.clear()
+    load(tmp_path, GOOD, head_epochs=7, epochs=1)
+    load(tmp_path, f"{GOOD[:-1]}\nbatch_size: 8\n", models=["dual", "BertForMaskedLM:2x8:1"])
+    load_suite("cpu")
+    assert "no effect" not in caplog.text
+    load_suite("real", {"models": ["BertForMaskedLM:2x8:1"], "data": "phantom"})
+    assert "no effect on shapes, which have random batches of their own size: data" in caplog.text

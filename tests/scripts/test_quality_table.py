@@ -93,3 +93,17 @@ def test_a_run_that_fails_is_named_and_the_others_make_the_table(tmp_path, monke
     assert sum(line.startswith("**Missing:**") for line in lines) == len(quality_table.RATES)
     assert lines[-1].startswith("| layernorm | fastln |")
     assert "sweep-lora" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("method", "model", "others"),
+    [
+        ("layernorm", "dual:a,b", {"head_learning_rate": 1e-3}),
+        ("layernorm+bias", "dual:a,b", {"norm_learning_rate": 3e-3, "head_learning_rate": 1e-3}),
+        ("layernorm-full", "blip:a", {"norm_learning_rate": 3e-3}),
+        ("head", "dual:a,b", {}),
+        ("full", "blip:a", {}),
+    ],
+)
+def test_a_sweep_leaves_the_rates_of_the_head_and_of_norms_beside_others(method, model, others):
+    assert quality_table.other_rates(SimpleNamespace(model=model), method) == others

@@ -110,7 +110,7 @@ def test_what_a_run_leaves_out_stays_stock_in_the_training_and_in_the_preview(tm
     config = TrainConfig(epochs=1, head_epochs=0, batch_size=12, without=("dropout", "cache"))
     train_task(tiny.dual(tmp_path, data), data, config, progress=False)
     preview(tiny.dual(tmp_path, data), data, config, None)
-    assert [plan.without for plan in plans] == [config.without] * 2
+    assert [plan.without for plan in plans] == [(*config.without, "random_heads")] * 2  # the task names its head
     with pytest.raises(FastLNError, match="without dropout, cache is for engine 'fastln'"):
         train_task(tiny.dual(tmp_path, data), data, config, engine="peft", progress=False)
     with pytest.raises(FastLNError, match="without dropout, cache is for engine 'fastln'"):

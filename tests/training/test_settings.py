@@ -16,6 +16,7 @@ CHANGES = {
     "head_epochs": 1,
     "batch_size": 4,
     "learning_rate": 2e-3,
+    "norm_learning_rate": 4e-3,
     "head_learning_rate": 2e-2,
     "weight_decay": 0.5,
     "warmup": 0.6,

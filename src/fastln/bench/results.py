@@ -88,6 +88,7 @@ class Steps:
     trainable_parameters: int
     total_parameters: int  # of the model as loaded, without what a method adds
     final_loss: float
+    learning_rates: dict[str, float] = dataclasses.field(default_factory=dict)  # of the groups that train
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,6 +131,7 @@ class Row:
     accuracy_note: str | None  # why accuracy is missing, or how it was measured
     error: str | None
     provenance: dict[str, Any]
+    learning_rates: dict[str, float] | None = None  # of the groups that train; None in files of earlier versions
 
     def to_dict(self) -> dict[str, Any]:
         """Return the row as results.json stores it."""
@@ -179,6 +181,7 @@ def make_row(
         accuracy_note=accuracy_note,
         error=error,
         provenance=provenance | {"memory": rounds[0].memory_kind if rounds else None},
+        learning_rates=rounds[0].learning_rates if rounds else None,
     )
 
 

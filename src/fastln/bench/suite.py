@@ -91,9 +91,28 @@ def load_suite(name: str | Path, overrides: Mapping[str, Any] | None = None) -> 
         raise FastLNError(
             f"{where}: a suite must be a mapping with keys from {', '.join(_fields())}, not a {type(values).__name__}"
         )
-    values = {"name": Path(name).stem, **values}
-    values.update({key: value for key, value in (overrides or {}).items() if value is not None})
-    return _checked(_with_real_data(values), where)
+    given = {key: value for key, value in (overrides or {}).items() if value is not None}
+    suite = _checked(_with_real_data({"name": Path(name).stem, **values, **given}), where)
+    _tell_unused(suite, given if name in suite_names() else {**values, **given}, where)
+    return suite
+
+
+_OF_DATA = (
+    *("data", "layout", "language", "skip_bad_rows", "questions_per_image", "batch_size", "epochs", "head_epochs"),
+)
+
+
+def _tell_unused(suite: Suite, given: Mapping[str, Any], where: str) -> None:
+    """Log which keys that the user gave have no effect on any model of the suite."""
+    usual = Suite("", (), ())
+    changed = [key for key in given if getattr(suite, key) != getattr(usual, key)]
+    if all(is_shape(model) for model in suite.models):
+        if unused := [key for key in changed if key in _OF_DATA]:
+            logger.warning(
+                "%s: no effect on shapes, which have random batches of their own size: %s", where, ", ".join(unused)
+            )
+    elif "head_epochs" in changed and not suite.epochs:
+        logger.warning("%s: head_epochs has no effect without epochs, as nothing trains before it is timed", where)
 
 
 def suite_names() -> list[str]:

@@ -21,6 +21,7 @@ from fastln.models.dual_task import DualEncoderTask
 from fastln.models.shapes import ShapeTask, is_shape, make_shape
 from fastln.rates import matrix_rate
 from fastln.training import TrainConfig, build_optimizer, evaluate, train_task
+from fastln.training.optimizer import rates_in_use
 from fastln.training.tasks import apply_method
 
 
@@ -95,6 +96,7 @@ def _steps(job: Job, task: Task, data: VQADataset | None) -> Steps:
         trainable_parameters=count_parameters(model)[0],
         total_parameters=total,
         final_loss=float(loss),
+        learning_rates=rates_in_use(model, task.head_under(job.method), _config(job).rates),
     )
 
 

@@ -52,6 +52,10 @@ def load_source(spec: str, options: DataOptions | None = None) -> Source:
     options = options or DataOptions()
     if spec == phantom.NAME:
         _refuse_language(spec, (), options)
+        if options.layout is not None:
+            raise FastLNError(
+                f"{spec} comes with fastln and has no layout on disk; leave out layout {options.layout!r}"
+            )
         return phantom.source()
     path = user_path(spec)
     if not path.exists():

@@ -57,7 +57,7 @@ def embedding_parameters(model: nn.Module) -> list[str]:
     wanted = {
         id(parameter)
         for _, part in pretrained_models(model)
-        if isinstance(embeddings := _ask(part, "get_input_embeddings"), nn.Embedding)
+        if (embeddings := input_embeddings(part)) is not None
         for parameter in embeddings.parameters()
     }
     return [name for name, parameter in model.named_parameters() if id(parameter) in wanted]
@@ -118,6 +118,12 @@ def arguments_before_cache(model: PreTrainedModel) -> int | None:
     """
     names = list(inspect.signature(model.forward).parameters)
     return min(names.index(name) for name in CACHE if name in names) if "use_cache" in names else None
+
+
+def input_embeddings(model: PreTrainedModel) -> nn.Embedding | None:
+    """Return a model's word embeddings; None if it has none."""
+    embeddings = _ask(model, "get_input_embeddings")
+    return embeddings if isinstance(embeddings, nn.Embedding) else None
 
 
 def output_embeddings(model: PreTrainedModel) -> nn.Module | None:

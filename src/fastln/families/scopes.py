@@ -80,6 +80,11 @@ def leaves_out_only(scope: str | Iterable[str]) -> bool:
     return all(key.startswith(NOT) for key in ((scope,) if isinstance(scope, str) else scope))
 
 
+def parts_left_out(scope: str | Iterable[str] | None) -> list[str]:
+    """Return the entries of a scope that leave something out."""
+    return [key for key in ((scope,) if isinstance(scope, str) else scope or ()) if key.startswith(NOT)]
+
+
 def _in_one(model: nn.Module, key: str) -> set[str]:
     """Return the names of the parameters of one sub-model, or of the modules that match a pattern."""
     modules = [name for name, _ in model.named_modules() if name]

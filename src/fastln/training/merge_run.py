@@ -70,6 +70,8 @@ def merge_into_base(base: str, adapter: Path, out: Path, *, check_base: bool = T
         apply(plan(model, without=TRICKS, backend="reference"), model)
         load_adapter(model, adapter, check_base=check_base)
     else:
+        if not check_base:
+            logger.warning("check_base has no effect: peft writes no fingerprint of the base into a %s adapter", kind)
         model = load_trained_adapter(model, adapter)
     try:
         with written_whole(out) as beside:

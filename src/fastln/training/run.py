@@ -27,6 +27,7 @@ from fastln.training.evaluate import evaluate, print_scores
 from fastln.training.features import check_frozen
 from fastln.training.preview import preview
 from fastln.training.record import check_same_data, check_same_options, is_finished, write_json
+from fastln.training.tasks import groups_that_train
 from fastln.training.tensor_store import TensorStore
 from fastln.training.train import check_settings, tell_unused, train_task
 
@@ -125,13 +126,15 @@ def run_training(
     device = settle_device(run.device)
     dtype = settle_dtype(run.dtype, device)
     is_first = is_first_process()
+    if dry_run and (resume or overwrite):
+        logger.warning("a dry run reads and writes nothing in %s, so resume and overwrite have no effect", out)
     if is_first and not dry_run:
         _check_folder(run, out, resume=resume, overwrite=overwrite)
     source = load_source(run.data, run.options)
     digests = {split: digest(samples, source.stats) for split, samples in source.splits.items()}
-    if is_first and resume:
+    if is_first and resume and not dry_run:
         check_same_data(run.data, digests, out / RECORD)
-    if resume and is_finished(out / RECORD):
+    if resume and not dry_run and is_finished(out / RECORD):
         logger.info("%s: this run is finished; there is nothing left to resume", out)
         return None
     # Find errors before the training, not after it.
@@ -144,10 +147,17 @@ def run_training(
     if features is not None:
         check_frozen(task, run.config.method, run.config.scope)
     if dry_run:
-        tell_unused(task, run.config)
         print(preview(task, data, run.config, engine))
+        tell_unused(task, data, run.config, ADAPTER_DTYPES[run.adapter_dtype])
         return None
-    record = {"run": asdict(run), "engine": engine, "dtype": str(dtype), "digests": digests}
+    rates = run.config.rates.of(groups_that_train(task, run.config.method, run.config.scope))
+    record = {
+        "run": asdict(run),
+        "engine": engine,
+        "dtype": str(dtype),
+        "learning_rates": rates,
+        "digests": digests,
+    }
     if is_first:
         if not resume:
             _clear(out)

@@ -35,6 +35,9 @@ _SHARE_KEPT = 0.9  # of the limit, after freeing space, so that not every furthe
 _KEY = re.compile(r"[0-9a-f]{64}")
 
 
+LIMIT = "10GiB"
+
+
 class TensorStore:
     """A bounded folder of tensors under keys.
 
@@ -59,6 +62,19 @@ class TensorStore:
                 _write(ledger, self._make_room(0, self.limit))
         except OSError as error:
             raise FastLNError(f"{directory}: cannot be used as a cache: {error}") from error
+
+    @classmethod
+    def at(cls, directory: Path | None, limit: str | None) -> TensorStore | None:
+        """Return the store in a folder, by default with at most `LIMIT` on disk; None without a folder.
+
+        Raises:
+            FastLNError: if there is a limit and no folder; also as for the class.
+        """
+        if directory is None:
+            if limit is not None:
+                raise FastLNError(f"feature_cache_size {limit}: there is no feature_cache whose size it limits")
+            return None
+        return cls(directory, LIMIT if limit is None else limit)
 
     def get(self, key: str) -> dict[str, Tensor] | None:
         """Return the tensors under `key`, 64 hexadecimal digits; None if there are none."""
