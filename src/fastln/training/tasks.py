@@ -9,6 +9,7 @@ from torch import nn
 
 from fastln.engines import load_trained_adapter, put_method, to_stock
 from fastln.errors import FastLNError
+from fastln.families import parameters_in
 from fastln.methods import RANDOM_HEADS, get_method, norm_parameters, select_parameters, settle_scope
 from fastln.models import Task
 
@@ -57,13 +58,14 @@ def groups_that_train(task: Task, method: str, scope: Iterable[str] | None = Non
     """Return which of `fastln.methods.GROUPS` a method trains in a task's model, before it is applied.
 
     Raises:
-        FastLNError: as in `fastln.methods.select_parameters`.
+        FastLNError: as in `fastln.methods.select_parameters`, and for a scope that the model does not have.
     """
     head = task.head_under(method)
     found = {"head"} if head else set()
     method, scope = settle_scope(method, scope)
     chosen, _ = get_method(method)
     if chosen.select is None:
+        parameters_in(task.model, scope)  # refuses a scope that the model does not have
         return found | ({"own"} if chosen.norm_learning_rate is None else {"own", "norms"})
     prefixes = tuple(f"{name}." for name in head)
     names = {name for name in select_parameters(task.model, chosen, scope) if not name.startswith(prefixes)}
