@@ -16,7 +16,7 @@ SOURCES = (ROOT / "src" / "fastln", ROOT / "kernels" / "fastln_kernels")
 LAYERS = """
     fastln_kernels
     errors
-    files machine processes sizes
+    changes files machine origin processes sizes
     fingerprint ops
     decision families late
     methods standins

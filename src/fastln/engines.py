@@ -10,6 +10,7 @@ import peft
 import torch
 from peft.utils import ModulesToSaveWrapper
 from safetensors import SafetensorError
+from safetensors.torch import save
 from torch import nn
 from transformers.models.auto.modeling_auto import (
     MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
@@ -18,12 +19,24 @@ from transformers.models.auto.modeling_auto import (
 )
 from transformers.pytorch_utils import Conv1D
 
-from fastln.adapters import LN_TUNING, adapter_type, load_adapter, save_adapter
+from fastln.adapters import (
+    LN_TUNING,
+    PARTS,
+    WEIGHTS,
+    NoAdapterError,
+    adapter_contents,
+    adapter_type,
+    load_adapter,
+    name_or_path,
+    read_tensors,
+)
+from fastln.changes import EXTRA, changed_buffers, extra_states, load_extra_states, mark_buffers
 from fastln.errors import FastLNError, loading
 from fastln.families import find_norms, parameters_in
 from fastln.families.parts import attention_maps, ffn_maps
 from fastln.files import written_whole
 from fastln.methods import IA3_TARGETS, LORA_RANK, LORA_TARGETS, get_method, select_parameters, settle_scope
+from fastln.origin import ORIGIN, Origin, origin_bytes
 from fastln.plan import prepared, settle_without
 from fastln.prepare import prepare, restore
 
@@ -67,12 +80,26 @@ def put_method(
     """
     method, scope = settle_scope(method, scope)
     also = (also,) if isinstance(also, str) else tuple(also)
-    chosen, engine = get_method(method, engine)
+    _, engine = get_method(method, engine)
     check_without(without, engine)
     if backend != "auto" and engine != "fastln":
         raise FastLNError(f"engine {engine!r} runs stock code: backend {backend!r} is for engine 'fastln'")
+    trained = _put(model, method, engine, scope, also, without, backend)
+    mark_buffers(trained)
+    return trained
+
+
+def _put(
+    model: nn.Module,
+    method: str,
+    engine: str,
+    scope: str | Iterable[str] | None,
+    also: tuple[str, ...],
+    without: str | Iterable[str],
+    backend: str,
+) -> nn.Module:
     if engine == "torch":
-        trained = select_parameters(model, chosen, scope, also)
+        trained = select_parameters(model, get_method(method, engine)[0], scope, also)
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(name in trained)
         return model
@@ -136,36 +163,62 @@ def to_stock(trained: nn.Module) -> nn.Module:
     return model if prepared(model) is None else restore(model)
 
 
-def save_trained_adapter(trained: nn.Module, directory: Path, dtype: torch.dtype = torch.float32) -> None:
+def save_trained_adapter(
+    trained: nn.Module, directory: Path, dtype: torch.dtype | None = torch.float32, origin: Origin | None = None
+) -> None:
     """Write what a method trained as an adapter: in fastln's form for norms, in peft's form for peft's methods.
 
     Args:
         trained: what `put_method` returned, before `to_stock`.
         directory: a new folder.
-        dtype: dtype of its norms; peft's adapters keep their own dtype.
+        dtype: dtype of its norms, as `save_adapter` takes it; peft's adapters keep their own dtype.
+        origin: as `save_adapter` takes it.
 
     Raises:
         FastLNError: for what no adapter can hold (`full`, `bitfit`, norms with lora, plain torch), with the reason; or
             if the folder cannot be written to. The folder then does not appear.
     """
+    try:
+        with written_whole(directory) as beside:
+            write_trained_adapter(trained, beside, dtype, origin)
+    except (OSError, SafetensorError) as error:
+        raise FastLNError(f"{directory}: the adapter cannot be written: {error}") from error
+
+
+def write_trained_adapter(trained: nn.Module, folder: Path, dtype: torch.dtype | None, origin: Origin | None) -> None:
+    """Write the files of an adapter into an existing folder; the arguments are those of `save_trained_adapter`.
+
+    Raises:
+        NoAdapterError: for what no adapter can hold. Nothing is written then.
+        OSError: if a file cannot be written.
+    """
     if not isinstance(trained, peft.PeftModel):
-        save_adapter(trained, directory, dtype=dtype)
+        contents = adapter_contents(trained, dtype, origin)
     elif prepared(trained.get_base_model()) is not None:
-        raise FastLNError("an adapter holds either norms or peft's layers, and here both train")
+        raise NoAdapterError("an adapter holds either norms or peft's layers, and here both train")
     else:
-        try:
-            with written_whole(directory) as beside:
-                trained.save_pretrained(str(beside))
-        except (OSError, SafetensorError) as error:
-            raise FastLNError(f"{directory}: the adapter cannot be written: {error}") from error
+        config = trained.active_peft_config
+        config.base_model_name_or_path = (origin and origin.source) or name_or_path(trained.get_base_model())
+        trained.save_pretrained(str(folder))
+        contents = {} if origin is None else {ORIGIN: origin_bytes(origin)}
+        if (states := extra_states(trained.get_base_model())) is not None:
+            contents[EXTRA] = states
+        if further := changed_buffers(trained):  # peft knows only its own layers
+            tensors, metadata = read_tensors(folder / WEIGHTS)
+            further = {name.replace(f".modules_to_save.{trained.active_adapter}", ""): t for name, t in further.items()}
+            tensors |= {name: tensor.cpu().contiguous() for name, tensor in further.items() if name not in tensors}
+            contents[WEIGHTS] = save(tensors, metadata)
+    for name, content in contents.items():
+        (folder / name).write_bytes(content)
 
 
-def load_trained_adapter(model: nn.Module, directory: Path) -> nn.Module:
+def load_trained_adapter(model: nn.Module, directory: Path, *, check_base: bool = True) -> nn.Module:
     """Load an adapter that `save_trained_adapter` or peft wrote into a stock model.
 
     Args:
         model: the base that it was trained on; it is changed in place.
         directory: the adapter's folder.
+        check_base: as `load_adapter` takes it.
 
     Returns:
         The stock model with the adapter's values in it.
@@ -174,11 +227,11 @@ def load_trained_adapter(model: nn.Module, directory: Path) -> nn.Module:
         FastLNError: if the folder holds no complete adapter, if the adapter does not fit the model, or if it holds
             virtual tokens; also as in `load_adapter`.
     """
-    if (kind := adapter_type(directory)) == LN_TUNING:
+    if (kind := adapter_type(directory)) in (LN_TUNING, PARTS):
         with warnings.catch_warnings():
             # The model is scored in its own dtype, as `fastln train` saves and scores it.
             warnings.filterwarnings("ignore", message=".* rounds ")
-            load_adapter(model, directory)
+            load_adapter(model, directory, check_base=check_base)
         return model
     if kind in _VIRTUAL:
         raise FastLNError(
@@ -187,6 +240,7 @@ def load_trained_adapter(model: nn.Module, directory: Path) -> nn.Module:
         )
     with loading(str(directory)):
         wrapped = peft.PeftModel.from_pretrained(model, str(directory), autocast_adapter_dtype=False)
+        load_extra_states(wrapped.get_base_model(), directory)
     return to_stock(wrapped)
 
 

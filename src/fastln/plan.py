@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fastln.changes import mark_buffers
 from fastln.decision import Change, Plan, Stay
 from fastln.errors import FastLNError
 from fastln.families.norms import norm_eps
@@ -146,6 +147,7 @@ def apply(plan: Plan, model: nn.Module) -> None:
     """
     _check_stock(model)
     _check_fits(plan, model)
+    mark_buffers(model)
     state = Prepared(plan)
     before: dict[str, Tensor] = {}
     try:
