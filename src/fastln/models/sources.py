@@ -13,6 +13,7 @@ from fastln.errors import FastLNError
 # What `fastln train` writes into its output folder.
 RECORD = "run.json"
 MODEL = "model"
+ADAPTER_CONFIG = "adapter_config.json"
 
 
 def saved_model(source: str) -> str:
@@ -37,6 +38,10 @@ def check_source(source: str) -> None:
     """
     path = Path(source)
     if path.is_dir():
+        if (path / ADAPTER_CONFIG).is_file() and not (path / "config.json").is_file():
+            raise FastLNError(
+                f"{source}: this is an adapter or a checkpoint, not a whole model; fastln eval and fastln merge take it"
+            )
         if not (path / "config.json").is_file():
             raise FastLNError(
                 f"{source}: there is no config.json in this directory; give a directory that save_pretrained wrote, "
