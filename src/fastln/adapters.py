@@ -14,7 +14,7 @@ import json
 import logging
 import re
 import warnings
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -137,7 +137,7 @@ def adapter_contents(model: nn.Module, dtype: torch.dtype | None, origin: Origin
     config = _configuration(model, origin) | {
         "peft_type": LN_TUNING,
         "target_modules": _targets(model, list(dict.fromkeys(map(_owner, tuned)))),
-        "modules_to_save": modules or None,
+        "modules_to_save": list(_callable_parts(model, modules)) or None,
     }
     contents = {WEIGHTS: save(tensors, metadata), CONFIG: _json(config)}
     if origin is not None:
@@ -299,6 +299,16 @@ def warn_of_rounding(exact: Mapping[str, Tensor], kept: Mapping[str, Tensor], ad
 def _owner(name: str) -> str:
     """Return the name of the module that owns this parameter; empty for the model itself."""
     return name.rpartition(".")[0]
+
+
+def _callable_parts(model: nn.Module, names: Iterable[str]) -> Iterator[str]:
+    """Yield the modules of these names; in place of a list or dict of modules, which peft refuses, its parts."""
+    for name in names:
+        module = model.get_submodule(name)
+        if isinstance(module, nn.ModuleList | nn.ModuleDict):
+            yield from _callable_parts(model, (f"{name}.{part}" for part, _ in module.named_children()))
+        else:
+            yield name
 
 
 def _prefixes(modules: Collection[str]) -> tuple[str, ...]:
