@@ -16,13 +16,13 @@ SOURCES = (ROOT / "src" / "fastln", ROOT / "kernels" / "fastln_kernels")
 LAYERS = """
     fastln_kernels
     errors
-    changes files machine origin processes sizes
+    changes files layouts machine origin processes sizes versions
     fingerprint ops
     decision families late
     methods standins
-    plan
+    plan watch
     memory
-    prepare
+    prepare rates
     cost
     adapters
     engines

@@ -13,20 +13,21 @@ import typer
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from fastln.configured import ConfiguredCommand
-from fastln.data.loading import READERS
 from fastln.errors import FastLNError
+from fastln.layouts import LAYOUTS
+from fastln.versions import package_version
 
 app = typer.Typer(
     add_completion=False,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
-    help="Tune the norms of a transformer fast, and compare that with other tuning methods.",
+    context_settings={"help_option_names": ["-h", "--help"]},
 )
 
 Data = Annotated[str, typer.Option(help="'phantom' (embedded, synthetic), or a dataset's folder or file.")]
 Layout = Annotated[
     str | None,
-    typer.Option(help=f"How the data is laid out: {', '.join(READERS)}; recognised by default."),
+    typer.Option(help=f"How the data is laid out: {', '.join(LAYOUTS)}; recognised by default."),
 ]
 Language = Annotated[str | None, typer.Option(help="Language of SLAKE's questions: en (the default) or zh.")]
 SkipBadRows = Annotated[bool, typer.Option("--skip-bad-rows", help="Skip bad rows; the log lists them.")]
@@ -36,7 +37,7 @@ Model = Annotated[
         help="'dual', 'dual:VISION,TEXT', 'blip', 'blip:SOURCE', 'chat:SOURCE', or a folder that `fastln train` wrote."
     ),
 ]
-DType = Annotated[str, typer.Option(help="float32, bfloat16 or auto: bfloat16 if the hardware supports it.")]
+DType = Annotated[str, typer.Option(help="float32, bfloat16 or auto: the one that this machine multiplies faster.")]
 FeatureCache = Annotated[Path | None, typer.Option(help="Cache a frozen vision tower's features in this folder.")]
 FeatureCacheSize = Annotated[str, typer.Option(help="Maximum size of the cache; the least recently used goes first.")]
 Device = Annotated[str, typer.Option(help="cpu, cuda or auto.")]
@@ -44,6 +45,21 @@ ImageSize = Annotated[
     int | None,
     typer.Option(help="Edge length in pixels that images are resized to; by default the size saved with the model."),
 ]
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"fastln {package_version('fastln')}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version and exit.")
+    ] = False,
+) -> None:
+    """Tune the norms of a transformer fast, and compare that with other tuning methods."""
 
 
 class TrainCommand(ConfiguredCommand):
@@ -131,7 +147,10 @@ def train(
     ] = None,
     scope: Annotated[
         list[str] | None,
-        typer.Option(help="Sub-model: vision, text, decoder or projector; repeatable; all by default."),
+        typer.Option(
+            help="Part to tune: vision, text, decoder, projector, or a pattern of module names; 'not:' before one "
+            "leaves it out; repeatable; all by default."
+        ),
     ] = None,
     without: Annotated[
         list[str] | None, typer.Option(help="Leave out one of fastln's changes; repeatable; fastln doctor lists them.")

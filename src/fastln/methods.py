@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from fastln.errors import FastLNError
-from fastln.families import find_norms, find_other_norms, parameters_in, sub_models
+from fastln.families import find_norms, find_other_norms, leaves_out_only, parameters_in, sub_models
 from fastln.families.parts import attention_maps, embedding_parameters, ffn_maps, head_parameters, own_parameters
 
 
@@ -151,7 +151,7 @@ def settle_scope(method: str, scope: str | Iterable[str] | None) -> tuple[str, s
                 f"scope {scope!r} already says what trains in every sub-model; leave out the method {method!r}"
             )
         return scope, None
-    if is_notation(method) and scope is not None:
+    if is_notation(method) and scope is not None and not leaves_out_only(scope):
         raise FastLNError(
             f"method {method!r} already says what trains in every sub-model; leave out the scope {scope!r}"
         )

@@ -9,7 +9,6 @@ from typing import TypeVar
 from torch import nn
 
 from fastln.errors import FastLNError
-from fastln.methods import norm_parameters
 from fastln.plan import apply, plan, prepared
 
 logger = logging.getLogger(__name__)
@@ -41,8 +40,8 @@ def prepare(
         model: Any transformers model, or any `nn.Module` with LayerNorm or RMSNorm modules.
         method: A name from `fastln.methods.METHODS`, or one code per sub-model, in the model's order, joined by dashes
             (`LN-F-T`): T trains everything, F nothing, LN the norms, ATT attention, FFN the feed-forward networks.
-        scope: The sub-models to tune (`vision`, `text`, `decoder`, `projector`), or such codes. By default all
-            sub-models.
+        scope: The parts to tune: sub-models (`vision`, `text`, `decoder`, `projector`), patterns of module names,
+            either of them after `not:` to leave it out, or such codes. By default all sub-models.
         also: Names of further modules that train in full, such as a randomly initialised task head.
         activations: What is kept for backward: a name from `fastln.ops.settings.STORAGES`.
         products: The form in which matrix products run: a name from `fastln.ops.settings.PRODUCTS`.
@@ -103,18 +102,3 @@ def restore(model: ModelT) -> ModelT:
     for parameter in model.parameters():
         parameter.grad = None
     return model
-
-
-def check_norm_gradients(model: nn.Module) -> None:
-    """Check after a backward pass that every parameter of every trained norm received a gradient.
-
-    Raises:
-        FastLNError: If some did not. The message names them.
-    """
-    norms = {name: model.get_parameter(name) for name in norm_parameters(model)}
-    silent = [name for name, parameter in norms.items() if parameter.requires_grad and parameter.grad is None]
-    if silent:
-        raise FastLNError(
-            f"{len(silent)} trained norm parameters received no gradient because the loss does not depend on them: "
-            f"{', '.join(silent[:5])}{', ...' if len(silent) > 5 else ''}; leave them out with `scope`"
-        )

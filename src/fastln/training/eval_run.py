@@ -13,11 +13,12 @@ from fastln.data import DataOptions, load_source
 from fastln.data.answers import normalise_answer
 from fastln.data.dataset import check_split
 from fastln.errors import FastLNError
-from fastln.machine import DTYPES, settle_device, settle_dtype
+from fastln.machine import settle_device
 from fastln.metrics import Accuracy, ReportScores, check_scorable, score
 from fastln.models import is_bare, load_task
 from fastln.models.sources import saved_model
 from fastln.origin import read_origin
+from fastln.rates import DTYPES, settle_dtype
 from fastln.training.evaluate import predict, print_scores
 from fastln.training.features import check_cacheable
 from fastln.training.record import write_json

@@ -21,7 +21,7 @@ class FastLNTrainer(MethodTrainer):
 
     The model is prepared in place (peft's methods wrap it: `trainer.model` is what trains). Norms train in float32,
     without weight decay (like biases), and at `norm_learning_rate` if that is given. Training stops with a
-    `FastLNError` if a trained norm gets no gradient, does not move or becomes NaN, or if the loss is NaN. The log has
+    `FastLNError` where `fastln.watch_norms` raises one, and at a loss that is NaN. The log has
     the mean |Δγ|, samples and tokens per second, and the peak memory. Checkpoints are those of `ResumableTrainer`.
     Activation checkpointing is never reentrant, even if `use_reentrant` asks for it, as in every prepared model.
 

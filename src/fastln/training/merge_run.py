@@ -23,7 +23,6 @@ from transformers import (
 from fastln.adapters import LN_TUNING, adapter_type, load_adapter
 from fastln.errors import FastLNError, loading
 from fastln.files import STAGING, written_whole
-from fastln.machine import DTYPES
 from fastln.merge import save_merged
 from fastln.models import is_bare, llava_med
 from fastln.models.chat_task import ChatTask
@@ -32,6 +31,7 @@ from fastln.models.images import ImageInputs, ImagePixels
 from fastln.models.sources import check_source, file_of, load_tokenizer, saved_model
 from fastln.origin import read_origin
 from fastln.plan import apply, plan
+from fastln.rates import DTYPES
 from fastln.standins.tricks import TRICKS
 from fastln.training.tasks import base_of, load_base, load_values
 

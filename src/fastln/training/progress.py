@@ -5,26 +5,49 @@ from __future__ import annotations
 import itertools
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
 from tqdm import tqdm
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from fastln.errors import FastLNError
+from fastln.ops.linear_cross_entropy import IGNORE_INDEX
 
 
-def check_loss(loss: float, step: int, sample_ids: Sequence[str] | None = None) -> float:
+def check_loss(loss: float, step: int, sample_ids: Sequence[str] | None = None, reason: str | None = None) -> float:
     """Check that `loss` is a number, and return it.
 
     Raises:
-        FastLNError: if it is NaN; the message names the samples if their ids are given.
+        FastLNError: if it is NaN; the message names the samples if their ids are given, and the reason if it is known.
     """
     if math.isnan(loss):
         batch = f" in the batch of samples {', '.join(sample_ids)}" if sample_ids else ""
-        raise FastLNError(f"the loss is not a number at step {step}{batch}; try a lower learning rate")
+        why = f": {reason}" if reason else "; try a lower learning rate"
+        raise FastLNError(f"the loss is not a number at step {step}{batch}{why}")
     return loss
+
+
+def why_not_a_number(inputs: Mapping[str, Any]) -> str | None:
+    """Return what in a batch makes a loss NaN; None if nothing in it does.
+
+    Args:
+        inputs: The model's arguments.
+    """
+    labels = inputs.get("labels")
+    if isinstance(labels, Tensor) and not labels.is_floating_point() and (labels == IGNORE_INDEX).all():
+        return (
+            f"no position of this batch has a label (all are {IGNORE_INDEX}); look for samples without an answer, and "
+            "for a maximum length that cuts answers off"
+        )
+    for name, value in inputs.items():
+        if "mask" in name or not isinstance(value, Tensor):  # a mask may hold -inf
+            continue
+        if value.is_floating_point() and not value.isfinite().all():
+            return f"{name} holds NaN or infinite values"
+    return None
 
 
 class ProgressBar(TrainerCallback):

@@ -23,7 +23,7 @@ from fastln.origin import ORIGIN, Origin
 from fastln.training import adalora, checkpoints
 from fastln.training.internals import check_internals
 from fastln.training.trained import load_trained, save_trained, trained_parameters
-from fastln.training.watch import check_finite
+from fastln.watch import check_finite
 
 logger = logging.getLogger(__name__)
 

@@ -15,12 +15,13 @@ from fastln.data import DataOptions, Source, VQADataset, digest, load_source
 from fastln.engines import check_finishes, check_without
 from fastln.errors import FastLNError
 from fastln.files import written_whole
-from fastln.machine import settle_device, settle_dtype
+from fastln.machine import settle_device
 from fastln.methods import get_method
 from fastln.metrics import Accuracy, ReportScores, check_scorable
 from fastln.models import VQATask, load_task
 from fastln.models.sources import MODEL, RECORD
 from fastln.processes import is_first_process
+from fastln.rates import settle_dtype
 from fastln.training.checkpoints import checkpoints_in
 from fastln.training.config import TrainConfig, TrainFiles, TrainResult
 from fastln.training.evaluate import evaluate, print_scores

@@ -67,7 +67,7 @@ def train_task(
         progress: whether to show a progress bar.
 
     Raises:
-        FastLNError: if a trained norm gets no gradient, the loss turns NaN, there is no checkpoint to resume from, what
+        FastLNError: if the watch over norms raises one, the loss turns NaN, there is no checkpoint to resume from, what
             the method trains cannot become part of the model, a setting of `config` has no effect on this model, or
             `features` is given and the vision tower trains.
     """
