@@ -118,7 +118,9 @@ def adapter_contents(model: nn.Module, dtype: torch.dtype | None, origin: Origin
         for name, value in model.state_dict().items()
         if name.startswith(inside) and isinstance(value, Tensor)
     }
-    whole |= {name: buffer for name, buffer in changed_buffers(model).items() if not name.startswith(inside)}
+    state = prepared(model)
+    moved = changed_buffers(model, None if state is None else state.buffers)
+    whole |= {name: buffer for name, buffer in moved.items() if not name.startswith(inside)}
     tensors |= {f"{PEFT_PREFIX}{name}": tensor for name, tensor in whole.items()}
     # Every process gathers; then all but the first return.
     exact = {name: gathered(parameter) for name, parameter in tuned.items()}

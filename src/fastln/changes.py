@@ -11,6 +11,7 @@ import io
 import pickle
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -20,12 +21,12 @@ from fastln.errors import FastLNError
 EXTRA = "extra_state.pt"
 """The file of what modules return from `get_extra_state`, where there are such modules."""
 
-_MARKS = "_fastln_marks"
 _ALL_BYTES = 1 << 20  # larger tensors are sampled
 _N_SAMPLED = 4096
 
 Marks = dict[str, str]
 """The digests of tensors' values, by name."""
+_MARKED: WeakKeyDictionary[nn.Module, Marks] = WeakKeyDictionary()
 
 
 def marks(tensors: Iterable[tuple[str, Tensor]]) -> Marks:
@@ -46,15 +47,22 @@ def frozen(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     return ((name, parameter) for name, parameter in model.named_parameters() if not parameter.requires_grad)
 
 
-def mark_buffers(model: nn.Module) -> None:
-    """Mark the values of the model's buffers, unless they are marked already."""
-    if _MARKS not in model.__dict__:
-        model.__dict__[_MARKS] = marks(buffers(model))
+def mark_buffers(model: nn.Module) -> Marks:
+    """Mark the values of the model's buffers, unless they are marked already, and return the marks."""
+    if model not in _MARKED:
+        _MARKED[model] = marks(buffers(model))
+    return _MARKED[model]
 
 
-def changed_buffers(model: nn.Module) -> dict[str, Tensor]:
-    """Return the buffers that changed since `mark_buffers`; none if it was never called."""
-    return changed(buffers(model), model.__dict__[_MARKS]) if _MARKS in model.__dict__ else {}
+def changed_buffers(model: nn.Module, before: Marks | None = None) -> dict[str, Tensor]:
+    """Return the buffers that changed.
+
+    Args:
+        model: the model.
+        before: the marks to use if `mark_buffers` was not called for this very object, such as a copy.
+    """
+    before = _MARKED.get(model, before)
+    return {} if before is None else changed(buffers(model), before)
 
 
 def changed(tensors: Iterable[tuple[str, Tensor]], before: Marks) -> dict[str, Tensor]:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastln.changes import mark_buffers
+from fastln.changes import Marks, mark_buffers
 from fastln.decision import Change, Plan, Stay
 from fastln.errors import FastLNError
 from fastln.families.norms import norm_eps
@@ -42,6 +42,7 @@ class Prepared:
         dtypes: The earlier dtype of each parameter that became float32, by name.
         undo: Objects that undo the changes, in the order in which the changes were made.
         others: The dtypes of the other parameters.
+        buffers: The marks of the model's buffers when it was first prepared.
     """
 
     plan: Plan
@@ -49,6 +50,7 @@ class Prepared:
     dtypes: dict[str, torch.dtype] = field(default_factory=dict)
     undo: list[Undo] = field(default_factory=list)
     others: set[torch.dtype] = field(default_factory=set)
+    buffers: Marks = field(default_factory=dict)
 
     def remove(self, model: nn.Module) -> None:
         """Undo every change to `model`. Tuned values stay, cast to the model's own dtype."""
@@ -163,8 +165,7 @@ def apply(plan: Plan, model: nn.Module) -> None:
     """
     _check_stock(model)
     _check_fits(plan, model)
-    mark_buffers(model)
-    state = Prepared(plan)
+    state = Prepared(plan, buffers=mark_buffers(model))
     before: dict[str, Tensor] = {}
     try:
         setattr(model, STATE, state)
