@@ -38,7 +38,7 @@ def test_a_fingerprint_notices_the_frozen_weights_and_nothing_else():
     with torch.no_grad():
         model.bert.encoder.layer[1].output.dense.weight *= 1.01
     assert (
-        "1 of 34 frozen parameters differ from those it was saved beside, for example bert.encoder.layer.1.output"
+        "1 of 30 frozen parameters differ from those it was saved beside, for example bert.encoder.layer.1.output"
         in difference(found, model, norms)
     )
 
@@ -80,6 +80,29 @@ def test_a_fingerprint_without_a_version_is_compared_by_its_own_rule():
     assert "the answers that the model chooses from, differ" in differs
     assert "float16" not in differs
     assert "the fingerprint is of bfloat16, the weights are float16" in difference(BEFORE, model.half())
+
+
+def test_an_old_fingerprint_that_does_not_fit_says_why_that_may_be():
+    differs = difference(BEFORE, nn.Linear(12, 9))
+    assert "the fingerprint is of the older form, which does not know the dtype of its base" in differs
+
+
+def test_a_base_that_is_quantised_twice_is_one_base():
+    def quantised(seed):
+        base = family_models.make("llama", seed)
+        with torch.no_grad():
+            for name, parameter in base.named_parameters():
+                if parameter.dim() == 2:
+                    scale = parameter.abs().amax() / 127
+                    owner, _, own = name.rpartition(".")
+                    whole = (parameter / scale).round().to(torch.int8)
+                    setattr(base.get_submodule(owner), own, nn.Parameter(whole, requires_grad=False))
+                    base.get_submodule(owner).register_buffer("scale", scale)
+        return base
+
+    norms = norm_parameters(quantised(0))
+    assert difference(fingerprint(quantised(0), norms), quantised(0), norms) is None
+    assert "frozen parameters differ" in difference(fingerprint(quantised(0), norms), quantised(1), norms)
 
 
 def test_a_fingerprint_of_a_later_version_says_so():
