@@ -222,6 +222,11 @@ def load_adapter(model: nn.Module, directory: str | Path, *, check_base: bool = 
     adapter = _read(Path(directory))
     own = model.state_dict()
     for name, tensor in adapter.tensors.items():
+        if name not in own and ".lora_" in name:
+            raise FastLNError(
+                f"{directory}: this checkpoint holds LoRA layers beside norms, which no stock model has; fastln eval "
+                "and fastln merge read it"
+            )
         if name not in own:
             raise FastLNError(f"{directory}: the adapter is for another model: {type(model).__name__} has no {name}")
         if own[name].shape != tensor.shape:

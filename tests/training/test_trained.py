@@ -8,7 +8,7 @@ import re
 import peft
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from small_run import Sentences, arguments, llama
 from torch import nn
 from torch.utils.data import Dataset
@@ -18,6 +18,7 @@ import fastln
 from fastln import FastLNError, FastLNTrainer
 from fastln.adapters import TRAINED, WEIGHTS, WHOLE
 from fastln.changes import EXTRA
+from fastln.fingerprint import FINGERPRINT, fingerprint
 from fastln.models.tokens import word_tokenizer
 from fastln.plan import prepared
 from fastln.training import checkpoints
@@ -335,6 +336,25 @@ def test_a_resized_vocabulary_is_told_with_what_to_do(also, tmp_path):
         run().train(resume_from_checkpoint=True)
     with pytest.raises(FastLNError, match=advice):
         fastln.load_adapter(llama(), tmp_path / "out" / "checkpoint-2")
+
+
+def test_a_checkpoint_of_an_earlier_version_loads_and_refuses_another_base(tmp_path):
+    model = fastln.prepare(llama(), backend="reference")
+    norms = {name: p.detach() + 1 for name, p in trained_parameters(model).items()}
+    save_file(norms, tmp_path / TRAINED, {FINGERPRINT: fingerprint(model, norms)})
+    load_trained(model, tmp_path)
+    assert all(torch.equal(model.get_parameter(name), tensor) for name, tensor in norms.items())
+    with torch.no_grad():
+        model.lm_head.weight += 1
+    with pytest.raises(FastLNError, match="it is from another base model: 1 of"):
+        load_trained(model, tmp_path)
+
+
+def test_norms_beside_lora_are_no_adapter_of_a_stock_model(tmp_path):
+    args = arguments(tmp_path, max_steps=2)
+    FastLNTrainer(llama(), args, train_dataset=Sentences(), method="layernorm+lora").train()
+    with pytest.raises(FastLNError, match=r"holds LoRA layers beside norms.*fastln eval and fastln merge read it"):
+        fastln.load_adapter(llama(), tmp_path / "checkpoint-2")
 
 
 class Seen(TrainerCallback):

@@ -137,10 +137,11 @@ class ResumableTrainer(Trainer):
         if not self._sharded:
             check_finite(trained_parameters(self.model), self.state.global_step)
         # The Trainer's own code writes to the staging folder: meanwhile `_get_output_dir` returns that.
-        place = Path(self._get_output_dir(trial))
+        run_folder = self._get_output_dir(trial)
+        place = Path(run_folder)
         name = f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
         staging = place / checkpoints.STAGING
-        best = self._best(place)
+        best = self._best(run_folder)
         try:
             if self.args.should_save:
                 place.mkdir(parents=True, exist_ok=True)
@@ -169,12 +170,12 @@ class ResumableTrainer(Trainer):
             self._to_push = None
             self._push_from_checkpoint(str(place / name))
 
-    def _best(self, place: Path) -> str | None:
+    def _best(self, folder: str) -> str | None:
         """Return where the best checkpoint is, or will be, as stock writes it."""
         step = self.state.best_global_step
         if not step:
             return self.state.best_model_checkpoint
-        best = os.path.join(self._get_output_dir(None), f"{PREFIX_CHECKPOINT_DIR}-{step}")
+        best = os.path.join(folder, f"{PREFIX_CHECKPOINT_DIR}-{step}")
         return best if step == self.state.global_step or os.path.isdir(best) else self.state.best_model_checkpoint
 
     def _get_output_dir(self, trial: Any) -> str:

@@ -104,6 +104,8 @@ def load_trained(model: nn.Module, folder: Path) -> None:
             raise FastLNError(f"{folder}: it is from another model: {resized or wrong}")
         state[name] = tensor
     base = entries.get("fingerprint")
+    if base is None and (folder / TRAINED).is_file():  # as earlier versions wrote it
+        base = read_tensors(folder / TRAINED)[1].get(FINGERPRINT)
     if base is not None and (differs := difference(base, model, state.keys() | _plain(stored))) is not None:
         raise FastLNError(
             f"{folder}: it is from another base model: {differs}; resume with that base, or start a new training"
