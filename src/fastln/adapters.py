@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from fastln.changes import EXTRA, changed_buffers, extra_states, load_extra_states, mark_buffers
 from fastln.errors import FastLNError
-from fastln.files import replace_files
+from fastln.files import replace_files, user_path
 from fastln.fingerprint import FINGERPRINT, difference, fingerprint, vocabulary_differs
 from fastln.methods import norm_parameters
 from fastln.origin import ORIGIN, Origin, absolute, origin_bytes
@@ -94,13 +94,14 @@ def save_adapter(
             norm trains, if something trains that this kind of adapter cannot hold (it holds norms and the modules in
             `also`), or if the folder cannot be written to. An earlier adapter in the folder is then still complete.
     """
+    directory = user_path(directory)
     contents = adapter_contents(model, dtype, origin)
     if not is_first_process():
         return
     try:
-        replace_files(Path(directory), contents)
+        replace_files(directory, contents)
         for name in {ORIGIN, EXTRA} - contents.keys():  # of an earlier adapter
-            (Path(directory) / name).unlink(missing_ok=True)
+            (directory / name).unlink(missing_ok=True)
     except OSError as error:
         raise FastLNError(f"{directory}: the adapter cannot be written, and nothing there changed: {error}") from error
 
@@ -219,7 +220,8 @@ def load_adapter(model: nn.Module, directory: str | Path, *, check_base: bool = 
             if the base is a different one, or if the adapter has several values for one weight that modules of
             this model share. The model is then unchanged.
     """
-    adapter = _read(Path(directory))
+    directory = user_path(directory)
+    adapter = _read(directory)
     own = model.state_dict()
     for name, tensor in adapter.tensors.items():
         if name not in own and ".lora_" in name:
@@ -431,7 +433,7 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 def _config(folder: Path) -> dict[str, Any]:
     path = folder / CONFIG
     try:
-        config = json.loads(path.read_text())
+        config = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise FastLNError(f"{folder}: there is no {CONFIG} in this folder; an adapter has one") from None
     except (OSError, ValueError) as error:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import logging
 import sys
@@ -10,11 +11,11 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from tqdm.contrib.logging import logging_redirect_tqdm
 
-from fastln.configured import ConfiguredCommand
+from fastln.configured import ConfiguredCommand, OptionalValues
 from fastln.errors import FastLNError
-from fastln.layouts import LAYOUTS
+from fastln.progress import around_bars, close_bars
+from fastln.reading import LAYOUTS
 from fastln.versions import package_version
 
 app = typer.Typer(
@@ -30,7 +31,17 @@ Layout = Annotated[
     typer.Option(help=f"How the data is laid out: {', '.join(LAYOUTS)}; recognised by default."),
 ]
 Language = Annotated[str | None, typer.Option(help="Language of SLAKE's questions: en (the default) or zh.")]
-SkipBadRows = Annotated[bool, typer.Option("--skip-bad-rows", help="Skip bad rows; the log lists them.")]
+SkipBadRows = Annotated[
+    str,
+    typer.Option(
+        "--skip-bad-rows",
+        metavar="[LIMIT]",
+        help="Skip bad rows; the log lists them. LIMIT: all (the default), a number of rows, or a share such as 1%.",
+    ),
+]
+KeepRepeats = Annotated[
+    bool, typer.Option("--keep-repeats", help="Keep training rows that the test or validation split repeats.")
+]
 Model = Annotated[
     str,
     typer.Option(
@@ -75,7 +86,7 @@ class TrainCommand(ConfiguredCommand):
         return {"engine": engine, "learning_rate": f"{rates.own:g}{norms}", "head_learning_rate": f"{rates.head:g}"}
 
 
-@app.command()
+@app.command(cls=OptionalValues)
 def bench(
     out: Annotated[Path, typer.Option(help="Folder for results.json, results.md and results.png.")] = Path(
         "runs/bench"
@@ -103,7 +114,8 @@ def bench(
     image_size: ImageSize = None,
     layout: Layout = None,
     language: Language = None,
-    skip_bad_rows: SkipBadRows = False,
+    skip_bad_rows: SkipBadRows = "none",
+    keep_repeats: KeepRepeats = False,
     overwrite: Annotated[bool, typer.Option(help="Replace an earlier run in the folder.")] = False,
 ) -> None:
     """Compare the speed, memory and answers of methods, each in its own process, in interleaved rounds."""
@@ -125,7 +137,8 @@ def bench(
         "image_size": image_size,
         "layout": layout,
         "language": language,
-        "skip_bad_rows": skip_bad_rows or None,
+        "skip_bad_rows": None if skip_bad_rows == "none" else skip_bad_rows,
+        "keep_repeats": keep_repeats or None,
     }
     name = suite or ("quick" if data is None and model is None else "real")
     rows = run_suite(load_suite(name, overrides), out, overwrite=overwrite, argv=sys.argv)
@@ -190,7 +203,8 @@ def train(
     image_size: ImageSize = None,
     layout: Layout = None,
     language: Language = None,
-    skip_bad_rows: SkipBadRows = False,
+    skip_bad_rows: SkipBadRows = "none",
+    keep_repeats: KeepRepeats = False,
     resume: Annotated[bool, typer.Option(help="Continue from the last checkpoint in the folder.")] = False,
     overwrite: Annotated[bool, typer.Option(help="Replace an earlier run in the folder.")] = False,
     dry_run: Annotated[
@@ -218,7 +232,7 @@ def train(
         questions_per_image=questions_per_image,
         seed=seed,
     )
-    options = DataOptions(layout, language, skip_bad_rows)
+    options = DataOptions(layout, language, skip_bad_rows, keep_repeats)
     run = TrainRun(
         data,
         model,
@@ -259,7 +273,8 @@ def evaluate(
     image_size: ImageSize = None,
     layout: Layout = None,
     language: Language = None,
-    skip_bad_rows: SkipBadRows = False,
+    skip_bad_rows: SkipBadRows = "none",
+    keep_repeats: KeepRepeats = False,
     adapter: Annotated[
         Path | None, typer.Option(help="Adapter or checkpoint folder, such as OUT/adapter; MODEL is then its base.")
     ] = None,
@@ -279,7 +294,7 @@ def evaluate(
         device=device,
         predictions=predictions,
         metrics=metrics,
-        options=DataOptions(layout, language, skip_bad_rows),
+        options=DataOptions(layout, language, skip_bad_rows, keep_repeats),
         adapter=adapter,
         image_size=image_size,
         validation=validation,
@@ -328,6 +343,10 @@ def doctor(
     typer.echo(json.dumps(findings, indent=2) if as_json else render(findings))
 
 
+INTERRUPTED = 130
+"""The exit status after Ctrl-C."""
+
+
 def _one_line(message: Warning | str, *_: object, **__: object) -> str:
     return f"warning: {message}\n"
 
@@ -337,12 +356,20 @@ def main() -> None:
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     logging.getLogger("httpx").setLevel(logging.WARNING)
     warnings.formatwarning = _one_line
-    try:
-        with logging_redirect_tqdm():  # so that messages do not break the progress bar
+    if isinstance(sys.stdout, io.TextIOWrapper):  # a name that the terminal cannot show must not end a run
+        sys.stdout.reconfigure(errors="backslashreplace")
+    with around_bars():
+        try:
             app()
-    except FastLNError as error:
-        typer.echo(f"error: {error}", err=True)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        typer.echo("interrupted", err=True)
-        sys.exit(130)
+        except FastLNError as error:
+            close_bars()
+            typer.echo(f"error: {error}", err=True)
+            sys.exit(2)
+        except (KeyboardInterrupt, SystemExit) as end:
+            if isinstance(end, SystemExit) and end.code != INTERRUPTED:  # typer turns the first into the second
+                raise
+            close_bars()
+            typer.echo("interrupted", err=True)
+            sys.exit(INTERRUPTED)
+        finally:
+            close_bars()

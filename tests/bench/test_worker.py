@@ -96,7 +96,8 @@ def test_shapes_of_the_cpu_suite_take_steps(model):
 
 
 def test_codes_of_sub_models_on_data_with_bad_rows(tmp_path):
-    rows = {split: [LAYOUTS["slake"].row(number) for number in range(4)] for split in ("train", "test")}
+    rows = {"train": [LAYOUTS["slake"].row(number) for number in range(4)]}
+    rows["test"] = [LAYOUTS["slake"].answer(row, "CT") for row in rows["train"]]
     rows["train"].append(LAYOUTS["slake"].row(0) | {"answer": None})
     data = LAYOUTS["slake"].make(tmp_path, **rows)
     changes = {"data": data, "layout": "slake", "warmup_steps": 0, "steps": 1, "batch_size": 2}

@@ -330,10 +330,10 @@ def test_resuming_on_data_that_changed_is_refused_and_a_copy_is_not(change, whic
     (data / "images").mkdir(parents=True)
     for name in ("0.png", "1.png"):
         Image.new("L", (8, 8)).save(data / "images" / name)
-    row = {"image": "0.png", "question": "is it bright?"}
+    row = {"image": "0.png"}
     rows = {
-        split: [row | {"id": f"{split}{n}", "answer": ("yes", "no")[n % 2]} for n in range(8)]
-        for split in ("train", "test")
+        split: [row | {"id": f"{split}{n}", "question": q, "answer": ("yes", "no")[n % 2]} for n in range(8)]
+        for split, q in (("train", "is it bright?"), ("test", "is it dark?"))
     }
 
     def write():

@@ -49,7 +49,7 @@ class Section:
 
 def write(rows: Sequence[Row], folder: Path) -> None:
     """Write `results.md` and `results.png` into `folder`."""
-    (folder / TABLE).write_text(to_markdown(rows))
+    (folder / TABLE).write_text(to_markdown(rows), encoding="utf-8")
     draw(rows, folder / PICTURE)
 
 

@@ -12,6 +12,7 @@ from statistics import median
 from typing import Any, Literal
 
 from fastln.bench.suite import Suite
+from fastln.files import json_text
 from fastln.models.shapes import is_shape, parse_shape
 
 
@@ -208,13 +209,16 @@ def data_name(rows: Sequence[Row]) -> str:
 def write_rows(rows: Sequence[Row], path: Path) -> None:
     """Write the rows as JSON, atomically: a reader sees the old file or the new one, never part of one."""
     part = path.with_name(path.name + ".part")
-    part.write_text(json.dumps([row.to_dict() for row in rows], indent=1, allow_nan=False) + "\n")
+    part.write_text(json_text([row.to_dict() for row in rows], indent=1, allow_nan=False) + "\n", encoding="utf-8")
     os.replace(part, path)
 
 
 def read_rows(path: Path) -> list[Row]:
     """Read rows written by `write_rows`."""
-    return [Row(**{key: _tuple(value) for key, value in entry.items()}) for entry in json.loads(path.read_text())]
+    return [
+        Row(**{key: _tuple(value) for key, value in entry.items()})
+        for entry in json.loads(path.read_text(encoding="utf-8"))
+    ]
 
 
 def _tuple(value: Any) -> Any:

@@ -16,6 +16,7 @@ from fastln.bench.results import Checked, Failure, Job, Quality, Row, Steps, mak
 from fastln.bench.suite import Suite
 from fastln.bench.worker import work
 from fastln.errors import FastLNError
+from fastln.files import user_path
 
 Worker = Callable[[Job], Checked | Steps | Quality]
 Expected = TypeVar("Expected", Checked, Steps, Quality)
@@ -50,6 +51,7 @@ def run_suite(
             there is too little data for a batch. Nothing is written in these cases.
         KeyboardInterrupt: If the user interrupts, after the results so far have been written.
     """
+    out = user_path(out)
     _refuse(out, overwrite)
     started = _now()
     runs = len(suite.models) * len(suite.dtypes)

@@ -9,9 +9,9 @@ from pathlib import Path
 
 from fastln.data import iu_xray, llava_med, parquet, path_vqa, phantom, plain, slake, vqa_rad
 from fastln.data.dataset import Source, VQADataset, check_split
-from fastln.data.options import DataOptions
 from fastln.errors import FastLNError
-from fastln.layouts import LAYOUTS
+from fastln.files import user_path
+from fastln.reading import LAYOUTS, DataOptions
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,7 +53,7 @@ def load_source(spec: str, options: DataOptions | None = None) -> Source:
     if spec == phantom.NAME:
         _refuse_language(spec, (), options)
         return phantom.source()
-    path = Path(spec).expanduser()
+    path = user_path(spec)
     if not path.exists():
         raise FastLNError(f"there is no data {spec!r}; give the folder or file of a dataset, or {phantom.NAME!r}")
     reader = _reader(path, options.layout)

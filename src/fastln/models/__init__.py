@@ -12,7 +12,7 @@ from fastln.errors import FastLNError
 from fastln.models import blip_task, chat_task, dual_task, llava_med
 from fastln.models.chat_vision import CHAT_VISION
 from fastln.models.dual_encoder import MODEL_TYPE, DualEncoder, DualEncoderConfig
-from fastln.models.sources import bare_configuration, check_source, saved_model
+from fastln.models.sources import bare_configuration, check_source, expanded_sources, saved_model
 from fastln.models.task import NOTHING_KEPT, Kept, Task, VQATask
 from fastln.origin import Origin, absolute
 
@@ -54,6 +54,7 @@ def load_task(
         FastLNError: if `spec` is none of these, the model cannot be loaded, the data does not fit it, or it does not
             take images of this size.
     """
+    spec = expanded_sources(spec)
     task = _load(spec, train_data, dtype, seed, image_size, kept)
     if image_size is not None and isinstance(task, chat_task.ChatTask):
         task.set_image_size(image_size)
@@ -126,7 +127,7 @@ def _load(
 
 def _model_type(path: Path) -> str | None:
     try:
-        config = json.loads(path.read_text())
+        config = json.loads(path.read_text(encoding="utf-8"))
     except json.JSONDecodeError as error:
         raise FastLNError(f"{path}: not JSON: line {error.lineno}, column {error.colno}: {error.msg}") from None
     except (OSError, UnicodeDecodeError) as error:

@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 
 from fastln.errors import FastLNError
+from fastln.files import user_path
 from fastln.methods import LearningRates, learning_rates
 from fastln.training.optimizer import WEIGHT_DECAY
 
@@ -85,6 +86,11 @@ class TrainFiles:
     resume: bool = False
     adapter: Path | None = None
     adapter_dtype: torch.dtype = torch.float32
+
+    def __post_init__(self) -> None:
+        for name in ("checkpoints", "adapter"):
+            if (path := getattr(self, name)) is not None:
+                object.__setattr__(self, name, user_path(path))
 
 
 @dataclass(frozen=True)

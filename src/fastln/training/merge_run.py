@@ -22,13 +22,13 @@ from transformers import (
 
 from fastln.adapters import LN_TUNING, adapter_type, load_adapter
 from fastln.errors import FastLNError, loading
-from fastln.files import STAGING, written_whole
+from fastln.files import STAGING, user_path, written_whole
 from fastln.merge import save_merged
 from fastln.models import is_bare, llava_med
 from fastln.models.chat_task import ChatTask
 from fastln.models.chat_vision import CHAT_VISION, llava_processor
 from fastln.models.images import ImageInputs, ImagePixels
-from fastln.models.sources import check_source, file_of, load_tokenizer, saved_model
+from fastln.models.sources import check_source, expanded_sources, file_of, load_tokenizer, saved_model
 from fastln.origin import read_origin
 from fastln.plan import apply, plan
 from fastln.rates import DTYPES
@@ -63,6 +63,8 @@ def merge_into_base(base: str | None, adapter: Path, out: Path, *, check_base: b
     Raises:
         FastLNError: if the model or the adapter cannot be loaded, if they do not fit, or if `out` is not empty.
     """
+    adapter, out = user_path(adapter), user_path(out)
+    base = None if base is None else expanded_sources(base)
     if out.is_file() or (out.is_dir() and any(path.name != STAGING for path in out.iterdir())):
         raise FastLNError(f"{out}: is there already; give a new folder for the merged model")
     if base is None:
@@ -167,5 +169,5 @@ def _load_preprocessor(base: str) -> Any:
     path = file_of(base, PREPROCESSOR)
     assert path is not None
     # Audio preprocessing uses the same file name, and only it has a sampling rate.
-    is_audio = "sampling_rate" in json.loads(path.read_text())
+    is_audio = "sampling_rate" in json.loads(path.read_text(encoding="utf-8"))
     return (AutoFeatureExtractor if is_audio else AutoImageProcessor).from_pretrained(base)

@@ -19,6 +19,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from fastln.adapters import TRAINED, name_or_path
 from fastln.changes import Marks, frozen, mark_buffers, marks
 from fastln.errors import FastLNError
+from fastln.files import expanded
 from fastln.origin import ORIGIN, Origin
 from fastln.training import adalora, checkpoints
 from fastln.training.internals import check_internals
@@ -69,6 +70,7 @@ class ResumableTrainer(Trainer):
         if resume_from_checkpoint is True:
             resume_from_checkpoint = str(checkpoints.last_whole(folder))
         elif resume_from_checkpoint:
+            resume_from_checkpoint = expanded(str(resume_from_checkpoint))
             wrong = checkpoints.what_is_wrong(Path(resume_from_checkpoint))
             if wrong is not None:
                 others = [path for path in checkpoints.checkpoints_in(folder) if not checkpoints.what_is_wrong(path)]

@@ -14,12 +14,12 @@ from safetensors import SafetensorError
 from fastln.data import DataOptions, Source, VQADataset, digest, load_source
 from fastln.engines import check_finishes, check_without
 from fastln.errors import FastLNError
-from fastln.files import written_whole
+from fastln.files import expanded, user_path, written_whole
 from fastln.machine import settle_device
 from fastln.methods import get_method
 from fastln.metrics import Accuracy, ReportScores, check_scorable
 from fastln.models import VQATask, load_task
-from fastln.models.sources import MODEL, RECORD
+from fastln.models.sources import MODEL, RECORD, expanded_sources
 from fastln.processes import is_first_process
 from fastln.rates import settle_dtype
 from fastln.training.checkpoints import checkpoints_in
@@ -67,6 +67,8 @@ class TrainRun:
     image_size: int | None = None
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "data", expanded(self.data))
+        object.__setattr__(self, "model", expanded_sources(self.model))
         if self.adapter_dtype not in ADAPTER_DTYPES:
             raise FastLNError(
                 f"unknown dtype {self.adapter_dtype!r} of an adapter (valid: {', '.join(ADAPTER_DTYPES)})"
@@ -118,6 +120,7 @@ def run_training(
         FastLNError: if an option in `run` is invalid or cannot be met, `out` already holds a run, or the run to resume
             had other options or read other questions or images.
     """
+    out = user_path(out)
     method, engine = get_method(run.config.method, run.engine)
     check_finishes(run.config.method)
     device = settle_device(run.device)

@@ -23,6 +23,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from fastln.errors import FastLNError
+from fastln.files import user_path
 from fastln.sizes import parse_bytes
 
 logger = logging.getLogger(__name__)
@@ -49,7 +50,7 @@ class TensorStore:
     """
 
     def __init__(self, directory: str | Path, limit: str | int) -> None:
-        self.directory = Path(directory)
+        self.directory = user_path(directory)
         self.limit = parse_bytes(limit)
         self._writes = True
         try:
@@ -144,7 +145,7 @@ class TensorStore:
 
     @contextlib.contextmanager
     def _locked(self) -> Iterator[IO[str]]:
-        with (self.directory / LEDGER).open("a+") as ledger:
+        with (self.directory / LEDGER).open("a+", encoding="utf-8") as ledger:
             fcntl.flock(ledger, fcntl.LOCK_EX)  # until it is closed
             yield ledger
 

@@ -166,9 +166,13 @@ def _train_method(
             use_cpu=task.device.type == "cpu",
         )
         log = StepLog(checkpoints / "log.jsonl" if checkpoints else None)
-        callbacks: list[TrainerCallback] = [log, *([ProgressBar()] if progress else [])]
+        bar = ProgressBar()
+        callbacks: list[TrainerCallback] = [log, *([bar] if progress else [])]
         trainer = TaskTrainer(task, model, data, config, args=arguments, callbacks=callbacks)
         trainer.remove_callback(PrinterCallback)
         model.train()
-        trainer.train(resume_from_checkpoint=files.resume or None)
+        try:
+            trainer.train(resume_from_checkpoint=files.resume or None)
+        finally:
+            bar.close()
         return log.losses
