@@ -187,7 +187,7 @@ def test_values_are_checked_as_options_are(config, monkeypatch, capsys):
         ),
         (["merge", "adaptor=x"], "error: adaptor=x: unknown key 'adaptor'; did you mean 'adapter'?"),
         (["merge", "adapter=[x, y]"], "error: adapter=[x, y]: adapter must be one value, not ['x', 'y']"),
-        (["eval", "split=test"], "Missing argument"),
+        (["eval", "split=test"], "error: give a model, or an adapter that names its base"),
         (["doctor", "json=true"], "json=true"),
     ],
 )

@@ -37,7 +37,10 @@ def test_a_fingerprint_notices_the_frozen_weights_and_nothing_else():
     assert fingerprint(family_models.make("bert"), norms[1:]) != found
     with torch.no_grad():
         model.bert.encoder.layer[1].output.dense.weight *= 1.01
-    assert "the frozen weights" in difference(found, model, norms)
+    assert (
+        "1 of 30 frozen parameters differ from those it was saved beside, for example bert.encoder.layer.1.output"
+        in difference(found, model, norms)
+    )
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -45,7 +48,7 @@ def test_a_float32_checkpoint_has_one_base_in_every_dtype(dtype):
     assert difference(fingerprint(bert(dtype)), bert()) is None
     assert difference(fingerprint(bert()), bert(dtype)) is None
     assert difference(fingerprint(bert(dtype)), bert(dtype, torch.float32)) is None
-    assert "the frozen weights" in difference(fingerprint(bert()), bert(dtype, seed=1))
+    assert "of 42 frozen parameters differ" in difference(fingerprint(bert()), bert(dtype, seed=1))
 
 
 @pytest.mark.parametrize("stored", [torch.bfloat16, torch.float16])
@@ -77,6 +80,29 @@ def test_a_fingerprint_without_a_version_is_compared_by_its_own_rule():
     assert "the answers that the model chooses from, differ" in differs
     assert "float16" not in differs
     assert "the fingerprint is of bfloat16, the weights are float16" in difference(BEFORE, model.half())
+
+
+def test_an_old_fingerprint_that_does_not_fit_says_why_that_may_be():
+    differs = difference(BEFORE, nn.Linear(12, 9))
+    assert "the fingerprint is of the older form, which does not know the dtype of its base" in differs
+
+
+def test_a_base_that_is_quantised_twice_is_one_base():
+    def quantised(seed):
+        base = family_models.make("llama", seed)
+        with torch.no_grad():
+            for name, parameter in base.named_parameters():
+                if parameter.dim() == 2:
+                    scale = parameter.abs().amax() / 127
+                    owner, _, own = name.rpartition(".")
+                    whole = (parameter / scale).round().to(torch.int8)
+                    setattr(base.get_submodule(owner), own, nn.Parameter(whole, requires_grad=False))
+                    base.get_submodule(owner).register_buffer("scale", scale)
+        return base
+
+    norms = norm_parameters(quantised(0))
+    assert difference(fingerprint(quantised(0), norms), quantised(0), norms) is None
+    assert "frozen parameters differ" in difference(fingerprint(quantised(0), norms), quantised(1), norms)
 
 
 def test_a_fingerprint_of_a_later_version_says_so():

@@ -74,6 +74,19 @@ def test_a_merge_killed_or_without_space_leaves_the_target_as_it_was(is_there, t
     } | kept
 
 
+def test_a_folder_with_another_model_or_an_adapter_is_refused(tmp_path):
+    model = tuned("llama")
+    family_models.make("mistral").save_pretrained(tmp_path / "other kind")
+    wide = family_models.of("LlamaForCausalLM", "LlamaConfig", **{**family_models.LLAMA, "intermediate_size": 96})()
+    wide.save_pretrained(tmp_path / "other sizes")
+    fastln.save_adapter(model, tmp_path / "adapter")
+    for name, why in (("other kind", "another model"), ("other sizes", "another model"), ("adapter", "an adapter")):
+        before = {path.name: path.read_bytes() for path in (tmp_path / name).iterdir()}
+        with pytest.raises(FastLNError, match=f"{name}: it holds {why}.*give another folder"):
+            fastln.merge_adapter(model, tmp_path / name)
+        assert {path.name: path.read_bytes() for path in (tmp_path / name).iterdir()} == before
+
+
 @pytest.mark.parametrize("kind", ["vit", "dual"])
 def test_merging_by_folders(kind, tmp_path):
     data = tiny.phantom(12)

@@ -3,6 +3,7 @@
 import copy
 import pickle
 
+import family_models
 import pytest
 import tiny
 import torch
@@ -383,3 +384,17 @@ def test_what_other_engines_do_not_have_is_refused_and_leaves_the_model_alone(en
     with pytest.raises(FastLNError, match=f"engine '{engine}' runs stock code"):
         put_method(model, "layernorm", engine, **given)
     assert all(parameter.requires_grad for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("name", ["llama", "bert"])
+@pytest.mark.parametrize("to", [torch.float32, torch.float64])
+def test_a_model_that_was_cast_after_it_was_prepared_runs_and_is_restored_in_its_new_dtype(name, to):
+    stock = family_models.make(name).bfloat16().to(to).eval()
+    model = fastln.prepare(family_models.make(name).bfloat16(), backend="reference").to(to).eval()
+    with torch.no_grad():
+        losses = [one(**family_models.batch(name)).loss for one in (model, stock)]
+        model.get_parameter(norm_parameters(model)[0])[0] = 1.001
+    torch.testing.assert_close(*losses, rtol=1e-5, atol=0)
+    fastln.restore(model)
+    assert {p.dtype for p in model.parameters()} == {to}
+    assert model.get_parameter(norm_parameters(model)[0])[0].item() == pytest.approx(1.001, abs=1e-6)

@@ -16,7 +16,7 @@ SOURCES = (ROOT / "src" / "fastln", ROOT / "kernels" / "fastln_kernels")
 LAYERS = """
     fastln_kernels
     errors
-    files machine processes progress reading sizes versions
+    changes files machine origin processes progress reading sizes versions
     fingerprint ops
     decision families late
     methods standins

@@ -14,7 +14,7 @@ import json
 import logging
 import re
 import warnings
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,10 +24,12 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 
+from fastln.changes import EXTRA, changed_buffers, extra_states, load_extra_states, mark_buffers
 from fastln.errors import FastLNError
 from fastln.files import replace_files, user_path
-from fastln.fingerprint import FINGERPRINT, difference, fingerprint
+from fastln.fingerprint import FINGERPRINT, difference, fingerprint, vocabulary_differs
 from fastln.methods import RANDOM_HEADS, norm_parameters
+from fastln.origin import ORIGIN, Origin, absolute, origin_bytes
 from fastln.plan import prepared
 from fastln.processes import gathered, is_first_process, own_class
 
@@ -35,8 +37,17 @@ logger = logging.getLogger(__name__)
 
 WEIGHTS, CONFIG, PICKLED = "adapter_model.safetensors", "adapter_config.json", "adapter_model.bin"
 LN_TUNING = "LN_TUNING"
+TRAINED = "trained.safetensors"
+"""What no adapter can hold of the values in a checkpoint, by their plain names."""
+WHOLE = "model.safetensors"
+"""The same if everything trains, which makes it a whole model."""
+PARTS = (
+    "none: these are values that no adapter can hold; load the base with from_pretrained, then call "
+    "fastln.load_adapter(base, folder)"
+)
+"""Stands in place of peft's type where a checkpoint holds such values, so that loaders say it."""
 PEFT_PREFIX = "base_model.model."  # what peft's wrapper puts before every name, in models and in files
-_TUNED = ".ln_tuning_layers."  # between a norm's name and its parameter's
+TUNED = ".ln_tuning_layers."  # between a norm's name and its parameter's
 
 
 @dataclass(frozen=True)
@@ -52,19 +63,31 @@ class _Adapter:
     fingerprint: str | None
 
 
-def save_adapter(model: nn.Module, directory: str | Path, *, dtype: torch.dtype = torch.float32) -> None:
+class NoAdapterError(FastLNError):
+    """No adapter can hold what trains; the message says why."""
+
+
+def save_adapter(
+    model: nn.Module,
+    directory: str | Path,
+    *,
+    dtype: torch.dtype | None = torch.float32,
+    origin: Origin | None = None,
+) -> None:
     """Write what training changed: the tuned norms, and the modules that train in full, in their own dtype.
 
-    `load_adapter`, `peft.PeftModel.from_pretrained(base, directory)` and, for a base that was loaded from a directory
-    or the hub, `peft.AutoPeftModel.from_pretrained(directory)` read it. The files appear complete or not at all. With
-    several processes (torch.distributed, torchrun) only the first writes, as in `save_pretrained`. If FSDP2 shards the
-    model, every process must call this function, because it gathers the values.
+    Buffers that changed since `prepare`, such as a batch norm's statistics, are written too. `load_adapter`,
+    `peft.PeftModel.from_pretrained(base, directory)` and, for a base that was loaded from a directory or the hub,
+    `peft.AutoPeftModel.from_pretrained(directory)` read it. The files appear complete or not at all. With several
+    processes (torch.distributed, torchrun) only the first writes, as in `save_pretrained`. If FSDP2 shards the model,
+    every process must call this function, because it gathers the values.
 
     Args:
         model: a model that `prepare` was called on, with method `layernorm` (and perhaps `also`).
         directory: the folder; an adapter in it is replaced.
-        dtype: dtype of the norms' values. float16 takes half the bytes and rounds a γ near 1 by up to 5e-4; a warning
-            says by how much. Values merged into a bfloat16 base have an eighth of that precision.
+        dtype: dtype of the norms' values; None for their own. float16 takes half the bytes and rounds a γ near 1 by up
+            to 5e-4; a warning says by how much. Values merged into a bfloat16 base have an eighth of that precision.
+        origin: what the base is, for `fastln eval` and `fastln merge`; by default only where it was loaded from.
 
     Raises:
         FastLNError: if `dtype` has fewer than 16 bits or is too narrow for a value, if the model is not prepared, if no
@@ -72,37 +95,33 @@ def save_adapter(model: nn.Module, directory: str | Path, *, dtype: torch.dtype 
             `also`), or if the folder cannot be written to. An earlier adapter in the folder is then still complete.
     """
     directory = user_path(directory)
-    if not dtype.is_floating_point or dtype.itemsize < 2:
+    contents = adapter_contents(model, dtype, origin)
+    if not is_first_process():
+        return
+    try:
+        replace_files(directory, contents)
+        for name in {ORIGIN, EXTRA} - contents.keys():  # of an earlier adapter
+            (directory / name).unlink(missing_ok=True)
+    except OSError as error:
+        raise FastLNError(f"{directory}: the adapter cannot be written, and nothing there changed: {error}") from error
+
+
+def adapter_contents(model: nn.Module, dtype: torch.dtype | None, origin: Origin | None) -> dict[str, bytes]:
+    """Return the contents of an adapter's files, by name; the arguments and errors are those of `save_adapter`."""
+    if dtype is not None and (not dtype.is_floating_point or dtype.itemsize < 2):
         raise FastLNError(f"an adapter in {dtype}: its norms can be float32, bfloat16, float16 or float64")
-    state = prepared(model)
-    if state is None:
-        raise FastLNError(
-            "this model is not prepared, so fastln does not know what was tuned: save the adapter between "
-            "fastln.prepare(model) and fastln.restore(model) (a peft model saves itself: model.save_pretrained)"
-        )
-    modules = _with_sharers(model, state.plan.also)
+    modules, tuned = _what_trains(model)
     inside = _prefixes(modules)
-    names = [name for name in norm_parameters(model) if not name.startswith(inside)]
-    norms = list(dict.fromkeys(_owner(name) for name in names if model.get_parameter(name).requires_grad))
-    tuned = {name: model.get_parameter(name) for name in names if _owner(name) in norms}
-    loose = [
-        name
-        for name, parameter in model.named_parameters()
-        if parameter.requires_grad and name not in tuned and not name.startswith(inside)
-    ]
-    if loose:
-        raise FastLNError(
-            f"an adapter holds norms and the modules named in `also`, but {len(loose)} other parameters train too, for "
-            f"example {loose[0]}: write the whole model with fastln.merge_adapter(model, directory)"
-        )
-    if not norms:
-        raise FastLNError(
-            "no norm of this model trains, and an adapter is made of norms: write the whole model with "
-            "fastln.merge_adapter(model, directory)"
-        )
-    stored_as = {name: f"{PEFT_PREFIX}{_TUNED.join(name.rsplit('.', 1))}" for name in tuned}
-    tensors = {stored_as[name]: parameter.to(dtype) for name, parameter in tuned.items()}
-    whole = {name: tensor for name, tensor in model.state_dict().items() if name.startswith(inside)}
+    stored_as = {name: f"{PEFT_PREFIX}{TUNED.join(name.rsplit('.', 1))}" for name in tuned}
+    tensors = {stored_as[name]: parameter.to(dtype or parameter.dtype) for name, parameter in tuned.items()}
+    whole = {
+        name: value
+        for name, value in model.state_dict().items()
+        if name.startswith(inside) and isinstance(value, Tensor)
+    }
+    state = prepared(model)
+    moved = changed_buffers(model, None if state is None else state.buffers)
+    whole |= {name: buffer for name, buffer in moved.items() if not name.startswith(inside)}
     tensors |= {f"{PEFT_PREFIX}{name}": tensor for name, tensor in whole.items()}
     # Every process gathers; then all but the first return.
     exact = {name: gathered(parameter) for name, parameter in tuned.items()}
@@ -111,28 +130,78 @@ def save_adapter(model: nn.Module, directory: str | Path, *, dtype: torch.dtype 
         name: gathered(tensor).cpu().clone(memory_format=torch.contiguous_format) for name, tensor in tensors.items()
     }
     metadata = {"format": "pt", FINGERPRINT: fingerprint(model, tuned.keys() | whole.keys())}
-    base = own_class(model)
-    config = {
-        "auto_mapping": {"base_model_class": base.__name__, "parent_library": base.__module__},
-        "peft_type": LN_TUNING,
-        "task_type": None,
-        "inference_mode": True,
-        "base_model_name_or_path": _name_or_path(model),
-        "target_modules": _targets(model, norms),
-        "modules_to_save": modules or None,
-    }
     if not is_first_process():
-        return
+        return {}
     written = {name: tensors[stored_as[name]] for name in tuned}
     for name, tensor in written.items():
         if tensor.isinf().any() and not exact[name].isinf().any():
             raise FastLNError(f"{name} has values beyond the range of {dtype}: save the adapter in a wider dtype")
-    contents = {WEIGHTS: save(tensors, metadata), CONFIG: (json.dumps(config, indent=2) + "\n").encode()}
-    try:
-        replace_files(directory, contents)
-    except OSError as error:
-        raise FastLNError(f"{directory}: the adapter cannot be written, and nothing there changed: {error}") from error
-    warn_of_rounding(exact, written, "a wider dtype keeps every digit")
+    warn_of_rounding(exact, written, "a wider dtype keeps every digit", stacklevel=4)
+    config = _configuration(model, origin) | {
+        "peft_type": LN_TUNING,
+        "target_modules": _targets(model, list(dict.fromkeys(map(_owner, tuned)))),
+        "modules_to_save": list(_callable_parts(model, modules)) or None,
+    }
+    contents = {WEIGHTS: save(tensors, metadata), CONFIG: _json(config)}
+    if origin is not None:
+        contents[ORIGIN] = origin_bytes(origin)
+    if (states := extra_states(model)) is not None:
+        contents[EXTRA] = states
+    return contents
+
+
+def parts_configuration(model: nn.Module, origin: Origin | None) -> bytes:
+    """Return the configuration beside trained values that no adapter can hold: every loader's error shows `PARTS`."""
+    return _json(_configuration(model, origin) | {"peft_type": PARTS})
+
+
+def _json(values: dict[str, Any]) -> bytes:
+    return (json.dumps(values, indent=2) + "\n").encode()
+
+
+def _configuration(model: nn.Module, origin: Origin | None) -> dict[str, Any]:
+    base = own_class(model)
+    return {
+        "auto_mapping": {"base_model_class": base.__name__, "parent_library": base.__module__},
+        "task_type": None,
+        "inference_mode": True,
+        "base_model_name_or_path": (origin and origin.source) or name_or_path(model),
+    }
+
+
+def _what_trains(model: nn.Module) -> tuple[list[str], dict[str, nn.Parameter]]:
+    """Return the modules that train in full, and the parameters of the other norms that train.
+
+    Raises:
+        FastLNError: as in `save_adapter`.
+    """
+    state = prepared(model)
+    if state is None:
+        raise NoAdapterError(
+            "this model is not prepared, so fastln does not know what was tuned: save the adapter between "
+            "fastln.prepare(model) and fastln.restore(model) (a peft model saves itself: model.save_pretrained)"
+        )
+    modules = _with_sharers(model, state.plan.also)
+    inside = _prefixes(modules)
+    names = [name for name in norm_parameters(model) if not name.startswith(inside)]
+    norms = {_owner(name) for name in names if model.get_parameter(name).requires_grad}
+    tuned = {name: model.get_parameter(name) for name in names if _owner(name) in norms}
+    loose = [
+        name
+        for name, parameter in model.named_parameters()
+        if parameter.requires_grad and name not in tuned and not name.startswith(inside)
+    ]
+    if loose:
+        raise NoAdapterError(
+            f"an adapter holds norms and the modules named in `also`, but {len(loose)} other parameters train too, for "
+            f"example {loose[0]}: write the whole model with fastln.merge_adapter(model, directory)"
+        )
+    if not norms:
+        raise NoAdapterError(
+            "no norm of this model trains, and an adapter is made of norms: write the whole model with "
+            "fastln.merge_adapter(model, directory)"
+        )
+    return modules, tuned
 
 
 def load_adapter(model: nn.Module, directory: str | Path, *, check_base: bool = True) -> None:
@@ -155,12 +224,21 @@ def load_adapter(model: nn.Module, directory: str | Path, *, check_base: bool = 
     adapter = _read(directory)
     own = model.state_dict()
     for name, tensor in adapter.tensors.items():
+        if name not in own and ".lora_" in name:
+            raise FastLNError(
+                f"{directory}: this checkpoint holds LoRA layers beside norms, which no stock model has; fastln eval "
+                "and fastln merge read it"
+            )
         if name not in own:
             raise FastLNError(f"{directory}: the adapter is for another model: {type(model).__name__} has no {name}")
         if own[name].shape != tensor.shape:
+            resized = vocabulary_differs(adapter.fingerprint, model)
             raise FastLNError(
-                f"{directory}: the adapter is for another model: {name} is {(*tensor.shape,)} in it, and "
-                f"{(*own[name].shape,)} in this {type(model).__name__}"
+                f"{directory}: the adapter is for another model: "
+                + (
+                    resized
+                    or f"{name} is {(*tensor.shape,)} in it, and {(*own[name].shape,)} in this {type(model).__name__}"
+                )
             )
     if adapter.fingerprint is None:
         logger.info("%s: the base is not checked: peft writes no fingerprint of it into an adapter", directory)
@@ -171,6 +249,8 @@ def load_adapter(model: nn.Module, directory: str | Path, *, check_base: bool = 
         )
     frozen = _frozen_sharers(model, directory, adapter.tensors)
     tensors = {name: tensor for name, tensor in adapter.tensors.items() if name not in frozen}
+    mark_buffers(model)  # as the base has them, so that an adapter saved later holds those of this one
+    load_extra_states(model, Path(directory))
     with torch.no_grad():
         for name, tensor in tensors.items():
             own[name].copy_(tensor)
@@ -200,20 +280,28 @@ def adapter_type(folder: Path) -> str:
     Raises:
         FastLNError: if the folder has no readable configuration or no file of tensors.
     """
+    if (folder / WHOLE).is_file() and (folder / ORIGIN).is_file():  # a checkpoint in which everything trains
+        return PARTS
     kind = str(_config(folder).get("peft_type"))
-    if not (folder / WEIGHTS).is_file():
+    if not any((folder / name).is_file() for name in (WEIGHTS, TRAINED)):
         pickled = f" (it has {PICKLED}, a pickle, which fastln never reads)" if (folder / PICKLED).is_file() else ""
         raise FastLNError(f"{folder}: there is no {WEIGHTS} in this folder{pickled}")
     return kind
 
 
-def warn_of_rounding(exact: Mapping[str, Tensor], kept: Mapping[str, Tensor], advice: str) -> None:
+def named_base(folder: Path) -> str | None:
+    """Return where the base of the adapter in a folder came from; None if its configuration does not say."""
+    return _config(folder).get("base_model_name_or_path") if (folder / CONFIG).is_file() else None
+
+
+def warn_of_rounding(exact: Mapping[str, Tensor], kept: Mapping[str, Tensor], advice: str, stacklevel: int = 3) -> None:
     """Warn if values of `exact` were rounded in `kept`: how many, and by how much.
 
     Args:
         exact: tensors by name.
         kept: the same names and more, perhaps in other dtypes.
         advice: how to keep the exact values; the end of the warning.
+        stacklevel: as `warnings.warn` takes it.
     """
     n_values = n_rounded = 0
     largest = 0.0
@@ -230,13 +318,23 @@ def warn_of_rounding(exact: Mapping[str, Tensor], kept: Mapping[str, Tensor], ad
         warnings.warn(
             f"{', '.join(sorted(dtypes))} rounds {n_rounded:,} of {n_values:,} tuned values, by up to {largest:.1e}; "
             f"{advice}",
-            stacklevel=3,
+            stacklevel=stacklevel,
         )
 
 
 def _owner(name: str) -> str:
     """Return the name of the module that owns this parameter; empty for the model itself."""
     return name.rpartition(".")[0]
+
+
+def _callable_parts(model: nn.Module, names: Iterable[str]) -> Iterator[str]:
+    """Yield the modules of these names; in place of a list or dict of modules, which peft refuses, its parts."""
+    for name in names:
+        module = model.get_submodule(name)
+        if isinstance(module, nn.ModuleList | nn.ModuleDict):
+            yield from _callable_parts(model, (f"{name}.{part}" for part, _ in module.named_children()))
+        else:
+            yield name
 
 
 def _prefixes(modules: Collection[str]) -> tuple[str, ...]:
@@ -263,7 +361,7 @@ def _with_sharers(model: nn.Module, also: Collection[str]) -> list[str]:
         if names[0].startswith(_prefixes(also)):
             for owner in (_owner(name) for name in names if not name.startswith(_prefixes(modules))):
                 if not owner:
-                    raise FastLNError(
+                    raise NoAdapterError(
                         f"{names[0]} trains and is also a parameter of the model itself, which no adapter can hold: "
                         "write the whole model with fastln.merge_adapter(model, directory)"
                     )
@@ -305,10 +403,10 @@ def _equal(stored: Tensor, parameter: Tensor) -> bool:
     return torch.equal(stored.to(parameter.dtype), parameter) or torch.equal(stored, parameter.to(stored.dtype))
 
 
-def _name_or_path(model: nn.Module) -> str | None:
-    """Return where the base was loaded from, as peft does; None if that is not known."""
+def name_or_path(model: nn.Module) -> str | None:
+    """Return where the base was loaded from, a directory as an absolute path; None if that is not known."""
     named = (vars(model).get("name_or_path"), getattr(getattr(model, "config", None), "name_or_path", None))
-    return next((name for name in named if name), None)
+    return next((absolute(name) for name in named if name), None)
 
 
 def _targets(model: nn.Module, names: list[str]) -> list[str] | str:
@@ -320,19 +418,33 @@ def _targets(model: nn.Module, names: list[str]) -> list[str] | str:
 
 
 def _read(folder: Path) -> _Adapter:
-    if (kind := adapter_type(folder)) != LN_TUNING:
+    kind = adapter_type(folder)
+    if kind not in (LN_TUNING, PARTS):
         raise FastLNError(f"{folder}: this is a {kind} adapter; load_adapter reads {LN_TUNING} adapters")
-    path = folder / WEIGHTS
+    stored: dict[str, Tensor] = {}
+    fingerprint = None
+    for path in (folder / name for name in (WEIGHTS, TRAINED, WHOLE)):
+        if path.is_file():
+            tensors, metadata = read_tensors(path)
+            stored |= tensors
+            fingerprint = metadata.get(FINGERPRINT, fingerprint)  # the last knows what all of them hold
+    tensors = {name.removeprefix(PEFT_PREFIX).replace(TUNED, "."): tensor for name, tensor in stored.items()}
+    if not tensors:
+        raise FastLNError(f"{folder}: there is no tensor in this adapter")
+    return _Adapter(tensors, fingerprint)
+
+
+def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Return the tensors and the metadata of a safetensors file.
+
+    Raises:
+        FastLNError: if it cannot be read.
+    """
     try:
         with safe_open(path, "pt") as file:
-            metadata = file.metadata() or {}
-            stored = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
+            return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
     except (OSError, SafetensorError) as error:
         raise FastLNError(f"{path}: cannot be read, it is damaged or cut short: {error}") from error
-    tensors = {name.removeprefix(PEFT_PREFIX).replace(_TUNED, "."): tensor for name, tensor in stored.items()}
-    if not tensors:
-        raise FastLNError(f"{path}: there is no tensor in this adapter")
-    return _Adapter(tensors, metadata.get(FINGERPRINT))
 
 
 def _config(folder: Path) -> dict[str, Any]:

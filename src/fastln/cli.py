@@ -261,9 +261,18 @@ def train(
 
 @app.command("eval", cls=ConfiguredCommand)
 def evaluate(
-    model: Annotated[str, typer.Argument(help="A folder that `fastln train` wrote, or any value of its --model.")],
+    model: Annotated[
+        str | None,
+        typer.Argument(
+            help="A folder that `fastln train` wrote, its adapter or a checkpoint, or any value of its --model; with "
+            "--adapter by default the base that the adapter names."
+        ),
+    ] = None,
     data: Data = "phantom",
     split: Annotated[str, typer.Option(help="train, validation or test, as published.")] = "test",
+    validation: Annotated[
+        float, typer.Option(min=0, max=0.5, help="The run's --validation, which set aside its validation split.")
+    ] = 0.0,
     batch_size: Annotated[int, typer.Option(min=1)] = 64,
     feature_cache: FeatureCache = None,
     feature_cache_size: FeatureCacheSize = None,
@@ -277,7 +286,7 @@ def evaluate(
     skip_bad_rows: SkipBadRows = "none",
     keep_repeats: KeepRepeats = False,
     adapter: Annotated[
-        Path | None, typer.Option(help="Adapter folder, such as OUT/adapter; MODEL is then its base model.")
+        Path | None, typer.Option(help="Adapter or checkpoint folder, such as OUT/adapter; MODEL is then its base.")
     ] = None,
 ) -> None:
     """Score a model's answers (all, closed, open) or its reports (BLEU, ROUGE-L, CIDEr)."""
@@ -298,20 +307,24 @@ def evaluate(
         options=DataOptions(layout, language, skip_bad_rows, keep_repeats),
         adapter=adapter,
         image_size=image_size,
+        validation=validation,
     )
     run_evaluation(run, features)
 
 
 @app.command(cls=ConfiguredCommand)
 def merge(
-    adapter: Annotated[Path, typer.Argument(help="Adapter folder, such as OUT/adapter; written by fastln or peft.")],
-    base: Annotated[
-        str,
-        typer.Option(
-            help="The model that it was trained on: a directory, a hub name, or a folder that `fastln train` wrote."
-        ),
+    adapter: Annotated[
+        Path, typer.Argument(help="Adapter or checkpoint folder, such as OUT/adapter; written by fastln or peft.")
     ],
     out: Annotated[Path, typer.Option(help="A new folder for the merged model.")],
+    base: Annotated[
+        str | None,
+        typer.Option(
+            help="The model that it was trained on: a directory, a hub name, a folder that `fastln train` wrote, or "
+            "any value of its --model; by default the one that the adapter names."
+        ),
+    ] = None,
     check_base: Annotated[
         bool, typer.Option(help="Refuse a base whose frozen weights differ from those that the adapter was trained on.")
     ] = True,

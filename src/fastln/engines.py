@@ -12,6 +12,7 @@ import peft
 import torch
 from peft.utils import ModulesToSaveWrapper
 from safetensors import SafetensorError
+from safetensors.torch import save
 from torch import nn
 from transformers.models.auto.modeling_auto import (
     MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
@@ -20,7 +21,18 @@ from transformers.models.auto.modeling_auto import (
 )
 from transformers.pytorch_utils import Conv1D
 
-from fastln.adapters import LN_TUNING, adapter_type, load_adapter, save_adapter
+from fastln.adapters import (
+    LN_TUNING,
+    PARTS,
+    WEIGHTS,
+    NoAdapterError,
+    adapter_contents,
+    adapter_type,
+    load_adapter,
+    name_or_path,
+    read_tensors,
+)
+from fastln.changes import EXTRA, changed_buffers, extra_states, load_extra_states, mark_buffers
 from fastln.decision import describe_random_heads
 from fastln.errors import FastLNError, loading
 from fastln.families import find_norms, parameters_in
@@ -36,6 +48,7 @@ from fastln.methods import (
     select_parameters,
     settle_scope,
 )
+from fastln.origin import ORIGIN, Origin, origin_bytes
 from fastln.plan import plan, prepared, settle_without
 from fastln.prepare import carry_out, restore
 
@@ -87,6 +100,7 @@ def put_method(
         # Not as a module of it: so that who is given the model, into which peft puts layers, finds the wrapper.
         model.__dict__[WRAPPER] = trained
         trained.__dict__[SETTINGS] = settings
+    mark_buffers(trained)
     return trained
 
 
@@ -239,36 +253,62 @@ def to_stock(trained: nn.Module) -> nn.Module:
     return model if prepared(model) is None else restore(model)
 
 
-def save_trained_adapter(trained: nn.Module, directory: Path, dtype: torch.dtype = torch.float32) -> None:
+def save_trained_adapter(
+    trained: nn.Module, directory: Path, dtype: torch.dtype | None = torch.float32, origin: Origin | None = None
+) -> None:
     """Write what a method trained as an adapter: in fastln's form for norms, in peft's form for peft's methods.
 
     Args:
         trained: what `put_method` returned, before `to_stock`.
         directory: a new folder.
-        dtype: dtype of its norms; peft's adapters keep their own dtype.
+        dtype: dtype of its norms, as `save_adapter` takes it; peft's adapters keep their own dtype.
+        origin: as `save_adapter` takes it.
 
     Raises:
         FastLNError: for what no adapter can hold (`full`, `bitfit`, norms with lora, plain torch), with the reason; or
             if the folder cannot be written to. The folder then does not appear.
     """
+    try:
+        with written_whole(directory) as beside:
+            write_trained_adapter(trained, beside, dtype, origin)
+    except (OSError, SafetensorError) as error:
+        raise FastLNError(f"{directory}: the adapter cannot be written: {error}") from error
+
+
+def write_trained_adapter(trained: nn.Module, folder: Path, dtype: torch.dtype | None, origin: Origin | None) -> None:
+    """Write the files of an adapter into an existing folder; the arguments are those of `save_trained_adapter`.
+
+    Raises:
+        NoAdapterError: for what no adapter can hold. Nothing is written then.
+        OSError: if a file cannot be written.
+    """
     if not isinstance(trained, peft.PeftModel):
-        save_adapter(trained, directory, dtype=dtype)
+        contents = adapter_contents(trained, dtype, origin)
     elif prepared(trained.get_base_model()) is not None:
-        raise FastLNError("an adapter holds either norms or peft's layers, and here both train")
+        raise NoAdapterError("an adapter holds either norms or peft's layers, and here both train")
     else:
-        try:
-            with written_whole(directory) as beside:
-                trained.save_pretrained(str(beside))
-        except (OSError, SafetensorError) as error:
-            raise FastLNError(f"{directory}: the adapter cannot be written: {error}") from error
+        config = trained.active_peft_config
+        config.base_model_name_or_path = (origin and origin.source) or name_or_path(trained.get_base_model())
+        trained.save_pretrained(str(folder))
+        contents = {} if origin is None else {ORIGIN: origin_bytes(origin)}
+        if (states := extra_states(trained.get_base_model())) is not None:
+            contents[EXTRA] = states
+        if further := changed_buffers(trained):  # peft knows only its own layers
+            tensors, metadata = read_tensors(folder / WEIGHTS)
+            further = {name.replace(f".modules_to_save.{trained.active_adapter}", ""): t for name, t in further.items()}
+            tensors |= {name: tensor.cpu().contiguous() for name, tensor in further.items() if name not in tensors}
+            contents[WEIGHTS] = save(tensors, metadata)
+    for name, content in contents.items():
+        (folder / name).write_bytes(content)
 
 
-def load_trained_adapter(model: nn.Module, directory: Path) -> nn.Module:
+def load_trained_adapter(model: nn.Module, directory: Path, *, check_base: bool = True) -> nn.Module:
     """Load an adapter that `save_trained_adapter` or peft wrote into a stock model.
 
     Args:
         model: the base that it was trained on; it is changed in place.
         directory: the adapter's folder.
+        check_base: as `load_adapter` takes it.
 
     Returns:
         The stock model with the adapter's values in it.
@@ -277,11 +317,11 @@ def load_trained_adapter(model: nn.Module, directory: Path) -> nn.Module:
         FastLNError: if the folder holds no complete adapter, if the adapter does not fit the model, or if it holds
             virtual tokens; also as in `load_adapter`.
     """
-    if (kind := adapter_type(directory)) == LN_TUNING:
+    if (kind := adapter_type(directory)) in (LN_TUNING, PARTS):
         with warnings.catch_warnings():
             # The model is scored in its own dtype, as `fastln train` saves and scores it.
             warnings.filterwarnings("ignore", message=".* rounds ")
-            load_adapter(model, directory)
+            load_adapter(model, directory, check_base=check_base)
         return model
     if kind in _VIRTUAL:
         raise FastLNError(
@@ -290,6 +330,7 @@ def load_trained_adapter(model: nn.Module, directory: Path) -> nn.Module:
         )
     with loading(str(directory)):
         wrapped = peft.PeftModel.from_pretrained(model, str(directory), autocast_adapter_dtype=False)
+        load_extra_states(wrapped.get_base_model(), directory)
     return to_stock(wrapped)
 
 

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from transformers import PreTrainedModel
 
-from fastln.adapters import warn_of_rounding
+from fastln.adapters import CONFIG, warn_of_rounding
 from fastln.errors import FastLNError
 from fastln.files import user_path, written_whole
 from fastln.plan import prepared
@@ -26,11 +27,12 @@ def merge_adapter(model: PreTrainedModel, directory: str | Path) -> None:
 
     Args:
         model: a model that `prepare` was called on, or a stock one after `load_adapter`.
-        directory: the folder; a model in it is replaced once the new one is completely on disk.
+        directory: the folder; an earlier save of the same model in it is replaced once the new one is completely on
+            disk.
 
     Raises:
-        FastLNError: if the model is sharded, or if the folder cannot be written to; an earlier model in it is then
-            still complete.
+        FastLNError: if the model is sharded, or if the folder holds another model or an adapter, or cannot be written
+            to; what is in it is then still complete.
     """
     if is_sharded(model):
         raise FastLNError(
@@ -44,13 +46,46 @@ def merge_adapter(model: PreTrainedModel, directory: str | Path) -> None:
         raise FastLNError(f"{directory}: this is a file; give a folder for the model")
     try:
         with written_whole(folder) as beside:
+            _refuse_adapter(folder)
             save_merged(model, beside)
+            _refuse_other(folder, beside)
             new = {path.name for path in beside.iterdir()}
         for path in folder.iterdir():  # left by a model that was split into other files
             if _WEIGHTS_FILE.fullmatch(path.name) and path.name not in new:
                 path.unlink()
     except (OSError, SafetensorError) as error:
         raise FastLNError(f"{directory}: the model cannot be written: {error}") from error
+
+
+def _refuse_adapter(folder: Path) -> None:
+    if (folder / CONFIG).is_file():
+        raise FastLNError(
+            f"{folder}: it holds an adapter, which from_pretrained would put onto the merged model; give another folder"
+        )
+
+
+def _refuse_other(folder: Path, new: Path) -> None:
+    """Refuse a folder whose model is not an earlier save of the new one, because its other files would stay."""
+    before = _type_and_shapes(folder)
+    if before is not None and before != _type_and_shapes(new):
+        raise FastLNError(f"{folder}: it holds another model, and files of two would be mixed; give another folder")
+
+
+def _type_and_shapes(folder: Path) -> tuple[str | None, dict[str, list[int]]] | None:
+    """Return the model's type and the shapes of its tensors in a folder; None if there is no configuration."""
+    try:
+        kind = json.loads((folder / "config.json").read_text()).get("model_type")
+    except (OSError, ValueError, AttributeError):
+        return None
+    shapes: dict[str, list[int]] = {}
+    for path in folder.iterdir():
+        if path.suffix == ".safetensors" and _WEIGHTS_FILE.fullmatch(path.name):
+            try:
+                with safe_open(path, "pt") as file:
+                    shapes |= {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118
+            except SafetensorError:  # cut short; it goes
+                continue
+    return kind, shapes
 
 
 def save_merged(model: PreTrainedModel, directory: Path) -> None:

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fastln.changes import Marks, mark_buffers
 from fastln.decision import Change, Plan, Stay
 from fastln.errors import FastLNError
 from fastln.families.norms import norm_eps
@@ -29,6 +30,7 @@ from fastln.methods import (
 from fastln.ops import NormKind, OpSettings
 from fastln.ops.backends import resolve
 from fastln.standins.attention import NAME, ViewSpec, flash_views
+from fastln.standins.norm import Float32Parameters
 from fastln.standins.part import Undo, is_stand_in
 from fastln.standins.table import STAND_INS, Place
 from fastln.standins.tricks import TRICKS
@@ -47,17 +49,24 @@ class Prepared:
         requires_grad: The earlier `requires_grad` of every parameter, by name.
         dtypes: The earlier dtype of each parameter that became float32, by name.
         undo: Objects that undo the changes, in the order in which the changes were made.
+        others: The dtypes of the other parameters.
+        buffers: The marks of the model's buffers when it was first prepared.
     """
 
     plan: Plan
     requires_grad: dict[str, bool] = field(default_factory=dict)
     dtypes: dict[str, torch.dtype] = field(default_factory=dict)
     undo: list[Undo] = field(default_factory=list)
+    others: set[torch.dtype] = field(default_factory=set)
+    buffers: Marks = field(default_factory=dict)
 
     def remove(self, model: nn.Module) -> None:
         """Undo every change to `model`. Tuned values stay, cast to the model's own dtype."""
         failures = []
+        casts = self._casts(model)
         for change in reversed(self.undo):
+            if isinstance(change, Float32Parameters):
+                change.dtypes = {own: casts.get(dtype, dtype) for own, dtype in change.dtypes.items()}
             try:
                 change.remove()
             except BaseException as error:  # the others are undone all the same
@@ -71,6 +80,16 @@ class Prepared:
             for other in failures[1:]:
                 failures[0].add_note(f"Undoing another change failed too: {other!r}")
             raise failures[0]
+
+    def _others(self, model: nn.Module) -> set[torch.dtype]:
+        """The dtypes of the parameters that `prepare` did not cast."""
+        return {p.dtype for name, p in model.named_parameters() if p.is_floating_point() and name not in self.dtypes}
+
+    def _casts(self, model: nn.Module) -> dict[torch.dtype, torch.dtype]:
+        """Return which dtype became which, if the whole model was cast since, as by `model.float()`."""
+        now = self._others(model)
+        gone = self.others - now
+        return dict.fromkeys(gone, now.pop()) if len(now) == 1 else {}
 
 
 def prepared(model: nn.Module) -> Prepared | None:
@@ -157,7 +176,7 @@ def apply(plan: Plan, model: nn.Module) -> None:
     """
     _check_stock(model)
     _check_fits(plan, model)
-    state = Prepared(plan)
+    state = Prepared(plan, buffers=mark_buffers(model))
     before: dict[str, Tensor] = {}
     try:
         setattr(model, STATE, state)
@@ -172,6 +191,7 @@ def apply(plan: Plan, model: nn.Module) -> None:
                 state.dtypes[name] = dtype
             place = Place(model, change.name, change.detail, plan.settings, dtypes, state.undo)
             STAND_INS[change.stand_in].put(place)
+        state.others = state._others(model)
     except BaseException:
         # First the original tensors: casting back would need memory, and perhaps there is none.
         for name, tensor in before.items():

@@ -2,6 +2,7 @@
 
 import errno
 import os
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,7 +11,9 @@ from small_run import Sentences, arguments, llama
 from transformers import TrainerCallback
 
 from fastln import FastLNError, FastLNTrainer
+from fastln.adapters import WEIGHTS
 from fastln.training import checkpoints
+from fastln.training.trained import load_trained
 
 
 def trainer(folder, method="layernorm", **settings):
@@ -29,15 +32,16 @@ def test_a_checkpoint_holds_what_trains_and_every_state(run):
     folder, trained = run
     assert [path.name for path in checkpoints.checkpoints_in(folder)] == ["checkpoint-12", "checkpoint-10"]
     assert {path.name for path in (folder / "checkpoint-12").iterdir()} == {
-        *("files.json", "trained.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json")
+        *("files.json", "adapter_model.safetensors", "adapter_config.json", "fastln.json", "training_args.bin"),
+        *("optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json"),
     }
     model = trainer(folder).model
-    checkpoints.load_trained(model, folder / "checkpoint-12")
+    load_trained(model, folder / "checkpoint-12")
     assert all(torch.equal(p, trained[name]) for name, p in model.named_parameters())
-    assert (folder / "checkpoint-12" / "trained.safetensors").stat().st_size < 2000
+    assert (folder / "checkpoint-12" / "adapter_model.safetensors").stat().st_size < 3000
 
 
-@pytest.mark.parametrize("name", ["files.json", "trained.safetensors", "optimizer.pt", "trainer_state.json"])
+@pytest.mark.parametrize("name", ["files.json", "adapter_model.safetensors", "optimizer.pt", "trainer_state.json"])
 @pytest.mark.parametrize("how", ["cut", "missing"])
 def test_a_checkpoint_cut_short_is_named_and_the_one_before_it_used(name, how, run, caplog):
     folder, trained = run
@@ -69,7 +73,7 @@ def test_no_whole_checkpoint_is_an_error(run, tmp_path):
 
 def test_a_checkpoint_of_another_run_is_refused(run):
     folder, _ = run
-    with pytest.raises(FastLNError, match=r"trained.safetensors: it is from another run: \d+ names differ"):
+    with pytest.raises(FastLNError, match=r"checkpoint-12: it is from another run: \d+ names differ"):
         trainer(folder, "attention").train(resume_from_checkpoint=True)
     other = FastLNTrainer(llama(), arguments(folder), train_dataset=Sentences())
     other.model.model.norm.weight = torch.nn.Parameter(torch.ones(16))
@@ -99,7 +103,7 @@ def test_a_norm_that_turned_nan_comes_into_no_checkpoint(run, tmp_path):
     assert [path.name for path in kept] == ["checkpoint-8", "checkpoint-6"]
     assert not (folder / checkpoints.STAGING).exists()
     for path in kept:
-        assert all(tensor.isfinite().all() for tensor in load_file(path / checkpoints.TRAINED).values())
+        assert all(tensor.isfinite().all() for tensor in load_file(path / WEIGHTS).values())
     again = trainer(folder)
     again.train(resume_from_checkpoint=True)
     assert all(torch.equal(p, trained[name]) for name, p in again.model.named_parameters())
@@ -113,7 +117,7 @@ def test_a_checkpoint_beside_another_base_is_refused(method, tmp_path):
     kept = frozen.detach().clone()
     with torch.no_grad():
         frozen += 1
-    with pytest.raises(FastLNError, match=r"checkpoint-12/trained\.safetensors: it is from another base model"):
+    with pytest.raises(FastLNError, match=r"checkpoint-12: it is from another base model"):
         other.train(resume_from_checkpoint=True)
     with torch.no_grad():
         frozen.copy_(kept)
@@ -122,7 +126,8 @@ def test_a_checkpoint_beside_another_base_is_refused(method, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("module", "name", "at"), [(checkpoints, "save_file", 1), (torch, "save", 1), (torch, "save", 3), (os, "fsync", 2)]
+    ("module", "name", "at"),
+    [(Path, "write_bytes", 1), (torch, "save", 1), (torch, "save", 3), (os, "fsync", 2)],
 )
 def test_a_full_disk_leaves_the_checkpoints_that_there_are(module, name, at, run, monkeypatch):
     folder, _ = run

@@ -12,13 +12,14 @@ from fastln.errors import FastLNError
 from fastln.models import blip_task, chat_task, dual_task, llava_med
 from fastln.models.chat_vision import CHAT_VISION
 from fastln.models.dual_encoder import MODEL_TYPE, DualEncoder, DualEncoderConfig
-from fastln.models.sources import check_source, expanded_sources, saved_model
-from fastln.models.task import Task, VQATask
+from fastln.models.sources import bare_configuration, check_source, expanded_sources, saved_model
+from fastln.models.task import NOTHING_KEPT, Kept, Task, VQATask
+from fastln.origin import Origin, absolute
 
 if TYPE_CHECKING:
     from fastln.data import VQADataset
 
-__all__ = ["DualEncoder", "DualEncoderConfig", "Task", "VQATask", "load_task"]
+__all__ = ["DualEncoder", "DualEncoderConfig", "Kept", "Task", "VQATask", "is_bare", "load_task"]
 
 SPECS = """dual (embedded, random weights), dual:VISION,TEXT (two directories or hub names), \
 blip (embedded, random weights), blip:SOURCE, chat:SOURCE (a directory, a hub name or a configuration's .json file), \
@@ -27,52 +28,86 @@ or a directory that fastln train wrote"""
 
 def load_task(
     spec: str,
-    train_data: VQADataset,
+    train_data: VQADataset | None,
     *,
     dtype: torch.dtype = torch.float32,
     seed: int = 0,
     device: torch.device | str = "cpu",
     image_size: int | None = None,
+    kept: Kept = NOTHING_KEPT,
 ) -> VQATask:
     """Load the model that `spec` names.
 
     Args:
         spec: `dual`, `dual:VISION,TEXT`, `blip`, `blip:SOURCE`, `chat:SOURCE`, or a directory that `fastln train`
             wrote: its output folder, or the model in it.
-        train_data: gives the answer vocabulary of a new dual encoder and the tokenizer of a bare configuration.
+        train_data: gives the answer vocabulary of a new dual encoder and the tokenizer of a bare configuration; None
+            for a model that needs neither.
         dtype: dtype of the parameters.
         seed: seed for everything that is initialised randomly.
         device: the model's device.
         image_size: edge of the square, in pixels, that images are resized to (for Qwen2.5-VL: whose area they have at
             most); what stands beside the model by default. No weight depends on it.
+        kept: what takes the data's place.
 
     Raises:
         FastLNError: if `spec` is none of these, the model cannot be loaded, the data does not fit it, or it does not
             take images of this size.
     """
-    task = _load(expanded_sources(spec), train_data, dtype, seed, image_size)
+    spec = expanded_sources(spec)
+    task = _load(spec, train_data, dtype, seed, image_size, kept)
     if image_size is not None and isinstance(task, chat_task.ChatTask):
         task.set_image_size(image_size)
-    task.check_data(train_data)
+    if train_data is not None:
+        task.check_data(train_data)
     task.model.to(device)
+    chosen = getattr(task.model.config, "answers", None)
+    task.origin = Origin(
+        model=absolute(saved_model(spec)),
+        dtype=str(dtype).removeprefix("torch."),
+        seed=seed,
+        image_size=image_size,
+        answers=None if chosen is None else tuple(chosen),
+    )
     return task
 
 
-def _load(spec: str, train_data: VQADataset, dtype: torch.dtype, seed: int, image_size: int | None) -> VQATask:
+def is_bare(spec: str) -> bool:
+    """Whether a model is made of a configuration: its weights are random, and its tokenizer comes from the data."""
+    if spec in ("dual", "blip"):
+        return True
+    kind, colon, rest = spec.partition(":")
+    source = rest if colon and kind in ("blip", "chat") else spec
+    return not source.startswith("dual:") and bare_configuration(source) is not None
+
+
+def _load(
+    spec: str,
+    train_data: VQADataset | None,
+    dtype: torch.dtype,
+    seed: int,
+    image_size: int | None,
+    kept: Kept,
+) -> VQATask:
     kind, _, rest = spec.partition(":")
+    if train_data is None and kept.tokenizer is None and is_bare(spec):
+        raise FastLNError(
+            f"model {spec!r}: its weights are random and its tokenizer is made of the training questions, so it cannot "
+            "be made without them; the whole model that fastln train wrote can be loaded"
+        )
     if spec == "dual":
-        return dual_task.embedded(train_data, dtype, seed, image_size)
+        return dual_task.embedded(train_data, dtype, seed, image_size, kept)
     if spec == "blip":
-        return blip_task.from_config(blip_task.embedded_config(), train_data, dtype, seed, image_size, "blip")
+        return blip_task.from_config(blip_task.embedded_config(), train_data, dtype, seed, image_size, "blip", kept)
     if kind == "dual":
         vision, _, text = (source.strip() for source in rest.partition(","))
         if not vision or not text or "," in text:
             raise FastLNError(f"model {spec!r}: give two sources after 'dual:', VISION,TEXT, with one comma between")
-        return dual_task.from_towers(vision, text, train_data, dtype, seed, image_size)
+        return dual_task.from_towers(vision, text, train_data, dtype, seed, image_size, kept)
     if kind == "blip":
-        return blip_task.from_source(rest, train_data, dtype, seed, image_size)
+        return blip_task.from_source(rest, train_data, dtype, seed, image_size, kept)
     if kind == "chat":
-        return chat_task.from_source(rest, train_data, dtype, seed)
+        return chat_task.from_source(rest, train_data, dtype, seed, kept)
     spec = saved_model(spec)
     if not Path(spec).is_dir():
         raise FastLNError(f"model {spec!r}: this is neither a directory nor a known form; valid: {SPECS}")

@@ -12,7 +12,7 @@ from fastln.errors import FastLNError, loading
 from fastln.models.image_size import INTERPOLATE, position_arguments
 from fastln.models.images import ImagePixels
 from fastln.models.sources import bare_configuration, check_source, refuse_missing
-from fastln.models.task import VQATask
+from fastln.models.task import NOTHING_KEPT, Kept, VQATask
 from fastln.models.tokens import word_tokenizer
 from fastln.ops.linear_cross_entropy import IGNORE_INDEX
 
@@ -100,12 +100,19 @@ def embedded_config() -> BlipConfig:
 
 
 def from_config(
-    config: BlipConfig, train_data: VQADataset, dtype: torch.dtype, seed: int, image_size: int | None, name: str
+    config: BlipConfig,
+    train_data: VQADataset | None,
+    dtype: torch.dtype,
+    seed: int,
+    image_size: int | None,
+    name: str,
+    kept: Kept = NOTHING_KEPT,
 ) -> BlipTask:
     """Build BLIP-VQA with random weights and a tokenizer of the training data's words."""
     text = config.text_config
-    texts = [text for sample in train_data.samples for text in (sample.question, sample.answer)]
-    tokenizer = word_tokenizer(
+    samples = [] if train_data is None else train_data.samples
+    texts = [text for sample in samples for text in (sample.question, sample.answer)]
+    tokenizer = kept.tokenizer or word_tokenizer(
         texts, text.vocab_size, pad_id=text.pad_token_id, sep_id=text.sep_token_id, taken=(text.bos_token_id,)
     )
     torch.manual_seed(seed)
@@ -115,7 +122,14 @@ def from_config(
     return BlipTask(model, tokenizer, images, name=name)
 
 
-def from_source(source: str, train_data: VQADataset, dtype: torch.dtype, seed: int, image_size: int | None) -> BlipTask:
+def from_source(
+    source: str,
+    train_data: VQADataset | None,
+    dtype: torch.dtype,
+    seed: int,
+    image_size: int | None,
+    kept: Kept = NOTHING_KEPT,
+) -> BlipTask:
     """Load BLIP-VQA.
 
     Args:
@@ -124,6 +138,7 @@ def from_source(source: str, train_data: VQADataset, dtype: torch.dtype, seed: i
         dtype: dtype of the parameters.
         seed: seed for the initial weights of a bare configuration.
         image_size: edge length of images; by default that of the model's preprocessing.
+        kept: what takes the data's place.
 
     Raises:
         FastLNError: if there is nothing to load, it is not BLIP, or its patches do not fit images of this size.
@@ -134,7 +149,7 @@ def from_source(source: str, train_data: VQADataset, dtype: torch.dtype, seed: i
             config = BlipConfig.from_json_file(bare)
             if config.model_type != "blip":
                 raise FastLNError(f"{bare}: model_type is {config.model_type!r}, not 'blip'")
-            return from_config(config, train_data, dtype, seed, image_size, name=f"blip:{path.stem}")
+            return from_config(config, train_data, dtype, seed, image_size, name=f"blip:{path.stem}", kept=kept)
     check_source(source)
     with loading(source):
         model, report = BlipForQuestionAnswering.from_pretrained(source, dtype=dtype, output_loading_info=True)

@@ -20,13 +20,12 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from fastln.data import demands
 from fastln.errors import FastLNError, listing, loading
-from fastln.files import user_path
 from fastln.models import llava_med
 from fastln.models.chat_template import ChatTemplate, Conversation
 from fastln.models.chat_vision import CHAT_VISION, ChatVision
 from fastln.models.images import ImageInputs, ImagePixels
 from fastln.models.sources import bare_configuration, check_source, load_tokenizer, refuse_missing
-from fastln.models.task import VQATask
+from fastln.models.task import NOTHING_KEPT, Kept, VQATask
 from fastln.models.tokens import chat_tokenizer
 from fastln.ops.linear_cross_entropy import IGNORE_INDEX
 
@@ -195,10 +194,9 @@ class ChatTask(VQATask):
         tokens = self.model.generate(**prompts, generation_config=self._greedy(n_tokens))
         return [text.strip() for text in self.tokenizer.batch_decode(tokens[:, n_tokens:], skip_special_tokens=True)]
 
-    def save(self, directory: Path) -> None:
-        """Write everything that `load_task(directory)` and transformers' `AutoProcessor` need."""
-        directory = user_path(directory)
-        super().save(directory)
+    def save_tools(self, directory: Path) -> None:
+        """Write what `load_task(directory)` and transformers' `AutoProcessor` need beside the model."""
+        super().save_tools(directory)
         if self.images is not None and self.chat_vision is not None and self.chat_vision.processor is not None:
             processor = self.chat_vision.processor(self.model.config, self.images, self.tokenizer)
             processor.save_pretrained(directory)
@@ -256,7 +254,9 @@ class ChatTask(VQATask):
         return self._end_id if self.tokenizer.pad_token_id is None else int(self.tokenizer.pad_token_id)
 
 
-def from_source(source: str, train_data: VQADataset, dtype: torch.dtype, seed: int) -> ChatTask:
+def from_source(
+    source: str, train_data: VQADataset | None, dtype: torch.dtype, seed: int, kept: Kept = NOTHING_KEPT
+) -> ChatTask:
     """Load a conversational model.
 
     Args:
@@ -264,6 +264,7 @@ def from_source(source: str, train_data: VQADataset, dtype: torch.dtype, seed: i
         train_data: gives the tokenizer if `source` is a bare configuration.
         dtype: dtype of the parameters.
         seed: seed for the initial weights of a bare configuration.
+        kept: what takes the data's place.
 
     Raises:
         FastLNError: if there is nothing to load, or the model cannot chat.
@@ -273,7 +274,7 @@ def from_source(source: str, train_data: VQADataset, dtype: torch.dtype, seed: i
         with loading(source):
             vision = _chat_vision(str(bare))
             config = AutoConfig.from_pretrained(bare)
-            return from_config(config, vision, train_data, dtype, seed, name)
+            return from_config(config, vision, train_data, dtype, seed, name, kept)
     check_source(source)
     with loading(source):
         if llava_med.is_llava_med(source):
@@ -291,20 +292,22 @@ def from_source(source: str, train_data: VQADataset, dtype: torch.dtype, seed: i
 def from_config(
     config: PreTrainedConfig,
     vision: ChatVision | None,
-    train_data: VQADataset,
+    train_data: VQADataset | None,
     dtype: torch.dtype,
     seed: int,
     name: str,
+    kept: Kept = NOTHING_KEPT,
 ) -> ChatTask:
     """Build a conversational model with random weights and a tokenizer of the training data's words."""
     text = config.get_text_config()
     roles = ("bos_token", "eos_token", "pad_token")
-    tokenizer = chat_tokenizer(
+    samples = [] if train_data is None else train_data.samples
+    tokenizer = kept.tokenizer or chat_tokenizer(
         [
             "USER: ASSISTANT:",
             REPORT_QUESTION,
-            *(part for sample in train_data.samples for turn in _turns(sample) for part in turn),
-            *(sample.system for sample in train_data.samples),
+            *(part for sample in samples for turn in _turns(sample) for part in turn),
+            *(sample.system for sample in samples),
         ],
         text.vocab_size,
         {role: _first_of(getattr(text, f"{role}_id", None)) for role in roles},

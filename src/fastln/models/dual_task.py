@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import logging
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -14,11 +16,13 @@ from fastln.models.dual_encoder import DualEncoder, DualEncoderConfig
 from fastln.models.image_size import check_reads, position_arguments
 from fastln.models.images import ImagePixels
 from fastln.models.sources import check_source, refuse_missing
-from fastln.models.task import VQATask
+from fastln.models.task import NOTHING_KEPT, Kept, VQATask
 from fastln.models.tokens import word_tokenizer
 
 if TYPE_CHECKING:
     from fastln.data import Sample, VQADataset
+
+logger = logging.getLogger(__name__)
 
 HEAD = ("fusion_head",)  # a name that no encoder has
 
@@ -52,6 +56,18 @@ class DualEncoderTask(VQATask):
         """The arguments that make the vision encoder interpolate its positions."""
         return position_arguments(self.model.vision, self.images.image_size)
 
+    def check_data(self, dataset: VQADataset) -> None:
+        """Check as for every task, and warn if the model cannot give a single one of the answers."""
+        super().check_data(dataset)
+        vocabulary = self.vocabulary
+        if all(vocabulary.index(sample.answer) == UNKNOWN for sample in dataset.samples):
+            logger.warning(
+                "%s %s: not one answer is among the %d that the model chooses from, so all of its answers are wrong",
+                dataset.name,
+                dataset.split,
+                len(vocabulary),
+            )
+
     def cut_off(self, samples: list[Sample]) -> dict[str, tuple[list[int], int]]:
         """Return the lengths of questions, and how many tokens of each are read."""
         return {"questions": self.question_lengths(samples)}
@@ -68,10 +84,12 @@ class DualEncoderTask(VQATask):
         return AnswerVocabulary(self.model.config.answers)
 
 
-def embedded(train_data: VQADataset, dtype: torch.dtype, seed: int, image_size: int | None) -> DualEncoderTask:
+def embedded(
+    train_data: VQADataset | None, dtype: torch.dtype, seed: int, image_size: int | None, kept: Kept = NOTHING_KEPT
+) -> DualEncoderTask:
     """Build a small dual encoder (ViT and BERT, width 384) with random weights."""
-    questions = [sample.question for sample in train_data.samples]
-    tokenizer = word_tokenizer(questions, 1024)
+    questions = [] if train_data is None else [sample.question for sample in train_data.samples]
+    tokenizer = kept.tokenizer or word_tokenizer(questions, 1024)
     vision = ViTConfig(
         hidden_size=384,
         num_hidden_layers=6,
@@ -91,7 +109,7 @@ def embedded(train_data: VQADataset, dtype: torch.dtype, seed: int, image_size: 
     config = DualEncoderConfig(
         vision_config=vision,
         text_config=text,
-        answers=_answers(train_data),
+        answers=_answers(train_data, kept.answers),
         random_weights=True,
     )
     torch.manual_seed(seed)
@@ -106,21 +124,28 @@ def embedded(train_data: VQADataset, dtype: torch.dtype, seed: int, image_size: 
 
 
 def from_towers(
-    vision: str, text: str, train_data: VQADataset, dtype: torch.dtype, seed: int, image_size: int | None
+    vision: str,
+    text: str,
+    train_data: VQADataset | None,
+    dtype: torch.dtype,
+    seed: int,
+    image_size: int | None,
+    kept: Kept = NOTHING_KEPT,
 ) -> DualEncoderTask:
     """Join two pretrained encoders under a randomly initialised head.
 
     Args:
         vision: directory or hub name of the vision encoder (or of a model that has one, such as CLIP).
         text: directory or hub name of the text encoder.
-        train_data: its answers are the answer vocabulary.
+        train_data: its answers are the answer vocabulary, unless others are kept.
         dtype: dtype of the parameters.
         seed: seed for the head's initial weights.
         image_size: edge length of images; by default that of the vision encoder's preprocessing.
+        kept: what takes the data's place.
 
     Raises:
-        FastLNError: if a directory holds no model, a hub name cannot be loaded, or the vision encoder does not take
-            such images.
+        FastLNError: if there are neither answers nor data, a directory holds no model, a hub name cannot be loaded, or
+            the vision encoder does not take such images.
     """
     vision_model, vision_pooler = _tower(vision, "vision_config", dtype)
     text_model, _ = _tower(text, "text_config", dtype)
@@ -130,7 +155,7 @@ def from_towers(
     config = DualEncoderConfig(
         vision_config=copy.deepcopy(vision_model.config),
         text_config=copy.deepcopy(text_model.config),
-        answers=_answers(train_data),
+        answers=_answers(train_data, kept.answers),
         vision_pooler=vision_pooler,
     )
     torch.manual_seed(seed)
@@ -145,7 +170,9 @@ def from_towers(
     )
 
 
-def from_saved(directory: str, train_data: VQADataset, dtype: torch.dtype, image_size: int | None) -> DualEncoderTask:
+def from_saved(
+    directory: str, train_data: VQADataset | None, dtype: torch.dtype, image_size: int | None
+) -> DualEncoderTask:
     """Load a dual encoder that `VQATask.save` wrote; its head is already trained.
 
     Raises:
@@ -157,7 +184,7 @@ def from_saved(directory: str, train_data: VQADataset, dtype: torch.dtype, image
     refuse_missing(directory, "dual encoder", report["missing_keys"])
     images = _images(directory, model.vision, dtype, image_size)
     task = DualEncoderTask(model, tokenizer, images, name=directory)
-    if all(task.vocabulary.index(sample.answer) == UNKNOWN for sample in train_data.samples):
+    if train_data is not None and all(task.vocabulary.index(s.answer) == UNKNOWN for s in train_data.samples):
         raise FastLNError(
             f"{directory}: not one answer of {train_data.name} is among the {len(task.vocabulary)} that this model "
             "chooses from"
@@ -172,7 +199,11 @@ def _images(source: str | None, encoder: PreTrainedModel, dtype: torch.dtype, im
     return images
 
 
-def _answers(train_data: VQADataset) -> list[str]:
+def _answers(train_data: VQADataset | None, answers: Sequence[str] | None) -> list[str]:
+    if answers is not None:
+        return list(answers)
+    if train_data is None:
+        raise FastLNError("a dual encoder needs the list of answers that it chooses from, or the data that has them")
     return list(AnswerVocabulary.build(sample.answer for sample in train_data.samples))
 
 

@@ -14,6 +14,7 @@ from fastln.files import expanded
 # What `fastln train` writes into its output folder.
 RECORD = "run.json"
 MODEL = "model"
+ADAPTER_CONFIG = "adapter_config.json"
 
 KINDS = ("dual", "blip", "chat")
 """What may stand, with a colon, before the sources of a model."""
@@ -49,6 +50,10 @@ def check_source(source: str) -> None:
     """
     path = Path(source)
     if path.is_dir():
+        if (path / ADAPTER_CONFIG).is_file() and not (path / "config.json").is_file():
+            raise FastLNError(
+                f"{source}: this is an adapter or a checkpoint, not a whole model; fastln eval and fastln merge take it"
+            )
         if not (path / "config.json").is_file():
             raise FastLNError(
                 f"{source}: there is no config.json in this directory; give a directory that save_pretrained wrote, "

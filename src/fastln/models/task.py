@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import logging
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +16,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from fastln.data import GroupedBatches, demands
 from fastln.errors import FastLNError
 from fastln.files import user_path
+from fastln.origin import Origin
 
 if TYPE_CHECKING:
     from fastln.data import Sample, VQADataset
@@ -24,6 +27,22 @@ MAX_QUESTION_TOKENS = 64
 logger = logging.getLogger(__name__)
 
 
+@dataclass(frozen=True)
+class Kept:
+    """What an adapter keeps of the data that its base was made for.
+
+    Attributes:
+        answers: the answers that a new dual encoder chooses from; None for those of the training data.
+        tokenizer: that of a bare configuration; None for one of the training data's words.
+    """
+
+    answers: Sequence[str] | None = None
+    tokenizer: PreTrainedTokenizerBase | None = None
+
+
+NOTHING_KEPT = Kept()
+
+
 class Task:
     """A model to tune with a method.
 
@@ -32,9 +51,11 @@ class Task:
         name: the model's name in tables.
         head: names of the modules that make up the task head.
         random_head: those of them that are randomly initialised and so train with every method.
+        origin: where it came from, for its adapters and checkpoints.
     """
 
     head: tuple[str, ...] = ()
+    origin: Origin = Origin()
 
     def __init__(self, model: PreTrainedModel, *, name: str, random_head: tuple[str, ...] = ()) -> None:
         self.model = model
@@ -151,6 +172,10 @@ class VQATask(Task, ABC):
         """Write model, tokenizer and image preprocessing, for `load_task(directory)` to load."""
         directory = user_path(directory)
         self.model.save_pretrained(directory)
+        self.save_tools(directory)
+
+    def save_tools(self, directory: Path) -> None:
+        """Write the tokenizer and the image preprocessing."""
         self.tokenizer.save_pretrained(directory)
         if self.images is not None:
             self.images.processor.save_pretrained(directory)

@@ -11,6 +11,7 @@ runs instead, so that the hooks are called.
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
 
@@ -51,6 +52,14 @@ class StandIn(nn.Module):
     """Base class of all forms. A form provides the `forward` for subclasses of stock classes."""
 
     _fastln: Part
+
+    def _apply(self, fn: Any, recurse: bool = True) -> nn.Module:
+        # `model.float()` and its like cast what a trained norm's parameters would be without `prepare`, too.
+        module = super()._apply(fn, recurse)
+        if self._fastln.dtype is not None:
+            cast = fn(torch.empty(0, dtype=self._fastln.dtype)).dtype
+            self._fastln = dataclasses.replace(self._fastln, dtype=cast if cast.itemsize == 2 else None)
+        return module
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
         """Copy and pickle by form and stock class, because the combined class has no importable name."""

@@ -56,6 +56,11 @@ def load_importance(model: nn.Module, folder: Path) -> None:
         tuner.rankallocator.ipt.setdefault(name, tensor)
 
 
+def is_adalora(model: nn.Module) -> bool:
+    """Whether peft's AdaLoRA is on the model."""
+    return _tuner(model) is not None
+
+
 def _tuner(model: nn.Module | None) -> AdaLoraModel | None:
     tuner = getattr(model, "base_model", None)
     return tuner if isinstance(tuner, AdaLoraModel) else None

@@ -15,19 +15,13 @@ import shutil
 from collections.abc import Iterable
 from pathlib import Path
 
-import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from fastln.errors import FastLNError
 from fastln.files import STAGING, flush
-from fastln.fingerprint import FINGERPRINT, difference, fingerprint
 
 logger = logging.getLogger(__name__)
 
-TRAINED = "trained.safetensors"
 FILES = "files.json"
 LEAVING = ".fastln-deleting"
 
@@ -112,7 +106,7 @@ def remove(checkpoint: Path) -> None:
 
 
 def rotate(folder: Path, limit: int | None, keep: Iterable[Path]) -> None:
-    """Delete the oldest checkpoints (lowest steps) until `limit` are left.
+    """Delete the oldest checkpoints, by their time and then by their step, until `limit` are left.
 
     Args:
         folder: where they are.
@@ -122,58 +116,8 @@ def rotate(folder: Path, limit: int | None, keep: Iterable[Path]) -> None:
     if not limit or limit < 0:
         return
     kept = set(keep)
-    found = checkpoints_in(folder)
+    # By time, as stock does: an earlier run in the folder may have left higher steps.
+    found = sorted(checkpoints_in(folder), key=lambda path: (path.stat().st_mtime, int(path.name.rpartition("-")[2])))
     surplus = len(found) - max(limit, len(kept))
-    for checkpoint in [path for path in reversed(found) if path not in kept][: max(surplus, 0)]:
+    for checkpoint in [path for path in found if path not in kept][: max(surplus, 0)]:
         remove(checkpoint)
-
-
-def trained_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
-    """Return the trained parameters, by their names in the trained module."""
-    return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
-
-
-def save_trained(model: nn.Module, folder: Path) -> None:
-    """Write the trained parameters and a fingerprint of the frozen ones, which the base model holds."""
-    tensors = {name: p.detach().contiguous() for name, p in trained_parameters(model).items()}
-    save_file(tensors, folder / TRAINED, {"format": "pt", FINGERPRINT: fingerprint(model, _not_frozen(model))})
-
-
-def load_trained(model: nn.Module, folder: Path) -> None:
-    """Load what `save_trained` wrote, in place.
-
-    Raises:
-        FastLNError: if the file cannot be read, holds other parameters than those that train, or comes from a run with
-            other frozen parameters.
-    """
-    path = folder / TRAINED
-    try:
-        saved: dict[str, Tensor] = load_file(path)
-        with safe_open(path, "pt") as file:
-            base = (file.metadata() or {}).get(FINGERPRINT)
-    except (OSError, SafetensorError) as error:
-        raise FastLNError(f"{path}: cannot be read: {error}") from None
-    trained = trained_parameters(model)
-    if saved.keys() != trained.keys():
-        odd = sorted(saved.keys() ^ trained.keys())
-        raise FastLNError(
-            f"{path}: it is from another run: {len(odd)} names differ from those that train now, for example {odd[0]}"
-        )
-    for name, parameter in trained.items():
-        if saved[name].shape != parameter.shape:
-            raise FastLNError(
-                f"{path}: it is from another model: {name} has shape {tuple(saved[name].shape)} there and "
-                f"{tuple(parameter.shape)} here"
-            )
-    if base is not None and (differs := difference(base, model, _not_frozen(model))) is not None:
-        raise FastLNError(
-            f"{path}: it is from another base model: {differs}; resume with that base, or start a new training"
-        )
-    with torch.no_grad():
-        for name, parameter in trained.items():
-            parameter.copy_(saved[name])
-
-
-def _not_frozen(model: nn.Module) -> set[str]:
-    # AdaLoRA stores its ranks in parameters that no optimizer has, and they change.
-    return {name for name, p in model.named_parameters() if p.requires_grad or "ranknum" in name}

@@ -81,15 +81,29 @@ class FastLNTrainer(MethodTrainer):
         if without:
             self._method["without"] = self._without = settle_without(without)
         super().__init__(model, args, *others, **kwargs)
-        if norm_learning_rate is not None and self.optimizer is not None:
+
+    def _validate_args(self) -> None:
+        super()._validate_args()
+        if self.norm_learning_rate is not None and self.optimizer is not None:
             raise FastLNError(
                 "norm_learning_rate has no effect on an optimizer of your own: give the norms "
                 "(fastln.methods.norm_parameters names them) a parameter group with that rate, or leave the optimizer "
                 "out"
             )
         if self.model_init is None:
-            # After the Trainer has moved the model to its device, which determines the backends.
-            self.model = self.model_wrapped = self.callback_handler.model = self._put(self.model)
+            # The Trainer has moved the model to its device, which determines the backends, and has not yet shown it to
+            # any callback.
+            self.model = self.model_wrapped = self._put(self.model)
+
+    @property
+    def _method_arguments(self) -> dict[str, Any]:
+        scope, also = self._method["scope"], self._method["also"]
+        return {
+            "method": self._method["method"],
+            "engine": self._method["engine"],
+            "scope": scope if scope is None or isinstance(scope, str) else list(scope),
+            "also": [also] if isinstance(also, str) else list(also),
+        }
 
     def call_model_init(self, trial: Any = None) -> nn.Module:
         """Make the model, and set it up for the method."""
@@ -101,6 +115,7 @@ class FastLNTrainer(MethodTrainer):
         if self.norm_learning_rate is not None and not any(p.requires_grad for p in _norms(model)):
             raise FastLNError(f"method {self._method['method']!r} trains no norm here; leave norm_learning_rate out")
         self._end_watch()
+        self._frozen = None
         return model
 
     def _prepare_for_training(self, *args: Any, **kwargs: Any) -> Any:

@@ -45,9 +45,11 @@ _OVERRIDDEN = {
     "_get_output_dir": ("trial",),
     "_load_best_model": (),
     "_load_from_checkpoint": ("resume_from_checkpoint", "model"),
+    "_load_optimizer_and_scheduler": ("checkpoint",),
     "_prepare_for_training": ("max_steps", "train_dataloader", "resume_from_checkpoint"),
     "_push_from_checkpoint": ("checkpoint_folder",),
     "_save_checkpoint": ("model", "trial"),
+    "_validate_args": (),
     "save_model": ("output_dir", "_internal_call"),
 }
 INTERNALS = (

@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from fastln.errors import FastLNError
 from fastln.memory import peak_bytes
-from fastln.training.adalora import AdaLoRASteps
+from fastln.training.adalora import AdaLoRASteps, is_adalora
 from fastln.training.progress import check_loss, why_not_a_number
 from fastln.training.resumable import ResumableTrainer
 from fastln.training.sample_ids import KEY, WithSampleIds
@@ -50,7 +50,6 @@ class MethodTrainer(ResumableTrainer):
                 logger.info("checkpoints are without reentry: reentrant ones give no gradient behind frozen layers")
             given["use_reentrant"] = False
             self.args.activation_checkpointing_kwargs = given
-        self.add_callback(AdaLoRASteps())
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """Train, as in `ResumableTrainer.train`.
@@ -124,6 +123,8 @@ class MethodTrainer(ResumableTrainer):
 
     def _prepare_for_training(self, *args: Any, **kwargs: Any) -> Any:
         prepared = super()._prepare_for_training(*args, **kwargs)
+        if is_adalora(self.model) and not any(isinstance(c, AdaLoRASteps) for c in self.callback_handler.callbacks):
+            self.add_callback(AdaLoRASteps())
         # Not before: with `cpu_ram_efficient_loading`, only the first process has the values until they are sharded.
         self._begin_watch()
         if self._watch is not None:

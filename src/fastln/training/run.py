@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import shlex
 import shutil
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -185,8 +186,27 @@ def run_training(
     write_json(out / RECORD, record | {"finished": True, "adapter_bytes": adapter_bytes, **asdict(outcome)})
     for split, value in scores.items():
         print_scores(task, scored[split], value, head_is_trained=True)
-    logger.info("the model is in %s; score it again with: fastln eval %s --data %s", out / MODEL, out / MODEL, run.data)
+    logger.info("the model is in %s", out / MODEL)
+    for split in scores:
+        logger.info("score its answers to the %s questions again with: %s", split, _command(run, out, split, features))
     return outcome
+
+
+def _command(run: TrainRun, out: Path, split: str, features: TensorStore | None) -> str:
+    """Return the command that scores a split as the run did."""
+    words = ["fastln", "eval", str(out), "--data", run.data, "--split", split]
+    if run.validation and split == "validation":
+        words += ["--validation", str(run.validation)]
+    words += ["--batch-size", str(run.config.batch_size)]  # it decides the padding, and so the rounding
+    options = {
+        "--layout": run.options.layout,
+        "--language": run.options.language,
+        "--device": None if run.device == "auto" else run.device,
+        "--feature-cache": None if features is None else features.directory,
+    }
+    words += [word for name, value in options.items() if value is not None for word in (name, str(value))]
+    words += ["--skip-bad-rows"] if run.options.skip_bad_rows else []
+    return shlex.join(words)
 
 
 def _datasets(run: TrainRun, source: Source) -> tuple[VQADataset, dict[str, VQADataset]]:

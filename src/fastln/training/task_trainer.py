@@ -10,11 +10,13 @@ from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader
 
 from fastln.data import VQADataset, demands
-from fastln.models import Task, VQATask
+from fastln.models import Task, VQATask, is_bare
+from fastln.origin import Origin
 from fastln.training.config import TrainConfig
 from fastln.training.method_trainer import MethodTrainer
 from fastln.training.optimizer import MasterAdamW, cosine_schedule, parameter_groups
 from fastln.training.sample_ids import WithSampleIds
+from fastln.training.tasks import method_arguments
 
 
 class TaskTrainer(MethodTrainer):
@@ -34,6 +36,8 @@ class TaskTrainer(MethodTrainer):
             model=model,
             train_dataset=data,
             data_collator=WithSampleIds(lambda samples: task.collate(samples, data)),
+            # In a checkpoint it has to be only where no base holds it.
+            processing_class=task.tokenizer if is_bare(task.origin.model or "") else None,
             optimizers=(build_optimizer(model, task, config), None),
             **kwargs,
         )
@@ -53,6 +57,14 @@ class TaskTrainer(MethodTrainer):
     def _reaches_all(self, inputs: dict[str, Any]) -> bool:
         """Whether the loss of a batch depends on everything that trains; rows without images do not reach a tower."""
         return not self._mixed or "pixel_values" in inputs
+
+    @property
+    def _origin(self) -> Origin:
+        return self.task.origin
+
+    @property
+    def _method_arguments(self) -> dict[str, Any]:
+        return method_arguments(self.task, self.config)
 
     def get_train_dataloader(self) -> DataLoader:
         """Return the task's batches."""

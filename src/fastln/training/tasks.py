@@ -1,17 +1,27 @@
-"""Methods for tasks: applies `fastln.engines` to a task's model, with its head."""
+"""Methods for tasks: applies `fastln.engines` to a task's model, with its head; adapters and their bases."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
+import torch
 from torch import nn
+from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
+from fastln.adapters import CONFIG, PARTS, WHOLE, adapter_type, named_base, warn_of_rounding
+from fastln.data import Source
 from fastln.engines import load_trained_adapter, put_method, to_stock
-from fastln.errors import FastLNError
+from fastln.errors import FastLNError, loading
 from fastln.families import parameters_in
 from fastln.methods import RANDOM_HEADS, get_method, norm_parameters, select_parameters, settle_scope
-from fastln.models import Task
+from fastln.models import Kept, Task, VQATask, is_bare, load_task
+from fastln.origin import ORIGIN, read_origin
+from fastln.plan import prepared
+from fastln.standins.tricks import TRICKS
+from fastln.training.config import TrainConfig
+from fastln.training.trained import load_trained
 
 
 def apply_method(
@@ -54,6 +64,12 @@ def apply_method(
     return put_method(task.model, method, engine, scope=scope, also=also, without=without, backend=backend)
 
 
+def method_arguments(task: Task, config: TrainConfig) -> dict[str, Any]:
+    """Return the arguments of `put_method` that a run has, for its checkpoints."""
+    scope = None if config.scope is None else list(config.scope)
+    return {"method": config.method, "scope": scope, "also": list(task.head_under(config.method))}
+
+
 def groups_that_train(task: Task, method: str, scope: Iterable[str] | None = None) -> set[str]:
     """Return which of `fastln.methods.GROUPS` a method trains in a task's model, before it is applied.
 
@@ -74,20 +90,119 @@ def groups_that_train(task: Task, method: str, scope: Iterable[str] | None = Non
 
 
 def finish(task: Task, trained: nn.Module) -> None:
-    """Make the task's model stock again, with the trained values in it.
+    """Make the task's model stock again, with the trained values in it; a warning tells if its dtype rounds them.
 
     Args:
         task: the task that `apply_method` was called with.
         trained: what `apply_method` returned.
     """
+    state = prepared(task.model)
+    names = {} if state is None else state.dtypes
+    exact = {name: task.model.get_parameter(name).detach().clone() for name in names}
     task.model = to_stock(trained)
+    warn_of_rounding(
+        exact,
+        dict(task.model.named_parameters()),
+        "the whole model is saved and scored so; the adapter or a checkpoint has every digit",
+    )
+
+
+def is_adapter(folder: str | Path) -> bool:
+    """Whether a folder holds an adapter or a checkpoint, and no whole model that `fastln train` wrote."""
+    path = Path(folder)
+    return (path / CONFIG).is_file() or ((path / ORIGIN).is_file() and (path / WHOLE).is_file())
+
+
+def load_base(
+    adapter: Path,
+    base: str | None,
+    data: Source | None,
+    *,
+    dtype: torch.dtype,
+    device: torch.device | str = "cpu",
+    image_size: int | None = None,
+    validation: float = 0.0,
+) -> VQATask:
+    """Load the base of an adapter or a checkpoint, with all that its use takes: its answers, its image size.
+
+    Args:
+        adapter: the folder.
+        base: as `fastln.models.load_task` takes it; by default the one that the folder names.
+        data: makes the tokenizer of a bare configuration, and the answers if the folder has none.
+        dtype: dtype of the parameters.
+        device: the model's device.
+        image_size: as `fastln.models.load_task` takes it; by default the one that the folder has.
+        validation: the fraction of the training images that was held out.
+
+    Raises:
+        FastLNError: if the folder does not say its base, or that cannot be loaded.
+    """
+    origin, _ = read_origin(adapter)
+    spec = base_of(adapter, base)
+    bare = is_bare(spec)
+    kept = Kept(origin.answers, kept_tokenizer(adapter) if bare else None)
+    needs_data = (bare and kept.tokenizer is None) or (spec.startswith("dual") and kept.answers is None)
+    train = data.dataset("train", validation_fraction=validation) if needs_data and data is not None else None
+    if spec.startswith("dual:") and train is None and kept.answers is None:
+        raise FastLNError(
+            f"{adapter}: it does not hold the answers that its dual encoder chooses from, as those written by earlier "
+            "versions do not: give the folder that the run wrote in place of the two encoders"
+        )
+    size = image_size or origin.image_size
+    return load_task(spec, train, dtype=dtype, seed=origin.seed, device=device, image_size=size, kept=kept)
+
+
+def kept_tokenizer(folder: Path) -> PreTrainedTokenizerBase | None:
+    """Return the tokenizer in the folder of an adapter or a checkpoint, if there is one."""
+    if not (folder / "tokenizer.json").is_file():
+        return None
+    with loading(str(folder)):
+        return PreTrainedTokenizerFast.from_pretrained(folder)
+
+
+def base_of(adapter: Path, base: str | None = None) -> str:
+    """Return the base of an adapter or a checkpoint, as `fastln.models.load_task` takes it.
+
+    Args:
+        adapter: the folder.
+        base: what the user gave in its place, if anything.
+
+    Raises:
+        FastLNError: if the folder does not say it, or it is a directory that is not there.
+    """
+    if base is not None:
+        return base
+    model = read_origin(adapter)[0].model or named_base(adapter)
+    if model is None:
+        raise FastLNError(
+            f"{adapter}: it does not say what its base is, because that was not loaded from a directory or the hub: "
+            "name the base (fastln eval BASE --adapter ADAPTER, fastln merge ADAPTER --base BASE)"
+        )
+    gone = [source for source in model.rpartition(":")[2].split(",") if source[:1] == "/" and not Path(source).exists()]
+    if gone:
+        raise FastLNError(f"{adapter}: its base was {model}, and {gone[0]} is not there: name the base where it is now")
+    return model
+
+
+def load_values(model: nn.Module, directory: Path, *, check_base: bool = True) -> nn.Module:
+    """Load the values of an adapter or a checkpoint into a stock model, and return the stock model.
+
+    Raises:
+        FastLNError: as in `fastln.engines.load_trained_adapter` and `fastln.training.trained.load_trained`.
+    """
+    method = read_origin(directory)[1].get("method", {})
+    if adapter_type(directory) == PARTS and method.get("method") == "layernorm+lora":  # no adapter holds both
+        trained = put_method(model, **method, without=TRICKS, backend="reference")
+        load_trained(trained, directory)
+        return to_stock(trained)
+    return load_trained_adapter(model, directory, check_base=check_base)
 
 
 def load_task_adapter(task: Task, directory: Path) -> None:
-    """Load an adapter, fastln's or peft's, into the task's model, which stays stock.
+    """Load an adapter, fastln's or peft's, or a checkpoint, into the task's model, which stays stock.
 
     Raises:
-        FastLNError: as in `fastln.engines.load_trained_adapter`.
+        FastLNError: as in `load_values`.
     """
-    task.model = load_trained_adapter(task.model, directory)
+    task.model = load_values(task.model, directory)
     task.random_head = ()  # the adapter holds it, because it trains with every method

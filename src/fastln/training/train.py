@@ -8,15 +8,15 @@ import time
 from collections import Counter
 
 import torch
-from safetensors import SafetensorError
 from torch import nn
 from transformers import PrinterCallback, TrainerCallback, TrainingArguments
 
+from fastln.adapters import NoAdapterError
 from fastln.data import VQADataset
 from fastln.engines import check_finishes, check_without, save_trained_adapter
 from fastln.errors import FastLNError
 from fastln.methods import count_parameters, describe_parameters, get_method, norm_parameters
-from fastln.models import Task, VQATask
+from fastln.models import Task, VQATask, is_bare
 from fastln.models.dual_task import DualEncoderTask
 from fastln.plan import prepared
 from fastln.processes import is_first_process
@@ -100,10 +100,10 @@ def train_task(
             losses += _train_method(task, model, data, config, files, progress)
     if files.adapter is not None and is_first_process():
         try:
-            save_trained_adapter(model, files.adapter, files.adapter_dtype)
-        except FastLNError as error:
-            if isinstance(error.__cause__, OSError | SafetensorError):
-                raise
+            save_trained_adapter(model, files.adapter, files.adapter_dtype, task.origin)
+            if is_bare(task.origin.model or ""):  # no base holds its tokenizer
+                task.tokenizer.save_pretrained(files.adapter)
+        except NoAdapterError as error:
             logger.info("no adapter, only the whole model: %s", error)
     finish(task, model)
     return TrainResult(losses, time.perf_counter() - start, trainable, total)
