@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from fastln.decision import Change, Plan, Stay
 from fastln.errors import FastLNError
 from fastln.families.norms import norm_eps
+from fastln.families.parts import pretrained_models
 from fastln.families.recognise import Found, recognise
 from fastln.machine import settle_device, why_no_arena
 from fastln.methods import describe_other_norms, get_method, select_parameters, settle_scope
@@ -202,6 +203,7 @@ class _Decider:
             ):
                 continue
             decided.append(self._of(entry))
+        decided += self._model_dtypes(decided)
         if self._device.type == "cpu":
             arena = Found("", "arena", "memory of large tensors", obstacle=why_no_arena(self._device))
             decided.append(self._of(arena))
@@ -260,6 +262,24 @@ class _Decider:
         if not dtypes:
             return Stay(entry.name, entry.label, reason)
         return dataclasses.replace(self._change(entry, "slow_norm", None, dtypes), reason=reason)
+
+    def _model_dtypes(self, decided: list[Change | Stay]) -> list[Change | Stay]:
+        """Keep the `dtype` of models whose first parameter becomes float32."""
+        changed = {
+            id(self._modules[entry.name].get_parameter(own)): dtype
+            for entry in decided
+            if isinstance(entry, Change)
+            for own, dtype in entry.dtypes
+            if dtype.itemsize == 2
+        }
+        found: list[Change | Stay] = []
+        for name, part in pretrained_models(self._model):
+            first = next((id(parameter) for parameter in part.parameters() if parameter.is_floating_point()), None)
+            if first in changed:
+                found.append(
+                    self._change(Found(name, "model_dtype", "dtype of a model"), "model_dtype", changed[first])
+                )
+        return found
 
     def _waits(self) -> bool:
         return "late_logits" not in self._without and self._settings.backend != "reference"

@@ -103,15 +103,9 @@ def norm_kind(module: nn.Module) -> NormKind | None:
     eps = norm_eps(module)
     if eps is None or not _may_be_fast(module):
         return None
-    probe = copy.copy(module)
     n_cols = dict(module.named_parameters(recurse=False))["weight"].shape[0]
     generator = torch.Generator("cpu").manual_seed(0)
-    probe.__dict__["_parameters"] = {
-        name: None
-        if parameter is None
-        else nn.Parameter(1 + 0.5 * torch.randn(n_cols, generator=generator, device="cpu"))
-        for name, parameter in module._parameters.items()
-    }
+    probe = _probe(module, generator)
     ordinary = 1 + torch.randn(8, n_cols, generator=generator, device="cpu")  # on the CPU, whatever the default device
     try:
         with torch.no_grad():
@@ -120,6 +114,39 @@ def norm_kind(module: nn.Module) -> NormKind | None:
     except Exception as error:
         logger.debug("%s is not taken for a norm: its forward raised %r", type(module).__name__, error)
         return None
+
+
+def dtype_of_float32(module: nn.Module, dtype: torch.dtype) -> torch.dtype:
+    """Return the dtype that a norm with parameters of 16 bits returns for a float32 input.
+
+    Args:
+        module: The norm, in any dtype, on any device.
+        dtype: The dtype that its parameters have or had.
+
+    Returns:
+        float32 or `dtype`; `dtype` if the norm refuses such an input.
+    """
+    n_cols = next(module.parameters(recurse=False)).shape[0]
+    probe = _probe(module, torch.Generator("cpu").manual_seed(0), dtype)
+    try:
+        with torch.no_grad():
+            y = type(probe).forward(probe, torch.ones(1, 2, n_cols, device="cpu"))
+    except Exception as error:  # a norm may raise anything
+        logger.debug("%s takes no float32 input in a %s model: %r", type(module).__name__, dtype, error)
+        return dtype
+    return y.dtype if isinstance(y, Tensor) else dtype
+
+
+def _probe(module: nn.Module, generator: torch.Generator, dtype: torch.dtype = torch.float32) -> nn.Module:
+    """Return a copy of a norm with other parameters, on the CPU, whatever the default device."""
+    probe = copy.copy(module)
+    probe.__dict__["_parameters"] = {
+        name: None
+        if parameter is None
+        else nn.Parameter((1 + 0.5 * torch.randn(parameter.shape, generator=generator, device="cpu")).to(dtype))
+        for name, parameter in module._parameters.items()
+    }
+    return probe
 
 
 def _matching(probe: nn.Module, eps: float, inputs: list[Tensor]) -> NormKind | None:

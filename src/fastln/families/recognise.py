@@ -16,7 +16,7 @@ from fastln.families.blocks import calls_dropout, gated_mlp_kind, is_post_norm_e
 from fastln.families.heads import find_heads
 from fastln.families.last_block import last_blocks
 from fastln.families.norms import find_other_norms, is_norm, is_stock_layer_norm, norm_kind
-from fastln.families.parts import arguments_before_cache, output_embeddings, pretrained_models
+from fastln.families.parts import arguments_before_cache, needs_cache, output_embeddings, pretrained_models
 from fastln.ops import ActivationKind
 
 
@@ -113,7 +113,8 @@ def _heads(model: nn.Module) -> Iterator[Found]:
 def _steps(model: nn.Module) -> Iterator[Found]:
     for name, part in pretrained_models(model):
         if (n_before := arguments_before_cache(part)) is not None:
-            yield Found(name, "cache", "key-value cache", n_before)
+            obstacle = "the model computes something else without it" if needs_cache(part) else None
+            yield Found(name, "cache", "key-value cache", n_before, obstacle)
         if any(isinstance(module, GradientCheckpointingLayer) for module in part.modules()):
             yield Found(name, "checkpointing", "activation checkpoints")
 

@@ -7,12 +7,14 @@ from torch import Tensor, nn
 from fastln import ops
 from fastln.ops import NormKind
 from fastln.standins.norm import warn_if_rounded
-from fastln.standins.part import StandIn, form, unwatched
+from fastln.standins.part import StandIn, form
 
 
 @form
 class DenseDropoutAddNorm(StandIn):
     """`LayerNorm(dropout(dense(x)) + residual)`, which stores only x_hat and a float32 per row."""
+
+    COMPUTES = ("dropout", "LayerNorm")
 
     dense: nn.Module
     dropout: nn.Dropout
@@ -25,9 +27,9 @@ class DenseDropoutAddNorm(StandIn):
             hidden_states: (..., n_in), the block's result.
             input_tensor: (..., n_cols), the residual.
         """
-        norm = self.LayerNorm
-        if not unwatched(norm, self.dropout):
+        if not self._has_stock_children():
             return super().forward(hidden_states, input_tensor)
+        norm = self.LayerNorm
         warn_if_rounded(norm.weight)
         dropout = self.dropout.p if self.dropout.training else 0.0
         y = ops.dropout_add_norm(

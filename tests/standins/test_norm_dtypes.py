@@ -1,0 +1,169 @@
+"""A trained norm is float32 in a bfloat16 model, and the code around it must not notice."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+import transformers
+from family_models import TEXT
+from tiny import SIZES, WIDTH
+from torch import nn
+from torch.nn import functional as F
+
+import fastln
+from fastln.methods import norm_parameters
+
+SMALL_MAMBA = {"vocab_size": 100, "hidden_size": WIDTH, "num_hidden_layers": 2, "state_size": 8}
+
+
+class Block(nn.Module):
+    """Code that reads its norm in every way, before a layer that takes bfloat16 alone."""
+
+    def __init__(self):
+        super().__init__()
+        self.norm, self.linear = nn.LayerNorm(WIDTH), nn.Linear(WIDTH, WIDTH)
+
+
+class ByName(Block):
+    def forward(self, x):
+        return self.linear(x.to(self.norm.weight.dtype))
+
+
+class ByBias(Block):
+    def forward(self, x):
+        return self.linear(x.to(dtype=self.norm.bias.dtype))
+
+
+class ByVariable(Block):
+    def forward(self, x):
+        norm = self.norm
+        return self.linear(x.to(norm.weight.dtype))
+
+
+class ByLoop(Block):
+    def forward(self, x):
+        for module in (self.norm,):
+            x = x.to(module.weight.dtype)
+        return self.linear(x)
+
+
+class ByProperty(Block):
+    @property
+    def own_dtype(self):
+        return self.norm.weight.dtype
+
+    def forward(self, x):
+        return self.linear(x.to(self.own_dtype))
+
+
+class ByValue(Block):
+    def forward(self, x):
+        x = x.to(self.norm.weight.dtype)
+        return self.linear(F.layer_norm(x, (WIDTH,), self.norm.weight, self.norm.bias) * self.norm.weight)
+
+
+class FromOutside(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.blocks = nn.ModuleList([Block()])
+
+    def forward(self, x):
+        return self.blocks[0].linear(x.to(self.blocks[0].norm.weight.dtype))
+
+
+READERS = [ByName, ByBias, ByVariable, ByLoop, ByProperty, ByValue, FromOutside]
+
+
+def copies(model):
+    yield model
+    yield copy.deepcopy(model)
+    yield pickle.loads(pickle.dumps(model))
+
+
+@pytest.mark.parametrize("cls", READERS)
+def test_code_of_the_model_sees_the_models_dtype_and_everyone_else_the_parameter(cls):
+    torch.manual_seed(0)
+    stock = cls().bfloat16()
+    x = torch.randn(3, WIDTH)
+    want = stock(x)
+    for model in copies(fastln.prepare(copy.deepcopy(stock))):
+        norm = next(module for module in model.modules() if isinstance(module, nn.LayerNorm))
+        assert type(norm.weight) is nn.Parameter
+        assert norm.weight.dtype == norm.bias.dtype == torch.float32
+        got = model(x)
+        assert got.dtype == torch.bfloat16
+        torch.testing.assert_close(got, want)
+        if cls is ByValue:
+            got.float().square().sum().backward()
+            assert norm.weight.grad.dtype == torch.float32
+            assert norm.weight.grad.abs().sum() > 0
+
+
+def test_a_user_who_reads_a_norm_from_a_module_around_the_model_gets_the_parameter():
+    class Lightning(nn.Module):
+        def __init__(self, model):
+            super().__init__()
+            self.model = model
+
+        def parameters_to_train(self):
+            norm = self.model.norm
+            assert norm.weight.dtype == torch.float32
+            return [self.model.norm.weight, self.model.norm.bias]
+
+    model = fastln.prepare(ByName().bfloat16())
+    trained = Lightning(model).parameters_to_train()
+    assert all(a is b for a, b in zip(trained, model.norm.parameters(), strict=True))
+
+
+def mamba(family):
+    return lambda: (
+        getattr(transformers, f"{family}Model")(getattr(transformers, f"{family}Config")(**SMALL_MAMBA)),
+        {"input_ids": torch.randint(3, 90, (2, 8))},
+    )
+
+
+def ibert(dtype=torch.bfloat16):
+    config = transformers.IBertConfig(**SIZES, **TEXT, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
+    return transformers.IBertModel(config), {"input_ids": torch.randint(3, 90, (2, 8))}
+
+
+def q_former():
+    config = transformers.Blip2QFormerConfig(
+        **SIZES, vocab_size=100, encoder_hidden_size=WIDTH, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0
+    )
+    images = torch.randn(2, 5, WIDTH, dtype=torch.bfloat16)
+    queries = torch.randn(2, 4, WIDTH, dtype=torch.bfloat16)
+    return transformers.Blip2QFormerModel(config), {"query_embeds": queries, "encoder_hidden_states": images}
+
+
+MODELS = {
+    "Mamba": mamba("Mamba"),
+    "FalconMamba": mamba("FalconMamba"),
+    "IBert, whose norms return pairs": ibert,
+    "BLIP-2's Q-Former, which casts the images too": q_former,
+}
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_models_that_read_their_norms(name):
+    torch.manual_seed(0)
+    model, inputs = MODELS[name]()
+    model = model.bfloat16().eval()
+    with torch.no_grad():
+        want = model(**inputs)[0]
+        got = fastln.prepare(model)(**inputs)[0]
+    assert got.dtype == want.dtype
+    assert (got - want).float().norm() <= 2e-2 * want.float().norm()
+    assert model.dtype == torch.bfloat16
+    model.train()(**inputs)[0].float().square().mean().backward()
+    assert all(model.get_parameter(key).grad.dtype == torch.float32 for key in norm_parameters(model))
+
+
+def test_a_norm_that_returns_pairs_is_stocks_in_float32():
+    torch.manual_seed(0)
+    model, inputs = ibert()
+    model.eval()
+    with torch.no_grad():
+        want = model(**inputs)[0]
+        torch.testing.assert_close(fastln.prepare(model)(**inputs)[0], want)
