@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from fastln.errors import FastLNError
 from fastln.files import replace_files
-from fastln.fingerprint import FINGERPRINT, difference, fingerprint
+from fastln.fingerprint import FINGERPRINT, check_has_values, difference, fingerprint
 from fastln.methods import norm_parameters
 from fastln.plan import prepared
 from fastln.processes import gathered, is_first_process, own_class
@@ -153,6 +153,8 @@ def load_adapter(model: nn.Module, directory: str | Path, *, check_base: bool = 
     adapter = _read(Path(directory))
     own = model.state_dict()
     for name, tensor in adapter.tensors.items():
+        if name in own:
+            check_has_values(name, own[name])
         if name not in own:
             raise FastLNError(f"{directory}: the adapter is for another model: {type(model).__name__} has no {name}")
         if own[name].shape != tensor.shape:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import functools
 import logging
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -50,16 +51,18 @@ class Prepared:
     def remove(self, model: nn.Module) -> None:
         """Undo every change to `model`. Tuned values stay, cast to the model's own dtype."""
         failures = []
-        for change in reversed(self.undo):
-            try:
-                change.remove()
-            except BaseException as error:  # the others are undone all the same
-                failures.append(error)
-        for name, parameter in model.named_parameters():
-            if parameter.requires_grad != self.requires_grad.get(name, parameter.requires_grad):
-                parameter.requires_grad_(self.requires_grad[name])
         if prepared(model) is not None:
             delattr(model, STATE)
+        flags: list[Callable[[], object]] = [
+            functools.partial(parameter.requires_grad_, self.requires_grad[name])
+            for name, parameter in model.named_parameters()
+            if parameter.requires_grad != self.requires_grad.get(name, parameter.requires_grad)
+        ]
+        for undo in [*(change.remove for change in reversed(self.undo)), *flags]:
+            try:
+                undo()
+            except BaseException as error:  # the others are undone all the same
+                failures.append(error)
         if failures:
             for other in failures[1:]:
                 failures[0].add_note(f"Undoing another change failed too: {other!r}")
@@ -147,6 +150,12 @@ def apply(plan: Plan, model: nn.Module) -> None:
     """
     _check_stock(model)
     _check_fits(plan, model)
+    _check_values(plan, model)
+    with torch.inference_mode(False):  # tensors that are made under it never train
+        _carry_out(plan, model)
+
+
+def _carry_out(plan: Plan, model: nn.Module) -> None:
     state = Prepared(plan)
     before: dict[str, Tensor] = {}
     try:
@@ -382,6 +391,25 @@ def _check_fits(plan: Plan, model: nn.Module) -> None:
         raise FastLNError(
             f"the plan is for another model: it trains {missing[0]!r}, but this {type(model).__name__} has no such "
             "parameter"
+        )
+
+
+def _check_values(plan: Plan, model: nn.Module) -> None:
+    """Raise an error if parameters cannot train. A model that is wholly on meta may get its values later."""
+    parameters = dict(model.named_parameters())
+    made_in_inference = next((name for name, parameter in parameters.items() if parameter.is_inference()), None)
+    if made_in_inference is not None:
+        raise FastLNError(
+            f"{made_in_inference} was made under torch.inference_mode(), so no gradient can pass it: make or load the "
+            "model outside of it"
+        )
+    unloaded = sorted(name for name in plan.trained if parameters[name].is_meta)
+    is_offloaded = any("_hf_hook" in vars(module) for module in model.modules())
+    if unloaded and (is_offloaded or not all(parameter.is_meta for parameter in parameters.values())):
+        raise FastLNError(
+            f"{len(unloaded)} parameters that would train have no values, for example {unloaded[0]}: their modules are "
+            "offloaded to the CPU or a disk, or were never loaded; load them onto a device (a device_map without "
+            "offload), or leave them out with `scope`"
         )
 
 

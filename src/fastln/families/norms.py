@@ -10,6 +10,7 @@ from typing import TypeGuard
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
 from fastln_kernels.reference import NormForward, NormKind, norm_forward
 
@@ -21,12 +22,13 @@ _EPS = ("eps", "variance_epsilon", "epsilon", "norm_eps", "layer_norm_eps")  # i
 def is_norm(module: nn.Module) -> bool:
     """Whether `module` normalises over its last dimension and has its own scale or shift vectors.
 
-    `torch.nn.LayerNorm` and its subclasses count if they are affine. Group and batch norms do not count. Any other
+    `torch.nn.LayerNorm` and its subclasses count if they are affine. Group and batch norms do not count, nor do
+    parametrized norms (`torch.nn.utils.parametrize`), whose scale comes from a module inside them. Any other
     module counts if all its parameters are vectors that it owns itself, and if its class name contains "Norm"
     (LlamaRMSNorm, Gemma's, T5LayerNorm, gated ones, ...) or it computes one of the norms that `norm_kind` knows.
     """
     if isinstance(module, nn.LayerNorm):
-        return module.elementwise_affine
+        return module.elementwise_affine and not parametrize.is_parametrized(module)
     return _owns_vectors_alone(module) and ("Norm" in type(module).__name__ or norm_kind(module) is not None)
 
 
@@ -57,6 +59,7 @@ def is_stock_layer_norm(module: nn.Module) -> TypeGuard[nn.LayerNorm]:
     return (
         isinstance(module, nn.LayerNorm)
         and type(module).forward is nn.LayerNorm.forward
+        and not parametrize.is_parametrized(module)
         and len(module.normalized_shape) == 1
     )
 

@@ -78,19 +78,20 @@ class LayerNorm(_WithOwnDtype):
 
 @form
 class StockNorm(_WithOwnDtype):
-    """A norm that trains in float32 with its stock code.
+    """A norm that trains in float32 with its stock code."""
 
-    A float32 weight promotes the results of stock code, but the rest of the model expects its own dtype.
+
+def in_own_dtype(norm: StockNorm, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+    """Return the output of a `StockNorm` in the dtype that the model expects; a forward hook.
+
+    A float32 weight promotes the results of stock code, but the rest of the model expects its own dtype. A hook also
+    reaches a norm whose forward someone has replaced.
     """
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Return what the stock module returns, in the dtype that the model expects."""
-        y = super().forward(*args, **kwargs)
-        x = next((value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)), None)
-        if x is None or self._fastln.dtype is None:
-            return y
-        dtype = output_dtype(x, self._fastln)
-        return tree_map_only(Tensor, lambda t: t.to(dtype) if t.is_floating_point() else t, y)
+    x = next((value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)), None)
+    if x is None:
+        return output
+    dtype = output_dtype(x, norm._fastln)
+    return tree_map_only(Tensor, lambda y: y.to(dtype) if y.is_floating_point() else y, output)
 
 
 @dataclass

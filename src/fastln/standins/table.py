@@ -24,7 +24,7 @@ from fastln.standins.last_block import WaitingRows
 from fastln.standins.linear import Conv1D, Linear
 from fastln.standins.lm_head import LMHead
 from fastln.standins.model_dtype import OwnDtype
-from fastln.standins.norm import Float32Parameters, LayerNorm, Norm, StockNorm
+from fastln.standins.norm import Float32Parameters, LayerNorm, Norm, StockNorm, in_own_dtype
 from fastln.standins.part import ClassChange, StandIn, Undo, stand_in
 from fastln.standins.post_norm import DenseDropoutAddNorm
 from fastln.standins.training_steps import NoCache, NoReentry
@@ -99,9 +99,12 @@ def _norm(form: type[StandIn]) -> Callable[[Place], None]:
             cast = Float32Parameters(module, dict(place.dtypes))
             place.undo.append(cast)
             cast.put()
-        if narrow is not None or form is not StockNorm:
-            place.undo.append(ClassChange(module))
-            stand_in(module, form, place.settings, place.detail, **more)
+        if form is StockNorm and narrow is None:
+            return
+        place.undo.append(ClassChange(module))
+        stand_in(module, form, place.settings, place.detail, **more)
+        if form is StockNorm:
+            place.undo.append(module.register_forward_hook(in_own_dtype, with_kwargs=True))
 
     return put
 
@@ -113,7 +116,7 @@ def _own_dtype(place: Place) -> None:
 
 def _activation(place: Place) -> None:
     module = place.module
-    if is_shared(module):
+    if is_shared(module, place.model):
         own = copy.copy(module)
         replaced = Replaced(place.model, module, own)
         place.undo.append(replaced)
