@@ -167,3 +167,27 @@ def test_a_norm_that_returns_pairs_is_stocks_in_float32():
     with torch.no_grad():
         want = model(**inputs)[0]
         torch.testing.assert_close(fastln.prepare(model)(**inputs)[0], want)
+
+
+class QKNorm(nn.Module):
+    """As LlamaRMSNorm: a float32 weight makes the result of a bfloat16 input float32."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight, self.eps = nn.Parameter(torch.randn(WIDTH)), 1e-6
+
+    def forward(self, x):
+        normed = x.float() * torch.rsqrt(x.float().square().mean(-1, keepdim=True) + self.eps)
+        return self.weight * normed.to(x.dtype)
+
+
+def test_under_autocast_a_norm_returns_the_dtype_that_stock_code_returns():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(WIDTH, WIDTH), QKNorm())
+    x = torch.randn(5, WIDTH)
+    exact = model(x)
+    with torch.autocast("cpu", torch.bfloat16):
+        want = model(x)
+        got = fastln.prepare(model)(x)
+    assert got.dtype == want.dtype == torch.float32
+    assert (got - exact).norm() <= (want - exact).norm()

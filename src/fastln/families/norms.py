@@ -119,25 +119,26 @@ def norm_kind(module: nn.Module) -> NormKind | None:
         return None
 
 
-def dtype_of_float32(module: nn.Module, dtype: torch.dtype) -> torch.dtype:
-    """Return the dtype that a norm with parameters of 16 bits returns for a float32 input.
+def returned_dtype(module: nn.Module, parameters: torch.dtype, x: torch.dtype) -> torch.dtype | None:
+    """Return the dtype that the stock code of a norm returns.
 
     Args:
         module: The norm, in any dtype, on any device.
-        dtype: The dtype that its parameters have or had.
+        parameters: The dtype that its parameters would have.
+        x: The dtype that its input would have.
 
     Returns:
-        float32 or `dtype`; `dtype` if the norm refuses such an input.
+        None if the norm refuses such an input.
     """
     n_cols = next(module.parameters(recurse=False)).shape[0]
-    probe = _probe(module, torch.Generator("cpu").manual_seed(0), dtype)
+    probe = _probe(module, torch.Generator("cpu").manual_seed(0), parameters)
     try:
         with torch.no_grad():
-            y = type(probe).forward(probe, torch.ones(1, 2, n_cols, device="cpu"))
+            y = type(probe).forward(probe, torch.ones(1, 2, n_cols, device="cpu", dtype=x))
     except Exception as error:  # a norm may raise anything
-        logger.debug("%s takes no float32 input in a %s model: %r", type(module).__name__, dtype, error)
-        return dtype
-    return y.dtype if isinstance(y, Tensor) else dtype
+        logger.debug("%s takes no %s input with %s parameters: %r", type(module).__name__, x, parameters, error)
+        return None
+    return y.dtype if isinstance(y, Tensor) else None
 
 
 def _probe(module: nn.Module, generator: torch.Generator, dtype: torch.dtype = torch.float32) -> nn.Module:

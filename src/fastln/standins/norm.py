@@ -53,6 +53,8 @@ class Norm(_WithOwnDtype):
         warn_if_rounded(weight)
         part = self._fastln
         bias = getattr(self, "bias", None)
+        if part.widens and weight.dtype == torch.float32 and hidden_states.dtype.itemsize == 2:
+            hidden_states = hidden_states.float()
         y = ops.dropout_add_norm(hidden_states, None, weight, bias, part.kind, settings=part.settings)
         assert isinstance(y, Tensor)
         return y.to(output_dtype(hidden_states, part))

@@ -42,6 +42,8 @@ class Part:
         dtype: For a trained norm, the 16-bit dtype that its parameters had before `prepare`; otherwise None.
         of_float32: For such a norm, the dtype that stock code returns for a float32 input.
         readers: For such a norm, the classes around it whose code reads its parameters.
+        widens: For a norm, whether stock code with float32 parameters returns float32 for a 16-bit input, as many
+            classes do under autocast.
     """
 
     stock: type[nn.Module]
@@ -51,6 +53,7 @@ class Part:
     dtype: torch.dtype | None = None
     of_float32: torch.dtype | None = None
     readers: tuple[type, ...] = ()
+    widens: bool = False
 
 
 class StandIn(nn.Module):

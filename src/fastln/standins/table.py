@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from fastln.families.activations import is_shared
-from fastln.families.norms import dtype_of_float32
+from fastln.families.norms import returned_dtype
 from fastln.families.readers import readers_of
 from fastln.ops import OpSettings
 from fastln.standins.activation import Activation
@@ -93,8 +93,10 @@ def _norm(form: type[StandIn]) -> Callable[[Place], None]:
         if narrow is not None:
             readers = readers_of(place.model, place.name, place.dtypes)
             # Code that reads the dtype may have made the input float32 under torch.compile, where nobody is told apart.
-            returned = narrow if readers else dtype_of_float32(module, narrow)
-            more = {"dtype": narrow, "of_float32": returned, "readers": readers}
+            returned = None if readers else returned_dtype(module, narrow, torch.float32)
+            more = {"dtype": narrow, "of_float32": returned or narrow, "readers": readers}
+        elif form is Norm and returned_dtype(module, torch.float32, torch.bfloat16) == torch.float32:
+            more = {"widens": True}
         if place.dtypes:
             cast = Float32Parameters(module, dict(place.dtypes))
             place.undo.append(cast)
