@@ -100,6 +100,16 @@ def test_code_of_the_model_sees_the_models_dtype_and_everyone_else_the_parameter
             assert norm.weight.grad.abs().sum() > 0
 
 
+@pytest.mark.parametrize("cls", READERS)
+def test_compiled_code_of_the_model_sees_it_too(cls):
+    torch.manual_seed(0)
+    stock, x = cls().bfloat16(), torch.randn(3, WIDTH)
+    want = stock(x)
+    model = fastln.prepare(stock)
+    got = torch.compile(model, backend="eager", fullgraph=True)(x)
+    torch.testing.assert_close(got, want)
+
+
 def test_a_user_who_reads_a_norm_from_a_module_around_the_model_gets_the_parameter():
     class Lightning(nn.Module):
         def __init__(self, model):

@@ -30,10 +30,17 @@ class _Shown:
             return self
         value = norm.__getattr__(self._name)
         part: Part = norm._fastln
-        if part.dtype is None or not part.readers or value is None or torch.compiler.is_compiling():
+        if part.dtype is None or not part.readers or value is None:
             return value
-        is_outside = sys._getframe(1).f_code in code_that_reads(part.readers)
+        # A compiler knows no frames. There, only code outside gets here.
+        is_outside = torch.compiler.is_compiling() or sys._getframe(1).f_code in code_that_reads(part.readers)
         return value.to(part.dtype) if is_outside else value
+
+
+def own_parameter(norm: nn.Module, name: str) -> Any:
+    """Return a norm's own parameter, or what a parametrization puts in its place; None if it has none."""
+    parameters = norm._parameters
+    return parameters[name] if name in parameters else getattr(norm, name, None)
 
 
 class _WithOwnDtype(StandIn):
@@ -49,10 +56,9 @@ class Norm(_WithOwnDtype):
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         """Normalise `hidden_states` (..., n_cols) over its last dimension; the output has the input's dtype."""
-        weight = self.weight
+        weight, bias = own_parameter(self, "weight"), own_parameter(self, "bias")
         warn_if_rounded(weight)
         part = self._fastln
-        bias = getattr(self, "bias", None)
         if part.widens and weight.dtype == torch.float32 and hidden_states.dtype.itemsize == 2:
             hidden_states = hidden_states.float()
         y = ops.dropout_add_norm(hidden_states, None, weight, bias, part.kind, settings=part.settings)
@@ -71,10 +77,10 @@ class LayerNorm(_WithOwnDtype):
 
     def forward(self, input: Tensor) -> Tensor:
         """Normalise `input` (..., n_cols) over its last dimension."""
-        weight = self.weight
+        weight, bias = own_parameter(self, "weight"), own_parameter(self, "bias")
         warn_if_rounded(weight)
         part = self._fastln
-        y = ops.layer_norm(input, weight, self.bias, self.eps, settings=part.settings)
+        y = ops.layer_norm(input, weight, bias, self.eps, settings=part.settings)
         return y.to(output_dtype(input, part))
 
 

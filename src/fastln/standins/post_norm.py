@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 from fastln import ops
 from fastln.ops import NormKind
-from fastln.standins.norm import warn_if_rounded
+from fastln.standins.norm import own_parameter, warn_if_rounded
 from fastln.standins.part import StandIn, form
 
 
@@ -30,13 +30,14 @@ class DenseDropoutAddNorm(StandIn):
         if not self._has_stock_children():
             return super().forward(hidden_states, input_tensor)
         norm = self.LayerNorm
-        warn_if_rounded(norm.weight)
+        weight, bias = own_parameter(norm, "weight"), own_parameter(norm, "bias")
+        warn_if_rounded(weight)
         dropout = self.dropout.p if self.dropout.training else 0.0
         y = ops.dropout_add_norm(
             self.dense(hidden_states),
             input_tensor,
-            norm.weight,
-            norm.bias,
+            weight,
+            bias,
             NormKind(norm.eps),
             dropout=dropout,
             settings=self._fastln.settings,

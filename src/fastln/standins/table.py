@@ -92,9 +92,8 @@ def _norm(form: type[StandIn]) -> Callable[[Place], None]:
         narrow = next((dtype for dtype in place.dtypes.values() if dtype.itemsize == 2), None)
         if narrow is not None:
             readers = readers_of(place.model, place.name, place.dtypes)
-            # Code that reads the dtype may have made the input float32 under torch.compile, where nobody is told apart.
-            returned = None if readers else returned_dtype(module, narrow, torch.float32)
-            more = {"dtype": narrow, "of_float32": returned or narrow, "readers": readers}
+            returned = returned_dtype(module, narrow, torch.float32) or narrow
+            more = {"dtype": narrow, "of_float32": returned, "readers": readers}
         elif form is Norm and returned_dtype(module, torch.float32, torch.bfloat16) == torch.float32:
             more = {"widens": True}
         if place.dtypes:
