@@ -22,7 +22,13 @@ LATENT = {
     **{"index_topk": 4, "index_head_dim": 16, "index_n_heads": 2, "first_k_dense_replace": 1},
     **{"n_routed_experts": 2, "num_experts_per_tok": 1, "n_shared_experts": 1, "n_group": 1, "topk_group": 1},
 }
-SPARSE = {"DeepseekV32": LATENT, "GlmMoeDsa": LATENT, "AXK2": LATENT, "MiniMaxM3VLText": {}}
+SPARSE = {
+    "DeepseekV32": LATENT,
+    "GlmMoeDsa": LATENT,
+    "AXK2": LATENT,
+    "MistralLarge4Text": LATENT,
+    "MiniMaxM3VLText": {},
+}
 
 
 @pytest.mark.parametrize("family", SPARSE)
