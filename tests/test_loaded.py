@@ -18,13 +18,15 @@ def untouched(model):
     )
 
 
-def test_parameters_made_in_inference_mode_are_refused_and_refused_again():
+@pytest.mark.parametrize("trains", [True, False])
+def test_parameters_made_in_inference_mode_are_refused_and_refused_again(trains):
     with torch.inference_mode():
-        model = make("bert")
+        model = make("bert").requires_grad_(trains)
     for _ in range(2):
         with pytest.raises(FastLNError, match=r"word_embeddings\.weight was made under torch\.inference_mode"):
             fastln.prepare(model)
-        assert untouched(model)
+        assert not any(is_stand_in(module) for module in model.modules())
+        assert {parameter.requires_grad for parameter in model.parameters()} == {trains}
 
 
 def test_a_model_can_be_prepared_in_inference_mode():

@@ -111,22 +111,6 @@ def _with_put(row, put, key):
     return dataclasses.replace(row, put=lambda place: put(place, key))
 
 
-def test_parameters_that_cannot_train_leave_the_model_as_it_was():
-    with torch.inference_mode():
-        model = make("vit")
-    flags = [parameter.requires_grad for parameter in model.parameters()]
-    classes = [type(module) for module in model.modules()]
-    for parameter in model.parameters():
-        parameter.requires_grad_(False)
-    with pytest.raises(RuntimeError, match="inference"):
-        fastln.prepare(model)
-    assert prepared(model) is None
-    assert [type(module) for module in model.modules()] == classes
-    assert [parameter.requires_grad for parameter in model.parameters()] == [False] * len(flags)
-    with pytest.raises(RuntimeError, match="inference"):  # and not that it is prepared already
-        fastln.prepare(model)
-
-
 def test_restore_gives_checkpointing_and_the_gradients_of_embeddings_back():
     model, inputs = make("llama"), batch("llama")
     model.activation_checkpointing_enable({"use_reentrant": True})
