@@ -201,3 +201,25 @@ def test_under_autocast_a_norm_returns_the_dtype_that_stock_code_returns():
         got = fastln.prepare(model)(x)
     assert got.dtype == want.dtype == torch.float32
     assert (got - exact).norm() <= (want - exact).norm()
+
+
+class Follows(QKNorm):
+    """As T5's: the result has the dtype of the weight, if that has 16 bits."""
+
+    def forward(self, x):
+        normed = x.float() * torch.rsqrt(x.float().square().mean(-1, keepdim=True) + self.eps)
+        return self.weight * (normed.to(self.weight.dtype) if self.weight.dtype == torch.bfloat16 else normed)
+
+
+@pytest.mark.parametrize("trains", ["0", "1", "2"])
+@pytest.mark.parametrize("cls", [QKNorm, Follows])
+def test_a_float32_input_of_a_norm_in_16_bits_gives_what_stock_gives(cls, trains):
+    torch.manual_seed(0)
+    model = nn.Sequential(cls(), nn.LayerNorm(WIDTH), cls()).bfloat16()
+    x = torch.randn(5, WIDTH)
+    want = [model[0](x), model[2](x)]
+    fastln.prepare(model, "head", also=trains)
+    for index, result in zip((0, 2), want, strict=True):
+        got = model[index](x)
+        assert got.dtype == result.dtype
+        torch.testing.assert_close(got, result)

@@ -40,8 +40,8 @@ class Part:
         kind: Which norm or activation it computes; None if the class already says so.
         children: For a stand-in that computes the work of its children, the stock class of each child, by name.
         dtype: For a trained norm, the 16-bit dtype that its parameters had before `prepare`; otherwise None.
-        of_float32: For such a norm, the dtype that stock code returns for a float32 input.
         readers: For such a norm, the classes around it whose code reads its parameters.
+        of_float32: For a norm in 16 bits, trained or not, the dtype that stock code returns for a float32 input.
         widens: For a norm, whether stock code with float32 parameters returns float32 for a 16-bit input, as many
             classes do under autocast.
     """
@@ -51,8 +51,8 @@ class Part:
     kind: Any = None
     children: tuple[tuple[str, type[nn.Module]], ...] = ()
     dtype: torch.dtype | None = None
-    of_float32: torch.dtype | None = None
     readers: tuple[type, ...] = ()
+    of_float32: torch.dtype | None = None
     widens: bool = False
 
 

@@ -90,10 +90,11 @@ def _norm(form: type[StandIn]) -> Callable[[Place], None]:
         module = place.module
         more: dict[str, Any] = {}
         narrow = next((dtype for dtype in place.dtypes.values() if dtype.itemsize == 2), None)
+        own = next((p.dtype for p in module.parameters(recurse=False) if p.dtype.itemsize == 2), None)
         if narrow is not None:
-            readers = readers_of(place.model, place.name, place.dtypes)
-            returned = returned_dtype(module, narrow, torch.float32) or narrow
-            more = {"dtype": narrow, "of_float32": returned, "readers": readers}
+            more = {"dtype": narrow, "readers": readers_of(place.model, place.name, place.dtypes)}
+        if own is not None:
+            more["of_float32"] = returned_dtype(module, own, torch.float32) or own
         elif form is Norm and returned_dtype(module, torch.float32, torch.bfloat16) == torch.float32:
             more = {"widens": True}
         if place.dtypes:
