@@ -63,6 +63,13 @@ class ByValue(Block):
         return self.linear(F.layer_norm(x, (WIDTH,), self.norm.weight, self.norm.bias) * self.norm.weight)
 
 
+class GatedByName(ByName):
+    """A reader that becomes a stand-in itself, as it calls dropout."""
+
+    def forward(self, x):
+        return F.dropout(super().forward(x), 0.0, self.training)
+
+
 class FromOutside(nn.Module):
     def __init__(self):
         super().__init__()
@@ -72,7 +79,7 @@ class FromOutside(nn.Module):
         return self.blocks[0].linear(x.to(self.blocks[0].norm.weight.dtype))
 
 
-READERS = [ByName, ByBias, ByVariable, ByLoop, ByProperty, ByValue, FromOutside]
+READERS = [GatedByName, ByName, ByBias, ByVariable, ByLoop, ByProperty, ByValue, FromOutside]
 
 
 def copies(model):

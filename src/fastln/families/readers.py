@@ -10,7 +10,7 @@ import functools
 import inspect
 from collections.abc import Collection, Iterator
 from types import CodeType, FunctionType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torch import nn
 
@@ -34,13 +34,12 @@ def readers_of(model: nn.Module, name: str, parameters: Collection[str]) -> tupl
         parameters: The names of the parameters inside the norm.
     """
     parts = name.split(".")
-    around: list[type] = [type(model.get_submodule(".".join(parts[:n]))) for n in range(len(parts))]
+    around = (model.get_submodule(".".join(parts[:n])) for n in range(len(parts)))
+    bases = dict.fromkeys(base for module in around for base in type(module).__mro__)
     return tuple(
-        dict.fromkeys(
-            cls
-            for cls in around
-            if any(read.parameter in parameters and read.owner in (None, parts[-1]) for read in _reads(cls))
-        )
+        base
+        for base in bases
+        if any(read.parameter in parameters and read.owner in (None, parts[-1]) for read in _reads(base))
     )
 
 
@@ -51,15 +50,15 @@ def code_that_reads(classes: tuple[type, ...]) -> frozenset[CodeType]:
 
 
 @functools.cache
-def _reads(cls: type) -> tuple[_Read, ...]:
+def _reads(cls: Any) -> tuple[_Read, ...]:
+    """Return the reads in the code that a class itself defines."""
+    if cls.__module__.startswith(("torch.", "fastln.standins.", "builtins")) or cls.__name__ == "PreTrainedModel":
+        return ()
     found = []
-    for base in cls.__mro__:
-        if base.__module__.partition(".")[0] in ("torch", "fastln", "builtins") or base.__name__ == "PreTrainedModel":
-            continue
-        for name, value in vars(base).items():
-            function = inspect.unwrap(value.fget if isinstance(value, property) and value.fget else value)
-            if isinstance(function, FunctionType) and name not in _OF_INITIALISATION:
-                found += [read for code in _nested(function.__code__) for read in _reads_in(code)]
+    for name, value in vars(cls).items():
+        function = inspect.unwrap(value.fget if isinstance(value, property) and value.fget else value)
+        if isinstance(function, FunctionType) and name not in _OF_INITIALISATION:
+            found += [read for code in _nested(function.__code__) for read in _reads_in(code)]
     return tuple(found)
 
 
