@@ -236,7 +236,7 @@ def provenance(argv: Sequence[str]) -> dict[str, Any]:
     """Return the provenance of the rows."""
     # Not at the top: fastln imports transformers, which takes seconds and is not needed for the rest.
     from fastln.bench import provenance
-    from fastln.machine import package_version
+    from fastln.versions import package_version
 
     found: dict[str, Any] = provenance.settle("cpu", "auto")[2]
     found["versions"] |= {"liger-kernel": package_version("liger-kernel")}

@@ -49,7 +49,7 @@ def describe(device: torch.device, argv: Sequence[str]) -> dict[str, Any]:
     """Return the provenance of the rows."""
     # Not at the top: fastln imports transformers, which takes seconds and is not needed for the rest.
     from fastln.bench import provenance
-    from fastln.machine import package_version
+    from fastln.versions import package_version
 
     found: dict[str, Any] = provenance.settle("cuda", "auto")[2]
     found["versions"] |= {name: package_version(name) for name in ("liger-kernel", "flash-attn")}

@@ -20,8 +20,9 @@ from statistics import median
 import torch
 
 import fastln
-from fastln.machine import DTYPES, cpu_model
+from fastln.machine import cpu_model
 from fastln.models.shapes import make_shape
+from fastln.rates import DTYPES
 from fastln.training.optimizer import MasterAdamW
 
 SHAPES = ("ViTForImageClassification:8x224", "BertForMaskedLM:8x128", "LlamaForCausalLM:2x640:8")

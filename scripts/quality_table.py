@@ -29,11 +29,15 @@ from pathlib import Path
 from typing import Any
 
 from fastln.bench.provenance import settle
-from fastln.methods import METHODS
+from fastln.methods import HEAD_LEARNING_RATE, METHODS
 from fastln.training import TrainConfig
 
+# The scores of a table by their names in run.json; the first chooses the rate.
+ANSWERS = {"all": "all %", "closed": "closed %", "open": "open %"}
+REPORTS = {"rouge_l": "ROUGE-L", "bleu_4": "BLEU-4", "cider": "CIDEr"}
 RATES = (1, 10 / 3, 1 / 3, 1 / 10)  # factors on the method's default rate
 VALIDATION = 0.1
+SPLITS = ("validation", "test")
 Record = dict[str, Any]
 
 
@@ -49,13 +53,34 @@ def run(options: argparse.Namespace, name: str, config: dict[str, Any], validati
         folder.mkdir(parents=True, exist_ok=True)
         with (folder.parent / f"{folder.name}.log").open("w") as log:
             environment = os.environ | {"OMP_NUM_THREADS": str(options.threads)}
-            subprocess.run(command, check=True, stdout=log, stderr=log, env=environment)
+            done = subprocess.run(command, check=False, stdout=log, stderr=log, env=environment)
+        if done.returncode:
+            raise FailedRunError(f"{name} failed with exit status {done.returncode}; see {log.name}")
         for part in ("model", "checkpoints"):
             shutil.rmtree(folder / part, ignore_errors=True)
     result: Record = json.loads(record.read_text())
-    scores = ", ".join(f"{split} {result[split]['all']:.1f}%" for split in ("validation", "test") if result[split])
+    scores = ", ".join(f"{split} {cell([result], main_score(result), split)}" for split in SPLITS if result[split])
     print(f"{name}: {scores} in {result['training']['seconds'] / 60:.1f} min", flush=True)
     return result
+
+
+class FailedRunError(Exception):
+    """A run that ended without a result."""
+
+
+def scores_of(record: Record) -> dict[str, str]:
+    """Return the scores that a run has, and their headings."""
+    return REPORTS if "rouge_l" in record["test"] else ANSWERS
+
+
+def main_score(record: Record) -> str:
+    return next(iter(scores_of(record)))
+
+
+def cell(records: list[Record], score: str, split: str = "test") -> str:
+    """Return a score of runs that differ in their seed: mean ± deviation; a dash if the data does not have it."""
+    values = [record[split][score] for record in records]
+    return "–" if None in values else spread(values, 1 if score in ANSWERS else 3)
 
 
 def is_done(record: Path, wanted: dict[str, Any], config: dict[str, Any]) -> bool:
@@ -66,9 +91,18 @@ def is_done(record: Path, wanted: dict[str, Any], config: dict[str, Any]) -> boo
     return found["finished"] and all(run[name] == value for name, value in (wanted | config).items())
 
 
+def other_rates(options: argparse.Namespace, method: str) -> Record:
+    """Return the rates that a sweep does not touch: those of norms in a mixed method, and of a random head."""
+    norms = METHODS[method].norm_learning_rate
+    has_head = options.model.partition(":")[0] == "dual" and method != "head"
+    rates = {"norm_learning_rate": norms, "head_learning_rate": HEAD_LEARNING_RATE if has_head else None}
+    return {name: rate for name, rate in rates.items() if rate is not None}
+
+
 def sweep(options: argparse.Namespace, method: str, pool: ThreadPoolExecutor) -> list[Future[Record]]:
     """Start one short run per learning rate."""
     recipe = {"method": method, "seed": 0, "epochs": options.sweep_epochs, "head_epochs": options.head_epochs}
+    recipe |= other_rates(options, method)
     rates = [METHODS[method].learning_rate * factor for factor in RATES]
     return [
         pool.submit(run, options, f"sweep-{method}-{rate:.1e}", recipe | {"learning_rate": rate}, VALIDATION)
@@ -79,10 +113,23 @@ def sweep(options: argparse.Namespace, method: str, pool: ThreadPoolExecutor) ->
 def train(options: argparse.Namespace, method: str, rate: float, pool: ThreadPoolExecutor) -> list[Future[Record]]:
     """Start one full-length run per seed."""
     recipe = {"method": method, "epochs": options.epochs, "head_epochs": options.head_epochs, "learning_rate": rate}
+    recipe |= other_rates(options, method)
     return [
         pool.submit(run, options, f"{method}-{rate:.1e}-seed{seed}", recipe | {"seed": seed}, 0.0)
         for seed in range(options.seeds)
     ]
+
+
+def results(futures: Iterable[Future[Record]], failed: list[str]) -> list[Record]:
+    """Wait for runs and return what they gave. One that failed does not end the others; its reason goes to `failed`."""
+    records = []
+    for future in futures:
+        try:
+            records.append(future.result())
+        except FailedRunError as error:
+            print(error, flush=True)
+            failed.append(str(error))
+    return records
 
 
 def rate_of(result: Record) -> float:
@@ -90,14 +137,14 @@ def rate_of(result: Record) -> float:
 
 
 def best_rate(short: Iterable[Record]) -> float:
-    """Return the learning rate of the short run with the most correct answers on the test questions.
+    """Return the learning rate of the short run with the best score on the test questions.
 
     If several are equal, return the one closest to the method's default.
     """
 
     def order(record: Record) -> tuple[float, float]:
         default = METHODS[record["run"]["config"]["method"]].learning_rate
-        return record["test"]["all"], -abs(math.log(rate_of(record) / default))
+        return record["test"][main_score(record)], -abs(math.log(rate_of(record) / default))
 
     return rate_of(max(short, key=order))
 
@@ -114,10 +161,12 @@ def table(records: list[Record], timed: dict[tuple[str, str], Record]) -> str:
         records: The runs.
         timed: Rows of `fastln bench`, by method and engine.
     """
+    scores = scores_of(records[0]) if records else ANSWERS
+    first, *_ = scores
     lines = [
-        "| method | engine | short runs %, by rate | rate | all % | closed % | open % | seeds | trainable "
-        "| step s | peak MiB | adapter bytes |",
-        "|---|---|---|---|---|---|---|---|---:|---:|---:|---:|",
+        f"| method | engine | short runs by rate, {scores[first]} | rate | {' | '.join(scores.values())} | seeds "
+        "| trainable | step s | peak MiB | adapter bytes |",
+        f"|---|---|---|---|{'---|' * len(scores)}---|---:|---:|---:|---:|",
     ]
     for method in METHODS:
         own = [record for record in records if record["run"]["config"]["method"] == method]
@@ -127,10 +176,10 @@ def table(records: list[Record], timed: dict[tuple[str, str], Record]) -> str:
         full.sort(key=lambda record: record["run"]["config"]["seed"])
         if not full:
             continue
-        rates = ", ".join(f"{rate_of(record):.1e}: {record['test']['all']:.1f}" for record in tried)
+        rates = ", ".join(f"{rate_of(record):.1e}: {cell([record], first)}" for record in tried)
         rates += f" ({', '.join(sorted({str(record['run']['config']['epochs']) for record in tried}))} epochs)"
-        accuracies = [spread([record["test"][part] for record in full]) for part in ("all", "closed", "open")]
-        seeds = ", ".join(f"{record['test']['all']:.1f}" for record in full)
+        accuracies = [cell(full, score) for score in scores]
+        seeds = ", ".join(cell([record], first) for record in full)
         engine = full[0]["engine"]
         cells = [method, engine, rates, f"{rate_of(full[0]):.1e}", *accuracies, seeds]
         cells += [f"{full[0]['training']['trainable_parameters']:,}"]
@@ -175,16 +224,20 @@ def main() -> None:
     with ThreadPoolExecutor(options.jobs) as pool:
         sweeps = {method: sweep(options, method, pool) for method in options.methods}
         full: list[Future[Record]] = []
+        failed: list[str] = []
         for method, futures in sweeps.items():
-            full += train(options, method, best_rate(future.result() for future in futures), pool)
-        for future in full:
-            future.result()
+            if short := results(futures, failed):
+                full += train(options, method, best_rate(short), pool)
+        results(full, failed)
     records = [json.loads(path.read_text()) for path in sorted(options.out.glob("*/run.json"))]
     records = [without_losses(record) for record in records if record["finished"]]
     report = {"provenance": settle("auto", "auto")[2] | {"argv": sys.argv}, "runs": records}
     (options.out / "results.json").write_text(json.dumps(report, indent=1) + "\n")
-    (options.out / "table.md").write_text(table(records, timed) + "\n")
-    print(table(records, timed))
+    text = "\n\n".join([*(f"**Missing:** {reason}" for reason in failed), table(records, timed)])
+    (options.out / "table.md").write_text(text + "\n")
+    print(text)
+    if failed:
+        sys.exit(1)
 
 
 if __name__ == "__main__":

@@ -27,8 +27,9 @@ from torch import nn
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from fastln.families.heads import find_heads
-from fastln.machine import DTYPES, cpu_model
+from fastln.machine import cpu_model
 from fastln.models.shapes import make_shape
+from fastln.rates import DTYPES
 from fastln.training.optimizer import MasterAdamW
 from fastln.training.tasks import apply_method
 

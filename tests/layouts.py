@@ -50,8 +50,11 @@ class Layout:
     splits: tuple[str, ...] = SPLITS
 
     def make(self, folder: Path, **rows: list[Row]) -> str:
-        """Write a dataset with the given rows, and one good row in each other split."""
-        splits = {split: [self.row(number)] for number, split in enumerate(self.splits)}
+        """Write a dataset with the given rows, and one good row, which no other split has, in each other split."""
+        splits = {
+            split: [self.answer(self.row(number), f"in {split}") if number else self.row(number)]
+            for number, split in enumerate(self.splits)
+        }
         return self.write(folder, splits | rows)
 
 

@@ -9,7 +9,8 @@ import typer
 import yaml
 
 from fastln import FastLNError, cli
-from fastln.configured import expand
+from fastln.configured import _with_values, expand
+from fastln.data import DataOptions
 from fastln.training import TrainConfig
 
 COMMANDS = typer.main.get_command(cli.app).commands
@@ -76,18 +77,20 @@ def test_every_setting_of_a_training_is_an_option_with_the_same_default(monkeypa
 
 
 @pytest.mark.parametrize(
-    ("words", "engine", "rate", "head"),
+    ("words", "engine", "rates"),
     [
-        ([], "fastln", "0.003", "0.001"),
-        (["method=lora"], "peft", "0.0005", "0.001"),
-        (["method=layernorm+lora"], "fastln", "0.0005; norms 0.003", "0.001"),
-        (["method=LN-F-T", "engine=torch"], None, "5e-05; norms 0.003", "0.001"),
-        (["method=head", "learning_rate=0.5"], "fastln", None, "0.5"),
+        ([], "fastln", ("0.003", "0.003", "0.001")),
+        (["method=lora"], "peft", ("0.0005", "0.0005", "0.001")),
+        (["method=layernorm+lora"], "fastln", ("0.0005", "0.003", "0.001")),
+        (["method=LN-F-T", "engine=torch"], None, ("5e-05", "0.003", "0.001")),
+        (["method=LN-F-T", "learning_rate=0.5"], "fastln", (None, "0.5", "0.5")),
+        (["method=head", "learning_rate=0.5"], "fastln", (None, "0.5", "0.5")),
     ],
 )
-def test_defaults_that_the_method_brings_are_told(words, engine, rate, head, monkeypatch, capsys):
+def test_defaults_that_the_method_brings_are_told(words, engine, rates, monkeypatch, capsys):
     _, output = fastln("train", "--print-config", *words, monkeypatch=monkeypatch, capsys=capsys)
-    for name, value in (("engine", engine), ("learning_rate", rate), ("head_learning_rate", head)):
+    names = ("learning_rate", "norm_learning_rate", "head_learning_rate")
+    for name, value in (("engine", engine), *zip(names, rates, strict=True)):
         line = next(line for line in output.out.splitlines() if line.startswith(f"{name}: "))
         assert line == f"{name}: null  # {value}" if value else "null" not in line
     assert "language: null  # Language of SLAKE's questions: en (the default) or zh." in output.out
@@ -222,3 +225,48 @@ def test_a_dry_run_shows_what_would_be_and_writes_nothing(model, method, shown, 
     assert "reads '" in text
     assert ("learns '" in text) == (model == "blip")
     assert not any(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("words", "limit"),
+    [
+        ([], "none"),
+        (["--skip-bad-rows"], "all"),
+        (["--skip-bad-rows", "--epochs", "3"], "all"),
+        (["--skip-bad-rows", "epochs=3"], "all"),
+        (["--skip-bad-rows", "1%"], "1%"),
+        (["--skip-bad-rows", "20", "--epochs", "3"], "20"),
+        (["--skip-bad-rows=0.5%"], "0.5%"),
+        (["--skip-bad-rows=all"], "all"),
+        (["skip_bad_rows=true"], "true"),
+        (["skip-bad-rows=20"], "20"),
+        (["skip_bad_rows=1%", "--skip-bad-rows"], "all"),
+        (["skip_bad_rows=false"], "false"),
+    ],
+)
+def test_an_option_that_may_stand_without_a_value(words, limit, monkeypatch, capsys):
+    code, output = fastln("train", "--print-config", *words, monkeypatch=monkeypatch, capsys=capsys)
+    assert code == 0
+    assert str(yaml.safe_load(output.out)["skip_bad_rows"]) == limit
+
+
+@pytest.mark.parametrize("value", ["true", "1%", "20", "all"])
+def test_a_limit_in_a_file_is_that_of_the_option(value, config, monkeypatch, capsys):
+    path = config(f"skip_bad_rows: {value}\n")
+    _, output = fastln("eval", "m", "--config", path, "--print-config", monkeypatch=monkeypatch, capsys=capsys)
+    printed = yaml.safe_load(output.out)["skip_bad_rows"]
+    assert DataOptions(skip_bad_rows=printed) == DataOptions(skip_bad_rows=yaml.safe_load(value))
+
+
+def test_what_follows_an_option_without_a_value_is_an_argument():
+    words = expand(COMMANDS["eval"], _with_values(["--skip-bad-rows", "runs/ln", "--", "--skip-bad-rows"]))
+    assert words == ["--skip-bad-rows=all", "--", "runs/ln", "--skip-bad-rows"]
+    assert _with_values(["--skip-bad-rows", "1%", "runs/ln"]) == ["--skip-bad-rows=1%", "runs/ln"]
+
+
+def test_a_wrong_limit_is_one_line(monkeypatch, capsys):
+    for command in (["train"], ["eval", "dual"], ["bench"]):
+        code, output = fastln(*command, "--skip-bad-rows=some", monkeypatch=monkeypatch, capsys=capsys)
+        assert code == 2
+        assert output.err.strip().splitlines()[-1].startswith("error: ")
+        assert "skip_bad_rows must be all, a number of rows such as 20, or a share" in output.err

@@ -10,7 +10,7 @@ from tiny import SIZES, blip_config
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from fastln.cost import Products, count_operations, matrix_rate
+from fastln.cost import Products, count_operations
 from fastln.errors import FastLNError
 from fastln.methods import norm_parameters
 from fastln.plan import prepared
@@ -116,8 +116,3 @@ def test_attention(n_keys, causal, pairs):
     with Products(nn.Module()) as products:
         torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=causal)
     assert products.operations == 6 * 2 * 6 * pairs * 8
-
-
-def test_the_rate_is_one():
-    rate = matrix_rate(torch.device("cpu"), torch.float32, repeats=1)
-    assert 1e8 < rate < 1e16

@@ -64,9 +64,11 @@ def anchors(page):
 
 @functools.cache
 def options():
-    """The options of every command of fastln."""
-    commands = typer.main.get_command(app).commands
-    return {
+    """The options of every command of fastln, and those that stand in a command's place."""
+    app_itself = typer.main.get_command(app)
+    commands = app_itself.commands
+    alone = {option: set() for parameter in app_itself.params for option in parameter.opts}
+    return alone | {
         name: {option for parameter in command.params for option in (*parameter.opts, *parameter.secondary_opts)}
         | {"--help", "--config", "--print-config"}
         for name, command in commands.items()
@@ -119,7 +121,7 @@ def test_commands_and_their_options_exist(page):
         for word in words:
             if word.startswith("--"):
                 assert word.partition("=")[0] in options()[command], f"fastln {command} {word}"
-    every = set().union(*options().values())
+    every = options().keys() | set().union(*options().values())
     for match in INLINE.finditer(FENCE.sub("", text)):
         if match["code"].startswith("--"):
             for word in shlex.split(match["code"]):
@@ -154,7 +156,7 @@ def test_every_method_and_layout_is_described():
 
 SWITCHES = [
     *("norms", "activations", "dropout", "post_norms", "gated_mlps", "attention", "linears"),
-    *("late_logits", "late_rows", "cache", "checkpointing", "arena"),
+    *("late_logits", "late_rows", "cache", "checkpointing", "arena", "random_heads"),
 ]
 
 

@@ -153,8 +153,8 @@ def test_a_module_to_train_also_must_exist(tmp_path):
 def test_a_method_that_trains_nothing_says_so(tmp_path):
     model = tiny.dual(tmp_path, tiny.phantom()).model
     with pytest.raises(FastLNError, match="list the task head's modules in `also`"):
-        fastln.prepare(model, "head")
-    fastln.prepare(model, "head", also="fusion_head")
+        fastln.prepare(model, "head", without="random_heads")
+    fastln.prepare(model, "head")
     assert count_parameters(model)[0] == count_parameters(model.fusion_head)[1]
 
 

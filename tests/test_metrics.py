@@ -1,10 +1,12 @@
 """Exact match, recall and F1 of answers; BLEU, ROUGE-L and CIDEr of reports, against figures worked out by hand."""
 
 import math
+import re
 import sys
 
 import pytest
 
+from fastln import metrics
 from fastln.data import Sample
 from fastln.errors import FastLNError
 from fastln.metrics import Accuracy, ClosedOpen, ReportScores, accuracy, check_scorable, score
@@ -60,6 +62,8 @@ def test_data_without_labels_has_the_definition_by_answer_alone():
         ("upper", "right upper lobe", 1 / 3, 0.5),
         ("the right, upper lobe", "right upper lobe", 1, 6 / 7),
         ("", "right upper lobe", 0, 0),
+        ("right", "", 0, 0),  # readers refuse such answers
+        ("", "", 1, 1),
         ("no no no", "no, no", 1, 0.8),  # a word counts as often as it occurs
         ("no", "no, no", 0.5, 2 / 3),
     ],
@@ -136,6 +140,78 @@ def test_each_report_needs_a_prediction():
     pytest.importorskip("pycocoevalcap")
     with pytest.raises(ValueError, match="1 predictions for 3 reports"):
         score(["clear"], WANTED)
+
+
+CHINESE = ["心脏大小正常。双肺纹理清晰，未见异常。", "双侧胸腔积液，右侧较多。", "心影增大，肺淤血。"]
+
+
+def test_chinese_reports_are_scored_by_letter():
+    pytest.importorskip("pycocoevalcap")
+    scores = score([text.replace("。", ".").replace("，", " , ") for text in CHINESE], reports(*CHINESE))
+    assert (scores.bleu_1, scores.bleu_4, scores.rouge_l) == (pytest.approx(1), pytest.approx(1), pytest.approx(1))
+    assert scores.cider == pytest.approx(10)
+    assert scores.notes == ()
+    partly = score(["心脏增大", "双侧积液", "肺淤血"], reports(*CHINESE))
+    assert 0 < partly.bleu_2 < partly.bleu_1 < 1
+    # Three letters of four are in the reference of 16, in this order.
+    assert score(["心脏增大"], reports(CHINESE[0])).rouge_l == pytest.approx(
+        2.44 * 0.75 * 3 / 16 / (3 / 16 + 1.44 * 0.75)
+    )
+
+
+@pytest.mark.parametrize(
+    "texts",
+    [["The heart is normal."], ["No effusion in either lung."] * 3, ["Normal heart size!", "normal heart SIZE"]],
+)
+def test_cider_of_references_that_do_not_differ_is_not_scored(texts):
+    pytest.importorskip("pycocoevalcap")
+    scores = score(texts, reports(*texts))
+    assert scores.cider is None
+    assert "CIDEr needs at least two different references: not scored" in scores.notes
+    assert "; CIDEr -\n" in scores.summary()
+    assert scores.bleu_1 == pytest.approx(1)
+
+
+def test_bleu_of_more_words_than_any_reference_has_is_not_scored():
+    pytest.importorskip("pycocoevalcap")
+    scores = score(["clear lungs", "heart normal"], reports("Clear lungs", "Normal heart"))
+    assert (scores.bleu_1, scores.bleu_3, scores.bleu_4) == (pytest.approx(1), None, None)
+    assert scores.notes == ("no reference has more than 2 words: BLEU with more is not scored",)
+    assert "BLEU-1 to 4 1.000, 0.707, -, -; ROUGE-L" in scores.summary()
+
+
+def test_texts_without_words():
+    pytest.importorskip("pycocoevalcap")
+    scores = score(
+        ["", "no effusion", "the lungs are clear"], reports("___.", "no effusion", "the lungs are not clear")
+    )
+    assert scores.n_reports == 2
+    assert scores.notes == ("1 references have no word and are not scored",)
+    assert score(["", "clear"], reports("one mass", "clear")).notes[0] == "1 predictions have no word"
+    nothing = score(["clear"], reports("___"))
+    assert (nothing.bleu_1, nothing.rouge_l, nothing.cider, nothing.n_reports) == (None, None, None, 0)
+
+
+def test_words_of_english_reports_are_as_ever():
+    """Published figures stay: this is the rule that they were made with."""
+    text = "The 2.5-cm mass, x_1 isn't (T1/T2)... NO; follow-up -- a1b2 'quoted' 50% e.g. end."
+    rule = re.compile(r"[^\W_]+(?:[-'./][^\W_]+)*")
+    assert metrics._words(text) == " ".join(rule.findall(text.lower()))
+    ascii_text = "".join(map(chr, range(128))) * 2
+    assert metrics._words(ascii_text) == " ".join(rule.findall(ascii_text.lower()))
+
+
+def test_chinese_answers():
+    samples = [
+        Sample("1", "a", "Q", "是", None),
+        Sample("2", "a", "Q", "没有", None),
+        Sample("3", "a", "Q", "左肺上叶", None),
+        Sample("4", "a", "Q", "Ménière", None),
+    ]
+    scores = accuracy(["是。", "没 有", "左肺下叶", "Me\u0301nie\u0300re"], samples)
+    assert scores.all == 75
+    assert (scores.by_answer.closed, scores.by_answer.n_closed, scores.by_answer.n_open) == (100, 2, 2)
+    assert scores.by_answer.open_recall == pytest.approx(100 * (3 / 4 + 1) / 2)
 
 
 def test_without_the_library_reports_are_refused_and_answers_are_not(monkeypatch):

@@ -16,13 +16,13 @@ SOURCES = (ROOT / "src" / "fastln", ROOT / "kernels" / "fastln_kernels")
 LAYERS = """
     fastln_kernels
     errors
-    files machine processes sizes
+    files machine processes progress reading sizes versions
     fingerprint ops
     decision families late
     methods standins
-    plan
+    plan watch
     memory
-    prepare
+    prepare rates
     cost
     adapters
     engines

@@ -25,9 +25,9 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from fastln.errors import FastLNError
-from fastln.files import replace_files
+from fastln.files import replace_files, user_path
 from fastln.fingerprint import FINGERPRINT, check_has_values, difference, fingerprint
-from fastln.methods import norm_parameters
+from fastln.methods import RANDOM_HEADS, norm_parameters
 from fastln.plan import prepared
 from fastln.processes import gathered, is_first_process, own_class
 
@@ -71,6 +71,7 @@ def save_adapter(model: nn.Module, directory: str | Path, *, dtype: torch.dtype 
             norm trains, if something trains that this kind of adapter cannot hold (it holds norms and the modules in
             `also`), or if the folder cannot be written to. An earlier adapter in the folder is then still complete.
     """
+    directory = user_path(directory)
     if not dtype.is_floating_point or dtype.itemsize < 2:
         raise FastLNError(f"an adapter in {dtype}: its norms can be float32, bfloat16, float16 or float64")
     state = prepared(model)
@@ -128,7 +129,7 @@ def save_adapter(model: nn.Module, directory: str | Path, *, dtype: torch.dtype 
             raise FastLNError(f"{name} has values beyond the range of {dtype}: save the adapter in a wider dtype")
     contents = {WEIGHTS: save(tensors, metadata), CONFIG: (json.dumps(config, indent=2) + "\n").encode()}
     try:
-        replace_files(Path(directory), contents)
+        replace_files(directory, contents)
     except OSError as error:
         raise FastLNError(f"{directory}: the adapter cannot be written, and nothing there changed: {error}") from error
     warn_of_rounding(exact, written, "a wider dtype keeps every digit")
@@ -150,7 +151,8 @@ def load_adapter(model: nn.Module, directory: str | Path, *, check_base: bool = 
             if the base is a different one, or if the adapter has several values for one weight that modules of
             this model share. The model is then unchanged.
     """
-    adapter = _read(Path(directory))
+    directory = user_path(directory)
+    adapter = _read(directory)
     own = model.state_dict()
     for name, tensor in adapter.tensors.items():
         if name in own:
@@ -175,6 +177,23 @@ def load_adapter(model: nn.Module, directory: str | Path, *, check_base: bool = 
         for name, tensor in tensors.items():
             own[name].copy_(tensor)
     warn_of_rounding(tensors, own, "call fastln.prepare(model) before loading, which makes the tuned norms float32")
+    _tell_frozen(model, directory, tensors)
+
+
+def _tell_frozen(model: nn.Module, directory: str | Path, tensors: Collection[str]) -> None:
+    """Warn of values in a prepared model that the adapter trained, and that would not train here."""
+    state = prepared(model)
+    if state is None or RANDOM_HEADS in state.plan.without:  # who leaves heads frozen knows it, as `fastln merge` does
+        return
+    frozen = [name for name, p in model.named_parameters() if name in tensors and not p.requires_grad]
+    if owners := list(dict.fromkeys(_owner(name) for name in frozen)):
+        logger.warning(
+            "%s: %s%s got the adapter's values but stay frozen, and save_adapter would leave them out: prepare the "
+            "model with the `also` and `scope` that the adapter was trained with",
+            directory,
+            ", ".join(owners[:3]),
+            f" and {len(owners) - 3} more" if len(owners) > 3 else "",
+        )
 
 
 def adapter_type(folder: Path) -> str:
@@ -321,7 +340,7 @@ def _read(folder: Path) -> _Adapter:
 def _config(folder: Path) -> dict[str, Any]:
     path = folder / CONFIG
     try:
-        config = json.loads(path.read_text())
+        config = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise FastLNError(f"{folder}: there is no {CONFIG} in this folder; an adapter has one") from None
     except (OSError, ValueError) as error:

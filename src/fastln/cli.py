@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import logging
 import sys
@@ -10,35 +11,48 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from tqdm.contrib.logging import logging_redirect_tqdm
 
-from fastln.configured import ConfiguredCommand
-from fastln.data.loading import READERS
+from fastln.configured import ConfiguredCommand, OptionalValues
 from fastln.errors import FastLNError
+from fastln.progress import around_bars, close_bars
+from fastln.reading import LAYOUTS
+from fastln.versions import package_version
 
 app = typer.Typer(
     add_completion=False,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
-    help="Tune the norms of a transformer fast, and compare that with other tuning methods.",
+    context_settings={"help_option_names": ["-h", "--help"]},
 )
 
 Data = Annotated[str, typer.Option(help="'phantom' (embedded, synthetic), or a dataset's folder or file.")]
 Layout = Annotated[
     str | None,
-    typer.Option(help=f"How the data is laid out: {', '.join(READERS)}; recognised by default."),
+    typer.Option(help=f"How the data is laid out: {', '.join(LAYOUTS)}; recognised by default."),
 ]
 Language = Annotated[str | None, typer.Option(help="Language of SLAKE's questions: en (the default) or zh.")]
-SkipBadRows = Annotated[bool, typer.Option("--skip-bad-rows", help="Skip bad rows; the log lists them.")]
+SkipBadRows = Annotated[
+    str,
+    typer.Option(
+        "--skip-bad-rows",
+        metavar="[LIMIT]",
+        help="Skip bad rows; the log lists them. LIMIT: all (the default), a number of rows, or a share such as 1%.",
+    ),
+]
+KeepRepeats = Annotated[
+    bool, typer.Option("--keep-repeats", help="Keep training rows that the test or validation split repeats.")
+]
 Model = Annotated[
     str,
     typer.Option(
         help="'dual', 'dual:VISION,TEXT', 'blip', 'blip:SOURCE', 'chat:SOURCE', or a folder that `fastln train` wrote."
     ),
 ]
-DType = Annotated[str, typer.Option(help="float32, bfloat16 or auto: bfloat16 if the hardware supports it.")]
+DType = Annotated[str, typer.Option(help="float32, bfloat16 or auto: the one that this machine multiplies faster.")]
 FeatureCache = Annotated[Path | None, typer.Option(help="Cache a frozen vision tower's features in this folder.")]
-FeatureCacheSize = Annotated[str, typer.Option(help="Maximum size of the cache; the least recently used goes first.")]
+FeatureCacheSize = Annotated[
+    str | None, typer.Option(help="Maximum size of the cache, 10GiB by default; the least recently used goes first.")
+]
 Device = Annotated[str, typer.Option(help="cpu, cuda or auto.")]
 ImageSize = Annotated[
     int | None,
@@ -46,20 +60,40 @@ ImageSize = Annotated[
 ]
 
 
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"fastln {package_version('fastln')}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version and exit.")
+    ] = False,
+) -> None:
+    """Tune the norms of a transformer fast, and compare that with other tuning methods."""
+
+
 class TrainCommand(ConfiguredCommand):
     """`fastln train`, with the defaults of each method."""
 
     def defaults(self, values: dict[str, Any]) -> dict[str, str]:
-        """Return the method's own engine and learning rates."""
+        """Return the method's own engine, and the learning rates that are used."""
         from fastln.methods import get_method, learning_rates
 
         _, engine = get_method(values["method"], values["engine"])
-        rates = learning_rates(values["method"], values["learning_rate"], values["head_learning_rate"])
-        norms = "" if rates.norms == rates.own else f"; norms {rates.norms:g}"
-        return {"engine": engine, "learning_rate": f"{rates.own:g}{norms}", "head_learning_rate": f"{rates.head:g}"}
+        given = {group: values[f"{group}_learning_rate"] for group in ("norm", "head")}
+        rates = learning_rates(values["method"], values["learning_rate"], norms=given["norm"], head=given["head"])
+        return {
+            "engine": engine,
+            "learning_rate": f"{rates.own:g}",
+            "norm_learning_rate": f"{rates.norms:g}",
+            "head_learning_rate": f"{rates.head:g}",
+        }
 
 
-@app.command()
+@app.command(cls=OptionalValues)
 def bench(
     out: Annotated[Path, typer.Option(help="Folder for results.json, results.md and results.png.")] = Path(
         "runs/bench"
@@ -87,7 +121,8 @@ def bench(
     image_size: ImageSize = None,
     layout: Layout = None,
     language: Language = None,
-    skip_bad_rows: SkipBadRows = False,
+    skip_bad_rows: SkipBadRows = "none",
+    keep_repeats: KeepRepeats = False,
     overwrite: Annotated[bool, typer.Option(help="Replace an earlier run in the folder.")] = False,
 ) -> None:
     """Compare the speed, memory and answers of methods, each in its own process, in interleaved rounds."""
@@ -109,7 +144,8 @@ def bench(
         "image_size": image_size,
         "layout": layout,
         "language": language,
-        "skip_bad_rows": skip_bad_rows or None,
+        "skip_bad_rows": None if skip_bad_rows == "none" else skip_bad_rows,
+        "keep_repeats": keep_repeats or None,
     }
     name = suite or ("quick" if data is None and model is None else "real")
     rows = run_suite(load_suite(name, overrides), out, overwrite=overwrite, argv=sys.argv)
@@ -131,7 +167,10 @@ def train(
     ] = None,
     scope: Annotated[
         list[str] | None,
-        typer.Option(help="Sub-model: vision, text, decoder or projector; repeatable; all by default."),
+        typer.Option(
+            help="Part to tune: vision, text, decoder, projector, or a pattern of module names; 'not:' before one "
+            "leaves it out; repeatable; all by default."
+        ),
     ] = None,
     without: Annotated[
         list[str] | None, typer.Option(help="Leave out one of fastln's changes; repeatable; fastln doctor lists them.")
@@ -142,8 +181,10 @@ def train(
     ] = 3,
     batch_size: Annotated[int, typer.Option(min=1, help="Questions per step.")] = 32,
     learning_rate: Annotated[
-        float | None, typer.Option(help="Learning rate; the method's default if not given.")
+        float | None,
+        typer.Option(help="Learning rate of all that trains; if not given, norms, head and others have defaults each."),
     ] = None,
+    norm_learning_rate: Annotated[float | None, typer.Option(help="Learning rate of norms.")] = None,
     head_learning_rate: Annotated[
         float | None, typer.Option(help="Learning rate of a randomly initialised task head.")
     ] = None,
@@ -161,7 +202,7 @@ def train(
         float, typer.Option(min=0, max=0.5, help="Fraction of the training images whose questions are held out.")
     ] = 0.0,
     feature_cache: FeatureCache = None,
-    feature_cache_size: FeatureCacheSize = "10GiB",
+    feature_cache_size: FeatureCacheSize = None,
     dtype: DType = "auto",
     device: Device = "auto",
     adapter_dtype: Annotated[
@@ -171,7 +212,8 @@ def train(
     image_size: ImageSize = None,
     layout: Layout = None,
     language: Language = None,
-    skip_bad_rows: SkipBadRows = False,
+    skip_bad_rows: SkipBadRows = "none",
+    keep_repeats: KeepRepeats = False,
     resume: Annotated[bool, typer.Option(help="Continue from the last checkpoint in the folder.")] = False,
     overwrite: Annotated[bool, typer.Option(help="Replace an earlier run in the folder.")] = False,
     dry_run: Annotated[
@@ -192,6 +234,7 @@ def train(
         head_epochs=head_epochs,
         batch_size=batch_size,
         learning_rate=learning_rate,
+        norm_learning_rate=norm_learning_rate,
         head_learning_rate=head_learning_rate,
         weight_decay=weight_decay,
         warmup=warmup,
@@ -199,7 +242,7 @@ def train(
         questions_per_image=questions_per_image,
         seed=seed,
     )
-    options = DataOptions(layout, language, skip_bad_rows)
+    options = DataOptions(layout, language, skip_bad_rows, keep_repeats)
     run = TrainRun(
         data,
         model,
@@ -212,7 +255,7 @@ def train(
         adapter_dtype=adapter_dtype,
         image_size=image_size,
     )
-    features = None if feature_cache is None else TensorStore(feature_cache, feature_cache_size)
+    features = TensorStore.at(feature_cache, feature_cache_size)
     run_training(run, out, resume=resume, overwrite=overwrite, features=features, dry_run=dry_run)
 
 
@@ -223,7 +266,7 @@ def evaluate(
     split: Annotated[str, typer.Option(help="train, validation or test, as published.")] = "test",
     batch_size: Annotated[int, typer.Option(min=1)] = 64,
     feature_cache: FeatureCache = None,
-    feature_cache_size: FeatureCacheSize = "10GiB",
+    feature_cache_size: FeatureCacheSize = None,
     dtype: DType = "auto",
     device: Device = "auto",
     predictions: Annotated[Path | None, typer.Option(help="Write every answer to this JSON Lines file.")] = None,
@@ -231,7 +274,8 @@ def evaluate(
     image_size: ImageSize = None,
     layout: Layout = None,
     language: Language = None,
-    skip_bad_rows: SkipBadRows = False,
+    skip_bad_rows: SkipBadRows = "none",
+    keep_repeats: KeepRepeats = False,
     adapter: Annotated[
         Path | None, typer.Option(help="Adapter folder, such as OUT/adapter; MODEL is then its base model.")
     ] = None,
@@ -241,7 +285,7 @@ def evaluate(
     from fastln.training.eval_run import EvalRun, run_evaluation
     from fastln.training.tensor_store import TensorStore
 
-    features = None if feature_cache is None else TensorStore(feature_cache, feature_cache_size)
+    features = TensorStore.at(feature_cache, feature_cache_size)
     run = EvalRun(
         model,
         data,
@@ -251,7 +295,7 @@ def evaluate(
         device=device,
         predictions=predictions,
         metrics=metrics,
-        options=DataOptions(layout, language, skip_bad_rows),
+        options=DataOptions(layout, language, skip_bad_rows, keep_repeats),
         adapter=adapter,
         image_size=image_size,
     )
@@ -296,6 +340,10 @@ def doctor(
     typer.echo(json.dumps(findings, indent=2) if as_json else render(findings))
 
 
+INTERRUPTED = 130
+"""The exit status after Ctrl-C."""
+
+
 def _one_line(message: Warning | str, *_: object, **__: object) -> str:
     return f"warning: {message}\n"
 
@@ -305,12 +353,20 @@ def main() -> None:
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     logging.getLogger("httpx").setLevel(logging.WARNING)
     warnings.formatwarning = _one_line
-    try:
-        with logging_redirect_tqdm():  # so that messages do not break the progress bar
+    if isinstance(sys.stdout, io.TextIOWrapper):  # a name that the terminal cannot show must not end a run
+        sys.stdout.reconfigure(errors="backslashreplace")
+    with around_bars():
+        try:
             app()
-    except FastLNError as error:
-        typer.echo(f"error: {error}", err=True)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        typer.echo("interrupted", err=True)
-        sys.exit(130)
+        except FastLNError as error:
+            close_bars()
+            typer.echo(f"error: {error}", err=True)
+            sys.exit(2)
+        except (KeyboardInterrupt, SystemExit) as end:
+            if isinstance(end, SystemExit) and end.code != INTERRUPTED:  # typer turns the first into the second
+                raise
+            close_bars()
+            typer.echo("interrupted", err=True)
+            sys.exit(INTERRUPTED)
+        finally:
+            close_bars()

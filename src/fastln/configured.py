@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
@@ -12,10 +13,14 @@ import yaml
 from typer.core import TyperCommand
 
 from fastln.errors import FastLNError
+from fastln.files import user_path
+from fastln.reading import is_skip_limit
 
 HELP = """--config FILE reads options and arguments from a YAML file whose keys are their names. KEY=VALUE words
 override the file, and options override both. --print-config prints all values as such a file and exits."""
 PRINT = "--print-config"
+OPTIONAL: dict[str, tuple[str, Callable[[str], bool]]] = {"--skip-bad-rows": ("all", is_skip_limit)}
+"""Options that may stand without a value: the value that they then have, and whether the next word is one."""
 _WORD = re.compile(r"([A-Za-z_][\w-]*)=(.*)", re.DOTALL)
 
 
@@ -33,7 +38,15 @@ _Loader.yaml_implicit_resolvers = {
 _Loader.add_implicit_resolver("tag:yaml.org,2002:bool", re.compile("true|false"), ["t", "f"])  # not yes, no, on, off
 
 
-class ConfiguredCommand(TyperCommand):
+class OptionalValues(TyperCommand):
+    """A command whose options in `OPTIONAL` may also stand without a value."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Give these options their value, and parse."""
+        return super().parse_args(ctx, _with_values(args))
+
+
+class ConfiguredCommand(OptionalValues):
     """A command that also takes its options and arguments from `--config FILE` and `key=value` words.
 
     A word counts as `key=value` if only letters, digits, `_` and `-` come before its first `=`. Write a path that looks
@@ -50,7 +63,7 @@ class ConfiguredCommand(TyperCommand):
         Raises:
             FastLNError: As for `expand`.
         """
-        words = expand(self, [word for word in args if word != PRINT])
+        words = expand(self, _with_values([word for word in args if word != PRINT]))
         if PRINT not in args:
             return super().parse_args(ctx, words)
         for parameter in self.params:
@@ -133,6 +146,22 @@ def expand(command: TyperCommand, args: list[str]) -> list[str]:
     return [*others, *(["--", *arguments] if arguments else [])]
 
 
+def _with_values(args: list[str]) -> list[str]:
+    """Write options that may stand without a value as `--option=value`."""
+    n_options = args.index("--") if "--" in args else len(args)
+    words, rest = [], iter(args[:n_options])
+    waiting = next(rest, None)
+    while waiting is not None:
+        word, waiting = waiting, next(rest, None)
+        if word in OPTIONAL:
+            value, takes = OPTIONAL[word]
+            if waiting is not None and takes(waiting):
+                value, waiting = waiting, next(rest, None)
+            word = f"{word}={value}"
+        words.append(word)
+    return words + args[n_options:]
+
+
 def _words(parameters: dict[str, Any], key: str, value: Any, where: str) -> dict[str, list[str]]:
     """Return the command-line words that set parameter `key`: none for null, or for a false flag without a `--no-`."""
     name = key.replace("-", "_")
@@ -147,6 +176,8 @@ def _words(parameters: dict[str, Any], key: str, value: Any, where: str) -> dict
         if not isinstance(value, bool):
             raise FastLNError(f"{where}: {key} must be true or false, not {value!r}")
         return {name: [parameter.opts[0]] if value else list(parameter.secondary_opts[:1])}
+    if isinstance(value, bool) and parameter.opts[0] in OPTIONAL:
+        value = str(value).lower()
     is_list = getattr(parameter, "multiple", False)
     values = value if isinstance(value, list) and is_list else [value]
     if any(isinstance(value, dict | list | bool) for value in values):
@@ -157,7 +188,7 @@ def _words(parameters: dict[str, Any], key: str, value: Any, where: str) -> dict
 
 def _read(path: str) -> dict[Any, Any]:
     try:
-        values = yaml.load(Path(path).read_text(), _Loader)
+        values = yaml.load(user_path(path).read_text(encoding="utf-8-sig"), _Loader)
     except (OSError, UnicodeDecodeError) as error:
         raise FastLNError(f"--config {path}: cannot be read: {error}") from None
     except yaml.YAMLError as error:

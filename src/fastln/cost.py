@@ -1,8 +1,7 @@
-"""Lower bound on the cost of a training step: the matrix products that every method needs, and this machine's rate."""
+"""Lower bound on the cost of a training step: the operations of the matrix products that every method needs."""
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from typing import Any
@@ -16,7 +15,7 @@ from fastln.errors import FastLNError
 from fastln.families.heads import find_heads
 from fastln.late.rows import LazyRows
 from fastln.late.tensor import METADATA
-from fastln.memory import AsOnCPU, synchronize
+from fastln.memory import AsOnCPU
 from fastln.ops.linear_cross_entropy import IGNORE_INDEX
 from fastln.plan import apply, plan
 from fastln.prepare import restore
@@ -120,26 +119,3 @@ def count_operations(model: nn.Module, batch: Mapping[str, Any]) -> float:
 
 def _on_meta(batch: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value.to("meta") if isinstance(value, Tensor) else value for name, value in batch.items()}
-
-
-def matrix_rate(device: torch.device, dtype: torch.dtype, repeats: int = 10) -> float:
-    """Measure how many operations per second a device reaches in a typical layer's matrix product.
-
-    The product is written into memory that is already allocated.
-
-    Args:
-        device: Where to multiply: a CPU or a GPU.
-        dtype: Dtype of the factors and the product.
-        repeats: How often to measure; the fastest counts.
-    """
-    n_rows, n_in, n_out = 1024, 1024, 4096
-    x, weight = (torch.randn(shape, device=device).to(dtype) for shape in ((n_rows, n_in), (n_out, n_in)))
-    y = torch.empty(n_rows, n_out, device=device, dtype=dtype)
-    seconds = []
-    for _ in range(1 + repeats):  # the first is a warm-up
-        synchronize(device)
-        start = time.perf_counter()
-        torch.mm(x, weight.T, out=y)
-        synchronize(device)
-        seconds.append(time.perf_counter() - start)
-    return 2 * n_rows * n_in * n_out / min(seconds[1:])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -64,7 +65,8 @@ class Plan:
     Attributes:
         model: The model's class.
         method: The tuning method: a name or notation that `fastln.methods.get_method` takes.
-        also: Names of further modules that train in full.
+        scope: Names of the sub-models to tune; None for all.
+        also: Names of further modules that train in full: those that the caller named, and random heads.
         device: The device that the model will run on, as torch writes it.
         settings: How operations will run.
         without: Names of the changes that are left out.
@@ -78,6 +80,7 @@ class Plan:
 
     model: str
     method: str
+    scope: tuple[str, ...] | None
     also: tuple[str, ...]
     device: str
     settings: OpSettings
@@ -110,7 +113,7 @@ class Plan:
         return "\n".join([*lines, *(f"note: {note}" for note in self.notes)])
 
     def summary(self) -> list[str]:
-        """Return the plan in at most four lines, for the log. It leaves out the notes, which are logged as warnings."""
+        """Return the plan in at most five lines, for the log. It leaves out the notes, which are logged as warnings."""
         becomes = Counter((change.kind, change.becomes) for change in self.changes)
         parts = [f"{_counted(count, kind)} → {what}" for (kind, what), count in becomes.items()]
         lines = [self._headline(), f"changes: {'; '.join(parts) or 'nothing'}"]
@@ -120,6 +123,8 @@ class Plan:
             more = f" and {len(slow) - 9} more" if len(slow) > 9 else ""
             reasons = "; ".join(dict.fromkeys(change.reason for change in slow))
             lines.append(f"trains with stock code: {names}{more}: {reasons}")
+        if heads := [change.name for change in self.changes if change.stand_in == "random_head"]:
+            lines.append(describe_random_heads(heads))
         if stays := Counter((stay.kind, stay.reason) for stay in self.stays):
             parts = [f"{_counted(count, kind)} ({reason})" for (kind, reason), count in stays.items()]
             lines.append(f"stays stock: {'; '.join(parts)}")
@@ -139,6 +144,11 @@ class Plan:
         return Counter(
             (change.kind, change.becomes, change.keeps, change.products, change.trick) for change in self.changes
         )
+
+
+def describe_random_heads(heads: Iterable[str]) -> str:
+    """Describe, in one line, heads that train whole because no checkpoint gave their values."""
+    return f"trains whole, because the checkpoint lacks it: {', '.join(heads)} (without='random_heads' freezes it)"
 
 
 def _counted(count: int, kind: str) -> str:

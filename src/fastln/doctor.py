@@ -13,14 +13,14 @@ from fastln.machine import (
     arena_limit,
     cpu_flags,
     cpu_model,
-    has_bfloat16_units,
     memory_limit,
-    package_version,
     settle_device,
     why_no_arena,
 )
 from fastln.ops.backends import OPERATIONS, resolve
 from fastln.ops.settings import DEFAULT
+from fastln.rates import has_bfloat16_units, product_rates
+from fastln.versions import package_version
 from fastln_kernels.cpu import library, products
 
 PACKAGES = ("fastln", "torch", "triton", "transformers", "peft", "accelerate", "flash-attn", "liger-kernel")
@@ -61,6 +61,7 @@ def examine(model: str | None = None) -> dict[str, Any]:
             "memory_limit": limit.source,
             "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
             "bfloat16_units": has_bfloat16_units(device),
+            "product_rates": product_rates(device) if has_bfloat16_units(device) else None,
             "freed_memory": _freed_memory(device),
             "compiler": shlex.join(library.compiler()) or None,
             "device": str(device),
@@ -72,6 +73,15 @@ def examine(model: str | None = None) -> dict[str, Any]:
         "tricks": {trick.name: {"gains": trick.gains, "risk": trick.risk} for trick in TRICKS.values()},
         "plan": None if model is None else _plan(model, device),
     }
+
+
+def _bfloat16(rates: dict[str, float] | None) -> str:
+    """Say how fast bfloat16 is here, and so what dtype auto means."""
+    if rates is None:
+        return "emulated: dtype auto means float32 here"
+    faster = max(rates, key=lambda name: rates[name])
+    measured = ", ".join(f"{name} {rate / 1e9:,.0f}" for name, rate in rates.items())
+    return f"in hardware; GFLOP/s measured: {measured}, so dtype auto means {faster} here"
 
 
 def _freed_memory(device: torch.device) -> str:
@@ -120,8 +130,7 @@ def render(findings: dict[str, Any]) -> str:
         f"  {'memory':16} {memory}",
         f"  {'vectors':16} {' '.join(machine['cpu_vectors']) or 'none known'}",
         f"  {'gpu':16} {machine['gpu'] or 'none'}",
-        f"  {'bfloat16':16} "
-        + ("in hardware" if machine["bfloat16_units"] else "emulated: dtype auto means float32 here"),
+        f"  {'bfloat16':16} " + _bfloat16(machine["product_rates"]),
         f"  {'freed memory':16} {machine['freed_memory']}",
         f"  {'compiler':16} {machine['compiler'] or 'none: CPU kernels cannot be compiled'}",
     ]

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 import warnings
 from collections.abc import Iterable
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import peft
@@ -19,13 +21,25 @@ from transformers.models.auto.modeling_auto import (
 from transformers.pytorch_utils import Conv1D
 
 from fastln.adapters import LN_TUNING, adapter_type, load_adapter, save_adapter
+from fastln.decision import describe_random_heads
 from fastln.errors import FastLNError, loading
 from fastln.families import find_norms, parameters_in
 from fastln.families.parts import attention_maps, ffn_maps
 from fastln.files import written_whole
-from fastln.methods import IA3_TARGETS, LORA_RANK, LORA_TARGETS, get_method, select_parameters, settle_scope
-from fastln.plan import prepared, settle_without
-from fastln.prepare import prepare, restore
+from fastln.methods import (
+    IA3_TARGETS,
+    LORA_RANK,
+    LORA_TARGETS,
+    RANDOM_HEADS,
+    get_method,
+    random_heads,
+    select_parameters,
+    settle_scope,
+)
+from fastln.plan import plan, prepared, settle_without
+from fastln.prepare import carry_out, restore
+
+logger = logging.getLogger(__name__)
 
 N_VIRTUAL_TOKENS = 20
 PROMPT_METHODS = ("prefix", "p-tuning", "prompt")
@@ -49,13 +63,15 @@ def put_method(
 ) -> nn.Module:
     """Set up any model for `method`, in place.
 
+    A head that was not in the model's checkpoint trains too, as if `also` named it.
+
     Args:
         model: the model.
         method: as `fastln.methods.get_method` takes it.
         engine: the engine that runs it; the method's first by default.
         scope: as `fastln.prepare` takes it.
         also: names of further modules that train in full.
-        without: names of what `fastln.prepare` leaves out; for engine `fastln` only.
+        without: names of what `fastln.prepare` leaves out, for engine `fastln`; `random_heads` for every engine.
         backend: the backend of fastln's operations; for engine `fastln` only.
 
     Returns:
@@ -65,40 +81,126 @@ def put_method(
         FastLNError: for an unknown method, engine or scope, a model in which the method matches nothing, or `without`
             or a backend with another engine.
     """
-    method, scope = settle_scope(method, scope)
-    also = (also,) if isinstance(also, str) else tuple(also)
-    chosen, engine = get_method(method, engine)
-    check_without(without, engine)
-    if backend != "auto" and engine != "fastln":
-        raise FastLNError(f"engine {engine!r} runs stock code: backend {backend!r} is for engine 'fastln'")
-    if engine == "torch":
-        trained = select_parameters(model, chosen, scope, also)
+    settings = MethodSettings.of(method, engine, scope, also, without, backend)
+    trained = _put(model, settings)
+    if isinstance(trained, peft.PeftModel):
+        # Not as a module of it: so that who is given the model, into which peft puts layers, finds the wrapper.
+        model.__dict__[WRAPPER] = trained
+        trained.__dict__[SETTINGS] = settings
+    return trained
+
+
+@dataclass(frozen=True)
+class MethodSettings:
+    """What `put_method` was called with, in one form."""
+
+    method: str
+    engine: str
+    scope: str | tuple[str, ...] | None
+    also: tuple[str, ...]
+    without: tuple[str, ...]
+    backend: str
+
+    @classmethod
+    def of(
+        cls,
+        method: str = "layernorm",
+        engine: str | None = None,
+        scope: str | Iterable[str] | None = None,
+        also: str | Iterable[str] = (),
+        without: str | Iterable[str] = (),
+        backend: str = "auto",
+    ) -> MethodSettings:
+        """Check the arguments of `put_method`, as far as that needs no model.
+
+        Raises:
+            FastLNError: as in `put_method`.
+        """
+        method, scope = settle_scope(method, scope)
+        _, engine = get_method(method, engine)
+        check_without(without, engine)
+        if backend != "auto" and engine != "fastln":
+            raise FastLNError(f"engine {engine!r} runs stock code: backend {backend!r} is for engine 'fastln'")
+        also = (also,) if isinstance(also, str) else tuple(also)
+        return cls(method, engine, scope, also, settle_without(without), backend)
+
+
+SETTINGS = "_fastln_settings"
+"""The attribute of peft's wrapper that has the `MethodSettings` which it was made for."""
+WRAPPER = "_fastln_wrapper"
+"""The attribute of a model that has peft's wrapper of it."""
+
+
+def _put(model: nn.Module, settings: MethodSettings) -> nn.Module:
+    if settings.engine == "fastln":
+        return _norms_and_lora(model, settings) if settings.method == "layernorm+lora" else _prepared(model, settings)
+    chosen, _ = get_method(settings.method)
+    by_torch = settings.engine == "torch"
+    named = (
+        select_parameters(model, chosen, settings.scope, settings.also) if by_torch else _inside(model, settings.also)
+    )
+    random = random_heads(model, named, settings.without, settings.scope)
+    if settings.method in PROMPT_METHODS:
+        return _prompted(model, settings, random.train)
+    if random.note:
+        logger.warning("%s", random.note)
+    if random.train:
+        logger.info("%s", describe_random_heads(random.train))
+    settings = replace(settings, also=(*settings.also, *random.train))
+    if by_torch:
+        trained = select_parameters(model, chosen, settings.scope, settings.also)
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(name in trained)
         return model
-    if method == "layernorm+lora":
-        return _norms_and_lora(model, scope, also, without, backend)
-    if engine == "fastln":
-        return prepare(model, method, scope=scope, also=also, without=without, backend=backend)
-    config = _peft_config(model, method, scope)
-    if isinstance(config, peft.PromptLearningConfig):
-        if also:
-            raise FastLNError(
-                f"method {method!r} trains only its virtual tokens; it cannot train {', '.join(also)} too"
-            )
-    else:
-        config.modules_to_save = list(also) or None
+    config = _peft_config(model, settings)
+    config.modules_to_save = list(settings.also) or None
     # The optimizer keeps float32 copies of low-precision parameters for every engine; peft's own would slow it down.
     return peft.get_peft_model(model, config, autocast_adapter_dtype=False)
+
+
+def _prepared(model: nn.Module, settings: MethodSettings) -> nn.Module:
+    method = "layernorm" if settings.method == "layernorm+lora" else settings.method
+    decided = plan(
+        model,
+        method,
+        scope=settings.scope,
+        also=settings.also,
+        without=settings.without,
+        backend=settings.backend,
+    )
+    carry_out(decided, model)
+    return model
+
+
+def _prompted(model: nn.Module, settings: MethodSettings, random: tuple[str, ...]) -> nn.Module:
+    if settings.also:
+        raise FastLNError(
+            f"method {settings.method!r} trains only its virtual tokens; it cannot train {', '.join(settings.also)} too"
+        )
+    trained = peft.get_peft_model(model, _prompt_config(model, settings), autocast_adapter_dtype=False)
+    # For sequence classification, peft trains the head itself.
+    frozen = [name for name in random if not isinstance(model.get_submodule(name), ModulesToSaveWrapper)]
+    if frozen:
+        logger.warning(
+            "not in the checkpoint, so random, and frozen: %s; method %r trains only its virtual tokens",
+            ", ".join(frozen),
+            settings.method,
+        )
+    return trained
+
+
+def _inside(model: nn.Module, modules: Iterable[str]) -> set[str]:
+    prefixes = tuple(f"{name}." for name in modules)
+    return {name for name, _ in model.named_parameters() if name.startswith(prefixes)}
 
 
 def check_without(without: str | Iterable[str], engine: str) -> None:
     """Check that `prepare` knows the names in `without`, and that they fit the engine.
 
     Raises:
-        FastLNError: for an unknown name, or any name with an engine other than `fastln`.
+        FastLNError: for an unknown name, or any name but `random_heads` with an engine other than `fastln`.
     """
-    names = settle_without(without)
+    names = [name for name in settle_without(without) if name != RANDOM_HEADS]
     if names and engine != "fastln":
         raise FastLNError(
             f"engine {engine!r} runs stock code, so there is nothing to leave out: without {', '.join(names)} is for "
@@ -133,6 +235,7 @@ def to_stock(trained: nn.Module) -> nn.Module:
             if isinstance(module, ModulesToSaveWrapper):
                 base.set_submodule(name, module.modules_to_save[module.active_adapter])
         model = trained.merge_and_unload()
+        model.__dict__.pop(WRAPPER, None)
     return model if prepared(model) is None else restore(model)
 
 
@@ -190,16 +293,10 @@ def load_trained_adapter(model: nn.Module, directory: Path) -> nn.Module:
     return to_stock(wrapped)
 
 
-def _norms_and_lora(
-    model: nn.Module,
-    scope: str | Iterable[str] | None,
-    also: tuple[str, ...],
-    without: str | Iterable[str],
-    backend: str,
-) -> nn.Module:
+def _norms_and_lora(model: nn.Module, settings: MethodSettings) -> nn.Module:
     # Find the names before `prepare` replaces any module with a stand-in.
-    config = _peft_config(model, "lora", scope)
-    prepare(model, "layernorm", scope=scope, also=also, without=without, backend=backend)
+    config = _peft_config(model, replace(settings, method="lora"))
+    _prepared(model, settings)
     own = [parameter for parameter in model.parameters() if parameter.requires_grad]
     wrapped = peft.get_peft_model(model, config, autocast_adapter_dtype=False)
     for parameter in own:
@@ -207,13 +304,12 @@ def _norms_and_lora(
     return wrapped
 
 
-def _peft_config(model: nn.Module, method: str, scope: str | Iterable[str] | None) -> peft.PeftConfig:
+def _peft_config(model: nn.Module, settings: MethodSettings) -> peft.PeftConfig:
     """Return peft's configuration of a method, with LoRA's usual settings for LoRA and its variants."""
-    inside = parameters_in(model, scope)
+    method = settings.method
+    inside = parameters_in(model, settings.scope) - _inside(model, settings.also)
     if method == "layernorm":
         return peft.LNTuningConfig(target_modules=[name for name, _ in find_norms(model) if f"{name}.weight" in inside])
-    if method in PROMPT_METHODS:
-        return _prompt_config(model, method, scope)
     attention = {
         name for name, module in attention_maps(model).items() if _is_linear(module) and f"{name}.weight" in inside
     }
@@ -226,14 +322,15 @@ def _peft_config(model: nn.Module, method: str, scope: str | Iterable[str] | Non
     targets = _found([name for name in attention if LORA_TARGETS.search(name)], method, model)
     if method == "vera":
         return peft.VeraConfig(target_modules=targets)
-    settings = {"lora_alpha": 2 * LORA_RANK, "lora_dropout": 0.1, "target_modules": targets}
+    lora = {"lora_alpha": 2 * LORA_RANK, "lora_dropout": 0.1, "target_modules": targets}
     if method == "adalora":
         # The trainer sets the number of steps once it knows it.
-        return peft.AdaLoraConfig(**settings, target_r=LORA_RANK, init_r=12, total_step=1)
-    return peft.LoraConfig(**settings, r=LORA_RANK, use_dora=method == "dora")
+        return peft.AdaLoraConfig(**lora, target_r=LORA_RANK, init_r=12, total_step=1)
+    return peft.LoraConfig(**lora, r=LORA_RANK, use_dora=method == "dora")
 
 
-def _prompt_config(model: nn.Module, method: str, scope: str | Iterable[str] | None) -> peft.PeftConfig:
+def _prompt_config(model: nn.Module, settings: MethodSettings) -> peft.PromptLearningConfig:
+    method, scope = settings.method, settings.scope
     name = type(model).__name__
     task = next((task for task, classes in _TASK_TYPES.items() if name in classes.values()), None)
     if task is None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -12,6 +12,12 @@ class FastLNError(ValueError):
 
     The command line prints only the message and exits with status 2. Library users can catch it as a `ValueError`.
     """
+
+
+def listing(problems: Sequence[str], most: int = 20) -> str:
+    """Return the first problems of a list, one on each line, and the number of the others."""
+    rest = [f"... and {len(problems) - most:,} more"] if len(problems) > most else []
+    return "\n  ".join([*problems[:most], *rest])
 
 
 @contextmanager

@@ -1,15 +1,48 @@
-"""Write files atomically: a reader never sees half a file."""
+"""Files: where a name that the user gives leads, and how to write so that a reader never sees half a file."""
 
 from __future__ import annotations
 
 import contextlib
 import errno
+import json
 import os
 import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 STAGING = ".fastln-writing"
+
+
+def expanded(name: str) -> str:
+    """Return a user's name of a file or folder with `~` and the environment's variables in it replaced.
+
+    A leading `~` or `~USER` becomes the home folder. `$NAME` and `${NAME}` become the variable's value; if there is no
+    such variable, or no such user, the text stays as it is.
+    """
+    return os.path.expanduser(os.path.expandvars(name))
+
+
+def user_path(path: str | Path) -> Path:
+    """Return the path that a user means, as `expanded` reads it; every path from outside comes through here."""
+    return Path(expanded(str(path)))
+
+
+def json_text(values: object, **settings: Any) -> str:
+    """Return values as JSON that people can read: letters of every language as they are, other objects as text.
+
+    If a text holds half of a surrogate pair (a file's name can), everything but ASCII is escaped: it is no UTF-8.
+
+    Args:
+        values: What to write.
+        **settings: As `json.dumps` takes them.
+    """
+    text = json.dumps(values, ensure_ascii=False, default=str, **settings)
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return json.dumps(values, default=str, **settings)
+    return text
 
 
 @contextlib.contextmanager

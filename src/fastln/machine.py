@@ -1,8 +1,7 @@
-"""The machine: devices, dtypes, memory limits and versions; what "auto" means here."""
+"""The machine: its devices and its memory limits."""
 
 from __future__ import annotations
 
-import importlib.metadata
 import logging
 import os
 import platform
@@ -13,18 +12,13 @@ from pathlib import Path
 
 import psutil
 import torch
-from packaging.specifiers import SpecifierSet
 
 from fastln.errors import FastLNError
 from fastln_kernels.cpu import memory
 
 logger = logging.getLogger(__name__)
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 DEVICES = ("auto", "cpu", "cuda")
-
-TESTED_VERSIONS = {"torch": ">=2.13,<2.14", "transformers": ">=5.23,<5.24"}
-"""The versions that fastln is tested with, as in pyproject.toml. It uses private parts of these packages."""
 
 
 def settle_device(name: str) -> torch.device:
@@ -40,27 +34,6 @@ def settle_device(name: str) -> torch.device:
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     return torch.device(name)
-
-
-def settle_dtype(name: str, device: torch.device) -> torch.dtype:
-    """Return the dtype that `name` means: "auto" is bfloat16 if the hardware supports it, else float32.
-
-    Raises:
-        FastLNError: for an unknown name.
-    """
-    if name == "auto":
-        return torch.bfloat16 if has_bfloat16_units(device) else torch.float32
-    if name not in DTYPES:
-        raise FastLNError(f"unknown dtype {name!r} (valid: auto, {', '.join(DTYPES)})")
-    return DTYPES[name]
-
-
-def has_bfloat16_units(device: torch.device) -> bool:
-    """Whether the device multiplies bfloat16 in hardware."""
-    if device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    # mkldnn's own check also says yes if bfloat16 is emulated, which is slower than float32.
-    return bool({"avx512_bf16", "amx_bf16", "bf16"} & cpu_flags())
 
 
 @dataclass(frozen=True)
@@ -146,35 +119,6 @@ def cpu_flags() -> set[str]:
 def cpu_model() -> str:
     """Return the processor's name."""
     return _cpu_info("model name") or platform.processor() or platform.machine()
-
-
-def package_version(package: str) -> str | None:
-    """Return the installed version of a package; None if it is not installed."""
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
-
-
-def warn_of_untested_versions() -> None:
-    """Warn, in one line, about versions of torch and transformers that fastln is not tested with.
-
-    `FASTLN_UNTESTED_VERSIONS=1` silences the warning, for tests of such versions (`make test-newest`).
-    """
-    if os.environ.get("FASTLN_UNTESTED_VERSIONS", "0") != "0":
-        return
-    found = {package: package_version(package) for package in TESTED_VERSIONS}
-    untested = [
-        f"{package} {version} (tested: {TESTED_VERSIONS[package]})"
-        for package, version in found.items()
-        if version is not None and not SpecifierSet(TESTED_VERSIONS[package]).contains(version, prereleases=True)
-    ]
-    if untested:
-        logger.warning(
-            "fastln is not tested with %s: results may be wrong; install a tested version, or set "
-            "FASTLN_UNTESTED_VERSIONS=1 to silence this",
-            " and ".join(untested),
-        )
 
 
 def _cpu_info(key: str) -> str | None:

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 from fastln.adapters import warn_of_rounding
 from fastln.errors import FastLNError
-from fastln.files import written_whole
+from fastln.files import user_path, written_whole
 from fastln.fingerprint import check_has_values
 from fastln.plan import prepared
 from fastln.processes import is_first_process, is_sharded, own_class
@@ -43,7 +43,7 @@ def merge_adapter(model: PreTrainedModel, directory: str | Path) -> None:
             check_has_values(name, tensor)
     if not is_first_process():
         return
-    folder = Path(directory)
+    folder = user_path(directory)
     if folder.is_file():
         raise FastLNError(f"{directory}: this is a file; give a folder for the model")
     try:

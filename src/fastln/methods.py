@@ -10,7 +10,15 @@ from dataclasses import dataclass
 from torch import nn
 
 from fastln.errors import FastLNError
-from fastln.families import find_norms, find_other_norms, parameters_in, sub_models
+from fastln.families import (
+    find_norms,
+    find_other_norms,
+    leaves_out_only,
+    parameters_in,
+    parts_left_out,
+    sub_models,
+)
+from fastln.families.heads import random_parts
 from fastln.families.parts import attention_maps, embedding_parameters, ffn_maps, head_parameters, own_parameters
 
 
@@ -22,7 +30,7 @@ class Method:
         name: The name for `prepare` and the command line.
         description: One line for help texts.
         engines: The engines that can run it. The first is the default.
-        learning_rate: The default learning rate of its parameters. The task head has a separate rate.
+        learning_rate: The default learning rate of its parameters. The task head has a separate default.
         select: A function from a model to the names of its parameters that train. None if peft adds the trained
             parameters.
         norm_learning_rate: The default learning rate of norms, if it differs from the rest.
@@ -36,9 +44,13 @@ class Method:
     norm_learning_rate: float | None = None
 
 
+GROUPS = ("norms", "own", "head")
+"""The groups of parameters that can have a learning rate each."""
+
+
 @dataclass(frozen=True)
 class LearningRates:
-    """Peak learning rates of the schedule.
+    """Peak learning rates of the schedule. Each attribute is one of the `GROUPS`.
 
     Attributes:
         own: For the method's own parameters, except norms.
@@ -49,6 +61,10 @@ class LearningRates:
     own: float
     norms: float
     head: float
+
+    def of(self, groups: Collection[str]) -> dict[str, float]:
+        """Return the rates of these groups, by the groups' names."""
+        return {group: getattr(self, group) for group in GROUPS if group in groups}
 
 
 def norm_parameters(model: nn.Module) -> list[str]:
@@ -139,19 +155,20 @@ def is_notation(name: object) -> bool:
     return isinstance(name, str) and all(code in _CODES for code in name.split("-"))
 
 
-def settle_scope(method: str, scope: str | Iterable[str] | None) -> tuple[str, str | Iterable[str] | None]:
+def settle_scope(method: str, scope: str | Iterable[str] | None) -> tuple[str, str | tuple[str, ...] | None]:
     """Return method and scope. A notation by sub-model replaces both: it becomes the method, and the scope None.
 
     Raises:
         FastLNError: If the notation is combined with another scope or another method.
     """
+    scope = scope if scope is None or isinstance(scope, str) else tuple(scope)
     if isinstance(scope, str) and is_notation(scope):
         if method not in ("layernorm", scope):
             raise FastLNError(
                 f"scope {scope!r} already says what trains in every sub-model; leave out the method {method!r}"
             )
         return scope, None
-    if is_notation(method) and scope is not None:
+    if is_notation(method) and scope is not None and not leaves_out_only(scope):
         raise FastLNError(
             f"method {method!r} already says what trains in every sub-model; leave out the scope {scope!r}"
         )
@@ -183,22 +200,29 @@ def get_method(name: str, engine: str | None = None) -> tuple[Method, str]:
     return method, engine
 
 
-def learning_rates(method: str, own: float | None = None, head: float | None = None) -> LearningRates:
+def learning_rates(
+    method: str, own: float | None = None, *, norms: float | None = None, head: float | None = None
+) -> LearningRates:
     """Return the learning rates of a method.
 
     Args:
         method: As for `get_method`.
-        own: Rate of the method's own parameters; the method's default if None. If the method has a separate rate for
-            norms, norms keep it. For method `head`, this is the rate of the head.
-        head: Rate of the task head; `HEAD_LEARNING_RATE` if None. Method `head` ignores it.
+        own: Rate of everything that trains, unless `norms` or `head` is given. None: each group has the method's
+            default, and the head `HEAD_LEARNING_RATE`.
+        norms: Rate of norms.
+        head: Rate of the task head. Method `head` has only `own`.
 
     Raises:
         FastLNError: If the method is unknown.
     """
     chosen, _ = get_method(method)
-    own = chosen.learning_rate if own is None else own
-    head = own if method == "head" else HEAD_LEARNING_RATE if head is None else head
-    return LearningRates(own, chosen.norm_learning_rate or own, head)
+    if norms is None:
+        norms = (chosen.norm_learning_rate or chosen.learning_rate) if own is None else own
+    if method == "head" or (head is None and own is not None):
+        head = chosen.learning_rate if own is None else own
+    elif head is None:
+        head = HEAD_LEARNING_RATE
+    return LearningRates(chosen.learning_rate if own is None else own, norms, head)
 
 
 def _by_sub_model(notation: str) -> Method:
@@ -246,6 +270,10 @@ def select_parameters(
             f"method {method.name!r} adds peft modules to the model, but prepare() only chooses among the model's own "
             "parameters; use FastLNTrainer, fastln train or fastln.engines.put_method instead"
         )
+    if scope is not None and method.select is _nothing:
+        raise FastLNError(
+            f"method {method.name!r} trains the task head, which is in no sub-model: leave out the scope {scope!r}"
+        )
     chosen = set(method.select(model)) & parameters_in(model, scope)
     if not chosen and method.select is not _nothing:
         where = "the model" if scope is None else f"scope {scope!r}"
@@ -256,6 +284,63 @@ def select_parameters(
             raise FastLNError(_no_parameters(model, module))
         chosen |= inside
     return chosen
+
+
+@dataclass(frozen=True)
+class RandomHeads:
+    """What is random in a model that came from a checkpoint, and what becomes of it. See `random_heads`.
+
+    Attributes:
+        train: Names of the heads that train whole for this reason alone.
+        frozen: Names of the heads that would, if the caller had not left them out.
+        note: A sentence about what else is random and frozen; None if nothing is.
+    """
+
+    train: tuple[str, ...] = ()
+    frozen: tuple[str, ...] = ()
+    note: str | None = None
+
+
+RANDOM_HEADS = "random_heads"
+"""The name for `without` that leaves such heads frozen, whichever engine runs the method."""
+
+
+def random_heads(
+    model: nn.Module,
+    trained: Collection[str],
+    without: Collection[str] = (),
+    scope: str | Iterable[str] | None = None,
+) -> RandomHeads:
+    """Decide what trains of the parts of a model that no checkpoint gave their values.
+
+    Heads train; a frozen random head would keep the model at chance. Other parts, such as a whole tower, do not: they
+    may be large, and more likely the wrong checkpoint was loaded.
+
+    Args:
+        model: The model.
+        trained: Names of the parameters that train in any case.
+        without: What the caller leaves out.
+        scope: The parts to tune. A head is in no sub-model, so only an entry that leaves it out by name counts.
+    """
+    parts = random_parts(model)
+    names = [name for name, _ in model.named_parameters()]
+
+    def is_frozen(part: str) -> bool:
+        return any((name == part or name.startswith(f"{part}.")) and name not in trained for name in names)
+
+    heads = list(filter(is_frozen, parts.heads))
+    left_out = parts_left_out(scope)
+    inside = parameters_in(model, left_out) if heads and left_out else set(names)
+    frozen = [head for head in heads if RANDOM_HEADS in without or not any(n.startswith(f"{head}.") for n in inside)]
+    others = list(filter(is_frozen, parts.others))
+    note = None
+    if others:
+        some = f"{', '.join(others[:3])}{f' and {len(others) - 3} more' if len(others) > 3 else ''}"
+        note = (
+            f"not in the checkpoint of {type(model).__name__}, so random, and frozen: {some}; load a checkpoint that "
+            "has it, or train it with `also`"
+        )
+    return RandomHeads(tuple(head for head in heads if head not in frozen), tuple(frozen), note)
 
 
 def _no_parameters(model: nn.Module, module: str) -> str:

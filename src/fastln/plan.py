@@ -19,7 +19,15 @@ from fastln.families.norms import norm_eps
 from fastln.families.parts import pretrained_models
 from fastln.families.recognise import Found, recognise
 from fastln.machine import settle_device, why_no_arena
-from fastln.methods import describe_other_norms, get_method, select_parameters, settle_scope
+from fastln.methods import (
+    RANDOM_HEADS,
+    RandomHeads,
+    describe_other_norms,
+    get_method,
+    random_heads,
+    select_parameters,
+    settle_scope,
+)
 from fastln.ops import NormKind, OpSettings
 from fastln.ops.backends import resolve
 from fastln.standins.attention import NAME, ViewSpec, flash_views
@@ -113,17 +121,20 @@ def plan(
     method, scope = settle_scope(method, scope)
     also = (also,) if isinstance(also, str) else tuple(also)
     chosen, _ = get_method(method)
+    random = random_heads(model, select_parameters(model, chosen, scope, also), left_out, scope)
+    also = (*also, *random.train)
     trained = frozenset(select_parameters(model, chosen, scope, also))
     if not trained:
         raise FastLNError(f"method {method!r} trains nothing by itself; list the task head's modules in `also`")
     place = _settle_place(model, device)
     resolve("layer_norm", place, settings)  # raises if the backend is not available
-    decided = _Decider(model, trained, left_out, settings, place).decide()
-    left = describe_other_norms(model, trained, scope)
+    decided = _Decider(model, trained, left_out, settings, place).decide(random)
+    notes = (describe_other_norms(model, trained, scope), random.note, _describe_unused(left_out, decided))
     parameters = dict(model.named_parameters())
     return Plan(
         model=type(model).__name__,
         method=method,
+        scope=(scope,) if isinstance(scope, str) else None if scope is None else tuple(scope),
         also=also,
         device=str(place),
         settings=settings,
@@ -133,7 +144,7 @@ def plan(
         n_total=sum(parameter.numel() for parameter in parameters.values()),
         changes=tuple(entry for entry in decided if isinstance(entry, Change)),
         stays=tuple(entry for entry in decided if isinstance(entry, Stay)),
-        notes=() if left is None else (left,),
+        notes=tuple(note for note in notes if note is not None),
     )
 
 
@@ -201,7 +212,7 @@ class _Decider:
         self._modules = dict(model.named_modules())
         self._trained = {id(p): p for name, p in model.named_parameters() if name in trained}
 
-    def decide(self) -> list[Change | Stay]:
+    def decide(self, random: RandomHeads) -> list[Change | Stay]:
         found = recognise(self._model)
         heads = {entry.name for entry in found if entry.what == "lm_head" and self._waits()}
         decided: list[Change | Stay] = self._flash_attention(found)
@@ -213,6 +224,9 @@ class _Decider:
                 continue
             decided.append(self._of(entry))
         decided += self._model_dtypes(decided)
+        by_scope = None if RANDOM_HEADS in self._without else "the scope leaves it out"
+        decided += [self._known(Found(name, "random_head", "random head")) for name in random.train]
+        decided += [self._known(Found(name, "random_head", "random head", obstacle=by_scope)) for name in random.frozen]
         if self._device.type == "cpu":
             arena = Found("", "arena", "memory of large tensors", obstacle=why_no_arena(self._device))
             decided.append(self._of(arena))
@@ -236,7 +250,7 @@ class _Decider:
         if entry.obstacle is not None:
             return Stay(entry.name, entry.label, entry.obstacle)
         if row.trick in self._without:
-            return Stay(entry.name, entry.label, f"left out: without={row.trick!r}")
+            return Stay(entry.name, entry.label, _left_out(row.trick))
         return self._change(entry, entry.what, entry.detail if detail is None else detail)
 
     def _change(
@@ -267,7 +281,7 @@ class _Decider:
         left_out = "norms" in self._without
         if entry.obstacle is None and not left_out:
             return self._change(entry, entry.what, entry.detail, dtypes)
-        reason = entry.obstacle or "left out: without='norms'"
+        reason = entry.obstacle or _left_out("norms")
         if not dtypes:
             return Stay(entry.name, entry.label, reason)
         return dataclasses.replace(self._change(entry, "slow_norm", None, dtypes), reason=reason)
@@ -321,6 +335,17 @@ def _becomes(what: str, detail: Any, dtypes: tuple[tuple[str, torch.dtype], ...]
     if not dtypes:
         return what
     return f"{what}, {'float64' if any(dtype == torch.float64 for _, dtype in dtypes) else 'float32'}"
+
+
+def _left_out(trick: str) -> str:
+    return f"left out: without={trick!r}"
+
+
+def _describe_unused(without: tuple[str, ...], decided: Iterable[Change | Stay]) -> str | None:
+    """Describe which names in `without` left nothing out; None if all did, or were there for heads that may come."""
+    reasons = {entry.reason for entry in decided}
+    unused = [name for name in without if name != RANDOM_HEADS and _left_out(name) not in reasons]
+    return f"without {', '.join(map(repr, unused))} has no effect on this model here" if unused else None
 
 
 def settle_without(without: str | Iterable[str]) -> tuple[str, ...]:

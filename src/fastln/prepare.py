@@ -6,10 +6,11 @@ import logging
 from collections.abc import Iterable
 from typing import TypeVar
 
+import torch
 from torch import nn
 
+from fastln.decision import Plan
 from fastln.errors import FastLNError
-from fastln.methods import norm_parameters
 from fastln.plan import apply, plan, prepared
 
 logger = logging.getLogger(__name__)
@@ -41,9 +42,10 @@ def prepare(
         model: Any transformers model, or any `nn.Module` with LayerNorm or RMSNorm modules.
         method: A name from `fastln.methods.METHODS`, or one code per sub-model, in the model's order, joined by dashes
             (`LN-F-T`): T trains everything, F nothing, LN the norms, ATT attention, FFN the feed-forward networks.
-        scope: The sub-models to tune (`vision`, `text`, `decoder`, `projector`), or such codes. By default all
-            sub-models.
-        also: Names of further modules that train in full, such as a randomly initialised task head.
+        scope: The parts to tune: sub-models (`vision`, `text`, `decoder`, `projector`), patterns of module names,
+            either of them after `not:` to leave it out, or such codes. By default all sub-models.
+        also: Names of further modules that train in full. A head that was not in the checkpoint trains without being
+            named, unless `without` has `random_heads`.
         activations: What is kept for backward: a name from `fastln.ops.settings.STORAGES`.
         products: The form in which matrix products run: a name from `fastln.ops.settings.PRODUCTS`.
         without: Names of changes to leave out: keys of `fastln.standins.tricks.TRICKS`.
@@ -66,12 +68,35 @@ def prepare(
         without=without,
         backend=backend,
     )
-    for note in decided.notes:
-        logger.warning("%s", note)
-    apply(decided, model)
-    for line in decided.summary():
-        logger.info("%s", line)
+    carry_out(decided, model)
+    warn_of_precision(model)
     return model
+
+
+def carry_out(plan: Plan, model: nn.Module) -> None:
+    """Apply a plan, and log it."""
+    for note in plan.notes:
+        logger.warning("%s", note)
+    apply(plan, model)
+    for line in plan.summary():
+        logger.info("%s", line)
+
+
+def warn_of_precision(model: nn.Module) -> None:
+    """Warn if parameters train in 16 bits, where an optimizer without float32 copies loses steps or gives NaN."""
+    narrow = {name: p.dtype for name, p in model.named_parameters() if p.requires_grad and p.dtype.itemsize == 2}
+    if not narrow:
+        return
+    dtypes = sorted({str(dtype).removeprefix("torch.") for dtype in narrow.values()})
+    harm = "turns them NaN" if torch.float16 in narrow.values() else "loses small steps"
+    logger.warning(
+        "%d parameters train in %s, for example %s, and plain AdamW %s: load the model in float32, or use "
+        "FastLNTrainer or fastln.training.MasterAdamW, which keep float32 copies",
+        len(narrow),
+        " and ".join(dtypes),
+        next(iter(narrow)),
+        harm,
+    )
 
 
 def restore(model: ModelT) -> ModelT:
@@ -103,18 +128,3 @@ def restore(model: ModelT) -> ModelT:
     for parameter in model.parameters():
         parameter.grad = None
     return model
-
-
-def check_norm_gradients(model: nn.Module) -> None:
-    """Check after a backward pass that every parameter of every trained norm received a gradient.
-
-    Raises:
-        FastLNError: If some did not. The message names them.
-    """
-    norms = {name: model.get_parameter(name) for name in norm_parameters(model)}
-    silent = [name for name, parameter in norms.items() if parameter.requires_grad and parameter.grad is None]
-    if silent:
-        raise FastLNError(
-            f"{len(silent)} trained norm parameters received no gradient because the loss does not depend on them: "
-            f"{', '.join(silent[:5])}{', ...' if len(silent) > 5 else ''}; leave them out with `scope`"
-        )

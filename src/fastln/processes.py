@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
+from typing import TypeVar, cast
 
 from torch import Tensor, distributed, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
+
+T = TypeVar("T")
 
 
 def is_first_process() -> bool:
@@ -19,6 +23,24 @@ def is_first_process() -> bool:
     if distributed.is_initialized():
         return distributed.get_rank() == 0
     return os.environ.get("RANK", "0") == "0" or os.environ.get("WORLD_SIZE", "1") == "1"
+
+
+def from_first_process(find: Callable[[], T], *, on_cpu: bool) -> T:
+    """Return what `find` returns in the first process, in all of them. Every process must call this.
+
+    Args:
+        find: Runs in the first process only. Its result must be picklable.
+        on_cpu: Whether the processes train on CPUs. This initialises torch.distributed, as the Trainer would.
+    """
+    if os.environ.get("WORLD_SIZE", "1") == "1" and not distributed.is_initialized():
+        return find()
+    from accelerate import PartialState  # slow to import, and needed here only
+    from accelerate.utils import broadcast_object_list
+
+    PartialState(cpu=on_cpu)
+    found = [find() if is_first_process() else None]
+    broadcast_object_list(found)
+    return cast(T, found[0])
 
 
 def is_sharded(model: nn.Module) -> bool:

@@ -190,8 +190,36 @@ def test_results_are_on_disk_after_every_run(tmp_path, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         run_suite(suite(), tmp_path, worker=fake_workers.work)
     assert seen == [0, 0, 1, 2]
-    assert len(read_rows(tmp_path / "results.json")) == 3
-    assert (tmp_path / "results.md").exists()
+    rows = read_rows(tmp_path / "results.json")
+    assert len(rows) == 3
+    missing = [f"{method} on one in full: 1 of 2 rounds" for method in ("layernorm/torch", "lora/peft", "full/torch")]
+    assert [row.provenance["missing"] for row in rows] == [missing] * 3
+
+
+def test_a_suite_that_was_cut_short_says_so(tmp_path, monkeypatch):
+    runs = iter(range(2))  # the look at the model, and the first run
+
+    def stop_after_two(worker, job, expected, progress):
+        if next(runs, None) is None:
+            raise KeyboardInterrupt
+        return worker(job)
+
+    monkeypatch.setattr(runner, "_call", stop_after_two)
+    with pytest.raises(KeyboardInterrupt):
+        run_suite(suite(epochs=1, rounds=1), tmp_path, worker=fake_workers.work)
+    assert (
+        (tmp_path / "results.md")
+        .read_text()
+        .startswith(
+            "**Cut short.** Missing: layernorm/torch on one in full: answers; lora/peft on one in full: 1 of 1 rounds; "
+            "lora/peft on one in full: answers; full/torch on one in full: 1 of 1 rounds; full/torch on one in full: "
+            "answers. Ratios and ranges are of fewer rounds than planned."
+        )
+    )
+    monkeypatch.undo()
+    rows = run_suite(suite(epochs=1, rounds=1), tmp_path, overwrite=True, worker=fake_workers.raises_in_round_2)
+    assert [row.provenance["missing"] for row in rows] == [[]] * 3
+    assert "Cut short" not in (tmp_path / "results.md").read_text()
 
 
 def test_ctrl_c_ends_a_run_that_is_under_way(request):

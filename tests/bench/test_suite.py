@@ -75,6 +75,10 @@ def test_data_is_read_and_methods_are_named_as_for_training(tmp_path):
     text = "data: d\nmodels: [dual]\nmethods: [LN-F/fastln, F-T/torch]\nlayout: slake\n"
     suite = load(tmp_path, text, language="zh", skip_bad_rows=True)
     assert suite.options == DataOptions("slake", "zh", skip_bad_rows=True)
+    for limit, same in (("1%", "1%"), (20, 20), ("20", 20), ("all", True), ("true", True), ('"1%"', "1%")):
+        assert load(tmp_path, f"{text}skip_bad_rows: {limit}\nkeep_repeats: true\n").options == DataOptions(
+            "slake", skip_bad_rows=same, keep_repeats=True
+        )
     assert suite.pairs == [("LN-F", "fastln"), ("F-T", "torch")]
     assert load(tmp_path, GOOD).options == DataOptions()
 
@@ -113,7 +117,8 @@ def test_every_packaged_suite_is_listed():
         (GOOD + "device: tpu\n", "unknown device 'tpu'.*auto, cpu, cuda"),
         (GOOD + "layout: 3\n", "layout must be a name, not 3"),
         (GOOD + "image_size: large\n", "image_size must be a whole number of pixels, not 'large'"),
-        (GOOD + "skip_bad_rows: 2\n", "skip_bad_rows must be true or false, not 2"),
+        (GOOD + "skip_bad_rows: some\n", "skip_bad_rows must be all, a number of rows such as 20, or .*, not 'some'"),
+        (GOOD + "keep_repeats: 2\n", "keep_repeats must be true or false, not 2"),
         ("data: phantom\nmodels: [dual]\nmethods: [LN-F/peft]\n", "unknown method/engine 'LN-F/peft'.*LN-F-T/fastln"),
         (GOOD + "timeout_seconds: 0\n", "timeout_seconds must be a positive number"),
         (GOOD + "timeout_seconds: .inf\n", "timeout_seconds must be a positive number"),
@@ -143,3 +148,22 @@ def test_an_unknown_suite_is_answered_with_the_nearest():
         load_suite("quik")
     with pytest.raises(FastLNError, match=r"nowhere\.yaml: cannot read"):
         load_suite("nowhere.yaml")
+
+
+def test_keys_without_effect_are_told(tmp_path, caplog):
+    shapes = "methods: [layernorm/peft]\nmodels: [BertForMaskedLM:2x8:1]\n"
+    load(tmp_path, f"{shapes}layout: slake\nseed: 3\nepochs: 0\n", epochs=2, batch_size=8, data="phantom")
+    said = (
+        "mine.yaml: no effect on shapes, which have random batches of their own size: layout, epochs, batch_size, data"
+    )
+    assert said in caplog.text
+    caplog.clear()
+    load(tmp_path, GOOD, head_epochs=7)
+    assert "head_epochs has no effect without epochs" in caplog.text
+    caplog.clear()
+    load(tmp_path, GOOD, head_epochs=7, epochs=1)
+    load(tmp_path, f"{GOOD[:-1]}\nbatch_size: 8\n", models=["dual", "BertForMaskedLM:2x8:1"])
+    load_suite("cpu")
+    assert "no effect" not in caplog.text
+    load_suite("real", {"models": ["BertForMaskedLM:2x8:1"], "data": "phantom"})
+    assert "no effect on shapes, which have random batches of their own size: data" in caplog.text

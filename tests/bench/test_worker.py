@@ -56,6 +56,7 @@ def test_the_quick_suite_end_to_end(model, methods, tmp_path):
         assert row.provenance["data"]["synthetic"] is True
     found = {f"{row.method}/{row.engine}": row for row in rows}
     assert len({row.total_parameters for row in rows}) == 1
+    assert found["layernorm/fastln"].learning_rates["norms"] == 3e-3
     trained = {name: row.trainable_parameters for name, row in found.items()}
     assert trained["full/torch"] == found["full/torch"].total_parameters
     assert len({row.trainable_parameters for row in rows if row.method == "layernorm"}) == 1
@@ -96,7 +97,8 @@ def test_shapes_of_the_cpu_suite_take_steps(model):
 
 
 def test_codes_of_sub_models_on_data_with_bad_rows(tmp_path):
-    rows = {split: [LAYOUTS["slake"].row(number) for number in range(4)] for split in ("train", "test")}
+    rows = {"train": [LAYOUTS["slake"].row(number) for number in range(4)]}
+    rows["test"] = [LAYOUTS["slake"].answer(row, "CT") for row in rows["train"]]
     rows["train"].append(LAYOUTS["slake"].row(0) | {"answer": None})
     data = LAYOUTS["slake"].make(tmp_path, **rows)
     changes = {"data": data, "layout": "slake", "warmup_steps": 0, "steps": 1, "batch_size": 2}
@@ -105,6 +107,7 @@ def test_codes_of_sub_models_on_data_with_bad_rows(tmp_path):
     steps = worker.work(job("speed", "LN-F", "fastln", skip_bad_rows=True, **changes))
     both = worker.work(job("speed", "LN-LN", "fastln", skip_bad_rows=True, **changes))
     assert 0 < steps.trainable_parameters < both.trainable_parameters
+    assert steps.learning_rates == both.learning_rates == {"norms": 3e-3, "head": 1e-3}
     assert math.isfinite(steps.final_loss)
 
 

@@ -5,7 +5,7 @@ import json
 import pytest
 from layouts import LAYOUTS, without
 
-from fastln.data import load_source
+from fastln.data import demands, load_source
 from fastln.errors import FastLNError
 
 LLAVA = LAYOUTS["llava-med"]
@@ -13,6 +13,10 @@ LLAVA = LAYOUTS["llava-med"]
 
 def turns(*values):
     return [{"from": ("human", "gpt")[number % 2], "value": value} for number, value in enumerate(values)]
+
+
+def said(value):
+    return {"from": "system", "value": value}
 
 
 def sample(tmp_path, **changes):
@@ -61,9 +65,22 @@ def test_a_single_file_is_training_and_its_images_lie_beside_it(tmp_path):
         ({"conversations": turns("A", "...")}, 'the value of turn 1 is "...", which is empty after normalising'),
         (
             {"conversations": turns("<image><image>A", "1")},
-            "turn 0 holds 2 times <image>; the row has 1, due in turn 0",
+            "the questions hold 2 times <image>, and the row names 1 image(s)",
         ),
-        ({"conversations": turns("A", "1", "<image>B", "2")}, "turn 2 holds 1 times <image>"),
+        (
+            {"image": ["1.jpg", "2.jpg"], "conversations": turns("A", "1", "<image>B", "2")},
+            "the questions hold 1 times <image>, and the row names 2 image(s)",
+        ),
+        ({"conversations": turns("A", "an <image>")}, "the value of turn 1 holds <image>, and is an answer"),
+        ({"conversations": [said("Be brief. <image>"), *turns("A", "1")]}, "the system's turn holds <image>"),
+        ({"conversations": [said(3), *turns("A", "1")]}, "the value of the system's turn must be a text, not 3"),
+        ({"conversations": [said("S")]}, "must be a list of questions, each with its answer, not [{"),
+        ({"conversations": [said("S"), *turns("A")]}, "must be a list of questions, each with its answer, not [{"),
+        (
+            {"conversations": [*turns("A", "1"), said("S"), *turns("B")]},
+            "turn 2 is from 'system', which must be the first",
+        ),
+        ({"conversations": [said("S"), *turns("A", "1")[::-1]]}, "turn 1 must be from 'human'"),
         ({"image": []}, "field 'image' is missing"),
         ({"image": None}, "field 'image' is missing"),
         ({"image": 3}, "field 'image' must be a text, not 3"),
@@ -92,3 +109,26 @@ def test_json_lines(tmp_path):
     (tmp_path / "train.json").unlink()
     (tmp_path / "train.jsonl").write_text(f"{json.dumps(LLAVA.row(0))}\n{json.dumps(LLAVA.row(1))}\n")
     assert [sample.id for sample in load_source(str(tmp_path)).splits["train"]] == ["fig_0", "fig_1"]
+
+
+def test_images_stand_in_the_turn_that_marks_them(tmp_path):
+    got = sample(tmp_path, conversations=turns("A", "1", "B <image>", "2"))
+    assert (got.question, got.places) == ("B", (1,))
+    row = {"image": ["1.jpg", "2.jpg", "3.jpg"], "conversations": turns("<image>A", "1", "<image> B <image>", "2")}
+    assert sample(tmp_path, **row).places == (0, 1, 1)
+    for conversation in (turns("A", "1", "B", "2"), turns("<image>A", "1"), turns("<image><image>A<image>", "1")):
+        assert sample(tmp_path, **row | {"conversations": conversation}).places == ()
+
+
+@pytest.mark.parametrize(("value", "system"), [("You are\na radiologist. ", "You are\na radiologist."), ("", "")])
+def test_a_system_turn_comes_before_the_conversation(value, system, tmp_path):
+    got = sample(tmp_path, conversations=[said(value), *turns("A <image>", "1", "B", "2")])
+    assert (got.system, got.history, got.question, got.answer) == (system, (("A", "1"),), "B", "2")
+    assert ("system turns" in demands([got])) == bool(system)
+
+
+def test_rows_without_an_image_stand_beside_rows_with_one(tmp_path):
+    text = {"id": "t", "conversations": turns("A", "1")}
+    train = load_source(LLAVA.make(tmp_path, train=[text, LLAVA.row(0), text | {"image": None}])).splits["train"]
+    assert [got.images for got in train] == [(), ("0.jpg",), ()]
+    assert {"images", "questions without an image"} <= demands(train)

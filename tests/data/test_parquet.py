@@ -1,10 +1,12 @@
 """Parquet as the hub has it: names of files, shared images, and what such files can have wrong."""
 
+import io
 import sys
 import tracemalloc
 
 import pytest
 from layouts import LAYOUTS, jpeg
+from PIL import Image
 
 from fastln.data import DataOptions, load_source
 from fastln.data.images import read_image
@@ -24,7 +26,7 @@ def refusal(spec):
 
 def test_equal_bytes_are_one_image_wherever_they_stand(tmp_path):
     rows = [HUB.row(number) for number in (0, 1, 0, 2, 1)]  # in row groups of two, in two files
-    source = load_source(HUB.make(tmp_path, train=rows, test=[HUB.row(2), HUB.row(3)]))
+    source = load_source(HUB.make(tmp_path, train=rows, test=[HUB.answer(HUB.row(n), "mitosis") for n in (2, 3)]))
     train, test = source.splits["train"], source.splits["test"]
     assert len({sample.id for sample in train}) == 5
     assert train[0].image == train[2].image
@@ -95,3 +97,15 @@ def test_without_pyarrow(tmp_path, monkeypatch):
     spec = HUB.make(tmp_path)
     monkeypatch.setitem(sys.modules, "pyarrow.parquet", None)
     assert "for Parquet pyarrow is needed: pip install 'fastln[parquet]'" in refusal(spec)
+
+
+def test_what_is_to_be_said_names_the_image(tmp_path, caplog):
+    stream = io.BytesIO()
+    Image.new("L", (8, 8)).save(stream, "GIF", save_all=True, append_images=[Image.new("L", (8, 8), 9)])
+    rows = [HUB.row(0) | {"image": {"bytes": stream.getvalue(), "path": None}}] * 2
+    load_source(HUB.make(tmp_path / "d", train=rows))
+    assert (
+        "d: 1 image(s) hold several pictures, of which the first is used; the first is the image of train-"
+        in caplog.text
+    )
+    assert "/000000: 2 pictures" in caplog.text

@@ -63,7 +63,9 @@ def with_lxmert_files(folder, **rows):
     spec = ORIGINAL.make(folder)
     for name in ("train", "val", "test"):
         (folder / "qas" / name / f"{name}_qa.json").unlink()
-        save(folder / "qas" / f"{name}_vqa.json", json.dumps(rows.get(name, [lxmert()])).encode())
+        save(
+            folder / "qas" / f"{name}_vqa.json", json.dumps(rows.get(name, [lxmert(label={f"in {name}": 1})])).encode()
+        )
     return spec
 
 

@@ -86,7 +86,7 @@ def test_path_vqa_of_the_hub(tmp_path):
     for split, n_files in (("train", 3), ("validation", 1), ("test", 1)):
         for number in range(n_files):
             file = folder / "data" / f"{split}-{number:05d}-of-{n_files:05d}-0123456789abcdef.parquet"
-            hub_file(file, [(number, "where are liver stem cells (oval cells) located?", "in the canals of hering")])
+            hub_file(file, [(number, "where are liver stem cells (oval cells) located?", f"in {split}")])
     splits = load_source(str(folder), DataOptions(layout="path-vqa")).splits
     assert splits == load_source(str(folder)).splits
     assert {split: len(samples) for split, samples in splits.items()} == {"train": 3, "validation": 1, "test": 1}

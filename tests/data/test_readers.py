@@ -90,7 +90,9 @@ def test_what_is_asked_of_a_model(tmp_path, name, layout):
 def bad_rows(name, layout, folder):
     """Rows that are bad, each in its own way, with what is said of them; the dataset will lie in `folder`/data."""
     good = layout.row(1)
-    rows = [(layout.answer(good, " "), "is empty"), (layout.answer(good, ""), "is empty")]
+    rows = [(layout.answer(good, " "), "is empty")]
+    if name != "slake":  # as published, it has one
+        rows += [(layout.answer(good, ""), "is empty")]
     if name != "iu-xray":
         rows += [(layout.answer(good, "?!"), "which is empty after normalising")]
     if name == "parquet":
@@ -152,8 +154,8 @@ def test_all_bad_rows_of_all_files_are_told_at_once_or_skipped_with_a_count(tmp_
 
 def test_an_image_is_checked_once(tmp_path, name, layout, monkeypatch):
     checked = []
-    monkeypatch.setattr("fastln.data.rows.check_image", lambda path: checked.append(path))
-    monkeypatch.setattr("fastln.data.parquet.check_image", lambda content, what: checked.append(content))
+    monkeypatch.setattr("fastln.data.rows.check_image", lambda path, **_: checked.append(path))
+    monkeypatch.setattr("fastln.data.parquet.check_image", lambda content, what, **_: checked.append(content))
     load_source(layout.make(tmp_path, train=[layout.row(number) for number in (1, 2, 1, 2, 2)]))
     assert len(checked) == len(set(checked))
     assert checked

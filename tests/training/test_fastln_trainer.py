@@ -10,6 +10,7 @@ import fastln
 from fastln import FastLNError, FastLNTrainer
 from fastln.methods import norm_parameters
 from fastln.training import fastln_trainer
+from fastln.training.progress import check_loss, why_not_a_number
 from fastln.training.sample_ids import WithSampleIds
 
 
@@ -101,7 +102,7 @@ def test_the_method_s_settings_are_passed_on_whole(tmp_path, monkeypatch):
         given.append(settings)
         return model
 
-    monkeypatch.setattr(fastln_trainer, "put_method", put)
+    monkeypatch.setattr(fastln_trainer, "put_method_again", put)
     FastLNTrainer(llama(), arguments(tmp_path))
     FastLNTrainer(
         llama(), arguments(tmp_path), scope="text", also="lm_head", backend="reference", without=("attention",)
@@ -169,6 +170,39 @@ def test_a_nan_loss_names_the_step_and_the_samples(tmp_path):
     assert str(caught.value).count(", s") == 3
 
 
+@pytest.mark.parametrize(
+    ("batch", "reason"),
+    [
+        ({"labels": torch.full((2, 3), -100)}, "no position of this batch has a label"),
+        ({"labels": torch.ones(2, 3), "pixel_values": torch.tensor([1.0, torch.inf])}, "pixel_values holds NaN or inf"),
+        ({"labels": torch.ones(2, 3), "attention_mask": torch.tensor([0.0, -torch.inf])}, None),
+        ({}, None),
+    ],
+)
+def test_a_nan_loss_has_the_reason_that_its_batch_shows(batch, reason):
+    with pytest.raises(FastLNError, match=reason or "try a lower learning rate"):
+        check_loss(torch.nan, 3, None, why_not_a_number(batch))
+
+
+def test_a_batch_without_a_label_is_the_reason_for_a_nan_loss(tmp_path):
+    class Unlabelled(Sentences):
+        def __getitem__(self, index):
+            sample = super().__getitem__(index)
+            return sample | {"labels": torch.full_like(sample["labels"], -100)}
+
+    class Mean(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = llama()
+
+        def forward(self, input_ids, labels):
+            return {"loss": self.inner(input_ids=input_ids, labels=labels).loss}
+
+    trainer = FastLNTrainer(Mean(), arguments(tmp_path, save_strategy="no"), train_dataset=Unlabelled())
+    with pytest.raises(FastLNError, match=r"at step 1 .*: no position of this batch has a label \(all are -100\)"):
+        trainer.train()
+
+
 def test_a_dataset_without_a_sample_is_told(tmp_path):
     trainer = FastLNTrainer(llama(), arguments(tmp_path), train_dataset=Subset(Sentences(), []))
     with pytest.raises(FastLNError, match="train_dataset holds no sample"):
@@ -182,12 +216,14 @@ def test_ids_are_read_where_samples_have_them():
 
 
 def test_a_norm_that_stays_put_is_named(tmp_path):
-    trainer = FastLNTrainer(llama(), arguments(tmp_path, save_strategy="no", learning_rate=1e-3), None, Sentences())
+    plain = (torch.optim.AdamW, {"lr": 1e-3})  # without float32 copies
+    args = arguments(tmp_path, save_strategy="no", learning_rate=1e-3)
+    trainer = FastLNTrainer(llama(), args, None, Sentences(), optimizer_cls_and_kwargs=plain)
     norm = trainer.model.model.layers[1].input_layernorm
     norm.weight.data = norm.weight.data.bfloat16()  # as a later .to(bfloat16) would
     with pytest.raises(FastLNError, match=r"^model.layers.1.input_layernorm.weight \(bfloat16\) did not move in 3 opt"):
         trainer.train()
-    assert trainer.state.global_step == 3
+    assert trainer.state.global_step == 2, "the error comes in the third step"
 
 
 def test_a_norm_that_the_optimizer_does_not_have_is_named(tmp_path):
@@ -224,7 +260,7 @@ def test_a_norm_that_turns_nan_is_named_and_not_the_loss(tmp_path):
             trainer.train()
 
 
-def test_a_trained_norm_without_a_gradient_is_named(tmp_path):
+def test_a_trained_norm_without_a_gradient_is_named(tmp_path, caplog):
     class Skipping(torch.nn.Module):
         def __init__(self):
             super().__init__()
@@ -233,8 +269,13 @@ def test_a_trained_norm_without_a_gradient_is_named(tmp_path):
         def forward(self, input_ids, labels):
             return {"loss": self.inner(input_ids=input_ids, labels=labels).loss}
 
-    with pytest.raises(FastLNError, match=r"received no gradient because .*: unused.weight, unused.bias; "):
-        train(tmp_path, Skipping(), save_strategy="no")
+    train(tmp_path, Skipping(), save_strategy="no")
+    (told,) = [record.message for record in caplog.records if record.name == "fastln.watch"]
+    assert "received no gradient in 12 steps" in told
+    assert "unused.weight, unused.bias; leave norms out by name or pattern: scope='not:unused'" in told
+    caplog.clear()
+    train(tmp_path, Skipping(), save_strategy="no", scope="not:unused")
+    assert [record.message for record in caplog.records if record.name == "fastln.watch"] == []
 
 
 @pytest.mark.parametrize("engine", ["fastln", "torch"])

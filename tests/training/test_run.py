@@ -110,7 +110,7 @@ def test_what_a_run_leaves_out_stays_stock_in_the_training_and_in_the_preview(tm
     config = TrainConfig(epochs=1, head_epochs=0, batch_size=12, without=("dropout", "cache"))
     train_task(tiny.dual(tmp_path, data), data, config, progress=False)
     preview(tiny.dual(tmp_path, data), data, config, None)
-    assert [plan.without for plan in plans] == [config.without] * 2
+    assert [plan.without for plan in plans] == [(*config.without, "random_heads")] * 2  # the task names its head
     with pytest.raises(FastLNError, match="without dropout, cache is for engine 'fastln'"):
         train_task(tiny.dual(tmp_path, data), data, config, engine="peft", progress=False)
     with pytest.raises(FastLNError, match="without dropout, cache is for engine 'fastln'"):
@@ -330,10 +330,10 @@ def test_resuming_on_data_that_changed_is_refused_and_a_copy_is_not(change, whic
     (data / "images").mkdir(parents=True)
     for name in ("0.png", "1.png"):
         Image.new("L", (8, 8)).save(data / "images" / name)
-    row = {"image": "0.png", "question": "is it bright?"}
+    row = {"image": "0.png"}
     rows = {
-        split: [row | {"id": f"{split}{n}", "answer": ("yes", "no")[n % 2]} for n in range(8)]
-        for split in ("train", "test")
+        split: [row | {"id": f"{split}{n}", "question": q, "answer": ("yes", "no")[n % 2]} for n in range(8)]
+        for split, q in (("train", "is it bright?"), ("test", "is it dark?"))
     }
 
     def write():

@@ -25,8 +25,8 @@ def short_answers(monkeypatch) -> None:
 
 def text_rows(folder) -> str:
     folder.mkdir()
-    rows = "".join(json.dumps({"question": q, "answer": a}) + "\n" for q, a in QUESTIONS)
-    for split in ("train", "test"):
+    for split, first in (("train", ""), ("test", "And now: ")):
+        rows = "".join(json.dumps({"question": f"{first}{q}", "answer": a}) + "\n" for q, a in QUESTIONS)
         (folder / f"{split}.jsonl").write_text(rows)
     return str(folder)
 

@@ -33,7 +33,7 @@ def blip(tmp_path) -> str:
 
 
 def test_published_splits_are_trained_on_and_scored(model, tmp_path, capsys):
-    bad = SLAKE.answer(SLAKE.row(3), "")
+    bad = SLAKE.answer(SLAKE.row(3), "?")
     data = SLAKE.make(tmp_path / "data", train=[SLAKE.row(n) for n in (0, 1, 2)] + [bad], validation=[SLAKE.row(3)] * 2)
     with pytest.raises(FastLNError, match=r"1 bad row\(s\)"):
         run_training(TrainRun(data, model, None, CONFIG), tmp_path / "out")
@@ -78,10 +78,12 @@ def test_reports_are_scored_as_reports(tmp_path, monkeypatch, capsys):
     files = {"predictions": tmp_path / "p.jsonl", "metrics": tmp_path / "m.json"}
     scores = run_evaluation(EvalRun(tiny_chat.config(tmp_path, "llava"), data, "test", **files))
     assert isinstance(scores, ReportScores)
-    assert json.loads((tmp_path / "m.json").read_text())["cider"] == scores.cider
-    first, note = capsys.readouterr().out.splitlines()
+    written = json.loads((tmp_path / "m.json").read_text())
+    assert (written["rouge_l"], written["cider"]) == (scores.rouge_l, None)
+    first, *notes = capsys.readouterr().out.splitlines()
     assert first.startswith("iu-xray test: 1 reports: BLEU-1 to 4 ")
-    assert note.startswith("  note: towers of random weights")
+    assert "  note: CIDEr needs at least two different references: not scored" in notes
+    assert notes[-1].startswith("  note: towers of random weights")
     (row,) = [json.loads(line) for line in (tmp_path / "p.jsonl").read_text().splitlines()]
     assert (row["views"], row["question"]) == (["CXR2_IM-0001/1.png"], "")
 
@@ -91,3 +93,13 @@ def test_files_that_cannot_be_written_are_found_first(tmp_path):
         run_evaluation(EvalRun("dual", "phantom", "test", metrics=tmp_path / "no" / "such"))
     with pytest.raises(FastLNError, match="is a folder; name a file for the metrics"):
         run_evaluation(EvalRun("dual", "phantom", "test", metrics=tmp_path))
+
+
+def test_what_is_written_keeps_the_letters_of_every_language(tmp_path, monkeypatch):
+    monkeypatch.setattr(chat_task, "ANSWER_TOKENS", 2)
+    row = PLAIN.row(2) | {"question": "Röntgen 头部?"}
+    data = PLAIN.make(tmp_path / "Übung", test=[row])
+    files = {"predictions": tmp_path / "p.jsonl", "metrics": tmp_path / "m.json"}
+    run_evaluation(EvalRun(tiny_chat.config(tmp_path, "llava"), data, "test", **files))
+    assert '"question": "Röntgen 头部?"' in (tmp_path / "p.jsonl").read_text(encoding="utf-8")
+    assert '"data": "Übung"' in (tmp_path / "m.json").read_text(encoding="utf-8")

@@ -5,6 +5,7 @@ from dataclasses import fields, replace
 import pytest
 import tiny
 
+from fastln.errors import FastLNError
 from fastln.plan import prepared
 from fastln.training import TrainConfig, train, train_task
 
@@ -16,6 +17,7 @@ CHANGES = {
     "head_epochs": 1,
     "batch_size": 4,
     "learning_rate": 2e-3,
+    "norm_learning_rate": 4e-3,
     "head_learning_rate": 2e-2,
     "weight_decay": 0.5,
     "warmup": 0.6,
@@ -61,3 +63,14 @@ def test_what_is_to_be_left_out_is(tmp_path, monkeypatch):
     for without in (None, ("attention", "linears")):
         losses(tmp_path, replace(CONFIG, epochs=1, without=without))
     assert left_out[1] - left_out[0] == {"attention", "linears"}
+
+
+@pytest.mark.parametrize("method", ["layernorm", "bitfit", "lora", "layernorm+lora", "full"])
+@pytest.mark.parametrize("scope", ["visoin", "decoder", "not:vision.nothing"])
+def test_a_scope_that_the_model_lacks_is_told_before_anything_trains(method, scope, tmp_path, monkeypatch):
+    """A dual encoder's head trains alone first, for minutes on real data."""
+    monkeypatch.setattr(train, "train_head", lambda *_, **__: pytest.fail("the head trained"))
+    data = tiny.phantom(4)
+    config = replace(CONFIG, method=method, scope=(scope,), head_epochs=3, weight_decay=0.0)
+    with pytest.raises(FastLNError, match=f"scope '{scope.removeprefix('not:')}'"):
+        train_task(tiny.dual(tmp_path, data), data, config, progress=False)

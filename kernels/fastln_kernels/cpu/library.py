@@ -112,7 +112,13 @@ def _build(name: str) -> Path:
     sources = [SOURCES / f"{name}.cpp", *sorted(SOURCES.glob("*.h"))]
     depends = hashlib.sha256()
     version = _run([*command, "--version"]).stdout
-    for part in (*(source.read_text() for source in sources), version, *flags, *more_flags, _processor()):
+    for part in (
+        *(source.read_text() for source in sources),
+        version,
+        *flags,
+        *more_flags,
+        _processor(),
+    ):
         depends.update(part.encode() + b"\0")
     directory = cache_directory()
     target = directory / f"{name}-{depends.hexdigest()[:32]}.so"

@@ -59,7 +59,7 @@ def call(function: Callable[..., Result], *arguments: Any, timeout_seconds: floa
 
 def _child(sender: Connection, log: Path, function: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent handles Ctrl-C and then ends this process
-    with log.open("w") as stream:
+    with log.open("w", encoding="utf-8") as stream:
         os.dup2(stream.fileno(), 1)
         os.dup2(stream.fileno(), 2)
     try:
@@ -83,5 +83,5 @@ def _death(exitcode: int | None, log: Path) -> str:
         text = f"killed by signal {-exitcode}{hint}"
     else:
         text = f"the process exited with status {exitcode} before it returned a result"
-    last = log.read_text(errors="replace").strip().splitlines()[-5:] if log.exists() else []
+    last = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()[-5:] if log.exists() else []
     return "\n".join([text, *(f"  {line}" for line in last)])

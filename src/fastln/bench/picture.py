@@ -70,7 +70,8 @@ def _title(rows: Sequence[Row]) -> str:
     machine = rows[0].provenance["machine"]
     where = machine["gpu"] if rows[0].device == "cuda" else f"{machine['cpu']}, {machine['threads']} threads"
     dtypes, sizes = each(row.dtype for row in rows), each(row.batch_size for row in rows)
-    return f"Measured: {where}; {dtypes}, batches of {sizes}; {data_name(rows)}"
+    cut_short = "Cut short, runs are missing. " if rows[0].provenance.get("missing") else ""
+    return f"{cut_short}Measured: {where}; {dtypes}, batches of {sizes}; {data_name(rows)}"
 
 
 def _panel(axes: Axes, title: str, points: Sequence[_Point]) -> None:

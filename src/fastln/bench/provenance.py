@@ -11,7 +11,9 @@ from typing import Any
 import psutil
 import torch
 
-from fastln.machine import cpu_model, package_version, settle_device, settle_dtype
+from fastln.machine import cpu_model, settle_device
+from fastln.rates import settle_dtype
+from fastln.versions import package_version
 
 
 def settle(device: str, *dtypes: str) -> tuple[str, tuple[str, ...], dict[str, Any]]:

@@ -33,6 +33,7 @@ _COLUMNS = (
     "last loss",
     "accuracy % (closed, open)",
 )
+_SHOWN = 12  # missing runs that the header names
 _WIDE = 150  # terminal columns; on a narrower terminal, text in brackets goes on a second line
 
 
@@ -48,7 +49,7 @@ class Section:
 
 def write(rows: Sequence[Row], folder: Path) -> None:
     """Write `results.md` and `results.png` into `folder`."""
-    (folder / TABLE).write_text(to_markdown(rows))
+    (folder / TABLE).write_text(to_markdown(rows), encoding="utf-8")
     draw(rows, folder / PICTURE)
 
 
@@ -208,6 +209,14 @@ def _speed(rows: Sequence[Row]) -> str:
     )
 
 
+def _cut_short(missing: Sequence[str]) -> list[str]:
+    """Return a paragraph about runs that a suite has not done, if any."""
+    if not missing:
+        return []
+    shown = "; ".join(missing[:_SHOWN]) + (f"; and {len(missing) - _SHOWN} more" if len(missing) > _SHOWN else "")
+    return [f"**Cut short.** Missing: {shown}. Ratios and ranges are of fewer rounds than planned."]
+
+
 def _header(rows: Sequence[Row]) -> list[str]:
     """Return paragraphs that say what was measured, on which machine, with which command."""
     row = rows[0]
@@ -218,6 +227,7 @@ def _header(rows: Sequence[Row]) -> list[str]:
     dtypes, sizes = each(row.dtype for row in rows), each(row.batch_size for row in rows)
     command = f"`{shlex.join(origin['argv'])}`" if origin["argv"] else "not recorded"
     return [
+        *_cut_short(origin.get("missing", [])),
         f"*Measured*, suite {suite['name']}, {origin['started']}. Command: {command}",
         f"Machine: {machine['cpu']}, {machine['cores']} cores, {machine['threads']} threads, "
         f"{machine['memory_bytes'] / 2**30:.0f} GiB{gpu}, {machine['kernel']}; device {row.device}, {dtypes}. "

@@ -12,6 +12,7 @@ from statistics import median
 from typing import Any, Literal
 
 from fastln.bench.suite import Suite
+from fastln.files import json_text
 from fastln.models.shapes import is_shape, parse_shape
 
 
@@ -87,6 +88,7 @@ class Steps:
     trainable_parameters: int
     total_parameters: int  # of the model as loaded, without what a method adds
     final_loss: float
+    learning_rates: dict[str, float] = dataclasses.field(default_factory=dict)  # of the groups that train
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,6 +131,7 @@ class Row:
     accuracy_note: str | None  # why accuracy is missing, or how it was measured
     error: str | None
     provenance: dict[str, Any]
+    learning_rates: dict[str, float] | None = None  # of the groups that train; None in files of earlier versions
 
     def to_dict(self) -> dict[str, Any]:
         """Return the row as results.json stores it."""
@@ -178,6 +181,7 @@ def make_row(
         accuracy_note=accuracy_note,
         error=error,
         provenance=provenance | {"memory": rounds[0].memory_kind if rounds else None},
+        learning_rates=rounds[0].learning_rates if rounds else None,
     )
 
 
@@ -208,13 +212,16 @@ def data_name(rows: Sequence[Row]) -> str:
 def write_rows(rows: Sequence[Row], path: Path) -> None:
     """Write the rows as JSON, atomically: a reader sees the old file or the new one, never part of one."""
     part = path.with_name(path.name + ".part")
-    part.write_text(json.dumps([row.to_dict() for row in rows], indent=1, allow_nan=False) + "\n")
+    part.write_text(json_text([row.to_dict() for row in rows], indent=1, allow_nan=False) + "\n", encoding="utf-8")
     os.replace(part, path)
 
 
 def read_rows(path: Path) -> list[Row]:
     """Read rows written by `write_rows`."""
-    return [Row(**{key: _tuple(value) for key, value in entry.items()}) for entry in json.loads(path.read_text())]
+    return [
+        Row(**{key: _tuple(value) for key, value in entry.items()})
+        for entry in json.loads(path.read_text(encoding="utf-8"))
+    ]
 
 
 def _tuple(value: Any) -> Any:

@@ -16,6 +16,7 @@ from fastln.bench.results import Checked, Failure, Job, Quality, Row, Steps, mak
 from fastln.bench.suite import Suite
 from fastln.bench.worker import work
 from fastln.errors import FastLNError
+from fastln.files import user_path
 
 Worker = Callable[[Job], Checked | Steps | Quality]
 Expected = TypeVar("Expected", Checked, Steps, Quality)
@@ -30,8 +31,9 @@ def run_suite(
 
     All methods run once per round (A B C, A B C, ...), each in a fresh process. So if the machine slows down or speeds
     up, all methods are affected alike. Then, if the suite has epochs, each method trains once and its correct answers
-    are counted. A failed run becomes a row with its error and is not repeated. `results.json` is complete after every
-    run. `results.md` and `results.png` are written at the end, even if the user interrupts.
+    are counted. A failed run becomes a row with its error and is not repeated. `results.json` is written after every
+    run; until the last one, `missing` in its provenance lists the runs to come. `results.md` and `results.png` are
+    written at the end, even if the user interrupts, and then they say what is missing.
 
     Args:
         suite: From `fastln.bench.suite.load_suite`.
@@ -49,6 +51,7 @@ def run_suite(
             there is too little data for a batch. Nothing is written in these cases.
         KeyboardInterrupt: If the user interrupts, after the results so far have been written.
     """
+    out = user_path(out)
     _refuse(out, overwrite)
     started = _now()
     runs = len(suite.models) * len(suite.dtypes)
@@ -138,7 +141,21 @@ class _Table:
         """Return the "check" result for the job's model; None if the check failed."""
         return self._checked.get((job.model, job.dtype))
 
+    def missing(self) -> list[str]:
+        """Return the runs that are still to come: the rounds of each row, and its quality run."""
+        to_come = []
+        for entry in self.entries:
+            if entry.error is not None:
+                continue
+            suite, pair = entry.job.suite, f"{entry.job.pair} on {self._name(entry.job)}"
+            if left := suite.rounds - len(entry.rounds):
+                to_come.append(f"{pair}: {left} of {suite.rounds} rounds")
+            if entry.quality is None and _worth_training(entry, self):
+                to_come.append(f"{pair}: answers")
+        return to_come
+
     def write(self) -> list[Row]:
+        self._origin["missing"] = self.missing()
         rows = [self._row(entry) for entry in self.entries if entry.begun]
         if rows:  # write no file if no run has finished
             write_rows(rows, self._path)
@@ -172,6 +189,10 @@ def accuracy_means_nothing(suite: Suite, checked: Checked | None) -> str | None:
     if suite.epochs == 0:
         return "not counted (--epochs N trains each method first)"
     return None
+
+
+def _worth_training(entry: _Entry, table: _Table) -> bool:
+    return entry.error is None and accuracy_means_nothing(entry.job.suite, table.checked(entry.job)) is None
 
 
 def _accuracy_note(entry: _Entry, checked: Checked | None) -> str | None:
@@ -210,7 +231,7 @@ def _run(suite: Suite, worker: Worker, table: _Table, progress: Progress) -> Non
                     entry.error = f"round {number}: {steps.text}"
                     progress.drop(suite.rounds - number)
                 table.write()
-    worthy = [entry for entry in table.entries if _worth_training(entry, suite, table)]
+    worthy = [entry for entry in table.entries if _worth_training(entry, table)]
     progress.add(len(worthy))
     for entry in worthy:
         quality = _call(worker, dataclasses.replace(entry.job, kind="quality"), Quality, progress)
@@ -219,10 +240,6 @@ def _run(suite: Suite, worker: Worker, table: _Table, progress: Progress) -> Non
         else:
             entry.error = f"quality: {quality.text}"
         table.write()
-
-
-def _worth_training(entry: _Entry, suite: Suite, table: _Table) -> bool:
-    return entry.error is None and accuracy_means_nothing(suite, table.checked(entry.job)) is None
 
 
 def _call(worker: Worker, job: Job, expected: type[Expected], progress: Progress) -> Expected | Failure:

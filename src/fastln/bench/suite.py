@@ -13,9 +13,11 @@ from typing import Any
 
 import yaml
 
-from fastln.data.options import DataOptions
 from fastln.errors import FastLNError
+from fastln.files import expanded, user_path
 from fastln.models.shapes import is_shape, parse_shape
+from fastln.models.sources import expanded_sources
+from fastln.reading import DataOptions, skip_limit
 
 logger = logging.getLogger(__name__)
 
@@ -41,9 +43,10 @@ class Suite:
     models: tuple[str, ...]  # specs that `fastln.models.load_task` takes, or shapes (`fastln.models.shapes`)
     methods: tuple[str, ...]  # "method/engine"; the method may have one code per sub-model, as in LN-F-T
     data: str = ""  # "phantom" or a folder; shapes have random batches and need no data
-    layout: str | None = None  # this and the next two: see `fastln.data.DataOptions`
+    layout: str | None = None  # this and the next three: see `fastln.data.DataOptions`
     language: str | None = None
-    skip_bad_rows: bool = False
+    skip_bad_rows: bool | int | str = False
+    keep_repeats: bool = False
     image_size: int | None = None  # see `fastln.models.load_task`; not for shapes, whose spec has the size
     batch_size: int = 32  # ignored for shapes, whose spec has the batch size
     questions_per_image: int = 4  # per batch
@@ -60,7 +63,7 @@ class Suite:
     @property
     def options(self) -> DataOptions:
         """The options for reading the data."""
-        return DataOptions(self.layout, self.language, self.skip_bad_rows)
+        return DataOptions(self.layout, self.language, self.skip_bad_rows, self.keep_repeats)
 
     @property
     def pairs(self) -> list[tuple[str, str]]:
@@ -88,9 +91,28 @@ def load_suite(name: str | Path, overrides: Mapping[str, Any] | None = None) -> 
         raise FastLNError(
             f"{where}: a suite must be a mapping with keys from {', '.join(_fields())}, not a {type(values).__name__}"
         )
-    values = {"name": Path(name).stem, **values}
-    values.update({key: value for key, value in (overrides or {}).items() if value is not None})
-    return _checked(_with_real_data(values), where)
+    given = {key: value for key, value in (overrides or {}).items() if value is not None}
+    suite = _checked(_with_real_data({"name": Path(name).stem, **values, **given}), where)
+    _tell_unused(suite, given if name in suite_names() else {**values, **given}, where)
+    return suite
+
+
+_OF_DATA = (
+    *("data", "layout", "language", "skip_bad_rows", "questions_per_image", "batch_size", "epochs", "head_epochs"),
+)
+
+
+def _tell_unused(suite: Suite, given: Mapping[str, Any], where: str) -> None:
+    """Log which keys that the user gave have no effect on any model of the suite."""
+    usual = Suite("", (), ())
+    changed = [key for key in given if getattr(suite, key) != getattr(usual, key)]
+    if all(is_shape(model) for model in suite.models):
+        if unused := [key for key in changed if key in _OF_DATA]:
+            logger.warning(
+                "%s: no effect on shapes, which have random batches of their own size: %s", where, ", ".join(unused)
+            )
+    elif "head_epochs" in changed and not suite.epochs:
+        logger.warning("%s: head_epochs has no effect without epochs, as nothing trains before it is timed", where)
 
 
 def suite_names() -> list[str]:
@@ -122,9 +144,9 @@ def _fields() -> list[str]:
 
 def _read(name: str) -> tuple[str, str]:
     if name in suite_names():
-        return (_folder() / f"{name}.yaml").read_text(), f"suite {name}"
+        return (_folder() / f"{name}.yaml").read_text(encoding="utf-8"), f"suite {name}"
     try:
-        return Path(name).read_text(), name
+        return user_path(name).read_text(encoding="utf-8"), name
     except (OSError, UnicodeDecodeError) as error:
         if name.endswith((".yaml", ".yml")):
             raise FastLNError(f"{name}: cannot read the suite: {error}") from error
@@ -165,14 +187,19 @@ def _checked(values: dict[str, Any], where: str) -> Suite:
     for key in ("layout", "language"):
         if not isinstance(values.get(key), str | None):
             raise FastLNError(f"{where}: {key} must be a name, not {values[key]!r}")
-    if not isinstance(values.get("skip_bad_rows", False), bool):
-        raise FastLNError(f"{where}: skip_bad_rows must be true or false, not {values['skip_bad_rows']!r}")
+    if not isinstance(values.get("keep_repeats", False), bool):
+        raise FastLNError(f"{where}: keep_repeats must be true or false, not {values['keep_repeats']!r}")
+    try:
+        values["skip_bad_rows"] = skip_limit(values.get("skip_bad_rows", False))
+    except FastLNError as error:
+        raise FastLNError(f"{where}: {error}") from None
     size = values.get("image_size")
     if not isinstance(size, int | None) or isinstance(size, bool):
         raise FastLNError(f"{where}: image_size must be a whole number of pixels, not {size!r}")
     if size is not None and all(is_shape(model) for model in values["models"]):
         raise FastLNError(f"{where}: image_size does not apply to shapes; give the image size in the shape itself")
-    values["name"], values["data"] = str(values["name"]), str(values.get("data") or "")
+    values["models"] = tuple(map(expanded_sources, values["models"]))
+    values["name"], values["data"] = str(values["name"]), expanded(str(values.get("data") or ""))
     for key, smallest in _SMALLEST.items():
         value = values.get(key, smallest)
         if not isinstance(value, int) or isinstance(value, bool) or value < smallest:

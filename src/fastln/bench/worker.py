@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from fastln.bench.results import Checked, Floor, Job, Quality, Steps
-from fastln.cost import count_operations, matrix_rate
+from fastln.cost import count_operations
 from fastln.data import VQADataset, load_dataset
 from fastln.errors import FastLNError
 from fastln.memory import SavedActivations, peak_bytes, reset_peak, synchronize
@@ -19,7 +19,9 @@ from fastln.methods import count_parameters
 from fastln.models import Task, VQATask, load_task
 from fastln.models.dual_task import DualEncoderTask
 from fastln.models.shapes import ShapeTask, is_shape, make_shape
+from fastln.rates import matrix_rate
 from fastln.training import TrainConfig, build_optimizer, evaluate, train_task
+from fastln.training.optimizer import rates_in_use
 from fastln.training.tasks import apply_method
 
 
@@ -94,6 +96,7 @@ def _steps(job: Job, task: Task, data: VQADataset | None) -> Steps:
         trainable_parameters=count_parameters(model)[0],
         total_parameters=total,
         final_loss=float(loss),
+        learning_rates=rates_in_use(model, task.head_under(job.method), _config(job).rates),
     )
 
 

@@ -4,7 +4,7 @@ from fastln.data.answers import AnswerVocabulary, normalise_answer
 from fastln.data.batching import GroupedBatches
 from fastln.data.dataset import Sample, Source, VQADataset, demands, digest
 from fastln.data.loading import load_dataset, load_source
-from fastln.data.options import DataOptions
+from fastln.reading import DataOptions
 
 __all__ = [
     "AnswerVocabulary",

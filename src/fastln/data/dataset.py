@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from difflib import get_close_matches
 
 from PIL import Image
@@ -31,6 +31,9 @@ class Sample:
         views: Keys of further images of the same study, in the order of the data.
         history: The earlier questions and answers of the same conversation. A model may learn those answers too; the
             last one, `answer`, is what is scored.
+        system: What is said to the model before the conversation; empty if nothing is.
+        places: For each image the number of the turn, from 0, whose question it stands in; empty if all stand in the
+            first.
     """
 
     id: str
@@ -40,6 +43,8 @@ class Sample:
     closed: bool | None
     views: tuple[str, ...] = ()
     history: tuple[tuple[str, str], ...] = ()
+    system: str = ""
+    places: tuple[int, ...] = ()
 
     @property
     def images(self) -> tuple[str, ...]:
@@ -48,8 +53,9 @@ class Sample:
 
     @property
     def n_characters(self) -> int:
-        """The total length of the texts of all turns."""
-        return sum(len(text) for turn in ((self.question, self.answer), *self.history) for text in turn)
+        """The total length of the texts of all turns, and of the system's."""
+        turns = ((self.question, self.answer), *self.history)
+        return len(self.system) + sum(len(text) for turn in turns for text in turn)
 
     @property
     def is_report(self) -> bool:
@@ -61,7 +67,8 @@ def demands(samples: Iterable[Sample]) -> frozenset[str]:
     """Return what samples demand of a model beyond the answer to one question.
 
     Returns:
-        Some of `images`, `questions without an image`, `several images`, `reports` and `conversations`.
+        Some of `images`, `questions without an image`, `several images`, `reports`, `conversations` and `system
+        turns`.
     """
     found = set()
     for sample in samples:
@@ -72,6 +79,8 @@ def demands(samples: Iterable[Sample]) -> frozenset[str]:
             found.add("reports")
         if sample.history:
             found.add("conversations")
+        if sample.system:
+            found.add("system turns")
     return frozenset(found)
 
 
@@ -96,6 +105,7 @@ class Source:
         splits: The samples by split, in the order of the data; splits that the data lacks are missing.
         image: Takes a key, gives the image in mode RGB; can be pickled, for worker processes.
         stats: What is known about each image without decoding it, by key.
+        copies: For each image that is byte for byte an earlier one: the key of that.
     """
 
     name: str
@@ -103,14 +113,15 @@ class Source:
     splits: Mapping[str, list[Sample]]
     image: Callable[[str], Image.Image]
     stats: Mapping[str, ImageStat]
+    copies: Mapping[str, str] = field(default_factory=dict)
 
     def dataset(self, split: str, *, validation_fraction: float = 0.0) -> VQADataset:
         """Return one split.
 
         If the data has no validation split, one can be taken from the training questions: all questions about some of
-        the images, chosen only by a hash of the image's key. So all rephrasings of a question stay on one side, and so
-        do all answers about an image. If only some of these were set aside, a model could learn the others as the
-        answer to everything.
+        the images, chosen only by a hash of the image's key (a copy of an image counts as that image). So all
+        rephrasings of a question stay on one side, and so do all answers about an image. If only some of these were set
+        aside, a model could learn the others as the answer to everything.
 
         Args:
             split: `train`, `validation` or `test`.
@@ -131,13 +142,17 @@ class Source:
             )
         if validation_fraction and split != "test":
             wanted = split == "validation"
-            samples = [s for s in self._split("train") if _set_aside(s, validation_fraction) == wanted]
+            samples = [s for s in self._split("train") if self._set_aside(s, validation_fraction) == wanted]
             note = f" with validation_fraction {validation_fraction}"
         else:
             samples, note = self._split(split), ""
         if not samples:
             raise FastLNError(f"{self.name}: the {split} split holds no usable row{note}")
         return VQADataset(self, split, samples)
+
+    def _set_aside(self, sample: Sample, fraction: float) -> bool:
+        name = self.copies.get(sample.image, sample.image) or sample.question
+        return int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big") < fraction * 2**64
 
     def _split(self, split: str) -> list[Sample]:
         if split in self.splits:
@@ -201,8 +216,3 @@ def check_split(split: str, validation_fraction: float = 0.0) -> None:
         raise FastLNError(f"there is no split {split!r}; the splits are {', '.join(SPLITS)}{meant}")
     if not 0 <= validation_fraction < 1:
         raise FastLNError(f"validation_fraction must be from 0 up to but not including 1, not {validation_fraction}")
-
-
-def _set_aside(sample: Sample, fraction: float) -> bool:
-    digest = hashlib.sha256((sample.image or sample.question).encode()).digest()
-    return int.from_bytes(digest[:8], "big") < fraction * 2**64

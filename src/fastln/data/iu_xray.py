@@ -11,11 +11,12 @@ from pathlib import Path
 from typing import Any
 
 from fastln.data.dataset import Sample, Source
-from fastln.data.files import BadRowError, beginning, listed, opened, shown
+from fastln.data.files import BadRowError, opened, shown
 from fastln.data.json_stream import JsonStream
-from fastln.data.options import DataOptions
 from fastln.data.rows import RowChecker, as_text, image_folder, line, text_or_number
+from fastln.data.tables import beginning, listed
 from fastln.errors import FastLNError
+from fastln.reading import DataOptions
 
 LAYOUT = "annotation.json with the lists train, val and test; images/STUDY/0.png, 1.png"
 
@@ -33,12 +34,12 @@ def read(folder: Path, options: DataOptions) -> Source:
 
     Args:
         folder: A folder that `recognises` accepts.
-        options: Whether to skip bad rows.
+        options: How to read the data.
 
     Raises:
         FastLNError: The file or the image folder is missing; the file is not an object of three lists; or rows are bad.
     """
-    rows = RowChecker([image_folder(folder, "images")], skip=options.skip_bad_rows)
+    rows = RowChecker([image_folder(folder, "images")], options)
     file = folder / _FILE
 
     def parse(row: dict[str, Any], index: int) -> Sample:

@@ -9,8 +9,9 @@ from pathlib import Path
 
 from fastln.data import iu_xray, llava_med, parquet, path_vqa, phantom, plain, slake, vqa_rad
 from fastln.data.dataset import Source, VQADataset, check_split
-from fastln.data.options import DataOptions
 from fastln.errors import FastLNError
+from fastln.files import user_path
+from fastln.reading import LAYOUTS, DataOptions
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,13 +32,8 @@ class Reader:
 
 
 READERS = {
-    "vqa-rad": Reader(vqa_rad.LAYOUT, vqa_rad.recognises, vqa_rad.read),
-    "slake": Reader(slake.LAYOUT, slake.recognises, slake.read, slake.LANGUAGES),
-    "path-vqa": Reader(path_vqa.LAYOUT, path_vqa.recognises, path_vqa.read),
-    "parquet": Reader(parquet.LAYOUT, parquet.recognises, parquet.read),
-    "iu-xray": Reader(iu_xray.LAYOUT, iu_xray.recognises, iu_xray.read),
-    "llava-med": Reader(llava_med.LAYOUT, llava_med.recognises, llava_med.read),
-    "plain": Reader(plain.LAYOUT, plain.recognises, plain.read),
+    layout: Reader(module.LAYOUT, module.recognises, module.read, getattr(module, "LANGUAGES", ()))
+    for layout, module in zip(LAYOUTS, (vqa_rad, slake, path_vqa, parquet, iu_xray, llava_med, plain), strict=True)
 }
 """Every layout that `load_source` knows, by name; the first that recognises a folder reads it."""
 
@@ -56,8 +52,12 @@ def load_source(spec: str, options: DataOptions | None = None) -> Source:
     options = options or DataOptions()
     if spec == phantom.NAME:
         _refuse_language(spec, (), options)
+        if options.layout is not None:
+            raise FastLNError(
+                f"{spec} comes with fastln and has no layout on disk; leave out layout {options.layout!r}"
+            )
         return phantom.source()
-    path = Path(spec).expanduser()
+    path = user_path(spec)
     if not path.exists():
         raise FastLNError(f"there is no data {spec!r}; give the folder or file of a dataset, or {phantom.NAME!r}")
     reader = _reader(path, options.layout)

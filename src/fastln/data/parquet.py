@@ -23,11 +23,13 @@ from typing import Any, NamedTuple
 from PIL import Image
 
 from fastln.data.dataset import Sample, Source
-from fastln.data.files import SPLIT_STEMS, BadRowError, check_columns, data_name, refuse_pointer
+from fastln.data.files import SPLIT_STEMS, BadRowError, data_name, refuse_pointer
 from fastln.data.images import ImageStat, check_image, read_image
-from fastln.data.options import DataOptions
+from fastln.data.remarks import Remarks
 from fastln.data.rows import ID_FIELDS, RowChecker, answer, closed_label, line, row_id
+from fastln.data.tables import EMPTY, check_columns
 from fastln.errors import FastLNError
+from fastln.reading import DataOptions
 
 LAYOUT = "files .parquet of image, question, answer: train-*, validation-*, test-*, in data/ or directly; or one"
 
@@ -50,7 +52,7 @@ def read(path: Path, options: DataOptions) -> Source:
 
     Args:
         path: What `recognises` accepts.
-        options: Whether to skip bad rows.
+        options: How to read the data.
 
     Raises:
         FastLNError: There are no files, one is not Parquet or lacks a column; pyarrow is missing; or rows are bad.
@@ -58,8 +60,8 @@ def read(path: Path, options: DataOptions) -> Source:
     files = _split_files(path)
     if not files:
         raise FastLNError(f"{path}: no Parquet files; looked for train-*.parquet, train.parquet and train/*.parquet")
-    rows = RowChecker([], skip=options.skip_bad_rows)
-    images = _Images()
+    rows = RowChecker([], options)
+    images = _Images(rows.remarks)
 
     def parse(name: str, row: dict[str, Any], index: int) -> Sample:
         key = f"{name}/{index:06d}"
@@ -109,7 +111,8 @@ class _Place(NamedTuple):
 class _Images:
     """The distinct images of some files, each checked once and read from its first place."""
 
-    def __init__(self) -> None:
+    def __init__(self, remarks: Remarks) -> None:
+        self._remarks = remarks
         self.places: dict[str, _Place] = {}
         self.stats: dict[str, ImageStat] = {}
         self._keys: dict[bytes, str] = {}
@@ -129,7 +132,7 @@ class _Images:
             raise BadRowError(self._problems[digest])
         if digest not in self._keys:
             try:
-                self.stats[key] = check_image(data, "field 'image'")
+                self.stats[key] = check_image(data, f"the image of {key}", remarks=self._remarks)
             except FastLNError as error:
                 self._problems[digest] = str(error)
                 raise BadRowError(str(error)) from error
@@ -138,8 +141,8 @@ class _Images:
         return self._keys[digest]
 
 
-def _rows(file: Path) -> Iterator[dict[str, Any]]:
-    """Return the rows, each with its `place`, with only few in memory at a time."""
+def _rows(file: Path) -> Iterator[Any]:
+    """Yield the rows, each with its `place`, or `EMPTY`, with only few in memory at a time."""
     with _opened(file) as content:
         present = content.schema_arrow.names
         check_columns(file, _COLUMNS, present)
@@ -148,7 +151,8 @@ def _rows(file: Path) -> Iterator[dict[str, Any]]:
             number = 0
             for batch in content.iter_batches(_ROWS_AT_A_TIME, row_groups=[group], columns=columns):
                 for row in batch.to_pylist():
-                    yield row | {"place": _Place(file, group, number)}
+                    is_empty = all(value is None for value in row.values())
+                    yield EMPTY if is_empty else row | {"place": _Place(file, group, number)}
                     number += 1
 
 

@@ -17,10 +17,11 @@ from typing import Any
 
 from fastln.data import parquet
 from fastln.data.dataset import Sample, Source
-from fastln.data.files import BadRowError, read_rows, shown
-from fastln.data.options import DataOptions
+from fastln.data.files import BadRowError, shown
 from fastln.data.rows import RowChecker, answer, closed_label, image_folder, line, text
+from fastln.data.tables import read_rows
 from fastln.errors import FastLNError
+from fastln.reading import DataOptions
 
 LAYOUT = "qas/train/train_qa.json (or qas/train_vqa.json), so for val and test; images/train/*.jpg; or as parquet"
 
@@ -42,14 +43,14 @@ def read(folder: Path, options: DataOptions) -> Source:
 
     Args:
         folder: A folder that `recognises` accepts, or one of Parquet files.
-        options: Whether to skip bad rows.
+        options: How to read the data.
 
     Raises:
         FastLNError: Files or the image folder are missing or pickled; or rows are bad.
     """
     if not recognises(folder) and parquet.recognises(folder):
         return parquet.read(folder, options)
-    rows = RowChecker([image_folder(folder, "images")], skip=options.skip_bad_rows)
+    rows = RowChecker([image_folder(folder, "images")], options)
     files = _files(folder / _QUESTIONS)
 
     def parse(name: str, row: dict[str, Any], index: int) -> Sample:

@@ -16,10 +16,11 @@ from pathlib import Path
 from typing import Any
 
 from fastln.data.dataset import Sample, Source
-from fastln.data.files import SPLIT_STEMS, SUFFIXES, BadRowError, data_name, read_rows
-from fastln.data.options import DataOptions
+from fastln.data.files import SPLIT_STEMS, SUFFIXES, BadRowError, data_name
 from fastln.data.rows import RowChecker, answer, as_text, closed_label, line, row_id
+from fastln.data.tables import read_rows
 from fastln.errors import FastLNError
+from fastln.reading import DataOptions
 
 LAYOUT = "a file .jsonl, .csv or .json of image, question, answer; or a folder of train, validation and test files"
 
@@ -49,6 +50,8 @@ def read_splits(
     rows: RowChecker,
     parse: Callable[[dict[str, Any], int, tuple[str, ...]], Sample],
     columns: Iterable[str] = (),
+    *,
+    mixed: bool = False,
 ) -> Source:
     """Read the file of each split.
 
@@ -57,6 +60,7 @@ def read_splits(
         rows: Checks the rows.
         parse: Makes a sample from a row, its index and its images' keys (none if no row of the data has any).
         columns: The columns that a CSV file must have.
+        mixed: Whether rows without an image may stand beside rows with one.
 
     Raises:
         FastLNError: There is no file, one cannot be read, or rows are bad.
@@ -67,7 +71,9 @@ def read_splits(
     illustrated = _has_images(path, (row for file in files.values() for row in read_rows(file, columns)))
 
     def sample(row: dict[str, Any], index: int) -> Sample:
-        return parse(row, index, tuple(rows.image(name) for name in image_names(row)) if illustrated else ())
+        if not illustrated or (mixed and not row.get("image")):
+            return parse(row, index, ())
+        return parse(row, index, tuple(rows.image(name) for name in image_names(row)))
 
     splits = {split: rows.read(file, read_rows(file, columns), sample) for split, file in files.items()}
     return rows.source(data_name(path), splits)
@@ -122,12 +128,12 @@ def read(path: Path, options: DataOptions) -> Source:
 
     Args:
         path: What `recognises` accepts.
-        options: Whether to skip bad rows.
+        options: How to read the data.
 
     Raises:
         FastLNError: A file cannot be read, or rows are bad.
     """
-    rows = RowChecker(images_beside(path), skip=options.skip_bad_rows)
+    rows = RowChecker(images_beside(path), options)
 
     def parse(row: dict[str, Any], index: int, images: tuple[str, ...]) -> Sample:
         return Sample(

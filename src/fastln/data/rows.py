@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import hashlib
 import logging
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -14,8 +15,13 @@ from PIL import Image
 from fastln.data.answers import normalise_answer
 from fastln.data.dataset import Sample, Source
 from fastln.data.files import BadRowError, shown
+from fastln.data.image_files import LONGEST_NAME, ImageFinder, located
 from fastln.data.images import ImageStat, check_image, read_image
-from fastln.errors import FastLNError
+from fastln.data.remarks import Remark, Remarks
+from fastln.data.repeats import drop_repeats
+from fastln.data.tables import EMPTY
+from fastln.errors import FastLNError, listing
+from fastln.reading import DataOptions
 
 T = TypeVar("T")
 
@@ -30,29 +36,42 @@ class RowChecker:
 
     Args:
         folders: The folders to search for images, in this order.
-        skip: Skip bad rows and list them in the log, instead of refusing the data.
+        options: Whether to skip bad rows, and to keep what several splits have.
     """
 
-    def __init__(self, folders: Sequence[Path], *, skip: bool = False) -> None:
-        self._folders = [folder.resolve() for folder in folders]
-        self._shown = " or ".join(map(str, folders))
-        self._skip = skip
+    def __init__(self, folders: Sequence[Path], options: DataOptions) -> None:
+        self.remarks = Remarks()
+        self._finder = ImageFinder(folders)
+        self._options = options
         self._n_rows = 0
         self._problems: list[str] = []
+        self._keys: dict[str, str] = {}
         self._found: dict[str, Path] = {}
         self._stats: dict[str, ImageStat] = {}
         self._bad_images: dict[str, str] = {}
+        self._alike: dict[ImageStat, str] = {}
+        self._digests: dict[str, str] = {}
+        self._by_digest: dict[tuple[ImageStat, str], str] = {}
+        self._copies: dict[str, str] = {}
 
     def read(self, where: object, rows: Iterable[Any], parse: Callable[[dict[str, Any], int], T]) -> list[T]:
         """Parse each row, leaving out those for which `parse` raises `BadRowError`.
 
+        Rows without any content are left out too. Their number is logged, except of those at the end.
+
         Args:
             where: The file (and the place in it), for the messages.
             rows: Should be objects with named fields; a `BadRowError` in place of a row says what is wrong with it.
-            parse: Makes the result from a row and its index.
+            parse: Makes the result from a row and its index. Empty rows count in the index, so that it is that of the
+                file.
         """
         parsed = []
+        n_empty = n_last = 0
         for index, row in enumerate(rows):
+            if _is_empty(row):
+                n_last += 1
+                continue
+            n_empty, n_last = n_empty + n_last, 0
             self._n_rows += 1
             try:
                 if isinstance(row, BadRowError):
@@ -63,13 +82,15 @@ class RowChecker:
             except BadRowError as problem:
                 names = [f" ({name} {shown(row[name])})" for name in ID_FIELDS if isinstance(row, dict) and name in row]
                 self._problems.append(f"{where}: row {index}{''.join(names[:1])}: {problem}")
+        if n_empty:
+            logger.info("%s: left out %d empty row(s)", where, n_empty)
         return parsed
 
     def image(self, name: str) -> str:
         """Find the file of an image and check it, once.
 
         Returns:
-            The name, which is the image's key.
+            The image's key: the file's own name, whatever the spelling in the row.
 
         Raises:
             BadRowError: There is no such file, it is not a readable image, or the name leads out of the folder of
@@ -77,42 +98,58 @@ class RowChecker:
         """
         if name in self._bad_images:
             raise BadRowError(self._bad_images[name])
-        if name not in self._found:
+        if name not in self._keys:
             try:
-                self._found[name], self._stats[name] = self._find(name)
+                self._keys[name] = self._checked(name)
             except BadRowError as problem:
                 self._bad_images[name] = str(problem)
                 raise
-        return name
+        return self._keys[name]
 
-    def _find(self, name: str) -> tuple[Path, ImageStat]:
-        """Return the folder that the name is relative to, and what the check found out about the image."""
-        reason = f"is missing in {self._shown}"
-        for folder in self._folders:
+    def _checked(self, name: str) -> str:
+        found = self._finder.find(name)
+        if found.key not in self._stats:
+            path, frame = located(found.folder, found.key)
             try:
-                path = (folder / name).resolve()
-                present = path.is_file()
-            except (OSError, RuntimeError, ValueError) as error:  # too long, a loop of links, a zero byte
-                raise BadRowError(f"image {shown(name)}: {error}") from error
-            if not path.is_relative_to(folder):
-                reason = f"leads outside the folder {self._shown}"
-            elif present:
-                try:
-                    return folder, check_image(path)
-                except FastLNError as error:
-                    raise BadRowError(f"image {shown(name)}: {error}") from error
-        raise BadRowError(f"image {shown(name)} {reason}")
+                self._stats[found.key] = check_image(path, frame=frame, remarks=self.remarks)
+            except FastLNError as error:
+                raise BadRowError(f"image {shown(name, LONGEST_NAME)}: {error}") from error
+            self._found[found.key] = found.folder
+            self._find_copy(found.key)
+        if found.spelling:
+            what = "are named in another spelling than their files, and were found"
+            self.remarks.add(shown(name, LONGEST_NAME), Remark(what, f"{found.key} ({found.spelling})"))
+        return found.key
+
+    def _find_copy(self, name: str) -> None:
+        """Find an earlier image with the same bytes; only files of the same size in pixels and bytes are read."""
+        stat = self._stats[name]
+        first = self._alike.setdefault(stat, name)
+        if first != name:
+            for one in (first, name):
+                earlier = self._by_digest.setdefault((stat, self._digest(one)), one)
+            if earlier != name:
+                self._copies[name] = earlier
+
+    def _digest(self, name: str) -> str:
+        if name not in self._digests:
+            path, frame = located(self._found[name], name)
+            with path.open("rb") as file:
+                self._digests[name] = f"{hashlib.file_digest(file, 'sha256').hexdigest()}#{frame or 0}"
+        return self._digests[name]
 
     def finish(self) -> None:
         """Raise one `FastLNError` about all bad rows so far, if any; or log them, if they are skipped."""
         if not self._problems:
             return
-        count = f"{len(self._problems):,} bad row(s) of {self._n_rows:,}"
-        lines = "\n  ".join(self._problems)
-        if not self._skip:
+        n_bad, most = len(self._problems), self._options.skip_bad_rows
+        count = f"{n_bad:,} bad row(s) of {self._n_rows:,}"
+        lines = listing(self._problems)
+        if not self._options.skips(n_bad, self._n_rows):
+            limit = f", more than the {most} that may be skipped" if most else ""
             raise FastLNError(
                 f"{count}, counted from 0:\n  {lines}\n"
-                f"That was {count}; --skip-bad-rows (DataOptions.skip_bad_rows) leaves them out."
+                f"That was {count}{limit}; --skip-bad-rows (DataOptions.skip_bad_rows) leaves them out."
             )
         logger.warning("skipped %s, counted from 0:\n  %s\nThat was %s, skipped.", count, lines, count)
 
@@ -122,7 +159,7 @@ class RowChecker:
         splits: Mapping[str, list[Sample]],
         images: tuple[Callable[[str], Image.Image], Mapping[str, ImageStat]] | None = None,
     ) -> Source:
-        """Finish, and make the source of the data.
+        """Finish, drop training rows that another split repeats, and make the source of the data.
 
         Args:
             name: The data's name.
@@ -133,15 +170,30 @@ class RowChecker:
             FastLNError: There were bad rows, and they are not skipped.
         """
         self.finish()
+        if not self._options.keep_repeats:
+            splits = drop_repeats(name, splits, self._copies)
         logger.info("%s: %s", name, ", ".join(f"{split} {len(samples):,}" for split, samples in splits.items()))
+        self.remarks.tell(name)
         image, stats = images or (functools.partial(_image, self._found), self._stats)
-        return Source(name, synthetic=False, splits=splits, image=image, stats=stats)
+        return Source(name, synthetic=False, splits=splits, image=image, stats=stats, copies=self._copies)
+
+
+def _is_empty(row: Any) -> bool:
+    """Whether a row holds nothing: an empty line, or an object whose values are all missing or blank."""
+    return row is EMPTY or (isinstance(row, dict) and bool(row) and all(map(_is_blank, row.values())))
+
+
+def _is_blank(value: Any) -> bool:
+    if isinstance(value, float):  # pandas' sign for a missing value
+        return math.isnan(value)
+    return value is None or (isinstance(value, str) and not value.strip())
 
 
 def _image(folders: dict[str, Path], key: str) -> Image.Image:
     if key not in folders:
         raise FastLNError(f"no question of this data is about an image named {key!r}")
-    return read_image(folders[key] / key)
+    path, frame = located(folders[key], key)
+    return read_image(path, frame=frame)
 
 
 def image_folder(folder: Path, *names: str) -> Path:
@@ -182,6 +234,8 @@ def as_text(value: Any, what: str) -> str:
         raise BadRowError(f"{what} must be a text, not {shown(value)}")
     if not value.strip():
         raise BadRowError(f"{what} is empty")
+    if "\0" in value:
+        raise BadRowError(f"{what} holds a zero byte: {shown(value)}")
     try:
         value.encode()
     except UnicodeEncodeError as error:  # JSON can hold half a surrogate pair, which tokenizers do not accept
@@ -208,7 +262,9 @@ def text_or_number(row: dict[str, Any], field: str) -> str:
 
 
 def as_text_or_number(value: Any, what: str) -> str:
-    """Return a text or number as text, with the arguments and errors of `as_text`."""
+    """Return a text or number as text, 1.0 as `1`, with the arguments and errors of `as_text`."""
+    if isinstance(value, float) and value.is_integer() and abs(value) < 2**53:
+        value = int(value)  # a column of numbers of which one is missing has only such values
     whole = isinstance(value, int) and not isinstance(value, bool)
     if whole or (isinstance(value, float) and math.isfinite(value)):
         return str(value)

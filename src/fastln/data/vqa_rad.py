@@ -9,21 +9,19 @@ words. Numbering questions and frames consecutively, row by row, gives the `qid`
 question is a test question. So 284 of the 1,267 frames in training repeat a test question with its answer, 263 of them
 in other words. That is the split of the literature, and it is kept.
 
-If the same image, question (ignoring case and white space) and answer (normalised) are in both splits, the row is
-dropped from training. There are 14 such triples, in 22 of the 3,064 rows. The published test split stays complete.
+Of the 3,064 training rows, 22 repeat one of 14 test questions with its image and answer. They are dropped, as from all
+data (`fastln.data.repeats`). The published test split stays complete.
 """
 
 from __future__ import annotations
 
-import logging
 from pathlib import Path
 from typing import Any
 
-from fastln.data.answers import normalise_answer
 from fastln.data.dataset import Sample, Source
-from fastln.data.files import read_rows
-from fastln.data.options import DataOptions
 from fastln.data.rows import ANSWER_TYPES, RowChecker, answer, choice, image_folder, line, text, text_or_number
+from fastln.data.tables import read_rows
+from fastln.reading import DataOptions
 
 LAYOUT = "trainset.json and testset.json, or 'VQA_RAD Dataset Public.json'; images/"
 
@@ -32,8 +30,6 @@ _PUBLIC_FILE = "VQA_RAD Dataset Public.json"
 _IMAGE_FOLDERS = ("images", "VQA_RAD Image Folder")
 _PHRASE_TYPES = {"freeform": "train", "para": "train", "test_freeform": "test", "test_para": "test"}
 _NO_FRAME = "NULL"
-
-logger = logging.getLogger(__name__)
 
 
 def recognises(folder: Path) -> bool:
@@ -46,21 +42,18 @@ def read(folder: Path, options: DataOptions) -> Source:
 
     Args:
         folder: A folder that `recognises` accepts.
-        options: Whether to skip bad rows.
+        options: How to read the data.
 
     Raises:
         FastLNError: A file or the image folder is missing; a file is not a JSON list (with line and column); or rows
             are bad: all of them are listed with file, index and reason.
     """
-    rows = RowChecker([image_folder(folder, *_IMAGE_FOLDERS)], skip=options.skip_bad_rows)
+    rows = RowChecker([image_folder(folder, *_IMAGE_FOLDERS)], options)
     if (folder / _PUBLIC_FILE).is_file() and not all((folder / name).is_file() for name in _SPLIT_FILES.values()):
         splits = _read_public(folder / _PUBLIC_FILE, rows)
     else:
         splits = {split: _read_split(folder / name, rows) for split, name in _SPLIT_FILES.items()}
-    tested = {_triple(sample) for sample in splits["test"]}
-    train = [sample for sample in splits["train"] if _triple(sample) not in tested]
-    logger.info("vqa-rad: dropped %d training questions that the test split repeats", len(splits["train"]) - len(train))
-    return rows.source("vqa-rad", {"train": train, "test": splits["test"]})
+    return rows.source("vqa-rad", splits)
 
 
 def _read_split(file: Path, rows: RowChecker) -> list[Sample]:
@@ -96,7 +89,3 @@ def _sample(row: dict[str, Any], qid: str, question: str, rows: RowChecker) -> S
         answer=answer(row, "answer"),
         closed=choice(row, "answer_type", ANSWER_TYPES),
     )
-
-
-def _triple(sample: Sample) -> tuple[str, str, str]:
-    return sample.image, sample.question.lower(), normalise_answer(sample.answer)

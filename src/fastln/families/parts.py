@@ -61,7 +61,7 @@ def embedding_parameters(model: nn.Module) -> list[str]:
     wanted = {
         id(parameter)
         for _, part in pretrained_models(model)
-        if isinstance(embeddings := _ask(part, "get_input_embeddings"), nn.Embedding)
+        if (embeddings := input_embeddings(part)) is not None
         for parameter in embeddings.parameters()
     }
     return [name for name, parameter in model.named_parameters() if id(parameter) in wanted]
@@ -141,6 +141,12 @@ def _branches_without_cache(cls: Any) -> bool:
         node.operand for node in ast.walk(tree) if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.Not)
     )
     return any(isinstance(operand, ast.Name) and operand.id == "use_cache" for operand in negated)
+
+
+def input_embeddings(model: PreTrainedModel) -> nn.Embedding | None:
+    """Return a model's word embeddings; None if it has none."""
+    embeddings = _ask(model, "get_input_embeddings")
+    return embeddings if isinstance(embeddings, nn.Embedding) else None
 
 
 def output_embeddings(model: PreTrainedModel) -> nn.Module | None:

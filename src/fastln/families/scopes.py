@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import fnmatch
 from collections.abc import Iterable
 
 from torch import nn
@@ -26,6 +27,7 @@ SCOPES: dict[str, tuple[str, ...]] = {
         "deepstack_merger_list",
     ),
 }
+NOT = "not:"  # before an entry of a scope that leaves something out
 _SCOPE_OF = {name: scope for scope, names in SCOPES.items() for name in names}
 
 
@@ -53,27 +55,59 @@ def parameters_in(model: nn.Module, scope: str | Iterable[str] | None) -> set[st
 
     Args:
         model: The model.
-        scope: One or several keys of `SCOPES`; None for everything.
+        scope: One or several entries; None for everything. An entry is a sub-model (a key of `SCOPES`) or a pattern of
+            module names, such as `encoder.layer.1?` or `*.post_layernorm` (`fnmatch`'s rules; `*` also matches dots).
+            `not:` before an entry leaves it out. If all entries leave something out, the rest of the model is inside.
 
     Raises:
-        FastLNError: If a scope is unknown, or the model does not have it.
+        FastLNError: If an entry is unknown, or the model does not have it.
     """
-    if scope is None:
-        return {name for name, _ in model.named_parameters()} - _unused(model)
-    wanted = (scope,) if isinstance(scope, str) else tuple(scope)
-    if not wanted:
-        raise FastLNError("scope is empty: nothing would be tuned; leave it out to tune every sub-model")
-    present = sub_models(model)
-    for key in wanted:
-        if key not in SCOPES:
-            near = difflib.get_close_matches(key, SCOPES, n=1)
-            hint = f"; did you mean {near[0]!r}?" if near else ""
-            raise FastLNError(f"unknown scope {key!r}{hint} (valid: {', '.join(SCOPES)})")
-        if key not in present:
+    inside = {name for name, _ in model.named_parameters()}
+    if scope is not None:
+        wanted = (scope,) if isinstance(scope, str) else tuple(scope)
+        if not wanted:
+            raise FastLNError("scope is empty: nothing would be tuned; leave it out to tune every sub-model")
+        if not leaves_out_only(wanted):
+            inside = {name for key in wanted if not key.startswith(NOT) for name in _in_one(model, key)}
+        for key in wanted:
+            if key.startswith(NOT):
+                inside -= _in_one(model, key.removeprefix(NOT))
+    return inside - _unused(model)
+
+
+def leaves_out_only(scope: str | Iterable[str]) -> bool:
+    """Whether every entry of a scope leaves something out."""
+    return all(key.startswith(NOT) for key in ((scope,) if isinstance(scope, str) else scope))
+
+
+def parts_left_out(scope: str | Iterable[str] | None) -> list[str]:
+    """Return the entries of a scope that leave something out."""
+    return [key for key in ((scope,) if isinstance(scope, str) else scope or ()) if key.startswith(NOT)]
+
+
+def _in_one(model: nn.Module, key: str) -> set[str]:
+    """Return the names of the parameters of one sub-model, or of the modules that match a pattern."""
+    modules = [name for name, _ in model.named_modules() if name]
+    found = tuple(f"{name}." for name in fnmatch.filter(modules, key))
+    if key in SCOPES:
+        present = sub_models(model)
+        if key in present:
+            return set(present[key])
+        if not found:
             raise FastLNError(
                 f"scope {key!r} matches nothing in {type(model).__name__} (it has: {', '.join(present) or 'none'})"
             )
-    return {name for key in wanted for name in present[key]} - _unused(model)
+    if not found:
+        near = difflib.get_close_matches(key, [*SCOPES, *modules], n=1)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        raise FastLNError(
+            f"unknown scope {key!r}{hint} (valid: {', '.join(SCOPES)}, or a pattern of module names; {NOT} before one "
+            "leaves it out)"
+        )
+    inside = {name for name, _ in model.named_parameters() if name.startswith(found)}
+    if not inside:
+        raise FastLNError(f"scope {key!r}: {found[0][:-1]} has no parameter of its own in {type(model).__name__}")
+    return inside
 
 
 def _prefixes(model: nn.Module) -> dict[str, str]:

@@ -12,7 +12,7 @@ from fastln.errors import FastLNError
 from fastln.models import blip_task, chat_task, dual_task, llava_med
 from fastln.models.chat_vision import CHAT_VISION
 from fastln.models.dual_encoder import MODEL_TYPE, DualEncoder, DualEncoderConfig
-from fastln.models.sources import check_source, saved_model
+from fastln.models.sources import check_source, expanded_sources, saved_model
 from fastln.models.task import Task, VQATask
 
 if TYPE_CHECKING:
@@ -50,7 +50,7 @@ def load_task(
         FastLNError: if `spec` is none of these, the model cannot be loaded, the data does not fit it, or it does not
             take images of this size.
     """
-    task = _load(spec, train_data, dtype, seed, image_size)
+    task = _load(expanded_sources(spec), train_data, dtype, seed, image_size)
     if image_size is not None and isinstance(task, chat_task.ChatTask):
         task.set_image_size(image_size)
     task.check_data(train_data)
@@ -92,7 +92,7 @@ def _load(spec: str, train_data: VQADataset, dtype: torch.dtype, seed: int, imag
 
 def _model_type(path: Path) -> str | None:
     try:
-        config = json.loads(path.read_text())
+        config = json.loads(path.read_text(encoding="utf-8"))
     except json.JSONDecodeError as error:
         raise FastLNError(f"{path}: not JSON: line {error.lineno}, column {error.colno}: {error.msg}") from None
     except (OSError, UnicodeDecodeError) as error:

@@ -19,7 +19,8 @@ from transformers import (
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
 from fastln.data import demands
-from fastln.errors import FastLNError, loading
+from fastln.errors import FastLNError, listing, loading
+from fastln.files import user_path
 from fastln.models import llava_med
 from fastln.models.chat_template import ChatTemplate, Conversation
 from fastln.models.chat_vision import CHAT_VISION, ChatVision
@@ -45,7 +46,7 @@ MODEL_TYPES = frozenset({*CHAT_VISION, *_LANGUAGE_MODELS})
 """The values that a configuration's model_type may have."""
 
 _BY_TOKEN = {"input_ids", "attention_mask", "mm_token_type_ids"}
-_TEXT = {"questions without an image", "reports", "conversations"}
+_TEXT = {"questions without an image", "reports", "conversations", "system turns"}
 _BYTES_BESIDE = 512  # of a template around a text; more than most have
 
 
@@ -112,22 +113,27 @@ class ChatTask(VQATask):
         if demands(dataset.samples) & {"reports", "conversations"}:
             self.max_new_tokens = LONG_ANSWER_TOKENS
         problems = []
+        tried: set[tuple[bool, bool, bool]] = set()
         for sample in dataset.samples:
+            kind = (bool(sample.system), bool(sample.places), bool(sample.images))
             try:
                 lengths = self._image_tokens(sample, dataset)
-                # Most are short enough by their bytes, since a token has at least one. `collate` checks all again.
-                most = sum(len(text.encode()) + _BYTES_BESIDE for turn in _turns(sample) for text in turn)
-                if sum(lengths) + most > self.max_tokens:
+                # Most are short enough by their bytes, since a token has at least one. `collate` checks all again. One
+                # of each kind is tried, because some templates have no place for some kinds.
+                texts = [sample.system, *(text for turn in _turns(sample) for text in turn)]
+                most = sum(len(text.encode()) + _BYTES_BESIDE for text in texts)
+                suspect = any(token in text for text in texts for token in self.template.forbidden)
+                if suspect or sum(lengths) + most > self.max_tokens or kind not in tried:
+                    tried.add(kind)
                     self.encode(sample, lengths)
             except FastLNError as error:
                 problems.append(str(error))
         if problems:
             of_one_size = self.images is None or isinstance(self.images, ImagePixels)
             smaller = "" if of_one_size else ", or have images made smaller (--image-size)"
-            lines = "\n  ".join(problems)
             raise FastLNError(
                 f"{dataset.name} {dataset.split}: {len(problems)} of {len(dataset)} samples cannot be used; leave them "
-                f"out, or shorten them{smaller}:\n  {lines}"
+                f"out, or shorten them{smaller}:\n  {listing(problems)}"
             )
 
     def collate(self, samples: list[Sample], dataset: VQADataset) -> dict[str, Tensor]:
@@ -163,7 +169,9 @@ class ChatTask(VQATask):
             FastLNError: if it is longer than the model's context, or its answers cannot be told from the rest.
         """
         try:
-            conversation = self.template.write(_turns(sample), image_lengths)
+            conversation = self.template.write(
+                _turns(sample), image_lengths, places=sample.places, system=sample.system
+            )
         except FastLNError as error:
             raise FastLNError(f"sample {sample.id}: {error}") from None
         tokens = self.tokenizer(conversation.text, add_special_tokens=False, return_offsets_mapping=True)
@@ -189,6 +197,7 @@ class ChatTask(VQATask):
 
     def save(self, directory: Path) -> None:
         """Write everything that `load_task(directory)` and transformers' `AutoProcessor` need."""
+        directory = user_path(directory)
         super().save(directory)
         if self.images is not None and self.chat_vision is not None and self.chat_vision.processor is not None:
             processor = self.chat_vision.processor(self.model.config, self.images, self.tokenizer)
@@ -295,6 +304,7 @@ def from_config(
             "USER: ASSISTANT:",
             REPORT_QUESTION,
             *(part for sample in train_data.samples for turn in _turns(sample) for part in turn),
+            *(sample.system for sample in train_data.samples),
         ],
         text.vocab_size,
         {role: _first_of(getattr(text, f"{role}_id", None)) for role in roles},

@@ -31,8 +31,12 @@ MODEL_TYPE = "llava_mistral"
 
 IMAGE_TOKEN = "<image>"
 TEMPLATE = (
+    "{% set before = namespace(text='') %}"
     "{% for message in messages %}"
-    "{% if message['role'] == 'user' %}{{ '[INST] ' + message['content'] + ' [/INST] ' }}"
+    "{% if message['role'] == 'system' %}"
+    "{% set before.text = '<<SYS>>\n' + message['content'] + '\n<</SYS>>\n\n' %}"
+    "{% elif message['role'] == 'user' %}{{ '[INST] ' + before.text + message['content'] + ' [/INST] ' }}"
+    "{% set before.text = '' %}"
     "{% else %}{{ message['content'] + ' ' + eos_token }}{% endif %}"
     "{% endfor %}"
 )

@@ -12,7 +12,7 @@ from fastln.errors import FastLNError, loading
 from fastln.models.blip_task import embedded_config
 from fastln.models.dual_encoder import DualEncoder
 from fastln.models.shapes import FAMILIES, is_shape, parse_shape
-from fastln.models.sources import bare_configuration, check_source, saved_model
+from fastln.models.sources import bare_configuration, check_source, expanded_sources, saved_model
 
 
 def outline(spec: str) -> PreTrainedModel:
@@ -29,6 +29,7 @@ def outline(spec: str) -> PreTrainedModel:
         shape = parse_shape(spec)
         with torch.device("meta"):
             return FAMILIES[shape.family].make(shape.size, shape.n_layers)
+    spec = expanded_sources(spec)
     kind, _, rest = spec.partition(":")
     if kind == "dual":
         raise FastLNError(

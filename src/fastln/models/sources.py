@@ -9,10 +9,22 @@ from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBas
 from transformers.utils.hub import cached_file
 
 from fastln.errors import FastLNError
+from fastln.files import expanded
 
 # What `fastln train` writes into its output folder.
 RECORD = "run.json"
 MODEL = "model"
+
+KINDS = ("dual", "blip", "chat")
+"""What may stand, with a colon, before the sources of a model."""
+
+
+def expanded_sources(spec: str) -> str:
+    """Return what names a model, as `fastln.models.load_task` takes it, with `fastln.files.expanded` directories."""
+    kind, _, sources = spec.partition(":")
+    if kind not in KINDS or not sources:
+        return expanded(spec)
+    return f"{kind}:{','.join(expanded(source.strip()) for source in sources.split(','))}"
 
 
 def saved_model(source: str) -> str:

@@ -13,6 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from fastln.data import GroupedBatches, demands
 from fastln.errors import FastLNError
+from fastln.files import user_path
 
 if TYPE_CHECKING:
     from fastln.data import Sample, VQADataset
@@ -99,8 +100,10 @@ class VQATask(Task, ABC):
                 use them.
         """
         if missing := sorted(demands(dataset.samples) - self.takes):
+            first = next(sample for sample in dataset.samples if demands([sample]) & {*missing})
             raise FastLNError(
-                f"{dataset.name} holds {' and '.join(missing)}, which {self.name} cannot take: {self.does}"
+                f"{dataset.name} holds {' and '.join(missing)}, which {self.name} cannot take: {self.does}; the first "
+                f"such row is sample {first.id}"
             )
         for what, (lengths, most) in self.cut_off(dataset.samples).items():
             if cut := [sample.id for sample, n in zip(dataset.samples, lengths, strict=True) if n > most]:
@@ -146,6 +149,7 @@ class VQATask(Task, ABC):
 
     def save(self, directory: Path) -> None:
         """Write model, tokenizer and image preprocessing, for `load_task(directory)` to load."""
+        directory = user_path(directory)
         self.model.save_pretrained(directory)
         self.tokenizer.save_pretrained(directory)
         if self.images is not None:

@@ -184,6 +184,10 @@ def _no_reentry(place: Place) -> None:
     made.put()
 
 
+def _nothing(place: Place) -> None:
+    """Change nothing: that it trains is all."""
+
+
 def _arena(place: Place) -> None:
     arena = Arena()
     place.undo.append(arena)
@@ -237,6 +241,9 @@ STAND_INS: dict[str, Row] = {
         has_products=False,
         reason="reentrant checkpoints send no gradient to layers behind frozen ones",
         put=_no_reentry,
+    ),
+    "random_head": Row(
+        "random_heads", "trains whole", "what stock keeps", False, "it was not in the checkpoint", _nothing
     ),
     "arena": Row("arena", "fastln", "-", False, "memory of freed tensors is reused", _arena),
 }

@@ -67,5 +67,10 @@ TRICKS: dict[str, Trick] = {
             "keeps the freed memory of large CPU tensors for the next step",
             "replaces torch's CPU allocator in the whole process while a model is prepared",
         ),
+        Trick(
+            "random_heads",
+            "a head that was not in the checkpoint trains whole, as if `also` named it",
+            "a head whose values you loaded by other means trains too",
+        ),
     )
 }

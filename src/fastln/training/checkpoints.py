@@ -47,7 +47,7 @@ def what_is_wrong(checkpoint: Path) -> str | None:
     if not checkpoint.is_dir():
         return "there is no such folder"
     try:
-        files = dict(json.loads((checkpoint / FILES).read_text()))
+        files = dict(json.loads((checkpoint / FILES).read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError):
         return f"its {FILES} is missing or unreadable: it is cut short, or was not written by fastln"
     for name, size in files.items():
@@ -94,7 +94,7 @@ def publish(written: Path, place: Path) -> None:
         OSError: if it cannot be written; `place` is then unchanged.
     """
     files = {str(path.relative_to(written)): path.stat().st_size for path in written.rglob("*") if path.is_file()}
-    (written / FILES).write_text(json.dumps(files, indent=1, sort_keys=True) + "\n")
+    (written / FILES).write_text(json.dumps(files, indent=1, sort_keys=True) + "\n", encoding="utf-8")
     for path in [*written.rglob("*"), written]:
         flush(path)
     if place.exists():

@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 
 from fastln.errors import FastLNError
+from fastln.files import user_path
 from fastln.methods import LearningRates, learning_rates
 from fastln.training.optimizer import WEIGHT_DECAY
 
@@ -24,9 +25,10 @@ class TrainConfig:
         head_epochs: passes that train only a randomly initialised head, on the frozen towers' features, before the
             method's own epochs. Method `head` trains nothing else, for `head_epochs` plus `epochs`.
         batch_size: questions per step.
-        learning_rate: the rate of the method's own parameters; None for the method's default.
-        head_learning_rate: the rate of a randomly initialised task head, for methods other than `head`; None for
-            `fastln.methods.HEAD_LEARNING_RATE`.
+        learning_rate: the rate of everything that trains, unless one of the next two is given. None: each group of
+            parameters has its default, as `fastln.methods.learning_rates` describes.
+        norm_learning_rate: the rate of norms.
+        head_learning_rate: the rate of a randomly initialised task head, for methods other than `head`.
         weight_decay: weight decay of matrices; norms and biases never decay.
         warmup: fraction of the steps over which the rate rises; it then falls to 0 along a cosine.
         max_grad_norm: gradients are scaled down to this norm.
@@ -42,6 +44,7 @@ class TrainConfig:
     head_epochs: int = 3
     batch_size: int = 32
     learning_rate: float | None = None
+    norm_learning_rate: float | None = None
     head_learning_rate: float | None = None
     weight_decay: float = WEIGHT_DECAY
     warmup: float = 0.05
@@ -55,7 +58,7 @@ class TrainConfig:
                 raise FastLNError(f"{name} is {getattr(self, name)}; it must be at least {least}")
         if not 0 <= self.seed < 2**32:
             raise FastLNError(f"seed is {self.seed}; it must be from 0 to 2**32 - 1")
-        for name in ("learning_rate", "head_learning_rate", "max_grad_norm"):
+        for name in ("learning_rate", "norm_learning_rate", "head_learning_rate", "max_grad_norm"):
             value = getattr(self, name)
             if value is not None and not value > 0:
                 raise FastLNError(f"{name} is {value}; it must be greater than 0")
@@ -67,7 +70,9 @@ class TrainConfig:
     @property
     def rates(self) -> LearningRates:
         """The learning rates: the method's defaults if none are given."""
-        return learning_rates(self.method, self.learning_rate, self.head_learning_rate)
+        return learning_rates(
+            self.method, self.learning_rate, norms=self.norm_learning_rate, head=self.head_learning_rate
+        )
 
 
 @dataclass(frozen=True)
@@ -85,6 +90,11 @@ class TrainFiles:
     resume: bool = False
     adapter: Path | None = None
     adapter_dtype: torch.dtype = torch.float32
+
+    def __post_init__(self) -> None:
+        for name in ("checkpoints", "adapter"):
+            if (path := getattr(self, name)) is not None:
+                object.__setattr__(self, name, user_path(path))
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -10,9 +9,12 @@ from fastln.data import DataOptions, load_source
 from fastln.data.answers import normalise_answer
 from fastln.data.dataset import check_split
 from fastln.errors import FastLNError
-from fastln.machine import settle_device, settle_dtype
+from fastln.files import expanded, json_text, user_path
+from fastln.machine import settle_device
 from fastln.metrics import Accuracy, ReportScores, check_scorable, score
 from fastln.models import load_task
+from fastln.models.sources import expanded_sources
+from fastln.rates import settle_dtype
 from fastln.training.evaluate import predict, print_scores
 from fastln.training.features import check_cacheable
 from fastln.training.record import write_json
@@ -52,6 +54,11 @@ class EvalRun:
 
     def __post_init__(self) -> None:
         check_split(self.split)
+        object.__setattr__(self, "data", expanded(self.data))
+        object.__setattr__(self, "model", expanded_sources(self.model))
+        for what in ("adapter", "predictions", "metrics"):
+            if getattr(self, what) is not None:
+                object.__setattr__(self, what, user_path(getattr(self, what)))
         for what in ("predictions", "metrics"):
             path: Path | None = getattr(self, what)
             if path is not None and not path.absolute().parent.is_dir():
@@ -85,9 +92,9 @@ def run_evaluation(run: EvalRun, features: TensorStore | None = None) -> Accurac
         load_task_adapter(task, run.adapter)
     answers = predict(task, dataset, batch_size=run.batch_size, progress=True, features=features)
     if run.predictions is not None:
-        with run.predictions.open("w") as file:
+        with run.predictions.open("w", encoding="utf-8") as file:
             for sample, answer in zip(dataset.samples, answers, strict=True):
-                file.write(json.dumps(asdict(sample) | {"prediction": normalise_answer(answer)}) + "\n")
+                file.write(json_text(asdict(sample) | {"prediction": normalise_answer(answer)}) + "\n")
     scores = score(answers, dataset.samples)
     if run.metrics is not None:
         write_json(run.metrics, {"model": task.name, "data": dataset.name, "split": run.split, **asdict(scores)})

@@ -6,11 +6,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from torch import nn
-from tqdm import tqdm
 
 from fastln.data import VQADataset
 from fastln.metrics import Accuracy, ReportScores, score
 from fastln.models import VQATask
+from fastln.progress import bar
 from fastln.training.features import cached_features
 from fastln.training.tensor_store import TensorStore
 
@@ -35,11 +35,16 @@ def predict(
     order = sorted(range(len(dataset)), key=lambda index: dataset.samples[index].image)
     predictions = [""] * len(order)
     batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
-    with evaluating(task.model), cached_features(task.vision_tower, features):
-        for batch in tqdm(batches, desc=f"eval {dataset.split}", unit="batch", disable=not progress):
+    with (
+        evaluating(task.model),
+        cached_features(task.vision_tower, features),
+        bar(total=len(batches), desc=f"eval {dataset.split}", unit="batch", shown=progress) as shown,
+    ):
+        for batch in batches:
             answers = task.answers(task.collate([dataset.samples[index] for index in batch], dataset))
             for index, answer in zip(batch, answers, strict=True):
                 predictions[index] = answer
+            shown.update()
     return predictions
 
 

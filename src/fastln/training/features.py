@@ -21,12 +21,14 @@ from torch import Tensor, nn
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from fastln.errors import FastLNError
-from fastln.machine import cpu_model, package_version
+from fastln.families import parameters_in
+from fastln.machine import cpu_model
 from fastln.methods import get_method, select_parameters
 from fastln.models import VQATask
 from fastln.models.image_size import INTERPOLATE
 from fastln.standins.part import code_of
 from fastln.training.tensor_store import TensorStore, as_bytes
+from fastln.versions import package_version
 
 logger = logging.getLogger(__name__)
 
@@ -81,7 +83,8 @@ def check_frozen(task: VQATask, method: str, scope: Sequence[str] | None) -> Non
     check_cacheable(task)
     chosen, _ = get_method(method)
     if chosen.select is None:  # peft's methods add parameters to everything in the scope
-        trained = ["adapters"] if scope is None or "vision" in scope else []
+        inside = sorted(name for name in parameters_in(task.model, scope) if name.startswith(f"{task.vision}."))
+        trained = [f"adapters at {inside[0]}"] if inside else []
     else:
         names = select_parameters(task.model, chosen, scope)
         trained = sorted(name for name in names if name.startswith(f"{task.vision}."))

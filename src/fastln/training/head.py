@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from fastln.data import GroupedBatches, VQADataset
 from fastln.models.dual_encoder import answer_loss
 from fastln.models.dual_task import DualEncoderTask
+from fastln.progress import bar
 from fastln.training.config import TrainConfig
 from fastln.training.evaluate import evaluating
 from fastln.training.optimizer import MasterAdamW, cosine_schedule
@@ -49,17 +49,19 @@ def train_head(
     torch.manual_seed(config.seed)
     head.train()
     losses: list[float] = []
-    for epoch in tqdm(range(epochs), desc="train the head", unit="epoch", disable=not progress):
-        batches.set_epoch(epoch)
-        for indices in batches:
-            loss = answer_loss(head(vision[rows[indices]], text[indices]), labels[indices])
-            loss.backward()
-            nn.utils.clip_grad_norm_(head.parameters(), config.max_grad_norm)
-            optimizer.step()
-            optimizer.zero_grad()
-            schedule.step()
-            ids = [data.samples[index].id for index in indices]
-            losses.append(check_loss(loss.item(), len(losses) + 1, ids))
+    with bar(total=epochs, desc="train the head", unit="epoch", shown=progress) as shown:
+        for epoch in range(epochs):
+            batches.set_epoch(epoch)
+            for indices in batches:
+                loss = answer_loss(head(vision[rows[indices]], text[indices]), labels[indices])
+                loss.backward()
+                nn.utils.clip_grad_norm_(head.parameters(), config.max_grad_norm)
+                optimizer.step()
+                optimizer.zero_grad()
+                schedule.step()
+                ids = [data.samples[index].id for index in indices]
+                losses.append(check_loss(loss.item(), len(losses) + 1, ids))
+            shown.update()
     return losses
 
 

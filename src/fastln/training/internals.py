@@ -15,7 +15,7 @@ from peft.tuners.adalora import AdaLoraModel, RankAllocator
 from transformers import PreTrainedConfig, Trainer
 
 from fastln.errors import FastLNError
-from fastln.machine import TESTED_VERSIONS, package_version
+from fastln.versions import TESTED_VERSIONS, package_version
 
 SUPPORTED = {"transformers": TESTED_VERSIONS["transformers"], "accelerate": ">=1.15", "peft": ">=0.21"}
 """The versions that have them, as in pyproject.toml."""

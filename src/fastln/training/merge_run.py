@@ -22,7 +22,7 @@ from transformers import (
 from fastln.adapters import LN_TUNING, adapter_type, load_adapter
 from fastln.engines import load_trained_adapter
 from fastln.errors import FastLNError, loading
-from fastln.files import STAGING, written_whole
+from fastln.files import STAGING, expanded, user_path, written_whole
 from fastln.merge import save_merged
 from fastln.models import llava_med
 from fastln.models.chat_vision import llava_processor
@@ -57,6 +57,7 @@ def merge_into_base(base: str, adapter: Path, out: Path, *, check_base: bool = T
     Raises:
         FastLNError: if the model or the adapter cannot be loaded, if they do not fit, or if `out` is not empty.
     """
+    base, adapter, out = expanded(base), user_path(adapter), user_path(out)
     if out.is_file() or (out.is_dir() and any(path.name != STAGING for path in out.iterdir())):
         raise FastLNError(f"{out}: is there already; give a new folder for the merged model")
     base = saved_model(base)
@@ -69,6 +70,8 @@ def merge_into_base(base: str, adapter: Path, out: Path, *, check_base: bool = T
         apply(plan(model, without=TRICKS, backend="reference"), model)
         load_adapter(model, adapter, check_base=check_base)
     else:
+        if not check_base:
+            logger.warning("check_base has no effect: peft writes no fingerprint of the base into a %s adapter", kind)
         model = load_trained_adapter(model, adapter)
     try:
         with written_whole(out) as beside:
@@ -115,5 +118,5 @@ def _load_preprocessor(base: str) -> Any:
     path = file_of(base, PREPROCESSOR)
     assert path is not None
     # Audio preprocessing uses the same file name, and only it has a sampling rate.
-    is_audio = "sampling_rate" in json.loads(path.read_text())
+    is_audio = "sampling_rate" in json.loads(path.read_text(encoding="utf-8"))
     return (AutoFeatureExtractor if is_audio else AutoImageProcessor).from_pretrained(base)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence, Sized
+from collections.abc import Mapping, Sequence, Sized
 from typing import Any
 
 import torch
@@ -12,13 +12,12 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from fastln.errors import FastLNError
 from fastln.memory import peak_bytes
-from fastln.prepare import check_norm_gradients
 from fastln.training.adalora import AdaLoRASteps
-from fastln.training.progress import check_loss
+from fastln.training.progress import check_loss, why_not_a_number
 from fastln.training.resumable import ResumableTrainer
 from fastln.training.sample_ids import KEY, WithSampleIds
 from fastln.training.throughput import Throughput
-from fastln.training.watch import NormWatch, check_finite
+from fastln.watch import NormWatch, check_finite
 
 logger = logging.getLogger(__name__)
 
@@ -26,9 +25,11 @@ logger = logging.getLogger(__name__)
 class MethodTrainer(ResumableTrainer):
     """A Trainer that monitors the training of a method.
 
-    It stops with a `FastLNError` if a trained norm gets no gradient, does not move or becomes NaN, or if the loss is
-    NaN; with several processes, all stop. It updates AdaLoRA's ranks. Its log has the mean |Δγ|, samples and tokens per
-    second, and the peak memory. Activation checkpointing is not reentrant, as in every prepared model.
+    It watches the norms as `fastln.watch_norms` does. It stops with a `FastLNError` if a trained norm gets gradients
+    and does not move, if most norms get none, if one becomes NaN, or if the loss is NaN. If one of several processes
+    stops, all do.
+    It updates AdaLoRA's ranks. Its log has the mean |Δγ|, samples and tokens per second, and the peak memory.
+    Activation checkpointing is not reentrant, as in every prepared model.
 
     Args:
         *args: As the Trainer takes them.
@@ -60,31 +61,32 @@ class MethodTrainer(ResumableTrainer):
         if isinstance(self.train_dataset, Sized) and not len(self.train_dataset):
             raise FastLNError("train_dataset holds no sample; look at what filtered or read it")
         self._throughput.restart()
-        return super().train(*args, **kwargs)
+        result = super().train(*args, **kwargs)
+        if self._watch is not None:
+            self._watch.finish()
+        return result
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Tensor:
         """Run one batch forward and backward.
 
         Raises:
-            FastLNError: if the loss is NaN, or a trained norm gets no gradient in the first step.
+            FastLNError: if the loss is NaN. The message says why, if the batch shows it.
         """
         ids = inputs.pop(KEY, None)
         self._throughput.count(inputs)
+        batch = dict(inputs)  # label smoothing takes the labels out
         loss = super().training_step(model, inputs, *args, **kwargs)
-        self._check_loss(loss, ids)
-        # Until the last batch of a step, FSDP2 keeps gradients separate from the parameters.
-        if self.state.global_step == 0 and self._shows_norms and self.accelerator.sync_gradients:
-            check_norm_gradients(self.model)
+        self._check_loss(loss, batch, ids)
         return loss
 
-    def _check_loss(self, loss: Tensor, sample_ids: Sequence[str] | None) -> None:
+    def _check_loss(self, loss: Tensor, inputs: Mapping[str, Any], sample_ids: Sequence[str] | None) -> None:
         # All processes check: if only one stopped, the others would wait for it.
         if not self.accelerator.reduce(torch.isnan(loss).float(), "sum"):
             return
         step = self.state.global_step + 1
         if self._watch is not None:
             check_finite(self._watch.began_finite, step)
-        check_loss(loss.item(), step, sample_ids)
+        check_loss(loss.item(), step, sample_ids, why_not_a_number(inputs))
         raise FastLNError(f"the loss is not a number at step {step} in the batch of another process")
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
@@ -109,11 +111,10 @@ class MethodTrainer(ResumableTrainer):
     def _begin_watch(self) -> None:
         if self._watch is None and self._shows_norms:
             self._watch = NormWatch(self.model)
-            self.add_callback(self._watch)
 
     def _end_watch(self) -> None:
         if self._watch is not None:
-            self.remove_callback(self._watch)
+            self._watch.remove()
             self._watch = None
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
@@ -125,6 +126,9 @@ class MethodTrainer(ResumableTrainer):
         prepared = super()._prepare_for_training(*args, **kwargs)
         # Not before: with `cpu_ram_efficient_loading`, only the first process has the values until they are sharded.
         self._begin_watch()
+        if self._watch is not None:
+            optimizer: Any = self.optimizer
+            self._watch.attach(getattr(optimizer, "optimizer", optimizer))  # accelerate wraps it
         return prepared
 
     def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, overload
 
 import torch
@@ -143,12 +143,24 @@ def parameter_groups(
     ]
 
 
-def describe_rates(model: nn.Module, head: Iterable[str], rates: LearningRates) -> str:
-    """Describe, in one line, the rates of the groups of `parameter_groups`."""
-    used = {rate for _, rate, _ in _trained(model, head)}
-    names = {"norms": "norms", "own": "the method's others" if "norms" in used else "the method's", "head": "task head"}
-    found = [f"{words} {getattr(rates, rate):g}" for rate, words in names.items() if rate in used]
-    return f"learning rates at their highest: {', '.join(found)}"
+def rates_in_use(model: nn.Module, head: Iterable[str], rates: LearningRates) -> dict[str, float]:
+    """Return the rates of the groups of `parameter_groups` that train: of `norms`, `own` (the method's) and `head`."""
+    return rates.of({rate for _, rate, _ in _trained(model, head)})
+
+
+def describe_rates(rates: Mapping[str, float]) -> str:
+    """Describe, in one line, what `rates_in_use` returned."""
+    names = {
+        "norms": "norms",
+        "own": "the method's others" if "norms" in rates else "the method's",
+        "head": "task head",
+    }
+    return f"learning rates at their highest: {', '.join(f'{names[group]} {rate:g}' for group, rate in rates.items())}"
+
+
+def decays(model: nn.Module, head: Iterable[str]) -> bool:
+    """Whether weight decay reaches any parameter that trains."""
+    return any(is_matrix for _, _, is_matrix in _trained(model, head))
 
 
 def _trained(model: nn.Module, head: Iterable[str]) -> Iterator[tuple[nn.Parameter, str, bool]]:

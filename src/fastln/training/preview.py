@@ -16,7 +16,7 @@ from fastln.models import VQATask
 from fastln.ops.linear_cross_entropy import IGNORE_INDEX
 from fastln.plan import prepared
 from fastln.training.config import TrainConfig
-from fastln.training.optimizer import describe_rates
+from fastln.training.optimizer import describe_rates, rates_in_use
 from fastln.training.tasks import apply_method
 
 N_SHOWN = 3
@@ -49,7 +49,7 @@ def preview(task: VQATask, data: VQADataset, config: TrainConfig, engine: str | 
     with torch.no_grad():
         loss = model(**batch).loss
     lines = [f"{config.method}: {describe_parameters(model)}"]
-    lines += [describe_rates(model, task.head_under(config.method), config.rates)]
+    lines += [describe_rates(rates_in_use(model, task.head_under(config.method), config.rates))]
     lines += [_changes(task.model, get_method(config.method, engine)[1])]
     lines += [_memory(model, saved.bytes, largest)]
     lines += [f"first batch: {len(first)} questions, loss {loss.item():.3f} before training"]

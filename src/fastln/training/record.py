@@ -7,19 +7,20 @@ from pathlib import Path
 from typing import Any
 
 from fastln.errors import FastLNError
+from fastln.files import json_text
 
 
 def write_json(path: Path, values: dict[str, object]) -> None:
     """Write values as JSON; readers never find a partial file."""
     beside = path.with_suffix(".tmp")
-    beside.write_text(json.dumps(values, indent=1, default=str) + "\n")
+    beside.write_text(json_text(values, indent=1) + "\n", encoding="utf-8")
     beside.replace(path)
 
 
 def is_finished(record: Path) -> bool | None:
     """Whether the run finished; None if no record says so."""
     try:
-        return bool(json.loads(record.read_text())["finished"])
+        return bool(json.loads(record.read_text(encoding="utf-8"))["finished"])
     except (OSError, ValueError, KeyError, TypeError):
         return None
 
@@ -62,7 +63,7 @@ def check_same_data(data: str, digests: dict[str, str], record: Path) -> None:
 
 def _recorded(record: Path, name: str) -> dict[str, Any]:
     try:
-        return dict(json.loads(record.read_text())[name])
+        return dict(json.loads(record.read_text(encoding="utf-8"))[name])
     except (OSError, ValueError, KeyError, TypeError):
         raise FastLNError(f"{record}: this is not the record of a run, so there is nothing to resume") from None
 

@@ -13,9 +13,10 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from fastln.errors import FastLNError
+from fastln.files import expanded
 from fastln.training import adalora, checkpoints
 from fastln.training.internals import check_internals
-from fastln.training.watch import check_finite
+from fastln.watch import check_finite
 
 logger = logging.getLogger(__name__)
 
@@ -49,6 +50,7 @@ class ResumableTrainer(Trainer):
         if resume_from_checkpoint is True:
             resume_from_checkpoint = str(checkpoints.last_whole(folder))
         elif resume_from_checkpoint:
+            resume_from_checkpoint = expanded(str(resume_from_checkpoint))
             wrong = checkpoints.what_is_wrong(Path(resume_from_checkpoint))
             if wrong is not None:
                 others = [path for path in checkpoints.checkpoints_in(folder) if not checkpoints.what_is_wrong(path)]

@@ -13,19 +13,21 @@ from safetensors import SafetensorError
 from fastln.data import DataOptions, Source, VQADataset, digest, load_source
 from fastln.engines import check_finishes, check_without
 from fastln.errors import FastLNError
-from fastln.files import written_whole
-from fastln.machine import settle_device, settle_dtype
+from fastln.files import expanded, user_path, written_whole
+from fastln.machine import settle_device
 from fastln.methods import get_method
 from fastln.metrics import Accuracy, ReportScores, check_scorable
 from fastln.models import VQATask, load_task
-from fastln.models.sources import MODEL, RECORD
+from fastln.models.sources import MODEL, RECORD, expanded_sources
 from fastln.processes import is_first_process
+from fastln.rates import settle_dtype
 from fastln.training.checkpoints import checkpoints_in
 from fastln.training.config import TrainConfig, TrainFiles, TrainResult
 from fastln.training.evaluate import evaluate, print_scores
 from fastln.training.features import check_frozen
 from fastln.training.preview import preview
 from fastln.training.record import check_same_data, check_same_options, is_finished, write_json
+from fastln.training.tasks import groups_that_train
 from fastln.training.tensor_store import TensorStore
 from fastln.training.train import check_settings, tell_unused, train_task
 
@@ -65,6 +67,8 @@ class TrainRun:
     image_size: int | None = None
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "data", expanded(self.data))
+        object.__setattr__(self, "model", expanded_sources(self.model))
         if self.adapter_dtype not in ADAPTER_DTYPES:
             raise FastLNError(
                 f"unknown dtype {self.adapter_dtype!r} of an adapter (valid: {', '.join(ADAPTER_DTYPES)})"
@@ -116,18 +120,21 @@ def run_training(
         FastLNError: if an option in `run` is invalid or cannot be met, `out` already holds a run, or the run to resume
             had other options or read other questions or images.
     """
+    out = user_path(out)
     method, engine = get_method(run.config.method, run.engine)
     check_finishes(run.config.method)
     device = settle_device(run.device)
     dtype = settle_dtype(run.dtype, device)
     is_first = is_first_process()
+    if dry_run and (resume or overwrite):
+        logger.warning("a dry run reads and writes nothing in %s, so resume and overwrite have no effect", out)
     if is_first and not dry_run:
         _check_folder(run, out, resume=resume, overwrite=overwrite)
     source = load_source(run.data, run.options)
     digests = {split: digest(samples, source.stats) for split, samples in source.splits.items()}
-    if is_first and resume:
+    if is_first and resume and not dry_run:
         check_same_data(run.data, digests, out / RECORD)
-    if resume and is_finished(out / RECORD):
+    if resume and not dry_run and is_finished(out / RECORD):
         logger.info("%s: this run is finished; there is nothing left to resume", out)
         return None
     # Find errors before the training, not after it.
@@ -140,10 +147,17 @@ def run_training(
     if features is not None:
         check_frozen(task, run.config.method, run.config.scope)
     if dry_run:
-        tell_unused(task, run.config)
         print(preview(task, data, run.config, engine))
+        tell_unused(task, data, run.config, ADAPTER_DTYPES[run.adapter_dtype])
         return None
-    record = {"run": asdict(run), "engine": engine, "dtype": str(dtype), "digests": digests}
+    rates = run.config.rates.of(groups_that_train(task, run.config.method, run.config.scope))
+    record = {
+        "run": asdict(run),
+        "engine": engine,
+        "dtype": str(dtype),
+        "learning_rates": rates,
+        "digests": digests,
+    }
     if is_first:
         if not resume:
             _clear(out)

@@ -5,11 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader
 
-from fastln.data import VQADataset
+from fastln.data import VQADataset, demands
 from fastln.models import Task, VQATask
 from fastln.training.config import TrainConfig
 from fastln.training.method_trainer import MethodTrainer
@@ -41,6 +41,18 @@ class TaskTrainer(MethodTrainer):
         self.model_accepts_loss_kwargs = False
         self.config = config
         self.task = task
+        self._mixed = {"images", "questions without an image"} <= demands(data.samples)
+
+    def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        """Return the loss; a batch without images gives what reads images a gradient of 0, not none."""
+        loss = super().compute_loss(model, inputs, *args, **kwargs)
+        if self._reaches_all(inputs) or not isinstance(loss, Tensor):
+            return loss
+        return loss + 0 * sum(parameter.sum() for parameter in model.parameters() if parameter.requires_grad)
+
+    def _reaches_all(self, inputs: dict[str, Any]) -> bool:
+        """Whether the loss of a batch depends on everything that trains; rows without images do not reach a tower."""
+        return not self._mixed or "pixel_values" in inputs
 
     def get_train_dataloader(self) -> DataLoader:
         """Return the task's batches."""

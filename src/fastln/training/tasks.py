@@ -9,6 +9,8 @@ from torch import nn
 
 from fastln.engines import load_trained_adapter, put_method, to_stock
 from fastln.errors import FastLNError
+from fastln.families import parameters_in
+from fastln.methods import RANDOM_HEADS, get_method, norm_parameters, select_parameters, settle_scope
 from fastln.models import Task
 
 
@@ -41,8 +43,34 @@ def apply_method(
     """
     if method == "head" and not task.head:
         raise FastLNError(f"method 'head' trains a task head, and {task.name} has none")
+    if RANDOM_HEADS in without:
+        raise FastLNError(
+            f"{RANDOM_HEADS!r} cannot be left out of a task: its random head trains with every method, because "
+            "answers mean nothing without it"
+        )
     also = task.head_under(method)
+    # The task has said which head is random, and refused checkpoints that lack anything else.
+    without = (*((without,) if isinstance(without, str) else without), RANDOM_HEADS)
     return put_method(task.model, method, engine, scope=scope, also=also, without=without, backend=backend)
+
+
+def groups_that_train(task: Task, method: str, scope: Iterable[str] | None = None) -> set[str]:
+    """Return which of `fastln.methods.GROUPS` a method trains in a task's model, before it is applied.
+
+    Raises:
+        FastLNError: as in `fastln.methods.select_parameters`, and for a scope that the model does not have.
+    """
+    head = task.head_under(method)
+    found = {"head"} if head else set()
+    method, scope = settle_scope(method, scope)
+    chosen, _ = get_method(method)
+    if chosen.select is None:
+        parameters_in(task.model, scope)  # refuses a scope that the model does not have
+        return found | ({"own"} if chosen.norm_learning_rate is None else {"own", "norms"})
+    prefixes = tuple(f"{name}." for name in head)
+    names = {name for name in select_parameters(task.model, chosen, scope) if not name.startswith(prefixes)}
+    norms = set(norm_parameters(task.model))
+    return found | ({"norms"} if names & norms else set()) | ({"own"} if names - norms else set())
 
 
 def finish(task: Task, trained: nn.Module) -> None:

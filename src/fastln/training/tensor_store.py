@@ -23,6 +23,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from fastln.errors import FastLNError
+from fastln.files import user_path
 from fastln.sizes import parse_bytes
 
 logger = logging.getLogger(__name__)
@@ -32,6 +33,9 @@ INCOMING = "incoming.tmp"
 _BLOCK = 4096  # a file's size on disk is a multiple of this
 _SHARE_KEPT = 0.9  # of the limit, after freeing space, so that not every further file has to free space again
 _KEY = re.compile(r"[0-9a-f]{64}")
+
+
+LIMIT = "10GiB"
 
 
 class TensorStore:
@@ -49,7 +53,7 @@ class TensorStore:
     """
 
     def __init__(self, directory: str | Path, limit: str | int) -> None:
-        self.directory = Path(directory)
+        self.directory = user_path(directory)
         self.limit = parse_bytes(limit)
         self._writes = True
         try:
@@ -58,6 +62,19 @@ class TensorStore:
                 _write(ledger, self._make_room(0, self.limit))
         except OSError as error:
             raise FastLNError(f"{directory}: cannot be used as a cache: {error}") from error
+
+    @classmethod
+    def at(cls, directory: Path | None, limit: str | None) -> TensorStore | None:
+        """Return the store in a folder, by default with at most `LIMIT` on disk; None without a folder.
+
+        Raises:
+            FastLNError: if there is a limit and no folder; also as for the class.
+        """
+        if directory is None:
+            if limit is not None:
+                raise FastLNError(f"feature_cache_size {limit}: there is no feature_cache whose size it limits")
+            return None
+        return cls(directory, LIMIT if limit is None else limit)
 
     def get(self, key: str) -> dict[str, Tensor] | None:
         """Return the tensors under `key`, 64 hexadecimal digits; None if there are none."""
@@ -144,7 +161,7 @@ class TensorStore:
 
     @contextlib.contextmanager
     def _locked(self) -> Iterator[IO[str]]:
-        with (self.directory / LEDGER).open("a+") as ledger:
+        with (self.directory / LEDGER).open("a+", encoding="utf-8") as ledger:
             fcntl.flock(ledger, fcntl.LOCK_EX)  # until it is closed
             yield ledger
 

@@ -5,7 +5,9 @@ from __future__ import annotations
 import logging
 import tempfile
 import time
+from collections import Counter
 
+import torch
 from safetensors import SafetensorError
 from torch import nn
 from transformers import PrinterCallback, TrainerCallback, TrainingArguments
@@ -13,17 +15,19 @@ from transformers import PrinterCallback, TrainerCallback, TrainingArguments
 from fastln.data import VQADataset
 from fastln.engines import check_finishes, check_without, save_trained_adapter
 from fastln.errors import FastLNError
-from fastln.methods import count_parameters, describe_parameters, get_method
+from fastln.methods import count_parameters, describe_parameters, get_method, norm_parameters
 from fastln.models import Task, VQATask
 from fastln.models.dual_task import DualEncoderTask
+from fastln.plan import prepared
 from fastln.processes import is_first_process
 from fastln.training.checkpoints import checkpoints_in
 from fastln.training.config import TrainConfig, TrainFiles, TrainResult
 from fastln.training.features import cached_features, check_frozen
 from fastln.training.head import train_head
+from fastln.training.optimizer import WEIGHT_DECAY, decays, describe_rates, rates_in_use
 from fastln.training.progress import ProgressBar, StepLog
 from fastln.training.task_trainer import TaskTrainer
-from fastln.training.tasks import apply_method, finish
+from fastln.training.tasks import apply_method, finish, groups_that_train
 from fastln.training.tensor_store import TensorStore
 
 logger = logging.getLogger(__name__)
@@ -67,7 +71,7 @@ def train_task(
         progress: whether to show a progress bar.
 
     Raises:
-        FastLNError: if a trained norm gets no gradient, the loss turns NaN, there is no checkpoint to resume from, what
+        FastLNError: if the watch over norms raises one, the loss turns NaN, there is no checkpoint to resume from, what
             the method trains cannot become part of the model, a setting of `config` has no effect on this model, or
             `features` is given and the vision tower trains.
     """
@@ -79,7 +83,6 @@ def train_task(
     check_without(config.without or (), get_method(config.method, engine)[1])
     if features is not None:
         check_frozen(task, config.method, config.scope)
-    tell_unused(task, config)
     start = time.perf_counter()
     head_epochs, epochs = epochs_of(task, config)
     losses: list[float] = []
@@ -90,6 +93,8 @@ def train_task(
     model = apply_method(task, config.method, engine, scope=config.scope, without=config.without or ())
     trainable, _ = count_parameters(model)
     logger.info("%s: %s", config.method, describe_parameters(model))
+    logger.info("%s", describe_rates(rates_in_use(model, task.head_under(config.method), config.rates)))
+    tell_unused(task, data, config, files.adapter_dtype)
     if epochs:
         with cached_features(task.vision_tower, features):
             losses += _train_method(task, model, data, config, files, progress)
@@ -105,32 +110,72 @@ def train_task(
 
 
 def check_settings(task: Task, config: TrainConfig) -> None:
-    """Check that `head_learning_rate` has an effect if it is given.
+    """Check that each learning rate that is given has an effect.
 
     Raises:
-        FastLNError: if no head trains at `head_learning_rate`.
+        FastLNError: if nothing trains at one of them.
     """
-    if config.head_learning_rate is None:
-        return
-    if config.method == "head":
+    if config.method == "head" and config.head_learning_rate is not None:
         raise FastLNError("method 'head' trains the head at learning_rate; give that in place of head_learning_rate")
-    if not task.random_head:
+    if config.head_learning_rate is not None and not task.random_head:
         raise FastLNError(
             f"head_learning_rate is for a task head that starts random, and {task.name} has none; leave it out"
         )
+    groups = groups_that_train(task, config.method, config.scope)
+    if config.norm_learning_rate is not None and "norms" not in groups:
+        raise FastLNError(
+            f"norm_learning_rate is for norms, and method {config.method!r} trains none in {task.name}; leave it out"
+        )
+    own = {"norms": config.norm_learning_rate, "head": config.head_learning_rate}
+    if config.learning_rate is not None and groups and all(own.get(group) is not None for group in groups):
+        raise FastLNError(
+            f"learning_rate has no effect: all that method {config.method!r} trains in {task.name} has a rate of its "
+            "own; leave learning_rate out, or the others"
+        )
 
 
-def tell_unused(task: VQATask, config: TrainConfig) -> None:
-    """Log which settings with non-default values have no effect on this model."""
-    head_epochs, _ = epochs_of(task, config)
+def tell_unused(task: VQATask, data: VQADataset, config: TrainConfig, adapter_dtype: torch.dtype) -> None:
+    """Log which settings with non-default values have no effect on this model, method and data.
+
+    Args:
+        task: The model, after `apply_method`.
+        data: The training questions.
+        config: How to train.
+        adapter_dtype: The dtype of the adapter's norms.
+    """
+    head_epochs, epochs = epochs_of(task, config)
+    head = task.head_under(config.method)
     if not head_epochs and config.head_epochs not in (0, TrainConfig.head_epochs):
         logger.warning("head_epochs %d has no effect: no head of %s trains alone", config.head_epochs, task.name)
-    if not task.shares_images and config.questions_per_image not in (1, TrainConfig.questions_per_image):
+    if config.questions_per_image not in (1, TrainConfig.questions_per_image):
+        why = None
+        if not task.shares_images:
+            why = f"{task.name} shares no vision pass between questions"
+        elif not epochs:
+            why = "the towers' features are computed once for all epochs"
+        elif max(Counter(sample.image for sample in data.samples).values()) == 1:
+            why = f"each image of {data.name} has one question"
+        if why:
+            logger.warning("questions_per_image %d has no effect: %s", config.questions_per_image, why)
+    if config.weight_decay not in (0, WEIGHT_DECAY) and not decays(task.model, head):
         logger.warning(
-            "questions_per_image %d has no effect: %s shares no vision pass between questions",
-            config.questions_per_image,
+            "weight_decay %g has no effect: method %s trains only norms, biases and other vectors in %s, which never "
+            "decay",
+            config.weight_decay,
+            config.method,
             task.name,
         )
+    if adapter_dtype != torch.float32 and not _has_norm_adapter(task.model, head):
+        logger.warning(
+            "adapter_dtype %s has no effect: no adapter holds the norms of method %s", adapter_dtype, config.method
+        )
+
+
+def _has_norm_adapter(model: nn.Module, head: tuple[str, ...]) -> bool:
+    """Whether `save_adapter` can write what trains, and there is a norm in it."""
+    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    trained -= {name for name in trained if name.startswith(tuple(f"{module}." for module in head))}
+    return prepared(model) is not None and bool(trained) and trained <= set(norm_parameters(model))
 
 
 def epochs_of(task: Task, config: TrainConfig) -> tuple[int, int]:
@@ -166,9 +211,13 @@ def _train_method(
             use_cpu=task.device.type == "cpu",
         )
         log = StepLog(checkpoints / "log.jsonl" if checkpoints else None)
-        callbacks: list[TrainerCallback] = [log, *([ProgressBar()] if progress else [])]
+        bar = ProgressBar()
+        callbacks: list[TrainerCallback] = [log, *([bar] if progress else [])]
         trainer = TaskTrainer(task, model, data, config, args=arguments, callbacks=callbacks)
         trainer.remove_callback(PrinterCallback)
         model.train()
-        trainer.train(resume_from_checkpoint=files.resume or None)
+        try:
+            trainer.train(resume_from_checkpoint=files.resume or None)
+        finally:
+            bar.close()
         return log.losses
