@@ -1,8 +1,8 @@
-"""A tiny random model of each of transformers' families, and a batch that it takes."""
+"""Tiny random models of transformers' families, and a batch that each takes."""
 
 import torch
 import transformers
-from tiny import SIZES, blip_config
+from tiny import SIZES, WIDTH, blip_config
 
 N_CLASSES = 160
 N_TOKENS = 24
@@ -132,3 +132,157 @@ def batch(name):
         inputs["image_grid_thw"] = torch.tensor([[1, 2, 2]] * 2)
         inputs["mm_token_type_ids"] = (ids == 9).int()
     return inputs
+
+
+# One size by all the names that configurations have for it; each takes those that it knows.
+ANY_SIZES = {
+    **dict.fromkeys(("hidden_size", "d_model", "n_embd", "dim", "embedding_size", "word_embed_proj_dim"), WIDTH),
+    **dict.fromkeys(("intermediate_size", "d_ff", "hidden_dim", "ffn_dim"), 2 * WIDTH),
+    **dict.fromkeys(("encoder_ffn_dim", "decoder_ffn_dim"), 2 * WIDTH),
+    **dict.fromkeys(("num_hidden_layers", "num_layers", "n_layer", "n_layers", "encoder_layers", "decoder_layers"), 2),
+    **dict.fromkeys(("num_attention_heads", "num_heads", "n_head", "n_heads"), 2),
+    **dict.fromkeys(("encoder_attention_heads", "decoder_attention_heads", "num_key_value_heads"), 2),
+    **dict.fromkeys(("head_dim", "d_kv"), WIDTH // 2),
+    **{"vocab_size": 100, "max_position_embeddings": 64, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2},
+}
+IMAGE = {**SIZES, "image_size": 32, "patch_size": 8}
+STAGES = {"depths": [1, 1], "hidden_sizes": [16, 32], "image_size": 32}
+EXPERTS = {"moe_intermediate_size": 32, "n_shared_experts": 1, "n_group": 1, "topk_group": 1}
+LATENT = {"q_lora_rank": 16, "kv_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 16}
+LATENT |= {"index_topk": 4, "index_head_dim": 16, "index_n_heads": 2, "first_k_dense_replace": 1}
+SPEECH = {"conv_dim": [16, 16], "conv_stride": [5, 2], "conv_kernel": [10, 3], "num_conv_pos_embedding_groups": 4}
+SPEECH |= {"num_feat_extract_layers": 2, "num_conv_pos_embeddings": 8, "mask_time_prob": 0.0, "mask_feature_prob": 0.0}
+MAMBA2 = {"mamba_n_heads": 4, "mamba_d_head": 16, "mamba_n_groups": 1, "mamba_d_state": 8, "mamba_chunk_size": 8}
+
+# What a model is an example of: its class, its configuration's class, and what its configuration has beside ANY_SIZES.
+KINDS = {
+    "post-norm encoder": ("BertForMaskedLM", "BertConfig", {}),
+    "shared layers": ("AlbertForMaskedLM", "AlbertConfig", {}),
+    "quantised norms": ("IBertForMaskedLM", "IBertConfig", {}),
+    "disentangled attention": ("DebertaV2ForMaskedLM", "DebertaV2Config", {"relative_attention": True}),
+    "pre-norm encoder": ("ModernBertForMaskedLM", "ModernBertConfig", {"local_attention": 8}),
+    "no attention": ("FNetForMaskedLM", "FNetConfig", {}),
+    "pre-norm decoder": ("LlamaForCausalLM", "LlamaConfig", {}),
+    "fused projections": ("GPT2LMHeadModel", "GPT2Config", {}),
+    "parallel blocks": ("GPTNeoXForCausalLM", "GPTNeoXConfig", {"use_parallel_residual": True}),
+    "ALiBi": ("BloomForCausalLM", "BloomConfig", {}),
+    "ALiBi, one key head": ("FalconForCausalLM", "FalconConfig", {"alibi": True, "multi_query": True}),
+    "norm with offset": ("GemmaForCausalLM", "GemmaConfig", {}),
+    "norms around": ("Gemma2ForCausalLM", "Gemma2Config", {"sliding_window": 8}),
+    "LayerNorm with offset": ("NemotronForCausalLM", "NemotronConfig", {}),
+    "norm without bias": ("CohereForCausalLM", "CohereConfig", {"logit_scale": 0.25, "use_qk_norm": True}),
+    "experts": ("MixtralForCausalLM", "MixtralConfig", {"num_local_experts": 2, "num_experts_per_tok": 2}),
+    "sparse attention": (
+        "DeepseekV32ForCausalLM",
+        "DeepseekV32Config",
+        {**LATENT, **EXPERTS, "n_routed_experts": 2, "num_experts_per_tok": 2},
+    ),
+    "attention sinks": ("GptOssForCausalLM", "GptOssConfig", {"num_local_experts": 2, "num_experts_per_tok": 2}),
+    "SSM": ("MambaForCausalLM", "MambaConfig", {"state_size": 8}),
+    "SSM, norms inside": ("FalconMambaForCausalLM", "FalconMambaConfig", {"state_size": 8}),
+    "hybrid": ("BambaForCausalLM", "BambaConfig", {**MAMBA2, "attn_layer_indices": [1]}),
+    "relative bias": ("T5ForConditionalGeneration", "T5Config", {"decoder_start_token_id": 0}),
+    "post-norm encoder-decoder": ("BartForConditionalGeneration", "BartConfig", {"decoder_start_token_id": 1}),
+    "tokens first": ("FSMTModel", "FSMTConfig", {"langs": ["en", "de"], "src_vocab_size": 100, "tgt_vocab_size": 100}),
+    "vision": ("ViTForImageClassification", "ViTConfig", IMAGE),
+    "layer scale": ("BeitForImageClassification", "BeitConfig", {**IMAGE, "use_relative_position_bias": True}),
+    "windows": (
+        "SwinForImageClassification",
+        "SwinConfig",
+        {"image_size": 32, "patch_size": 4, "embed_dim": 16, "depths": [1, 1], "num_heads": [2, 2], "window_size": 4},
+    ),
+    "convolutions": ("ConvNextForImageClassification", "ConvNextConfig", {**STAGES, "num_stages": 2}),
+    "convolutions and attention": (
+        "CvtForImageClassification",
+        "CvtConfig",
+        {"embed_dim": [16, 32, 32], "num_heads": [1, 2, 2], "depth": [1, 2, 3]},
+    ),
+    "segmentation": (
+        "SegformerForSemanticSegmentation",
+        "SegformerConfig",
+        {**STAGES, "num_encoder_blocks": 2, "num_attention_heads": [1, 2], "decoder_hidden_size": 16},
+    ),
+    "detection": (
+        "YolosForObjectDetection",
+        "YolosConfig",
+        {**IMAGE, "image_size": [32, 32], "num_detection_tokens": 4},
+    ),
+    "audio": ("ASTForAudioClassification", "ASTConfig", {**SIZES, "max_length": 32, "num_mel_bins": 16}),
+    "speech encoder": ("Wav2Vec2ForCTC", "Wav2Vec2Config", SPEECH),
+    "speech encoder-decoder": (
+        "WhisperForConditionalGeneration",
+        "WhisperConfig",
+        {"num_mel_bins": 8, "max_source_positions": 20, "max_target_positions": 32, "decoder_start_token_id": 1},
+    ),
+    "two towers": ("CLIPModel", "CLIPConfig", {"text_config": {**SIZES, **TEXT}, "vision_config": VISION}),
+    "Q-Former": (
+        "Blip2ForConditionalGeneration",
+        "Blip2Config",
+        {
+            "vision_config": {**SIZES, "image_size": 32, "patch_size": 8},
+            "qformer_config": {**SIZES, "vocab_size": 100, "encoder_hidden_size": WIDTH},
+            "text_config": {**OPT, "model_type": "opt"},
+            "num_query_tokens": 4,
+            "image_token_index": 9,
+        },
+    ),
+    "vision-language": (
+        "LlavaForConditionalGeneration",
+        "LlavaConfig",
+        {
+            "vision_config": {**VISION, "model_type": "clip_vision_model"},
+            "text_config": {**LLAMA, "model_type": "llama"},
+            "image_token_index": 9,
+            "vision_feature_select_strategy": "full",
+        },
+    ),
+}
+
+
+def of_kind(kind, seed=0):
+    """Return a model of a kind, which drops nothing, and its inputs without and with labels."""
+    name, config, settings = KINDS[kind]
+    sizes = {} if settings.keys() & {"depths", "text_config", "embed_dim"} else dict(ANY_SIZES)
+    if config == "FalconConfig":
+        del sizes["head_dim"]
+    torch.manual_seed(seed)
+    made = getattr(transformers, config)(**{**sizes, **settings})
+    model = cut_dropout(getattr(transformers, name)(made).train())
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() > 1:
+                parameter.mul_(2)  # so that layers count beside the residual stream
+    return model, *_inputs(name, model)
+
+
+def _inputs(name, model):
+    generator = torch.Generator().manual_seed(1)
+    ids, labels = torch.randint(10, 90, (2, 16), generator=generator), None
+    images = torch.randn(2, 3, 32, 32, generator=generator)
+    if name.startswith("Wav2Vec2"):
+        return {"input_values": torch.randn(2, 400, generator=generator)}, ids[:, :4]
+    if name.startswith("AST"):
+        return {"input_values": torch.randn(2, 32, 16, generator=generator)}, torch.tensor([0, 1])
+    if name.startswith("Whisper"):
+        return {"input_features": torch.randn(2, 8, 40, generator=generator), "decoder_input_ids": ids[:, :6]}, ids[
+            :, :6
+        ].clone()
+    if name.startswith("CLIP"):
+        return {"input_ids": ids, "pixel_values": images}, None
+    if name.startswith(("Llava", "Blip2")):
+        n_tokens = 17 if name.startswith("Llava") else 4
+        ids = torch.cat([torch.full((2, n_tokens), 9), ids], 1)
+        return {"input_ids": ids, "pixel_values": images}, torch.where(ids == 9, -100, ids)
+    if model.main_input_name == "pixel_values":
+        if "Segmentation" in name:
+            labels = torch.randint(0, 2, (2, 32, 32), generator=generator)
+        elif "Classification" in name:
+            labels = torch.tensor([0, 1])
+        return {"pixel_values": images}, labels
+    inputs = {"input_ids": ids}
+    if not name.startswith(("Mamba", "FalconMamba", "FNet")):
+        inputs["attention_mask"] = (torch.arange(16) < torch.tensor([[16], [12]])).long()
+    if model.config.is_encoder_decoder:
+        inputs["decoder_input_ids"] = ids[:, :8]
+        return inputs, ids[:, :8].contiguous() if "Generation" in name else None
+    return inputs, torch.where(torch.arange(16) < 11, -100, ids)

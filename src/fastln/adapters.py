@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from fastln.changes import EXTRA, changed_buffers, extra_states, load_extra_states, mark_buffers
 from fastln.errors import FastLNError
 from fastln.files import replace_files, user_path
-from fastln.fingerprint import FINGERPRINT, difference, fingerprint, vocabulary_differs
+from fastln.fingerprint import FINGERPRINT, check_has_values, difference, fingerprint, vocabulary_differs
 from fastln.methods import RANDOM_HEADS, norm_parameters
 from fastln.origin import ORIGIN, Origin, absolute, origin_bytes
 from fastln.plan import prepared
@@ -224,7 +224,9 @@ def load_adapter(model: nn.Module, directory: str | Path, *, check_base: bool = 
     adapter = _read(directory)
     own = model.state_dict()
     for name, tensor in adapter.tensors.items():
-        if name not in own and ".lora_" in name:
+        if name in own:
+            check_has_values(name, own[name])
+        elif ".lora_" in name:
             raise FastLNError(
                 f"{directory}: this checkpoint holds LoRA layers beside norms, which no stock model has; fastln eval "
                 "and fastln merge read it"

@@ -152,5 +152,7 @@ def describe_random_heads(heads: Iterable[str]) -> str:
 
 
 def _counted(count: int, kind: str) -> str:
-    counts = count > 1 and kind[-1] not in "s)" and not kind.startswith(("attention", "dropout", "cache", "memory"))
+    counts = (
+        count > 1 and kind[-1] not in "s)" and not kind.startswith(("attention", "dtype", "dropout", "cache", "memory"))
+    )
     return f"{count} {kind}{'s' if counts else ''}"

@@ -105,6 +105,15 @@ def difference(stored: str, model: nn.Module, without: Collection[str] = ()) -> 
     return differs
 
 
+def check_has_values(name: str, tensor: torch.Tensor) -> None:
+    """Raise a `FastLNError` if a model's tensor is on the meta device, because it is offloaded or was never loaded."""
+    if tensor.is_meta:
+        raise FastLNError(
+            f"{name} has no values: it is offloaded to the CPU or a disk, or was never loaded; load the whole model "
+            "onto a device (no device_map with offload)"
+        )
+
+
 class _Digests:
     """The digests of a model's parameters.
 
@@ -121,6 +130,7 @@ class _Digests:
         self.each: dict[str, str] = {}
         for name, parameter in sorted(model.named_parameters()):
             if name not in without:
+                check_has_values(name, parameter)
                 dtypes.add(str(parameter.dtype).removeprefix("torch."))
                 values = gathered(parameter).reshape(-1)
                 values = values[:: max(1, len(values) // _N_SAMPLED)].cpu()

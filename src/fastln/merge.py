@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 from fastln.adapters import CONFIG, warn_of_rounding
 from fastln.errors import FastLNError
 from fastln.files import user_path, written_whole
+from fastln.fingerprint import check_has_values
 from fastln.plan import prepared
 from fastln.processes import is_first_process, is_sharded, own_class
 
@@ -39,6 +40,9 @@ def merge_adapter(model: PreTrainedModel, directory: str | Path) -> None:
             f"{own_class(model).__name__} is sharded over processes, so it cannot be written whole: save its "
             "adapter, which `fastln merge` puts into the base"
         )
+    if not hasattr(model, "hf_device_map"):  # then save_pretrained finds what is offloaded
+        for name, tensor in model.state_dict().items():
+            check_has_values(name, tensor)
     if not is_first_process():
         return
     folder = user_path(directory)

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import functools
 import logging
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,6 +17,7 @@ from fastln.changes import Marks, mark_buffers
 from fastln.decision import Change, Plan, Stay
 from fastln.errors import FastLNError
 from fastln.families.norms import norm_eps
+from fastln.families.parts import pretrained_models
 from fastln.families.recognise import Found, recognise
 from fastln.machine import settle_device, why_no_arena
 from fastln.methods import (
@@ -64,18 +66,21 @@ class Prepared:
         """Undo every change to `model`. Tuned values stay, cast to the model's own dtype."""
         failures = []
         casts = self._casts(model)
-        for change in reversed(self.undo):
+        for change in self.undo:
             if isinstance(change, Float32Parameters):
                 change.dtypes = {own: casts.get(dtype, dtype) for own, dtype in change.dtypes.items()}
-            try:
-                change.remove()
-            except BaseException as error:  # the others are undone all the same
-                failures.append(error)
-        for name, parameter in model.named_parameters():
-            if parameter.requires_grad != self.requires_grad.get(name, parameter.requires_grad):
-                parameter.requires_grad_(self.requires_grad[name])
         if prepared(model) is not None:
             delattr(model, STATE)
+        flags: list[Callable[[], object]] = [
+            functools.partial(parameter.requires_grad_, self.requires_grad[name])
+            for name, parameter in model.named_parameters()
+            if parameter.requires_grad != self.requires_grad.get(name, parameter.requires_grad)
+        ]
+        for undo in [*(change.remove for change in reversed(self.undo)), *flags]:
+            try:
+                undo()
+            except BaseException as error:  # the others are undone all the same
+                failures.append(error)
         if failures:
             for other in failures[1:]:
                 failures[0].add_note(f"Undoing another change failed too: {other!r}")
@@ -176,6 +181,12 @@ def apply(plan: Plan, model: nn.Module) -> None:
     """
     _check_stock(model)
     _check_fits(plan, model)
+    _check_values(plan, model)
+    with torch.inference_mode(False):  # tensors that are made under it never train
+        _carry_out(plan, model)
+
+
+def _carry_out(plan: Plan, model: nn.Module) -> None:
     state = Prepared(plan, buffers=mark_buffers(model))
     before: dict[str, Tensor] = {}
     try:
@@ -233,6 +244,7 @@ class _Decider:
             ):
                 continue
             decided.append(self._of(entry))
+        decided += self._model_dtypes(decided)
         by_scope = None if RANDOM_HEADS in self._without else "the scope leaves it out"
         decided += [self._known(Found(name, "random_head", "random head")) for name in random.train]
         decided += [self._known(Found(name, "random_head", "random head", obstacle=by_scope)) for name in random.frozen]
@@ -294,6 +306,24 @@ class _Decider:
         if not dtypes:
             return Stay(entry.name, entry.label, reason)
         return dataclasses.replace(self._change(entry, "slow_norm", None, dtypes), reason=reason)
+
+    def _model_dtypes(self, decided: list[Change | Stay]) -> list[Change | Stay]:
+        """Keep the `dtype` of models whose first parameter becomes float32."""
+        changed = {
+            id(self._modules[entry.name].get_parameter(own)): dtype
+            for entry in decided
+            if isinstance(entry, Change)
+            for own, dtype in entry.dtypes
+            if dtype.itemsize == 2
+        }
+        found: list[Change | Stay] = []
+        for name, part in pretrained_models(self._model):
+            first = next((id(parameter) for parameter in part.parameters() if parameter.is_floating_point()), None)
+            if first in changed:
+                found.append(
+                    self._change(Found(name, "model_dtype", "dtype of a model"), "model_dtype", changed[first])
+                )
+        return found
 
     def _waits(self) -> bool:
         return "late_logits" not in self._without and self._settings.backend != "reference"
@@ -407,6 +437,25 @@ def _check_fits(plan: Plan, model: nn.Module) -> None:
         raise FastLNError(
             f"the plan is for another model: it trains {missing[0]!r}, but this {type(model).__name__} has no such "
             "parameter"
+        )
+
+
+def _check_values(plan: Plan, model: nn.Module) -> None:
+    """Raise an error if parameters cannot train. A model that is wholly on meta may get its values later."""
+    parameters = dict(model.named_parameters())
+    made_in_inference = next((name for name, parameter in parameters.items() if parameter.is_inference()), None)
+    if made_in_inference is not None:
+        raise FastLNError(
+            f"{made_in_inference} was made under torch.inference_mode(), so no gradient can pass it: make or load the "
+            "model outside of it"
+        )
+    unloaded = sorted(name for name in plan.trained if parameters[name].is_meta)
+    is_offloaded = any("_hf_hook" in vars(module) for module in model.modules())
+    if unloaded and (is_offloaded or not all(parameter.is_meta for parameter in parameters.values())):
+        raise FastLNError(
+            f"{len(unloaded)} parameters that would train have no values, for example {unloaded[0]}: their modules are "
+            "offloaded to the CPU or a disk, or were never loaded; load them onto a device (a device_map without "
+            "offload), or leave them out with `scope`"
         )
 
 

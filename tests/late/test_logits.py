@@ -211,6 +211,42 @@ def test_a_gradient_that_is_asked_for_before_any_use(use):
         torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-6)
 
 
+def by_a_hook_on_the_node(logits, seen):
+    logits.grad_fn.register_prehook(lambda gradients: seen.append(gradients[0]))
+
+
+def by_a_hook_on_many(logits, seen):
+    torch.autograd.graph.register_multi_grad_hook((logits,), lambda gradients: seen.append(gradients[0]))
+
+
+@pytest.mark.parametrize("ask", [by_a_hook_on_the_node, by_a_hook_on_many])
+def test_hooks_on_the_node_of_logits_see_the_gradient(ask):
+    def gradients(make):
+        tensors, seen = parts(), []
+        logits = make(tensors[0] * 1, *tensors[1:])
+        loss = rows(logits)
+        ask(logits, seen)
+        loss.backward()
+        return [*seen, *(tensor.grad for tensor in tensors)]
+
+    got, want = gradients(LazyLogits.of), gradients(F.linear)
+    assert len(got) == len(want) == 4
+    for ours, stocks in zip(got, want, strict=True):
+        torch.testing.assert_close(ours, stocks, rtol=1e-5, atol=1e-6)
+
+
+def test_a_kept_gradient_is_one_like_any_other():
+    logits = LazyLogits.of(*parts())
+    loss = rows(logits)
+    assert not logits.retains_grad
+    logits.retain_grad()
+    assert logits.retains_grad
+    loss.backward()
+    assert logits.grad.shape == logits.shape
+    logits.grad = None
+    assert logits.grad is None
+
+
 def test_a_gradient_asked_for_too_late_is_an_error():
     logits = LazyLogits.of(*parts())
     loss = rows(logits)

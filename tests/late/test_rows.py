@@ -485,3 +485,21 @@ def test_a_loss_does_not_keep_alive_what_waits():
     finally:
         gc.enable()
     loss.backward()
+
+
+@pytest.mark.parametrize(
+    "ask",
+    [
+        lambda h, loss: h.retain_grad(),
+        lambda h, loss: h.register_hook(lambda gradient: None),
+        lambda h, loss: torch.autograd.grad(loss, h),
+        lambda h, loss: torch.autograd.grad(outputs=loss, inputs=[h]),
+    ],
+)
+def test_a_gradient_that_would_miss_rows_used_before_is_an_error(ask):
+    hidden = Tail()(LazyRows.of(inputs()[0]), inputs()[1])
+    loss = hidden[:, 0].sin().sum()
+    with pytest.raises(FastLNError, match="used before their gradient was asked for"):
+        ask(hidden, loss)
+    loss.backward()
+    assert hidden.cos().sum().requires_grad, "and other uses go on"

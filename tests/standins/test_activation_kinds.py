@@ -4,12 +4,14 @@ import functools
 
 import pytest
 import torch
+import transformers
 from torch import nn
 from torch.autograd.graph import saved_tensors_hooks
 from transformers.activations import ACT2CLS, ACT2FN, SiLUActivation
 from transformers.models.llama.configuration_llama import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaMLP
 
+import fastln
 from fastln.families import activation_kind
 from fastln.ops import ACTIVATION_KINDS, OpSettings, activation
 from fastln.standins.activation import Activation
@@ -84,3 +86,35 @@ def test_the_gated_mlp_is_llamas_and_keeps_gate_and_up_alone():
     torch.testing.assert_close(y, want)
     torch.testing.assert_close(*(torch.autograd.grad(t.sum(), x) for t in (y, want)))
     assert [t.shape for t in packed if t.data_ptr() not in weights] == [(2, 3, 20)] * 2
+
+
+class Shared(nn.Module):
+    """A model that takes its activations from tables of its Python module, as OpenAI-GPT and XLM do."""
+
+    def __init__(self, activation):
+        super().__init__()
+        self.norm, self.act = nn.LayerNorm(4), activation
+
+    def forward(self, x):
+        return self.act(self.norm(x))
+
+
+ONE, TABLE = nn.GELU(), {"relu": nn.ReLU()}
+
+
+@pytest.mark.parametrize("activation", [ONE, TABLE["relu"], transformers.activations.gelu_new])
+def test_an_activation_that_a_python_module_holds_for_all_models_stays_as_it_is(activation):
+    model, other, before = Shared(activation), Shared(activation), type(activation)
+    fastln.prepare(model)
+    assert type(activation) is type(other.act) is before
+    assert isinstance(model.act, Activation)
+    fastln.restore(model)
+    assert model.act is activation
+
+
+def test_openai_gpt_takes_its_relu_from_a_table():
+    sizes = {"vocab_size": 50, "n_embd": 8, "n_layer": 1, "n_head": 2, "n_positions": 16, "afn": "relu"}
+    first, second = (transformers.OpenAIGPTModel(transformers.OpenAIGPTConfig(**sizes)) for _ in range(2))
+    assert first.h[0].mlp.act is second.h[0].mlp.act
+    fastln.prepare(first)
+    assert type(second.h[0].mlp.act) is nn.ReLU

@@ -5,8 +5,8 @@ import copy
 import pytest
 import torch
 import transformers
+from family_models import ANY_SIZES as SIZES
 from family_models import cut_dropout
-from tiny import WIDTH
 
 import fastln
 from fastln.methods import norm_parameters
@@ -24,17 +24,6 @@ VISION = """
     Dinov2 Dinov2WithRegisters DINOv3ViT FocalNet GitVision IJepa InstructBlipVision OwlViTVision PixtralVision Pvt
     PvtV2 Segformer SiglipVision Swinv2 ViT ViTMAE ViTMSN
 """
-# One size by all the names that configurations have for it; each takes those that it knows.
-SIZES = {
-    **dict.fromkeys(("hidden_size", "d_model", "n_embd", "dim", "embedding_size", "word_embed_proj_dim"), WIDTH),
-    **dict.fromkeys(("intermediate_size", "d_ff", "hidden_dim", "ffn_dim"), 2 * WIDTH),
-    **dict.fromkeys(("encoder_ffn_dim", "decoder_ffn_dim"), 2 * WIDTH),
-    **dict.fromkeys(("num_hidden_layers", "num_layers", "n_layer", "n_layers", "encoder_layers", "decoder_layers"), 2),
-    **dict.fromkeys(("num_attention_heads", "num_heads", "n_head", "n_heads"), 2),
-    **dict.fromkeys(("encoder_attention_heads", "decoder_attention_heads", "num_key_value_heads"), 2),
-    **dict.fromkeys(("head_dim", "d_kv"), WIDTH // 2),
-    **{"vocab_size": 100, "max_position_embeddings": 64, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2},
-}
 TAKES_NO_MASK = ("CTRL", "FNet", "Mamba", "Rwkv")
 
 

@@ -163,3 +163,12 @@ def test_stand_back():
     assert model.state_dict().keys() == make().state_dict().keys()
     fastln.restore(model)
     assert [type(module) for module in model.modules()] == [type(module) for module in make().modules()]
+
+
+def test_attention_whose_dropout_is_replaced_runs_as_stock_code():
+    model = make_fast()
+    want = model(**batch()).loss
+    for module in model.modules():
+        if isinstance(module, BlipAttention | BlipTextSelfAttention):
+            module.dropout = torch.nn.Identity()
+    torch.testing.assert_close(model(**batch()).loss, want)

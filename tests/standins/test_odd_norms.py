@@ -132,6 +132,19 @@ def test_norms_that_stay_as_they_are_are_told_in_one_line(method, also, message,
     assert all(message in text for text in told)
 
 
+def test_a_parametrized_norm_keeps_its_code_and_is_told_of(caplog):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.LayerNorm(8), nn.Linear(8, 8), nn.LayerNorm(8))
+    nn.utils.parametrize.register_parametrization(model[2], "weight", nn.Softplus())
+    model.bfloat16()
+    x = torch.randn(3, 8, dtype=torch.bfloat16)
+    want = model(x)
+    fastln.prepare(model)
+    assert "1 norms do not train, for example 2 (ParametrizedLayerNorm)" in caplog.text
+    assert [name for name, p in model.named_parameters() if p.requires_grad] == ["0.weight", "0.bias"]
+    torch.testing.assert_close(model(x), want)
+
+
 def test_a_sub_model_that_is_frozen_is_not_told_of(caplog):
     clip = transformers.CLIPModel(transformers.CLIPConfig(text_config=SIZES, vision_config=SIZES, projection_dim=8))
     clip.vision_model.add_module("extra", nn.GroupNorm(2, 8))

@@ -204,3 +204,61 @@ def test_every_norm_of_every_family_has_a_fast_form():
     for name in FAMILIES:
         model = fastln.prepare(make(name))
         assert all(isinstance(vars(norm).get("_fastln"), Part) for _, norm in find_norms(model)), name
+
+
+class Doubled(torch.nn.Module):
+    def __init__(self, base):
+        super().__init__()
+        self.base = base
+
+    def forward(self, x):
+        return 2 * self.base(x)
+
+
+def parametrized(model):
+    torch.nn.utils.parametrize.register_parametrization(end(model).LayerNorm, "weight", torch.nn.Softplus())
+
+
+def end(model):
+    return model.bert.encoder.layer[0].output
+
+
+def with_forward(model, name):
+    module = getattr(end(model), name)
+    stock = module.forward
+    module.forward = lambda x: 3 * stock(x)
+
+
+CHANGES = {
+    "a norm in a wrapper, as peft's": lambda m: setattr(end(m), "LayerNorm", Doubled(end(m).LayerNorm)),
+    "another norm": lambda m: setattr(end(m), "LayerNorm", torch.nn.RMSNorm(32)),
+    "no dropout": lambda m: setattr(end(m), "dropout", torch.nn.Identity()),
+    "a wrapped dropout": lambda m: setattr(end(m), "dropout", Doubled(end(m).dropout)),
+    "a wrapped linear layer": lambda m: setattr(end(m), "dense", Doubled(end(m).dense)),
+    "another weight": lambda m: setattr(end(m).LayerNorm, "weight", torch.nn.Parameter(torch.linspace(-1, 1, 32))),
+    "a norm's own forward": lambda m: with_forward(m, "LayerNorm"),
+    "a dropout's own forward": lambda m: with_forward(m, "dropout"),
+    "a hook on the norm": lambda m: end(m).LayerNorm.register_forward_hook(lambda module, args, y: 2 * y),
+    "a parametrized norm": parametrized,
+    "another activation": lambda m: setattr(
+        m.bert.encoder.layer[0].intermediate, "intermediate_act_fn", torch.nn.Tanh()
+    ),
+}
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+@pytest.mark.parametrize("change", CHANGES)
+def test_parts_that_someone_changes_before_or_after_prepare(change, when):
+    model, inputs = make("bert"), batch("bert")
+    stock = copy.deepcopy(model)
+    CHANGES[change](stock)
+    want_loss, want = norm_gradients(stock, inputs)
+    if when == "before":
+        CHANGES[change](model)
+        fastln.prepare(model)
+    else:
+        CHANGES[change](fastln.prepare(model))
+    loss, got = norm_gradients(model, inputs)
+    assert loss == pytest.approx(want_loss, rel=1e-5)
+    assert len(got) >= 10
+    assert relative_error(got, {name: want[name] for name in got}) <= 1e-5

@@ -5,6 +5,7 @@ import importlib
 import pytest
 import torch
 import transformers
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.models.bert.modeling_bert import BertSelfAttention
 from transformers.models.gpt2.modeling_gpt2 import GPT2Attention
 from transformers.models.llama.modeling_llama import LlamaAttention
@@ -22,7 +23,13 @@ LATENT = {
     **{"index_topk": 4, "index_head_dim": 16, "index_n_heads": 2, "first_k_dense_replace": 1},
     **{"n_routed_experts": 2, "num_experts_per_tok": 1, "n_shared_experts": 1, "n_group": 1, "topk_group": 1},
 }
-SPARSE = {"DeepseekV32": LATENT, "GlmMoeDsa": LATENT, "AXK2": LATENT, "MiniMaxM3VLText": {}}
+SPARSE = {
+    "DeepseekV32": LATENT,
+    "GlmMoeDsa": LATENT,
+    "AXK2": LATENT,
+    "MistralLarge4Text": LATENT,
+    "MiniMaxM3VLText": {},
+}
 
 
 @pytest.mark.parametrize("family", SPARSE)
@@ -94,3 +101,23 @@ def test_an_argument_that_is_not_known_means_sdpa(caplog):
         attention(x, position_embeddings=positions, attention_mask=None, chosen_blocks=None)
         assert len(calls) == 2
     assert sum("'chosen_blocks'" in message for message in caplog.messages) == 1
+
+
+def test_a_function_that_somebody_registers_as_sdpa_is_called():
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(**{key: SIZES[key] for key in SIZES if not key.startswith("moe")})
+    model = transformers.LlamaForCausalLM(config)
+    calls = []
+
+    def own(*args, **kwargs):
+        calls.append(1)
+        return sdpa_attention_forward(*args, **kwargs)
+
+    transformers.AttentionInterface.register("sdpa", own)
+    try:
+        stays = [stay for stay in fastln.plan(model).stays if stay.kind == "attention"]
+        fastln.prepare(model)(input_ids=torch.randint(3, 60, (2, 24)))
+    finally:
+        transformers.AttentionInterface.register("sdpa", sdpa_attention_forward)
+    assert {stay.reason for stay in stays} == {"another function is registered as sdpa"}
+    assert len(calls) == 2

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+
 from torch import nn
 from transformers import activations
 
@@ -39,6 +41,13 @@ def is_activation(module: nn.Module) -> bool:
     )
 
 
-def is_shared(module: nn.Module) -> bool:
-    """Whether transformers shares this object among all models, so that a change in place would affect all of them."""
-    return any(module is value for value in vars(activations).values())
+def is_shared(module: nn.Module, model: nn.Module) -> bool:
+    """Whether a Python module holds this object for all models, so that a change in place would affect all of them.
+
+    Args:
+        module: The activation.
+        model: The model that it is in. The Python modules that define its classes are searched, and their tables.
+    """
+    names = {type(part).__module__ for part in model.modules()} | {activations.__name__}
+    held = (value for name in names if name in sys.modules for value in vars(sys.modules[name]).values())
+    return any(module is value or (type(value) is dict and any(module is v for v in value.values())) for value in held)

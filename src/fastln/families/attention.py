@@ -15,7 +15,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from torch import nn
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import AttentionInterface, PreTrainedConfig, PreTrainedModel
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.models.blip.modeling_blip import BlipAttention
 from transformers.models.blip.modeling_blip_text import BlipTextSelfAttention
 
@@ -121,6 +122,8 @@ def _obstacle(module: nn.Module) -> str | None:
     name = module.config._attn_implementation  # type: ignore[union-attr]
     if name != "sdpa":
         return f"its attention is set to {name!r}"
+    if AttentionInterface()["sdpa"] is not sdpa_attention_forward:
+        return "another function is registered as sdpa"
     return depends_on_name(type(module))
 
 

@@ -10,6 +10,7 @@ from typing import TypeGuard
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
 from fastln_kernels.reference import NormForward, NormKind, norm_forward
 
@@ -21,12 +22,13 @@ _EPS = ("eps", "variance_epsilon", "epsilon", "norm_eps", "layer_norm_eps")  # i
 def is_norm(module: nn.Module) -> bool:
     """Whether `module` normalises over its last dimension and has its own scale or shift vectors.
 
-    `torch.nn.LayerNorm` and its subclasses count if they are affine. Group and batch norms do not count. Any other
+    `torch.nn.LayerNorm` and its subclasses count if they are affine. Group and batch norms do not count, nor do
+    parametrized norms (`torch.nn.utils.parametrize`), whose scale comes from a module inside them. Any other
     module counts if all its parameters are vectors that it owns itself, and if its class name contains "Norm"
     (LlamaRMSNorm, Gemma's, T5LayerNorm, gated ones, ...) or it computes one of the norms that `norm_kind` knows.
     """
     if isinstance(module, nn.LayerNorm):
-        return module.elementwise_affine
+        return module.elementwise_affine and not parametrize.is_parametrized(module)
     return _owns_vectors_alone(module) and ("Norm" in type(module).__name__ or norm_kind(module) is not None)
 
 
@@ -57,6 +59,7 @@ def is_stock_layer_norm(module: nn.Module) -> TypeGuard[nn.LayerNorm]:
     return (
         isinstance(module, nn.LayerNorm)
         and type(module).forward is nn.LayerNorm.forward
+        and not parametrize.is_parametrized(module)
         and len(module.normalized_shape) == 1
     )
 
@@ -103,15 +106,9 @@ def norm_kind(module: nn.Module) -> NormKind | None:
     eps = norm_eps(module)
     if eps is None or not _may_be_fast(module):
         return None
-    probe = copy.copy(module)
     n_cols = dict(module.named_parameters(recurse=False))["weight"].shape[0]
     generator = torch.Generator("cpu").manual_seed(0)
-    probe.__dict__["_parameters"] = {
-        name: None
-        if parameter is None
-        else nn.Parameter(1 + 0.5 * torch.randn(n_cols, generator=generator, device="cpu"))
-        for name, parameter in module._parameters.items()
-    }
+    probe = _probe(module, generator)
     ordinary = 1 + torch.randn(8, n_cols, generator=generator, device="cpu")  # on the CPU, whatever the default device
     try:
         with torch.no_grad():
@@ -120,6 +117,40 @@ def norm_kind(module: nn.Module) -> NormKind | None:
     except Exception as error:
         logger.debug("%s is not taken for a norm: its forward raised %r", type(module).__name__, error)
         return None
+
+
+def returned_dtype(module: nn.Module, parameters: torch.dtype, x: torch.dtype) -> torch.dtype | None:
+    """Return the dtype that the stock code of a norm returns.
+
+    Args:
+        module: The norm, in any dtype, on any device.
+        parameters: The dtype that its parameters would have.
+        x: The dtype that its input would have.
+
+    Returns:
+        None if the norm refuses such an input.
+    """
+    n_cols = next(module.parameters(recurse=False)).shape[0]
+    probe = _probe(module, torch.Generator("cpu").manual_seed(0), parameters)
+    try:
+        with torch.no_grad():
+            y = type(probe).forward(probe, torch.ones(1, 2, n_cols, device="cpu", dtype=x))
+    except Exception as error:  # a norm may raise anything
+        logger.debug("%s takes no %s input with %s parameters: %r", type(module).__name__, x, parameters, error)
+        return None
+    return y.dtype if isinstance(y, Tensor) else None
+
+
+def _probe(module: nn.Module, generator: torch.Generator, dtype: torch.dtype = torch.float32) -> nn.Module:
+    """Return a copy of a norm with other parameters, on the CPU, whatever the default device."""
+    probe = copy.copy(module)
+    probe.__dict__["_parameters"] = {
+        name: None
+        if parameter is None
+        else nn.Parameter((1 + 0.5 * torch.randn(parameter.shape, generator=generator, device="cpu")).to(dtype))
+        for name, parameter in module._parameters.items()
+    }
+    return probe
 
 
 def _matching(probe: nn.Module, eps: float, inputs: list[Tensor]) -> NormKind | None:

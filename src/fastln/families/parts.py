@@ -14,9 +14,13 @@ fused `in_proj_weight`, routers and experts. Convolutions, embeddings and norms 
 
 from __future__ import annotations
 
+import ast
+import functools
 import inspect
 import re
+import textwrap
 from collections.abc import Iterator
+from typing import Any
 
 from torch import nn
 from transformers import PreTrainedModel
@@ -118,6 +122,25 @@ def arguments_before_cache(model: PreTrainedModel) -> int | None:
     """
     names = list(inspect.signature(model.forward).parameters)
     return min(names.index(name) for name in CACHE if name in names) if "use_cache" in names else None
+
+
+def needs_cache(model: PreTrainedModel) -> bool:
+    """Whether the forward of a model, or of a model inside it, does something else if it is told to make no cache."""
+    classes: set[type] = {type(part) for _, part in pretrained_models(model)}
+    return any(_branches_without_cache(cls) for cls in classes)
+
+
+@functools.cache
+def _branches_without_cache(cls: Any) -> bool:
+    """Whether the code of the forward has `not use_cache`, as FSMT's, which then makes a causal mask."""
+    try:
+        tree = ast.parse(textwrap.dedent(inspect.getsource(inspect.unwrap(cls.forward))))
+    except (OSError, TypeError, SyntaxError):  # code without a source file
+        return False
+    negated = (
+        node.operand for node in ast.walk(tree) if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.Not)
+    )
+    return any(isinstance(operand, ast.Name) and operand.id == "use_cache" for operand in negated)
 
 
 def input_embeddings(model: PreTrainedModel) -> nn.Embedding | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import nn
@@ -16,7 +16,7 @@ from fastln.families.blocks import calls_dropout, gated_mlp_kind, is_post_norm_e
 from fastln.families.heads import find_heads
 from fastln.families.last_block import last_blocks
 from fastln.families.norms import find_other_norms, is_norm, is_stock_layer_norm, norm_kind
-from fastln.families.parts import arguments_before_cache, output_embeddings, pretrained_models
+from fastln.families.parts import arguments_before_cache, needs_cache, output_embeddings, pretrained_models
 from fastln.ops import ActivationKind
 
 
@@ -43,15 +43,26 @@ def recognise(model: nn.Module) -> list[Found]:
     """Return everything that fastln recognises in `model`, grouped by kind, each kind in the model's order."""
     attention = [Found(found.name, found.what, "attention", obstacle=found.obstacle) for found in find_attention(model)]
     own_way = {found.name for found in attention if found.what != "attention"}
-    return [
+    found = [
         *attention,
-        *(found for name, module in model.named_modules() if name not in own_way for found in _of(name, module)),
+        *(part for name, module in model.named_modules() if name not in own_way for part in _of(name, module)),
         *_other_norms(model),
         *_heads(model),
         *_linears(model),
         *(Found(block.projection, "last_block", "last block", block.name) for block in last_blocks(model)),
         *_steps(model),
     ]
+    return [_unless_replaced(entry, model) for entry in found]
+
+
+_NOT_BY_FORWARD = ("attention", "last_block", "cache", "checkpointing")
+
+
+def _unless_replaced(entry: Found, model: nn.Module) -> Found:
+    """Keep a module stock if it has its own forward, not its class's: a stand-in's forward would not be called."""
+    if entry.obstacle or entry.what in _NOT_BY_FORWARD or "forward" not in vars(model.get_submodule(entry.name)):
+        return entry
+    return replace(entry, obstacle="its forward is replaced, as hooks of accelerate do")
 
 
 _ACTIVATIONS: dict[ActivationKind, str] = {
@@ -113,7 +124,8 @@ def _heads(model: nn.Module) -> Iterator[Found]:
 def _steps(model: nn.Module) -> Iterator[Found]:
     for name, part in pretrained_models(model):
         if (n_before := arguments_before_cache(part)) is not None:
-            yield Found(name, "cache", "key-value cache", n_before)
+            obstacle = "the model computes something else without it" if needs_cache(part) else None
+            yield Found(name, "cache", "key-value cache", n_before, obstacle)
         if any(isinstance(module, GradientCheckpointingLayer) for module in part.modules()):
             yield Found(name, "checkpointing", "activation checkpoints")
 

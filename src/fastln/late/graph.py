@@ -44,6 +44,10 @@ class Rows:
         """Whether some rows have not been computed yet."""
         return self._all is None
 
+    def was_picked(self) -> bool:
+        """Whether only some rows have been computed, and used."""
+        return self._picked is not None and self._all is None
+
     def pick(self, index: Tensor) -> Tensor | None:
         """Compute only the rows with these numbers, `(n, d)`; None if other rows were computed before."""
         if self._untouched:

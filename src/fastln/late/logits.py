@@ -25,7 +25,7 @@ from fastln.late.cross_entropy import CrossEntropy, bind
 from fastln.late.layout import has_whole_rows, is_basic
 from fastln.late.modes import Modes
 from fastln.late.rows import LazyRows, as_they_are, computed, labelled
-from fastln.late.tensor import Call, LateTensor, Unwritten, as_it_is_now
+from fastln.late.tensor import GRAD, Call, LateTensor, Unwritten, as_it_is_now, asks_for_gradient
 
 
 class _Head:
@@ -114,11 +114,14 @@ class LazyLogits(LateTensor):
         cls, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         """As for every late tensor, except for calls that ask for a gradient that would bypass these logits."""
-        if func in _OF_GRADIENTS and not _is_of_distributed(func, args):
-            late = [x for x in tree_leaves((args, kwargs)) if isinstance(x, LateTensor)]
-            if all(isinstance(x, LazyLogits) and x._want_gradient() for x in late):
-                with torch._C.DisableTorchFunctionSubclass():
-                    return func(*args, **(kwargs or {}))
+        late = [x for x in tree_leaves((args, kwargs)) if isinstance(x, LateTensor)]
+        if asks_for_gradient(func, args) or func in _MAY_ASK:
+            direct = all(isinstance(x, LazyLogits) and x._want_gradient() for x in late)
+        else:
+            direct = func in _OF_ASKED and all(isinstance(x, LazyLogits) and x._asked() for x in late)
+        if direct:
+            with torch._C.DisableTorchFunctionSubclass():
+                return func(*args, **(kwargs or {}))
         return super().__torch_function__(func, types, args, kwargs)
 
     @classmethod
@@ -149,6 +152,10 @@ class LazyLogits(LateTensor):
             hidden._held[:] = [hidden._source()]
         return self._recipe.head
 
+    def _asked(self) -> bool:
+        """Whether these logits, and not their computed values, have the gradient."""
+        return (self._recipe.head.wants_gradient or self._own is None) and self._recipe.origin is None
+
     def _want_gradient(self) -> bool:
         """Make a loss that was computed without these logits send its gradient through them; False if there is none."""
         head = self._recipe.head
@@ -164,14 +171,10 @@ class LazyLogits(LateTensor):
         return True
 
 
-_GRAD = vars(torch._C.TensorBase)["grad"].__get__
-_OF_GRADIENTS = {Tensor.retain_grad, Tensor.register_hook, _GRAD, torch.autograd.grad}
-
-
-def _is_of_distributed(func: Callable[..., Any], args: tuple[Any, ...]) -> bool:
-    """Whether this is a hook of torch.distributed: FSDP2 sets one on every output, and it asks for no gradient."""
-    hook = args[1] if func is Tensor.register_hook and len(args) > 1 else None
-    return str(getattr(hook, "__module__", "")).startswith("torch.distributed.")
+_PROPERTIES = vars(torch._C.TensorBase)
+# Who reads `grad_fn` may set hooks on it. Without a loss these read the logits, as every other use does.
+_MAY_ASK = {GRAD.__get__, _PROPERTIES["grad_fn"].__get__}
+_OF_ASKED = {GRAD.__set__, _PROPERTIES["retains_grad"].__get__}
 
 
 # The autograd nodes of late logits. They serve uses that only autograd sees, and requests for the logits' gradient.

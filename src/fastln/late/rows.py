@@ -24,7 +24,7 @@ from fastln.late.cross_entropy import bind
 from fastln.late.graph import Rows, Slice
 from fastln.late.layout import has_whole_rows, is_basic, laid_out, row_numbers
 from fastln.late.modes import Modes
-from fastln.late.tensor import Call, LateTensor, as_it_is_now
+from fastln.late.tensor import Call, LateTensor, as_it_is_now, asks_for_gradient
 
 WHOLE = 0.9
 """From this share of the rows on, all are computed, because gathering some and scattering their gradients also costs
@@ -53,9 +53,29 @@ class LazyRows(LateTensor):
         return _lazy(rows, torch.empty(x.shape, dtype=x.dtype, device="meta"), Modes(x.device))
 
     @classmethod
+    def __torch_function__(
+        cls, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """As for every late tensor, except for calls that ask for a gradient."""
+        if asks_for_gradient(func, args):
+            of = (kwargs or {}).get("inputs", args[1:2]) if func is torch.autograd.grad else args[:1]
+            for x in tree_leaves(of):
+                if isinstance(x, LazyRows):
+                    x._check_gradient()
+        return super().__torch_function__(func, types, args, kwargs)
+
+    @classmethod
     def _later(cls, call: Call) -> Any:
         is_known = call.func in _RULES and any(isinstance(value, LazyRows) for value in call.args)
         return _RULES[call.func](call) if is_known and torch.is_grad_enabled() else None
+
+    def _check_gradient(self) -> None:
+        """Raise an error if some rows were used already: a gradient that is asked for now would miss those uses."""
+        if self._rows.was_picked():
+            raise FastLNError(
+                "some of these hidden states were used before their gradient was asked for, so it would not be whole; "
+                'ask before anything reads them, or use fastln.prepare(model, ..., without=("late_rows",))'
+            )
 
     def _waits(self) -> bool:
         return self._rows.waits()

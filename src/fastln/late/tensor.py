@@ -155,6 +155,19 @@ def _writes(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, A
 
 _IN_PLACE_AT = {F.relu: 1, F.silu: 1, F.dropout: 3}  # the place of the argument `inplace`
 
+GRAD = vars(torch._C.TensorBase)["grad"]
+OF_GRADIENTS = {Tensor.retain_grad, Tensor.register_hook, torch.autograd.grad}
+"""The functions with which a caller asks for the gradient of a tensor."""
+
+
+def asks_for_gradient(func: Callable[..., Any], args: tuple[Any, ...]) -> bool:
+    """Whether a call asks for a tensor's gradient; a hook of torch.distributed, which FSDP2 sets on every output, does
+    not.
+    """
+    hook = args[1] if func is Tensor.register_hook and len(args) > 1 else None
+    return func in OF_GRADIENTS and not str(getattr(hook, "__module__", "")).startswith("torch.distributed.")
+
+
 # The properties and methods that need no computed values.
 _PROPERTIES = "shape dtype device layout ndim requires_grad is_leaf is_cpu is_cuda is_meta is_nested is_sparse _version"
 METADATA = {

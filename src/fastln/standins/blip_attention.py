@@ -9,12 +9,14 @@ from transformers.utils import output_capturing
 from transformers.utils.output_capturing import _active_collector
 
 from fastln.ops.attention import attention
-from fastln.standins.part import StandIn, form, unwatched
+from fastln.standins.part import StandIn, form
 
 
 @form
 class BlipAttention(StandIn):
     """BLIP's vision attention, with one projection for queries, keys and values."""
+
+    COMPUTES = ("dropout",)
 
     qkv: nn.Module
     projection: nn.Module
@@ -25,7 +27,7 @@ class BlipAttention(StandIn):
 
     def forward(self, hidden_states: Tensor, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
         """Return what the stock module returns for `hidden_states` (B, S, D); attention weights only if needed."""
-        if _weights_are_seen(self, self.dropout):
+        if _weights_are_seen(self):
             return super().forward(hidden_states, **kwargs)
         qkv = self.qkv(hidden_states).unflatten(-1, (3, self.num_heads, self.head_dim))
         q, k, v = (x.transpose(1, 2) for x in qkv.unbind(2))
@@ -36,6 +38,8 @@ class BlipAttention(StandIn):
 @form
 class BlipTextSelfAttention(StandIn):
     """BLIP's text attention: self-attention, or cross-attention to an encoder. With a cache, stock code runs."""
+
+    COMPUTES = ("dropout",)
 
     query: nn.Module
     key: nn.Module
@@ -62,7 +66,7 @@ class BlipTextSelfAttention(StandIn):
             past_key_values: Keys and values of earlier tokens.
             kwargs: Further arguments from the model.
         """
-        if past_key_values is not None or _weights_are_seen(self, self.dropout):
+        if past_key_values is not None or _weights_are_seen(self):
             return super().forward(
                 hidden_states, attention_mask, encoder_hidden_states, encoder_attention_mask, past_key_values, **kwargs
             )
@@ -77,12 +81,12 @@ class BlipTextSelfAttention(StandIn):
         return out.transpose(1, 2).flatten(2), None
 
 
-def _weights_are_seen(module: nn.Module, dropout: nn.Module) -> bool:
-    """Whether attention weights are needed: `output_attentions=True` is set, or a user's hook would see them."""
+def _weights_are_seen(module: StandIn) -> bool:
+    """Whether attention weights are needed: for `output_attentions=True`, a user's hook, or another dropout."""
     asked = any(key.endswith("attentions") for key in _active_collector.get() or ())
     # Ignore transformers' own hooks. They stay after their first use, and the collector says whether they are active.
     hooked = any(hook.__module__ != output_capturing.__name__ for hook in module._forward_hooks.values())
-    return asked or hooked or not unwatched(dropout)
+    return asked or hooked or not module._has_stock_children()
 
 
 def _probability(dropout: nn.Dropout) -> float:

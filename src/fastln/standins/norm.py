@@ -1,51 +1,105 @@
-"""Norms. Trained norms have float32 parameters whatever the model's dtype; their outputs keep the model's dtype."""
+"""Norms. Trained norms have float32 parameters whatever the model's dtype; the rest of the model sees its own dtype."""
 
 from __future__ import annotations
 
+import sys
 import warnings
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
 
 from fastln import ops
-from fastln.standins.part import StandIn, form
+from fastln.families.readers import code_that_reads
+from fastln.standins.part import Part, StandIn, form
+
+
+class _Shown:
+    """A parameter of a norm. Code of the model that reads it from outside the norm gets it in the model's own dtype.
+
+    Examples are `x.to(self.norm.weight.dtype)` and `rms_norm(x, self.norm.weight)`. Everyone else gets the parameter.
+    """
+
+    def __set_name__(self, owner: type[nn.Module], name: str) -> None:
+        self._name = name
+
+    def __get__(self, norm: Any, owner: type[nn.Module] | None = None) -> Any:
+        if norm is None:
+            return self
+        value = norm.__getattr__(self._name)
+        part: Part = norm._fastln
+        if part.dtype is None or not part.readers or value is None:
+            return value
+        # A compiler knows no frames. There, only code outside gets here.
+        is_outside = torch.compiler.is_compiling() or sys._getframe(1).f_code in code_that_reads(part.readers)
+        return value.to(part.dtype) if is_outside else value
+
+
+def own_parameter(norm: nn.Module, name: str) -> Any:
+    """Return a norm's own parameter, or what a parametrization puts in its place; None if it has none."""
+    parameters = norm._parameters
+    return parameters[name] if name in parameters else getattr(norm, name, None)
+
+
+class _WithOwnDtype(StandIn):
+    """The parameters of a norm that some code reads from outside."""
+
+    weight: Any = _Shown()
+    bias: Any = _Shown()
 
 
 @form
-class Norm(StandIn):
+class Norm(_WithOwnDtype):
     """A norm with a `weight` and an optional `bias`, of the kind that `norm_kind` detected."""
-
-    weight: Tensor
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         """Normalise `hidden_states` (..., n_cols) over its last dimension; the output has the input's dtype."""
-        warn_if_rounded(self.weight)
+        weight, bias = own_parameter(self, "weight"), own_parameter(self, "bias")
+        warn_if_rounded(weight)
         part = self._fastln
-        bias = getattr(self, "bias", None)
-        y = ops.dropout_add_norm(hidden_states, None, self.weight, bias, part.kind, settings=part.settings)
+        if part.widens and weight.dtype == torch.float32 and hidden_states.dtype.itemsize == 2:
+            hidden_states = hidden_states.float()
+        y = ops.dropout_add_norm(hidden_states, None, weight, bias, part.kind, settings=part.settings)
         assert isinstance(y, Tensor)
-        return y.to(output_dtype(hidden_states, part.dtype))
+        return y.to(output_dtype(hidden_states, part))
 
 
 @form
-class LayerNorm(StandIn):
+class LayerNorm(_WithOwnDtype):
     """`torch.nn.LayerNorm` over one dimension, computed by `fastln.ops.layer_norm`.
 
     γ and β may be float32 when the input has lower precision. The output has the input's dtype.
     """
 
-    weight: Tensor
-    bias: Tensor | None
     eps: float
 
     def forward(self, input: Tensor) -> Tensor:
         """Normalise `input` (..., n_cols) over its last dimension."""
-        warn_if_rounded(self.weight)
+        weight, bias = own_parameter(self, "weight"), own_parameter(self, "bias")
+        warn_if_rounded(weight)
         part = self._fastln
-        y = ops.layer_norm(input, self.weight, self.bias, self.eps, settings=part.settings)
-        return y.to(output_dtype(input, part.dtype))
+        y = ops.layer_norm(input, weight, bias, self.eps, settings=part.settings)
+        return y.to(output_dtype(input, part))
+
+
+@form
+class StockNorm(_WithOwnDtype):
+    """A norm that trains in float32 with its stock code."""
+
+
+def in_own_dtype(norm: StockNorm, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+    """Return the output of a `StockNorm` in the dtype that the model expects; a forward hook.
+
+    A float32 weight promotes the results of stock code, but the rest of the model expects its own dtype. A hook also
+    reaches a norm whose forward someone has replaced.
+    """
+    x = next((value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)), None)
+    if x is None:
+        return output
+    dtype = output_dtype(x, norm._fastln)
+    return tree_map_only(Tensor, lambda y: y.to(dtype) if y.is_floating_point() else y, output)
 
 
 @dataclass
@@ -75,34 +129,12 @@ class Float32Parameters:
             parameter.data = parameter.data.to(dtype)
 
 
-@dataclass(frozen=True)
-class StockOutput:
-    """A forward hook on a norm that trains in float32 with its stock code.
-
-    A float32 weight promotes the output of stock code, but the rest of the model expects its own dtype.
-
-    Attributes:
-        dtype: The 16-bit dtype that the norm's parameters had before `prepare`; None if they had no 16-bit dtype.
-    """
-
-    dtype: torch.dtype | None
-
-    def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
-        """Return the output in the dtype that the model expects."""
-        return output.to(output_dtype(args[0], self.dtype))
-
-
-def output_dtype(x: Tensor, stock: torch.dtype | None) -> torch.dtype:
+def output_dtype(x: Tensor, part: Part) -> torch.dtype:
     """Return the dtype that the model expects from a norm of `x`.
 
-    Usually it is the dtype of `x`. But some code, such as Mamba's, casts the norm's input to the dtype of its weight,
-    which is float32 now. Then the expected dtype is the weight's original dtype.
-
-    Args:
-        x: The input of the norm.
-        stock: The 16-bit dtype that the norm's parameters had before `prepare`; None if they had no 16-bit dtype.
+    Usually it is the dtype of `x`. For a float32 `x` in a model of 16 bits, it is what stock code would return.
     """
-    return stock if stock is not None and x.dtype == torch.float32 else x.dtype
+    return part.of_float32 if part.of_float32 is not None and x.dtype == torch.float32 else x.dtype
 
 
 def warn_if_rounded(weight: Tensor | None) -> None:

@@ -5,15 +5,15 @@ parameters, hooks and attributes, for everyone who holds it. The new class is a 
 same name, made at first use. So `isinstance`, `repr` and helper methods still work, and `super().forward` is the stock
 code.
 
-Some stand-ins compute the work of several children in one operation. If one of those children has hooks, the stock code
-runs instead, so that the hooks are called.
+Some stand-ins compute the work of several children in one operation. If one of those children has hooks, or someone has
+replaced it or its forward, the stock code runs instead.
 """
 
 from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
-from typing import Any, Protocol, TypeVar
+from typing import Any, ClassVar, Protocol, TypeVar
 
 import torch
 from torch import nn
@@ -39,32 +39,62 @@ class Part:
         stock: The module's stock class.
         settings: How its operations run.
         kind: Which norm or activation it computes; None if the class already says so.
+        children: For a stand-in that computes the work of its children, the stock class of each child, by name.
         dtype: For a trained norm, the 16-bit dtype that its parameters had before `prepare`; otherwise None.
+        readers: For such a norm, the classes around it whose code reads its parameters.
+        of_float32: For a norm in 16 bits, trained or not, the dtype that stock code returns for a float32 input.
+        widens: For a norm, whether stock code with float32 parameters returns float32 for a 16-bit input, as many
+            classes do under autocast.
     """
 
     stock: type[nn.Module]
     settings: OpSettings = DEFAULT
     kind: Any = None
+    children: tuple[tuple[str, type[nn.Module]], ...] = ()
     dtype: torch.dtype | None = None
+    readers: tuple[type, ...] = ()
+    of_float32: torch.dtype | None = None
+    widens: bool = False
 
 
 class StandIn(nn.Module):
-    """Base class of all forms. A form provides the `forward` for subclasses of stock classes."""
+    """Base class of all forms. A form provides the `forward` for subclasses of stock classes.
 
+    Attributes:
+        COMPUTES: The children whose work the form computes itself, if they are as they were when the model was
+            prepared.
+    """
+
+    COMPUTES: ClassVar[tuple[str, ...]] = ()
     _fastln: Part
 
     def _apply(self, fn: Any, recurse: bool = True) -> nn.Module:
-        # `model.float()` and its like cast what a trained norm's parameters would be without `prepare`, too.
+        # `model.float()` and its like also change the dtypes that a norm would have without `prepare`.
         module = super()._apply(fn, recurse)
-        if self._fastln.dtype is not None:
-            cast = fn(torch.empty(0, dtype=self._fastln.dtype)).dtype
-            self._fastln = dataclasses.replace(self._fastln, dtype=cast if cast.itemsize == 2 else None)
+        part = self._fastln
+        if part.dtype is not None or part.of_float32 is not None:
+            dtype, of_float32 = (_in_16_bits(dtype, fn) for dtype in (part.dtype, part.of_float32))
+            self._fastln = dataclasses.replace(part, dtype=dtype, of_float32=of_float32)
         return module
+
+    def _has_stock_children(self) -> bool:
+        """Whether the children that the form computes are the same kinds as before, with no hooks on them."""
+        children = [(self.get_submodule(name), stock) for name, stock in self._fastln.children]
+        return all(
+            stock_class(child) is stock and "forward" not in vars(child) and unwatched(child)
+            for child, stock in children
+        )
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
         """Copy and pickle by form and stock class, because the combined class has no importable name."""
         form = next(base for base in type(self).__mro__ if base.__dict__.get("_is_form"))
         return _new_like, (form, self._fastln.stock), self.__dict__
+
+
+def _in_16_bits(dtype: torch.dtype | None, fn: Any) -> torch.dtype | None:
+    """Return what a cast makes of a 16-bit dtype; None if that is wider."""
+    cast = None if dtype is None else fn(torch.empty(0, dtype=dtype)).dtype
+    return cast if cast is not None and cast.itemsize == 2 else None
 
 
 FormT = TypeVar("FormT", bound=StandIn)
@@ -86,14 +116,11 @@ def class_of(form: type[FormT], stock: type[nn.Module]) -> type[FormT]:
 
 
 def stand_in(
-    module: nn.Module,
-    form: type[FormT],
-    settings: OpSettings = DEFAULT,
-    kind: Any = None,
-    dtype: torch.dtype | None = None,
+    module: nn.Module, form: type[FormT], settings: OpSettings = DEFAULT, kind: Any = None, **more: Any
 ) -> FormT:
-    """Make `module` a stand-in of this form, in place, and return it."""
-    setattr(module, ATTRIBUTE, Part(type(module), settings, kind, dtype))
+    """Make `module` a stand-in of this form, in place, and return it. `more` goes to its `Part`."""
+    children = tuple((name, stock_class(module.get_submodule(name))) for name in form.COMPUTES)
+    setattr(module, ATTRIBUTE, Part(type(module), settings, kind, children, **more))
     module.__class__ = class_of(form, type(module))
     assert isinstance(module, form)
     return module
@@ -102,6 +129,11 @@ def stand_in(
 def is_stand_in(module: nn.Module) -> bool:
     """Whether `module` is currently a stand-in."""
     return isinstance(module.__dict__.get(ATTRIBUTE), Part)
+
+
+def stock_class(module: nn.Module) -> type[nn.Module]:
+    """Return the stock class of a module, be it a stand-in or not."""
+    return module.__dict__[ATTRIBUTE].stock if is_stand_in(module) else type(module)
 
 
 def code_of(module: nn.Module) -> tuple[object, ...]:

@@ -6,13 +6,15 @@ from torch import Tensor, nn
 
 from fastln import ops
 from fastln.ops import NormKind
-from fastln.standins.norm import warn_if_rounded
-from fastln.standins.part import StandIn, form, unwatched
+from fastln.standins.norm import own_parameter, warn_if_rounded
+from fastln.standins.part import StandIn, form
 
 
 @form
 class DenseDropoutAddNorm(StandIn):
     """`LayerNorm(dropout(dense(x)) + residual)`, which stores only x_hat and a float32 per row."""
+
+    COMPUTES = ("dropout", "LayerNorm")
 
     dense: nn.Module
     dropout: nn.Dropout
@@ -25,16 +27,17 @@ class DenseDropoutAddNorm(StandIn):
             hidden_states: (..., n_in), the block's result.
             input_tensor: (..., n_cols), the residual.
         """
-        norm = self.LayerNorm
-        if not unwatched(norm, self.dropout):
+        if not self._has_stock_children():
             return super().forward(hidden_states, input_tensor)
-        warn_if_rounded(norm.weight)
+        norm = self.LayerNorm
+        weight, bias = own_parameter(norm, "weight"), own_parameter(norm, "bias")
+        warn_if_rounded(weight)
         dropout = self.dropout.p if self.dropout.training else 0.0
         y = ops.dropout_add_norm(
             self.dense(hidden_states),
             input_tensor,
-            norm.weight,
-            norm.bias,
+            weight,
+            bias,
             NormKind(norm.eps),
             dropout=dropout,
             settings=self._fastln.settings,

@@ -11,6 +11,8 @@ import torch
 from torch import nn
 
 from fastln.families.activations import is_shared
+from fastln.families.norms import returned_dtype
+from fastln.families.readers import readers_of
 from fastln.ops import OpSettings
 from fastln.standins.activation import Activation
 from fastln.standins.arena import Arena
@@ -21,7 +23,8 @@ from fastln.standins.gated_mlp import GatedMLP
 from fastln.standins.last_block import WaitingRows
 from fastln.standins.linear import Conv1D, Linear
 from fastln.standins.lm_head import LMHead
-from fastln.standins.norm import Float32Parameters, LayerNorm, Norm, StockOutput
+from fastln.standins.model_dtype import OwnDtype
+from fastln.standins.norm import Float32Parameters, LayerNorm, Norm, StockNorm, in_own_dtype
 from fastln.standins.part import ClassChange, StandIn, Undo, stand_in
 from fastln.standins.post_norm import DenseDropoutAddNorm
 from fastln.standins.training_steps import NoCache, NoReentry
@@ -84,32 +87,38 @@ def _swap(form: type[StandIn]) -> Callable[[Place], None]:
 
 def _norm(form: type[StandIn]) -> Callable[[Place], None]:
     def put(place: Place) -> None:
-        _cast(place)
-        place.undo.append(ClassChange(place.module))
-        stand_in(place.module, form, place.settings, place.detail, _narrow(place))
+        module = place.module
+        more: dict[str, Any] = {}
+        narrow = next((dtype for dtype in place.dtypes.values() if dtype.itemsize == 2), None)
+        own = next((p.dtype for p in module.parameters(recurse=False) if p.dtype.itemsize == 2), None)
+        if narrow is not None:
+            more = {"dtype": narrow, "readers": readers_of(place.model, place.name, place.dtypes)}
+        if own is not None:
+            more["of_float32"] = returned_dtype(module, own, torch.float32) or own
+        elif form is Norm and returned_dtype(module, torch.float32, torch.bfloat16) == torch.float32:
+            more = {"widens": True}
+        if place.dtypes:
+            cast = Float32Parameters(module, dict(place.dtypes))
+            place.undo.append(cast)
+            cast.put()
+        if form is StockNorm and narrow is None:
+            return
+        place.undo.append(ClassChange(module))
+        stand_in(module, form, place.settings, place.detail, **more)
+        if form is StockNorm:
+            place.undo.append(module.register_forward_hook(in_own_dtype, with_kwargs=True))
 
     return put
 
 
-def _stock_norm(place: Place) -> None:
-    _cast(place)
-    place.undo.append(place.module.register_forward_hook(StockOutput(_narrow(place))))
-
-
-def _cast(place: Place) -> None:
-    if place.dtypes:
-        cast = Float32Parameters(place.module, dict(place.dtypes))
-        place.undo.append(cast)
-        cast.put()
-
-
-def _narrow(place: Place) -> torch.dtype | None:
-    return next((dtype for dtype in place.dtypes.values() if dtype.itemsize == 2), None)
+def _own_dtype(place: Place) -> None:
+    place.undo.append(ClassChange(place.module))
+    stand_in(place.module, OwnDtype, place.settings, dtype=place.detail)
 
 
 def _activation(place: Place) -> None:
     module = place.module
-    if is_shared(module):
+    if is_shared(module, place.model):
         own = copy.copy(module)
         replaced = Replaced(place.model, module, own)
         place.undo.append(replaced)
@@ -194,7 +203,8 @@ _FROZEN = "its weight is frozen"
 STAND_INS: dict[str, Row] = {
     "layer_norm": Row("norms", "fastln", _INPUT, False, _FASTER, _norm(LayerNorm)),
     "norm": Row("norms", "fastln", _INPUT, False, _FASTER, _norm(Norm)),
-    "slow_norm": Row(None, "stock code", "what stock keeps", False, "fastln has no fast form of it", _stock_norm),
+    "slow_norm": Row(None, "stock code", "what stock keeps", False, "fastln has no fast form of it", _norm(StockNorm)),
+    "model_dtype": Row(None, "stays as it is", "-", False, "its first parameter is a norm's, now float32", _own_dtype),
     "dropout": Row("dropout", "fastln", _SEED, False, "no mask is stored", _swap(Dropout)),
     "calls_dropout": Row("dropout", "fastln", _SEED, False, "no mask is stored", _swap(CallsDropout)),
     "activation": Row("activations", "fastln", "its input (ReLU: its output)", False, _FASTER, _activation),
