@@ -265,6 +265,37 @@ def test_what_no_adapter_holds_loads_by_its_plain_names_and_other_loaders_say_so
             load(checkpoint)
 
 
+@pytest.mark.parametrize("method", ["lora", "layernorm+lora"])
+def test_a_new_head_beside_lora_resumes_on_a_base_with_other_random_values(method, tmp_path):
+    llama().model.save_pretrained(tmp_path / "base")
+
+    def run():
+        model = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+        return FastLNTrainer(model, arguments(tmp_path, max_steps=4), train_dataset=Sentences(), method=method)
+
+    stopped = run()
+    stopped.add_callback(Stop(2))
+    stopped.train()
+    trained = state(stopped.model)
+    torch.manual_seed(5)
+    resumed = run()
+    load_trained(resumed.model, tmp_path / "checkpoint-2")
+    names = trained_parameters(resumed.model)
+    assert any("lm_head" in name for name in names)
+    assert all(torch.equal(parameter, trained[name]) for name, parameter in names.items())
+
+
+def test_save_model_leaves_no_norm_out_beside_lora(tmp_path):
+    trainer = FastLNTrainer(llama(), arguments(tmp_path), train_dataset=Sentences(), method="layernorm+lora")
+    with torch.no_grad():
+        for parameter in trained_parameters(trainer.model).values():
+            parameter.add_(0.1)
+    trainer.save_model(str(tmp_path / "model"))
+    again = FastLNTrainer(llama(), arguments(tmp_path), train_dataset=Sentences(), method="layernorm+lora")
+    load_trained(again.model, tmp_path / "model")
+    assert same(again.model, state(trainer.model))
+
+
 SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in ("dora", "ia3", "vera", "p-tuning")]
 
 
