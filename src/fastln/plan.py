@@ -363,7 +363,12 @@ def _left_out(trick: str) -> str:
 
 
 def _describe_unused(without: tuple[str, ...], decided: Iterable[Change | Stay]) -> str | None:
-    """Describe which names in `without` left nothing out; None if all did, or were there for heads that may come."""
+    """Describe which names in `without` left nothing out; None if all did, or were there for heads that may come.
+
+    Who leaves out everything means no change in particular.
+    """
+    if set(without) == set(TRICKS):
+        return None
     reasons = {entry.reason for entry in decided}
     unused = [name for name in without if name != RANDOM_HEADS and _left_out(name) not in reasons]
     return f"without {', '.join(map(repr, unused))} has no effect on this model here" if unused else None
