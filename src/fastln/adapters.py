@@ -291,6 +291,14 @@ def adapter_type(folder: Path) -> str:
     return kind
 
 
+def named_class(folder: Path) -> str | None:
+    """Return the name of the class that the adapter or checkpoint in a folder is for; None if it does not say."""
+    if (folder / CONFIG).is_file():
+        return (_config(folder).get("auto_mapping") or {}).get("base_model_class")
+    path = folder / "config.json"
+    return (json.loads(path.read_text(encoding="utf-8")).get("architectures") or [None])[0] if path.is_file() else None
+
+
 def named_base(folder: Path) -> str | None:
     """Return where the base of the adapter in a folder came from; None if its configuration does not say."""
     return _config(folder).get("base_model_name_or_path") if (folder / CONFIG).is_file() else None
