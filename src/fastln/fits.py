@@ -65,7 +65,7 @@ def check_values(plan: Plan, model: nn.Module) -> None:
         raise FastLNError(
             f"{len(unloaded)} parameters that would train have no values, for example {unloaded[0]}: their modules are "
             "offloaded to the CPU or a disk, or were never loaded; load them onto a device (a device_map without "
-            "offload), or leave them out with `scope`"
+            "offload)"
         )
 
 

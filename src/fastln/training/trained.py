@@ -96,9 +96,8 @@ def load_trained(model: nn.Module, folder: Path) -> None:
     for name in [*trains, *entries.get("changed", ())]:
         tensor = _find(name, stored, model)
         if tensor is None or name not in places:
-            raise FastLNError(
-                f"{folder}: it is from another model: only {'this' if tensor is None else 'that'} has {name}"
-            )
+            lacks = "it has no" if tensor is None else "this model has no"
+            raise FastLNError(f"{folder}: it is from another model: {lacks} {name}; resume with the model of that run")
         if name in trains and tensor.shape != places[name].shape:
             wrong = f"{name} has shape {(*tensor.shape,)} there and {(*places[name].shape,)} here"
             resized = vocabulary_differs(entries.get("fingerprint"), model)
