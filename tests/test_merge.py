@@ -8,10 +8,12 @@ import family_models
 import pytest
 import tiny
 import torch
-from transformers import AutoTokenizer, ViTImageProcessorPil
+from small_run import arguments
+from transformers import AutoTokenizer, BertForSequenceClassification, ViTImageProcessorPil
 from tuned import loss, move, tuned
 
 import fastln
+from fastln import FastLNTrainer
 from fastln.engines import put_method, save_trained_adapter
 from fastln.errors import FastLNError
 from fastln.models.tokens import word_tokenizer
@@ -120,6 +122,21 @@ def test_an_adapter_of_pefts_is_merged_by_folders(method, tmp_path):
     again = type(family_models.make("llama")).from_pretrained(tmp_path / "merged")
     torch.testing.assert_close(loss(again, "llama"), loss(wrapped, "llama"))
     assert (loss(again, "llama") - loss(family_models.make("llama"), "llama")).abs() > 1e-3
+
+
+@pytest.mark.parametrize("method", ["layernorm", "lora", "layernorm+bias", "full"])
+def test_a_head_that_the_base_lacks_is_merged_too(method, tmp_path):
+    family_models.make("bert").save_pretrained(tmp_path / "base")
+    model = BertForSequenceClassification.from_pretrained(tmp_path / "base")
+    args = arguments(tmp_path / "out", max_steps=1, save_steps=1)
+    ids = torch.arange(12).view(2, 6) + 3
+    trainer = FastLNTrainer(model, args, train_dataset=[{"input_ids": row, "labels": 1} for row in ids], method=method)
+    trainer.train()
+    merge_into_base(None, tmp_path / "out" / "checkpoint-1", tmp_path / "merged")
+    merged = BertForSequenceClassification.from_pretrained(tmp_path / "merged").eval()
+    with torch.no_grad():
+        got, want = (m(input_ids=ids).logits for m in (merged, trainer.model.eval()))
+    torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
 
 
 def test_an_adapter_of_virtual_tokens_is_refused(tmp_path):

@@ -16,10 +16,10 @@ SOURCES = (ROOT / "src" / "fastln", ROOT / "kernels" / "fastln_kernels")
 LAYERS = """
     fastln_kernels
     errors
-    changes files machine origin processes progress reading sizes versions
+    changes files machine origin processes progress reading rounding sizes versions
     fingerprint ops
     decision families late
-    methods standins
+    fits methods standins
     plan watch
     memory
     prepare rates

@@ -13,7 +13,6 @@ from __future__ import annotations
 import json
 import logging
 import re
-import warnings
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,6 +31,7 @@ from fastln.methods import RANDOM_HEADS, norm_parameters
 from fastln.origin import ORIGIN, Origin, absolute, origin_bytes
 from fastln.plan import prepared
 from fastln.processes import gathered, is_first_process, own_class
+from fastln.rounding import warn_of_rounding
 
 logger = logging.getLogger(__name__)
 
@@ -291,37 +291,17 @@ def adapter_type(folder: Path) -> str:
     return kind
 
 
+def named_class(folder: Path) -> str | None:
+    """Return the name of the class that the adapter or checkpoint in a folder is for; None if it does not say."""
+    if (folder / CONFIG).is_file():
+        return (_config(folder).get("auto_mapping") or {}).get("base_model_class")
+    path = folder / "config.json"
+    return (json.loads(path.read_text(encoding="utf-8")).get("architectures") or [None])[0] if path.is_file() else None
+
+
 def named_base(folder: Path) -> str | None:
     """Return where the base of the adapter in a folder came from; None if its configuration does not say."""
     return _config(folder).get("base_model_name_or_path") if (folder / CONFIG).is_file() else None
-
-
-def warn_of_rounding(exact: Mapping[str, Tensor], kept: Mapping[str, Tensor], advice: str, stacklevel: int = 3) -> None:
-    """Warn if values of `exact` were rounded in `kept`: how many, and by how much.
-
-    Args:
-        exact: tensors by name.
-        kept: the same names and more, perhaps in other dtypes.
-        advice: how to keep the exact values; the end of the warning.
-        stacklevel: as `warnings.warn` takes it.
-    """
-    n_values = n_rounded = 0
-    largest = 0.0
-    dtypes = set()
-    for name, tensor in exact.items():
-        before, after = tensor.double().cpu(), kept[name].detach().double().cpu()
-        rounded = before != after
-        n_values += tensor.numel()
-        if rounded.any():
-            n_rounded += int(rounded.sum())
-            largest = max(largest, float((before - after).abs().max()))
-            dtypes.add(str(kept[name].dtype).removeprefix("torch."))
-    if n_rounded:
-        warnings.warn(
-            f"{', '.join(sorted(dtypes))} rounds {n_rounded:,} of {n_values:,} tuned values, by up to {largest:.1e}; "
-            f"{advice}",
-            stacklevel=stacklevel,
-        )
 
 
 def _owner(name: str) -> str:

@@ -275,6 +275,11 @@ def save_trained_adapter(
         raise FastLNError(f"{directory}: the adapter cannot be written: {error}") from error
 
 
+def is_norms_and_lora(trained: nn.Module) -> bool:
+    """Whether both norms and peft's layers train in what `put_method` returned, so that no adapter holds all of it."""
+    return isinstance(trained, peft.PeftModel) and prepared(trained.get_base_model()) is not None
+
+
 def write_trained_adapter(trained: nn.Module, folder: Path, dtype: torch.dtype | None, origin: Origin | None) -> None:
     """Write the files of an adapter into an existing folder; the arguments are those of `save_trained_adapter`.
 
@@ -282,10 +287,10 @@ def write_trained_adapter(trained: nn.Module, folder: Path, dtype: torch.dtype |
         NoAdapterError: for what no adapter can hold. Nothing is written then.
         OSError: if a file cannot be written.
     """
+    if is_norms_and_lora(trained):
+        raise NoAdapterError("an adapter holds either norms or peft's layers, and here both train")
     if not isinstance(trained, peft.PeftModel):
         contents = adapter_contents(trained, dtype, origin)
-    elif prepared(trained.get_base_model()) is not None:
-        raise NoAdapterError("an adapter holds either norms or peft's layers, and here both train")
     else:
         config = trained.active_peft_config
         config.base_model_name_or_path = (origin and origin.source) or name_or_path(trained.get_base_model())

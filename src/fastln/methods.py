@@ -381,8 +381,9 @@ def describe_other_norms(model: nn.Module, trained: Collection[str], scope: str 
     ]
     if not norms or not left_out:
         return None
+    count = "1 norm does" if len(left_out) == 1 else f"{len(left_out)} norms do"
     return (
-        f"{len(left_out)} norms do not train, for example {left_out[0]}: norm tuning leaves out group and batch norms, "
+        f"{count} not train, for example {left_out[0]}: norm tuning leaves out group and batch norms, "
         "and norms whose scale comes from a layer inside them; to train them, list their modules in `also`"
     )
 

@@ -16,9 +16,9 @@ from torch import Tensor, nn
 from fastln.changes import Marks, mark_buffers
 from fastln.decision import Change, Plan, Stay
 from fastln.errors import FastLNError
-from fastln.families.norms import norm_eps
 from fastln.families.parts import pretrained_models
 from fastln.families.recognise import Found, recognise
+from fastln.fits import check_fits, check_values, class_name, joined
 from fastln.machine import settle_device, why_no_arena
 from fastln.methods import (
     RANDOM_HEADS,
@@ -29,7 +29,7 @@ from fastln.methods import (
     select_parameters,
     settle_scope,
 )
-from fastln.ops import NormKind, OpSettings
+from fastln.ops import OpSettings
 from fastln.ops.backends import resolve
 from fastln.standins.attention import NAME, ViewSpec, flash_views
 from fastln.standins.norm import Float32Parameters
@@ -180,8 +180,8 @@ def apply(plan: Plan, model: nn.Module) -> None:
         BaseException: Any exception from a step, including KeyboardInterrupt. All changes are undone first.
     """
     _check_stock(model)
-    _check_fits(plan, model)
-    _check_values(plan, model)
+    check_fits(plan, model)
+    check_values(plan, model)
     with torch.inference_mode(False):  # tensors that are made under it never train
         _carry_out(plan, model)
 
@@ -197,7 +197,7 @@ def _carry_out(plan: Plan, model: nn.Module) -> None:
         for change in plan.changes:
             dtypes = dict(change.dtypes)
             for own, dtype in dtypes.items():
-                name = _joined(change.name, own)
+                name = joined(change.name, own)
                 before[name] = model.get_parameter(name).data
                 state.dtypes[name] = dtype
             place = Place(model, change.name, change.detail, plan.settings, dtypes, state.undo)
@@ -287,7 +287,7 @@ class _Decider:
             keeps=row.keeps,
             products=self._settings.products if row.has_products else None,
             reason=row.reason,
-            stock=_class_name(self._modules[entry.name]),
+            stock=class_name(self._modules[entry.name]),
             detail=detail,
             dtypes=dtypes,
         )
@@ -363,7 +363,12 @@ def _left_out(trick: str) -> str:
 
 
 def _describe_unused(without: tuple[str, ...], decided: Iterable[Change | Stay]) -> str | None:
-    """Describe which names in `without` left nothing out; None if all did, or were there for heads that may come."""
+    """Describe which names in `without` left nothing out; None if all did, or were there for heads that may come.
+
+    Who leaves out everything means no change in particular.
+    """
+    if set(without) == set(TRICKS):
+        return None
     reasons = {entry.reason for entry in decided}
     unused = [name for name in without if name != RANDOM_HEADS and _left_out(name) not in reasons]
     return f"without {', '.join(map(repr, unused))} has no effect on this model here" if unused else None
@@ -404,64 +409,3 @@ def _check_stock(model: nn.Module) -> None:
             f"{inside!r} in this model, or a model around it, is already prepared; restore that first, then prepare "
             "the outermost model and use `scope` to choose the sub-models to tune"
         )
-
-
-def _check_fits(plan: Plan, model: nn.Module) -> None:
-    modules = dict(model.named_modules())
-    parameters = {name for name, _ in model.named_parameters()}
-    for change in plan.changes:
-        module = modules.get(change.name)
-        if module is None or _class_name(module) != change.stock:
-            held = "no such module" if module is None else f"a {_class_name(module)}"
-            raise FastLNError(
-                f"the plan is for another model: it expects {change.name!r} to be a {change.stock}, but this "
-                f"{type(model).__name__} has {held} there"
-            )
-        for own, dtype in change.dtypes:
-            if (held := module.get_parameter(own).dtype) != dtype:
-                raise FastLNError(
-                    f"the plan is for a model in another dtype: {_joined(change.name, own)} is {dtype} in it, and "
-                    f"{held} here; plan with a model of this dtype"
-                )
-        if isinstance(change.detail, NormKind) and norm_eps(module) != change.detail.eps:
-            raise FastLNError(
-                f"the plan is for another model: the norm {change.name!r} has eps {change.detail.eps} in it, and "
-                f"{norm_eps(module)} here"
-            )
-    here = next((parameter.device for parameter in model.parameters()), torch.device(plan.device))
-    if here.type not in ("meta", torch.device(plan.device).type):
-        logger.warning(
-            "the plan is for device %s, and this model is on %s: move it there before it runs", plan.device, here
-        )
-    if missing := sorted(plan.trained - parameters):
-        raise FastLNError(
-            f"the plan is for another model: it trains {missing[0]!r}, but this {type(model).__name__} has no such "
-            "parameter"
-        )
-
-
-def _check_values(plan: Plan, model: nn.Module) -> None:
-    """Raise an error if parameters cannot train. A model that is wholly on meta may get its values later."""
-    parameters = dict(model.named_parameters())
-    made_in_inference = next((name for name, parameter in parameters.items() if parameter.is_inference()), None)
-    if made_in_inference is not None:
-        raise FastLNError(
-            f"{made_in_inference} was made under torch.inference_mode(), so no gradient can pass it: make or load the "
-            "model outside of it"
-        )
-    unloaded = sorted(name for name in plan.trained if parameters[name].is_meta)
-    is_offloaded = any("_hf_hook" in vars(module) for module in model.modules())
-    if unloaded and (is_offloaded or not all(parameter.is_meta for parameter in parameters.values())):
-        raise FastLNError(
-            f"{len(unloaded)} parameters that would train have no values, for example {unloaded[0]}: their modules are "
-            "offloaded to the CPU or a disk, or were never loaded; load them onto a device (a device_map without "
-            "offload), or leave them out with `scope`"
-        )
-
-
-def _class_name(module: nn.Module) -> str:
-    return f"{type(module).__module__}.{type(module).__qualname__}"
-
-
-def _joined(module: str, own: str) -> str:
-    return f"{module}.{own}" if module else own

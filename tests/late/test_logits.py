@@ -162,7 +162,7 @@ def test_every_use(use, d, computed):
         torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("ask", ["retain_grad", "register_hook", "grad"])
+@pytest.mark.parametrize("ask", ["retain_grad", "register_hook", "grad", "backward"])
 @pytest.mark.parametrize("use", LAZY_USES)
 def test_gradients_of_logits_whose_loss_was_computed_without_them(use, ask):
     """They are there for who asks, and so are the gradients of what the logits are made of."""
@@ -173,6 +173,9 @@ def test_gradients_of_logits_whose_loss_was_computed_without_them(use, ask):
         loss = LAZY_USES[use](logits)
         if ask == "grad":
             return torch.autograd.grad(loss, [logits, *tensors])
+        if ask == "backward":
+            loss.backward(inputs=[logits, *tensors])
+            return [logits.grad, *(tensor.grad for tensor in tensors)]
         if ask == "retain_grad":
             logits.retain_grad()
         else:

@@ -120,16 +120,25 @@ def odd_ones():
             "4 norms do not train, for example 1 (GroupNorm): norm tuning leaves out group and batch norms",
         ),
         ("layernorm", ("1", "3"), "2 norms do not train, for example 2 (AdaptiveLayerNorm): "),
-        ("layernorm+bias", (), "1 norms do not train, for example 5 (ParametrizedLayerNorm): "),
+        ("layernorm+bias", (), "1 norm does not train, for example 5 (ParametrizedLayerNorm): "),
         ("full", (), None),
     ],
 )
 def test_norms_that_stay_as_they_are_are_told_in_one_line(method, also, message, caplog):
     with caplog.at_level("WARNING", "fastln"):
         fastln.prepare(odd_ones(), method, also=also)
-    told = [text for text in caplog.messages if "norms do not train" in text]
+    told = [text for text in caplog.messages if "not train, for example" in text]
     assert len(told) == (message is not None)
     assert all(message in text for text in told)
+
+
+def test_a_layer_that_says_it_has_no_norm_is_none(caplog):
+    sizes = {"conv_dim": [8, 8], "conv_stride": [5, 2], "conv_kernel": [10, 3], "num_feat_extract_layers": 2}
+    model = transformers.Wav2Vec2Model(
+        transformers.Wav2Vec2Config(**SIZES, **sizes, num_conv_pos_embeddings=8, num_conv_pos_embedding_groups=4)
+    )
+    fastln.prepare(model)
+    assert "1 norm does not train, for example feature_extractor.conv_layers.0.layer_norm (GroupNorm)" in caplog.text
 
 
 def test_a_parametrized_norm_keeps_its_code_and_is_told_of(caplog):
@@ -140,7 +149,7 @@ def test_a_parametrized_norm_keeps_its_code_and_is_told_of(caplog):
     x = torch.randn(3, 8, dtype=torch.bfloat16)
     want = model(x)
     fastln.prepare(model)
-    assert "1 norms do not train, for example 2 (ParametrizedLayerNorm)" in caplog.text
+    assert "1 norm does not train, for example 2 (ParametrizedLayerNorm)" in caplog.text
     assert [name for name, p in model.named_parameters() if p.requires_grad] == ["0.weight", "0.bias"]
     torch.testing.assert_close(model(x), want)
 
@@ -151,7 +160,7 @@ def test_a_sub_model_that_is_frozen_is_not_told_of(caplog):
     for scope, n_told in (("text", 0), ("vision", 1), (None, 1), ("LN-F-F", 0), ("F-LN-F", 1)):
         caplog.clear()
         fastln.restore(fastln.prepare(clip, scope=scope))
-        assert sum("1 norms do not train" in text for text in caplog.messages) == n_told, scope
+        assert sum("1 norm does not train" in text for text in caplog.messages) == n_told, scope
 
 
 def test_what_a_forward_raises_that_looks_like_a_norms_is_in_the_debug_log(caplog):

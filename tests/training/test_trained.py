@@ -22,6 +22,7 @@ from fastln.fingerprint import FINGERPRINT, fingerprint
 from fastln.models.tokens import word_tokenizer
 from fastln.plan import prepared
 from fastln.training import checkpoints
+from fastln.training.tasks import load_values
 from fastln.training.trained import load_trained, trained_parameters
 
 CVT = {
@@ -263,6 +264,45 @@ def test_what_no_adapter_holds_loads_by_its_plain_names_and_other_loaders_say_so
     ):
         with pytest.raises(Exception, match=re.escape("call fastln.load_adapter(base, folder)")):
             load(checkpoint)
+
+
+@pytest.mark.parametrize("method", ["lora", "layernorm+lora"])
+def test_a_new_head_beside_lora_resumes_on_a_base_with_other_random_values(method, tmp_path, caplog):
+    llama().model.save_pretrained(tmp_path / "base")
+
+    def run():
+        model = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+        return FastLNTrainer(model, arguments(tmp_path, max_steps=4), train_dataset=Sentences(), method=method)
+
+    stopped = run()
+    stopped.add_callback(Stop(2))
+    stopped.train()
+    trained = state(stopped.model)
+    torch.manual_seed(5)
+    resumed = run()
+    load_trained(resumed.model, tmp_path / "checkpoint-2")
+    names = trained_parameters(resumed.model)
+    assert any("lm_head" in name for name in names)
+    assert all(torch.equal(parameter, trained[name]) for name, parameter in names.items())
+    ids = torch.arange(3, 9)[None]
+    with torch.no_grad():
+        want = resumed.model.eval()(input_ids=ids).logits
+        caplog.clear()
+        base = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+        got = load_values(base, tmp_path / "checkpoint-2").eval()(input_ids=ids).logits
+    torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
+    assert "has no effect" not in caplog.text
+
+
+def test_save_model_leaves_no_norm_out_beside_lora(tmp_path):
+    trainer = FastLNTrainer(llama(), arguments(tmp_path), train_dataset=Sentences(), method="layernorm+lora")
+    with torch.no_grad():
+        for parameter in trained_parameters(trainer.model).values():
+            parameter.add_(0.1)
+    trainer.save_model(str(tmp_path / "model"))
+    again = FastLNTrainer(llama(), arguments(tmp_path), train_dataset=Sentences(), method="layernorm+lora")
+    load_trained(again.model, tmp_path / "model")
+    assert same(again.model, state(trainer.model))
 
 
 SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in ("dora", "ia3", "vera", "p-tuning")]

@@ -82,7 +82,7 @@ def find_other_norms(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
         if not any(True for _ in module.parameters()):
             continue
         if isinstance(module, _OVER_OTHER_DIMENSIONS) or (
-            "Norm" in type(module).__name__
+            "Norm" in type(module).__name__.replace("NoLayerNorm", "")  # speech encoders' layers without a norm
             and not any(_is_reached(inner) or isinstance(inner, _OVER_OTHER_DIMENSIONS) for inner in module.modules())
         ):
             yield name, module

@@ -58,7 +58,9 @@ class LazyRows(LateTensor):
     ) -> Any:
         """As for every late tensor, except for calls that ask for a gradient."""
         if asks_for_gradient(func, args):
-            of = (kwargs or {}).get("inputs", args[1:2]) if func is torch.autograd.grad else args[:1]
+            of: Any = args[:1]
+            if func in (torch.autograd.grad, torch.autograd.backward):
+                of = (kwargs or {}).get("inputs", args[1:2] if func is torch.autograd.grad else ())
             for x in tree_leaves(of):
                 if isinstance(x, LazyRows):
                     x._check_gradient()

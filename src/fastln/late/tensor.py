@@ -156,7 +156,7 @@ def _writes(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, A
 _IN_PLACE_AT = {F.relu: 1, F.silu: 1, F.dropout: 3}  # the place of the argument `inplace`
 
 GRAD = vars(torch._C.TensorBase)["grad"]
-OF_GRADIENTS = {Tensor.retain_grad, Tensor.register_hook, torch.autograd.grad}
+OF_GRADIENTS = {Tensor.retain_grad, Tensor.register_hook, torch.autograd.grad, torch.autograd.backward}
 """The functions with which a caller asks for the gradient of a tensor."""
 
 

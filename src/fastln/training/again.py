@@ -12,11 +12,11 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import ModulesToSaveWrapper
 from torch import Tensor, nn
 
-from fastln.adapters import warn_of_rounding
 from fastln.engines import PROMPT_METHODS, SETTINGS, WRAPPER, MethodSettings, put_method, to_stock
 from fastln.errors import FastLNError
 from fastln.plan import apply, prepared
 from fastln.prepare import restore
+from fastln.rounding import warn_of_rounding
 
 logger = logging.getLogger(__name__)
 

@@ -7,12 +7,13 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
+from peft import PeftModel
 from torch import nn
 from transformers import TrainingArguments
 
 from fastln.errors import FastLNError
 from fastln.methods import describe_parameters, norm_parameters
-from fastln.plan import settle_without
+from fastln.plan import prepared, settle_without
 from fastln.training.again import put_method_again
 from fastln.training.method_trainer import MethodTrainer
 from fastln.training.optimizer import MasterAdamW
@@ -98,6 +99,9 @@ class FastLNTrainer(MethodTrainer):
     @property
     def _method_arguments(self) -> dict[str, Any]:
         scope, also = self._method["scope"], self._method["also"]
+        model = self.model.get_base_model() if isinstance(self.model, PeftModel) else self.model
+        if (state := prepared(model)) is not None:
+            also = state.plan.also  # with new heads, which another load of the base may not show
         return {
             "method": self._method["method"],
             "engine": self._method["engine"],

@@ -20,7 +20,7 @@ from transformers import (
     ProcessorMixin,
 )
 
-from fastln.adapters import LN_TUNING, PARTS, adapter_type, load_adapter
+from fastln.adapters import LN_TUNING, PARTS, adapter_type, load_adapter, named_class
 from fastln.errors import FastLNError, loading
 from fastln.files import STAGING, user_path, written_whole
 from fastln.merge import save_merged
@@ -79,7 +79,7 @@ def merge_into_base(base: str | None, adapter: Path, out: Path, *, check_base: b
         model, tools = _load_task(base, adapter)
     else:
         with loading(base):
-            model, tools = _load(base)
+            model, tools = _load(base, named_class(adapter))
     if kind == LN_TUNING:
         # In a prepared model the norms are float32, so they are rounded last, with a warning. The model never runs.
         apply(plan(model, without=TRICKS, backend="reference"), model)
@@ -136,13 +136,19 @@ def _resize(model: PreTrainedModel, tools: dict[str, Any], size: int) -> None:
         processor.image_processor = images
 
 
-def _load(base: str) -> tuple[PreTrainedModel, dict[str, Any]]:
-    """Return the model and its companions by kind: its tokenizer and preprocessing."""
+def _load(base: str, named: str | None) -> tuple[PreTrainedModel, dict[str, Any]]:
+    """Return the model and its companions by kind: its tokenizer and preprocessing.
+
+    Args:
+        base: a directory or hub name.
+        named: the class that the adapter names; it may be another than the checkpoint's, as where a head was added.
+    """
     if llava_med.is_llava_med(base):
         llava, tokenizer, images = llava_med.load(base, "auto")
         return llava, {"tokenizer": tokenizer, "processor": llava_processor(llava.config, images, tokenizer)}
     names = AutoConfig.from_pretrained(base).architectures or [""]
-    model = getattr(transformers, names[0], AutoModel).from_pretrained(base, dtype="auto")
+    cls = getattr(transformers, named or "", None) or getattr(transformers, names[0], AutoModel)
+    model = cls.from_pretrained(base, dtype="auto")
     has_tokenizer = any(file_of(base, name) for name in TOKENIZER_FILES)
     preprocessor = file_of(base, PREPROCESSOR)
     tools = {}

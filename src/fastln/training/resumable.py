@@ -18,6 +18,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from fastln.adapters import TRAINED, name_or_path
 from fastln.changes import Marks, frozen, mark_buffers, marks
+from fastln.engines import is_norms_and_lora
 from fastln.errors import FastLNError
 from fastln.files import expanded
 from fastln.origin import ORIGIN, Origin
@@ -121,10 +122,14 @@ class ResumableTrainer(Trainer):
         return super()._prepare_for_training(*args, **kwargs)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Save the whole model as the Trainer does; in a checkpoint, only what changed."""
-        if self._staging is None or self._sharded:
+        """Save the whole model as the Trainer does; in a checkpoint, only what changed.
+
+        Norms beside LoRA are saved as in a checkpoint too, because peft's form would leave the norms out.
+        """
+        if self._sharded or (self._staging is None and not is_norms_and_lora(self.model)):
             super().save_model(output_dir, _internal_call)
         elif self.args.should_save:
+            self._mark_start()
             folder = Path(output_dir or self.args.output_dir)
             folder.mkdir(parents=True, exist_ok=True)
             save_trained(self.model, folder, self._frozen or {}, self._origin, self._method_arguments)
@@ -134,6 +139,8 @@ class ResumableTrainer(Trainer):
             if tools is not None:
                 tools.save_pretrained(folder)
             torch.save(self.args, folder / TRAINING_ARGS_NAME)
+            if self.args.push_to_hub and not _internal_call:
+                self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         if not self._sharded:

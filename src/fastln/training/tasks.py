@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from fastln.adapters import CONFIG, PARTS, WHOLE, adapter_type, named_base, warn_of_rounding
+from fastln.adapters import CONFIG, PARTS, WHOLE, adapter_type, named_base
 from fastln.data import Source
 from fastln.engines import load_trained_adapter, put_method, to_stock
 from fastln.errors import FastLNError, loading
@@ -19,6 +19,7 @@ from fastln.methods import RANDOM_HEADS, get_method, norm_parameters, select_par
 from fastln.models import Kept, Task, VQATask, is_bare, load_task
 from fastln.origin import ORIGIN, read_origin
 from fastln.plan import prepared
+from fastln.rounding import warn_of_rounding
 from fastln.standins.tricks import TRICKS
 from fastln.training.config import TrainConfig
 from fastln.training.trained import load_trained

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from peft import PeftModel
+from peft.utils import ModulesToSaveWrapper
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -67,7 +68,7 @@ def save_trained(model: nn.Module, folder: Path, before: Marks, origin: Origin, 
             (folder / CONFIG).write_bytes(parts_configuration(base, origin))
     state = {name: tensor.detach().cpu().contiguous() for name, tensor in (trains | others).items()}
     rest = {name: tensor for name, tensor in state.items() if not _same(_find(name, stored, model), tensor)}
-    found = fingerprint(model, state.keys() | _plain(stored))
+    found = fingerprint(model, state.keys() | _plain(stored) | _out_of_use(model))
     if rest:
         save_file(rest, folder / (WHOLE if whole else TRAINED), {"format": "pt", FINGERPRINT: found})
     if (states := extra_states(model)) is not None:
@@ -95,18 +96,19 @@ def load_trained(model: nn.Module, folder: Path) -> None:
     for name in [*trains, *entries.get("changed", ())]:
         tensor = _find(name, stored, model)
         if tensor is None or name not in places:
-            raise FastLNError(
-                f"{folder}: it is from another model: only {'this' if tensor is None else 'that'} has {name}"
-            )
+            lacks = "it has no" if tensor is None else "this model has no"
+            raise FastLNError(f"{folder}: it is from another model: {lacks} {name}; resume with the model of that run")
         if name in trains and tensor.shape != places[name].shape:
             wrong = f"{name} has shape {(*tensor.shape,)} there and {(*places[name].shape,)} here"
             resized = vocabulary_differs(entries.get("fingerprint"), model)
             raise FastLNError(f"{folder}: it is from another model: {resized or wrong}")
         state[name] = tensor
-    base = entries.get("fingerprint")
-    if base is None and (folder / TRAINED).is_file():  # as earlier versions wrote it
+    base, without = entries.get("fingerprint"), state.keys() | _plain(stored)
+    if base is not None:
+        without |= _out_of_use(model)
+    elif (folder / TRAINED).is_file():  # as earlier versions wrote it
         base = read_tensors(folder / TRAINED)[1].get(FINGERPRINT)
-    if base is not None and (differs := difference(base, model, state.keys() | _plain(stored))) is not None:
+    if base is not None and (differs := difference(base, model, without)) is not None:
         raise FastLNError(
             f"{folder}: it is from another base model: {differs}; resume with that base, or start a new training"
         )
@@ -143,6 +145,13 @@ def _find(name: str, stored: dict[str, Tensor], model: nn.Module) -> Tensor | No
 
 def _plain(stored: dict[str, Tensor]) -> set[str]:
     return {name.removeprefix(PEFT_PREFIX).replace(TUNED, ".") for name in stored}
+
+
+def _out_of_use(model: nn.Module) -> set[str]:
+    """Return the names of what peft keeps of modules that train whole, as they were: a new head is random there."""
+    kept = [name for name, module in model.named_modules() if isinstance(module, ModulesToSaveWrapper)]
+    inside = tuple(f"{name}.original_module." for name in kept)
+    return {name for name, _ in model.named_parameters() if name.startswith(inside)}
 
 
 def _same(one: Tensor | None, other: Tensor) -> bool:
