@@ -27,9 +27,8 @@ def watch_norms(model: nn.Module, *optimizers: torch.optim.Optimizer) -> NormWat
         optimizer = torch.optim.AdamW(...)
         watch = fastln.watch_norms(model, optimizer)
 
-    From then on `optimizer.step()` raises a `FastLNError` if a norm gets gradients but does not move, if half of the
-    norms or more get no gradient for `STRETCH` steps, or if a norm becomes NaN. A warning names fewer norms without a
-    gradient. Call `watch.finish()` after a short training, and `watch.remove()` to stop watching.
+    From then on `optimizer.step()` raises a `FastLNError` if a norm gets gradients but does not move, if no norm at all
+    gets a gradient in `STRETCH` steps, or if a norm becomes NaN. A warning names single norms without a gradient. Call `watch.finish()` after a short training, and `watch.remove()` to stop watching.
 
     Args:
         model: The model, as it will train, before its first step.
@@ -138,7 +137,7 @@ class NormWatch:
         if self.n_steps % STRETCH == 0:
             check_finite(self.began_finite, self.n_steps)
         if self.n_steps == STRETCH and (complaint := self._complaint()):
-            if 2 * len(self._without_gradient | self._only_zeros) >= len(parameters):
+            if len(self._without_gradient | self._only_zeros) == len(parameters):
                 raise FastLNError(complaint)
             logger.warning("%s", complaint)
 

@@ -26,7 +26,7 @@ class MethodTrainer(ResumableTrainer):
     """A Trainer that monitors the training of a method.
 
     It watches the norms as `fastln.watch_norms` does. It stops with a `FastLNError` if a trained norm gets gradients
-    and does not move, if most norms get none, if one becomes NaN, or if the loss is NaN. If one of several processes
+    and does not move, if no norm gets any, if one becomes NaN, or if the loss is NaN. If one of several processes
     stops, all do.
     It updates AdaLoRA's ranks. Its log has the mean |Δγ|, samples and tokens per second, and the peak memory.
     Activation checkpointing is not reentrant, as in every prepared model.
