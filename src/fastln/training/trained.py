@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from peft import PeftModel
+from peft.utils import ModulesToSaveWrapper
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -67,7 +68,7 @@ def save_trained(model: nn.Module, folder: Path, before: Marks, origin: Origin, 
             (folder / CONFIG).write_bytes(parts_configuration(base, origin))
     state = {name: tensor.detach().cpu().contiguous() for name, tensor in (trains | others).items()}
     rest = {name: tensor for name, tensor in state.items() if not _same(_find(name, stored, model), tensor)}
-    found = fingerprint(model, state.keys() | _plain(stored))
+    found = fingerprint(model, state.keys() | _plain(stored) | _originals(model))
     if rest:
         save_file(rest, folder / (WHOLE if whole else TRAINED), {"format": "pt", FINGERPRINT: found})
     if (states := extra_states(model)) is not None:
@@ -106,7 +107,8 @@ def load_trained(model: nn.Module, folder: Path) -> None:
     base = entries.get("fingerprint")
     if base is None and (folder / TRAINED).is_file():  # as earlier versions wrote it
         base = read_tensors(folder / TRAINED)[1].get(FINGERPRINT)
-    if base is not None and (differs := difference(base, model, state.keys() | _plain(stored))) is not None:
+    without = state.keys() | _plain(stored) | _originals(model)
+    if base is not None and (differs := difference(base, model, without)) is not None:
         raise FastLNError(
             f"{folder}: it is from another base model: {differs}; resume with that base, or start a new training"
         )
@@ -143,6 +145,16 @@ def _find(name: str, stored: dict[str, Tensor], model: nn.Module) -> Tensor | No
 
 def _plain(stored: dict[str, Tensor]) -> set[str]:
     return {name.removeprefix(PEFT_PREFIX).replace(TUNED, ".") for name in stored}
+
+
+def _originals(model: nn.Module) -> set[str]:
+    """Return the names of what peft keeps of the modules that train whole: unused, and random in a new head."""
+    return {
+        f"{name}.original_module.{own}"
+        for name, module in model.named_modules()
+        if isinstance(module, ModulesToSaveWrapper)
+        for own, _ in module.original_module.named_parameters()
+    }
 
 
 def _same(one: Tensor | None, other: Tensor) -> bool:
