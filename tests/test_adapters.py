@@ -332,6 +332,12 @@ def test_a_damaged_adapter_is_named_and_the_model_stays(damage, message, tmp_pat
     assert all(torch.equal(tensor, stock[name]) for name, tensor in model.state_dict().items())
 
 
+def test_a_run_given_as_an_adapter_is_told_where_its_adapter_is(tmp_path):
+    fastln.save_adapter(tuned("bert"), tmp_path / "adapter")
+    with pytest.raises(FastLNError, match=rf"in this folder; {tmp_path / 'adapter'} is an adapter"):
+        fastln.load_adapter(family_models.make("bert"), tmp_path)
+
+
 def test_a_full_disk_leaves_the_old_adapter_whole(tmp_path, monkeypatch):
     model = tuned("bert")
     fastln.save_adapter(model, tmp_path)

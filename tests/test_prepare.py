@@ -303,7 +303,7 @@ def test_bitfit_asks_a_norm_for_dbeta_alone():
         ({"method": "layernrm"}, "did you mean 'layernorm'"),
         ({"method": "lora"}, "adds peft modules to the model"),
         ({"scope": "visoin"}, "did you mean 'vision'"),
-        ({"scope": "decoder"}, "matches nothing in BertModel"),
+        ({"scope": "decoder"}, r"matches nothing in BertModel \(it has no sub-models; name modules\)"),
         ({"scope": ()}, "scope is empty"),
         ({"scope": "encoder.layer.7"}, "unknown scope 'encoder.layer.7'; did you mean 'encoder.layer.[01]'"),
         ({"scope": "not:embeddings.dropout"}, "embeddings.dropout has no parameter of its own in BertModel"),

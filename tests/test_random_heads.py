@@ -205,3 +205,17 @@ def test_a_float16_head_stays_finite_in_the_trainer(bert, tmp_path):
     FastLNTrainer(model, arguments(tmp_path, save_strategy="no", max_steps=4), train_dataset=Sentences()).train()
     assert model.classifier.weight.isfinite().all()
     assert not torch.equal(model.classifier.weight, start)
+
+
+@pytest.mark.parametrize("method", ["layernorm", "lora"])
+def test_a_run_resumes_on_a_model_whose_new_head_was_drawn_anew(method, vit, tmp_path, caplog):
+    def trainer(steps):
+        args = arguments(tmp_path, save_steps=2, max_steps=steps)
+        return FastLNTrainer(vit(), args, train_dataset=Pictures(), method=method)
+
+    trainer(2).train()
+    drawn = trainer(4)
+    with caplog.at_level(logging.INFO, "fastln"):
+        drawn.train(resume_from_checkpoint=True)
+    assert f"continuing from {tmp_path / 'checkpoint-2'}" in caplog.text
+    assert drawn.state.global_step == 4

@@ -434,7 +434,9 @@ def _config(folder: Path) -> dict[str, Any]:
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise FastLNError(f"{folder}: there is no {CONFIG} in this folder; an adapter has one") from None
+        inner = folder / "adapter"  # as `fastln train` names it
+        hint = f"; {inner} is an adapter" if (inner / CONFIG).is_file() else "; an adapter has one"
+        raise FastLNError(f"{folder}: there is no {CONFIG} in this folder{hint}") from None
     except (OSError, ValueError) as error:
         raise FastLNError(f"{path}: cannot be read: {error}") from error
     if not isinstance(config, dict):

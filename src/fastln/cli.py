@@ -22,7 +22,8 @@ app = typer.Typer(
     add_completion=False,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
-    context_settings={"help_option_names": ["-h", "--help"]},
+    rich_markup_mode=None,  # its columns cut the names of options short in 80 columns
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 120},
 )
 
 Data = Annotated[str, typer.Option(help="'phantom' (embedded, synthetic), or a dataset's folder or file.")]
@@ -93,7 +94,7 @@ class TrainCommand(ConfiguredCommand):
         }
 
 
-@app.command(cls=OptionalValues)
+@app.command(cls=OptionalValues, short_help="Compare the speed, memory and answers of methods.")
 def bench(
     out: Annotated[Path, typer.Option(help="Folder for results.json, results.md and results.png.")] = Path(
         "runs/bench"
@@ -154,7 +155,7 @@ def bench(
         raise typer.Exit(1)
 
 
-@app.command(cls=TrainCommand)
+@app.command(cls=TrainCommand, short_help="Tune a model, save it, and score its answers.")
 def train(
     out: Annotated[Path, typer.Option(help="Folder for the trained model and its log.")] = Path("runs/train"),
     data: Data = "phantom",
@@ -259,7 +260,7 @@ def train(
     run_training(run, out, resume=resume, overwrite=overwrite, features=features, dry_run=dry_run)
 
 
-@app.command("eval", cls=ConfiguredCommand)
+@app.command("eval", cls=ConfiguredCommand, short_help="Score a model's answers or its reports.")
 def evaluate(
     model: Annotated[
         str | None,
@@ -312,7 +313,7 @@ def evaluate(
     run_evaluation(run, features)
 
 
-@app.command(cls=ConfiguredCommand)
+@app.command(cls=ConfiguredCommand, short_help="Merge an adapter into its base model.")
 def merge(
     adapter: Annotated[
         Path, typer.Argument(help="Adapter or checkpoint folder, such as OUT/adapter; written by fastln or peft.")
@@ -335,7 +336,7 @@ def merge(
     merge_into_base(base, adapter, out, check_base=check_base)
 
 
-@app.command()
+@app.command(short_help="Show what this machine has, and the plan for a model.")
 def doctor(
     model: Annotated[
         str | None,

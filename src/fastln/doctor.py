@@ -126,7 +126,7 @@ def render(findings: dict[str, Any]) -> str:
     lines += [
         "machine",
         f"  {'system':16} {machine['system']}, Python {machine['python']}",
-        f"  {'cpu':16} {machine['cpu']}, {machine['threads']} threads",
+        f"  {'cpu':16} {machine['cpu']}, {machine['threads']} thread(s)",
         f"  {'memory':16} {memory}",
         f"  {'vectors':16} {' '.join(machine['cpu_vectors']) or 'none known'}",
         f"  {'gpu':16} {machine['gpu'] or 'none'}",

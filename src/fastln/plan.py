@@ -346,7 +346,7 @@ class _Decider:
         if choice.backend != "cpu":
             return Stay(entry.name, entry.label, choice.reason)
         if id(self._modules[entry.name].weight) in self._trained:
-            return Stay(entry.name, entry.label, "its weight trains")
+            return Stay(entry.name, entry.label, "the weight trains")
         return self._known(entry)
 
 

@@ -28,7 +28,8 @@ def watch_norms(model: nn.Module, *optimizers: torch.optim.Optimizer) -> NormWat
         watch = fastln.watch_norms(model, optimizer)
 
     From then on `optimizer.step()` raises a `FastLNError` if a norm gets gradients but does not move, if no norm at all
-    gets a gradient in `STRETCH` steps, or if a norm becomes NaN. A warning names single norms without a gradient. Call `watch.finish()` after a short training, and `watch.remove()` to stop watching.
+    gets a gradient in `STRETCH` steps, or if a norm becomes NaN. A warning names single norms without a gradient. Call
+    `watch.finish()` after a short training, and `watch.remove()` to stop watching.
 
     Args:
         model: The model, as it will train, before its first step.

@@ -20,7 +20,7 @@ from fastln.errors import FastLNError
             "there is no split 'tset'; the splits are train, validation, test; did you mean 'test'?",
         ),
         (("phantom", ""), 0, "the splits are train, validation, test"),
-        (("phantom", "validation"), 0, "validation_fraction, now 0"),
+        (("phantom", "validation"), 0, "--validation (validation_fraction), now 0"),
         (("phantom", "train"), 1.0, "up to but not including 1, not 1.0"),
         (("phantom", "train"), -0.1, "not -0.1"),
         (("phantom", "train"), float("nan"), "not nan"),
@@ -80,7 +80,8 @@ def test_options_that_do_not_go_with_the_data(tmp_path, options, reason):
 def test_a_published_validation_split_is_the_one():
     source = load_source("phantom")
     with pytest.raises(
-        FastLNError, match=r"has no validation split, only train, test; validation_fraction, now 0, can"
+        FastLNError,
+        match=r"has no validation split, only train, test; --validation \(validation_fraction\), now 0, can",
     ):
         source.dataset("validation")
     published = dataclasses.replace(source, splits=source.splits | {"validation": source.splits["test"]})

@@ -157,7 +157,8 @@ class Source:
     def _split(self, split: str) -> list[Sample]:
         if split in self.splits:
             return self.splits[split]
-        hint = "; validation_fraction, now 0, can set some training questions aside" if split == "validation" else ""
+        aside = "; --validation (validation_fraction), now 0, can set some training questions aside"
+        hint = aside if split == "validation" else ""
         raise FastLNError(f"{self.name} has no {split} split, only {', '.join(self.splits)}{hint}")
 
 

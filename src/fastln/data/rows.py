@@ -146,11 +146,10 @@ class RowChecker:
         count = f"{n_bad:,} bad row(s) of {self._n_rows:,}"
         lines = listing(self._problems)
         if not self._options.skips(n_bad, self._n_rows):
-            limit = f", more than the {most} that may be skipped" if most else ""
-            raise FastLNError(
-                f"{count}, counted from 0:\n  {lines}\n"
-                f"That was {count}{limit}; --skip-bad-rows (DataOptions.skip_bad_rows) leaves them out."
-            )
+            told = "--skip-bad-rows (DataOptions.skip_bad_rows) leaves them out"
+            if most:
+                told = f"more than the {most} that may be skipped; --skip-bad-rows without a limit leaves them out"
+            raise FastLNError(f"{count}, counted from 0:\n  {lines}\nThat was {count}{', ' if most else '; '}{told}.")
         logger.warning("skipped %s, counted from 0:\n  %s\nThat was %s, skipped.", count, lines, count)
 
     def source(

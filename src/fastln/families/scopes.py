@@ -94,9 +94,8 @@ def _in_one(model: nn.Module, key: str) -> set[str]:
         if key in present:
             return set(present[key])
         if not found:
-            raise FastLNError(
-                f"scope {key!r} matches nothing in {type(model).__name__} (it has: {', '.join(present) or 'none'})"
-            )
+            has = f"it has: {', '.join(present)}" if present else "it has no sub-models; name modules"
+            raise FastLNError(f"scope {key!r} matches nothing in {type(model).__name__} ({has})")
     if not found:
         near = difflib.get_close_matches(key, [*SCOPES, *modules], n=1)
         hint = f"; did you mean {near[0]!r}?" if near else ""

@@ -77,7 +77,7 @@ def _changes(model: nn.Module, engine: str) -> str:
 
 def _memory(model: nn.Module, saved: int, samples: list[Sample]) -> str:
     n_images = len({image for sample in samples for image in sample.images})
-    by = f"stored for backward by the largest batch, {len(samples)} questions on {n_images} images (measured)"
+    by = f"stored for backward by the largest batch, {len(samples)} questions on {n_images} image(s) (measured)"
     sizes = footprint(model, saved).describe(by)
     return f"memory, predicted: {sizes}; libraries and intermediate results come on top"
 

@@ -79,6 +79,7 @@ class ResumableTrainer(Trainer):
                 raise FastLNError(f"{resume_from_checkpoint}: {wrong}{hint}")
         if resume_from_checkpoint:
             self._tell_missing(Path(resume_from_checkpoint))
+            logger.info("continuing from %s", resume_from_checkpoint)
         return super().train(resume_from_checkpoint, *args, **kwargs)
 
     def _tell_missing(self, checkpoint: Path) -> None:
