@@ -454,7 +454,8 @@ def _config(folder: Path) -> dict[str, Any]:
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise FastLNError(f"{folder}: there is no {CONFIG} in this folder; an adapter has one") from None
+        wrong = f"there is no {CONFIG} in this folder; an adapter has one" if folder.is_dir() else "is no folder"
+        raise FastLNError(f"{folder}: {wrong}") from None
     except (OSError, ValueError) as error:
         raise FastLNError(f"{path}: cannot be read: {error}") from error
     if not isinstance(config, dict):

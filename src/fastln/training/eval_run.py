@@ -138,7 +138,7 @@ def _dtype(name: str, model: str | None, adapter: Path | None, device: torch.dev
     trained = read_origin(adapter)[0].dtype if adapter is not None else _saved_dtype(model or "")
     if trained not in DTYPES:
         return settle_dtype(name, device)
-    logger.info("dtype %s, as in training", trained)
+    logger.info("dtype %s, as %s", trained, "the model is saved" if adapter is None else "in training")
     return DTYPES[trained]
 
 
@@ -147,7 +147,7 @@ def _saved_dtype(model: str) -> str | None:
     if not Path(model).is_dir():
         return None
     try:
-        config = json.loads((Path(saved_model(model)) / "config.json").read_text())
+        config = json.loads((Path(saved_model(model)) / "config.json").read_text(encoding="utf-8"))
         return str(config.get("dtype") or config.get("torch_dtype"))
     except (OSError, ValueError, AttributeError):  # what loads the model says what is wrong with it
         return None
