@@ -6,6 +6,7 @@ import logging
 import shlex
 import shutil
 
+import peft
 import pytest
 import tiny
 import tiny_chat
@@ -15,14 +16,16 @@ from transformers import AutoModelForCausalLM
 
 import fastln
 from fastln.data import DataOptions, Source, load_source
+from fastln.engines import save_trained_adapter
 from fastln.errors import FastLNError
 from fastln.models import load_task
-from fastln.origin import read_origin
+from fastln.origin import Origin, read_origin
 from fastln.training import TrainConfig, eval_run
 from fastln.training import run as run_module
 from fastln.training.eval_run import EvalRun, run_evaluation
 from fastln.training.merge_run import merge_into_base
 from fastln.training.run import TrainRun, run_training
+from fastln.training.tasks import apply_method
 
 CONFIG = TrainConfig(epochs=2, head_epochs=1, batch_size=5)
 
@@ -112,6 +115,14 @@ def test_what_a_low_precision_rounds_of_the_norms_is_told(tmp_path, monkeypatch)
     )
     with pytest.warns(UserWarning, match=told):
         run_module.train_task(task, data, CONFIG, progress=False)
+
+
+def test_two_encoders_are_not_looked_for_on_the_hub(tmp_path, monkeypatch):
+    task = tiny.dual(tmp_path, tiny.phantom(12), torch.float32)
+    trained = apply_method(task, "lora")
+    monkeypatch.setattr(peft.utils.save_and_load, "check_file_exists_on_hf_hub", lambda *_: pytest.fail("asked"))
+    save_trained_adapter(trained, tmp_path / "adapter", origin=Origin(f"dual:{tmp_path},{tmp_path}"))
+    assert (tmp_path / "adapter" / "adapter_model.safetensors").is_file()
 
 
 @pytest.mark.usefixtures("few")
