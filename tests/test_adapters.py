@@ -332,6 +332,11 @@ def test_a_damaged_adapter_is_named_and_the_model_stays(damage, message, tmp_pat
     assert all(torch.equal(tensor, stock[name]) for name, tensor in model.state_dict().items())
 
 
+def test_a_folder_that_is_not_there_is_no_adapter(tmp_path):
+    with pytest.raises(FastLNError, match="nowhere: is no folder"):
+        fastln.load_adapter(family_models.make("bert"), tmp_path / "nowhere")
+
+
 def test_a_full_disk_leaves_the_old_adapter_whole(tmp_path, monkeypatch):
     model = tuned("bert")
     fastln.save_adapter(model, tmp_path)
