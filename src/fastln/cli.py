@@ -12,11 +12,11 @@ from typing import Annotated, Any
 
 import typer
 
-from fastln import __version__
 from fastln.configured import ConfiguredCommand, OptionalValues
 from fastln.errors import FastLNError
 from fastln.progress import around_bars, close_bars
 from fastln.reading import LAYOUTS
+from fastln.versions import package_version
 
 app = typer.Typer(
     add_completion=False,
@@ -62,7 +62,7 @@ ImageSize = Annotated[
 
 def _show_version(wanted: bool) -> None:
     if wanted:
-        typer.echo(f"fastln {__version__}")
+        typer.echo(f"fastln {package_version('fastln') or 'unknown'}")
         raise typer.Exit
 
 
