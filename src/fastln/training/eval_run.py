@@ -39,7 +39,7 @@ class EvalRun:
         data: "phantom", or a dataset's folder or file.
         split: "train", "validation" or "test".
         batch_size: questions per batch.
-        dtype: "float32", "bfloat16" or "auto": the dtype that the model was trained in, if that is known.
+        dtype: "float32", "bfloat16" or "auto": the one that it is saved in, or its adapter was trained in.
         device: "cpu", "cuda" or "auto".
         options: how the data is read.
         adapter: folder of an adapter or a checkpoint to load into the model, which is then its base.
@@ -132,7 +132,7 @@ def run_evaluation(run: EvalRun, features: TensorStore | None = None) -> Accurac
 
 
 def _dtype(name: str, model: str | None, adapter: Path | None, device: torch.device) -> torch.dtype:
-    """Return the dtype to load a model in: with "auto", the one that it or the adapter was trained in, if known."""
+    """Return the dtype to load a model in: with "auto", the one that it is saved in or the adapter was trained in."""
     if name != "auto":
         return settle_dtype(name, device)
     trained = read_origin(adapter)[0].dtype if adapter is not None else _saved_dtype(model or "")
