@@ -338,6 +338,11 @@ def test_a_run_given_as_an_adapter_is_told_where_its_adapter_is(tmp_path):
         fastln.load_adapter(family_models.make("bert"), tmp_path)
 
 
+def test_a_folder_that_is_not_there_is_no_adapter(tmp_path):
+    with pytest.raises(FastLNError, match="nowhere: is no folder"):
+        fastln.load_adapter(family_models.make("bert"), tmp_path / "nowhere")
+
+
 def test_a_full_disk_leaves_the_old_adapter_whole(tmp_path, monkeypatch):
     model = tuned("bert")
     fastln.save_adapter(model, tmp_path)

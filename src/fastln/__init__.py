@@ -75,4 +75,6 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+    """Return what the package offers, without what it imports for itself."""
+    own = {name for name in globals() if name.startswith("__")}
+    return sorted(own | {*__all__})

@@ -434,6 +434,8 @@ def _config(folder: Path) -> dict[str, Any]:
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
+        if not folder.is_dir():
+            raise FastLNError(f"{folder}: is no folder") from None
         inner = folder / "adapter"  # as `fastln train` names it
         hint = f"; {inner} is an adapter" if (inner / CONFIG).is_file() else "; an adapter has one"
         raise FastLNError(f"{folder}: there is no {CONFIG} in this folder{hint}") from None

@@ -63,7 +63,7 @@ ImageSize = Annotated[
 
 def _show_version(wanted: bool) -> None:
     if wanted:
-        typer.echo(f"fastln {package_version('fastln')}")
+        typer.echo(f"fastln {package_version('fastln') or 'unknown'}")
         raise typer.Exit
 
 

@@ -294,7 +294,9 @@ def write_trained_adapter(trained: nn.Module, folder: Path, dtype: torch.dtype |
     else:
         config = trained.active_peft_config
         config.base_model_name_or_path = (origin and origin.source) or name_or_path(trained.get_base_model())
-        trained.save_pretrained(str(folder))
+        # "auto" compares the vocabulary's size with the base's, which peft looks for on the hub under this name.
+        is_made = origin is not None and (origin.model or "").partition(":")[0] == "dual"
+        trained.save_pretrained(str(folder), save_embedding_layers=False if is_made else "auto")
         contents = {} if origin is None else {ORIGIN: origin_bytes(origin)}
         if (states := extra_states(trained.get_base_model())) is not None:
             contents[EXTRA] = states

@@ -79,7 +79,7 @@ def _refuse_other(folder: Path, new: Path) -> None:
 def _type_and_shapes(folder: Path) -> tuple[str | None, dict[str, list[int]]] | None:
     """Return the model's type and the shapes of its tensors in a folder; None if there is no configuration."""
     try:
-        kind = json.loads((folder / "config.json").read_text()).get("model_type")
+        kind = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("model_type")
     except (OSError, ValueError, AttributeError):
         return None
     shapes: dict[str, list[int]] = {}

@@ -50,7 +50,7 @@ def read_origin(folder: Path) -> tuple[Origin, dict[str, Any]]:
     """
     path = folder / ORIGIN
     try:
-        entries = dict(json.loads(path.read_text()))
+        entries = dict(json.loads(path.read_text(encoding="utf-8")))
         base = dict(entries.pop("base"))
         answers = base.pop("answers")
         return Origin(**base, answers=None if answers is None else tuple(map(str, answers))), entries

@@ -34,6 +34,12 @@ def test_padding_does_not_take_the_grey_levels(padding):
     assert levels(png(padded(RAMP, padding) + 32768)) == 256
 
 
+def test_padding_and_a_burnt_in_mark_do_not_hide_each_other():
+    values = padded(RAMP + 31768, 0)
+    values[:, -40:] = 65535
+    assert grey.robust_limits(values) == pytest.approx((31768, 32758), abs=15)
+
+
 def test_hounsfield_units_stored_from_32768_keep_soft_tissue_apart():
     ct = np.concatenate([np.full(30_000, -1000), np.arange(-100, 200).repeat(100), np.arange(200, 1500).repeat(2)])
     ct[:3] = (30000, 3071, -1024)  # metal

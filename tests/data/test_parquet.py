@@ -52,6 +52,14 @@ def test_images_are_not_held(tmp_path):
     assert peak < 4e6, peak  # of 12 MB
 
 
+def test_rows_without_any_content_are_passed_over(tmp_path, caplog):
+    caplog.set_level("INFO", "fastln")
+    nothing = [{"image": {"bytes": None, "path": None}}, {"image": {"bytes": b"", "path": ""}, "question": " "}]
+    spec = HUB.make(tmp_path, train=[HUB.row(0), *nothing, HUB.row(1)])
+    assert len(load_source(spec).splits["train"]) == 2
+    assert "left out 1 empty row(s)" in caplog.text  # the other is the last of its file
+
+
 def test_optional_columns(tmp_path):
     rows = [HUB.row(number) | {"qid": number, "answer_type": kind} for number, kind in enumerate(("OPEN", "CLOSED"))]
     parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "slake.parquet")

@@ -6,6 +6,7 @@ import logging
 import shlex
 import shutil
 
+import peft
 import pytest
 import tiny
 import tiny_chat
@@ -15,14 +16,16 @@ from transformers import AutoModelForCausalLM
 
 import fastln
 from fastln.data import DataOptions, Source, load_source
+from fastln.engines import save_trained_adapter
 from fastln.errors import FastLNError
 from fastln.models import load_task
-from fastln.origin import read_origin
+from fastln.origin import Origin, read_origin
 from fastln.training import TrainConfig, eval_run
 from fastln.training import run as run_module
 from fastln.training.eval_run import EvalRun, run_evaluation
 from fastln.training.merge_run import merge_into_base
 from fastln.training.run import TrainRun, run_training
+from fastln.training.tasks import apply_method
 
 CONFIG = TrainConfig(epochs=2, head_epochs=1, batch_size=5)
 
@@ -77,7 +80,7 @@ def test_the_commands_that_a_run_prints_give_its_figures(kind, dtype, tmp_path, 
         recorded = json.loads((tmp_path / "a run" / "run.json").read_text())
         scores = json.loads(metrics.read_text())
         assert recorded[scores["split"]].items() <= scores.items()
-    assert f"dtype {dtype}, as in training" in caplog.messages
+    assert f"dtype {dtype}, as the model is saved" in caplog.messages
 
 
 @pytest.mark.filterwarnings("ignore:.* rounds ")
@@ -85,15 +88,21 @@ def test_the_commands_that_a_run_prints_give_its_figures(kind, dtype, tmp_path, 
 def test_so_do_those_for_data_in_files(layout, tmp_path, command, caplog, capsys):
     own = LAYOUTS[layout]
     rows = [own.answer(own.row(n % 4), answer) for n, answer in enumerate(["left", "right", "up", "down"] * 2)]
-    data = own.make(tmp_path / "data", train=rows, validation=rows[:3])
-    options = DataOptions("slake", None, True) if layout == "slake" else DataOptions()
-    run = TrainRun(data, spec_of("dual", tmp_path), None, CONFIG, dtype="bfloat16", device="cpu", options=options)
+    if layout == "slake":
+        data, held_out = own.make(tmp_path / "data", train=rows, validation=rows[:3]), 0.0
+        options, words = DataOptions("slake", None, True), "--layout slake --device cpu --skip-bad-rows"
+    else:
+        data, held_out = own.make(tmp_path / "data", train=rows, test=rows[:3]), 0.5
+        (tmp_path / "data" / "validation.jsonl").unlink()
+        options, words = DataOptions(None, None, "5%", True), "--device cpu --keep-repeats --skip-bad-rows 5%"
+    run = TrainRun(data, spec_of("dual", tmp_path), None, CONFIG, held_out, "bfloat16", "cpu", options)
     with caplog.at_level(logging.INFO, "fastln"):
         run_training(run, tmp_path / "out")
     printed = [line for line in capsys.readouterr().out.splitlines() if ": exact match" in line]
     commands = [m.partition("again with: ")[2] for m in caplog.messages if "again with: " in m]
     assert len(printed) == len(commands) >= 1
     for line, again in zip(printed, commands, strict=True):
+        assert again.endswith(words)
         command(*shlex.split(again)[1:])
         assert line in capsys.readouterr().out
 
@@ -106,6 +115,14 @@ def test_what_a_low_precision_rounds_of_the_norms_is_told(tmp_path, monkeypatch)
     )
     with pytest.warns(UserWarning, match=told):
         run_module.train_task(task, data, CONFIG, progress=False)
+
+
+def test_two_encoders_are_not_looked_for_on_the_hub(tmp_path, monkeypatch):
+    task = tiny.dual(tmp_path, tiny.phantom(12), torch.float32)
+    trained = apply_method(task, "lora")
+    monkeypatch.setattr(peft.utils.save_and_load, "check_file_exists_on_hf_hub", lambda *_: pytest.fail("asked"))
+    save_trained_adapter(trained, tmp_path / "adapter", origin=Origin(f"dual:{tmp_path},{tmp_path}"))
+    assert (tmp_path / "adapter" / "adapter_model.safetensors").is_file()
 
 
 @pytest.mark.usefixtures("few")

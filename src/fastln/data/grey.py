@@ -102,7 +102,10 @@ def _histogram(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 def _without_outliers(distinct: np.ndarray, counts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     while len(distinct) > _LEAST_VALUES:
         highest, lowest = _highest(distinct[1:], counts[1:]), _lowest(distinct[:-1], counts[:-1])
-        if highest is not None and distinct[1] - distinct[0] > highest - distinct[1]:
+        inner = distinct[-2] - distinct[1]
+        if min(distinct[1] - distinct[0], distinct[-1] - distinct[-2]) > inner:  # each would hide the other
+            distinct, counts = distinct[1:-1], counts[1:-1]
+        elif highest is not None and distinct[1] - distinct[0] > highest - distinct[1]:
             distinct, counts = distinct[1:], counts[1:]
         elif lowest is not None and distinct[-1] - distinct[-2] > distinct[-2] - lowest:
             distinct, counts = distinct[:-1], counts[:-1]

@@ -26,7 +26,7 @@ from fastln.data.dataset import Sample, Source
 from fastln.data.files import SPLIT_STEMS, BadRowError, data_name, refuse_pointer
 from fastln.data.images import ImageStat, check_image, read_image
 from fastln.data.remarks import Remarks
-from fastln.data.rows import ID_FIELDS, RowChecker, answer, closed_label, line, row_id
+from fastln.data.rows import ID_FIELDS, RowChecker, answer, closed_label, is_blank, line, row_id
 from fastln.data.tables import EMPTY, check_columns
 from fastln.errors import FastLNError
 from fastln.reading import DataOptions
@@ -151,8 +151,7 @@ def _rows(file: Path) -> Iterator[Any]:
             number = 0
             for batch in content.iter_batches(_ROWS_AT_A_TIME, row_groups=[group], columns=columns):
                 for row in batch.to_pylist():
-                    is_empty = all(value is None for value in row.values())
-                    yield EMPTY if is_empty else row | {"place": _Place(file, group, number)}
+                    yield EMPTY if is_blank(row) else row | {"place": _Place(file, group, number)}
                     number += 1
 
 

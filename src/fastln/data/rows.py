@@ -179,13 +179,16 @@ class RowChecker:
 
 def _is_empty(row: Any) -> bool:
     """Whether a row holds nothing: an empty line, or an object whose values are all missing or blank."""
-    return row is EMPTY or (isinstance(row, dict) and bool(row) and all(map(_is_blank, row.values())))
+    return row is EMPTY or (isinstance(row, dict) and bool(row) and is_blank(row))
 
 
-def _is_blank(value: Any) -> bool:
+def is_blank(value: Any) -> bool:
+    """Whether a value says nothing: missing, blank, or an object of such values (the hub's missing image)."""
     if isinstance(value, float):  # pandas' sign for a missing value
         return math.isnan(value)
-    return value is None or (isinstance(value, str) and not value.strip())
+    if isinstance(value, dict):
+        return all(map(is_blank, value.values()))
+    return value is None or (isinstance(value, str | bytes) and not value.strip())
 
 
 def _image(folders: dict[str, Path], key: str) -> Image.Image:

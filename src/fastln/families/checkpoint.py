@@ -104,7 +104,7 @@ def _files(source: str) -> list[Path]:
         return [whole]
     if (index := _file(source, SAFE_WEIGHTS_INDEX_NAME)) is None:
         return []
-    names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+    names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
     found = [path for name in names if (path := _file(source, name)) is not None]
     return found if len(found) == len(names) else []
 

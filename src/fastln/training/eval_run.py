@@ -39,7 +39,7 @@ class EvalRun:
         data: "phantom", or a dataset's folder or file.
         split: "train", "validation" or "test".
         batch_size: questions per batch.
-        dtype: "float32", "bfloat16" or "auto": the dtype that the model was trained in, if that is known.
+        dtype: "float32", "bfloat16" or "auto": the one that it is saved in, or its adapter was trained in.
         device: "cpu", "cuda" or "auto".
         options: how the data is read.
         adapter: folder of an adapter or a checkpoint to load into the model, which is then its base.
@@ -132,13 +132,13 @@ def run_evaluation(run: EvalRun, features: TensorStore | None = None) -> Accurac
 
 
 def _dtype(name: str, model: str | None, adapter: Path | None, device: torch.device) -> torch.dtype:
-    """Return the dtype to load a model in: with "auto", the one that it or the adapter was trained in, if known."""
+    """Return the dtype to load a model in: with "auto", the one that it is saved in or the adapter was trained in."""
     if name != "auto":
         return settle_dtype(name, device)
     trained = read_origin(adapter)[0].dtype if adapter is not None else _saved_dtype(model or "")
     if trained not in DTYPES:
         return settle_dtype(name, device)
-    logger.info("dtype %s, as in training", trained)
+    logger.info("dtype %s, as %s", trained, "the model is saved" if adapter is None else "in training")
     return DTYPES[trained]
 
 
@@ -147,7 +147,7 @@ def _saved_dtype(model: str) -> str | None:
     if not Path(model).is_dir():
         return None
     try:
-        config = json.loads((Path(saved_model(model)) / "config.json").read_text())
+        config = json.loads((Path(saved_model(model)) / "config.json").read_text(encoding="utf-8"))
         return str(config.get("dtype") or config.get("torch_dtype"))
     except (OSError, ValueError, AttributeError):  # what loads the model says what is wrong with it
         return None

@@ -205,7 +205,9 @@ def _command(run: TrainRun, out: Path, split: str, features: TensorStore | None)
         "--feature-cache": None if features is None else features.directory,
     }
     words += [word for name, value in options.items() if value is not None for word in (name, str(value))]
-    words += ["--skip-bad-rows"] if run.options.skip_bad_rows else []
+    words += ["--keep-repeats"] if run.options.keep_repeats else []  # a held-out split comes from the training rows
+    if limit := run.options.skip_bad_rows:
+        words += ["--skip-bad-rows"] if limit is True else ["--skip-bad-rows", str(limit)]
     return shlex.join(words)
 
 
