@@ -17,7 +17,7 @@ from pathlib import Path
 import small_run
 import torch
 
-from fastln.training import checkpoints
+from fastln.training import checkpoints, trained
 
 SETTINGS = {"max_steps": 40, "save_steps": 1, "logging_steps": 50}
 ON_THE_DISK = (
@@ -26,7 +26,8 @@ ON_THE_DISK = (
     (os, "unlink"),
     (os, "rmdir"),
     (torch, "save"),
-    (checkpoints, "save_file"),
+    (trained, "save_file"),
+    (Path, "write_bytes"),
 )
 
 

@@ -220,7 +220,7 @@ def test_a_dry_run_shows_what_would_be_and_writes_nothing(model, method, shown, 
     assert shown in text
     assert f"learning rates at their highest: {rates}" in text
     assert "memory, predicted: " in text
-    assert re.search(r"stored for backward by the largest batch, 4 questions on [1-4] images \(measured\) ", text)
+    assert re.search(r"stored for backward by the largest batch, 4 questions on [1-4] image\(s\) \(measured\) ", text)
     assert "first batch: 4 questions, loss " in text
     assert "reads '" in text
     assert ("learns '" in text) == (model == "blip")

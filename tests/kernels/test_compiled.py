@@ -73,6 +73,7 @@ def test_kernels_at_every_width_are_no_worse_than_what_is_committed(width, dtype
     assert result.returncode == 0, result.stderr
 
 
+@pytest.mark.slow(pool="large")
 def test_rows_are_written_as_they_are_had_and_not_had_again(tmp_path):
     out = str(tmp_path / "compile.json")
     options = ("--machines", "sm_90", "--dtypes", "bf16", "--out", out, "--cases", "layer_norm-dbias", "--widths")

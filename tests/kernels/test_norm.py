@@ -34,7 +34,7 @@ def test_shapes(n_rows, n_cols):
     check(inputs(n_rows, n_cols, torch.float32), [ALL, (False, True, True)])
 
 
-@pytest.mark.slow(take=6)
+@pytest.mark.slow(take=4)
 @pytest.mark.usefixtures("wide")
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("n_cols", [20, 128, 200, 300])
@@ -45,7 +45,7 @@ def test_rows_too_wide_for_the_registers(kind, n_cols):
     check(given, [(True, True, False)], KINDS[kind], PROLOGUES["post-norm"])
 
 
-@pytest.mark.slow(take=6)
+@pytest.mark.slow(take=4)
 @pytest.mark.parametrize("rows", ["dx", "dresidual"])
 @pytest.mark.parametrize("prologue", ["pre-norm", "post-norm", "no dropout"])
 @pytest.mark.parametrize("either_width", [(200,), (200, "wide")], indirect=True, ids=str)
@@ -54,7 +54,7 @@ def test_of_x_and_residual_one_alone_wants_a_gradient(either_width, prologue, ro
     check(given, [ALL, (True, False, False)], prologue=PROLOGUES[prologue], rows=(rows,))
 
 
-@pytest.mark.slow(take=8)
+@pytest.mark.slow(take=6)
 @pytest.mark.parametrize("kind", ["layer", "gemma"])
 @pytest.mark.parametrize("has_weight", [True, False])
 @pytest.mark.parametrize("has_bias", [True, False])
@@ -68,7 +68,7 @@ def test_without_weight_or_bias_and_in_the_dtype_of_x(either_width, has_weight, 
     check(given, [(True, has_weight, has_bias)], KINDS[kind], grad_dtype=parameter_dtype)
 
 
-@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data(), n_cols=st.integers(1, 300), seed=st.integers(0, 99))
 def test_any_shape_strides_and_flags(data, n_cols, seed):
     def one_of(values):
@@ -95,7 +95,7 @@ def test_any_shape_strides_and_flags(data, n_cols, seed):
         )
 
 
-@pytest.mark.slow(take=8)
+@pytest.mark.slow(take=4)
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("either_width", [(64,), (300, "wide")], indirect=True, ids=str)
 def test_strides(either_width, layout):

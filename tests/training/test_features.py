@@ -64,6 +64,7 @@ def test_losses_and_weights_are_those_without_the_cache(kind, engine, dtype, tmp
     assert len(set(results[0])) > 1
 
 
+@pytest.mark.slow(take=1)
 @pytest.mark.parametrize("kind", tiny.TASKS)
 def test_interpolated_positions_are_cached_as_the_others(kind, tmp_path, store):
     data = tiny.phantom(16)

@@ -125,6 +125,7 @@ def test_two_encoders_are_not_looked_for_on_the_hub(tmp_path, monkeypatch):
     assert (tmp_path / "adapter" / "adapter_model.safetensors").is_file()
 
 
+@pytest.mark.slow(take=1)
 @pytest.mark.usefixtures("few")
 @pytest.mark.parametrize("kind", ["dual", "blip"])
 @pytest.mark.parametrize("size", [None, 64])

@@ -107,7 +107,7 @@ def test_a_dry_run_predicts_memory_of_the_largest_batch(command, tmp_path, capsy
         (tmp_path / "data" / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
         command(*train, "--batch-size", 1, "--out", tmp_path / "out", "--dry-run")
         text = capsys.readouterr().out
-        stored.append(float(re.search(r"largest batch, 1 questions on 1 images \(measured\) ([\d.]+)", text)[1]))
+        stored.append(float(re.search(r"largest batch, 1 questions on 1 image\(s\) \(measured\) ([\d.]+)", text)[1]))
         shown.append(re.search(r"\n  (\d+): 'Is it normal\?'", text)[1])
     assert stored[0] < stored[1] < stored[2]
     assert (shown[1], shown[2]) != ("7", "4")

@@ -46,6 +46,7 @@ def test_no_setting_is_left_out():
     assert CHANGES.keys() | {"without"} == {field.name for field in fields(TrainConfig)}
 
 
+@pytest.mark.slow(take=7)
 @pytest.mark.parametrize("name", CHANGES)
 def test_another_value_gives_other_losses(name, usual, tmp_path):
     assert losses(tmp_path, replace(CONFIG, **{name: CHANGES[name]})) != usual
