@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import pytest
 import tiny
+import tiny_chat
 import torch
 from safetensors.torch import save_file
 from transformers import (
@@ -248,3 +249,18 @@ def test_texts_that_are_not_read_to_their_end_are_told(kind, cut, tmp_path, capl
     assert batch["input_ids"].shape == (2, 64)
     assert torch.equal(*batch["input_ids"])
     assert kind == "dual" or batch["labels"].shape == (2, 16)
+
+
+@pytest.mark.parametrize("kind", ["llava", "qwen2_5_vl"])
+def test_a_model_from_a_configuration_has_the_buffers_that_it_will_be_loaded_with(kind, tmp_path):
+    """Rotary frequencies are not saved: rounded to bfloat16 here, they would be others in the saved model."""
+    data = tiny.phantom(4)
+    task = load_task(tiny_chat.config(tmp_path, kind), data, dtype=torch.bfloat16)
+    task.save(tmp_path / "saved")
+    again = load_task(str(tmp_path / "saved"), data, dtype=torch.bfloat16)
+    loaded = dict(again.model.named_buffers())
+    assert loaded.keys() == dict(task.model.named_buffers()).keys()
+    assert any("inv_freq" in name for name in loaded)
+    for name, buffer in task.model.named_buffers():
+        assert buffer.dtype == loaded[name].dtype, name
+        assert torch.equal(buffer, loaded[name]), name

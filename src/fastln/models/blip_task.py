@@ -12,7 +12,7 @@ from fastln.errors import FastLNError, loading
 from fastln.models.image_size import INTERPOLATE, position_arguments
 from fastln.models.images import ImagePixels
 from fastln.models.sources import bare_configuration, check_source, refuse_missing
-from fastln.models.task import NOTHING_KEPT, Kept, VQATask
+from fastln.models.task import NOTHING_KEPT, Kept, VQATask, cast_as_loaded
 from fastln.models.tokens import word_tokenizer
 from fastln.ops.linear_cross_entropy import IGNORE_INDEX
 
@@ -117,7 +117,7 @@ def from_config(
     )
     torch.manual_seed(seed)
     config.random_weights = True
-    model = BlipForQuestionAnswering(config).to(dtype)
+    model = cast_as_loaded(BlipForQuestionAnswering(config), dtype)
     images = ImagePixels.of_source(None, config.vision_config, dtype, image_size)
     return BlipTask(model, tokenizer, images, name=name)
 

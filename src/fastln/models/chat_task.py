@@ -25,7 +25,7 @@ from fastln.models.chat_template import ChatTemplate, Conversation
 from fastln.models.chat_vision import CHAT_VISION, ChatVision
 from fastln.models.images import ImageInputs, ImagePixels
 from fastln.models.sources import bare_configuration, check_source, load_tokenizer, refuse_missing
-from fastln.models.task import NOTHING_KEPT, Kept, VQATask
+from fastln.models.task import NOTHING_KEPT, Kept, VQATask, cast_as_loaded
 from fastln.models.tokens import chat_tokenizer
 from fastln.ops.linear_cross_entropy import IGNORE_INDEX
 
@@ -316,7 +316,7 @@ def from_config(
     torch.manual_seed(seed)
     config.random_weights = True
     loader = AutoModelForCausalLM if vision is None else AutoModelForImageTextToText
-    model = loader.from_config(config).to(dtype)
+    model = cast_as_loaded(loader.from_config(config), dtype)
     images = None if vision is None else vision.images(None, config, dtype)
     return ChatTask(model, tokenizer, images, name=name, vision=vision)
 

@@ -16,7 +16,7 @@ from fastln.models.dual_encoder import DualEncoder, DualEncoderConfig
 from fastln.models.image_size import check_reads, position_arguments
 from fastln.models.images import ImagePixels
 from fastln.models.sources import check_source, refuse_missing
-from fastln.models.task import NOTHING_KEPT, Kept, VQATask
+from fastln.models.task import NOTHING_KEPT, Kept, VQATask, cast_as_loaded
 from fastln.models.tokens import word_tokenizer
 
 if TYPE_CHECKING:
@@ -113,7 +113,7 @@ def embedded(
         random_weights=True,
     )
     torch.manual_seed(seed)
-    model = DualEncoder(config).to(dtype)
+    model = cast_as_loaded(DualEncoder(config), dtype)
     return DualEncoderTask(
         model,
         tokenizer,
@@ -159,7 +159,7 @@ def from_towers(
         vision_pooler=vision_pooler,
     )
     torch.manual_seed(seed)
-    model = DualEncoder(config, vision_model, text_model).to(dtype)
+    model = cast_as_loaded(DualEncoder(config, vision_model, text_model), dtype)
     names = [source.rstrip("/").rsplit("/", 1)[-1] for source in (vision, text)]
     return DualEncoderTask(
         model,

@@ -7,7 +7,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +21,8 @@ from fastln.origin import Origin
 if TYPE_CHECKING:
     from fastln.data import Sample, VQADataset
     from fastln.models.images import ImageInputs
+
+ModelT = TypeVar("ModelT", bound=nn.Module)
 
 MAX_QUESTION_TOKENS = 64
 
@@ -196,3 +198,25 @@ class VQATask(Task, ABC):
             return_token_type_ids=False,
         )
         return {name: tokens[name].to(self.device) for name in ("input_ids", "attention_mask")}
+
+
+def cast_as_loaded(model: ModelT, dtype: torch.dtype) -> ModelT:
+    """Cast a model to the values that `from_pretrained(dtype=...)` would load after it was saved, in place.
+
+    Buffers that are not saved, such as the frequencies of rotary positions, are made anew in float32 there. `model.to`
+    would round them, and the saved model would give other results than this one.
+
+    Args:
+        model: A model that was made in float32.
+        dtype: The dtype of its parameters and its other buffers.
+    """
+    kept = [
+        (module, name, buffer)
+        for module in model.modules()
+        for name, buffer in module.named_buffers(recurse=False)
+        if name in module._non_persistent_buffers_set
+    ]
+    model.to(dtype)
+    for module, name, buffer in kept:
+        module._buffers[name] = buffer
+    return model
