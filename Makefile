@@ -40,7 +40,7 @@ test-newest:  ## the tests with the newest torch and transformers, in .venv-newe
 	test -x .venv-newest/bin/pip || $(PYTHON) -m venv --clear .venv-newest
 	.venv-newest/bin/pip install --quiet --disable-pip-version-check -e '.[dev]'
 	.venv-newest/bin/pip install --quiet --disable-pip-version-check --upgrade $(NEWEST)
-	FASTLN_UNTESTED_VERSIONS=1 .venv-newest/bin/python -m pytest -n 2 -q
+	FASTLN_UNTESTED_VERSIONS=1 .venv-newest/bin/python -m pytest -n 2 -q --slow sample
 
 lint: $(READY)  ## ruff (lint and format) and mypy
 	.venv/bin/ruff check .

@@ -171,19 +171,25 @@ class Points(Dataset):
         return 16
 
 
+def straight_and_resumed(run, folder):
+    """Train without a stop in FOLDER/a, and with a stop and a resumption in FOLDER/b; return both trainers."""
+    straight = run(folder / "a")
+    straight.train()
+    stopped = run(folder / "b")
+    stopped.add_callback(Stop(2))
+    stopped.train()
+    resumed = run(folder / "b")
+    resumed.train(resume_from_checkpoint=True)
+    return straight, resumed
+
+
 def test_counters_averages_ranges_and_extra_states_resume(tmp_path):
     def run(folder):
         torch.manual_seed(0)
         args = arguments(folder, max_steps=4, save_total_limit=None)
         return FastLNTrainer(Restless(), args, train_dataset=Points(), also="out")
 
-    straight = run(tmp_path / "a")
-    straight.train()
-    stopped = run(tmp_path / "b")
-    stopped.add_callback(Stop(2))
-    stopped.train()
-    resumed = run(tmp_path / "b")
-    resumed.train(resume_from_checkpoint=True)
+    straight, resumed = straight_and_resumed(run, tmp_path)
     checkpoint = tmp_path / "a" / "checkpoint-4"
     assert resumed.model.seen == straight.model.seen == 4
     assert all(torch.equal(p, q) for p, q in zip(resumed.model.parameters(), straight.model.parameters(), strict=True))
@@ -315,13 +321,7 @@ def test_every_method_of_pefts_resumes_to_the_same_bits(method, tmp_path):
         args = arguments(folder, max_steps=4, save_total_limit=None)
         return FastLNTrainer(llama(), args, train_dataset=Sentences(), method=method)
 
-    straight = run(tmp_path / "a")
-    straight.train()
-    stopped = run(tmp_path / "b")
-    stopped.add_callback(Stop(2))
-    stopped.train()
-    resumed = run(tmp_path / "b")
-    resumed.train(resume_from_checkpoint=True)
+    straight, resumed = straight_and_resumed(run, tmp_path)
     assert same(resumed.model, state(straight.model))
     checkpoint = tmp_path / "a" / "checkpoint-4"
     assert (checkpoint / WEIGHTS).exists() == (method != "layernorm+lora")
