@@ -1,0 +1,149 @@
+"""Frozen linear layers in 8 bits: the definition in plain PyTorch that all kernels are tested against.
+
+A weight `W` `(n_cols, n_inner)` is rounded once, with a scale per column of the result. Rows `x` are rounded in each call,
+with a scale per row:
+
+    W ≈ w_scale[:, None] * w,    x ≈ x_scale[:, None] * q,    y = (q wᵀ) * x_scale[:, None] * w_scale + bias
+
+`q wᵀ` is a product of whole numbers, which is exact. The gradient of x takes the same `w`. Its scales lie along the sum,
+so they go into the gradient before it is rounded:
+
+    dx = (g w) * g_scale[:, None],    where g_scale[:, None] * g ≈ dy * w_scale
+
+*Turning.* One number much larger than the rest of its row makes the row's step too coarse for the others. A Hadamard
+matrix H (orthogonal, entries ±1/√64) spreads it over a block of 64 columns. `(x H) (W H)ᵀ = x Wᵀ`, so a weight may be
+stored turned; then each row is turned before it is rounded, and dx is turned back after the product. See QuaRot
+(arXiv 2404.00456).
+
+A row that holds NaN or Inf becomes NaN as a whole. Rows without numbers above 1e-30 become zero.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+LARGEST = 127
+"""The largest whole number; -128 is not used, so that signs are symmetric."""
+
+TURNED = 64
+"""The columns of a block that is turned."""
+
+SMALLEST = 1e-30
+"""A row whose largest number is smaller counts as zero."""
+
+
+class Rows8(NamedTuple):
+    """Rows in 8 bits.
+
+    Attributes:
+        values: `(n_rows, n_cols)`, int8, from -127 to 127.
+        scale: `(n_rows,)`, float32; NaN for a row that held NaN or Inf.
+    """
+
+    values: Tensor
+    scale: Tensor
+
+
+class Weight8(NamedTuple):
+    """A frozen weight in 8 bits.
+
+    Attributes:
+        values: `(n_cols, n_inner)`, int8, from -127 to 127, contiguous; turned along `n_inner` if `turned`.
+        scale: `(n_cols,)`, float32.
+        turned: Whether each block of 64 inner columns is turned.
+    """
+
+    values: Tensor
+    scale: Tensor
+    turned: bool
+
+
+def turn(x: Tensor) -> Tensor:
+    """Multiply each block of 64 columns by the Hadamard matrix; `turn(turn(x))` is x.
+
+    The order of the sums is part of the definition, so that kernels give the same bits: halves 32 apart first, then 16,
+    8, 4, 2 and 1; at the end a product with 1/8.
+
+    Args:
+        x: `(..., n_cols)`, float32 or float64; `n_cols` is a multiple of 64.
+    """
+    shape = x.shape
+    x = x.reshape(-1, TURNED)
+    for apart in (32, 16, 8, 4, 2, 1):
+        pairs = x.view(-1, TURNED // (2 * apart), 2, apart)
+        x = torch.stack((pairs[:, :, 0] + pairs[:, :, 1], pairs[:, :, 0] - pairs[:, :, 1]), 2).reshape(-1, TURNED)
+    return (x / math.sqrt(TURNED)).view(shape)
+
+
+def quantise(x: Tensor, factors: Tensor | None = None, *, turned: bool = False) -> Rows8:
+    """Round each row of `x * factors` to whole numbers from -127 to 127 times the row's scale.
+
+    Args:
+        x: `(n_rows, n_cols)`.
+        factors: `(n_cols,)`, float32, or None for ones.
+        turned: Whether to turn the row first.
+    """
+    values = x.to(torch.float32)
+    if factors is not None:
+        values = values * factors
+    finite = values.isfinite().all(-1)
+    if turned:
+        values = turn(values)
+        finite &= values.isfinite().all(-1)
+    top = values.abs().amax(-1) if values.shape[-1] else values.new_zeros(len(values))
+    is_zero = ~(top >= SMALLEST)
+    inverse = torch.where(is_zero | ~finite, 0.0, LARGEST / top)
+    scale = torch.where(finite, torch.where(is_zero, 0.0, top / LARGEST), math.nan)
+    values = torch.where(finite[:, None], values, 0.0)
+    return Rows8((values * inverse[:, None]).round().clamp(-LARGEST, LARGEST).to(torch.int8), scale)
+
+
+def quantise_weight(weight: Tensor, *, turned: bool = False) -> Weight8:
+    """Round a weight `(n_cols, n_inner)` with a scale per column of the result.
+
+    Args:
+        weight: The weight, of a floating dtype.
+        turned: Whether to turn each block of 64 inner columns first; `n_inner` must be a multiple of 64.
+    """
+    values, scale = quantise(weight, turned=turned)
+    return Weight8(values, scale, turned)
+
+
+def dequantise_weight(weight: Weight8) -> Tensor:
+    """Return the float32 weight that the 8-bit one stands for."""
+    values = weight.values.to(torch.float32) * weight.scale[:, None]
+    return turn(values) if weight.turned else values
+
+
+def linear(rows: Rows8, weight: Weight8, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """Multiply rows by the transpose of a weight: `(n_rows, n_cols)`.
+
+    Args:
+        rows: `(n_rows, n_inner)`, turned if the weight is.
+        weight: `(n_cols, n_inner)`.
+        bias: `(n_cols,)`, of any floating dtype, or None.
+        dtype: The dtype of the result, rounded once.
+    """
+    y = _product(rows.values, weight.values.t()) * rows.scale[:, None] * weight.scale
+    return (y if bias is None else y + bias.to(torch.float32)).to(dtype)
+
+
+def linear_backward(rows: Rows8, weight: Weight8, dtype: torch.dtype) -> Tensor:
+    """Return the gradient of a linear layer's input: `(n_rows, n_inner)`.
+
+    Args:
+        rows: `quantise(dy, weight.scale)`, `(n_rows, n_cols)`.
+        weight: `(n_cols, n_inner)`.
+        dtype: The dtype of the result, rounded once.
+    """
+    dx = _product(rows.values, weight.values) * rows.scale[:, None]
+    return (turn(dx) if weight.turned else dx).to(dtype)
+
+
+def _product(a: Tensor, b: Tensor) -> Tensor:
+    """Multiply whole numbers exactly; the result is rounded to float32 once."""
+    return (a.to(torch.float64) @ b.to(torch.float64)).to(torch.float32)
