@@ -7,8 +7,8 @@
 
 namespace fastln {
 
-// The dtypes of fastln_kernels.cpu.library.DTYPES, in its order.
-enum Dtype : int64_t { FLOAT32, BFLOAT16, FLOAT16 };
+// The dtypes of fastln_kernels.cpu.library.DTYPES, in its order, and that of 8-bit products.
+enum Dtype : int64_t { FLOAT32, BFLOAT16, FLOAT16, INT8 };
 
 template <class Function>
 void with_dtype(int64_t dtype, Function&& function) {

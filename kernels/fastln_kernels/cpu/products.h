@@ -17,11 +17,16 @@ inline int64_t padded(int64_t size) { return (size + PAD - 1) / PAD * PAD; }
 // at::native::cpublas::brgemm and brgemm_release.
 using Product = void (*)(int64_t m, int64_t n, int64_t k, int64_t lda, int64_t ldb, int64_t ldc, bool add,
                          const void* a, const void* b, float* c, bool paired);
+// The same in 8 bits: whole numbers 0 to 255 times -128 to 127, exact sums. The second operand stores four neighbouring
+// rows interleaved.
+using Product8 = void (*)(int64_t m, int64_t n, int64_t k, int64_t lda, int64_t ldb, int64_t ldc, bool add,
+                          const uint8_t* a, const int8_t* b, int32_t* c, bool interleaved);
 using Release = void (*)(bool paired);
 
 // A product that does not work on this processor is null.
 struct Products {
   Product bfloat16, float32;
+  Product8 int8;
   Release release;
 };
 
@@ -61,6 +66,23 @@ bool works() {
     return false;  // torch throws if this processor has no such product
   }
   return std::all_of(c, c + SIZE * SIZE, [](float value) { return value == 2.0f * SIZE; });
+}
+
+// Whether products in 8 bits work, and hold the largest sums: units that add pairs in 16 bits would not.
+inline bool works_in_8_bits() {
+  constexpr int64_t SIZE = 64;
+  alignas(64) uint8_t a[SIZE * SIZE];
+  alignas(64) int8_t b[SIZE * SIZE];
+  alignas(64) int32_t c[SIZE * SIZE];
+  std::memset(a, 255, sizeof(a));
+  std::memset(b, 127, sizeof(b));
+  try {
+    products.int8(SIZE, SIZE, SIZE, SIZE, SIZE, SIZE, false, a, b, c, true);
+    products.release(true);
+  } catch (...) {
+    return false;  // torch throws if this processor has no such product
+  }
+  return std::all_of(c, c + SIZE * SIZE, [](int32_t value) { return value == 255 * 127 * SIZE; });
 }
 
 // Stores vectors of two rows in the layout of rows 2i and 2i + 1 of a second operand.
@@ -190,12 +212,15 @@ inline void split_pairs(const float* rows, int64_t ld, int64_t n_rows, int64_t, 
 }  // namespace fastln
 
 // Receives torch's functions, and sets for each dtype of dispatch.h whether its product works on this processor.
-extern "C" void fastln_take_products(void* bfloat16_product, void* float32_product, void* release, int64_t* usable) {
+extern "C" void fastln_take_products(void* bfloat16_product, void* float32_product, void* int8_product, void* release,
+                                     int64_t* usable) {
   using namespace fastln;
   products = {reinterpret_cast<Product>(bfloat16_product), reinterpret_cast<Product>(float32_product),
-              reinterpret_cast<Release>(release)};
+              reinterpret_cast<Product8>(int8_product), reinterpret_cast<Release>(release)};
   if (!works<bfloat16>()) products.bfloat16 = nullptr;
   if (!works<float>()) products.float32 = nullptr;
+  if (!products.int8 || !works_in_8_bits()) products.int8 = nullptr;
   usable[FLOAT32] = products.float32 != nullptr;
   usable[BFLOAT16] = products.bfloat16 != nullptr;
+  usable[INT8] = products.int8 != nullptr;
 }

@@ -20,13 +20,15 @@ from fastln_kernels.cpu.library import DTYPES, KernelsUnavailableError
 
 logger = logging.getLogger("fastln")
 
-LIBRARIES = {"attention": "attention", "linear": "frozen linear layers"}
+LIBRARIES = {"attention": "attention", "linear": "frozen linear layers", "int8": "frozen linear layers in 8 bits"}
 """The libraries that use these products, and what they compute."""
 
 # The mangled names of the C++ functions in torch's library.
 _BRGEMM_BFLOAT16 = "_ZN2at6native7cpublas6brgemmEllllllbPKN3c108BFloat16ES5_Pfb"
 _BRGEMM_FLOAT32 = "_ZN2at6native7cpublas6brgemmEllllllbPKfS3_Pfb"
+_BRGEMM_INT8 = "_ZN2at6native7cpublas6brgemmEllllllbPKhPKaPib"
 _RELEASE = "_ZN2at6native7cpublas14brgemm_releaseEb"
+_NUMBERS = DTYPES | {torch.int8: len(DTYPES)}  # as in dispatch.h
 
 
 def function(name: str, symbol: str, arguments: Sequence[Any]) -> Callable[..., None]:
@@ -60,21 +62,37 @@ def _warn(reason: str) -> None:
     )
 
 
-@functools.cache
 def usable(name: str) -> frozenset[torch.dtype]:
     """Pass torch's products to the library of `name`.cpp, and return the dtypes whose products work on this processor.
 
     Raises:
         KernelsUnavailableError: As for `function`.
     """
-    flags = (c_int64 * len(DTYPES))()
-    take = library.function(name, "fastln_take_products", (c_void_p, c_void_p, c_void_p, c_void_p))
+    return _taken(name) - {torch.int8}
+
+
+def in_8_bits(name: str) -> bool:
+    """Whether products in 8 bits work on this processor, for the library of `name`.cpp.
+
+    They need units that add the products of four numbers in 32 bits: VNNI or AMX.
+
+    Raises:
+        KernelsUnavailableError: As for `function`.
+    """
+    return torch.int8 in _taken(name)
+
+
+@functools.cache
+def _taken(name: str) -> frozenset[torch.dtype]:
+    flags = (c_int64 * len(_NUMBERS))()
+    take = library.function(name, "fastln_take_products", (c_void_p,) * 5)
     reason = None
     try:
-        take(*[_address(symbol) for symbol in (_BRGEMM_BFLOAT16, _BRGEMM_FLOAT32, _RELEASE)], flags)
+        needed = [_address(symbol) for symbol in (_BRGEMM_BFLOAT16, _BRGEMM_FLOAT32, _RELEASE)]
+        take(*needed[:2], _address(_BRGEMM_INT8, optional=True), needed[2], flags)
     except (AttributeError, OSError) as error:
         reason = f"torch {torch.__version__} does not export its block products ({error})"
-    dtypes = frozenset(dtype for dtype, number in DTYPES.items() if flags[number])
+    dtypes = frozenset(dtype for dtype, number in _NUMBERS.items() if flags[number])
     if reason is None and torch.float32 not in dtypes:
         reason = "torch's block products do not work on this processor"
     if reason is not None:
@@ -83,6 +101,8 @@ def usable(name: str) -> frozenset[torch.dtype]:
     return dtypes
 
 
-def _address(name: str) -> Any:
-    path = Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"
-    return ctypes.cast(getattr(ctypes.CDLL(str(path)), name), c_void_p)
+def _address(name: str, *, optional: bool = False) -> Any:
+    library = ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"))
+    if optional and not hasattr(library, name):
+        return None
+    return ctypes.cast(getattr(library, name), c_void_p)
