@@ -116,7 +116,7 @@ def adapter_contents(model: nn.Module, dtype: torch.dtype | None, origin: Origin
     tensors = {stored_as[name]: parameter.to(dtype or parameter.dtype) for name, parameter in tuned.items()}
     whole = {
         name: value
-        for name, value in model.state_dict().items()
+        for name, value in model.state_dict(keep_vars=True).items()
         if name.startswith(inside) and isinstance(value, Tensor)
     }
     state = prepared(model)
@@ -222,7 +222,7 @@ def load_adapter(model: nn.Module, directory: str | Path, *, check_base: bool = 
     """
     directory = user_path(directory)
     adapter = _read(directory)
-    own = model.state_dict()
+    own = model.state_dict(keep_vars=True)
     for name, tensor in adapter.tensors.items():
         if name in own:
             check_has_values(name, own[name])
