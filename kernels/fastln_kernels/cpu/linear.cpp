@@ -1,8 +1,9 @@
 // The two products of a linear layer with a frozen weight, for CPUs: y = x Wᵀ + bias, and dx = dy W. The processor's
 // matrix units need the weight in a packed layout. A library that receives the whole weight packs all of it, either at
 // every call or once into a second copy. Here a thread packs one block of the weight in its cache and multiplies all
-// rows by it, some rows at a time, before it packs the next block. This keeps no copy. Sums are float32 over a whole
-// row, in a fixed order, so the result does not depend on the number of threads.
+// rows by it, some rows at a time, before it packs the next block. This keeps no copy. Where float32 units are faster
+// than bfloat16 units, packing also converts the weight, and rows are converted in the cache. Sums are float32 over a
+// whole row, in a fixed order, so the result does not depend on the number of threads.
 
 #include <algorithm>
 
@@ -26,7 +27,7 @@ int64_t blocks(int64_t size, int64_t block) { return (size + block - 1) / block;
 
 // Same layout as native_linear._Arguments. `bias` may be null.
 struct Arguments {
-  int64_t dtype, parameter_dtype, n_threads, n_rows, n_inner, n_cols, transpose;
+  int64_t dtype, parameter_dtype, compute_dtype, n_threads, n_rows, n_inner, n_cols, transpose;
   const void *x, *weight, *bias;
   void* y;
   int64_t x_stride, weight_stride;
@@ -35,14 +36,14 @@ struct Arguments {
 namespace {
 
 // y (n_rows, n_cols) = x (n_rows, n_inner) times the weight's transpose, or times the weight itself. T is the type of
-// the rows, W the type of weight and bias.
-template <class T, class W>
+// the rows, W the type of weight and bias, C the type in which they are multiplied.
+template <class T, class W, class C>
 class Linear {
  public:
   explicit Linear(const Arguments& arguments) : a_(arguments) {}
 
   void run() const {
-    const int64_t panels = std::clamp<int64_t>(BLOCK_BYTES / (inner() * COLS * sizeof(T)), 1, blocks(a_.n_cols, COLS));
+    const int64_t panels = std::clamp<int64_t>(BLOCK_BYTES / (inner() * COLS * sizeof(C)), 1, blocks(a_.n_cols, COLS));
     const int64_t cols = panels * COLS, col_blocks = blocks(a_.n_cols, cols);
     const int64_t wanted = a_.n_threads > 1 ? 3 * a_.n_threads : 1;
     const int64_t chunks = std::max(blocks(a_.n_rows, CHUNK),
@@ -57,17 +58,17 @@ class Linear {
  private:
   // The most elements of a row that one product takes.
   int64_t inner() const {
-    const int64_t inner_blocks = blocks(a_.n_inner * sizeof(T), INNER_BYTES);
+    const int64_t inner_blocks = blocks(a_.n_inner * sizeof(C), INNER_BYTES);
     return blocks(blocks(a_.n_inner, inner_blocks), 2 * PAD) * 2 * PAD;
   }
 
   // Packs blocks of the weight and multiplies each group of ROWS rows by all panels of a block.
   void block_of(int64_t first_row, int64_t n_rows, int64_t first_col, int64_t n_cols) const {
-    thread_local Buffer<T> operand_buffer, rest_buffer;
+    thread_local Buffer<C> operand_buffer;
     thread_local Buffer<float> sum_buffer;
     const int64_t most = inner(), panels = blocks(n_cols, COLS);
     const bool whole = most >= a_.n_inner;
-    T* operand = operand_buffer.at_least(panels * most * COLS);
+    C* operand = operand_buffer.at_least(panels * most * COLS);
     float* sums = sum_buffer.at_least((whole ? 1 : blocks(n_rows, ROWS) * panels) * ROWS * COLS);
     for (int64_t inner = 0; inner < a_.n_inner; inner += most) {
       const int64_t n_inner = std::min(most, a_.n_inner - inner);
@@ -76,13 +77,8 @@ class Linear {
         lay_out(first_col + col, std::min(COLS, n_cols - col), inner, n_inner, operand + col * most);
       for (int64_t done = 0; done < n_rows; done += ROWS) {
         const int64_t row = first_row + done, count = std::min(ROWS, n_rows - done);
-        const T* x = static_cast<const T*>(a_.x) + row * a_.x_stride + inner;
         int64_t stride = a_.x_stride;
-        if (count % PAD) {  // an odd number of rows would need its own kernel
-          T* rest = rest_buffer.at_least(ROWS * most);
-          copy_rows(x, stride, count, n_inner, rest, n_inner);
-          x = rest, stride = n_inner;
-        }
+        const C* x = rows(static_cast<const T*>(a_.x) + row * stride + inner, stride, count, n_inner);
         for (int64_t col = 0; col < n_cols; col += COLS) {
           const int64_t width = std::min(COLS, n_cols - col);
           float* sum = whole ? sums : sums + (done * panels + col / COLS * ROWS) * COLS;
@@ -91,26 +87,62 @@ class Linear {
         }
       }
     }
-    release<T>();
+    release<C>();
   }
 
-  void lay_out(int64_t col, int64_t n_cols, int64_t inner, int64_t n_inner, T* operand) const {
-    constexpr int64_t A_WORD = 4 / sizeof(T);
-    const W* weight = static_cast<const W*>(a_.weight);
+  // Returns rows as a first operand, with its stride: the rows themselves, or a copy that lasts until the next call.
+  const C* rows(const T* from, int64_t& stride, int64_t count, int64_t n_inner) const {
+    if constexpr (std::is_same_v<T, C>)
+      if (count % PAD == 0) return from;  // another number of rows would need its own kernel
+    thread_local Buffer<C> buffer;
+    C* copy = buffer.at_least(ROWS * n_inner);
+    copy_rows(from, stride, count, n_inner, copy, n_inner);
+    stride = n_inner;
+    return copy;
+  }
+
+  void lay_out(int64_t col, int64_t n_cols, int64_t inner, int64_t n_inner, C* operand) const {
+    constexpr int64_t A_WORD = 4 / sizeof(W);
+    const int64_t stride = a_.weight_stride;
+    const W* weight = static_cast<const W*>(a_.weight) + (a_.transpose ? col * stride + inner : inner * stride + col);
     uint32_t* words = reinterpret_cast<uint32_t*>(operand);
     if (!a_.transpose) {
-      pair_rows(weight + inner * a_.weight_stride + col, a_.weight_stride, n_inner, n_cols, operand, COLS);
-    } else if constexpr (std::is_same_v<T, W>) {
-      const T* from = weight + col * a_.weight_stride + inner;
-      transpose_words(reinterpret_cast<const uint32_t*>(from), a_.weight_stride / A_WORD, n_cols, n_inner / A_WORD, words,
-                      COLS);
-    } else {
-      thread_local Buffer<T> rounded_buffer;
-      T* rounded = rounded_buffer.at_least(PAD * n_inner);
+      pair_rows(weight, stride, n_inner, n_cols, operand, COLS);
+    } else if constexpr (std::is_same_v<W, C>) {
+      transpose_words(words_at(weight), stride / A_WORD, n_cols, n_inner / A_WORD, words, COLS);
+    } else if constexpr (std::is_same_v<W, bfloat16>) {
+      thread_local Buffer<uint32_t> pairs_buffer;
+      uint32_t* pairs = pairs_buffer.at_least(PAD * n_inner / 2);
       for (int64_t c = 0; c < n_cols; c += PAD) {
-        copy_rows(weight + (col + c) * a_.weight_stride + inner, a_.weight_stride, PAD, n_inner, rounded, n_inner);
-        transpose_words(reinterpret_cast<const uint32_t*>(rounded), n_inner / A_WORD, PAD, n_inner / A_WORD, words + c,
-                        COLS);
+        transpose_words(words_at(weight + c * stride), stride / A_WORD, PAD, n_inner / A_WORD, pairs, PAD);
+        widen_pairs(pairs, n_inner, operand + c);
+      }
+    } else {
+      thread_local Buffer<C> rounded_buffer;
+      C* rounded = rounded_buffer.at_least(PAD * n_inner);
+      for (int64_t c = 0; c < n_cols; c += PAD) {
+        copy_rows(weight + c * stride, stride, PAD, n_inner, rounded, n_inner);
+        transpose_words(words_at(rounded), n_inner / 2, PAD, n_inner / 2, words + c, COLS);
+      }
+    }
+    if constexpr (sizeof(T) < sizeof(W) && std::is_same_v<W, C>)  // the weight is rounded to the dtype of the rows
+      for (int64_t i = 0; i < n_inner * COLS; i += LANES)
+        store(operand + i, rounded(load(operand + i, AllLanes{}), T{}), AllLanes{});
+  }
+
+  template <class From>
+  static const uint32_t* words_at(const From* from) {
+    return reinterpret_cast<const uint32_t*>(from);
+  }
+
+  // Converts PAD columns of a second operand in bfloat16 to float32.
+  static void widen_pairs(const uint32_t* pairs, int64_t n_inner, float* to) {
+    for (int64_t i = 0; i < n_inner; i += 2, pairs += PAD, to += 2 * COLS) {
+      for (int64_t c = 0; c < PAD; c += LANES) {
+        UInt both;
+        std::memcpy(&both, pairs + c, sizeof(both));
+        store(to + c, bits_as<Float>(both << 16), AllLanes{});
+        store(to + COLS + c, bits_as<Float>(both & 0xFFFF0000), AllLanes{});
       }
     }
   }
@@ -137,7 +169,12 @@ using namespace fastln;
 
 extern "C" void fastln_linear(const Arguments* arguments) {
   const Arguments& a = *arguments;
-  if (a.dtype == FLOAT32) return Linear<float, float>(a).run();
-  if (a.parameter_dtype == FLOAT32) return Linear<bfloat16, float>(a).run();
-  Linear<bfloat16, bfloat16>(a).run();
+  const auto run = [&](auto rows, auto weight, auto compute) {
+    Linear<decltype(rows), decltype(weight), decltype(compute)>(a).run();
+  };
+  if (a.dtype == FLOAT32) return run(float{}, float{}, float{});
+  with_constant(a.parameter_dtype == FLOAT32, [&](auto wide) {
+    using W = std::conditional_t<wide, float, bfloat16>;
+    a.compute_dtype == FLOAT32 ? run(bfloat16{}, W{}, float{}) : run(bfloat16{}, W{}, bfloat16{});
+  });
 }

@@ -8,10 +8,11 @@ from ctypes import c_int64, c_void_p
 import torch
 from torch import Tensor
 
-from fastln_kernels.cpu import products
+from fastln_kernels.cpu import products, units
 from fastln_kernels.cpu.library import DTYPES
 
 _MULTIPLE = 16  # the widths must be multiples of this
+_ROW_DTYPES = (torch.float32, torch.bfloat16)
 _ROWS = 32  # with fewer rows, packing the weight does not pay
 
 
@@ -19,7 +20,7 @@ class _Arguments(ctypes.Structure):
     """The struct `Arguments` in `linear.cpp`."""
 
     _fields_ = (
-        *((name, c_int64) for name in ("dtype", "parameter_dtype", "n_threads")),
+        *((name, c_int64) for name in ("dtype", "parameter_dtype", "compute_dtype", "n_threads")),
         *((name, c_int64) for name in ("n_rows", "n_inner", "n_cols", "transpose")),
         *((name, c_void_p) for name in ("x", "weight", "bias", "y")),
         *((name, c_int64) for name in ("x_stride", "weight_stride")),
@@ -49,13 +50,16 @@ def has_own(x: Tensor, weight: Tensor, bias: Tensor | None, *, transpose: bool =
         and weight.dtype in (x.dtype, torch.float32)
         and weight.is_contiguous()
         and (bias is None or (bias.dtype == weight.dtype and bias.shape == (n_cols,) and bias.is_contiguous()))
-        and x.dtype in products.usable("linear")
+        and x.dtype in _ROW_DTYPES
         and bool(torch.backends.mkldnn.enabled)  # otherwise torch refuses the products
+        and units.compute_dtype(x.dtype) in products.usable("linear")
     )
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, transpose: bool = True) -> Tensor:
     """Compute `fastln_kernels.reference.linear`, summed in float32 and rounded once.
+
+    bfloat16 is multiplied in the units that are faster on this machine (`units.compute_dtype`).
 
     Args:
         x: `(n_rows, n_inner)`, float32 or bfloat16.
@@ -79,6 +83,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, transpose: 
     arguments = _Arguments(
         dtype=DTYPES[x.dtype],
         parameter_dtype=DTYPES[weight.dtype],
+        compute_dtype=DTYPES[units.compute_dtype(x.dtype)],
         n_threads=torch.get_num_threads(),
         n_rows=n_rows,
         n_inner=n_inner,
