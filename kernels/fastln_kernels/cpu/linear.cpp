@@ -16,10 +16,17 @@ namespace fastln {
 namespace {
 
 constexpr int64_t COLS = 64;  // columns of the result per product
-constexpr int64_t ROWS = 128;  // rows per product
-constexpr int64_t INNER_BYTES = 6144;  // bytes of a row per product; the second operand then has 384 KB
-constexpr int64_t BLOCK_BYTES = 384 << 10;  // bytes of weight packed at once; they fit into the L2 cache with the rows
 constexpr int64_t CHUNK = 4096;  // most rows per thread; if a row takes several products, its sums stay in memory
+
+// How much is in the L2 cache at once.
+struct Sizes {
+  int64_t rows;  // rows per product
+  int64_t inner_bytes;  // bytes of a row per product
+  int64_t block_bytes;  // bytes of weight packed at once
+};
+constexpr Sizes AS_THEY_ARE{128, 6144, 384 << 10};
+// Wider blocks of weight, so that rows are converted for fewer of them, beside fewer rows.
+constexpr Sizes CONVERTED{64, 3072, 768 << 10};
 
 int64_t blocks(int64_t size, int64_t block) { return (size + block - 1) / block; }
 
@@ -43,7 +50,7 @@ class Linear {
   explicit Linear(const Arguments& arguments) : a_(arguments) {}
 
   void run() const {
-    const int64_t panels = std::clamp<int64_t>(BLOCK_BYTES / (inner() * COLS * sizeof(C)), 1, blocks(a_.n_cols, COLS));
+    const int64_t panels = std::clamp<int64_t>(SIZES.block_bytes / (inner() * COLS * sizeof(C)), 1, blocks(a_.n_cols, COLS));
     const int64_t cols = panels * COLS, col_blocks = blocks(a_.n_cols, cols);
     const int64_t wanted = a_.n_threads > 1 ? 3 * a_.n_threads : 1;
     const int64_t chunks = std::max(blocks(a_.n_rows, CHUNK),
@@ -56,9 +63,12 @@ class Linear {
   }
 
  private:
+  static constexpr Sizes SIZES = std::is_same_v<T, C> ? AS_THEY_ARE : CONVERTED;
+  static constexpr int64_t ROWS = SIZES.rows;
+
   // The most elements of a row that one product takes.
   int64_t inner() const {
-    const int64_t inner_blocks = blocks(a_.n_inner * sizeof(C), INNER_BYTES);
+    const int64_t inner_blocks = blocks(a_.n_inner * sizeof(C), SIZES.inner_bytes);
     return blocks(blocks(a_.n_inner, inner_blocks), 2 * PAD) * 2 * PAD;
   }
 
