@@ -40,18 +40,28 @@ def compute_dtype(dtype: torch.dtype) -> torch.dtype:
     Raises:
         ValueError: If FASTLN_CPU_UNIT is neither empty, bfloat16 nor float32, or names products that do not work here.
     """
-    return _for_bfloat16(os.environ.get(VARIABLE)) if dtype == torch.bfloat16 else torch.float32
+    return _for_bfloat16(forced()) if dtype == torch.bfloat16 else torch.float32
+
+
+def forced() -> str | None:
+    """Return the choice of FASTLN_CPU_UNIT; None if it is empty or not set.
+
+    Raises:
+        ValueError: If it is no choice.
+    """
+    name = os.environ.get(VARIABLE)
+    if name and name not in UNITS:
+        raise ValueError(f"{VARIABLE} is {name!r}; it must be {' or '.join(UNITS)}, or unset")
+    return name or None
 
 
 @functools.cache
-def _for_bfloat16(forced: str | None) -> torch.dtype:
-    if forced:
-        if forced not in UNITS:
-            raise ValueError(f"{VARIABLE} is {forced!r}; it must be {' or '.join(UNITS)}, or unset")
-        if (measured := rates()) and forced not in measured:
-            raise ValueError(f"{VARIABLE} is {forced}, but {forced} products do not work on this processor")
-        return UNITS[forced]
+def _for_bfloat16(wanted: str | None) -> torch.dtype:
     measured = rates()
+    if wanted:
+        if measured and wanted not in measured:
+            raise ValueError(f"{VARIABLE} is {wanted}, but {wanted} products do not work on this processor")
+        return UNITS[wanted]
     float32, bfloat16 = (measured.get(name, 0.0) for name in ("float32", "bfloat16"))
     if float32 <= _GAIN * bfloat16:
         return torch.bfloat16
