@@ -88,11 +88,11 @@ class Linear {
       for (int64_t done = 0; done < n_rows; done += ROWS) {
         const int64_t row = first_row + done, count = std::min(ROWS, n_rows - done);
         int64_t stride = a_.x_stride;
-        const C* x = rows(static_cast<const T*>(a_.x) + row * stride + inner, stride, count, n_inner);
+        const C* x = first_operand<T, C>(static_cast<const T*>(a_.x) + row * stride + inner, stride, count, n_inner);
         for (int64_t col = 0; col < n_cols; col += COLS) {
           const int64_t width = std::min(COLS, n_cols - col);
           float* sum = whole ? sums : sums + (done * panels + col / COLS * ROWS) * COLS;
-          multiply(padded(count), width, n_inner, x, stride, operand + col * most, COLS, sum, COLS, inner > 0);
+          multiply(padded(count), padded(width), padded(n_inner), x, stride, operand + col * most, COLS, sum, COLS, inner > 0);
           if (last) finish(sum, row, count, first_col + col, width);
         }
       }
@@ -101,48 +101,44 @@ class Linear {
   }
 
   // Returns rows as a first operand, with its stride: the rows themselves, or a copy that lasts until the next call.
-  const C* rows(const T* from, int64_t& stride, int64_t count, int64_t n_inner) const {
-    if constexpr (std::is_same_v<T, C>)
-      if (count % PAD == 0) return from;  // another number of rows would need its own kernel
-    thread_local Buffer<C> buffer;
-    C* copy = buffer.at_least(ROWS * n_inner);
-    copy_rows(from, stride, count, n_inner, copy, n_inner);
-    stride = n_inner;
+  // Other sizes than multiples of PAD would need their own kernels.
+  template <class From, class To>
+  static const To* first_operand(const From* from, int64_t& stride, int64_t n_rows, int64_t n_inner) {
+    if constexpr (std::is_same_v<From, To>)
+      if (n_rows % PAD == 0 && n_inner % PAD == 0) return from;
+    thread_local Buffer<To> buffer;
+    const int64_t ld = padded(n_inner);
+    To* copy = buffer.at_least(ROWS * ld);
+    copy_rows(from, stride, n_rows, n_inner, copy, ld);
+    stride = ld;
     return copy;
   }
 
   void lay_out(int64_t col, int64_t n_cols, int64_t inner, int64_t n_inner, C* operand) const {
-    constexpr int64_t A_WORD = 4 / sizeof(W);
-    const int64_t stride = a_.weight_stride;
-    const W* weight = static_cast<const W*>(a_.weight) + (a_.transpose ? col * stride + inner : inner * stride + col);
-    uint32_t* words = reinterpret_cast<uint32_t*>(operand);
+    using Narrow = std::conditional_t<(sizeof(W) > sizeof(C)), C, W>;
+    constexpr int64_t A_WORD = 4 / sizeof(Narrow);
+    const W* weight = static_cast<const W*>(a_.weight);
     if (!a_.transpose) {
-      pair_rows(weight, stride, n_inner, n_cols, operand, COLS);
-    } else if constexpr (std::is_same_v<W, C>) {
-      transpose_words(words_at(weight), stride / A_WORD, n_cols, n_inner / A_WORD, words, COLS);
-    } else if constexpr (std::is_same_v<W, bfloat16>) {
-      thread_local Buffer<uint32_t> pairs_buffer;
-      uint32_t* pairs = pairs_buffer.at_least(PAD * n_inner / 2);
-      for (int64_t c = 0; c < n_cols; c += PAD) {
-        transpose_words(words_at(weight + c * stride), stride / A_WORD, PAD, n_inner / A_WORD, pairs, PAD);
-        widen_pairs(pairs, n_inner, operand + c);
-      }
+      pair_rows(weight + inner * a_.weight_stride + col, a_.weight_stride, n_inner, n_cols, operand, COLS);
     } else {
-      thread_local Buffer<C> rounded_buffer;
-      C* rounded = rounded_buffer.at_least(PAD * n_inner);
       for (int64_t c = 0; c < n_cols; c += PAD) {
-        copy_rows(weight + c * stride, stride, PAD, n_inner, rounded, n_inner);
-        transpose_words(words_at(rounded), n_inner / 2, PAD, n_inner / 2, words + c, COLS);
+        int64_t stride = a_.weight_stride;
+        const Narrow* rows = first_operand<W, Narrow>(weight + (col + c) * stride + inner, stride,
+                                                      std::min(PAD, n_cols - c), n_inner);
+        const uint32_t* words = reinterpret_cast<const uint32_t*>(rows);
+        if constexpr (std::is_same_v<Narrow, C>) {
+          transpose_words(words, stride / A_WORD, PAD, n_inner / A_WORD, reinterpret_cast<uint32_t*>(operand) + c, COLS);
+        } else {
+          thread_local Buffer<uint32_t> buffer;
+          uint32_t* pairs = buffer.at_least(PAD * n_inner / 2);
+          transpose_words(words, stride / A_WORD, PAD, n_inner / A_WORD, pairs, PAD);
+          widen_pairs(pairs, n_inner, operand + c);
+        }
       }
     }
     if constexpr (sizeof(T) < sizeof(W) && std::is_same_v<W, C>)  // the weight is rounded to the dtype of the rows
       for (int64_t i = 0; i < n_inner * COLS; i += LANES)
         store(operand + i, rounded(load(operand + i, AllLanes{}), T{}), AllLanes{});
-  }
-
-  template <class From>
-  static const uint32_t* words_at(const From* from) {
-    return reinterpret_cast<const uint32_t*>(from);
   }
 
   // Converts PAD columns of a second operand in bfloat16 to float32.
@@ -161,11 +157,11 @@ class Linear {
     const W* bias = static_cast<const W*>(a_.bias);
     T* y = static_cast<T*>(a_.y) + row * a_.n_cols + col;
     for (int64_t r = 0; r < n_rows; r++, sum += COLS, y += a_.n_cols) {
-      for (int64_t c = 0; c < n_cols; c += LANES) {
-        Float value = load(sum + c, AllLanes{});
-        if (bias) value += load(bias + col + c, AllLanes{});
-        store(y + c, value, AllLanes{});
-      }
+      for_columns(n_cols, [&](int64_t c, auto lanes) {
+        Float value = load(sum + c, lanes);
+        if (bias) value += load(bias + col + c, lanes);
+        store(y + c, value, lanes);
+      });
     }
   }
 

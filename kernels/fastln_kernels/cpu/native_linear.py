@@ -11,7 +11,7 @@ from torch import Tensor
 from fastln_kernels.cpu import products, units
 from fastln_kernels.cpu.library import DTYPES
 
-_MULTIPLE = 16  # the widths must be multiples of this
+_MULTIPLE = 16  # the length of a weight's rows must be a multiple of this
 _ROW_DTYPES = (torch.float32, torch.bfloat16)
 _ROWS = 32  # with fewer rows, packing the weight does not pay
 
@@ -44,8 +44,9 @@ def has_own(x: Tensor, weight: Tensor, bias: Tensor | None, *, transpose: bool =
     n_cols, n_inner = weight.shape if transpose else reversed(weight.shape)
     return (
         x.shape[-1] == n_inner
-        and n_inner > 0 == n_inner % _MULTIPLE
-        and n_cols > 0 == n_cols % _MULTIPLE
+        and min(n_inner, n_cols) >= _MULTIPLE
+        and weight.shape[1] % _MULTIPLE == 0
+        and (weight.shape[0] % _MULTIPLE == 0 or units.compute_dtype(x.dtype) != x.dtype)  # else torch is as fast
         and x.numel() >= _ROWS * n_inner
         and weight.dtype in (x.dtype, torch.float32)
         and weight.is_contiguous()
@@ -63,8 +64,8 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, transpose: 
 
     Args:
         x: `(n_rows, n_inner)`, float32 or bfloat16.
-        weight: `(n_cols, n_inner)`, or `(n_inner, n_cols)` if `transpose` is False; contiguous, both widths positive
-            multiples of 16. Its dtype is that of `x`, or float32, which is then rounded to the dtype of `x`.
+        weight: `(n_cols, n_inner)`, or `(n_inner, n_cols)` if `transpose` is False; contiguous, its rows a multiple of
+            16 long. Its dtype is that of `x`, or float32, which is then rounded to the dtype of `x`.
         bias: `(n_cols,)`, contiguous, in the dtype of `weight`, or None.
         transpose: Whether the rows of `weight` belong to the columns of the result.
 

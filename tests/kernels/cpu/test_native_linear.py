@@ -102,6 +102,21 @@ def test_the_number_of_threads_changes_no_bit(transpose, dtype):
     assert torch.equal(results[0], results[2])
 
 
+@pytest.mark.parametrize("n_classes", [16, 17, 81, 1555])
+@pytest.mark.parametrize("wide", [True, False])
+def test_a_weight_may_have_any_number_of_rows(n_classes, wide, dtype):
+    weight = normal(n_classes, 96, dtype=torch.float32 if wide else dtype, seed=1)
+    rounded = weight.to(dtype)
+    x, dy = normal(40, 96, dtype=dtype), normal(70, n_classes, dtype=dtype)
+    bias = normal(n_classes, dtype=weight.dtype, seed=2)
+    if n_classes % 16:
+        takes = units.compute_dtype(dtype) != dtype
+        assert native_linear.has_own(x, weight, bias) == takes
+        assert native_linear.has_own(dy, weight, None, transpose=False) == takes
+    assert_close(native_linear.linear(x, weight, bias), x, rounded, bias, True)
+    assert_close(native_linear.linear(dy, weight, transpose=False), dy, rounded, None, False)
+
+
 def test_rows_with_strides_and_rows_that_overlap(dtype):
     wide = normal(64, 192, dtype=dtype)
     weight = normal(32, 64, dtype=dtype, seed=1)
@@ -121,7 +136,7 @@ def test_reads_and_writes_nothing_beside_its_tensors(transpose, dtype):
         whole[128 : 128 + n] = normal(n, dtype=dtype, seed=seed)
         return whole[128 : 128 + n].view(shape)
 
-    n_rows, n_inner, n_cols = 37, 112, 80
+    n_rows, n_inner, n_cols = (37, 112, 83) if transpose else (37, 109, 80)
     x, bias = guarded(n_rows, n_inner, seed=0), guarded(n_cols, seed=2)
     weight = guarded(*((n_cols, n_inner) if transpose else (n_inner, n_cols)), seed=1)
     assert_close(native_linear.linear(x, weight, bias, transpose=transpose), x, weight, bias, transpose)
@@ -155,6 +170,7 @@ def test_what_it_does_not_take():
     assert not native_linear.has_own(x, weight.bfloat16(), None)
     assert not native_linear.has_own(x, weight, normal(32).bfloat16())
     assert not native_linear.has_own(x, normal(33, 64), None)
+    assert not native_linear.has_own(x, normal(64, 33), None, transpose=False)
     assert not native_linear.has_own(x, normal(64, 32).t(), None)
     assert not native_linear.has_own(x[:31], weight, None)
     assert not native_linear.has_own(x[:0], weight, None)
