@@ -1,7 +1,7 @@
 """Frozen linear layers with bfloat16 rows, multiplied in bfloat16 and in float32 in turns; `units.py` chooses.
 
-Times the forward product and the gradient's for the layers of usual models. ONEDNN_MAX_CPU_ISA=AVX512_CORE_BF16 makes
-a processor with matrix units behave like one without.
+Times the forward product and the gradient's for the layers of usual models, in processor time of one thread.
+ONEDNN_MAX_CPU_ISA=AVX512_CORE_BF16 makes a processor with matrix units behave like one without.
 """
 
 import argparse
@@ -22,7 +22,8 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=15, help="rounds, of which the median counts")
     rounds = parser.parse_args().rounds
     rates = ", ".join(f"{name} {rate / 1e9:,.0f}" for name, rate in units.rates().items())
-    print(f"GFLOP/s of one thread: {rates}; {torch.get_num_threads()} thread(s)\n")
+    torch.set_num_threads(1)
+    print(f"GFLOP/s of one thread: {rates}\n")
     print("| rows x argument x result | product | bfloat16, ms | float32, ms | times as fast (range) |")
     print("|---|---|---|---|---|")
     for n_rows, n_inner, n_cols in SHAPES:
@@ -33,9 +34,9 @@ def main() -> None:
             for _ in range(1 + rounds):
                 for name, times in seconds.items():
                     os.environ[units.VARIABLE] = name
-                    start = time.perf_counter()
+                    start = time.thread_time()
                     native_linear.linear(x, weight, transpose=transpose)
-                    times.append(time.perf_counter() - start)
+                    times.append(time.thread_time() - start)
             narrow, wide = (times[1:] for times in seconds.values())  # the first is a warm-up
             ratios = sorted(a / b for a, b in zip(narrow, wide, strict=True))
             print(
