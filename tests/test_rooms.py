@@ -22,7 +22,7 @@ LAYERS = """
     fits methods standins
     plan watch
     memory
-    prepare rates
+    prepare rates settings
     cost
     adapters
     engines

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import warnings
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 import peft
@@ -42,15 +42,14 @@ from fastln.methods import (
     IA3_TARGETS,
     LORA_RANK,
     LORA_TARGETS,
-    RANDOM_HEADS,
     get_method,
     random_heads,
     select_parameters,
-    settle_scope,
 )
 from fastln.origin import ORIGIN, Origin, origin_bytes
-from fastln.plan import plan, prepared, settle_without
+from fastln.plan import plan, prepared
 from fastln.prepare import carry_out, restore
+from fastln.settings import MethodSettings
 
 logger = logging.getLogger(__name__)
 
@@ -73,6 +72,9 @@ def put_method(
     also: str | Iterable[str] = (),
     without: str | Iterable[str] = (),
     backend: str = "auto",
+    activations: str = "exact",
+    products: str = "exact",
+    keep_weights: bool = False,
 ) -> nn.Module:
     """Set up any model for `method`, in place.
 
@@ -85,16 +87,34 @@ def put_method(
         scope: as `fastln.prepare` takes it.
         also: names of further modules that train in full.
         without: names of what `fastln.prepare` leaves out, for engine `fastln`; `random_heads` for every engine.
-        backend: the backend of fastln's operations; for engine `fastln` only.
+        backend: the backend of fastln's operations; this and the next three for engine `fastln` only.
+        activations: as `fastln.prepare` takes it.
+        products: as `fastln.prepare` takes it.
+        keep_weights: as `fastln.prepare` takes it.
 
     Returns:
         The module to train: the model itself, or peft's wrapper of it.
 
     Raises:
-        FastLNError: for an unknown method, engine or scope, a model in which the method matches nothing, or `without`
-            or a backend with another engine.
+        FastLNError: for an unknown method, engine, scope or other name, a model in which the method matches nothing, or
+            what only engine `fastln` does with another engine.
     """
-    settings = MethodSettings.of(method, engine, scope, also, without, backend)
+    settings = MethodSettings.of(
+        method,
+        engine,
+        scope=scope,
+        also=also,
+        without=without,
+        backend=backend,
+        activations=activations,
+        products=products,
+        keep_weights=keep_weights,
+    )
+    return put(model, settings)
+
+
+def put(model: nn.Module, settings: MethodSettings) -> nn.Module:
+    """Set up a model with `settings`, as `put_method` does."""
     trained = _put(model, settings)
     if isinstance(trained, peft.PeftModel):
         # Not as a module of it: so that who is given the model, into which peft puts layers, finds the wrapper.
@@ -102,41 +122,6 @@ def put_method(
         trained.__dict__[SETTINGS] = settings
     mark_buffers(trained)
     return trained
-
-
-@dataclass(frozen=True)
-class MethodSettings:
-    """What `put_method` was called with, in one form."""
-
-    method: str
-    engine: str
-    scope: str | tuple[str, ...] | None
-    also: tuple[str, ...]
-    without: tuple[str, ...]
-    backend: str
-
-    @classmethod
-    def of(
-        cls,
-        method: str = "layernorm",
-        engine: str | None = None,
-        scope: str | Iterable[str] | None = None,
-        also: str | Iterable[str] = (),
-        without: str | Iterable[str] = (),
-        backend: str = "auto",
-    ) -> MethodSettings:
-        """Check the arguments of `put_method`, as far as that needs no model.
-
-        Raises:
-            FastLNError: as in `put_method`.
-        """
-        method, scope = settle_scope(method, scope)
-        _, engine = get_method(method, engine)
-        check_without(without, engine)
-        if backend != "auto" and engine != "fastln":
-            raise FastLNError(f"engine {engine!r} runs stock code: backend {backend!r} is for engine 'fastln'")
-        also = (also,) if isinstance(also, str) else tuple(also)
-        return cls(method, engine, scope, also, settle_without(without), backend)
 
 
 SETTINGS = "_fastln_settings"
@@ -173,15 +158,9 @@ def _put(model: nn.Module, settings: MethodSettings) -> nn.Module:
 
 
 def _prepared(model: nn.Module, settings: MethodSettings) -> nn.Module:
-    method = "layernorm" if settings.method == "layernorm+lora" else settings.method
-    decided = plan(
-        model,
-        method,
-        scope=settings.scope,
-        also=settings.also,
-        without=settings.without,
-        backend=settings.backend,
-    )
+    if settings.method == "layernorm+lora":
+        settings = replace(settings, method="layernorm")
+    decided = plan(model, **settings.of_plan)
     carry_out(decided, model)
     return model
 
@@ -208,20 +187,6 @@ def _inside(model: nn.Module, modules: Iterable[str]) -> set[str]:
     return {name for name, _ in model.named_parameters() if name.startswith(prefixes)}
 
 
-def check_without(without: str | Iterable[str], engine: str) -> None:
-    """Check that `prepare` knows the names in `without`, and that they fit the engine.
-
-    Raises:
-        FastLNError: for an unknown name, or any name but `random_heads` with an engine other than `fastln`.
-    """
-    names = [name for name in settle_without(without) if name != RANDOM_HEADS]
-    if names and engine != "fastln":
-        raise FastLNError(
-            f"engine {engine!r} runs stock code, so there is nothing to leave out: without {', '.join(names)} is for "
-            "engine 'fastln'"
-        )
-
-
 def check_finishes(method: str) -> None:
     """Check that `to_stock` can make what `method` trains part of the model itself.
 
@@ -235,12 +200,31 @@ def check_finishes(method: str) -> None:
         )
 
 
+def can_restore(model: nn.Module) -> bool:
+    """Whether a model has the weights that `to_stock` needs: not if 8-bit ones replaced them and they were not kept.
+
+    Args:
+        model: a model, or peft's wrapper of it.
+    """
+    base = model.get_base_model() if isinstance(model, peft.PeftModel) else model
+    state = prepared(base)
+    return state is None or all(parameter.dtype != torch.int8 for parameter in base.parameters())
+
+
 def to_stock(trained: nn.Module) -> nn.Module:
     """Return the stock model with the trained values in it.
 
     Args:
         trained: what `put_method` returned. The model in it is changed in place.
+
+    Raises:
+        FastLNError: if 8-bit weights replaced the model's own. Nothing changes then.
     """
+    if not can_restore(trained):
+        raise FastLNError(
+            "8-bit weights replaced the model's own, so what trained cannot become part of it: save the adapter or a "
+            "checkpoint and load that into the base, or set it up with keep_weights=True"
+        )
     model = trained
     if isinstance(trained, peft.PeftModel):
         # peft leaves its wrappers around modules in `also` (for norms), or treats them as linear layers (for ia3).

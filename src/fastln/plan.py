@@ -111,6 +111,7 @@ def plan(
     also: str | Iterable[str] = (),
     activations: str = "exact",
     products: str = "exact",
+    keep_weights: bool = False,
     without: str | Iterable[str] = (),
     backend: str = "auto",
     device: torch.device | str | None = None,

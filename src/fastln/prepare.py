@@ -26,6 +26,7 @@ def prepare(
     also: str | Iterable[str] = (),
     activations: str = "exact",
     products: str = "exact",
+    keep_weights: bool = False,
     without: str | Iterable[str] = (),
     backend: str = "auto",
 ) -> ModelT:
@@ -65,6 +66,7 @@ def prepare(
         also=also,
         activations=activations,
         products=products,
+        keep_weights=keep_weights,
         without=without,
         backend=backend,
     )

@@ -14,8 +14,8 @@ BACKENDS = ("auto", "triton", "cpu", "reference")
 STORAGES = ("exact",)
 """What an operation may keep for backward; `exact`: all that its gradients need, in full."""
 
-PRODUCTS = ("exact",)
-"""How matrix products are computed; `exact`: in the model's own dtype."""
+PRODUCTS = ("exact", "int8")
+"""How matrix products are computed; `exact`: in the model's own dtype; `int8`: those of frozen weights in 8 bits."""
 
 
 @dataclass(frozen=True, slots=True)
