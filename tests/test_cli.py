@@ -28,7 +28,7 @@ def fastln(*arguments, monkeypatch, capsys):
     ("arguments", "message"),
     [
         (["train", "--out", "{tmp}/o", "--method", "layernrm"], "did you mean 'layernorm'"),
-        (["train", "--out", "{tmp}/o", "--method", "lora", "--engine", "torch"], "(valid: peft)"),
+        (["train", "--out", "{tmp}/o", "--method", "lora", "--engine", "torch"], "(valid: peft, fastln)"),
         (["train", "--out", "{tmp}/o", "--data", "{tmp}/nowhere"], "nowhere"),
         (["train", "--out", "{tmp}/o", "--without", "late_row"], "unknown name 'late_row' in `without`; did you mean"),
         (["train", "--out", "{tmp}/o", "--without", "cache", "--engine", "torch"], "without cache is for engine 'fas"),

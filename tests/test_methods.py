@@ -89,7 +89,7 @@ def test_unknown_names_list_the_valid_ones():
     with pytest.raises(FastLNError, match=r"unknown method 'lra'; did you mean 'lora'\? \(valid: layernorm, "):
         get_method("lra")
     with pytest.raises(FastLNError, match=r"does not run on engine 'fastln' \(valid: peft\)"):
-        get_method("lora", "fastln")
+        get_method("dora", "fastln")
 
 
 @pytest.mark.parametrize("method", [method for method in METHODS if method != "head"])

@@ -328,7 +328,10 @@ def test_preparing_twice_and_restoring_nothing_are_errors():
         fastln.prepare(model)
 
 
-@pytest.mark.parametrize("method", ["layernorm/fastln", "layernorm/peft", "layernorm/torch", "lora/peft", "full/torch"])
+FINISHING = ["layernorm/fastln", "layernorm/peft", "layernorm/torch", "lora/fastln", "lora/peft", "full/torch"]
+
+
+@pytest.mark.parametrize("method", FINISHING)
 def test_finish_gives_a_stock_model_that_answers_as_the_trained_one(method, tmp_path):
     data = tiny.phantom()
     task = tiny.dual(tmp_path, data)

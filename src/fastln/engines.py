@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import warnings
 from collections.abc import Iterable
@@ -22,8 +23,10 @@ from transformers.models.auto.modeling_auto import (
 from transformers.pytorch_utils import Conv1D
 
 from fastln.adapters import (
+    CONFIG,
     LN_TUNING,
     PARTS,
+    PEFT_PREFIX,
     WEIGHTS,
     NoAdapterError,
     adapter_contents,
@@ -39,6 +42,7 @@ from fastln.families import find_norms, parameters_in
 from fastln.families.parts import attention_maps, ffn_maps
 from fastln.files import written_whole
 from fastln.methods import (
+    FROZEN,
     IA3_TARGETS,
     LORA_RANK,
     LORA_TARGETS,
@@ -55,6 +59,8 @@ logger = logging.getLogger(__name__)
 
 N_VIRTUAL_TOKENS = 20
 PROMPT_METHODS = ("prefix", "p-tuning", "prompt")
+_BESIDE_LORA = {"layernorm+lora": "layernorm", "lora": FROZEN}
+"""What trains of the model itself under methods that put LoRA's layers on a prepared model."""
 _VIRTUAL = ("PREFIX_TUNING", "P_TUNING", "PROMPT_TUNING", "MULTITASK_PROMPT_TUNING")  # peft's names for these
 _TASK_TYPES = {
     "CAUSAL_LM": MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
@@ -132,7 +138,7 @@ WRAPPER = "_fastln_wrapper"
 
 def _put(model: nn.Module, settings: MethodSettings) -> nn.Module:
     if settings.engine == "fastln":
-        return _norms_and_lora(model, settings) if settings.method == "layernorm+lora" else _prepared(model, settings)
+        return _with_lora(model, settings) if settings.method in _BESIDE_LORA else _prepared(model, settings)
     chosen, _ = get_method(settings.method)
     by_torch = settings.engine == "torch"
     named = (
@@ -158,8 +164,6 @@ def _put(model: nn.Module, settings: MethodSettings) -> nn.Module:
 
 
 def _prepared(model: nn.Module, settings: MethodSettings) -> nn.Module:
-    if settings.method == "layernorm+lora":
-        settings = replace(settings, method="layernorm")
     decided = plan(model, **settings.of_plan)
     carry_out(decided, model)
     return model
@@ -259,8 +263,11 @@ def save_trained_adapter(
         raise FastLNError(f"{directory}: the adapter cannot be written: {error}") from error
 
 
-def is_norms_and_lora(trained: nn.Module) -> bool:
-    """Whether both norms and peft's layers train in what `put_method` returned, so that no adapter holds all of it."""
+def is_on_prepared(trained: nn.Module) -> bool:
+    """Whether peft's layers lie on a prepared model in what `put_method` returned.
+
+    Then what trains of the model itself is unknown to peft.
+    """
     return isinstance(trained, peft.PeftModel) and prepared(trained.get_base_model()) is not None
 
 
@@ -271,26 +278,43 @@ def write_trained_adapter(trained: nn.Module, folder: Path, dtype: torch.dtype |
         NoAdapterError: for what no adapter can hold. Nothing is written then.
         OSError: if a file cannot be written.
     """
-    if is_norms_and_lora(trained):
-        raise NoAdapterError("an adapter holds either norms or peft's layers, and here both train")
-    if not isinstance(trained, peft.PeftModel):
-        contents = adapter_contents(trained, dtype, origin)
+    if isinstance(trained, peft.PeftModel):
+        contents = _write_peft(trained, folder, origin)
     else:
-        config = trained.active_peft_config
-        config.base_model_name_or_path = (origin and origin.source) or name_or_path(trained.get_base_model())
-        # "auto" compares the vocabulary's size with the base's, which peft looks for on the hub under this name.
-        is_made = origin is not None and (origin.model or "").partition(":")[0] == "dual"
-        trained.save_pretrained(str(folder), save_embedding_layers=False if is_made else "auto")
-        contents = {} if origin is None else {ORIGIN: origin_bytes(origin)}
-        if (states := extra_states(trained.get_base_model())) is not None:
-            contents[EXTRA] = states
-        if further := changed_buffers(trained):  # peft knows only its own layers
-            tensors, metadata = read_tensors(folder / WEIGHTS)
-            further = {name.replace(f".modules_to_save.{trained.active_adapter}", ""): t for name, t in further.items()}
-            tensors |= {name: tensor.cpu().contiguous() for name, tensor in further.items() if name not in tensors}
-            contents[WEIGHTS] = save(tensors, metadata)
+        contents = adapter_contents(trained, dtype, origin)
     for name, content in contents.items():
         (folder / name).write_bytes(content)
+
+
+def _write_peft(trained: peft.PeftModel, folder: Path, origin: Origin | None) -> dict[str, bytes]:
+    """Write the files of peft's adapter, and return the contents of those that come beside them or in their place."""
+    base, config = trained.get_base_model(), trained.active_peft_config
+    state = prepared(base)
+    if state is not None and state.plan.method != FROZEN:
+        raise NoAdapterError("an adapter holds either norms or peft's layers, and here both train")
+    config.base_model_name_or_path = (origin and origin.source) or name_or_path(base)
+    # "auto" compares the vocabulary's size with the base's, which peft looks for on the hub under this name.
+    is_made = origin is not None and (origin.model or "").partition(":")[0] == "dual"
+    # `state_dict` would make the weights that 8-bit ones replaced.
+    values = dict(trained.named_parameters()) if state is not None else None
+    trained.save_pretrained(str(folder), save_embedding_layers=False if is_made else "auto", state_dict=values)
+    contents = {} if origin is None else {ORIGIN: origin_bytes(origin)}
+    if (states := extra_states(base)) is not None:
+        contents[EXTRA] = states
+    further = changed_buffers(trained)  # peft knows only its own layers
+    also = () if state is None else state.plan.also
+    for module in also:
+        held = base.get_submodule(module).state_dict(prefix=f"{PEFT_PREFIX}{module}.")
+        further |= {name: value for name, value in held.items() if isinstance(value, torch.Tensor)}
+    if further:
+        tensors, metadata = read_tensors(folder / WEIGHTS)
+        further = {name.replace(f".modules_to_save.{trained.active_adapter}", ""): t for name, t in further.items()}
+        tensors |= {name: tensor.cpu().contiguous() for name, tensor in further.items() if name not in tensors}
+        contents[WEIGHTS] = save(tensors, metadata)
+    if also:
+        written = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+        contents[CONFIG] = json.dumps(written | {"modules_to_save": list(also)}, indent=2, sort_keys=True).encode()
+    return contents
 
 
 def load_trained_adapter(model: nn.Module, directory: Path, *, check_base: bool = True) -> nn.Module:
@@ -325,10 +349,10 @@ def load_trained_adapter(model: nn.Module, directory: Path, *, check_base: bool 
     return to_stock(wrapped)
 
 
-def _norms_and_lora(model: nn.Module, settings: MethodSettings) -> nn.Module:
+def _with_lora(model: nn.Module, settings: MethodSettings) -> nn.Module:
     # Find the names before `prepare` replaces any module with a stand-in.
     config = _peft_config(model, replace(settings, method="lora"))
-    _prepared(model, settings)
+    _prepared(model, replace(settings, method=_BESIDE_LORA[settings.method]))
     own = [parameter for parameter in model.parameters() if parameter.requires_grad]
     wrapped = peft.get_peft_model(model, config, autocast_adapter_dtype=False)
     for parameter in own:

@@ -21,6 +21,7 @@ from fastln.families.recognise import Found, recognise
 from fastln.fits import check_fits, check_values, class_name, joined
 from fastln.machine import settle_device, why_no_arena
 from fastln.methods import (
+    FROZEN,
     RANDOM_HEADS,
     RandomHeads,
     describe_other_norms,
@@ -145,7 +146,7 @@ def plan(
     random = random_heads(model, select_parameters(model, chosen, scope, also), left_out, scope)
     also = (*also, *random.train)
     trained = frozenset(select_parameters(model, chosen, scope, also))
-    if not trained:
+    if not trained and method != FROZEN:
         raise FastLNError(f"method {method!r} trains nothing by itself; list the task head's modules in `also`")
     place = _settle_place(model, device)
     resolve("layer_norm", place, settings)  # raises if the backend is not available

@@ -169,7 +169,9 @@ def test_a_stopped_run_resumes_to_the_same_weights(kind, tmp_path):
 
 
 @pytest.mark.usefixtures("few")
-@pytest.mark.parametrize("method", ["layernorm/fastln", "layernorm/peft", "LN-F/fastln", "lora/peft", "ia3/peft"])
+@pytest.mark.parametrize(
+    "method", ["layernorm/fastln", "layernorm/peft", "LN-F/fastln", "lora/peft", "lora/fastln", "ia3/peft"]
+)
 def test_the_adapter_on_its_base_scores_as_the_whole_model_and_is_small(method, tmp_path, caplog):
     method, _, engine = method.partition("/")
     base, out = spec(tmp_path), tmp_path / "out"

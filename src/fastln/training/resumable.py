@@ -18,7 +18,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from fastln.adapters import TRAINED, name_or_path
 from fastln.changes import Marks, frozen, mark_buffers, marks
-from fastln.engines import is_norms_and_lora
+from fastln.engines import is_on_prepared
 from fastln.errors import FastLNError
 from fastln.files import expanded
 from fastln.origin import ORIGIN, Origin
@@ -125,9 +125,10 @@ class ResumableTrainer(Trainer):
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Save the whole model as the Trainer does; in a checkpoint, only what changed.
 
-        Norms beside LoRA are saved as in a checkpoint too, because peft's form would leave the norms out.
+        Peft's layers on a prepared model are saved as in a checkpoint too, because peft's form would leave out what
+        trains of the model itself.
         """
-        if self._sharded or (self._staging is None and not is_norms_and_lora(self.model)):
+        if self._sharded or (self._staging is None and not is_on_prepared(self.model)):
             super().save_model(output_dir, _internal_call)
         elif self.args.should_save:
             self._mark_start()
