@@ -189,7 +189,7 @@ def test_the_reference_is_plain_pytorch_throughout():
         ({"without": "late_logit"}, "did you mean 'late_logits'"),
         ({"without": ("norms", "nothing")}, r"unknown name 'nothing' in `without` \(valid: norms, "),
         ({"activations": "recompute"}, "unknown"),
-        ({"products": "int8"}, "unknown"),
+        ({"products": "int4"}, "unknown"),
     ],
 )
 def test_what_does_not_exist_is_named(arguments, message):

@@ -16,10 +16,11 @@ SOURCES = (ROOT / "src" / "fastln", ROOT / "kernels" / "fastln_kernels")
 LAYERS = """
     fastln_kernels
     errors
-    changes files machine origin processes progress reading rounding sizes versions
+    changes files machine origin originals processes progress reading rounding sizes versions
     fingerprint ops
     decision families late
     fits methods standins
+    int8_rules
     plan watch
     memory
     prepare rates settings

@@ -1,12 +1,12 @@
 """Frozen linear layers in 8 bits: the definition in plain PyTorch that all kernels are tested against.
 
-A weight `W` `(n_cols, n_inner)` is rounded once, with a scale per column of the result. Rows `x` are rounded in each call,
-with a scale per row:
+A weight `W` `(n_cols, n_inner)` is rounded once, with a scale per column of the result. Rows `x` are rounded in each
+call, with a scale per row:
 
     W ≈ w_scale[:, None] * w,    x ≈ x_scale[:, None] * q,    y = (q wᵀ) * x_scale[:, None] * w_scale + bias
 
-`q wᵀ` is a product of whole numbers, which is exact. The gradient of x takes the same `w`. Its scales lie along the sum,
-so they go into the gradient before it is rounded:
+`q wᵀ` is a product of whole numbers, which is exact. The gradient of x takes the same `w`. Its scales lie along the
+sum, so they go into the gradient before it is rounded:
 
     dx = (g w) * g_scale[:, None],    where g_scale[:, None] * g ≈ dy * w_scale
 
@@ -55,11 +55,20 @@ class Weight8(NamedTuple):
         values: `(n_cols, n_inner)`, int8, from -127 to 127, contiguous; turned along `n_inner` if `turned`.
         scale: `(n_cols,)`, float32.
         turned: Whether each block of 64 inner columns is turned.
+        row_sums: `(n_cols,)`, int32: sums of the whole numbers over `n_inner`. Units that take unsigned rows need them.
+        col_sums: `(n_inner,)`, int32: their sums over `n_cols`.
     """
 
     values: Tensor
     scale: Tensor
     turned: bool
+    row_sums: Tensor
+    col_sums: Tensor
+
+    @classmethod
+    def of(cls, values: Tensor, scale: Tensor, turned: bool) -> Weight8:
+        """Return the weight with its sums."""
+        return cls(values, scale, turned, *(values.sum(dim, dtype=torch.int32) for dim in (1, 0)))
 
 
 def turn(x: Tensor) -> Tensor:
@@ -96,7 +105,8 @@ def quantise(x: Tensor, factors: Tensor | None = None, *, turned: bool = False) 
         finite &= values.isfinite().all(-1)
     top = values.abs().amax(-1) if values.shape[-1] else values.new_zeros(len(values))
     is_zero = ~(top >= SMALLEST)
-    inverse = torch.where(is_zero | ~finite, 0.0, LARGEST / top)
+    # A number divided by a tensor would be a product with its reciprocal, which rounds twice.
+    inverse = torch.where(is_zero | ~finite, 0.0, torch.full_like(top, LARGEST) / top)
     scale = torch.where(finite, torch.where(is_zero, 0.0, top / LARGEST), math.nan)
     values = torch.where(finite[:, None], values, 0.0)
     return Rows8((values * inverse[:, None]).round().clamp(-LARGEST, LARGEST).to(torch.int8), scale)
@@ -110,7 +120,7 @@ def quantise_weight(weight: Tensor, *, turned: bool = False) -> Weight8:
         turned: Whether to turn each block of 64 inner columns first; `n_inner` must be a multiple of 64.
     """
     values, scale = quantise(weight, turned=turned)
-    return Weight8(values, scale, turned)
+    return Weight8.of(values, scale, turned)
 
 
 def dequantise_weight(weight: Weight8) -> Tensor:

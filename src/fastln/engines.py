@@ -212,7 +212,7 @@ def can_restore(model: nn.Module) -> bool:
     """
     base = model.get_base_model() if isinstance(model, peft.PeftModel) else model
     state = prepared(base)
-    return state is None or all(parameter.dtype != torch.int8 for parameter in base.parameters())
+    return state is None or not state.n_lost
 
 
 def to_stock(trained: nn.Module) -> nn.Module:

@@ -9,13 +9,13 @@ import torch
 from torch import Tensor, nn
 
 from fastln.errors import FastLNError
+from fastln.originals import originals, sampled
 from fastln.processes import gathered
 
 FINGERPRINT = "fastln_base"
 """The key of the fingerprint in a safetensors file's metadata."""
 
 _VERSION = "v2"
-_N_SAMPLED = 64  # values per parameter
 _N_SHORT = 6  # hexadecimal digits of a parameter's own digest
 _PRECISIONS = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -127,13 +127,15 @@ class _Digests:
     def __init__(self, model: nn.Module, without: Collection[str]) -> None:
         digests = {name: hashlib.sha256() for name in _PRECISIONS}
         names, dtypes = hashlib.sha256(), set()
+        replaced = originals(model)
         self.each: dict[str, str] = {}
         for name, parameter in sorted(model.named_parameters()):
             if name not in without:
                 check_has_values(name, parameter)
-                dtypes.add(str(parameter.dtype).removeprefix("torch."))
-                values = gathered(parameter).reshape(-1)
-                values = values[:: max(1, len(values) // _N_SAMPLED)].cpu()
+                original = replaced.get(name)
+                values = sampled(gathered(parameter).reshape(-1)) if original is None else original.samples
+                dtypes.add(str(parameter.dtype if original is None else original.dtype).removeprefix("torch."))
+                values = values.cpu()
                 names.update(name.encode())
                 own = []
                 for precision, digest in digests.items():

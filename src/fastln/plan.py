@@ -19,6 +19,7 @@ from fastln.errors import FastLNError
 from fastln.families.parts import pretrained_models
 from fastln.families.recognise import Found, recognise
 from fastln.fits import check_fits, check_values, class_name, joined
+from fastln.int8_rules import INT8_STAND_INS, Int8Rules, describe_int8
 from fastln.machine import settle_device, why_no_arena
 from fastln.methods import (
     FROZEN,
@@ -33,6 +34,7 @@ from fastln.methods import (
 from fastln.ops import OpSettings
 from fastln.ops.backends import resolve
 from fastln.standins.attention import NAME, ViewSpec, flash_views
+from fastln.standins.int8 import Int8Spec, Int8Weight
 from fastln.standins.norm import Float32Parameters
 from fastln.standins.part import Undo, is_stand_in
 from fastln.standins.table import STAND_INS, Place
@@ -72,20 +74,27 @@ class Prepared:
                 change.dtypes = {own: casts.get(dtype, dtype) for own, dtype in change.dtypes.items()}
         if prepared(model) is not None:
             delattr(model, STATE)
-        flags: list[Callable[[], object]] = [
-            functools.partial(parameter.requires_grad_, self.requires_grad[name])
-            for name, parameter in model.named_parameters()
-            if parameter.requires_grad != self.requires_grad.get(name, parameter.requires_grad)
-        ]
-        for undo in [*(change.remove for change in reversed(self.undo)), *flags]:
+        steps: list[Callable[[], object]] = [change.remove for change in reversed(self.undo)]
+        steps.append(functools.partial(self._reset_flags, model))
+        for step in steps:
             try:
-                undo()
+                step()
             except BaseException as error:  # the others are undone all the same
                 failures.append(error)
         if failures:
             for other in failures[1:]:
                 failures[0].add_note(f"Undoing another change failed too: {other!r}")
             raise failures[0]
+
+    @property
+    def n_lost(self) -> int:
+        """The number of weights that were replaced by their 8-bit form and not kept."""
+        return sum(isinstance(change, Int8Weight) and change.is_lost for change in self.undo)
+
+    def _reset_flags(self, model: nn.Module) -> None:
+        for name, parameter in model.named_parameters():
+            if parameter.requires_grad != (before := self.requires_grad.get(name, parameter.requires_grad)):
+                parameter.requires_grad_(before)
 
     def _others(self, model: nn.Module) -> set[torch.dtype]:
         """The dtypes of the parameters that `prepare` did not cast."""
@@ -112,8 +121,8 @@ def plan(
     also: str | Iterable[str] = (),
     activations: str = "exact",
     products: str = "exact",
-    keep_weights: bool = False,
     without: str | Iterable[str] = (),
+    keep_weights: bool = False,
     backend: str = "auto",
     device: torch.device | str | None = None,
 ) -> Plan:
@@ -127,6 +136,7 @@ def plan(
         activations: As for `fastln.prepare`.
         products: As for `fastln.prepare`.
         without: As for `fastln.prepare`.
+        keep_weights: As for `fastln.prepare`.
         backend: As for `fastln.prepare`.
         device: The device that the model will run on. By default the model's current device; for a model on the meta
             device, the GPU if there is one.
@@ -150,8 +160,13 @@ def plan(
         raise FastLNError(f"method {method!r} trains nothing by itself; list the task head's modules in `also`")
     place = _settle_place(model, device)
     resolve("layer_norm", place, settings)  # raises if the backend is not available
-    decided = _Decider(model, trained, left_out, settings, place).decide(random)
-    notes = (describe_other_norms(model, trained, scope), random.note, _describe_unused(left_out, decided))
+    decided = _Decider(model, trained, left_out, settings, place, keep_weights).decide(random)
+    notes = (
+        describe_other_norms(model, trained, scope),
+        random.note,
+        _describe_unused(left_out, decided),
+        describe_int8(decided, settings, keep_weights),
+    )
     parameters = dict(model.named_parameters())
     return Plan(
         model=type(model).__name__,
@@ -205,6 +220,9 @@ def _carry_out(plan: Plan, model: nn.Module) -> None:
             place = Place(model, change.name, change.detail, plan.settings, dtypes, state.undo)
             STAND_INS[change.stand_in].put(place)
         state.others = state._others(model)
+        for undo in state.undo:
+            if isinstance(undo, Int8Weight):
+                undo.settle()
     except BaseException:
         # First the original tensors: casting back would need memory, and perhaps there is none.
         for name, tensor in before.items():
@@ -227,11 +245,13 @@ class _Decider:
         without: tuple[str, ...],
         settings: OpSettings,
         device: torch.device,
+        keep_weights: bool,
     ) -> None:
         self._model = model
         self._without = without
         self._settings = settings
         self._device = device
+        self._int8 = Int8Rules(model, settings, device, keep_weights) if settings.products == "int8" else None
         self._modules = dict(model.named_modules())
         self._trained = {id(p): p for name, p in model.named_parameters() if name in trained}
 
@@ -287,7 +307,7 @@ class _Decider:
             becomes=_becomes(row.becomes, detail, dtypes),
             trick=row.trick,
             keeps=row.keeps,
-            products=self._settings.products if row.has_products else None,
+            products=self._products(stand_in, detail) if row.has_products else None,
             reason=row.reason,
             stock=class_name(self._modules[entry.name]),
             detail=detail,
@@ -343,7 +363,24 @@ class _Decider:
         views = flash_views(self._model, kept)
         return [self._known(Found(name, "attention", "attention"), spec) for name, spec in views.items()]
 
+    def _products(self, stand_in: str, detail: Any) -> str:
+        """In which form a change's products run."""
+        if stand_in in INT8_STAND_INS.values():
+            return "int8, turned" if detail.turned else "int8"
+        return "exact"
+
     def _linear(self, entry: Found) -> Change | Stay:
+        exact = self._exact_linear(entry)
+        if self._int8 is None or entry.obstacle is not None or "linears" in self._without:
+            return exact
+        if id(self._modules[entry.name].weight) in self._trained:
+            return exact
+        spec = self._int8.of(entry.name)
+        if isinstance(spec, Int8Spec):
+            return self._change(entry, INT8_STAND_INS[entry.what], spec)
+        return dataclasses.replace(exact, reason=f"not in 8 bits: {spec}; {exact.reason}")
+
+    def _exact_linear(self, entry: Found) -> Change | Stay:
         choice = resolve("linear", self._device, self._settings)
         if choice.backend != "cpu":
             return Stay(entry.name, entry.label, choice.reason)

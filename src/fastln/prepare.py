@@ -26,8 +26,8 @@ def prepare(
     also: str | Iterable[str] = (),
     activations: str = "exact",
     products: str = "exact",
-    keep_weights: bool = False,
     without: str | Iterable[str] = (),
+    keep_weights: bool = False,
     backend: str = "auto",
 ) -> ModelT:
     """Choose which parameters train, and replace modules by versions that store and compute less, in place.
@@ -48,8 +48,11 @@ def prepare(
         also: Names of further modules that train in full. A head that was not in the checkpoint trains without being
             named, unless `without` has `random_heads`.
         activations: What is kept for backward: a name from `fastln.ops.settings.STORAGES`.
-        products: The form in which matrix products run: a name from `fastln.ops.settings.PRODUCTS`.
+        products: The form in which matrix products run. `exact`: in the model's own dtype. `int8`: frozen linear layers
+            hold their weight in 8 bits and multiply in 8 bits, forward and backward. The plan says which, and why
+            others do not.
         without: Names of changes to leave out: keys of `fastln.standins.tricks.TRICKS`.
+        keep_weights: Whether `products="int8"` keeps the original weights too, so that `restore` can put them back.
         backend: `auto`, `triton`, `cpu`, or `reference` for plain PyTorch throughout.
 
     Returns:
@@ -66,8 +69,8 @@ def prepare(
         also=also,
         activations=activations,
         products=products,
-        keep_weights=keep_weights,
         without=without,
+        keep_weights=keep_weights,
         backend=backend,
     )
     carry_out(decided, model)
@@ -114,8 +117,8 @@ def restore(model: ModelT) -> ModelT:
         The same model.
 
     Raises:
-        FastLNError: If the model is not prepared, or has gained parameters since (from a parametrization or an
-            adapter). The model stays unchanged then.
+        FastLNError: If the model is not prepared, has gained parameters since (from a parametrization or an adapter),
+            or holds weights in 8 bits whose originals were not kept. The model stays unchanged then.
     """
     state = prepared(model)
     if state is None:
@@ -125,6 +128,11 @@ def restore(model: ModelT) -> ModelT:
         raise FastLNError(
             f"the model gained {len(new)} parameters after fastln.prepare(), for example {new[0]}: remove what added "
             "them (torch.nn.utils.parametrize.remove_parametrizations, peft's unload()), then restore"
+        )
+    if n_lost := state.n_lost:
+        raise FastLNError(
+            f"products='int8' replaced {n_lost} weights by their 8-bit form and did not keep them: prepare the model "
+            "with keep_weights=True to restore it later; or save_adapter(), load the base again, and load_adapter()"
         )
     state.remove(model)
     for parameter in model.parameters():

@@ -49,6 +49,8 @@ def why_not(name: str) -> str | None:
         usable(name)
     except KernelsUnavailableError as error:
         return str(error)
+    if name == "int8" and not in_8_bits(name):
+        return "this processor has no 8-bit products with 32-bit sums (VNNI or AMX)"
     return None
 
 

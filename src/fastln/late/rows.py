@@ -271,7 +271,7 @@ def _cross_entropy(call: Call) -> Tensor | None:
 _by_two_rows = partial(_by_rows, places=(0, 1))
 
 _RULES: dict[Callable[..., Any], Callable[[Call], Tensor | None]] = {
-    **dict.fromkeys((F.linear, ops.linear, ops.layer_norm, ops.rms_norm, ops.activation), _by_rows),
+    **dict.fromkeys((F.linear, ops.linear, ops.int8_linear, ops.layer_norm, ops.rms_norm, ops.activation), _by_rows),
     **dict.fromkeys((F.gelu, F.relu, F.silu, torch.relu, torch.tanh, Tensor.tanh), _by_rows),
     **dict.fromkeys((Tensor.add, torch.add, Tensor.sub, Tensor.mul, torch.mul, Tensor.div), _by_two_rows),
     **dict.fromkeys((Tensor.to, Tensor.float), _cast),

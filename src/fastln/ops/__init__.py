@@ -3,6 +3,7 @@
 from fastln.ops.activation import activation, gated_activation, packed_gated_activation
 from fastln.ops.attention import attention
 from fastln.ops.dropout import dropout
+from fastln.ops.int8 import int8_linear
 from fastln.ops.linear import linear
 from fastln.ops.linear_cross_entropy import linear_cross_entropy
 from fastln.ops.norm import dropout_add_norm, layer_norm, rms_norm
@@ -20,6 +21,7 @@ __all__ = [
     "dropout",
     "dropout_add_norm",
     "gated_activation",
+    "int8_linear",
     "layer_norm",
     "linear",
     "linear_cross_entropy",

@@ -79,6 +79,10 @@ _TABLE: dict[str, dict[str, _Kernels]] = {
         ),
         "reference": _Kernels("reference_attention", "torch's scaled_dot_product_attention"),
     },
+    "int8_linear": {
+        "cpu": _Kernels("cpu.native_int8", "fastln's compiled CPU kernels, 8-bit products with 32-bit sums", "int8"),
+        "reference": _Kernels("reference_int8", "plain PyTorch, slowly"),
+    },
     "linear": {
         "cpu": _Kernels(
             "cpu.native_linear", "fastln's compiled CPU kernels, which lay weights out block by block", "linear"

@@ -15,7 +15,7 @@ STORAGES = ("exact",)
 """What an operation may keep for backward; `exact`: all that its gradients need, in full."""
 
 PRODUCTS = ("exact", "int8")
-"""How matrix products are computed; `exact`: in the model's own dtype; `int8`: those of frozen weights in 8 bits."""
+"""How matrix products are computed; `exact`: in the model's own dtype; `int8`: frozen linear layers in 8 bits."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -20,6 +20,7 @@ from fastln.standins.attention import AttentionSwitch
 from fastln.standins.blip_attention import BlipAttention, BlipTextSelfAttention
 from fastln.standins.dropout import CallsDropout, Dropout
 from fastln.standins.gated_mlp import GatedMLP
+from fastln.standins.int8 import Int8Conv1D, Int8Linear, Int8Weight
 from fastln.standins.last_block import WaitingRows
 from fastln.standins.linear import Conv1D, Linear
 from fastln.standins.lm_head import LMHead
@@ -107,6 +108,15 @@ def _norm(form: type[StandIn]) -> Callable[[Place], None]:
         stand_in(module, form, place.settings, place.detail, **more)
         if form is StockNorm:
             place.undo.append(module.register_forward_hook(in_own_dtype, with_kwargs=True))
+
+    return put
+
+
+def _int8(form: type[StandIn]) -> Callable[[Place], None]:
+    def put(place: Place) -> None:
+        made = Int8Weight(place.module, place.module.get_parameter("weight"))
+        place.undo.append(made)
+        made.put(place.detail, form, place.settings)
 
     return put
 
@@ -225,11 +235,13 @@ STAND_INS: dict[str, Row] = {
     ),
     "linear": Row("linears", "fastln", "nothing", True, _FROZEN, _swap(Linear)),
     "conv1d": Row("linears", "fastln", "nothing", True, _FROZEN, _swap(Conv1D)),
+    "int8_linear": Row("linears", "fastln", "nothing", True, _FROZEN, _int8(Int8Linear)),
+    "int8_conv1d": Row("linears", "fastln", "nothing", True, _FROZEN, _int8(Int8Conv1D)),
     "last_block": Row(
         trick="late_rows",
         becomes="computed late",
         keeps="rows that are read",
-        has_products=True,
+        has_products=False,
         reason="most rows of the last block are never read",
         put=_last_block,
     ),

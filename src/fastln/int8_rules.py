@@ -1,0 +1,106 @@
+"""Which frozen linear layers run in 8 bits, and how their weights are rounded: rules that need no data."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable
+
+import torch
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from fastln.decision import Change, Stay
+from fastln.families.norms import is_norm, norm_kind
+from fastln.families.readers import readers_of
+from fastln.ops import OpSettings
+from fastln.ops.backends import resolve
+from fastln.standins.int8 import Int8Spec
+from fastln_kernels.reference_int8 import TURNED
+
+INT8_STAND_INS = {"linear": "int8_linear", "conv1d": "int8_conv1d"}
+"""The stand-ins of linear layers in 8 bits, by what the layers are."""
+
+SMALLEST = 128
+"""A layer with fewer inputs or outputs gains nothing: rounding its rows takes as long as the products save."""
+
+MOST = 2**16
+"""Sums of more products could exceed 32 bits."""
+
+
+class Int8Rules:
+    """Decides for each frozen linear layer of a model.
+
+    Args:
+        model: The model.
+        settings: How operations run.
+        device: The device that the model will run on.
+        keep_weights: Whether the original weights are kept.
+    """
+
+    def __init__(self, model: nn.Module, settings: OpSettings, device: torch.device, keep_weights: bool) -> None:
+        self._model = model
+        self._modules = dict(model.named_modules())
+        self._keep = keep_weights
+        self._holders = Counter(
+            id(parameter) for module in model.modules() for parameter in module._parameters.values()
+        )
+        choice = resolve("int8_linear", device, settings)
+        fits = choice.backend != "reference" or settings.backend == "reference"
+        self._obstacle = None if fits else choice.reason
+
+    def of(self, name: str) -> Int8Spec | str:
+        """Return how a linear layer's weight is rounded, or why it stays exact.
+
+        Args:
+            name: The name of an `nn.Linear` or `Conv1D` whose weight is frozen.
+        """
+        if self._obstacle is not None:
+            return self._obstacle
+        module = self._modules[name]
+        weight = module.weight
+        if type(weight) is not nn.Parameter or weight.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+            return "its weight is not a plain parameter"
+        if min(weight.shape) < SMALLEST:
+            return f"too small to gain (under {SMALLEST} inputs or outputs)"
+        if max(weight.shape) > MOST:
+            return f"sums over more than {MOST:,} products may not fit into 32 bits"
+        if self._holders[id(weight)] > 1:
+            return "another module shares its weight"
+        if readers_of(self._model, name, ("weight",)):
+            return "code outside it reads its weight"
+        return Int8Spec(self._has_outliers(name) and _inner(module) % TURNED == 0, self._keep)
+
+    def _has_outliers(self, name: str) -> bool:
+        """Whether the rows of a layer may hold numbers much larger than the others.
+
+        They do behind RMSNorms, which do not centre, and in causal language models (LLM.int8(), arXiv 2208.07339);
+        encoders with LayerNorm have none.
+        """
+        parts = name.split(".")
+        for n in range(len(parts) - 1, -1, -1):
+            around = self._modules[".".join(parts[:n])]
+            kinds = [kind for module in around.modules() if is_norm(module) for kind in [norm_kind(module)]]
+            if kinds:
+                causal = any(getattr(module, "is_causal", False) is True for module in around.modules())
+                return causal or any(kind is not None and not kind.centre for kind in kinds)
+        return False
+
+
+def _inner(module: nn.Module) -> int:
+    return module.get_parameter("weight").shape[0 if isinstance(module, Conv1D) else 1]
+
+
+def describe_int8(decided: Iterable[Change | Stay], settings: OpSettings, keep_weights: bool) -> str | None:
+    """Describe a setting of 8-bit products that has no effect; None if there is none."""
+    if settings.products != "int8":
+        return "keep_weights has no effect with exact products, which replace no weight" if keep_weights else None
+    decided = list(decided)
+    if any(isinstance(entry, Change) and entry.stand_in in INT8_STAND_INS.values() for entry in decided):
+        return None
+    reasons = Counter(
+        entry.reason.partition(";")[0].removeprefix("not in 8 bits: ")
+        for entry in decided
+        if entry.reason.startswith("not in 8 bits")
+    )
+    why = "; ".join(reasons) or "no frozen linear layer may change"
+    return f"products='int8' has no effect on this model here, so its products are exact: {why}"

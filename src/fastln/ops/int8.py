@@ -1,0 +1,223 @@
+"""Frozen linear layers in 8 bits: the operators and the autograd formula.
+
+Nothing is kept for backward but the weight, which exists anyway. The gradient of `x` is a product with the same 8-bit
+weight. The last rows that were rounded are remembered while their tensor lives: queries, keys and values come from the
+same rows, which are rounded once.
+"""
+
+from __future__ import annotations
+
+import threading
+import weakref
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastln.errors import FastLNError
+from fastln.ops.backends import implementation
+from fastln.ops.dispatch import Ways, define, is_transformed, needs_operator, overridable, wants_gradient
+from fastln.ops.settings import DEFAULT, SCHEMA, OpSettings
+from fastln_kernels.reference_int8 import Weight8
+
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+class _Arguments(NamedTuple):
+    """The arguments of a linear layer in 8 bits besides its tensors.
+
+    Attributes:
+        turned: Whether the weight is turned.
+        dtype: The dtype of the result.
+        settings: Which backend computes, and in which form.
+    """
+
+    turned: bool
+    dtype: torch.dtype
+    settings: OpSettings
+
+    @staticmethod
+    def schema() -> str:
+        """Return how an operator's schema declares the scalars."""
+        return f"bool turned, ScalarType dtype, {SCHEMA}"
+
+    @property
+    def flat(self) -> tuple[Any, ...]:
+        """The arguments as scalars, in the order of the schema."""
+        return (self.turned, self.dtype, *self.settings.flat)
+
+    @classmethod
+    def of(cls, turned: bool, dtype: torch.dtype, *flat: str) -> _Arguments:
+        """Rebuild the arguments from the scalars of `flat`."""
+        return cls(turned, dtype, OpSettings.of(*flat))
+
+
+@overridable
+def int8_linear(x: Tensor, weight: Weight8, bias: Tensor | None = None, *, settings: OpSettings = DEFAULT) -> Tensor:
+    """Compute `x Wᵀ + bias` with a frozen weight in 8 bits and `x` rounded to 8 bits, row by row; differentiable once.
+
+    `fastln_kernels.reference_int8` defines it. Under autocast the result has the autocast dtype.
+
+    Args:
+        x: `(..., n_inner)`, of a floating dtype.
+        weight: `(n_cols, n_inner)`.
+        bias: `(n_cols,)`, frozen, or None.
+        settings: Which backend computes.
+
+    Returns:
+        `(..., n_cols)`.
+
+    Raises:
+        FastLNError: If shape or dtype are not valid, the backend cannot run on the device of `x`, or torch.func's
+            transforms are active: the derivative of rounding is zero almost everywhere.
+    """
+    if x.dtype not in _DTYPES or not x.ndim or x.shape[-1] != weight.values.shape[1]:
+        raise FastLNError(
+            f"x must be (..., {weight.values.shape[1]}), of a floating dtype; it is {(*x.shape,)} and {x.dtype}"
+        )
+    if is_transformed():
+        raise FastLNError("layers in 8 bits have no derivatives by torch.func; prepare the model with products='exact'")
+    arguments = _Arguments(weight.turned, _result_dtype(x), settings)
+    tensors = (x, weight.values, weight.scale, weight.row_sums, weight.col_sums, bias)
+    if needs_operator(*tensors):
+        return _WAYS.operator(*tensors, *arguments.flat)
+    if wants_gradient(x):
+        return _WAYS.function.apply(*tensors, arguments)
+    return _linear(*tensors, arguments)
+
+
+def _result_dtype(x: Tensor) -> torch.dtype:
+    device = x.device.type
+    if torch.is_autocast_enabled(device) and x.dtype != torch.float64:
+        return torch.get_autocast_dtype(device)
+    return x.dtype
+
+
+class _Last(threading.local):
+    """The rows that this thread rounded last."""
+
+    of: weakref.ref[Tensor] | None = None
+    version: int = 0
+    turned: bool = False
+    kernels: Any = None
+    rows: Any = None
+
+    def rounded(self, x: Tensor, turned: bool, kernels: Any) -> Any:
+        """Return the rows of `x`, rounded now unless they were the last."""
+        known = self.of is not None and self.of() is x and self.version == x._version
+        if not known or (self.turned, self.kernels) != (turned, kernels):
+            self.rows = kernels.quantise(x.reshape(-1, x.shape[-1]), turned=turned)
+            self.of, self.version, self.turned, self.kernels = weakref.ref(x, self._forget), x._version, turned, kernels
+        return self.rows
+
+    def _forget(self, of: Any) -> None:
+        if self.of is of:
+            self.of = self.rows = None
+
+
+_last = _Last()
+
+
+def _linear(
+    x: Tensor,
+    values: Tensor,
+    scale: Tensor,
+    row_sums: Tensor,
+    col_sums: Tensor,
+    bias: Tensor | None,
+    arguments: _Arguments,
+) -> Tensor:
+    kernels = implementation("int8_linear", x, arguments.settings)
+    weight = Weight8(values, scale, arguments.turned, row_sums, col_sums)
+    y: Tensor = kernels.linear(_last.rounded(x, arguments.turned, kernels), weight, bias, arguments.dtype)
+    # Autograd must not see a view, which could not be written to in place.
+    return torch.ops.aten._unsafe_view.default(y, (*x.shape[:-1], y.shape[-1]))
+
+
+def _linear_backward(
+    dy: Tensor, values: Tensor, scale: Tensor, row_sums: Tensor, col_sums: Tensor, arguments: _Arguments
+) -> Tensor:
+    kernels = implementation("int8_linear", dy, arguments.settings)
+    weight = Weight8(values, scale, arguments.turned, row_sums, col_sums)
+    rows = kernels.quantise(dy.reshape(-1, dy.shape[-1]), scale)
+    dx: Tensor = kernels.linear_backward(rows, weight, arguments.dtype)
+    return dx.view(*dy.shape[:-1], dx.shape[-1])
+
+
+def _fake_linear(
+    x: Tensor,
+    values: Tensor,
+    scale: Tensor,
+    row_sums: Tensor,
+    col_sums: Tensor,
+    bias: Tensor | None,
+    arguments: _Arguments,
+) -> Tensor:
+    return x.new_empty((*x.shape[:-1], values.shape[0]), dtype=arguments.dtype)
+
+
+def _fake_linear_backward(
+    dy: Tensor, values: Tensor, scale: Tensor, row_sums: Tensor, col_sums: Tensor, arguments: _Arguments
+) -> Tensor:
+    return dy.new_empty((*dy.shape[:-1], values.shape[1]), dtype=arguments.dtype)
+
+
+def _keep(ctx: Any, x: Tensor, weight: tuple[Tensor, ...], arguments: _Arguments) -> None:
+    ctx.save_for_backward(*weight)
+    ctx.arguments = arguments._replace(dtype=x.dtype)
+    ctx.set_materialize_grads(False)
+
+
+def _refuse_second_derivative() -> None:
+    if torch.is_grad_enabled():
+        raise FastLNError("int8_linear is differentiable once: its backward cannot run with create_graph=True")
+
+
+class _Eager(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, *inputs: Any) -> Tensor:
+        x, *weight, _, arguments = inputs
+        _keep(ctx, x, tuple(weight), arguments)
+        return _linear(*inputs)
+
+    @staticmethod
+    def backward(ctx: Any, *dys: Tensor | None) -> tuple[Tensor | None, ...]:
+        (dy,) = dys
+        if dy is None:
+            return (None,) * 7
+        _refuse_second_derivative()
+        values, scale, row_sums, col_sums = ctx.saved_tensors
+        return _linear_backward(dy, values, scale, row_sums, col_sums, ctx.arguments), *(None,) * 6
+
+
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, values, scale, row_sums, col_sums, _, *flat = inputs
+    _keep(ctx, x, (values, scale, row_sums, col_sums), _Arguments.of(*flat))
+
+
+def _operator_gradients(ctx: Any, dy: Tensor | None) -> tuple[Tensor | None, ...]:
+    flat = ctx.arguments.flat
+    if dy is None:
+        return (None,) * (6 + len(flat))
+    _refuse_second_derivative()
+    dx = torch.ops.fastln.int8_linear_backward(dy, *ctx.saved_tensors, *flat)
+    return dx, *(None,) * (5 + len(flat))
+
+
+_WEIGHT = "Tensor values, Tensor scale, Tensor row_sums, Tensor col_sums"
+define(
+    "fastln::int8_linear",
+    f"(Tensor x, {_WEIGHT}, Tensor? bias, {_Arguments.schema()}) -> Tensor",
+    _Arguments,
+    _linear,
+    _fake_linear,
+)
+define(
+    "fastln::int8_linear_backward",
+    f"(Tensor dy, {_WEIGHT}, {_Arguments.schema()}) -> Tensor",
+    _Arguments,
+    _linear_backward,
+    _fake_linear_backward,
+)
+torch.library.register_autograd("fastln::int8_linear", _operator_gradients, setup_context=_setup)
+_WAYS = Ways(torch.ops.fastln.int8_linear.default, _Eager, _linear)

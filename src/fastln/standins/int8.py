@@ -1,0 +1,242 @@
+"""Linear layers whose frozen weight is held in 8 bits: a byte and a share of a scale for each number."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from fastln import ops
+from fastln.errors import FastLNError
+from fastln.ops import OpSettings
+from fastln.ops.backends import implementation
+from fastln.originals import ATTRIBUTE, Original, sampled
+from fastln.standins.part import ClassChange, StandIn, form, stand_in
+from fastln_kernels import reference_int8
+from fastln_kernels.reference_int8 import Weight8
+
+logger = logging.getLogger(__name__)
+
+WEIGHT = "_fastln_int8"
+
+
+@dataclass(frozen=True)
+class Int8Spec:
+    """How a layer's weight is rounded.
+
+    Attributes:
+        turned: Whether blocks of 64 inner columns are turned by a Hadamard matrix first.
+        keep: Whether the original weight is kept, for `restore`.
+    """
+
+    turned: bool
+    keep: bool = False
+
+
+@dataclass
+class _Held:
+    """What a layer has beside the whole numbers.
+
+    Attributes:
+        scale, row_sums, col_sums, turned: As in `fastln_kernels.reference_int8.Weight8`.
+        transposed: Whether the module has its weight as `(n_inner, n_cols)`.
+        dtype: The dtype of the original weight.
+        version: The version of the parameter when it was rounded.
+        kept: The original parameter, if it is kept.
+    """
+
+    scale: Tensor
+    row_sums: Tensor
+    col_sums: Tensor
+    turned: bool
+    transposed: bool
+    dtype: torch.dtype
+    version: int
+    kept: nn.Parameter | None = None
+
+
+class _Int8(StandIn):
+    """A linear layer with its weight in 8 bits. The parameter `weight` keeps its name and shape."""
+
+    weight: Tensor
+    bias: Tensor | None
+
+    def _compute(self, x: Tensor) -> Tensor:
+        bias = self.bias
+        trains = bias is not None and bias.requires_grad
+        y = ops.int8_linear(x, weight_of(self), None if trains else bias, settings=self._fastln.settings)
+        return y if bias is None or not trains else y + bias.to(y.dtype)
+
+    def check_originals(self) -> None:
+        """Raise a `FastLNError` if the 8-bit weight is not the one that was made from the original."""
+        _check_sums(weight_of(self))
+
+    def _apply(self, fn: Any, recurse: bool = True) -> nn.Module:
+        module = super()._apply(fn, recurse)
+        held: _Held = self.__dict__[WEIGHT]
+        for name in ("scale", "row_sums", "col_sums"):  # they move with the weight, but stay float32 and int32
+            moved = fn(getattr(held, name))
+            setattr(held, name, moved.to(getattr(held, name).dtype))
+        held.dtype = fn(torch.empty(0, dtype=held.dtype)).dtype
+        held.version = self.weight._version
+        return module
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        held: _Held = self.__dict__[WEIGHT]
+        if held.kept is not None:
+            destination[f"{prefix}weight"] = held.kept if keep_vars else held.kept.detach()
+            return
+        _warn_rounded()
+        destination[f"{prefix}weight"] = dequantised(self)
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
+        given = state_dict.get(f"{prefix}weight")
+        if given is None or given.shape != self.weight.shape or not given.is_floating_point():
+            return super()._load_from_state_dict(state_dict, prefix, *args)
+        held: _Held = self.__dict__[WEIGHT]
+        device = given.device if self.weight.is_meta else self.weight.device
+        put(self, given.to(device, held.dtype), held.turned, keep=held.kept is not None)
+        others = {key: value for key, value in state_dict.items() if key != f"{prefix}weight"}
+        others[f"{prefix}weight"] = self.weight.detach()
+        return super()._load_from_state_dict(others, prefix, *args)
+
+
+@form
+class Int8Linear(_Int8):
+    """`torch.nn.Linear` with a frozen weight in 8 bits, computed by `fastln.ops.int8_linear`."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Return what the stock module returns for `input` (..., in_features), up to the rounding to 8 bits."""
+        return self._compute(input)
+
+
+@form
+class Int8Conv1D(_Int8):
+    """GPT-2's linear layer with a frozen weight (in_features, out_features) in 8 bits."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return what the stock module returns for `x` (..., in_features), up to the rounding to 8 bits."""
+        return self._compute(x)
+
+
+def weight_of(module: nn.Module) -> Weight8:
+    """Return the 8-bit weight of a stand-in.
+
+    Raises:
+        FastLNError: If someone has written to it since it was rounded.
+    """
+    held: _Held = module.__dict__[WEIGHT]
+    values = module.weight
+    assert isinstance(values, Tensor)
+    made = Weight8(values.t() if held.transposed else values, held.scale, held.turned, held.row_sums, held.col_sums)
+    if not values.is_inference() and values._version != held.version:  # written to, or a copy
+        _check_sums(made)
+        held.version = values._version
+    return made
+
+
+def dequantised(module: nn.Module) -> Tensor:
+    """Return the weight that a stand-in's 8-bit weight stands for, in the original's shape and dtype."""
+    held: _Held = module.__dict__[WEIGHT]
+    weight = reference_int8.dequantise_weight(weight_of(module))
+    return (weight.t() if held.transposed else weight).contiguous().to(held.dtype)
+
+
+def put(module: nn.Module, weight: Tensor, turned: bool, *, keep: bool, settings: OpSettings | None = None) -> None:
+    """Round a weight and put it into a module, as a frozen parameter in 8 bits.
+
+    Args:
+        module: The module; it becomes a stand-in before or after this.
+        weight: The original weight, in the module's own layout.
+        turned: Whether to turn it.
+        keep: Whether to keep the original.
+        settings: Which backend rounds; the module's own by default.
+    """
+    transposed = isinstance(module, Conv1D)
+    detached = weight.detach()
+    laid_out = detached.t() if transposed else detached
+    kernels = implementation("int8_linear", detached, settings or module.__dict__["_fastln"].settings)
+    rounds = getattr(kernels, "quantise_weight", reference_int8.quantise_weight)
+    if detached.is_meta:
+        rounds = reference_int8.quantise_weight
+    made: Weight8 = rounds(laid_out, turned=turned)
+    values = nn.Parameter(made.values.t() if transposed else made.values, requires_grad=False)
+    kept = (weight if isinstance(weight, nn.Parameter) else nn.Parameter(weight, requires_grad=False)) if keep else None
+    module.__dict__[WEIGHT] = _Held(
+        made.scale, made.row_sums, made.col_sums, turned, transposed, weight.dtype, values._version, kept
+    )
+    samples = sampled(detached.reshape(-1)).clone()
+    module.__dict__[ATTRIBUTE] = {"weight": Original(samples, weight.dtype)}
+    module._parameters["weight"] = values
+
+
+def _check_sums(weight: Weight8) -> None:
+    """Raise a `FastLNError` if the whole numbers of a weight do not have the sums that they had when it was made."""
+    if weight.values.is_meta:
+        return
+    for dim, sums in ((1, weight.row_sums), (0, weight.col_sums)):
+        if not torch.equal(weight.values.sum(dim, dtype=torch.int32), sums):
+            raise FastLNError(
+                "the 8-bit weight of a frozen layer was changed after fastln.prepare(), so it is no longer the base's: "
+                "change weights before you prepare a model, or load them with load_state_dict()"
+            )
+
+
+_told: set[str] = set()
+
+
+def _warn_rounded() -> None:
+    if "state" not in _told:
+        _told.add("state")
+        logger.warning(
+            "state_dict() of a model with products='int8' has weights that were rounded to 8 bits: they are close to "
+            "the original ones, not equal (fastln.save_adapter() stores only what trains; keep_weights=True keeps them)"
+        )
+
+
+@dataclass
+class Int8Weight:
+    """Replaces a module's weight by its 8-bit form; puts the original back where it was kept.
+
+    Attributes:
+        module: The module.
+        original: The weight; dropped by `settle` unless it is kept.
+    """
+
+    module: nn.Module
+    original: nn.Parameter | None
+
+    def put(self, spec: Int8Spec, form: type[StandIn], settings: OpSettings) -> None:
+        """Round the weight, and make the module a stand-in."""
+        assert self.original is not None
+        put(self.module, self.original, spec.turned, keep=spec.keep, settings=settings)
+        stand_in(self.module, form, settings)
+
+    def settle(self) -> None:
+        """Forget the original weight, unless it is kept."""
+        if self.module.__dict__[WEIGHT].kept is None:
+            self.original = None
+
+    @property
+    def is_lost(self) -> bool:
+        """Whether the original weight is gone, so that it cannot be put back."""
+        return self.original is None
+
+    def remove(self) -> None:
+        """Put the original weight back."""
+        if WEIGHT not in self.module.__dict__:
+            return
+        kept = self.module.__dict__[WEIGHT].kept
+        original = self.original if kept is None else kept
+        assert original is not None  # `restore` has checked it
+        held: _Held = self.module.__dict__[WEIGHT]
+        original.data = original.data.to(held.scale.device, held.dtype)
+        self.module._parameters["weight"] = original
+        for name in (WEIGHT, ATTRIBUTE):
+            self.module.__dict__.pop(name, None)
+        ClassChange(self.module).remove()
