@@ -233,6 +233,8 @@ def to_stock(trained: nn.Module) -> nn.Module:
     if isinstance(trained, peft.PeftModel):
         # peft leaves its wrappers around modules in `also` (for norms), or treats them as linear layers (for ia3).
         base = trained.get_base_model()
+        if (state := prepared(base)) is not None:
+            state.put_weights_back()  # LoRA is merged into them
         for name, module in list(base.named_modules()):
             if isinstance(module, ModulesToSaveWrapper):
                 base.set_submodule(name, module.modules_to_save[module.active_adapter])

@@ -41,6 +41,11 @@ def merge_adapter(model: PreTrainedModel, directory: str | Path) -> None:
             f"{own_class(model).__name__} is sharded over processes, so it cannot be written whole: save its "
             "adapter, which `fastln merge` puts into the base"
         )
+    if (state := prepared(model)) is not None and state.n_lost:
+        raise FastLNError(
+            "8-bit weights replaced those of the model, so it cannot be written whole: save its adapter, which `fastln "
+            "merge` puts into the base, or prepare it with keep_weights=True"
+        )
     if not hasattr(model, "hf_device_map"):  # then save_pretrained finds what is offloaded
         for name, tensor in model.state_dict().items():
             check_has_values(name, tensor)

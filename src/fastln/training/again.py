@@ -43,7 +43,7 @@ def put_again(model: nn.Module, settings: MethodSettings) -> nn.Module:
     if wrapper is not None and SETTINGS in wrapper.__dict__ and _has_layers(wrapper):
         if wrapper.__dict__[SETTINGS] == settings:
             return _goes_on(wrapper, settings)
-        _check_undone(wrapper.get_base_model(), settings)
+        _check_undone(wrapper, wrapper.__dict__[SETTINGS].method, settings)
         model = _unwrapped(wrapper, settings.method)
     elif isinstance(model, peft.PeftModel) or any(isinstance(part, BaseTunerLayer) for part in model.modules()):
         raise FastLNError(
@@ -54,7 +54,9 @@ def put_again(model: nn.Module, settings: MethodSettings) -> nn.Module:
         return put(model, settings)
     if not can_restore(model) and _is_same(model, settings):
         return _goes_on(model, settings)
-    _check_undone(model, settings)
+    state = prepared(model)
+    assert state is not None
+    _check_undone(model, state.plan.method, settings)
     return _prepared_again(model, settings)
 
 
@@ -64,13 +66,14 @@ def _goes_on(trained: nn.Module, settings: MethodSettings) -> nn.Module:
 
 
 def _is_same(model: nn.Module, settings: MethodSettings) -> bool:
-    """Whether a model was prepared with these settings, for the device that it is on."""
+    """Whether a model that dropped its weights was prepared with these settings, for the device that it is on."""
     state = prepared(model)
     assert state is not None
     was = state.plan
     random = {change.name for change in was.changes if change.stand_in == "random_head"}
     return (
         settings.engine == "fastln"
+        and not settings.keep_weights
         and (was.method, was.scope, was.without) == (settings.method, settings.scope, settings.without)
         and tuple(name for name in was.also if name not in random) == settings.also
         and was.settings == OpSettings(settings.backend, settings.activations, settings.products)
@@ -78,14 +81,12 @@ def _is_same(model: nn.Module, settings: MethodSettings) -> bool:
     )
 
 
-def _check_undone(model: nn.Module, settings: MethodSettings) -> None:
-    if not can_restore(model):
-        state = prepared(model)
-        assert state is not None
+def _check_undone(trained: nn.Module, before: str, settings: MethodSettings) -> None:
+    if not can_restore(trained):
         raise FastLNError(
-            f"the model was prepared with method {state.plan.method!r} and products {state.plan.settings.products!r}, "
-            f"and its own weights are gone, so it cannot get method {settings.method!r} with products "
-            f"{settings.products!r}: load the model anew, or prepare it with keep_weights=True"
+            f"the model had method {before}, whose 8-bit weights replaced its own, so it cannot get method "
+            f"{settings.method} with products {settings.products!r} in its place: load it anew, or use "
+            "keep_weights=True from the start"
         )
 
 
