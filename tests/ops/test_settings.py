@@ -16,8 +16,8 @@ from fastln.ops.settings import DEFAULT, REFERENCE, SCHEMA, OpSettings
             r"unknown backend 'trition' \(did you mean 'triton'\?\); valid: auto, triton, cpu, ref",
         ),
         ({"backend": None}, "unknown backend None; valid: auto"),
-        ({"storage": "exakt"}, r"unknown activations 'exakt' \(did you mean 'exact'\?\); valid: exact, int8"),
-        ({"products": "int4"}, "unknown products 'int4'; valid: exact, int8"),
+        ({"storage": "exakt"}, r"unknown activations 'exakt' \(did you mean 'exact'\?\); valid: exact"),
+        ({"products": "int4"}, r"unknown products 'int4' \(did you mean 'int8'\?\); valid: exact, int8"),
     ],
 )
 def test_unknown_names_list_the_valid_ones(wrong, message):
