@@ -161,7 +161,5 @@ def test_a_run_scores_and_saves_the_base_that_it_loads_again(tmp_path, monkeypat
     assert eval_run.run_evaluation(eval_run.EvalRun(str(out), "phantom", batch_size=8)) == outcome.test
     adapted = eval_run.EvalRun(source, "phantom", adapter=out / "adapter", batch_size=8)
     assert eval_run.run_evaluation(adapted) == outcome.test
-    with pytest.raises(
-        FastLNError, match=r"would overwrite its own base .*products 'int8' loads again"
-    ):
+    with pytest.raises(FastLNError, match=r"would overwrite its own base .*products 'int8' loads again"):
         run.run_training(run.TrainRun("phantom", str(out), None, config, dtype="float32"), out, overwrite=True)
