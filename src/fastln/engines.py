@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import warnings
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from pathlib import Path
 
@@ -36,7 +36,7 @@ from fastln.adapters import (
     read_tensors,
 )
 from fastln.changes import EXTRA, changed_buffers, extra_states, load_extra_states, mark_buffers
-from fastln.decision import describe_random_heads
+from fastln.decision import Plan, describe_random_heads
 from fastln.errors import FastLNError, loading
 from fastln.families import find_norms, parameters_in
 from fastln.families.parts import attention_maps, ffn_maps
@@ -51,7 +51,7 @@ from fastln.methods import (
     select_parameters,
 )
 from fastln.origin import ORIGIN, Origin, origin_bytes
-from fastln.plan import plan, prepared
+from fastln.plan import apply, plan, prepared
 from fastln.prepare import carry_out, restore
 from fastln.settings import MethodSettings
 
@@ -119,9 +119,15 @@ def put_method(
     return put(model, settings)
 
 
-def put(model: nn.Module, settings: MethodSettings) -> nn.Module:
-    """Set up a model with `settings`, as `put_method` does."""
-    trained = _put(model, settings)
+def put(model: nn.Module, settings: MethodSettings, *, quietly: bool = False) -> nn.Module:
+    """Set up a model with `settings`, as `put_method` does.
+
+    Args:
+        model: the model.
+        settings: what `put_method` would be called with.
+        quietly: whether to leave the plan out of the log, for a model that only takes values.
+    """
+    trained = _put(model, settings, apply if quietly else carry_out)
     if isinstance(trained, peft.PeftModel):
         # Not as a module of it: so that who is given the model, into which peft puts layers, finds the wrapper.
         model.__dict__[WRAPPER] = trained
@@ -136,9 +142,12 @@ WRAPPER = "_fastln_wrapper"
 """The attribute of a model that has peft's wrapper of it."""
 
 
-def _put(model: nn.Module, settings: MethodSettings) -> nn.Module:
+def _put(model: nn.Module, settings: MethodSettings, do: Callable[[Plan, nn.Module], None]) -> nn.Module:
     if settings.engine == "fastln":
-        return _with_lora(model, settings) if settings.method in _BESIDE_LORA else _prepared(model, settings)
+        if settings.method in _BESIDE_LORA:
+            return _with_lora(model, settings, do)
+        do(plan(model, **settings.of_plan), model)
+        return model
     chosen, _ = get_method(settings.method)
     by_torch = settings.engine == "torch"
     named = (
@@ -161,12 +170,6 @@ def _put(model: nn.Module, settings: MethodSettings) -> nn.Module:
     config.modules_to_save = list(settings.also) or None
     # The optimizer keeps float32 copies of low-precision parameters for every engine; peft's own would slow it down.
     return peft.get_peft_model(model, config, autocast_adapter_dtype=False)
-
-
-def _prepared(model: nn.Module, settings: MethodSettings) -> nn.Module:
-    decided = plan(model, **settings.of_plan)
-    carry_out(decided, model)
-    return model
 
 
 def _prompted(model: nn.Module, settings: MethodSettings, random: tuple[str, ...]) -> nn.Module:
@@ -351,10 +354,10 @@ def load_trained_adapter(model: nn.Module, directory: Path, *, check_base: bool 
     return to_stock(wrapped)
 
 
-def _with_lora(model: nn.Module, settings: MethodSettings) -> nn.Module:
+def _with_lora(model: nn.Module, settings: MethodSettings, do: Callable[[Plan, nn.Module], None]) -> nn.Module:
     # Find the names before `prepare` replaces any module with a stand-in.
     config = _peft_config(model, replace(settings, method="lora"))
-    _prepared(model, replace(settings, method=_BESIDE_LORA[settings.method]))
+    do(plan(model, **replace(settings, method=_BESIDE_LORA[settings.method]).of_plan), model)
     own = [parameter for parameter in model.parameters() if parameter.requires_grad]
     wrapped = peft.get_peft_model(model, config, autocast_adapter_dtype=False)
     for parameter in own:

@@ -45,6 +45,7 @@ def test_the_base_loaded_again_gets_the_same_bits(name, method, dtype, tmp_path,
         trained(task, config)
     assert freed == [True]  # so that memory never holds two of them
     assert caplog.text.count("it is loaded again, and saved and scored with exact products") == 1
+    assert caplog.text.count("device cpu, backend") == 1, "the plan for the base that only takes the values is told"
     found = task.model.state_dict()
     assert found.keys() == expected.keys()
     assert all(torch.equal(found[key], value) for key, value in expected.items())

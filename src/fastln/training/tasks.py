@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 from fastln.adapters import CONFIG, PARTS, WHOLE, adapter_type, named_base
 from fastln.changes import changed_buffers
 from fastln.data import Source
-from fastln.engines import load_trained_adapter, put, put_method, to_stock
+from fastln.engines import load_trained_adapter, put, to_stock
 from fastln.errors import FastLNError, loading
 from fastln.families import parameters_in
 from fastln.fingerprint import difference, fingerprint
@@ -50,7 +50,7 @@ def apply_method(task: Task, method: str = "layernorm", engine: str | None = Non
     return apply_settings(task, MethodSettings.of(method, engine, **settings))
 
 
-def apply_settings(task: Task, settings: MethodSettings) -> nn.Module:
+def apply_settings(task: Task, settings: MethodSettings, *, quietly: bool = False) -> nn.Module:
     """Set up the task's model with `settings`, in place.
 
     A randomly initialised task head trains with every method. Method `head` trains any head.
@@ -58,6 +58,7 @@ def apply_settings(task: Task, settings: MethodSettings) -> nn.Module:
     Args:
         task: the model.
         settings: as `TrainConfig.settings` returns them.
+        quietly: as `fastln.engines.put` takes it.
 
     Returns:
         The module to train: the task's model itself, or peft's wrapper of it.
@@ -74,7 +75,8 @@ def apply_settings(task: Task, settings: MethodSettings) -> nn.Module:
             "answers mean nothing without it"
         )
     # The task has said which head is random, and refused checkpoints that lack anything else.
-    return put(task.model, replace(settings, also=task.head_under(method), without=(*without, RANDOM_HEADS)))
+    settings = replace(settings, also=task.head_under(method), without=(*without, RANDOM_HEADS))
+    return put(task.model, settings, quietly=quietly)
 
 
 def method_arguments(task: Task, config: TrainConfig) -> dict[str, Any]:
@@ -166,7 +168,7 @@ def reload(task: VQATask, trained: nn.Module, settings: MethodSettings) -> nn.Mo
     ).model
     plain = tuple(name for name in TRICKS if name != RANDOM_HEADS)
     exact = replace(settings, without=plain, backend="reference", activations=EXACT, products=EXACT)
-    again = apply_settings(task, exact)
+    again = apply_settings(task, exact, quietly=True)
     if (differs := difference(base, again, values.keys() | out_of_use(again))) is not None:
         raise FastLNError(
             f"{origin.model}: it changed while it was trained on, so the result does not fit it: {differs}"
@@ -263,7 +265,7 @@ def load_values(model: nn.Module, directory: Path, *, check_base: bool = True) -
     """
     method = read_origin(directory)[1].get("method", {})
     if adapter_type(directory) == PARTS and method.get("method") == "layernorm+lora":  # no adapter holds both
-        trained = put_method(model, **method, without=TRICKS, backend="reference")
+        trained = put(model, MethodSettings.of(**method, without=TRICKS, backend="reference"), quietly=True)
         load_trained(trained, directory)
         return to_stock(trained)
     return load_trained_adapter(model, directory, check_base=check_base)
