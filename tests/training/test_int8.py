@@ -77,6 +77,10 @@ def test_what_was_saved_beside_8_bits_loads_into_the_base(method, base, tmp_path
     expected = logits(to_stock(exact))
     torch.testing.assert_close(logits(made.model), expected, rtol=0, atol=0.1 * expected.std().item())
     assert torch.equal(logits(load_values(load(base), tmp_path / "saved")), expected)
+    if method == "layernorm":
+        again = put(load(base), method)
+        fastln.load_adapter(again, tmp_path / "saved")
+        assert torch.equal(logits(again), logits(made.model))
     merge_into_base(str(base), tmp_path / "saved", tmp_path / "merged")
     assert torch.equal(logits(load(tmp_path / "merged")), expected)
 
