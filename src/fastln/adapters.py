@@ -116,9 +116,8 @@ def adapter_contents(model: nn.Module, dtype: torch.dtype | None, origin: Origin
     tensors = {stored_as[name]: parameter.to(dtype or parameter.dtype) for name, parameter in tuned.items()}
     whole = {
         name: value
-        for module in modules  # not of the whole model, which would make the weights that 8-bit ones replaced
-        for name, value in model.get_submodule(module).state_dict(prefix=f"{module}.").items()
-        if isinstance(value, Tensor)
+        for name, value in model.state_dict(keep_vars=True).items()
+        if name.startswith(inside) and isinstance(value, Tensor)
     }
     state = prepared(model)
     moved = changed_buffers(model, None if state is None else state.buffers)
@@ -223,8 +222,7 @@ def load_adapter(model: nn.Module, directory: str | Path, *, check_base: bool = 
     """
     directory = user_path(directory)
     adapter = _read(directory)
-    own: dict[str, Tensor] = dict(model.named_parameters(remove_duplicate=False))
-    own |= model.named_buffers(remove_duplicate=False)
+    own = model.state_dict(keep_vars=True)
     for name, tensor in adapter.tensors.items():
         if name in own:
             check_has_values(name, own[name])

@@ -43,11 +43,11 @@ def merge_adapter(model: PreTrainedModel, directory: str | Path) -> None:
         )
     if (state := prepared(model)) is not None and state.n_lost:
         raise FastLNError(
-            "8-bit weights replaced those of the model, so it cannot be written whole: save its adapter, which `fastln "
-            "merge` puts into the base, or prepare it with keep_weights=True"
+            f"products='int8' replaced {state.n_lost} weights by their 8-bit form and did not keep them: save the "
+            "adapter, which `fastln merge` puts into the base, or prepare the model with keep_weights=True"
         )
     if not hasattr(model, "hf_device_map"):  # then save_pretrained finds what is offloaded
-        for name, tensor in model.state_dict().items():
+        for name, tensor in model.state_dict(keep_vars=True).items():
             check_has_values(name, tensor)
     if not is_first_process():
         return

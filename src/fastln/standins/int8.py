@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers.pytorch_utils import Conv1D
 
 from fastln import ops
@@ -15,6 +16,7 @@ from fastln.errors import FastLNError
 from fastln.ops import OpSettings
 from fastln.ops.backends import implementation
 from fastln.originals import ATTRIBUTE, Original, sampled
+from fastln.processes import gathered
 from fastln.standins.part import ClassChange, StandIn, form, stand_in
 from fastln_kernels import reference_int8
 from fastln_kernels.reference_int8 import Weight8
@@ -22,6 +24,7 @@ from fastln_kernels.reference_int8 import Weight8
 logger = logging.getLogger(__name__)
 
 WEIGHT = "_fastln_int8"
+_VERSION = "_fastln_version"  # of a parameter: its version when it was rounded, or when its sums were last checked
 
 
 @dataclass(frozen=True)
@@ -45,7 +48,6 @@ class _Held:
         scale, row_sums, col_sums, turned: As in `fastln_kernels.reference_int8.Weight8`.
         transposed: Whether the module has its weight as `(n_inner, n_cols)`.
         dtype: The dtype of the original weight.
-        version: The version of the parameter when it was rounded.
         kept: The original parameter, if it is kept.
     """
 
@@ -55,7 +57,6 @@ class _Held:
     turned: bool
     transposed: bool
     dtype: torch.dtype
-    version: int
     kept: nn.Parameter | None = None
 
 
@@ -88,17 +89,17 @@ class _Int8(StandIn):
             moved = fn(getattr(held, name))
             setattr(held, name, moved.to(getattr(held, name).dtype))
         held.dtype = fn(torch.empty(0, dtype=held.dtype)).dtype
-        held.version = self.weight._version
+        setattr(self.weight, _VERSION, self.weight._version)
         return module
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
-        held: _Held = self.__dict__[WEIGHT]
-        if held.kept is not None:
-            destination[f"{prefix}weight"] = held.kept if keep_vars else held.kept.detach()
+        if keep_vars:  # the parameters themselves
             return
-        _warn_rounded()
-        destination[f"{prefix}weight"] = dequantised(self)
+        held: _Held = self.__dict__[WEIGHT]
+        if held.kept is None:
+            _warn_rounded()
+        destination[f"{prefix}weight"] = dequantised(self) if held.kept is None else held.kept.detach()
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
         given = state_dict.get(f"{prefix}weight")
@@ -140,17 +141,21 @@ def weight_of(module: nn.Module) -> Weight8:
     values = module.weight
     assert isinstance(values, Tensor)
     made = Weight8(values.t() if held.transposed else values, held.scale, held.turned, held.row_sums, held.col_sums)
-    if not values.is_inference() and values._version != held.version:  # written to, or a copy
+    if not torch.compiler.is_compiling() and getattr(values, _VERSION, values._version) != values._version:
         _check_sums(made)
-        held.version = values._version
+        setattr(values, _VERSION, values._version)
     return made
 
 
 def dequantised(module: nn.Module) -> Tensor:
     """Return the weight that a stand-in's 8-bit weight stands for, in the original's shape and dtype."""
     held: _Held = module.__dict__[WEIGHT]
-    weight = reference_int8.dequantise_weight(weight_of(module))
-    return (weight.t() if held.transposed else weight).contiguous().to(held.dtype)
+    given = weight_of(module)
+    weight = reference_int8.dequantise_weight(given._replace(values=gathered(given.values)))
+    whole = (weight.t() if held.transposed else weight).contiguous().to(held.dtype)
+    if isinstance(module.weight, DTensor):
+        return distribute_tensor(whole, module.weight.device_mesh, module.weight.placements)
+    return whole
 
 
 def put(module: nn.Module, weight: Tensor, turned: bool, *, keep: bool, settings: OpSettings | None = None) -> None:
@@ -173,20 +178,20 @@ def put(module: nn.Module, weight: Tensor, turned: bool, *, keep: bool, settings
     made: Weight8 = rounds(laid_out, turned=turned)
     values = nn.Parameter(made.values.t() if transposed else made.values, requires_grad=False)
     kept = (weight if isinstance(weight, nn.Parameter) else nn.Parameter(weight, requires_grad=False)) if keep else None
-    module.__dict__[WEIGHT] = _Held(
-        made.scale, made.row_sums, made.col_sums, turned, transposed, weight.dtype, values._version, kept
-    )
+    module.__dict__[WEIGHT] = _Held(made.scale, made.row_sums, made.col_sums, turned, transposed, weight.dtype, kept)
     samples = sampled(detached.reshape(-1)).clone()
     module.__dict__[ATTRIBUTE] = {"weight": Original(samples, weight.dtype)}
+    setattr(values, _VERSION, values._version)
     module._parameters["weight"] = values
 
 
 def _check_sums(weight: Weight8) -> None:
     """Raise a `FastLNError` if the whole numbers of a weight do not have the sums that they had when it was made."""
-    if weight.values.is_meta:
+    values = gathered(weight.values)
+    if values.is_meta:
         return
     for dim, sums in ((1, weight.row_sums), (0, weight.col_sums)):
-        if not torch.equal(weight.values.sum(dim, dtype=torch.int32), sums):
+        if not torch.equal(values.sum(dim, dtype=torch.int32), sums):
             raise FastLNError(
                 "the 8-bit weight of a frozen layer was changed after fastln.prepare(), so it is no longer the base's: "
                 "change weights before you prepare a model, or load them with load_state_dict()"

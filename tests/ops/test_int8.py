@@ -1,0 +1,116 @@
+"""The operation of 8-bit linear layers: its gradient formula, its ways to be called, and the rows that it remembers."""
+
+import pytest
+import torch
+
+from fastln import ops
+from fastln.errors import FastLNError
+from fastln.ops import int8
+from fastln.ops.settings import REFERENCE
+from fastln_kernels import reference_int8 as reference
+from fastln_kernels.cpu import native_int8, products
+
+BACKENDS = ["reference", *(["cpu"] if products.why_not("int8") is None else [])]
+
+
+@pytest.fixture
+def rounded(monkeypatch):
+    """The shapes that the CPU's kernels rounded."""
+    made = []
+    stock = native_int8.quantise
+    monkeypatch.setattr(
+        native_int8, "quantise", lambda x, *args, **more: made.append(x.shape) or stock(x, *args, **more)
+    )
+    return made
+
+
+def inputs(dtype=torch.float32, turned=False):
+    torch.manual_seed(0)
+    x = torch.randn(2, 9, 128, dtype=dtype, requires_grad=True)
+    return x, reference.quantise_weight(torch.randn(70, 128), turned=turned), torch.randn(70, dtype=dtype)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("turned", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_values_and_gradients_are_the_definition_s(dtype, turned, backend):
+    x, weight, bias = inputs(dtype, turned)
+    settings = ops.OpSettings(backend)
+    y = ops.int8_linear(x, weight, bias, settings=settings)
+    rows = reference.quantise(x.detach().view(18, 128), turned=turned)
+    want = reference.linear(rows, weight, bias, dtype).view(2, 9, 70)
+    eps = torch.finfo(torch.float32 if dtype == torch.float64 else dtype).eps
+    torch.testing.assert_close(y, want, rtol=eps, atol=1e-5)
+    dy = torch.randn_like(y)
+    (dx,) = torch.autograd.grad(y, x, dy)
+    rows = reference.quantise(dy.view(18, 70), weight.scale)
+    torch.testing.assert_close(dx, reference.linear_backward(rows, weight, dtype).view_as(x), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_autocast_gives_its_dtype_and_the_gradient_that_of_the_input(backend):
+    x, weight, bias = inputs()
+    with torch.autocast("cpu", torch.bfloat16):
+        y = ops.int8_linear(x, weight, bias, settings=ops.OpSettings(backend))
+    assert y.dtype == torch.bfloat16
+    (dx,) = torch.autograd.grad(y.float().sum(), x)
+    assert dx.dtype == torch.float32
+
+
+def test_the_operator_is_the_function():
+    x, weight, bias = inputs(torch.bfloat16, turned=True)
+    settings = ops.OpSettings()
+    want = ops.int8_linear(x, weight, bias, settings=settings)
+    (dwant,) = torch.autograd.grad(want.sum(), x)
+    compiled = torch.compile(lambda x: ops.int8_linear(x, weight, bias, settings=settings), backend="aot_eager")
+    y = compiled(x)
+    (dx,) = torch.autograd.grad(y.sum(), x)
+    assert torch.equal(y, want)
+    assert torch.equal(dx, dwant)
+    arguments = (x.detach(), *weight[:2], weight.row_sums, weight.col_sums, bias, True, torch.bfloat16, *settings.flat)
+    torch.library.opcheck(
+        torch.ops.fastln.int8_linear.default, arguments, test_utils=("test_schema", "test_faketensor")
+    )
+
+
+def test_what_has_no_derivative_says_so():
+    x, weight, _ = inputs()
+    y = ops.int8_linear(x, weight)
+    with pytest.raises(FastLNError, match="differentiable once"):
+        torch.autograd.grad(y.sum(), x, create_graph=True)
+    with pytest.raises(FastLNError, match="no derivatives by"):
+        torch.func.grad(lambda x: ops.int8_linear(x, weight).sum())(x)
+    with pytest.raises(FastLNError, match=r"x must be \(..., 128\)"):
+        ops.int8_linear(x[..., :64], weight)
+
+
+@pytest.mark.skipif("cpu" not in BACKENDS, reason="no 8-bit products here")
+def test_rows_that_several_layers_read_are_rounded_once(rounded):
+    x, weight, _ = inputs()
+    first = ops.int8_linear(x, weight)
+    assert torch.equal(ops.int8_linear(x, weight), first)
+    assert len(rounded) == 1
+    with torch.no_grad():
+        x.mul_(2)
+    assert torch.equal(ops.int8_linear(x, weight), 2 * first)  # written to: rounded again
+    ops.int8_linear(x.detach(), weight)  # another tensor
+    assert len(rounded) == 3
+
+
+@pytest.mark.skipif("cpu" not in BACKENDS, reason="no 8-bit products here")
+def test_rows_are_forgotten_with_their_tensor():
+    x, weight, _ = inputs()
+    ops.int8_linear(x * 1, weight)
+    assert int8._last.rows is None
+    ops.int8_linear(x, weight)
+    assert int8._last.rows is not None
+    del x
+    assert int8._last.rows is None
+
+
+def test_no_rows_and_numbers_at_their_ends():
+    """All numbers at their ends, without rows, and without a bias."""
+    weight = reference.quantise_weight(torch.full((4, 128), -3.0))
+    for n_rows in (0, 1):
+        y = ops.int8_linear(torch.full((n_rows, 128), 2.0), weight, settings=REFERENCE)
+        torch.testing.assert_close(y, torch.full((n_rows, 4), -768.0))

@@ -1,0 +1,268 @@
+"""Models whose frozen linear layers are held in 8 bits: the plan, restore, adapters, copies, and what is noticed."""
+
+import copy
+import logging
+import pickle
+
+import pytest
+import torch
+from family_models import KINDS, of_kind
+from torch import nn
+from torch.nn import functional as F
+from transformers import BertConfig, BertForSequenceClassification, GPT2Config, GPT2LMHeadModel
+
+import fastln
+from fastln import int8_rules
+from fastln.errors import FastLNError
+from fastln.fingerprint import fingerprint
+from fastln.standins import int8
+from fastln.standins.part import is_stand_in
+from fastln_kernels.cpu import products
+
+WHY_NOT = products.why_not("int8")
+pytestmark = pytest.mark.skipif(WHY_NOT is not None, reason=str(WHY_NOT))
+
+SIZES = {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2, "num_attention_heads": 2}
+
+
+def bert(dtype=torch.float32):
+    torch.manual_seed(0)
+    config = BertConfig(**SIZES, vocab_size=99, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
+    return BertForSequenceClassification(config).to(dtype)
+
+
+def gpt2():
+    torch.manual_seed(0)
+    sizes = {"n_embd": 128, "n_layer": 2, "n_head": 2, "vocab_size": 99, "n_positions": 32}
+    drops = dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), 0.0)
+    return GPT2LMHeadModel(GPT2Config(**sizes, **drops))
+
+
+def batch():
+    return {
+        "input_ids": torch.randint(9, 90, (2, 12), generator=torch.Generator().manual_seed(1)),
+        "labels": torch.tensor([0, 1]),
+    }
+
+
+def step(model, **given):
+    model.zero_grad()
+    loss = model.train()(**(given or batch())).loss
+    loss.backward()
+    return loss.item(), {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+def cosine(got, want):
+    assert got.keys() == want.keys()
+    both = (torch.cat([grads[name].flatten().double() for name in want]) for grads in (got, want))
+    return F.cosine_similarity(*both, dim=0).item()
+
+
+def same(got, want):
+    return got[0] == want[0] and all(torch.equal(got[1][name], grad) for name, grad in want[1].items())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_gradients_point_where_exact_ones_do(dtype):
+    exact, rounded = fastln.prepare(bert()), fastln.prepare(bert(dtype), products="int8")
+    want, got = step(exact), step(rounded)
+    assert got[0] == pytest.approx(want[0], rel=0.02)
+    assert cosine(got[1], want[1]) > 0.998
+
+
+def test_the_plan_says_what_is_rounded_and_why_others_are_not():
+    plan = fastln.plan(gpt2(), products="int8")
+    table = plan.table()
+    assert "products int8" in table
+    assert [change.products for change in plan.changes if change.stand_in == "int8_conv1d"] == ["int8, turned"] * 8
+    assert all(change.products != "int8" for change in plan.changes if change.kind == "attention" and WHY_NOT)
+    model = bert()
+    model.bert.encoder.layer[0].attention.self.key.weight = model.bert.encoder.layer[1].attention.self.key.weight
+    plan = fastln.plan(model, products="int8")
+    exact = {c.name: c.reason for c in plan.changes if c.stand_in == "linear"}
+    assert "another module shares its weight" in exact["bert.encoder.layer.0.attention.self.key"]
+    assert "classifier" not in {c.name for c in plan.changes if c.products == "int8"}  # it trains: it is random
+
+
+def test_what_has_no_effect_is_told(caplog, monkeypatch):
+    tiny = bert()
+    assert "too small to gain" in "".join(fastln.plan(of_kind("pre-norm encoder")[0], products="int8").notes)
+    assert "keep_weights has no effect" in "".join(fastln.plan(tiny, keep_weights=True).notes)
+    monkeypatch.setattr(int8_rules, "resolve", lambda *_: _no_kernels())
+    plan = fastln.plan(tiny, products="int8")
+    assert not any(change.products == "int8" for change in plan.changes)
+    with caplog.at_level(logging.WARNING):
+        fastln.prepare(tiny, products="int8")
+    assert "products='int8' has no effect on this model here, so its products are exact: no VNNI" in caplog.text
+
+
+def _no_kernels():
+    from fastln.ops.backends import Choice
+
+    return Choice("reference", "no VNNI", "reference_int8")
+
+
+@pytest.mark.parametrize("make", [bert, gpt2])
+def test_restore_gives_back_the_same_bits_if_they_were_kept(make):
+    model, stock = make(), make()
+    wanted = {name: p.requires_grad for name, p in model.named_parameters()}
+    held = dict(model.named_parameters())
+    fastln.prepare(model, products="int8", keep_weights=True)
+    assert {p.dtype for p in model.parameters()} == {torch.float32, torch.int8}
+    assert all(torch.equal(value, stock.state_dict()[name]) for name, value in model.state_dict().items())
+    fastln.restore(model)
+    assert all(p is held[name] and p.requires_grad == wanted[name] for name, p in model.named_parameters())
+    assert all(torch.equal(value, stock.state_dict()[name]) for name, value in model.state_dict().items())
+    assert not any(is_stand_in(module) for module in model.modules())
+
+
+def test_restore_says_that_it_cannot_before_it_starts():
+    model = fastln.prepare(bert(), products="int8")
+    want = step(model)
+    with pytest.raises(FastLNError, match="replaced 13 weights by their 8-bit form and did not keep them"):
+        fastln.restore(model)
+    assert same(step(model), want)
+
+
+def test_a_failure_midway_leaves_the_model_as_it_was(monkeypatch):
+    model = bert()
+    held, calls = dict(model.named_parameters()), []
+
+    def fails(*args, **more):
+        calls.append(1)
+        if len(calls) == 5:
+            raise KeyboardInterrupt
+        return put(*args, **more)
+
+    put = int8.put
+    monkeypatch.setattr(int8, "put", fails)
+    with pytest.raises(KeyboardInterrupt):
+        fastln.prepare(model, products="int8")
+    assert all(p is held[name] for name, p in model.named_parameters())
+    assert not any(is_stand_in(module) for module in model.modules())
+
+
+def test_copies_and_casts():
+    model = fastln.prepare(bert(), products="int8")
+    want = step(model)
+    assert same(step(copy.deepcopy(model)), want)
+    assert same(step(pickle.loads(pickle.dumps(model))), want)
+    narrow = step(model.to(torch.bfloat16))
+    assert cosine(narrow[1], want[1]) > 0.99
+    layer = model.bert.encoder.layer[0].intermediate.dense
+    assert int8.weight_of(layer).scale.dtype == torch.float32
+    assert int8.dequantised(layer).dtype == torch.bfloat16
+
+
+def test_adapters_know_the_original_base(tmp_path):
+    base = fingerprint(bert())
+    model = fastln.prepare(bert(), products="int8")
+    assert fingerprint(model) == base
+    with torch.no_grad():
+        model.bert.encoder.layer[0].output.LayerNorm.weight.mul_(1.5)
+    fastln.save_adapter(model, tmp_path / "adapter")
+    plain = bert()
+    fastln.load_adapter(plain, tmp_path / "adapter")
+    assert plain.bert.encoder.layer[0].output.LayerNorm.weight[0] == 1.5
+    again = fastln.prepare(bert(), products="int8")
+    fastln.load_adapter(again, tmp_path / "adapter")
+    assert same(step(again), step(model))
+    other = bert()
+    with torch.no_grad():
+        other.bert.encoder.layer[0].output.dense.weight.mul_(1.01)
+    with pytest.raises(FastLNError, match="frozen parameters differ"):
+        fastln.load_adapter(fastln.prepare(other, products="int8"), tmp_path / "adapter")
+
+
+def test_a_weight_that_is_changed_afterwards_is_noticed(tmp_path):
+    model = fastln.prepare(bert(), products="int8")
+    weight = model.bert.encoder.layer[0].output.dense.weight
+    with torch.no_grad():
+        weight[0, 0] += 1
+    with pytest.raises(FastLNError, match="was changed after"):
+        step(model)
+    with torch.no_grad():
+        weight[0, 0] -= 1
+    step(model)
+    weight.data[0, 0] += 1  # autograd sees no write
+    with pytest.raises(FastLNError, match="was changed after"):
+        fastln.save_adapter(model, tmp_path / "adapter")
+
+
+def test_state_dicts_hold_floats_and_are_rounded_again(caplog):
+    model, stock = fastln.prepare(bert(), products="int8"), bert()
+    int8._told.clear()
+    state = model.state_dict()
+    assert "rounded to 8 bits: they are close to the original ones, not equal" in caplog.text
+    assert {name: value.shape for name, value in state.items()} == {n: v.shape for n, v in stock.state_dict().items()}
+    for name, value in stock.state_dict().items():
+        assert (state[name] - value).norm() <= 0.01 * value.norm() + 1e-9
+    other = fastln.prepare(bert().apply(_shuffled), products="int8")
+    assert not same(step(other), want := step(model))
+    other.load_state_dict(stock.state_dict())
+    assert same(step(other), want)
+    assert fingerprint(other) == fingerprint(model)
+
+
+def _shuffled(module):
+    if isinstance(module, nn.Linear):
+        nn.init.normal_(module.weight, std=0.05)
+
+
+def test_biases_may_train_and_matrices_that_do_stay_exact():
+    exact, rounded = (fastln.prepare(bert(), "bitfit", products=products) for products in ("exact", "int8"))
+    assert cosine(step(rounded)[1], step(exact)[1]) > 0.99
+    plan = fastln.plan(bert(), "LN", also=("bert.encoder.layer.0.output.dense",), products="int8")
+    kinds = {change.name: change.products for change in plan.changes}
+    assert kinds["bert.encoder.layer.1.output.dense"] == "int8"
+    assert "bert.encoder.layer.0.output.dense" not in kinds
+
+
+def test_checkpointing_accumulation_and_late_rows_change_no_bit():
+    labelled = {**batch(), "labels": batch()["input_ids"].clone()}
+    labelled["labels"][:, :9] = -100
+    want = step(fastln.prepare(gpt2(), products="int8", without="late_rows"), **labelled)
+    late = step(fastln.prepare(gpt2(), products="int8"), **labelled)
+    assert late[0] == pytest.approx(want[0], rel=1e-6)
+    assert cosine(late[1], want[1]) > 0.999999
+    model = fastln.prepare(bert(), products="int8")
+    want = step(model)
+    model.gradient_checkpointing_enable()
+    assert same(step(model), want)
+    twice = fastln.prepare(bert(), products="int8")
+    for _ in range(2):
+        twice(**batch()).loss.backward()
+    grads = {name: p.grad / 2 for name, p in twice.named_parameters() if p.grad is not None}
+    assert cosine(grads, want[1]) > 0.999999
+
+
+def test_a_model_without_values_gets_them_rounded_as_they_load():
+    with torch.device("meta"):
+        model = bert()
+    fastln.prepare(model, products="int8")
+    model.load_state_dict(bert().state_dict(), strict=False, assign=True)
+    assert {p.dtype for p in model.parameters()} == {torch.float32, torch.int8}
+    assert not any(p.is_meta for p in model.parameters())
+    layer, want = (m.bert.encoder.layer[0].output.dense for m in (model, fastln.prepare(bert(), products="int8")))
+    torch.testing.assert_close(tuple(int8.weight_of(layer)), tuple(int8.weight_of(want)), rtol=0, atol=0)
+
+
+@pytest.mark.slow(take=3)
+@pytest.mark.parametrize("kind", KINDS)
+def test_models_of_every_kind(kind, monkeypatch):
+    monkeypatch.setattr(int8_rules, "SMALLEST", 1)
+    (model, *given), exact = of_kind(kind), fastln.prepare(of_kind(kind)[0])
+    inputs = given[0] if given[1] is None else {**given[0], "labels": given[1]}
+    rounded = fastln.prepare(model, products="int8", keep_weights=True)
+    losses = []
+    for prepared in (exact, rounded):
+        torch.manual_seed(1)
+        outputs = prepared(**inputs)
+        results = [y for y in outputs.values() if isinstance(y, torch.Tensor) and y.requires_grad]
+        loss = outputs["loss"] if "loss" in outputs and outputs["loss"] is not None else sum(y.sum() for y in results)
+        loss.backward()
+        losses.append({name: p.grad for name, p in prepared.named_parameters() if p.grad is not None})
+    assert cosine(losses[1], losses[0]) > 0.97
+    stock = dict(of_kind(kind)[0].named_parameters())
+    fastln.restore(rounded)
+    assert all(torch.equal(parameter, stock[name]) for name, parameter in rounded.named_parameters())
