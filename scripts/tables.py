@@ -85,7 +85,7 @@ def cpu_summary() -> str:
 def _triples() -> Iterator[tuple[Row, Row, Row]]:
     """Yield norm tuning by fastln, norm tuning by peft and LoRA by peft, by model and dtype."""
     for _, rows in by_model(read_rows(RESULTS / "cpu.json")):
-        found = {(row.method, row.engine): row for row in rows}
+        found = {(row.method, row.engine): row for row in rows if row.products == "exact"}
         yield found["layernorm", "fastln"], found["layernorm", "peft"], found["lora", "peft"]
 
 
@@ -124,7 +124,14 @@ def quality() -> str:
     """Return the answer quality of every method, with the time and memory of its steps."""
     runs = json.loads((RESULTS / "quality.json").read_text())["runs"]
     rows = json.loads((RESULTS / "vqa-rad.json").read_text())
-    return quality_table.table(runs, {(row["method"], row["engine"]): row for row in rows if not row["error"]})
+    return quality_table.table(
+        runs,
+        {
+            (row["method"], row["engine"]): row
+            for row in rows
+            if not row["error"] and row.get("products", "exact") == "exact"
+        },
+    )
 
 
 def stored() -> str:

@@ -28,10 +28,16 @@ def fastln(*arguments, monkeypatch, capsys):
     ("arguments", "message"),
     [
         (["train", "--out", "{tmp}/o", "--method", "layernrm"], "did you mean 'layernorm'"),
-        (["train", "--out", "{tmp}/o", "--method", "lora", "--engine", "torch"], "(valid: peft)"),
+        (["train", "--out", "{tmp}/o", "--method", "lora", "--engine", "torch"], "(valid: peft, fastln)"),
         (["train", "--out", "{tmp}/o", "--data", "{tmp}/nowhere"], "nowhere"),
         (["train", "--out", "{tmp}/o", "--without", "late_row"], "unknown name 'late_row' in `without`; did you mean"),
         (["train", "--out", "{tmp}/o", "--without", "cache", "--engine", "torch"], "without cache is for engine 'fas"),
+        (
+            ["train", "--out", "{tmp}/o", "--products", "int"],
+            "unknown products 'int' (did you mean 'int8'?); valid: exa",
+        ),
+        (["train", "--out", "{tmp}/o", "--activations", "exat"], "unknown activations 'exat' (did you mean 'exact'?)"),
+        (["train", "--out", "{tmp}/o", "--products", "int8", "--engine", "peft"], "products 'int8' is for engine 'fas"),
         (["train", "--out", "{tmp}/o", "--model", "{tmp}"], "there is no config.json"),
         (["train", "--out", "{tmp}/o", "--dtype", "float8"], "unknown dtype 'float8' (valid: auto, float32"),
         (["train", "--out", "{tmp}/o", "--feature-cache", "{tmp}/c"], "a vision tower that is frozen, and method"),
@@ -55,6 +61,7 @@ def fastln(*arguments, monkeypatch, capsys):
         (["merge", "{tmp}", "--base", "{tmp}", "--out", "{tmp}/full"], "full: is there already"),
         (["bench", "--suite", "qick"], "did you mean 'quick'"),
         (["bench", "--method", "layernorm/pft"], "layernorm/peft"),
+        (["bench", "--products", "int"], "did you mean 'int8'"),
         (["bench", "--out", "{tmp}/full"], "already"),
     ],
 )
@@ -171,6 +178,19 @@ def test_doctor_lists_what_prepare_may_change_with_gain_and_risk(monkeypatch, ca
     for name, line in zip(names, block, strict=True):
         assert TRICKS[name].gains in line
         assert f"(risk: {TRICKS[name].risk})" in line
+
+
+def test_doctor_takes_the_products_of_a_plan(monkeypatch, capsys):
+    words = ("doctor", "BertForMaskedLM:8x128", "--products")
+    code, printed = fastln(*words, "int8", monkeypatch=monkeypatch, capsys=capsys)
+    assert code == 0
+    assert "products int8" in printed.out
+    code, printed = fastln(*words, "int", monkeypatch=monkeypatch, capsys=capsys)
+    assert code == 2
+    assert printed.err.splitlines()[-1].startswith("error: unknown products 'int' (did you mean 'int8'?); valid: exact")
+    code, printed = fastln("doctor", "--products", "int8", monkeypatch=monkeypatch, capsys=capsys)
+    assert code == 2
+    assert "products 'int8' are for the plan of a model" in printed.err
 
 
 def test_doctor_says_in_one_line_what_is_slower(monkeypatch):

@@ -1,5 +1,8 @@
 """What trains, counted."""
 
+import inspect
+from dataclasses import fields
+
 import family_models
 import pytest
 import tiny
@@ -11,6 +14,8 @@ from fastln.engines import put_method
 from fastln.errors import FastLNError
 from fastln.methods import METHODS, count_parameters, describe_parameters, get_method, norm_parameters
 from fastln.plan import prepared
+from fastln.settings import MethodSettings
+from fastln.training import TrainConfig
 from fastln.training.tasks import apply_method, finish
 
 PROMPTS = ("prefix", "p-tuning", "prompt")  # for language models
@@ -84,7 +89,7 @@ def test_unknown_names_list_the_valid_ones():
     with pytest.raises(FastLNError, match=r"unknown method 'lra'; did you mean 'lora'\? \(valid: layernorm, "):
         get_method("lra")
     with pytest.raises(FastLNError, match=r"does not run on engine 'fastln' \(valid: peft\)"):
-        get_method("lora", "fastln")
+        get_method("dora", "fastln")
 
 
 @pytest.mark.parametrize("method", [method for method in METHODS if method != "head"])
@@ -172,3 +177,19 @@ def test_what_is_left_out_stays_stock(method):
 def test_other_engines_have_nothing_to_leave_out(engine):
     with pytest.raises(FastLNError, match=f"engine '{engine}' runs stock code.*without cache, norms is for engine 'fa"):
         put_method(family_models.make("llama"), "layernorm", engine, without=["cache", "norms"])
+    message = f"engine '{engine}' runs stock code: products 'int8' is for engine 'fastln', which runs this method too"
+    with pytest.raises(FastLNError, match=message):
+        MethodSettings.of("layernorm", engine, products="int8")
+
+
+def test_the_settings_have_the_arguments_of_every_door():
+    """An argument that one of them lacks would be lost on its way to the plan."""
+    own = {field.name for field in fields(MethodSettings)}
+    assert own == inspect.signature(put_method).parameters.keys() - {"model"}
+    assert own == inspect.signature(MethodSettings.of).parameters.keys()
+    assert own <= inspect.signature(fastln.FastLNTrainer.__init__).parameters.keys()
+    of_plan = MethodSettings("layernorm", "fastln").of_plan.keys()
+    assert of_plan == own - {"engine"}
+    assert of_plan == inspect.signature(fastln.plan).parameters.keys() - {"model", "device"}
+    assert of_plan == inspect.signature(fastln.prepare).parameters.keys() - {"model"}
+    assert own - {"engine", "also", "backend"} <= {field.name for field in fields(TrainConfig)}

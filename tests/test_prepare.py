@@ -328,7 +328,10 @@ def test_preparing_twice_and_restoring_nothing_are_errors():
         fastln.prepare(model)
 
 
-@pytest.mark.parametrize("method", ["layernorm/fastln", "layernorm/peft", "layernorm/torch", "lora/peft", "full/torch"])
+FINISHING = ["layernorm/fastln", "layernorm/peft", "layernorm/torch", "lora/fastln", "lora/peft", "full/torch"]
+
+
+@pytest.mark.parametrize("method", FINISHING)
 def test_finish_gives_a_stock_model_that_answers_as_the_trained_one(method, tmp_path):
     data = tiny.phantom()
     task = tiny.dual(tmp_path, data)
@@ -378,7 +381,7 @@ def test_a_model_cast_after_it_was_prepared_is_warned_of(recwarn):
 
 
 @pytest.mark.parametrize("engine", ["torch", "peft"])
-@pytest.mark.parametrize("given", [{"without": "arena"}, {"backend": "cpu"}])
+@pytest.mark.parametrize("given", [{"without": "arena"}, {"backend": "cpu"}, {"products": "int8"}])
 def test_what_other_engines_do_not_have_is_refused_and_leaves_the_model_alone(engine, given):
     model = small_bert()
     with pytest.raises(FastLNError, match=f"engine '{engine}' runs stock code"):

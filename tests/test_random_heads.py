@@ -83,7 +83,7 @@ def test_a_method_that_trains_it_is_left_as_it_is(method, bert):
 
 ENGINES = [
     *("layernorm/fastln", "layernorm/torch", "layernorm/peft", "bitfit/torch", "attention/fastln"),
-    *("lora/peft", "ia3/peft", "layernorm+lora/fastln"),
+    *("lora/peft", "lora/fastln", "ia3/peft", "layernorm+lora/fastln"),
 ]
 
 

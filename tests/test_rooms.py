@@ -23,7 +23,7 @@ LAYERS = """
     int8_rules
     plan watch
     memory
-    prepare rates
+    prepare rates settings
     cost
     adapters
     engines

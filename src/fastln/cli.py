@@ -55,6 +55,14 @@ FeatureCacheSize = Annotated[
     str | None, typer.Option(help="Maximum size of the cache, 10GiB by default; the least recently used goes first.")
 ]
 Device = Annotated[str, typer.Option(help="cpu, cuda or auto.")]
+Activations = Annotated[str, typer.Option(help="What fastln's operations keep for backward: exact.", metavar="STORAGE")]
+Products = Annotated[
+    str,
+    typer.Option(
+        help="How matrix products of frozen weights run: exact, or int8 for 8 bits.",
+        metavar="PRODUCTS",
+    ),
+]
 ImageSize = Annotated[
     int | None,
     typer.Option(help="Edge length in pixels that images are resized to; by default the size saved with the model."),
@@ -117,6 +125,10 @@ def bench(
         int | None, typer.Option(min=0, help="Epochs of training before the answers are scored; 0: do not score.")
     ] = None,
     dtype: Annotated[list[str] | None, typer.Option(help="float32, bfloat16 or auto; repeatable.")] = None,
+    products: Annotated[
+        list[str] | None,
+        typer.Option(help="Products of engine fastln's rows: exact or int8; repeatable.", metavar="PRODUCTS"),
+    ] = None,
     device: Annotated[str | None, typer.Option(help="cpu, cuda or auto.")] = None,
     seed: Annotated[int | None, typer.Option(help="Seed for weights, batches and dropout.")] = None,
     image_size: ImageSize = None,
@@ -140,6 +152,7 @@ def bench(
         "steps": steps,
         "epochs": epochs,
         "dtypes": dtype or None,
+        "products": products or None,
         "device": device,
         "seed": seed,
         "image_size": image_size,
@@ -176,6 +189,15 @@ def train(
     without: Annotated[
         list[str] | None, typer.Option(help="Leave out one of fastln's changes; repeatable; fastln doctor lists them.")
     ] = None,
+    activations: Activations = "exact",
+    products: Products = "exact",
+    keep_weights: Annotated[
+        bool,
+        typer.Option(
+            "--keep-weights",
+            help="Keep the weights that 8-bit ones replace; otherwise the base is loaded again at the end.",
+        ),
+    ] = False,
     epochs: Annotated[int, typer.Option(min=1)] = 15,
     head_epochs: Annotated[
         int, typer.Option(min=0, help="Epochs before these that train only a randomly initialised head.")
@@ -231,6 +253,9 @@ def train(
         method=method,
         scope=tuple(scope) if scope else None,
         without=tuple(without) if without else None,
+        activations=activations,
+        products=products,
+        keep_weights=keep_weights,
         epochs=epochs,
         head_epochs=head_epochs,
         batch_size=batch_size,
@@ -345,12 +370,13 @@ def doctor(
             "`fastln train` wrote, blip, chat:SOURCE, or a shape such as BertForMaskedLM:8x128. No weights are read."
         ),
     ] = None,
+    products: Products = "exact",
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Show what this machine has, which backend each operation will use, and what `prepare` would change in a model."""
     from fastln.doctor import examine, render
 
-    findings = examine(model)
+    findings = examine(model, products)
     typer.echo(json.dumps(findings, indent=2) if as_json else render(findings))
 
 

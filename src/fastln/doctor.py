@@ -9,6 +9,7 @@ from typing import Any
 import psutil
 import torch
 
+from fastln.errors import FastLNError
 from fastln.machine import (
     arena_limit,
     cpu_flags,
@@ -18,7 +19,7 @@ from fastln.machine import (
     why_no_arena,
 )
 from fastln.ops.backends import OPERATIONS, resolve
-from fastln.ops.settings import DEFAULT
+from fastln.ops.settings import DEFAULT, OpSettings
 from fastln.rates import has_bfloat16_units, product_rates
 from fastln.versions import package_version
 from fastln_kernels.cpu import library, products, units
@@ -28,11 +29,12 @@ VECTORS = ("avx2", "avx512f", "avx512_bf16", "amx_bf16", "asimd", "sve", "bf16")
 WIDER_THAN_128_BITS = {"avx2", "avx512f", "sve"}
 
 
-def examine(model: str | None = None) -> dict[str, Any]:
+def examine(model: str | None = None, products: str = "exact") -> dict[str, Any]:
     """Examine the machine, without changing anything in this process.
 
     Args:
         model: A model, as `fastln.models.outline` takes it. The plan is for the device that "auto" gives.
+        products: The plan's products, as `fastln.plan` takes them.
 
     Returns:
         `packages` (version or None), `machine`, `units` (the rates of products of blocks on this CPU and what they
@@ -41,10 +43,14 @@ def examine(model: str | None = None) -> dict[str, Any]:
         (the lines of its table; None without a model).
 
     Raises:
-        FastLNError: If there is no such model.
+        FastLNError: If there is no such model, or no such products, or products without a model.
     """
     from fastln.standins.tricks import TRICKS
 
+    if model is None and products != "exact":
+        raise FastLNError(
+            f"products {products!r} are for the plan of a model: fastln doctor MODEL --products {products}"
+        )
     device = settle_device("auto")
     flags = cpu_flags()
     choices = {operation: resolve(operation, device, DEFAULT) for operation in OPERATIONS}
@@ -73,7 +79,7 @@ def examine(model: str | None = None) -> dict[str, Any]:
             operation: {"backend": choice.backend, "reason": choice.reason} for operation, choice in choices.items()
         },
         "tricks": {trick.name: {"gains": trick.gains, "risk": trick.risk} for trick in TRICKS.values()},
-        "plan": None if model is None else _plan(model, device),
+        "plan": None if model is None else _plan(model, device, products),
     }
 
 
@@ -125,12 +131,13 @@ def _slower(flags: set[str]) -> str | None:
     return "; ".join(lacks) or None
 
 
-def _plan(model: str, device: torch.device) -> list[str]:
+def _plan(model: str, device: torch.device, products: str) -> list[str]:
+    OpSettings(products=products)  # raises for an unknown name, before the model is looked up
     # Imported here because transformers' models take seconds to import.
     from fastln.models.outline import outline
     from fastln.plan import plan
 
-    return plan(outline(model), device=device).table().splitlines()
+    return plan(outline(model), device=device, products=products).table().splitlines()
 
 
 def render(findings: dict[str, Any]) -> str:

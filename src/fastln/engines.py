@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import warnings
-from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable
+from dataclasses import replace
 from pathlib import Path
 
 import peft
@@ -22,8 +23,10 @@ from transformers.models.auto.modeling_auto import (
 from transformers.pytorch_utils import Conv1D
 
 from fastln.adapters import (
+    CONFIG,
     LN_TUNING,
     PARTS,
+    PEFT_PREFIX,
     WEIGHTS,
     NoAdapterError,
     adapter_contents,
@@ -33,29 +36,31 @@ from fastln.adapters import (
     read_tensors,
 )
 from fastln.changes import EXTRA, changed_buffers, extra_states, load_extra_states, mark_buffers
-from fastln.decision import describe_random_heads
+from fastln.decision import Plan, describe_random_heads
 from fastln.errors import FastLNError, loading
 from fastln.families import find_norms, parameters_in
 from fastln.families.parts import attention_maps, ffn_maps
 from fastln.files import written_whole
 from fastln.methods import (
+    FROZEN,
     IA3_TARGETS,
     LORA_RANK,
     LORA_TARGETS,
-    RANDOM_HEADS,
     get_method,
     random_heads,
     select_parameters,
-    settle_scope,
 )
 from fastln.origin import ORIGIN, Origin, origin_bytes
-from fastln.plan import plan, prepared, settle_without
+from fastln.plan import apply, plan, prepared
 from fastln.prepare import carry_out, restore
+from fastln.settings import MethodSettings
 
 logger = logging.getLogger(__name__)
 
 N_VIRTUAL_TOKENS = 20
 PROMPT_METHODS = ("prefix", "p-tuning", "prompt")
+_BESIDE_LORA = {"layernorm+lora": "layernorm", "lora": FROZEN}
+"""What trains of the model itself under methods that put LoRA's layers on a prepared model."""
 _VIRTUAL = ("PREFIX_TUNING", "P_TUNING", "PROMPT_TUNING", "MULTITASK_PROMPT_TUNING")  # peft's names for these
 _TASK_TYPES = {
     "CAUSAL_LM": MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
@@ -73,6 +78,9 @@ def put_method(
     also: str | Iterable[str] = (),
     without: str | Iterable[str] = (),
     backend: str = "auto",
+    activations: str = "exact",
+    products: str = "exact",
+    keep_weights: bool = False,
 ) -> nn.Module:
     """Set up any model for `method`, in place.
 
@@ -85,17 +93,41 @@ def put_method(
         scope: as `fastln.prepare` takes it.
         also: names of further modules that train in full.
         without: names of what `fastln.prepare` leaves out, for engine `fastln`; `random_heads` for every engine.
-        backend: the backend of fastln's operations; for engine `fastln` only.
+        backend: the backend of fastln's operations; this and the next three for engine `fastln` only.
+        activations: as `fastln.prepare` takes it.
+        products: as `fastln.prepare` takes it.
+        keep_weights: as `fastln.prepare` takes it.
 
     Returns:
         The module to train: the model itself, or peft's wrapper of it.
 
     Raises:
-        FastLNError: for an unknown method, engine or scope, a model in which the method matches nothing, or `without`
-            or a backend with another engine.
+        FastLNError: for an unknown method, engine, scope or other name, a model in which the method matches nothing, or
+            what only engine `fastln` does with another engine.
     """
-    settings = MethodSettings.of(method, engine, scope, also, without, backend)
-    trained = _put(model, settings)
+    settings = MethodSettings.of(
+        method,
+        engine,
+        scope=scope,
+        also=also,
+        without=without,
+        backend=backend,
+        activations=activations,
+        products=products,
+        keep_weights=keep_weights,
+    )
+    return put(model, settings)
+
+
+def put(model: nn.Module, settings: MethodSettings, *, quietly: bool = False) -> nn.Module:
+    """Set up a model with `settings`, as `put_method` does.
+
+    Args:
+        model: the model.
+        settings: what `put_method` would be called with.
+        quietly: whether to leave the plan out of the log, for a model that only takes values.
+    """
+    trained = _put(model, settings, apply if quietly else carry_out)
     if isinstance(trained, peft.PeftModel):
         # Not as a module of it: so that who is given the model, into which peft puts layers, finds the wrapper.
         model.__dict__[WRAPPER] = trained
@@ -104,50 +136,18 @@ def put_method(
     return trained
 
 
-@dataclass(frozen=True)
-class MethodSettings:
-    """What `put_method` was called with, in one form."""
-
-    method: str
-    engine: str
-    scope: str | tuple[str, ...] | None
-    also: tuple[str, ...]
-    without: tuple[str, ...]
-    backend: str
-
-    @classmethod
-    def of(
-        cls,
-        method: str = "layernorm",
-        engine: str | None = None,
-        scope: str | Iterable[str] | None = None,
-        also: str | Iterable[str] = (),
-        without: str | Iterable[str] = (),
-        backend: str = "auto",
-    ) -> MethodSettings:
-        """Check the arguments of `put_method`, as far as that needs no model.
-
-        Raises:
-            FastLNError: as in `put_method`.
-        """
-        method, scope = settle_scope(method, scope)
-        _, engine = get_method(method, engine)
-        check_without(without, engine)
-        if backend != "auto" and engine != "fastln":
-            raise FastLNError(f"engine {engine!r} runs stock code: backend {backend!r} is for engine 'fastln'")
-        also = (also,) if isinstance(also, str) else tuple(also)
-        return cls(method, engine, scope, also, settle_without(without), backend)
-
-
 SETTINGS = "_fastln_settings"
 """The attribute of peft's wrapper that has the `MethodSettings` which it was made for."""
 WRAPPER = "_fastln_wrapper"
 """The attribute of a model that has peft's wrapper of it."""
 
 
-def _put(model: nn.Module, settings: MethodSettings) -> nn.Module:
+def _put(model: nn.Module, settings: MethodSettings, do: Callable[[Plan, nn.Module], None]) -> nn.Module:
     if settings.engine == "fastln":
-        return _norms_and_lora(model, settings) if settings.method == "layernorm+lora" else _prepared(model, settings)
+        if settings.method in _BESIDE_LORA:
+            return _with_lora(model, settings, do)
+        do(plan(model, **settings.of_plan), model)
+        return model
     chosen, _ = get_method(settings.method)
     by_torch = settings.engine == "torch"
     named = (
@@ -172,20 +172,6 @@ def _put(model: nn.Module, settings: MethodSettings) -> nn.Module:
     return peft.get_peft_model(model, config, autocast_adapter_dtype=False)
 
 
-def _prepared(model: nn.Module, settings: MethodSettings) -> nn.Module:
-    method = "layernorm" if settings.method == "layernorm+lora" else settings.method
-    decided = plan(
-        model,
-        method,
-        scope=settings.scope,
-        also=settings.also,
-        without=settings.without,
-        backend=settings.backend,
-    )
-    carry_out(decided, model)
-    return model
-
-
 def _prompted(model: nn.Module, settings: MethodSettings, random: tuple[str, ...]) -> nn.Module:
     if settings.also:
         raise FastLNError(
@@ -208,20 +194,6 @@ def _inside(model: nn.Module, modules: Iterable[str]) -> set[str]:
     return {name for name, _ in model.named_parameters() if name.startswith(prefixes)}
 
 
-def check_without(without: str | Iterable[str], engine: str) -> None:
-    """Check that `prepare` knows the names in `without`, and that they fit the engine.
-
-    Raises:
-        FastLNError: for an unknown name, or any name but `random_heads` with an engine other than `fastln`.
-    """
-    names = [name for name in settle_without(without) if name != RANDOM_HEADS]
-    if names and engine != "fastln":
-        raise FastLNError(
-            f"engine {engine!r} runs stock code, so there is nothing to leave out: without {', '.join(names)} is for "
-            "engine 'fastln'"
-        )
-
-
 def check_finishes(method: str) -> None:
     """Check that `to_stock` can make what `method` trains part of the model itself.
 
@@ -235,16 +207,37 @@ def check_finishes(method: str) -> None:
         )
 
 
+def can_restore(model: nn.Module) -> bool:
+    """Whether a model has the weights that `to_stock` needs: not if 8-bit ones replaced them and they were not kept.
+
+    Args:
+        model: a model, or peft's wrapper of it.
+    """
+    base = model.get_base_model() if isinstance(model, peft.PeftModel) else model
+    state = prepared(base)
+    return state is None or not state.n_lost
+
+
 def to_stock(trained: nn.Module) -> nn.Module:
     """Return the stock model with the trained values in it.
 
     Args:
         trained: what `put_method` returned. The model in it is changed in place.
+
+    Raises:
+        FastLNError: if 8-bit weights replaced the model's own. Nothing changes then.
     """
+    if not can_restore(trained):
+        raise FastLNError(
+            "8-bit weights replaced the model's own, so what trained cannot become part of it: save the adapter or a "
+            "checkpoint and load that into the base, or set it up with keep_weights=True"
+        )
     model = trained
     if isinstance(trained, peft.PeftModel):
         # peft leaves its wrappers around modules in `also` (for norms), or treats them as linear layers (for ia3).
         base = trained.get_base_model()
+        if (state := prepared(base)) is not None:
+            state.put_weights_back()  # LoRA is merged into them
         for name, module in list(base.named_modules()):
             if isinstance(module, ModulesToSaveWrapper):
                 base.set_submodule(name, module.modules_to_save[module.active_adapter])
@@ -275,8 +268,11 @@ def save_trained_adapter(
         raise FastLNError(f"{directory}: the adapter cannot be written: {error}") from error
 
 
-def is_norms_and_lora(trained: nn.Module) -> bool:
-    """Whether both norms and peft's layers train in what `put_method` returned, so that no adapter holds all of it."""
+def is_on_prepared(trained: nn.Module) -> bool:
+    """Whether peft's layers lie on a prepared model in what `put_method` returned.
+
+    Then what trains of the model itself is unknown to peft.
+    """
     return isinstance(trained, peft.PeftModel) and prepared(trained.get_base_model()) is not None
 
 
@@ -287,26 +283,43 @@ def write_trained_adapter(trained: nn.Module, folder: Path, dtype: torch.dtype |
         NoAdapterError: for what no adapter can hold. Nothing is written then.
         OSError: if a file cannot be written.
     """
-    if is_norms_and_lora(trained):
-        raise NoAdapterError("an adapter holds either norms or peft's layers, and here both train")
-    if not isinstance(trained, peft.PeftModel):
-        contents = adapter_contents(trained, dtype, origin)
+    if isinstance(trained, peft.PeftModel):
+        contents = _write_peft(trained, folder, origin)
     else:
-        config = trained.active_peft_config
-        config.base_model_name_or_path = (origin and origin.source) or name_or_path(trained.get_base_model())
-        # "auto" compares the vocabulary's size with the base's, which peft looks for on the hub under this name.
-        is_made = origin is not None and (origin.model or "").partition(":")[0] == "dual"
-        trained.save_pretrained(str(folder), save_embedding_layers=False if is_made else "auto")
-        contents = {} if origin is None else {ORIGIN: origin_bytes(origin)}
-        if (states := extra_states(trained.get_base_model())) is not None:
-            contents[EXTRA] = states
-        if further := changed_buffers(trained):  # peft knows only its own layers
-            tensors, metadata = read_tensors(folder / WEIGHTS)
-            further = {name.replace(f".modules_to_save.{trained.active_adapter}", ""): t for name, t in further.items()}
-            tensors |= {name: tensor.cpu().contiguous() for name, tensor in further.items() if name not in tensors}
-            contents[WEIGHTS] = save(tensors, metadata)
+        contents = adapter_contents(trained, dtype, origin)
     for name, content in contents.items():
         (folder / name).write_bytes(content)
+
+
+def _write_peft(trained: peft.PeftModel, folder: Path, origin: Origin | None) -> dict[str, bytes]:
+    """Write the files of peft's adapter, and return the contents of those that come beside them or in their place."""
+    base, config = trained.get_base_model(), trained.active_peft_config
+    state = prepared(base)
+    if state is not None and state.plan.method != FROZEN:
+        raise NoAdapterError("an adapter holds either norms or peft's layers, and here both train")
+    config.base_model_name_or_path = (origin and origin.source) or name_or_path(base)
+    # "auto" compares the vocabulary's size with the base's, which peft looks for on the hub under this name.
+    is_made = origin is not None and (origin.model or "").partition(":")[0] == "dual"
+    # `state_dict` would make the weights that 8-bit ones replaced.
+    values = dict(trained.named_parameters()) if state is not None else None
+    trained.save_pretrained(str(folder), save_embedding_layers=False if is_made else "auto", state_dict=values)
+    contents = {} if origin is None else {ORIGIN: origin_bytes(origin)}
+    if (states := extra_states(base)) is not None:
+        contents[EXTRA] = states
+    further = changed_buffers(trained)  # peft knows only its own layers
+    also = () if state is None else state.plan.also
+    for module in also:
+        held = base.get_submodule(module).state_dict(prefix=f"{PEFT_PREFIX}{module}.")
+        further |= {name: value for name, value in held.items() if isinstance(value, torch.Tensor)}
+    if further:
+        tensors, metadata = read_tensors(folder / WEIGHTS)
+        further = {name.replace(f".modules_to_save.{trained.active_adapter}", ""): t for name, t in further.items()}
+        tensors |= {name: tensor.cpu().contiguous() for name, tensor in further.items() if name not in tensors}
+        contents[WEIGHTS] = save(tensors, metadata)
+    if also:
+        written = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+        contents[CONFIG] = json.dumps(written | {"modules_to_save": list(also)}, indent=2, sort_keys=True).encode()
+    return contents
 
 
 def load_trained_adapter(model: nn.Module, directory: Path, *, check_base: bool = True) -> nn.Module:
@@ -341,10 +354,10 @@ def load_trained_adapter(model: nn.Module, directory: Path, *, check_base: bool 
     return to_stock(wrapped)
 
 
-def _norms_and_lora(model: nn.Module, settings: MethodSettings) -> nn.Module:
+def _with_lora(model: nn.Module, settings: MethodSettings, do: Callable[[Plan, nn.Module], None]) -> nn.Module:
     # Find the names before `prepare` replaces any module with a stand-in.
     config = _peft_config(model, replace(settings, method="lora"))
-    _prepared(model, settings)
+    do(plan(model, **replace(settings, method=_BESIDE_LORA[settings.method]).of_plan), model)
     own = [parameter for parameter in model.parameters() if parameter.requires_grad]
     wrapped = peft.get_peft_model(model, config, autocast_adapter_dtype=False)
     for parameter in own:

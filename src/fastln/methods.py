@@ -129,7 +129,7 @@ METHODS: dict[str, Method] = {
         Method("ffn", "the linear layers of the feed-forward networks", _OWN, _MATRICES, ffn_parameters),
         Method("full", "every parameter", _OWN, _MATRICES, _everything),
         Method("head", "only the task head", _OWN, HEAD_LEARNING_RATE, _nothing),
-        Method("lora", "low-rank updates (r 8) of the query and value projections", _PEFT, 5e-4, None),
+        Method("lora", "low-rank updates (r 8) of the query and value projections", ("peft", "fastln"), 5e-4, None),
         Method("dora", "LoRA that also trains the magnitudes of the weights", _PEFT, 5e-4, None),
         Method("adalora", "LoRA that moves rank to where it matters (r 12, pruned to 8)", _PEFT, 1e-3, None),
         Method("vera", "two vectors per projection, around shared random matrices (r 256)", _PEFT, 5e-3, None),
@@ -139,6 +139,10 @@ METHODS: dict[str, Method] = {
         Method("prompt", "20 trained input vectors", _PEFT, 3e-2, None),
     )
 }
+
+FROZEN = "frozen"
+"""Nothing of a model trains: for layers that are added to a prepared model. It is no tuning method by itself."""
+_FROZEN = Method(FROZEN, "nothing", ("fastln",), 0.0, _nothing)
 
 # The codes of arXiv 2404.16385: the parameters that each one trains in a sub-model, and their learning rate.
 _CODES: dict[str, tuple[Callable[[nn.Module], Iterable[str]], float]] = {
@@ -189,6 +193,8 @@ def get_method(name: str, engine: str | None = None) -> tuple[Method, str]:
         method = _by_sub_model(name)
     elif name in METHODS:
         method = METHODS[name]
+    elif name == FROZEN:
+        method = _FROZEN
     else:
         near = difflib.get_close_matches(name, METHODS, n=1)
         hint = f"; did you mean {near[0]!r}?" if near else ""
@@ -270,7 +276,7 @@ def select_parameters(
             f"method {method.name!r} adds peft modules to the model, but prepare() only chooses among the model's own "
             "parameters; use FastLNTrainer, fastln train or fastln.engines.put_method instead"
         )
-    if scope is not None and method.select is _nothing:
+    if scope is not None and method.name == "head":
         raise FastLNError(
             f"method {method.name!r} trains the task head, which is in no sub-model: leave out the scope {scope!r}"
         )

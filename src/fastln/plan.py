@@ -22,6 +22,7 @@ from fastln.fits import check_fits, check_values, class_name, joined
 from fastln.int8_rules import INT8_STAND_INS, Int8Rules, describe_int8
 from fastln.machine import settle_device, why_no_arena
 from fastln.methods import (
+    FROZEN,
     RANDOM_HEADS,
     RandomHeads,
     describe_other_norms,
@@ -90,6 +91,15 @@ class Prepared:
         """The number of weights that were replaced by their 8-bit form and not kept."""
         return sum(isinstance(change, Int8Weight) and change.is_lost for change in self.undo)
 
+    def put_weights_back(self) -> None:
+        """Put back the weights that were replaced by their 8-bit form, for what changes them; all must have been kept.
+
+        The layers then run as stock code.
+        """
+        for change in self.undo:
+            if isinstance(change, Int8Weight):
+                change.remove()
+
     def _reset_flags(self, model: nn.Module) -> None:
         for name, parameter in model.named_parameters():
             if parameter.requires_grad != (before := self.requires_grad.get(name, parameter.requires_grad)):
@@ -155,7 +165,7 @@ def plan(
     random = random_heads(model, select_parameters(model, chosen, scope, also), left_out, scope)
     also = (*also, *random.train)
     trained = frozenset(select_parameters(model, chosen, scope, also))
-    if not trained:
+    if not trained and method != FROZEN:
         raise FastLNError(f"method {method!r} trains nothing by itself; list the task head's modules in `also`")
     place = _settle_place(model, device)
     resolve("layer_norm", place, settings)  # raises if the backend is not available

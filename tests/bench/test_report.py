@@ -78,7 +78,7 @@ def test_speed_is_the_median_of_the_ratios_within_rounds():
 
 def test_rows_keep_their_order_and_losses_are_shown():
     first, second = report.tables(ROWS)
-    assert [line[0] for line in first.cells] == [report.label(entry) for entry in ROWS[:5]]
+    assert [line[0] for line in first.cells] == [entry.label for entry in ROWS[:5]]
     assert first.cells[1][2] == "0.80 (0.60–1.50)"  # slower than plain unfreezing, and said so
     assert second.title == "blip"
 
@@ -143,6 +143,15 @@ def test_fastln_beside_peft_has_the_ratios_within_rounds_and_the_share_of_the_fl
     )
     assert not report.peers(PEERS[:1])
     assert not report.peers(PEERS[1:3])
+
+
+def test_other_products_stand_beside_exact_ones():
+    int8 = row("layernorm", "fastln", [0.2, 0.25, 0.2], dtype="bfloat16", products="int8")
+    (table,) = report.peers([int8, *PEERS[:3]])
+    assert [line[0] for line in table.cells] == ["dual, int8", "dual"]
+    assert [line[2] for line in table.cells] == ["–", "0.200 (50%)"]  # the floor is that of exact products
+    assert table.cells[0][3] == "8.00 (4.00–8.00)"
+    assert table.columns[3:] == ("over layernorm (peft)", "over lora (peft)")
 
 
 def test_without_plain_unfreezing_speed_is_over_peft():

@@ -64,12 +64,27 @@ def test_every_dtype_has_its_rows_and_its_look_at_the_model(tmp_path, monkeypatc
     assert {row.model for row in rows} == {"one in full"}
 
 
+def test_each_products_mode_of_engine_fastln_has_its_row(tmp_path, monkeypatch):
+    monkeypatch.setattr(runner, "_call", lambda worker, job, expected, progress: worker(job))
+    changes = {"methods": ("layernorm/fastln", "lora/peft"), "products": ("exact", "int8"), "rounds": 1}
+    rows = run_suite(suite(**changes), tmp_path, worker=fake_workers.work)
+    assert [row.label for row in rows] == ["layernorm (fastln)", "layernorm (fastln, int8)", "lora (peft)"]
+    stored = json.loads((tmp_path / "results.json").read_text())
+    assert [(row["products"], row["activations"]) for row in stored] == [
+        (p, "exact") for p in ("exact", "int8", "exact")
+    ]
+    text = (tmp_path / "results.md").read_text()
+    assert "| one in full, int8 |" in text
+
+
 WHAT = [("look at", ""), ("round 1/1", " full/torch")]
 
 
 def test_progress_names_folders_by_their_last_names():
     job = Job(suite(), "speed", "dual:/a/b/dino,../c/bert", "float32", "lora", "peft", 2)
     assert str(job) == "round 2/2 dual:dino,bert lora/peft"
+    job = Job(suite(), "speed", "one", "float32", "layernorm", "fastln", 1, "int8")
+    assert str(job) == "round 1/2 one layernorm/fastln/int8"
 
 
 def test_every_call_has_a_process_of_its_own_without_threads_left_from_another():

@@ -2,10 +2,12 @@
 
 import pytest
 
+from fastln.bench import suite as suite_module
 from fastln.bench.suite import load_suite, suite_names
 from fastln.data import DataOptions
 from fastln.errors import FastLNError
 from fastln.models.shapes import is_shape
+from fastln.ops.settings import PRODUCTS
 from fastln.training import TrainConfig
 
 GOOD = "data: phantom\nmodels: [dual]\nmethods: [layernorm/torch]\n"
@@ -68,7 +70,7 @@ def test_shapes_need_no_data_and_others_do(tmp_path):
 def test_a_file_of_ones_own(tmp_path):
     suite = load(tmp_path, GOOD + "rounds: 7\n", steps=9)
     assert (suite.name, suite.rounds, suite.steps) == ("mine", 7, 9)
-    assert suite.pairs == [("layernorm", "torch")]
+    assert suite.contenders == [("layernorm", "torch", "exact")]
 
 
 def test_data_is_read_and_methods_are_named_as_for_training(tmp_path):
@@ -79,8 +81,25 @@ def test_data_is_read_and_methods_are_named_as_for_training(tmp_path):
         assert load(tmp_path, f"{text}skip_bad_rows: {limit}\nkeep_repeats: true\n").options == DataOptions(
             "slake", skip_bad_rows=same, keep_repeats=True
         )
-    assert suite.pairs == [("LN-F", "fastln"), ("F-T", "torch")]
+    assert suite.contenders == [("LN-F", "fastln", "exact"), ("F-T", "torch", "exact")]
     assert load(tmp_path, GOOD).options == DataOptions()
+
+
+def test_products_are_for_engine_fastln(tmp_path, caplog):
+    text = GOOD.replace("layernorm/torch", "layernorm/fastln, layernorm/torch")
+    suite = load(tmp_path, text + "products: [exact, int8]\n")
+    ours = [("layernorm", "fastln", "exact"), ("layernorm", "fastln", "int8")]
+    assert suite.contenders == [*ours, ("layernorm", "torch", "exact")]
+    assert load(tmp_path, text, products=["int8"]).contenders == [ours[1], ("layernorm", "torch", "exact")]
+    assert not caplog.text
+    load(tmp_path, GOOD, products=["exact", "int8"])
+    assert "products has no effect, as no method runs on engine fastln" in caplog.text
+    with pytest.raises(FastLNError, match=r"unknown products 'int' \(did you mean 'int8'\?\): choose from exact, int8"):
+        load(tmp_path, text, products=["int"])
+
+
+def test_the_suite_knows_every_products_mode():
+    assert suite_module.PRODUCTS == PRODUCTS
 
 
 def test_an_image_size_is_for_models_that_are_no_shapes(tmp_path):

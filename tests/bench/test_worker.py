@@ -18,6 +18,8 @@ from fastln.errors import FastLNError
 from fastln.methods import METHODS
 from fastln.models import load_task
 from fastln.models.shapes import is_shape
+from fastln.ops import OpSettings
+from fastln.ops.backends import resolve
 from fastln.training import train
 
 TINY = {"batch_size": 2, "questions_per_image": 2, "rounds": 1, "warmup_steps": 0, "steps": 2, "device": "cpu"}
@@ -93,9 +95,20 @@ def test_the_cpu_suite_end_to_end(tmp_path):
 @pytest.mark.parametrize("model", filter(is_shape, load_suite("cpu", {"data": "phantom"}).models))
 def test_shapes_of_the_cpu_suite_take_steps(model):
     family, size = model.split(":")[0], 32 if "Image" in model or "Blip" in model else 16
-    for pair in load_suite("cpu").pairs:
-        steps = worker.work(job(model=f"{family}:1x{size}:1", method=pair[0], engine=pair[1]))
+    for method, engine, products in load_suite("cpu").contenders:
+        one = job(model=f"{family}:1x{size}:1", method=method, engine=engine)
+        steps = worker.work(dataclasses.replace(one, products=products))
         assert math.isfinite(steps.final_loss)
+
+
+def test_products_reach_the_model():
+    shape = "ViTForImageClassification:2x32:1"
+    one = job(model=shape, engine="fastln")
+    exact, int8 = (worker.work(dataclasses.replace(one, products=products)) for products in ("exact", "int8"))
+    assert int8.final_loss == pytest.approx(exact.final_loss, rel=0.1)
+    assert int8.trainable_parameters == exact.trainable_parameters
+    is_here = resolve("int8_linear", torch.device("cpu"), OpSettings()).backend == "cpu"
+    assert (int8.final_loss != exact.final_loss) == is_here
 
 
 def test_codes_of_sub_models_on_data_with_bad_rows(tmp_path):

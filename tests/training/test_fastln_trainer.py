@@ -9,6 +9,7 @@ from transformers import EarlyStoppingCallback, Trainer, TrainerCallback
 import fastln
 from fastln import FastLNError, FastLNTrainer
 from fastln.methods import norm_parameters
+from fastln.settings import MethodSettings
 from fastln.training import fastln_trainer
 from fastln.training.progress import check_loss, why_not_a_number
 from fastln.training.sample_ids import WithSampleIds
@@ -98,18 +99,16 @@ def test_a_norm_learning_rate_without_effect_is_an_error(tmp_path):
 def test_the_method_s_settings_are_passed_on_whole(tmp_path, monkeypatch):
     given = []
 
-    def put(model, **settings):
+    def put(model, settings):
         given.append(settings)
         return model
 
-    monkeypatch.setattr(fastln_trainer, "put_method_again", put)
+    monkeypatch.setattr(fastln_trainer, "put_again", put)
+    own = {"scope": "text", "also": "lm_head", "backend": "reference", "without": ("attention",), "products": "int8"}
     FastLNTrainer(llama(), arguments(tmp_path))
-    FastLNTrainer(
-        llama(), arguments(tmp_path), scope="text", also="lm_head", backend="reference", without=("attention",)
-    )
-    stock = {"method": "layernorm", "scope": None, "also": (), "engine": None, "backend": "auto"}
-    own = {"scope": "text", "also": "lm_head", "backend": "reference", "without": ("attention",)}
-    assert given == [stock, stock | own]
+    FastLNTrainer(llama(), arguments(tmp_path), method="bitfit", engine="fastln", keep_weights=True, **own)
+    kept = {"method": "bitfit", "engine": "fastln", "keep_weights": True}
+    assert given == [MethodSettings.of(), MethodSettings.of(**own, **kept)]
 
 
 @pytest.mark.slow(take=2)

@@ -99,14 +99,14 @@ def test_training_lowers_the_loss_and_moves_only_norms_and_head(tmp_path):
 
 def test_what_a_run_leaves_out_stays_stock_in_the_training_and_in_the_preview(tmp_path, monkeypatch):
     data, plans = tiny.phantom(12), []
-    put_method = tasks.put_method
+    put = tasks.put
 
     def watched(*args, **kwargs):
-        model = put_method(*args, **kwargs)
+        model = put(*args, **kwargs)
         plans.append(prepared(model).plan)
         return model
 
-    monkeypatch.setattr(tasks, "put_method", watched)
+    monkeypatch.setattr(tasks, "put", watched)
     config = TrainConfig(epochs=1, head_epochs=0, batch_size=12, without=("dropout", "cache"))
     train_task(tiny.dual(tmp_path, data), data, config, progress=False)
     preview(tiny.dual(tmp_path, data), data, config, None)
@@ -169,7 +169,9 @@ def test_a_stopped_run_resumes_to_the_same_weights(kind, tmp_path):
 
 
 @pytest.mark.usefixtures("few")
-@pytest.mark.parametrize("method", ["layernorm/fastln", "layernorm/peft", "LN-F/fastln", "lora/peft", "ia3/peft"])
+@pytest.mark.parametrize(
+    "method", ["layernorm/fastln", "layernorm/peft", "LN-F/fastln", "lora/peft", "lora/fastln", "ia3/peft"]
+)
 def test_the_adapter_on_its_base_scores_as_the_whole_model_and_is_small(method, tmp_path, caplog):
     method, _, engine = method.partition("/")
     base, out = spec(tmp_path), tmp_path / "out"
@@ -312,7 +314,14 @@ def test_resuming_with_other_options_is_refused(tmp_path):
     record = (tmp_path / "out" / "run.json").read_text()
     with pytest.raises(FastLNError, match="the run to resume had data 'phantom', not 'elsewhere'"):
         run_training(TrainRun("elsewhere", source, None, CONFIG), tmp_path / "out", resume=True)
+    int8 = TrainRun("phantom", source, None, dataclasses.replace(CONFIG, products="int8"))
+    with pytest.raises(FastLNError, match="the run to resume had products 'exact', not 'int8'"):
+        run_training(int8, tmp_path / "out", resume=True)
     assert (tmp_path / "out" / "run.json").read_text() == record
+    earlier = json.loads(record)
+    del earlier["run"]["config"]["products"]  # as earlier versions wrote it
+    (tmp_path / "out" / "run.json").write_text(json.dumps(earlier))
+    assert run_training(TrainRun("phantom", source, None, CONFIG), tmp_path / "out", resume=True) is None
 
 
 @pytest.mark.parametrize(

@@ -43,7 +43,9 @@ def test_the_same_settings_give_the_same_losses(usual, tmp_path):
 
 
 def test_no_setting_is_left_out():
-    assert CHANGES.keys() | {"without"} == {field.name for field in fields(TrainConfig)}
+    assert CHANGES.keys() | {"without", "activations", "products", "keep_weights"} == {
+        field.name for field in fields(TrainConfig)
+    }
 
 
 @pytest.mark.slow(take=7)

@@ -272,13 +272,15 @@ def test_what_no_adapter_holds_loads_by_its_plain_names_and_other_loaders_say_so
             load(checkpoint)
 
 
-@pytest.mark.parametrize("method", ["lora", "layernorm+lora"])
+@pytest.mark.parametrize("method", ["lora/peft", "lora/fastln", "layernorm+lora/fastln"])
 def test_a_new_head_beside_lora_resumes_on_a_base_with_other_random_values(method, tmp_path, caplog):
     llama().model.save_pretrained(tmp_path / "base")
+    method, engine = method.split("/")
+    settings = {"method": method, "engine": engine, "train_dataset": Sentences()}
 
     def run():
         model = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
-        return FastLNTrainer(model, arguments(tmp_path, max_steps=4), train_dataset=Sentences(), method=method)
+        return FastLNTrainer(model, arguments(tmp_path, max_steps=4), **settings)
 
     stopped = run()
     stopped.add_callback(Stop(2))

@@ -63,7 +63,7 @@ class _Point:
 
 def _point(row: Row, colour: str) -> _Point:
     memory, throughput = row.peak_memory_bytes or 0, row.samples_per_second or 0
-    return _Point(memory / 2**20, throughput, f"{row.method} ({row.engine})", colour, _MARKERS.get(row.engine, "o"))
+    return _Point(memory / 2**20, throughput, row.label, colour, _MARKERS.get(row.engine, "o"))
 
 
 def _title(rows: Sequence[Row]) -> str:

@@ -91,11 +91,11 @@ def tables(rows: Sequence[Row]) -> list[Section]:
     baseline = _baseline(rows)
     for title, group in by_model(rows):
         base = _find(group, baseline)
-        errors = [f"{label(row)} failed: {row.error}" for row in group if row.error]
+        errors = [f"{row.label} failed: {row.error}" for row in group if row.error]
         reasons: dict[str, list[str]] = {}
         for row in group:
             if row.accuracy_note and not row.error:
-                reasons.setdefault(row.accuracy_note, []).append(label(row))
+                reasons.setdefault(row.accuracy_note, []).append(row.label)
         notes = [
             f"Accuracy{' of ' + ', '.join(names) if len(reasons) > 1 else ''}: {reason}."
             for reason, names in reasons.items()
@@ -109,23 +109,24 @@ def peers(rows: Sequence[Row]) -> list[Section]:
 
     A model without a result for fastln's norm tuning is skipped. The list is empty if nothing is left to compare.
     """
-    others = list(dict.fromkeys(label(row) for row in rows if row.engine == PEERS))
+    others = list(dict.fromkeys(row.label for row in rows if row.engine == PEERS))
     lines = []
     for title, group in by_model(rows):
-        ours = _find(group, OURS)
-        if ours is None or ours.step_seconds is None or not others:
-            continue
-        ratios = {label(row): speedups(ours, row) for row in group}
-        floor = ours.provenance.get("floor")
-        least = floor["operations"] / floor["operations_per_second"] if floor else None
-        lines.append(
-            (
-                title,
-                _number(ours.step_seconds, "#.3g"),
-                "–" if least is None else f"{least:#.3g} ({100 * least / ours.step_seconds:.0f}%)",
-                *(_spread(ratios.get(other, []), ".2f") for other in others),
+        for ours in group:
+            if f"{ours.method}/{ours.engine}" != OURS or ours.step_seconds is None or not others:
+                continue
+            is_exact = ours.products == "exact"
+            ratios = {row.label: speedups(ours, row) for row in group}
+            floor = ours.provenance.get("floor") if is_exact else None  # it is of products in the model's dtype
+            least = floor["operations"] / floor["operations_per_second"] if floor else None
+            lines.append(
+                (
+                    title if is_exact else f"{title}, {ours.products}",
+                    _number(ours.step_seconds, "#.3g"),
+                    "–" if least is None else f"{least:#.3g} ({100 * least / ours.step_seconds:.0f}%)",
+                    *(_spread(ratios.get(other, []), ".2f") for other in others),
+                )
             )
-        )
     columns = ("model", "step s of fastln", "floor s (share)", *(f"over {other}" for other in others))
     note = (
         "Ratios: the other method's step time divided by fastln's in the same round, median over the rounds (range). "
@@ -136,16 +137,12 @@ def peers(rows: Sequence[Row]) -> list[Section]:
 
 
 def _find(rows: Sequence[Row], pair: str | None) -> Row | None:
-    return next((row for row in rows if f"{row.method}/{row.engine}" == pair), None)
+    """Return the row of a method/engine pair with exact products."""
+    return next((row for row in rows if f"{row.method}/{row.engine}" == pair and row.products == "exact"), None)
 
 
 def _baseline(rows: Sequence[Row]) -> str | None:
     return next((pair for pair in BASELINES if _find(rows, pair)), None)
-
-
-def label(row: Row) -> str:
-    """Return the row's label: its method, with the engine in brackets."""
-    return f"{row.method} ({row.engine})"
 
 
 def speedups(row: Row, base: Row | None) -> list[float]:
@@ -157,9 +154,9 @@ def speedups(row: Row, base: Row | None) -> list[float]:
 
 def _cells(row: Row, base: Row | None) -> tuple[str, ...]:
     if row.step_seconds is None:
-        return (label(row), "failed", *["–"] * (len(_COLUMNS) - 2))
+        return (row.label, "failed", *["–"] * (len(_COLUMNS) - 2))
     return (
-        label(row),
+        row.label,
         _spread(row.step_seconds_by_round, "#.3g", row.step_seconds),
         _spread(speedups(row, base), ".2f"),
         _number(row.samples_per_second, ".1f"),
@@ -204,7 +201,7 @@ def _speed(rows: Sequence[Row]) -> str:
     if base is None or pair is None:
         return ""
     return (
-        f"Speed: how many times as fast as {label(base)}, which is {BASELINES[pair]}, in the same round: median over "
+        f"Speed: how many times as fast as {base.label}, which is {BASELINES[pair]}, in the same round: median over "
         "the rounds (range). "
     )
 

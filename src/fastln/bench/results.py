@@ -35,6 +35,7 @@ class Job:
     method: str = ""
     engine: str = ""
     round: int = 0  # from 1
+    products: str = "exact"  # of fastln's operations
 
     def __str__(self) -> str:
         what = {"check": "look at", "speed": f"round {self.round}/{self.suite.rounds}", "quality": "quality"}
@@ -49,8 +50,8 @@ class Job:
 
     @property
     def pair(self) -> str:
-        """The method and engine, as in a suite file."""
-        return f"{self.method}/{self.engine}" if self.method else ""
+        """The method and engine, as in a suite file, and products that are not exact."""
+        return "/".join(filter(None, (self.method, self.engine, "" if self.products == "exact" else self.products)))
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,6 +133,13 @@ class Row:
     error: str | None
     provenance: dict[str, Any]
     learning_rates: dict[str, float] | None = None  # of the groups that train; None in files of earlier versions
+    activations: str = "exact"  # what fastln's operations kept for backward
+    products: str = "exact"  # the form in which their matrix products ran
+
+    @property
+    def label(self) -> str:
+        """The method, with the engine in brackets, and products that are not exact."""
+        return f"{self.method} ({', '.join((self.engine, *([] if self.products == 'exact' else [self.products])))})"
 
     def to_dict(self) -> dict[str, Any]:
         """Return the row as results.json stores it."""
@@ -182,6 +190,7 @@ def make_row(
         error=error,
         provenance=provenance | {"memory": rounds[0].memory_kind if rounds else None},
         learning_rates=rounds[0].learning_rates if rounds else None,
+        products=job.products,
     )
 
 

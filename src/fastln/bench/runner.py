@@ -55,7 +55,7 @@ def run_suite(
     _refuse(out, overwrite)
     started = _now()
     runs = len(suite.models) * len(suite.dtypes)
-    with Progress(total=runs + runs * len(suite.methods) * suite.rounds) as progress:
+    with Progress(total=runs + runs * len(suite.contenders) * suite.rounds) as progress:
         settled = isolate.call(settle, suite.device, *suite.dtypes, timeout_seconds=suite.timeout_seconds)
         if isinstance(settled, Failure):
             raise FastLNError(settled.text) if settled.user_error else RuntimeError(settled.text)
@@ -126,8 +126,10 @@ class _Table:
 
     def __init__(self, suite: Suite, origin: dict[str, Any], path: Path):
         self.entries = [
-            _Entry(Job(suite, "speed", model, dtype, method, engine))
-            for model, dtype, (method, engine) in itertools.product(suite.models, suite.dtypes, suite.pairs)
+            _Entry(Job(suite, "speed", model, dtype, method, engine, products=products))
+            for model, dtype, (method, engine, products) in itertools.product(
+                suite.models, suite.dtypes, suite.contenders
+            )
         ]
         self._checked: dict[tuple[str, str], Checked] = {}
         self._origin = origin

@@ -23,6 +23,7 @@ logger = logging.getLogger(__name__)
 
 REAL_DATA = "$FASTLN_DATA"  # in a suite, stands for the folder in this environment variable
 DTYPES = ("auto", "float32", "bfloat16")
+PRODUCTS = ("exact", "int8")  # fastln.ops.settings.PRODUCTS, which takes torch to import
 DEVICES = ("auto", "cpu", "cuda")
 
 
@@ -51,6 +52,7 @@ class Suite:
     batch_size: int = 32  # ignored for shapes, whose spec has the batch size
     questions_per_image: int = 4  # per batch
     dtypes: tuple[str, ...] = ("auto",)  # auto: bfloat16 if the device has units for it, float32 otherwise
+    products: tuple[str, ...] = ("exact",)  # a row of engine fastln for each; other engines run stock code
     device: str = "auto"  # auto: cuda if there is a GPU, cpu otherwise
     rounds: int = 3
     warmup_steps: int = 2
@@ -66,9 +68,14 @@ class Suite:
         return DataOptions(self.layout, self.language, self.skip_bad_rows, self.keep_repeats)
 
     @property
-    def pairs(self) -> list[tuple[str, str]]:
-        """The methods as (method, engine) pairs."""
-        return [(method, engine) for method, _, engine in (name.partition("/") for name in self.methods)]
+    def contenders(self) -> list[tuple[str, str, str]]:
+        """The rows of one model and dtype, as (method, engine, products)."""
+        pairs = [(method, engine) for method, _, engine in (name.partition("/") for name in self.methods)]
+        return [
+            (method, engine, products)
+            for method, engine in pairs
+            for products in (self.products if engine == "fastln" else ("exact",))
+        ]
 
 
 def load_suite(name: str | Path, overrides: Mapping[str, Any] | None = None) -> Suite:
@@ -106,6 +113,8 @@ def _tell_unused(suite: Suite, given: Mapping[str, Any], where: str) -> None:
     """Log which keys that the user gave have no effect on any model of the suite."""
     usual = Suite("", (), ())
     changed = [key for key in given if getattr(suite, key) != getattr(usual, key)]
+    if "products" in changed and not any(name.endswith("/fastln") for name in suite.methods):
+        logger.warning("%s: products has no effect, as no method runs on engine fastln", where)
     if all(is_shape(model) for model in suite.models):
         if unused := [key for key in changed if key in _OF_DATA]:
             logger.warning(
@@ -176,7 +185,7 @@ def _checked(values: dict[str, Any], where: str) -> Suite:
         missing.insert(0, "data")
     if missing:
         raise FastLNError(f"{where}: missing {', '.join(missing)}")
-    for key in ("models", "methods", "dtypes"):
+    for key in ("models", "methods", "dtypes", "products"):
         if key not in values:
             continue
         if not isinstance(values[key], list | tuple) or not values[key]:
@@ -209,7 +218,8 @@ def _checked(values: dict[str, Any], where: str) -> Suite:
     timeout = values.get("timeout_seconds", 1)
     if not isinstance(timeout, int | float) or isinstance(timeout, bool) or not 0 < timeout < math.inf:
         raise FastLNError(f"{where}: timeout_seconds must be a positive number of seconds, not {timeout!r}")
-    named = [("dtype", dtype, DTYPES) for dtype in values.get("dtypes", ())]
+    named: list[tuple[str, Any, tuple[str, ...]]] = [("dtype", dtype, DTYPES) for dtype in values.get("dtypes", ())]
+    named += [("products", name, PRODUCTS) for name in values.get("products", ())]
     for key, value, choices in (*named, ("device", values.get("device", "auto"), DEVICES)):
         if value not in choices:
             near = _nearest(str(value), list(choices))

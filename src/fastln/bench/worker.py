@@ -22,7 +22,7 @@ from fastln.models.shapes import ShapeTask, is_shape, make_shape
 from fastln.rates import matrix_rate
 from fastln.training import TrainConfig, build_optimizer, evaluate, train_task
 from fastln.training.optimizer import rates_in_use
-from fastln.training.tasks import apply_method
+from fastln.training.tasks import apply_method, apply_settings
 
 
 def work(job: Job) -> Checked | Steps | Quality:
@@ -65,7 +65,7 @@ def _check(job: Job, task: Task, data: VQADataset | None) -> Checked:
 def _steps(job: Job, task: Task, data: VQADataset | None) -> Steps:
     suite = job.suite
     _, total = count_parameters(task.model)
-    model = apply_method(task, job.method, job.engine)
+    model = apply_settings(task, _config(job).settings(job.engine))
     device = torch.device(suite.device)
     batches = _batches(job, task, data)
     optimizer = build_optimizer(model, task, _config(job))
@@ -139,6 +139,7 @@ def _config(job: Job) -> TrainConfig:
     suite = job.suite
     return TrainConfig(
         method=job.method,
+        products=job.products,
         epochs=max(suite.epochs, 1),
         head_epochs=suite.head_epochs,
         batch_size=suite.batch_size,

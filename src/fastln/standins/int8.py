@@ -66,6 +66,12 @@ class _Int8(StandIn):
     weight: Tensor
     bias: Tensor | None
 
+    @property
+    def compute_dtype(self) -> torch.dtype:
+        """The dtype of the original weight, in which peft makes the layers that it puts beside this one."""
+        held: _Held = self.__dict__[WEIGHT]
+        return held.dtype
+
     def _compute(self, x: Tensor) -> Tensor:
         bias = self.bias
         trains = bias is not None and bias.requires_grad

@@ -10,6 +10,7 @@ import torch
 from fastln.errors import FastLNError
 from fastln.files import user_path
 from fastln.methods import LearningRates, learning_rates
+from fastln.settings import EXACT, MethodSettings
 from fastln.training.optimizer import WEIGHT_DECAY
 
 
@@ -20,7 +21,12 @@ class TrainConfig:
     Attributes:
         method: as `fastln.methods.get_method` takes it; it determines the learning rates and their groups.
         scope: the sub-models that the method tunes; None for all.
-        without: names of what `fastln.prepare` leaves out; None for nothing. For engine `fastln` only.
+        without: names of what `fastln.prepare` leaves out; None for nothing. This and the next three are for engine
+            `fastln` only.
+        activations: as `fastln.prepare` takes it.
+        products: as `fastln.prepare` takes it.
+        keep_weights: as `fastln.prepare` takes it. Otherwise the base is loaded again at the end, to be scored and
+            saved.
         epochs: passes over the training questions.
         head_epochs: passes that train only a randomly initialised head, on the frozen towers' features, before the
             method's own epochs. Method `head` trains nothing else, for `head_epochs` plus `epochs`.
@@ -40,6 +46,9 @@ class TrainConfig:
     method: str = "layernorm"
     scope: tuple[str, ...] | None = None
     without: tuple[str, ...] | None = None
+    activations: str = EXACT
+    products: str = EXACT
+    keep_weights: bool = False
     epochs: int = 15
     head_epochs: int = 3
     batch_size: int = 32
@@ -66,6 +75,25 @@ class TrainConfig:
             raise FastLNError(f"weight_decay is {self.weight_decay}; it must be at least 0")
         if not 0 <= self.warmup <= 1:
             raise FastLNError(f"warmup is {self.warmup}; it is a share of the steps, from 0 to 1")
+
+    def settings(self, engine: str | None = None) -> MethodSettings:
+        """Return what the model is set up with, without the task's head.
+
+        Args:
+            engine: the engine that runs the method; the method's first by default.
+
+        Raises:
+            FastLNError: as in `fastln.engines.put_method`, as far as that needs no model.
+        """
+        return MethodSettings.of(
+            self.method,
+            engine,
+            scope=self.scope,
+            without=self.without or (),
+            activations=self.activations,
+            products=self.products,
+            keep_weights=self.keep_weights,
+        )
 
     @property
     def rates(self) -> LearningRates:

@@ -13,8 +13,9 @@ from transformers import TrainingArguments
 
 from fastln.errors import FastLNError
 from fastln.methods import describe_parameters, norm_parameters
-from fastln.plan import prepared, settle_without
-from fastln.training.again import put_method_again
+from fastln.plan import prepared
+from fastln.settings import MethodSettings
+from fastln.training.again import put_again
 from fastln.training.method_trainer import MethodTrainer
 from fastln.training.optimizer import MasterAdamW
 
@@ -44,6 +45,10 @@ class FastLNTrainer(MethodTrainer):
         engine: The engine that runs the method; its first by default.
         backend: The backend of fastln's operations.
         without: What `fastln.prepare` leaves out; `random_heads` for every engine.
+        activations: As for `fastln.prepare`.
+        products: As for `fastln.prepare`.
+        keep_weights: As for `fastln.prepare`. Without the model's own weights, `save_model` writes what it writes into
+            checkpoints, which `fastln merge` joins with the base.
         norm_learning_rate: The rate of trained norms; `args.learning_rate` by default.
         **kwargs: As for the Trainer.
 
@@ -65,6 +70,9 @@ class FastLNTrainer(MethodTrainer):
         engine: str | None = None,
         backend: str = "auto",
         without: str | Iterable[str] = (),
+        activations: str = "exact",
+        products: str = "exact",
+        keep_weights: bool = False,
         norm_learning_rate: float | None = None,
         **kwargs: Any,
     ) -> None:
@@ -72,15 +80,18 @@ class FastLNTrainer(MethodTrainer):
             raise FastLNError(f"norm_learning_rate is {norm_learning_rate}; it must be greater than 0")
         self.norm_learning_rate = norm_learning_rate
         self._made: torch.optim.Optimizer | None = None
-        self._method: dict[str, Any] = {
-            "method": method,
-            "scope": scope,
-            "also": also,
-            "engine": engine,
-            "backend": backend,
-        }
-        if without:
-            self._method["without"] = self._without = settle_without(without)
+        self._settings = MethodSettings.of(
+            method,
+            engine,
+            scope=scope,
+            also=also,
+            without=without,
+            backend=backend,
+            activations=activations,
+            products=products,
+            keep_weights=keep_weights,
+        )
+        self._without = self._settings.without
         super().__init__(model, args, *others, **kwargs)
 
     def _validate_args(self) -> None:
@@ -98,15 +109,16 @@ class FastLNTrainer(MethodTrainer):
 
     @property
     def _method_arguments(self) -> dict[str, Any]:
-        scope, also = self._method["scope"], self._method["also"]
+        settings, also = self._settings, self._settings.also
         model = self.model.get_base_model() if isinstance(self.model, PeftModel) else self.model
         if (state := prepared(model)) is not None:
             also = state.plan.also  # with new heads, which another load of the base may not show
+        scope = settings.scope
         return {
-            "method": self._method["method"],
-            "engine": self._method["engine"],
-            "scope": scope if scope is None or isinstance(scope, str) else list(scope),
-            "also": [also] if isinstance(also, str) else list(also),
+            "method": settings.method,
+            "engine": settings.engine,
+            "scope": list(scope) if isinstance(scope, tuple) else scope,
+            "also": list(also),
         }
 
     def call_model_init(self, trial: Any = None) -> nn.Module:
@@ -115,16 +127,16 @@ class FastLNTrainer(MethodTrainer):
         return self._put(model if self._sharded else model.to(self.args.device))
 
     def _put(self, model: nn.Module) -> nn.Module:
-        model = put_method_again(model, **self._method)
+        model = put_again(model, self._settings)
         if self.norm_learning_rate is not None and not any(p.requires_grad for p in _norms(model)):
-            raise FastLNError(f"method {self._method['method']!r} trains no norm here; leave norm_learning_rate out")
+            raise FastLNError(f"method {self._settings.method!r} trains no norm here; leave norm_learning_rate out")
         self._end_watch()
         self._frozen = None
         return model
 
     def _prepare_for_training(self, *args: Any, **kwargs: Any) -> Any:
         if self.is_world_process_zero():
-            print(f"{self._method['method']}: {describe_parameters(self.model)}")
+            print(f"{self._settings.method}: {describe_parameters(self.model)}")
         done = super()._prepare_for_training(*args, **kwargs)
         self._check_norm_rate()
         return done

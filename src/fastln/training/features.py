@@ -26,6 +26,7 @@ from fastln.machine import cpu_model
 from fastln.methods import get_method, select_parameters
 from fastln.models import VQATask
 from fastln.models.image_size import INTERPOLATE
+from fastln.originals import originals
 from fastln.standins.part import code_of
 from fastln.training.tensor_store import TensorStore, as_bytes
 from fastln.versions import package_version
@@ -237,6 +238,9 @@ def fingerprint(tower: nn.Module) -> str:
         add(name, tensor.dtype, tensor.shape)
         digest.update(as_bytes(tensor))
         devices.add(tensor.device)
+    for name, original in originals(tower).items():  # 8-bit weights have scales besides
+        add(name, original.dtype)
+        digest.update(as_bytes(original.samples))
     for device in sorted(devices, key=str):
         add(torch.cuda.get_device_name(device) if device.type == "cuda" else (device.type, cpu_model()))
     return digest.hexdigest()

@@ -11,13 +11,13 @@ from transformers import PreTrainedTokenizerBase
 
 from fastln.data import Sample, VQADataset
 from fastln.memory import SavedActivations, footprint
-from fastln.methods import describe_parameters, get_method
+from fastln.methods import describe_parameters
 from fastln.models import VQATask
 from fastln.ops.linear_cross_entropy import IGNORE_INDEX
 from fastln.plan import prepared
 from fastln.training.config import TrainConfig
 from fastln.training.optimizer import describe_rates, rates_in_use
-from fastln.training.tasks import apply_method
+from fastln.training.tasks import apply_settings
 
 N_SHOWN = 3
 N_SAME = 4
@@ -41,7 +41,8 @@ def preview(task: VQATask, data: VQADataset, config: TrainConfig, engine: str | 
     batches = task.batches(data, config.batch_size, seed=config.seed, questions_per_image=config.questions_per_image)
     first, *others = ([data[index] for index in batch] for batch in batches)
     largest = max((first, *others), key=lambda samples: _extent(task, data, samples))
-    model = apply_method(task, config.method, engine, scope=config.scope, without=config.without or ()).train()
+    settings = config.settings(engine)
+    model = apply_settings(task, settings).train()
     with SavedActivations(model) as saved:
         output = model(**task.collate(largest, data))
     del output
@@ -50,7 +51,7 @@ def preview(task: VQATask, data: VQADataset, config: TrainConfig, engine: str | 
         loss = model(**batch).loss
     lines = [f"{config.method}: {describe_parameters(model)}"]
     lines += [describe_rates(rates_in_use(model, task.head_under(config.method), config.rates))]
-    lines += [_changes(task.model, get_method(config.method, engine)[1])]
+    lines += [_changes(task.model, settings.engine)]
     lines += [_memory(model, saved.bytes, largest)]
     lines += [f"first batch: {len(first)} questions, loss {loss.item():.3f} before training"]
     lines += [f"  images: {task.images}"] if task.images else []

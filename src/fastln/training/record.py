@@ -17,6 +17,10 @@ def write_json(path: Path, values: dict[str, object]) -> None:
     beside.replace(path)
 
 
+_LATER = {"activations": "exact", "products": "exact", "keep_weights": False}
+"""The values, in records of earlier versions, of options that these did not have."""
+
+
 def is_finished(record: Path) -> bool | None:
     """Whether the run finished; None if no record says so."""
     try:
@@ -35,7 +39,7 @@ def check_same_options(run: dict[str, Any], record: Path) -> None:
     Raises:
         FastLNError: for the first option that differs, or a record that cannot be read.
     """
-    before = _options(_recorded(record, "run"))
+    before = _LATER | _options(_recorded(record, "run"))
     for name, value in json.loads(json.dumps(_options(run))).items():  # as in JSON: lists instead of tuples
         if before.get(name) != value:
             raise FastLNError(f"{record}: the run to resume had {name} {_shown(before.get(name))}, not {_shown(value)}")

@@ -18,7 +18,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from fastln.adapters import TRAINED, name_or_path
 from fastln.changes import Marks, frozen, mark_buffers, marks
-from fastln.engines import is_norms_and_lora
+from fastln.engines import can_restore, is_on_prepared
 from fastln.errors import FastLNError
 from fastln.files import expanded
 from fastln.origin import ORIGIN, Origin
@@ -125,14 +125,24 @@ class ResumableTrainer(Trainer):
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Save the whole model as the Trainer does; in a checkpoint, only what changed.
 
-        Norms beside LoRA are saved as in a checkpoint too, because peft's form would leave the norms out.
+        Only that is saved, too, of a model whose own weights 8-bit ones replaced.
+
+        Peft's layers on a prepared model are saved as in a checkpoint too, because peft's form would leave out what
+        trains of the model itself.
         """
-        if self._sharded or (self._staging is None and not is_norms_and_lora(self.model)):
+        is_whole = self._staging is None and not is_on_prepared(self.model) and can_restore(self.model)
+        if self._sharded or is_whole:
             super().save_model(output_dir, _internal_call)
         elif self.args.should_save:
             self._mark_start()
             folder = Path(output_dir or self.args.output_dir)
             folder.mkdir(parents=True, exist_ok=True)
+            if self._staging is None and not can_restore(self.model):
+                logger.warning(
+                    "%s gets what trained, without the base, as 8-bit weights replaced those of the model: `fastln "
+                    "merge` makes the whole model, or keep_weights=True from the start",
+                    folder,
+                )
             save_trained(self.model, folder, self._frozen or {}, self._origin, self._method_arguments)
             adalora.save_importance(self.model, folder)
             # As stock does.

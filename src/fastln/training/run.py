@@ -12,7 +12,7 @@ import torch
 from safetensors import SafetensorError
 
 from fastln.data import DataOptions, Source, VQADataset, digest, load_source
-from fastln.engines import check_finishes, check_without
+from fastln.engines import check_finishes
 from fastln.errors import FastLNError
 from fastln.files import expanded, user_path, written_whole
 from fastln.machine import settle_device
@@ -22,6 +22,7 @@ from fastln.models import VQATask, load_task
 from fastln.models.sources import MODEL, RECORD, expanded_sources
 from fastln.processes import is_first_process
 from fastln.rates import settle_dtype
+from fastln.settings import EXACT
 from fastln.training.checkpoints import checkpoints_in
 from fastln.training.config import TrainConfig, TrainFiles, TrainResult
 from fastln.training.evaluate import evaluate, print_scores
@@ -74,8 +75,7 @@ class TrainRun:
             raise FastLNError(
                 f"unknown dtype {self.adapter_dtype!r} of an adapter (valid: {', '.join(ADAPTER_DTYPES)})"
             )
-        _, engine = get_method(self.config.method, self.engine)
-        check_without(self.config.without or (), engine)
+        engine = self.config.settings(self.engine).engine
         if self.adapter_dtype != "float32" and engine == "peft":
             raise FastLNError(
                 f"adapter_dtype {self.adapter_dtype!r} is for norms that fastln trains; peft writes the adapter of "
@@ -144,6 +144,7 @@ def run_training(
     for dataset in scored.values():
         task.check_data(dataset)
     check_settings(task, run.config)
+    _check_base_stays(run, task.origin.model or "", out)
     logger.info("%s by %s on %s (%s), %d questions of %s", method.name, engine, task.name, dtype, len(data), data.name)
     if features is not None:
         check_frozen(task, run.config.method, run.config.scope)
@@ -241,6 +242,18 @@ def _came_to_nothing(out: Path) -> bool:
     """Whether the run in `out` ended before it wrote anything, so that starting again loses nothing."""
     wrote = checkpoints_in(out / CHECKPOINTS) or (out / MODEL).exists() or (out / ADAPTER).exists()
     return is_finished(out / RECORD) is False and not wrote
+
+
+def _check_base_stays(run: TrainRun, base: str, out: Path) -> None:
+    """Refuse to overwrite a base that has to be loaded again at the end."""
+    if run.config.products == EXACT or run.config.keep_weights:
+        return
+    for source in base.rpartition(":")[2].split(","):
+        if Path(source).is_absolute() and Path(source).resolve().is_relative_to(out.resolve()):
+            raise FastLNError(
+                f"{out}: the run would overwrite its own base {source}, which products {run.config.products!r} loads "
+                "again at the end: give another folder, or --keep-weights"
+            )
 
 
 def _clear(out: Path) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,40 +13,52 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from fastln.adapters import CONFIG, PARTS, WHOLE, adapter_type, named_base
+from fastln.changes import changed_buffers
 from fastln.data import Source
-from fastln.engines import load_trained_adapter, put_method, to_stock
+from fastln.engines import load_trained_adapter, put, to_stock
 from fastln.errors import FastLNError, loading
 from fastln.families import parameters_in
+from fastln.fingerprint import difference, fingerprint
 from fastln.methods import RANDOM_HEADS, get_method, norm_parameters, select_parameters, settle_scope
 from fastln.models import Kept, Task, VQATask, is_bare, load_task
 from fastln.origin import ORIGIN, read_origin
 from fastln.plan import prepared
 from fastln.rounding import warn_of_rounding
+from fastln.settings import EXACT, MethodSettings
 from fastln.standins.tricks import TRICKS
 from fastln.training.config import TrainConfig
-from fastln.training.trained import load_trained
+from fastln.training.trained import load_trained, out_of_use, trained_parameters
+
+logger = logging.getLogger(__name__)
 
 
-def apply_method(
-    task: Task,
-    method: str,
-    engine: str | None = None,
-    *,
-    scope: Iterable[str] | None = None,
-    without: str | Iterable[str] = (),
-    backend: str = "auto",
-) -> nn.Module:
+def apply_method(task: Task, method: str = "layernorm", engine: str | None = None, **settings: Any) -> nn.Module:
     """Set up the task's model for `method`, in place.
-
-    A randomly initialised task head trains with every method. Method `head` trains any head.
 
     Args:
         task: the model.
         method: as `fastln.methods.get_method` takes it.
         engine: the engine that runs it; the method's first by default.
-        scope: the sub-models to tune; all by default.
-        without: names of what `fastln.prepare` leaves out; for engine `fastln` only.
-        backend: the backend of fastln's operations; for engine `fastln` only.
+        **settings: further arguments of `put_method`, but `also`.
+
+    Returns:
+        The module to train: the task's model itself, or peft's wrapper of it.
+
+    Raises:
+        FastLNError: as in `apply_settings`.
+    """
+    return apply_settings(task, MethodSettings.of(method, engine, **settings))
+
+
+def apply_settings(task: Task, settings: MethodSettings, *, quietly: bool = False) -> nn.Module:
+    """Set up the task's model with `settings`, in place.
+
+    A randomly initialised task head trains with every method. Method `head` trains any head.
+
+    Args:
+        task: the model.
+        settings: as `TrainConfig.settings` returns them.
+        quietly: as `fastln.engines.put` takes it.
 
     Returns:
         The module to train: the task's model itself, or peft's wrapper of it.
@@ -52,6 +66,7 @@ def apply_method(
     Raises:
         FastLNError: as in `put_method`, and for method `head` if there is no task head.
     """
+    method, without = settings.method, settings.without
     if method == "head" and not task.head:
         raise FastLNError(f"method 'head' trains a task head, and {task.name} has none")
     if RANDOM_HEADS in without:
@@ -59,10 +74,9 @@ def apply_method(
             f"{RANDOM_HEADS!r} cannot be left out of a task: its random head trains with every method, because "
             "answers mean nothing without it"
         )
-    also = task.head_under(method)
     # The task has said which head is random, and refused checkpoints that lack anything else.
-    without = (*((without,) if isinstance(without, str) else without), RANDOM_HEADS)
-    return put_method(task.model, method, engine, scope=scope, also=also, without=without, backend=backend)
+    settings = replace(settings, also=task.head_under(method), without=(*without, RANDOM_HEADS))
+    return put(task.model, settings, quietly=quietly)
 
 
 def method_arguments(task: Task, config: TrainConfig) -> dict[str, Any]:
@@ -106,6 +120,64 @@ def finish(task: Task, trained: nn.Module) -> None:
         dict(task.model.named_parameters()),
         "the whole model is saved and scored so; the adapter or a checkpoint has every digit",
     )
+
+
+def check_reloads(task: Task, settings: MethodSettings) -> None:
+    """Check that `reload` will find the base of a task whose own weights 8-bit ones replace.
+
+    Raises:
+        FastLNError: if the task does not say where it came from.
+    """
+    if settings.products != EXACT and not settings.keep_weights and task.origin.model is None:
+        raise FastLNError(
+            f"products {settings.products!r} drops the weights of {task.name}, and nothing says where they could be "
+            "loaded from again at the end: keep_weights=True keeps them"
+        )
+
+
+def reload(task: VQATask, trained: nn.Module, settings: MethodSettings) -> nn.Module:
+    """Replace the task's model, whose own weights are gone, by its base, loaded again, with the trained values.
+
+    The model in memory is freed first.
+
+    Args:
+        task: the task that `apply_settings` was called with.
+        trained: what that returned; it has no values afterwards.
+        settings: what it was called with.
+
+    Returns:
+        The new module, set up for the same method with exact products, for `finish`.
+
+    Raises:
+        FastLNError: if the base cannot be loaded, or is no longer the one that was trained on.
+    """
+    device, origin = task.device, task.origin
+    assert origin.model is not None
+    logger.info(
+        "products %s dropped the weights of %s: it is loaded again, and saved and scored with exact products",
+        settings.products,
+        origin.model,
+    )
+    values = {name: tensor.detach() for name, tensor in trained_parameters(trained).items()} | changed_buffers(trained)
+    base = fingerprint(trained, values.keys() | out_of_use(trained))
+    trained.to("meta")
+    kept = Kept(origin.answers, task.tokenizer if is_bare(origin.model) else None)
+    dtype = getattr(torch, origin.dtype or "float32")
+    task.model = load_task(
+        origin.model, None, dtype=dtype, seed=origin.seed, device=device, image_size=origin.image_size, kept=kept
+    ).model
+    plain = tuple(name for name in TRICKS if name != RANDOM_HEADS)
+    exact = replace(settings, without=plain, backend="reference", activations=EXACT, products=EXACT)
+    again = apply_settings(task, exact, quietly=True)
+    if (differs := difference(base, again, values.keys() | out_of_use(again))) is not None:
+        raise FastLNError(
+            f"{origin.model}: it changed while it was trained on, so the result does not fit it: {differs}"
+        )
+    places = dict(again.named_parameters()) | dict(again.named_buffers())
+    with torch.no_grad():
+        for name, value in values.items():
+            places[name].copy_(value)
+    return again
 
 
 def is_adapter(folder: str | Path) -> bool:
@@ -193,7 +265,7 @@ def load_values(model: nn.Module, directory: Path, *, check_base: bool = True) -
     """
     method = read_origin(directory)[1].get("method", {})
     if adapter_type(directory) == PARTS and method.get("method") == "layernorm+lora":  # no adapter holds both
-        trained = put_method(model, **method, without=TRICKS, backend="reference")
+        trained = put(model, MethodSettings.of(**method, without=TRICKS, backend="reference"), quietly=True)
         load_trained(trained, directory)
         return to_stock(trained)
     return load_trained_adapter(model, directory, check_base=check_base)

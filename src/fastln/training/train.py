@@ -13,13 +13,14 @@ from transformers import PrinterCallback, TrainerCallback, TrainingArguments
 
 from fastln.adapters import NoAdapterError
 from fastln.data import VQADataset
-from fastln.engines import check_finishes, check_without, save_trained_adapter
+from fastln.engines import can_restore, check_finishes, save_trained_adapter
 from fastln.errors import FastLNError
-from fastln.methods import count_parameters, describe_parameters, get_method, norm_parameters
+from fastln.methods import count_parameters, describe_parameters, norm_parameters
 from fastln.models import Task, VQATask, is_bare
 from fastln.models.dual_task import DualEncoderTask
 from fastln.plan import prepared
 from fastln.processes import is_first_process
+from fastln.settings import EXACT
 from fastln.training.checkpoints import checkpoints_in
 from fastln.training.config import TrainConfig, TrainFiles, TrainResult
 from fastln.training.features import cached_features, check_frozen
@@ -27,7 +28,7 @@ from fastln.training.head import train_head
 from fastln.training.optimizer import WEIGHT_DECAY, decays, describe_rates, rates_in_use
 from fastln.training.progress import ProgressBar, StepLog
 from fastln.training.task_trainer import TaskTrainer
-from fastln.training.tasks import apply_method, finish, groups_that_train
+from fastln.training.tasks import apply_settings, check_reloads, finish, groups_that_train, reload
 from fastln.training.tensor_store import TensorStore
 
 logger = logging.getLogger(__name__)
@@ -80,7 +81,8 @@ def train_task(
         raise FastLNError(f"{files.checkpoints}: there is no checkpoint to resume from")
     check_settings(task, config)
     check_finishes(config.method)
-    check_without(config.without or (), get_method(config.method, engine)[1])
+    settings = config.settings(engine)
+    check_reloads(task, settings)
     if features is not None:
         check_frozen(task, config.method, config.scope)
     start = time.perf_counter()
@@ -90,7 +92,7 @@ def train_task(
         with cached_features(task.vision_tower, features):
             losses = train_head(task, data, config, epochs=head_epochs, progress=progress)
     _, total = count_parameters(task.model)
-    model = apply_method(task, config.method, engine, scope=config.scope, without=config.without or ())
+    model = apply_settings(task, settings)
     trainable, _ = count_parameters(model)
     logger.info("%s: %s", config.method, describe_parameters(model))
     logger.info("%s", describe_rates(rates_in_use(model, task.head_under(config.method), config.rates)))
@@ -105,7 +107,7 @@ def train_task(
                 task.tokenizer.save_pretrained(files.adapter)
         except NoAdapterError as error:
             logger.info("no adapter, only the whole model: %s", error)
-    finish(task, model)
+    finish(task, model if can_restore(model) else reload(task, model, settings))
     return TrainResult(losses, time.perf_counter() - start, trainable, total)
 
 
@@ -157,6 +159,11 @@ def tell_unused(task: VQATask, data: VQADataset, config: TrainConfig, adapter_dt
             why = f"each image of {data.name} has one question"
         if why:
             logger.warning("questions_per_image %d has no effect: %s", config.questions_per_image, why)
+    for name in ("activations", "products"):
+        if not epochs and (value := getattr(config, name)) != EXACT:
+            logger.warning("%s %s has no effect: the head trains on features that exact towers computed", name, value)
+    if config.keep_weights and config.products == EXACT:
+        logger.warning("keep_weights has no effect: products exact drops no weights")
     if config.weight_decay not in (0, WEIGHT_DECAY) and not decays(task.model, head):
         logger.warning(
             "weight_decay %g has no effect: method %s trains only norms, biases and other vectors in %s, which never "

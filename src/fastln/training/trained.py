@@ -68,7 +68,7 @@ def save_trained(model: nn.Module, folder: Path, before: Marks, origin: Origin, 
             (folder / CONFIG).write_bytes(parts_configuration(base, origin))
     state = {name: tensor.detach().cpu().contiguous() for name, tensor in (trains | others).items()}
     rest = {name: tensor for name, tensor in state.items() if not _same(_find(name, stored, model), tensor)}
-    found = fingerprint(model, state.keys() | _plain(stored) | _out_of_use(model))
+    found = fingerprint(model, state.keys() | _plain(stored) | out_of_use(model))
     if rest:
         save_file(rest, folder / (WHOLE if whole else TRAINED), {"format": "pt", FINGERPRINT: found})
     if (states := extra_states(model)) is not None:
@@ -105,7 +105,7 @@ def load_trained(model: nn.Module, folder: Path) -> None:
         state[name] = tensor
     base, without = entries.get("fingerprint"), state.keys() | _plain(stored)
     if base is not None:
-        without |= _out_of_use(model)
+        without |= out_of_use(model)
     elif (folder / TRAINED).is_file():  # as earlier versions wrote it
         base = read_tensors(folder / TRAINED)[1].get(FINGERPRINT)
     if base is not None and (differs := difference(base, model, without)) is not None:
@@ -147,7 +147,7 @@ def _plain(stored: dict[str, Tensor]) -> set[str]:
     return {name.removeprefix(PEFT_PREFIX).replace(TUNED, ".") for name in stored}
 
 
-def _out_of_use(model: nn.Module) -> set[str]:
+def out_of_use(model: nn.Module) -> set[str]:
     """Return the names of what peft keeps of modules that train whole, as they were: a new head is random there."""
     kept = [name for name, module in model.named_modules() if isinstance(module, ModulesToSaveWrapper)]
     inside = tuple(f"{name}.original_module." for name in kept)
