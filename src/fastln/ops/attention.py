@@ -15,8 +15,14 @@ fastln's compiled kernels compute attention of CPU tensors. Without them, or if 
 plain PyTorch computes training with dropout, in blocks, so that nothing of the size of the scores is kept. Everything
 else (other devices, float64, masks that need a gradient, torch.func's transforms) goes to torch's own
 `scaled_dot_product_attention`.
+
+With `products="int8"` the compiled kernels multiply q kᵀ and do vᵀ in 8 bits where that pays; `why_exact` says where it
+does not. What is kept stays exact.
 """
 
+import functools
+import logging
+import os
 from collections.abc import Callable
 from types import ModuleType
 from typing import Any, NamedTuple
@@ -30,12 +36,22 @@ from fastln.ops.backends import resolve
 from fastln.ops.dispatch import Ways, call, define, is_transformed, wants_gradient
 from fastln.ops.settings import DEFAULT, SCHEMA, OpSettings
 from fastln_kernels import reference_attention
-from fastln_kernels.cpu import native_attention
+from fastln_kernels.cpu import native_attention, products, units
 from fastln_kernels.cpu.library import DTYPES
 from fastln_kernels.reference import arithmetic_dtype
 from fastln_kernels.reference_attention import AttentionBackward, AttentionForward, AttentionGradients
 
+logger = logging.getLogger(__name__)
+
 _FEW_QUERIES = 16
+
+SWITCH = "FASTLN_CPU_INT8_ATTENTION"
+"""The environment variable that settles whether attention runs in 8 bits with `products="int8"`: 1 or 0."""
+
+# Two of the seven products run in 8 bits, and rounding a row takes as long as a few of its products. Below these sizes,
+# or with units in 8 bits that are less than so many times as fast, attention did not become faster.
+_GAIN = 2.0
+_FEW_COLUMNS, _FEW_ROWS = 32, 128
 
 
 class _Arguments(NamedTuple):
@@ -158,6 +174,80 @@ def has_own(
     return trained and dropout > 0
 
 
+def why_exact(
+    settings: OpSettings,
+    device: torch.device,
+    dtype: torch.dtype,
+    *,
+    dim: int | None = None,
+    n_queries: int | None = None,
+    n_keys: int | None = None,
+) -> str | None:
+    """Say why attention's products are exact; None if q kᵀ and do vᵀ run in 8 bits.
+
+    Args:
+        settings: Which backend computes, and in which form.
+        device: The device of the tensors; the meta device counts as a CPU.
+        dtype: Their dtype.
+        dim: The width of a head; None if it is not known, as for the next two. Then nothing speaks against it.
+        n_queries: The number of queries.
+        n_keys: The number of keys.
+
+    Raises:
+        FastLNError: If the backend cannot run on this device, or `FASTLN_CPU_INT8_ATTENTION` has no valid value.
+    """
+    if settings.products != "int8":
+        return "products are exact"
+    device = torch.device("cpu") if device.type == "meta" else device
+    reason = _why_exact_here(settings, device, dtype, os.environ.get(SWITCH, ""))
+    if reason is None and not torch.backends.mkldnn.enabled:
+        reason = "oneDNN is switched off"
+    if reason is not None or os.environ.get(SWITCH) == "1":
+        return reason
+    if dim is not None and dim < _FEW_COLUMNS:
+        return f"heads are too narrow to gain (under {_FEW_COLUMNS} columns)"
+    if any(number is not None and number < _FEW_ROWS for number in (n_queries, n_keys)):
+        return f"too few tokens to gain (under {_FEW_ROWS})"
+    return None
+
+
+@functools.cache
+def _why_exact_here(settings: OpSettings, device: torch.device, dtype: torch.dtype, switch: str) -> str | None:
+    """Say why attention is exact at any size; None if it is not."""
+    if switch not in ("", "0", "1"):
+        raise FastLNError(f"{SWITCH} is {switch!r}; it must be 0 or 1, or unset")
+    choice = resolve("attention", device, settings)
+    if choice.module != "cpu.native_attention" or dtype not in DTYPES:
+        return "only fastln's compiled kernels for CPUs compute attention in 8 bits"
+    if not products.in_8_bits("attention"):
+        return "this processor has no units for products in 8 bits (VNNI or AMX)"
+    if switch:
+        return None if switch == "1" else f"{SWITCH}=0 turns it off"
+    measured, name = units.rates(), str(units.compute_dtype(dtype)).removeprefix("torch.")
+    exact, int8 = measured[name], measured["int8"]
+    if int8 >= _GAIN * exact:
+        return None
+    return (
+        f"units in 8 bits are too little faster here: {int8 / 1e9:.0f} GFLOP/s a thread, {name} {exact / 1e9:.0f} "
+        f"({SWITCH}=1 would take them)"
+    )
+
+
+def _in_8_bits(q: Tensor, k: Tensor, settings: OpSettings) -> bool:
+    """Whether the kernels multiply in 8 bits, which forward and backward decide alike."""
+    if settings.products != "int8":
+        return False
+    reason = why_exact(settings, q.device, q.dtype, dim=q.shape[3], n_queries=q.shape[2], n_keys=k.shape[2])
+    if reason is not None:
+        _tell(reason)
+    return reason is None
+
+
+@functools.cache
+def _tell(reason: str) -> None:
+    logger.info("attention is exact in spite of products='int8': %s", reason)
+
+
 def _has_kernels(x: Tensor, settings: OpSettings) -> bool:
     """Whether compiled kernels exist for tensors like `x`."""
     has_library = _has_library(torch.device("cpu") if x.is_meta else x.device, settings)
@@ -183,13 +273,15 @@ def _forward(
     q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, seed: Tensor | None, arguments: _Arguments
 ) -> tuple[Tensor, Tensor]:
     scale, causal, dropout, settings = arguments
-    request = AttentionForward(q, k, v, scale, causal, mask, dropout, seed)
+    request = AttentionForward(q, k, v, scale, causal, mask, dropout, seed, _in_8_bits(q, k, settings))
     out, lse = _kernels_for(q, settings).attention_forward(request)
     return out, lse
 
 
 def _backward(request: AttentionBackward, arguments: _Arguments) -> AttentionGradients:
-    gradients: AttentionGradients = _kernels_for(request.forward.q, arguments.settings).attention_backward(request)
+    forward, settings = request.forward, arguments.settings
+    request = request._replace(forward=forward._replace(int8=_in_8_bits(forward.q, forward.k, settings)))
+    gradients: AttentionGradients = _kernels_for(forward.q, settings).attention_backward(request)
     return gradients
 
 
