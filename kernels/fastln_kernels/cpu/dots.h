@@ -191,7 +191,7 @@ class Dots<T, int8_t> {
     const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(from));
     return bits_as<Float>(_mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(bytes))) - static_cast<float>(ZERO);
 #else
-    Float values;
+    Float values{};
     for (int lane = 0; lane < LANES; lane++) values[lane] = static_cast<float>(from[lane] - ZERO);
     return values;
 #endif
