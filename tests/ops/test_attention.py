@@ -302,9 +302,10 @@ def test_why_attention_stays_exact(implementation, monkeypatch):
         reason = why()
         assert reason is None if fast else "190 GFLOP/s a thread, bfloat16 100" in reason
     assert why(device="meta", dim=64, n_queries=128, n_keys=128) is None
-    assert "too narrow" in why(dim=31)
-    assert "too few tokens" in why(n_queries=127)
-    assert "too few tokens" in why(n_queries=128, n_keys=127)
+    assert "under 128 with heads of 64" in why(dim=64, n_queries=127)
+    assert "under 128 with heads of 64" in why(dim=64, n_queries=128, n_keys=127)
+    assert "under 256 with heads of 16" in why(dim=16, n_keys=255)
+    assert why(dim=16, n_queries=256) is None
     monkeypatch.setenv(SWITCH, "1")
     assert why(dim=31, n_keys=2) is None
     monkeypatch.setenv(SWITCH, "0")

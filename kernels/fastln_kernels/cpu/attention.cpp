@@ -178,6 +178,7 @@ class Head {
       for (int64_t row = 0; row < n_queries; row++) {
         const float sum = sums[row], factor = sum != 0 ? dropout_.scale() / sum : 0;
         T* to = a_.out.at<T>(batch_, head_, first_query + row);
+        prefetch_row<T, true>(to + AHEAD * a_.out.row, a_.v_dim);
         for_columns(a_.v_dim, [&](int64_t column, auto lanes) {
           store(to + column, load(out + row * v_dim + column, lanes) * factor, lanes);
         });
@@ -262,6 +263,7 @@ class Gradients {
     for (int64_t g = 0; g < group_ && a_.dq.data; g++) {
       for (int64_t query = 0; query < a_.queries; query++) {
         T* to = a_.dq.at<T>(batch_, kv_head_ * group_ + g, query);
+        prefetch_row<T, true>(to + AHEAD * a_.dq.row, a_.dim);
         const float *from = dq_ + (g * padded_queries_ + query) * dim_, scale = static_cast<float>(a_.scale);
         for_columns(a_.dim, [&](int64_t column, auto lanes) {
           store(to + column, load(from + column, lanes) * scale, lanes);
@@ -380,6 +382,7 @@ class Gradients {
                     reinterpret_cast<uint32_t*>(rows), ld);
     for (int64_t row = 0; row < n_keys; row++) {
       T* result = to.at<T>(batch_, kv_head_, first + row);
+      prefetch_row<T, true>(result + AHEAD * to.row, n_cols);
       for_columns(n_cols, [&](int64_t column, auto lanes) {
         store(result + column, load(rows + row * ld + column, lanes) * factor, lanes);
       });

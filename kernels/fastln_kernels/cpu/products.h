@@ -103,10 +103,10 @@ inline C* pair_at(C* operand, int64_t ld, int64_t i, int64_t column) {
 
 constexpr int64_t AHEAD = 16;  // rows are too far apart for the processor's own prefetchers
 
-template <class T>
+template <class T, bool TO_WRITE = false>
 inline void prefetch_row(const T* row, int64_t n_cols) {
   for (int64_t column = 0; column < n_cols; column += 64 / static_cast<int64_t>(sizeof(T)))
-    __builtin_prefetch(row + column);
+    __builtin_prefetch(row + column, TO_WRITE);
 }
 
 // Copies `n_rows` rows of `n_cols` into a first operand (padded, ld) and fills the rest with zeros. `ld` is a multiple

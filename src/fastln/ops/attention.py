@@ -22,6 +22,7 @@ does not. What is kept stays exact.
 
 import functools
 import logging
+import math
 import os
 from collections.abc import Callable
 from types import ModuleType
@@ -48,10 +49,11 @@ _FEW_QUERIES = 16
 SWITCH = "FASTLN_CPU_INT8_ATTENTION"
 """The environment variable that settles whether attention runs in 8 bits with `products="int8"`: 1 or 0."""
 
-# Two of the seven products run in 8 bits, and rounding a row takes as long as a few of its products. Below these sizes,
-# or with units in 8 bits that are less than so many times as fast, attention did not become faster.
+# Two of the seven products run in 8 bits, and to round a row takes as long as some of its products. So 8-bit units must
+# be so many times as fast, and a row must have so many terms in its products: tokens times columns of a head.
 _GAIN = 2.0
-_FEW_COLUMNS, _FEW_ROWS = 32, 128
+_FEW_TERMS = 8192
+_COLUMNS = 32  # the kernels pad heads to multiples of this
 
 
 class _Arguments(NamedTuple):
@@ -189,7 +191,7 @@ def why_exact(
         settings: Which backend computes, and in which form.
         device: The device of the tensors; the meta device counts as a CPU.
         dtype: Their dtype.
-        dim: The width of a head; None if it is not known, as for the next two. Then nothing speaks against it.
+        dim: The width of a head; None if it is not known, as for the next two. Then size does not count.
         n_queries: The number of queries.
         n_keys: The number of keys.
 
@@ -204,10 +206,11 @@ def why_exact(
         reason = "oneDNN is switched off"
     if reason is not None or os.environ.get(SWITCH) == "1":
         return reason
-    if dim is not None and dim < _FEW_COLUMNS:
-        return f"heads are too narrow to gain (under {_FEW_COLUMNS} columns)"
-    if any(number is not None and number < _FEW_ROWS for number in (n_queries, n_keys)):
-        return f"too few tokens to gain (under {_FEW_ROWS})"
+    if dim is None:
+        return None
+    few = math.ceil(_FEW_TERMS / (math.ceil(max(dim, 1) / _COLUMNS) * _COLUMNS))
+    if any(number is not None and number < few for number in (n_queries, n_keys)):
+        return f"too few tokens to gain (under {few} with heads of {dim} columns)"
     return None
 
 
