@@ -49,11 +49,10 @@ _FEW_QUERIES = 16
 SWITCH = "FASTLN_CPU_INT8_ATTENTION"
 """The environment variable that settles whether attention runs in 8 bits with `products="int8"`: 1 or 0."""
 
-# Two of the seven products run in 8 bits, and to round a row takes as long as some of its products. So 8-bit units must
-# be so many times as fast, and a row must have so many terms in its products: tokens times columns of a head.
-_GAIN = 2.0
-_FEW_TERMS = 8192
-_COLUMNS = 32  # the kernels pad heads to multiples of this
+# What 8 bits cost, measured on an Intel server at 3 GHz: to round a row, and to scale what it gives with another row.
+_ROW_SECONDS, _SCORE_SECONDS = 40e-9, 0.1e-9
+_USUAL_COLUMNS = 64  # of a head
+_MULTIPLE = 32  # the kernels pad heads to multiples of this
 
 
 class _Arguments(NamedTuple):
@@ -191,9 +190,9 @@ def why_exact(
         settings: Which backend computes, and in which form.
         device: The device of the tensors; the meta device counts as a CPU.
         dtype: Their dtype.
-        dim: The width of a head; None if it is not known, as for the next two. Then size does not count.
-        n_queries: The number of queries.
-        n_keys: The number of keys.
+        dim: The width of a head; None if it is not known, which counts as 64.
+        n_queries: The number of queries; None if it is not known, which counts as many.
+        n_keys: The number of keys; likewise.
 
     Raises:
         FastLNError: If the backend cannot run on this device, or `FASTLN_CPU_INT8_ATTENTION` has no valid value.
@@ -206,12 +205,27 @@ def why_exact(
         reason = "oneDNN is switched off"
     if reason is not None or os.environ.get(SWITCH) == "1":
         return reason
-    if dim is None:
-        return None
-    few = math.ceil(_FEW_TERMS / (math.ceil(max(dim, 1) / _COLUMNS) * _COLUMNS))
+    dim = _USUAL_COLUMNS if dim is None else max(dim, 1)
+    few = _tokens_to_gain(dim, dtype)
+    if isinstance(few, str):
+        return few
     if any(number is not None and number < few for number in (n_queries, n_keys)):
-        return f"too few tokens to gain (under {few} with heads of {dim} columns)"
+        return f"with heads of {dim} columns, too few tokens to gain (under {few})"
     return None
+
+
+@functools.cache
+def _tokens_to_gain(dim: int, dtype: torch.dtype) -> int | str:
+    """Return from how many tokens on 8 bits are faster by the rates of this machine's units, or why they never are."""
+    measured, name = units.rates(), str(units.compute_dtype(dtype)).removeprefix("torch.")
+    exact, int8 = measured[name], measured["int8"]
+    gained = 2 * math.ceil(dim / _MULTIPLE) * _MULTIPLE * (1 / exact - 1 / int8) - _SCORE_SECONDS
+    if gained > 0:
+        return math.ceil(_ROW_SECONDS / gained)
+    return (
+        f"with heads of {dim} columns, units in 8 bits are too little faster here: {int8 / 1e9:.0f} GFLOP/s a thread, "
+        f"{name} {exact / 1e9:.0f}"
+    )
 
 
 @functools.cache
@@ -224,16 +238,7 @@ def _why_exact_here(settings: OpSettings, device: torch.device, dtype: torch.dty
         return "only fastln's compiled kernels for CPUs compute attention in 8 bits"
     if not products.in_8_bits("attention"):
         return "this processor has no units for products in 8 bits (VNNI or AMX)"
-    if switch:
-        return None if switch == "1" else f"{SWITCH}=0 turns it off"
-    measured, name = units.rates(), str(units.compute_dtype(dtype)).removeprefix("torch.")
-    exact, int8 = measured[name], measured["int8"]
-    if int8 >= _GAIN * exact:
-        return None
-    return (
-        f"units in 8 bits are too little faster here: {int8 / 1e9:.0f} GFLOP/s a thread, {name} {exact / 1e9:.0f} "
-        f"({SWITCH}=1 would take them)"
-    )
+    return f"{SWITCH}=0 turns it off" if switch == "0" else None
 
 
 def _in_8_bits(q: Tensor, k: Tensor, settings: OpSettings) -> bool:
