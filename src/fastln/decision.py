@@ -24,6 +24,7 @@ class Change:
         trick: The name for `without` that leaves this change out; None if it cannot be left out.
         keeps: What it keeps for backward.
         products: The form in which its matrix products run; None if it has none.
+        why_exact: Why its products are exact although 8 bits were asked for; None if they are not, or were not.
         reason: Why it changes.
         stock: The module's stock class.
         detail: What the stand-in needs to know, such as which norm to compute.
@@ -41,6 +42,7 @@ class Change:
     stock: str
     detail: Any = None
     dtypes: tuple[tuple[str, torch.dtype], ...] = ()
+    why_exact: str | None = None
 
 
 @dataclass(frozen=True)
@@ -110,6 +112,9 @@ class Plan:
         stays = Counter((stay.kind, stay.reason) for stay in self.stays)
         lines += ["stays stock:"] if stays else ["stays stock: nothing that fastln knows"]
         lines += [f"  {count} {kind}: {reason}" for (kind, reason), count in stays.items()]
+        exact = Counter((change.kind, change.why_exact) for change in self.changes if change.why_exact)
+        lines += ["products stay exact:"] if exact else []
+        lines += [f"  {count} {kind}: {reason}" for (kind, reason), count in exact.items()]
         return "\n".join([*lines, *(f"note: {note}" for note in self.notes)])
 
     def summary(self) -> list[str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import nn
@@ -13,6 +14,7 @@ from fastln.decision import Change, Stay
 from fastln.families.norms import is_norm, norm_kind
 from fastln.families.readers import readers_of
 from fastln.ops import OpSettings
+from fastln.ops.attention import why_exact
 from fastln.ops.backends import resolve
 from fastln.standins.int8 import Int8Spec
 from fastln_kernels.reference_int8 import TURNED
@@ -38,7 +40,7 @@ class Int8Rules:
     """
 
     def __init__(self, model: nn.Module, settings: OpSettings, device: torch.device, keep_weights: bool) -> None:
-        self._model = model
+        self._model, self._settings, self._device = model, settings, device
         self._modules = dict(model.named_modules())
         self._keep = keep_weights
         self._holders = Counter(
@@ -70,6 +72,24 @@ class Int8Rules:
             return "code outside it reads its weight"
         return Int8Spec(self._has_outliers(name) and _inner(module) % TURNED == 0, self._keep)
 
+    def products(self, stand_in: str, name: str, detail: Any) -> tuple[str, str | None]:
+        """Return in which form the products of a change run, and why they are exact if they are.
+
+        Args:
+            stand_in: What replaces the module: a key of `fastln.standins.table.STAND_INS`.
+            name: The module's name.
+            detail: The change's detail.
+        """
+        if isinstance(detail, Int8Spec):
+            return ("int8, turned" if detail.turned else "int8"), None
+        if stand_in == "lm_head":
+            return "exact", "the gradient of logits does not bear rounding to 8 bits"
+        if "attention" not in stand_in:
+            return "exact", None
+        floats = (p.dtype for p in self._modules[name].parameters() if p.is_floating_point())
+        reason = why_exact(self._settings, self._device, next(floats, torch.float32))
+        return ("exact", reason) if reason else ("int8 where it pays", None)
+
     def _has_outliers(self, name: str) -> bool:
         """Whether the rows of a layer may hold numbers much larger than the others.
 
@@ -90,6 +110,9 @@ def _inner(module: nn.Module) -> int:
     return module.get_parameter("weight").shape[0 if isinstance(module, Conv1D) else 1]
 
 
+_NOT = "not in 8 bits: "
+
+
 def describe_int8(decided: Iterable[Change | Stay], settings: OpSettings, keep_weights: bool) -> str | None:
     """Describe a setting of 8-bit products that has no effect; None if there is none."""
     if settings.products != "int8":
@@ -98,9 +121,10 @@ def describe_int8(decided: Iterable[Change | Stay], settings: OpSettings, keep_w
     if any(isinstance(entry, Change) and entry.stand_in in INT8_STAND_INS.values() for entry in decided):
         return None
     reasons = Counter(
-        entry.reason.partition(";")[0].removeprefix("not in 8 bits: ")
+        entry.why_exact if isinstance(entry, Change) else entry.reason.partition(";")[0].removeprefix(_NOT)
         for entry in decided
-        if entry.reason.startswith("not in 8 bits")
+        if (isinstance(entry, Change) and entry.stand_in in INT8_STAND_INS and entry.why_exact)
+        or entry.reason.startswith(_NOT)
     )
-    why = "; ".join(reasons) or "no frozen linear layer may change"
+    why = "; ".join(filter(None, reasons)) or "no frozen linear layer may change"
     return f"products='int8' has no effect on this model here, so its products are exact: {why}"

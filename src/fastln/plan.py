@@ -309,6 +309,7 @@ class _Decider:
         self, entry: Found, stand_in: str, detail: Any, dtypes: tuple[tuple[str, torch.dtype], ...] = ()
     ) -> Change:
         row = STAND_INS[stand_in]
+        products, why_exact = self._products(stand_in, entry, detail)
         return Change(
             name=entry.name,
             kind=entry.label,
@@ -316,11 +317,12 @@ class _Decider:
             becomes=_becomes(row.becomes, detail, dtypes),
             trick=row.trick,
             keeps=row.keeps,
-            products=self._products(stand_in, detail) if row.has_products else None,
+            products=products,
             reason=row.reason,
             stock=class_name(self._modules[entry.name]),
             detail=detail,
             dtypes=dtypes,
+            why_exact=why_exact,
         )
 
     def _norm(self, entry: Found) -> Change | Stay:
@@ -372,11 +374,11 @@ class _Decider:
         views = flash_views(self._model, kept)
         return [self._known(Found(name, "attention", "attention"), spec) for name, spec in views.items()]
 
-    def _products(self, stand_in: str, detail: Any) -> str:
-        """In which form a change's products run."""
-        if stand_in in INT8_STAND_INS.values():
-            return "int8, turned" if detail.turned else "int8"
-        return "exact"
+    def _products(self, stand_in: str, entry: Found, detail: Any) -> tuple[str | None, str | None]:
+        """In which form a change's products run; and why they are exact although 8 bits were asked for."""
+        if not STAND_INS[stand_in].has_products:
+            return None, None
+        return ("exact", None) if self._int8 is None else self._int8.products(stand_in, entry.name, detail)
 
     def _linear(self, entry: Found) -> Change | Stay:
         exact = self._exact_linear(entry)
@@ -387,7 +389,9 @@ class _Decider:
         spec = self._int8.of(entry.name)
         if isinstance(spec, Int8Spec):
             return self._change(entry, INT8_STAND_INS[entry.what], spec)
-        return dataclasses.replace(exact, reason=f"not in 8 bits: {spec}; {exact.reason}")
+        if isinstance(exact, Stay):
+            return dataclasses.replace(exact, reason=f"not in 8 bits: {spec}; {exact.reason}")
+        return dataclasses.replace(exact, why_exact=spec)
 
     def _exact_linear(self, entry: Found) -> Change | Stay:
         choice = resolve("linear", self._device, self._settings)

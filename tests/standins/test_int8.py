@@ -79,8 +79,9 @@ def test_the_plan_says_what_is_rounded_and_why_others_are_not():
     model = bert()
     model.bert.encoder.layer[0].attention.self.key.weight = model.bert.encoder.layer[1].attention.self.key.weight
     plan = fastln.plan(model, products="int8")
-    exact = {c.name: c.reason for c in plan.changes if c.stand_in == "linear"}
-    assert "another module shares its weight" in exact["bert.encoder.layer.0.attention.self.key"]
+    exact = {c.name: c.why_exact for c in plan.changes if c.stand_in == "linear"}
+    assert exact["bert.encoder.layer.0.attention.self.key"] == "another module shares its weight"
+    assert "  2 linear layer: another module shares its weight" in plan.table()
     assert "classifier" not in {c.name for c in plan.changes if c.products == "int8"}  # it trains: it is random
 
 
