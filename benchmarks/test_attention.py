@@ -1,13 +1,16 @@
 """Attention on this machine's CPU, fastln beside torch: `.venv/bin/python -m pytest benchmarks/test_attention.py`.
 
 Shapes are those of a step: batch x heads x tokens x width of a head. `frozen` is what cross-attention over a frozen
-encoder needs: the gradient of the queries alone.
+encoder needs: the gradient of the queries alone. `int8` takes 8 bits wherever it can, whether or not that pays.
 """
+
+import functools
 
 import pytest
 import torch
 
 from fastln import ops
+from fastln.ops.attention import SWITCH
 
 SHAPES = {
     "bert 8x128": ((8, 12, 128, 64), {}),
@@ -23,7 +26,13 @@ def stock(q, k, v, causal=False, dropout=0.0):
     return torch.nn.functional.scaled_dot_product_attention(q, k, v, None, dropout, causal)
 
 
-ENGINES = {"fastln": ops.attention, "torch": stock}
+IN_8_BITS = functools.partial(ops.attention, settings=ops.OpSettings(products="int8"))
+ENGINES = {"fastln": ops.attention, "int8": IN_8_BITS, "torch": stock}
+
+
+@pytest.fixture(autouse=True)
+def always_in_8_bits(monkeypatch):
+    monkeypatch.setenv(SWITCH, "1")
 
 
 def tensors(shape, dtype, wanted=(0, 1, 2)):

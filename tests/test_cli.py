@@ -14,7 +14,7 @@ from fastln.data.loading import READERS
 from fastln.machine import MemoryLimit
 from fastln.ops.backends import OPERATIONS, resolve
 from fastln.standins.tricks import TRICKS
-from fastln_kernels.cpu import library, products
+from fastln_kernels.cpu import library, products, units
 
 
 def fastln(*arguments, monkeypatch, capsys):
@@ -218,6 +218,57 @@ def test_doctor_says_where_torch_lacks_the_products_of_blocks(monkeypatch):
     lines = doctor.render(doctor.examine()).splitlines()
     told = [line.split()[0] for line in lines if "torch 9.9 exports no products of blocks" in line]
     assert told == ["slower", "attention", "int8_linear", "linear"]
+
+
+@pytest.mark.parametrize(
+    ("rates", "forced", "lines"),
+    [
+        (
+            {"float32": 187e9, "bfloat16": 106e9, "int8": 700e9},
+            "",
+            ["187 GFLOP/s float32 rows, bfloat16 rows (the faster)", "106 GFLOP/s -", "700 GFLOP/s 8-bit products"],
+        ),
+        (
+            {"float32": 187e9, "bfloat16": 1400e9, "int8": 1600e9},
+            "float32",
+            [
+                "187 GFLOP/s float32 rows, bfloat16 rows (by FASTLN_CPU_UNIT)",
+                "1,400 GFLOP/s -",
+                "1,600 GFLOP/s 8-bit products",
+            ],
+        ),
+        (
+            {"float32": 115e9, "bfloat16": 219e9},
+            "",
+            [
+                "115 GFLOP/s float32 rows",
+                "219 GFLOP/s bfloat16 rows (the faster)",
+                "none no 8-bit products: they need VNNI or AMX",
+            ],
+        ),
+        (
+            {"float32": 60e9},
+            "",
+            [
+                "60 GFLOP/s float32 rows, bfloat16 rows (there are no others)",
+                "none -",
+                "none no 8-bit products: they need VNNI or AMX",
+            ],
+        ),
+    ],
+)
+@pytest.mark.skipif(products.why_not("linear") is not None, reason=f"{products.why_not('linear')}")
+def test_doctor_says_which_unit_serves_what(rates, forced, lines, monkeypatch):
+    monkeypatch.setattr(units, "rates", lambda: rates)
+    monkeypatch.setenv(units.VARIABLE, forced)
+    units._for_bfloat16.cache_clear()
+    try:
+        told = doctor.render(doctor.examine()).splitlines()
+    finally:
+        units._for_bfloat16.cache_clear()
+    start = told.index("units that multiply blocks on this CPU, measured on one thread")
+    want = [f"{name} {line}" for name, line in zip(("float32", "bfloat16", "int8"), lines, strict=True)]
+    assert [" ".join(line.split()) for line in told[start + 1 : start + 4]] == want
 
 
 def test_doctor_says_what_becomes_of_freed_memory(monkeypatch):

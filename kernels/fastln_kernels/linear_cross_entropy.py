@@ -8,7 +8,8 @@ For one row, with u = W h + b, logits z = s u, p = softmax(z), v classes, label 
 With a soft cap c, z = c t with t = tanh(s u / c), and du = s (1 - t^2) dz.
 
 The gradient of a row's loss depends only on that row, so it is computed while the row's logits exist. Products use the
-tensors' dtype. Everything between them, and the sums over chunks, is float32 (float64 for float64).
+tensors' dtype; where a CPU multiplies bfloat16 faster as float32, the kernel of linear layers does that. Everything
+between them, and the sums over chunks, is float32 (float64 for float64).
 """
 
 from typing import NamedTuple
@@ -16,6 +17,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+
+from fastln_kernels.cpu import native_linear, products, units
 
 CHUNK_BYTES = 32 << 20
 """Size of one chunk's float32 (or float64) logits.
@@ -83,7 +86,8 @@ def linear_cross_entropy(request: HeadRequest) -> HeadGradients:
     dbias = hidden.new_zeros(n_classes, dtype=wide) if need_dbias else None
     step = max(1, CHUNK_BYTES // (n_classes * wide.itemsize))
     for rows in (slice(start, start + step) for start in range(0, n_rows, step)):
-        logits = F.linear(hidden[rows], weight, bias)
+        own = _is_own(hidden[rows], weight, bias)
+        logits = (native_linear.linear if own else F.linear)(hidden[rows], weight, bias)
         shaped = logits
         slope: float | Tensor | None = None  # derivative of the shaped logits
         if softcap is not None:
@@ -111,7 +115,10 @@ def linear_cross_entropy(request: HeadRequest) -> HeadGradients:
             dbias += dz.sum(0)
         rounded = logits.copy_(dz)
         if dhidden is not None:
-            torch.mm(rounded, weight, out=dhidden[rows])
+            if own:
+                dhidden[rows] = native_linear.linear(rounded, weight, transpose=False)
+            else:
+                torch.mm(rounded, weight, out=dhidden[rows])
         if dweight is not None:
             dweight += rounded.T @ hidden[rows]
     return HeadGradients(
@@ -119,4 +126,15 @@ def linear_cross_entropy(request: HeadRequest) -> HeadGradients:
         dhidden,
         None if dweight is None else dweight.to(weight.dtype),
         None if dbias is None or bias is None else dbias.to(bias.dtype),
+    )
+
+
+def _is_own(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
+    """Whether the compiled kernel multiplies these tensors, and in a faster dtype than torch."""
+    return (
+        x.is_cpu
+        and x.dtype == weight.dtype == torch.bfloat16
+        and products.why_not("linear") is None
+        and units.compute_dtype(x.dtype) != x.dtype
+        and native_linear.has_own(x, weight, bias)
     )

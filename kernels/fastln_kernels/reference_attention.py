@@ -6,6 +6,20 @@ dropout factor of each element (0 or dropout's scale):
     out = (D P) v        delta = rowsum(dout out)        dS = P (D (dout v^T) - delta)
     dv = (D P)^T dout    dq = scale dS k                 dk = scale dS^T q
 
+*In 8 bits.* With `int8` the products of rows with rows, q k^T and dout v^T, are products of whole numbers. Each row is
+rounded with a scale of its own (`reference_int8.quantise`). The means over the keys are taken off first:
+
+    q ≈ q_hat    k - k_mean ≈ k_hat    dout ≈ dout_hat    v - v_mean ≈ v_hat
+
+So a column in which all keys are large does not make the steps of the others coarse. q k_mean^T is the same for all
+keys, which does not change the softmax. And dq does not depend on k_mean, because the rows of dS sum to 0. With
+
+    scores = scale q_hat k_hat^T + mask
+    dout v^T ≈ dout_hat v_hat^T + dout_hat v_mean^T        delta = rowsum(dout_hat out)
+
+and k - k_mean in place of k in dq, the rest is as above. delta takes dout_hat, because then the rounding of dout moves
+both terms of dS alike and nearly cancels.
+
 It processes blocks of queries, so that at most `BLOCK_SCORES` scores, or one row of them, exist at a time.
 """
 
@@ -16,6 +30,7 @@ import torch
 from torch import Tensor
 
 from fastln_kernels.reference import arithmetic_dtype, dropout_keep, dropout_scale
+from fastln_kernels.reference_int8 import Rows8, Weight8, linear, quantise
 
 BLOCK_SCORES = 1 << 20
 """How many scores exist at a time."""
@@ -37,6 +52,7 @@ class AttentionForward(NamedTuple):
         dropout: Probability of dropping an attention weight.
         seed: `(1,)`, int64. The weight of query i and key j in head h of sequence b is dropped if
             `reference.dropout_keep` drops row `(b H + h) Sq + i`, column j.
+        int8: Whether q k^T and do v^T are products of whole numbers in 8 bits.
     """
 
     q: Tensor
@@ -47,6 +63,7 @@ class AttentionForward(NamedTuple):
     mask: Tensor | None = None
     dropout: float = 0.0
     seed: Tensor | None = None
+    int8: bool = False
 
 
 class AttentionOutputs(NamedTuple):
@@ -136,25 +153,42 @@ def attention_backward(request: AttentionBackward) -> AttentionGradients:
         dead = row_lse >= _DEAD
         scores = torch.where(dead & (block.scores > -torch.inf), 0, block.scores)
         p = (scores - torch.where(dead, (row_lse / _DEAD).log(), row_lse)).exp()
-        block_dout = request.dout[block.where].to(wide)
+        block_dout = seen_dout = request.dout[block.where].to(wide)
         if dv is not None:
             dv[block.kv_where] += (p if block.kept is None else p * block.kept).mT @ block_dout
         if dq is None and dk is None:
             continue
         assert request.out is not None
-        dp = block_dout @ block.v.mT
-        delta = (block_dout * request.out[block.where]).sum(-1, keepdim=True)
+        if request.forward.int8:
+            rows, (values, mean) = quantise(block_dout), _centred(block.v)
+            seen_dout = rows.values.to(wide) * rows.scale[:, None]
+            dp = _dots(rows, quantise(values)).to(wide) + (seen_dout @ mean.to(wide))[:, None]
+        else:
+            dp = block_dout @ block.v.mT
+        delta = (seen_dout * request.out[block.where]).sum(-1, keepdim=True)
         ds = p * ((dp if block.kept is None else dp * block.kept) - delta) * scale
         if dq is not None:
-            dq[block.where] = ds @ block.k
+            dq[block.where] = ds @ (_centred(block.k)[0].to(wide) if request.forward.int8 else block.k)
         if dk is not None:
             dk[block.kv_where] += ds.mT @ block.q
     return AttentionGradients(*(None if gradient is None else gradient.to(q.dtype) for gradient in (dq, dk, dv)))
 
 
+def _centred(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Return rows without their mean, and the mean, in float32. A column that holds NaN or Inf keeps its mean."""
+    mean = x.to(torch.float64).mean(0).to(torch.float32)
+    mean = torch.where(mean.isfinite(), mean, 0)
+    return x.to(torch.float32) - mean, mean
+
+
+def _dots(a: Rows8, b: Rows8) -> Tensor:
+    """Multiply rows by rows; float32."""
+    return linear(a, Weight8.of(*b, turned=False), None, torch.float32)
+
+
 def _blocks(request: AttentionForward) -> Iterator[_Block]:
     """Yield the blocks in order. Scores of hidden keys are -infinity."""
-    q, k, v, scale, causal, mask, dropout, seed = request
+    q, k, v, scale, causal, mask, dropout, seed, int8 = request
     n_batches, n_heads, n_queries, _ = q.shape
     n_keys, group, wide = k.shape[2], n_heads // max(k.shape[1], 1), arithmetic_dtype(q)
     if n_keys == 0:
@@ -171,7 +205,10 @@ def _blocks(request: AttentionForward) -> Iterator[_Block]:
                 rows = slice(first, min(first + size, n_queries))
                 where = (batch, head, rows)
                 wide_q = q[where].to(wide)
-                scores = wide_q @ wide_k.mT * scale
+                if int8:
+                    scores = _dots(quantise(wide_q), quantise(_centred(wide_k)[0])).to(wide) * scale
+                else:
+                    scores = wide_q @ wide_k.mT * scale
                 if mask is not None and mask.dtype == torch.bool:
                     scores = scores.masked_fill(~mask[where], -torch.inf)
                 elif mask is not None:

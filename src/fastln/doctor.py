@@ -22,7 +22,7 @@ from fastln.ops.backends import OPERATIONS, resolve
 from fastln.ops.settings import DEFAULT, OpSettings
 from fastln.rates import has_bfloat16_units, product_rates
 from fastln.versions import package_version
-from fastln_kernels.cpu import library, products
+from fastln_kernels.cpu import library, products, units
 
 PACKAGES = ("fastln", "torch", "triton", "transformers", "peft", "accelerate", "flash-attn", "liger-kernel")
 VECTORS = ("avx2", "avx512f", "avx512_bf16", "amx_bf16", "asimd", "sve", "bf16")
@@ -37,9 +37,10 @@ def examine(model: str | None = None, products: str = "exact") -> dict[str, Any]
         products: The plan's products, as `fastln.plan` takes them.
 
     Returns:
-        `packages` (version or None), `machine`, `operations` (for each the backend that "auto" gives on the default
-        device, and why), `tricks` (what `prepare` may change, with the gain and risk of each) and `plan` (the lines of
-        its table; None without a model).
+        `packages` (version or None), `machine`, `units` (the rates of products of blocks on this CPU and what they
+        serve; None if they do not work or the device is another), `operations` (for each the backend that "auto" gives
+        on the default device, and why), `tricks` (what `prepare` may change, with the gain and risk of each) and `plan`
+        (the lines of its table; None without a model).
 
     Raises:
         FastLNError: If there is no such model, or no such products, or products without a model.
@@ -73,6 +74,7 @@ def examine(model: str | None = None, products: str = "exact") -> dict[str, Any]
             "device": str(device),
             "slower": _slower(flags) if device.type == "cpu" else None,
         },
+        "units": _units() if device.type == "cpu" else None,
         "operations": {
             operation: {"backend": choice.backend, "reason": choice.reason} for operation, choice in choices.items()
         },
@@ -88,6 +90,22 @@ def _bfloat16(rates: dict[str, float] | None) -> str:
     faster = max(rates, key=lambda name: rates[name])
     measured = ", ".join(f"{name} {rate / 1e9:,.0f}" for name, rate in rates.items())
     return f"in hardware; GFLOP/s measured: {measured}, so dtype auto means {faster} here"
+
+
+def _units() -> dict[str, dict[str, Any]] | None:
+    """Return for each dtype the rate of one thread (None without such products) and what is multiplied in it."""
+    if products.why_not("linear"):  # then the backends of the operations say why
+        return None
+    rates, forced = units.rates(), units.forced()
+    chosen = str(units.compute_dtype(torch.bfloat16)).removeprefix("torch.")
+    why = f"by {units.VARIABLE}" if forced else "the faster" if "bfloat16" in rates else "there are no others"
+    served = {
+        "float32": ["float32 rows"],
+        "bfloat16": [],
+        "int8": ["8-bit products"] if "int8" in rates else ["no 8-bit products: they need VNNI or AMX"],
+    }
+    served[chosen].append(f"bfloat16 rows ({why})")
+    return {name: {"rate": rates.get(name), "serves": ", ".join(words)} for name, words in served.items()}
 
 
 def _freed_memory(device: torch.device) -> str:
@@ -143,6 +161,11 @@ def render(findings: dict[str, Any]) -> str:
     ]
     if machine["slower"]:
         lines.append(f"  {'slower':16} {machine['slower']}")
+    if findings["units"] is not None:
+        lines.append("units that multiply blocks on this CPU, measured on one thread")
+        for name, unit in findings["units"].items():
+            rate = f"{unit['rate'] / 1e9:,.0f} GFLOP/s" if unit["rate"] else "none"
+            lines.append(f"  {name:16} {rate:16} {unit['serves'] or '-'}")
     lines.append(f"operations on {machine['device']}")
     lines += [
         f"  {operation:16} {choice['backend']}: {choice['reason']}"

@@ -5,10 +5,12 @@ from torch.utils.checkpoint import checkpoint
 
 from fastln.errors import FastLNError
 from fastln.ops import attention
-from fastln.ops.attention import has_own
+from fastln.ops.attention import SWITCH, _tokens_to_gain, _why_exact_here, has_own, why_exact
 from fastln.ops.backends import resolve
 from fastln.ops.settings import DEFAULT, REFERENCE, OpSettings
-from fastln_kernels.cpu import products
+from fastln_kernels import reference_attention
+from fastln_kernels.cpu import products, units
+from fastln_kernels.reference_attention import AttentionBackward, AttentionForward
 
 WHY_NOT = products.why_not("attention")
 needs_kernels = pytest.mark.skipif(WHY_NOT is not None, reason=str(WHY_NOT))
@@ -17,11 +19,13 @@ needs_kernels = pytest.mark.skipif(WHY_NOT is not None, reason=str(WHY_NOT))
 @pytest.fixture(params=[pytest.param("native", marks=needs_kernels), "reference"], autouse=True)
 def implementation(request, monkeypatch):
     """Both ways that `attention` has of its own."""
-    resolve.cache_clear()
+    for cached in (resolve, _why_exact_here, _tokens_to_gain):
+        cached.cache_clear()
     if request.param == "reference":
         monkeypatch.setattr(products, "why_not", lambda name: "for a test")
     yield request.param
-    resolve.cache_clear()
+    for cached in (resolve, _why_exact_here, _tokens_to_gain):
+        cached.cache_clear()
 
 
 def make(dtype=torch.bfloat16, n=3, b=2, h=3, n_tokens=17, dim=8, seed=0):
@@ -250,3 +254,66 @@ def test_compiles_in_one_graph():
         results.append([out, *torch.autograd.grad(out, leaves, dout)])
     for eager, compiled in zip(*results, strict=True):
         assert torch.equal(eager, compiled)
+
+
+INT8 = OpSettings(products="int8")
+
+
+def in_8_bits():
+    return WHY_NOT is None and products.in_8_bits("attention")
+
+
+def test_products_in_8_bits_reach_the_kernels(implementation, monkeypatch):
+    """Forward, backward and the compiled operator; what is kept stays exact."""
+    if implementation == "reference" or not in_8_bits():
+        pytest.skip("no products in 8 bits")
+    monkeypatch.setenv(SWITCH, "1")
+    leaves, (*_, dout) = wanting(make(torch.float32, dim=40)), make(torch.float32, 4, dim=40)
+    request = AttentionForward(*[x.detach() for x in leaves], scale=40**-0.5, causal=True, int8=True)
+    right, lse = reference_attention.attention_forward(request)
+    grads = reference_attention.attention_backward(AttentionBackward(request, dout, right, lse, True, True, True))
+    out, kept = saved_by(lambda: attention(*leaves, causal=True, settings=INT8))
+    assert {x.dtype for x in kept} == {torch.float32}
+    for actual, expected in zip((out, *torch.autograd.grad(out, leaves, dout)), (right, *grads), strict=True):
+        torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-6)
+    exact = attention(*leaves, causal=True)
+    assert 1e-4 < (out - exact).norm() / exact.norm() < 0.02
+    monkeypatch.setenv(SWITCH, "0")
+    assert torch.equal(attention(*leaves, causal=True, settings=INT8), exact)
+
+
+def test_why_attention_stays_exact(implementation, monkeypatch):
+    def why(settings=INT8, dtype=torch.bfloat16, device="cpu", **sizes):
+        return why_exact(settings, torch.device(device), dtype, **sizes)
+
+    assert why(DEFAULT) == "products are exact"
+    assert "compiled kernels" in why(OpSettings("reference", products="int8"))
+    assert "compiled kernels" in why(dtype=torch.float64)
+    if implementation == "reference":
+        assert "compiled kernels" in why()
+        return
+    if not in_8_bits():
+        assert "no units" in why()
+        return
+    monkeypatch.setattr(units, "rates", lambda: {"float32": 1e11, "bfloat16": 2e11, "int8": 5e11})
+    monkeypatch.setenv(units.VARIABLE, "float32")
+    # Rounding a row costs as much as scaling 400 scores; a term gains 2 (1/100 - 1/500) = 0.016 ns.
+    assert why(device="meta", dim=64, n_queries=44, n_keys=44) is None
+    assert "under 44" in why(dim=64, n_queries=43)
+    assert "under 44" in why(dim=64, n_queries=44, n_keys=43)
+    assert "under 98" in why(dim=16, n_keys=97)
+    _tokens_to_gain.cache_clear()
+    monkeypatch.setattr(units, "rates", lambda: {"float32": 1e11, "bfloat16": 1.5e12, "int8": 3e12})
+    assert why() is None
+    _tokens_to_gain.cache_clear()
+    monkeypatch.setenv(units.VARIABLE, "bfloat16")
+    assert (
+        "heads of 64 columns, units in 8 bits are too little faster here: 3000 GFLOP/s a thread, bfloat16 1500" in why()
+    )
+    monkeypatch.setenv(SWITCH, "1")
+    assert why(dim=31, n_keys=2) is None
+    monkeypatch.setenv(SWITCH, "0")
+    assert why() == f"{SWITCH}=0 turns it off"
+    monkeypatch.setenv(SWITCH, "yes")
+    with pytest.raises(FastLNError, match="must be 0 or 1"):
+        why()

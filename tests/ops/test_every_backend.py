@@ -207,7 +207,7 @@ def settings(request, monkeypatch):
 
 
 def forget():
-    for cached in (library.load, library.why_not, products.usable, products.why_not, resolve):
+    for cached in (library.load, library.why_not, products._taken, products.why_not, resolve):
         cached.cache_clear()
 
 

@@ -58,7 +58,6 @@ def test_second_derivatives(calls):
 
 
 @needs_kernels
-@pytest.mark.skipif(WHY_NOT is not None or torch.bfloat16 not in products.usable("linear"), reason="no bfloat16 here")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("transpose", [True, False])
 def test_under_autocast(transpose, dtype, calls):

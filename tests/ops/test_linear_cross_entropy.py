@@ -9,6 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from fastln import ops
 from fastln.errors import FastLNError
 from fastln_kernels import linear_cross_entropy as kernels
+from fastln_kernels.cpu import native_linear, products, units
 
 REDUCTIONS = ["mean", "sum", "none"]
 IGNORED = -100
@@ -106,6 +107,29 @@ def test_low_precision(dtype, reduction, monkeypatch):
     # twice that; then dz, the product and the scaled product are rounded.
     largest = F.linear(*(t.detach().double() for t in (hidden, weight, bias))).abs().max().item()
     assert relative_error(got[1], want[1]) < (2 * largest + 3) * roundoff
+
+
+@pytest.mark.skipif(products.why_not("linear") is not None, reason=f"{products.why_not('linear')}")
+@pytest.mark.parametrize("wanted", [(1, 0, 0), (1, 1, 1)])
+def test_bfloat16_in_float32_units(wanted, monkeypatch):
+    calls = []
+    stock_linear = native_linear.linear
+    monkeypatch.setattr(native_linear, "linear", lambda *args, **kw: calls.append(1) or stock_linear(*args, **kw))
+    tensors = make(90, 48, 197, torch.bfloat16, wanted=wanted)
+    with torch.no_grad():
+        tensors[1].div_(8)
+    largest = F.linear(*(t.detach().double() for t in tensors[:3])).abs().max().item()
+    results = []
+    for unit, n_calls in (("float32", 2), ("bfloat16", 0)):
+        if unit == "float32" or torch.bfloat16 in products.usable("linear"):
+            monkeypatch.setenv(units.VARIABLE, unit)
+            results.append(with_gradients(ops.linear_cross_entropy, tensors))
+            assert len(calls) == n_calls
+            calls.clear()
+    for got in results:
+        for actual, expected in zip(got, exact(tensors), strict=True):
+            # As in the test above.
+            assert relative_error(actual, expected) < (2 * largest + 3) * torch.finfo(torch.bfloat16).eps / 2
 
 
 def test_label_of_vanishing_probability():

@@ -8,6 +8,7 @@
 #include <limits>
 
 #include "dispatch.h"
+#include "dots.h"
 #include "dropout.h"
 #include "functions.h"
 #include "parallel.h"
@@ -38,7 +39,7 @@ struct Rows {
 
 // Same layout as native_attention._Arguments. A null pointer means that the tensor is absent or not requested.
 struct Arguments {
-  int64_t dtype, n_threads, batches, heads, kv_heads, queries, keys, dim, v_dim;
+  int64_t dtype, compute_dtype, int8, n_threads, batches, heads, kv_heads, queries, keys, dim, v_dim;
   int64_t causal, mask_dtype, threshold;
   const int64_t* seed;
   double scale;
@@ -58,21 +59,10 @@ int64_t keys_of_a_block(int64_t keys) {
   return std::max(round_up((keys + n_blocks - 1) / n_blocks, 2 * PAD), 2 * PAD);
 }
 
-Float maximum(Float a, Float b) { return select(a > b, a, b); }
-
-float largest(Float values) {
-#if defined(FASTLN_AVX512)
-  return _mm512_reduce_max_ps(bits_as<__m512>(values));
-#else
-  float result = values[0];
-  for (int lane = 1; lane < LANES; lane++) result = std::max(result, values[lane]);
-  return result;
-#endif
-}
-
-// e^x, as accurate as a product in C needs. The polynomial approximates 2^f for 0 <= f < 1 with relative error 2.7e-6.
+// e^x, as accurate as results in T need. The polynomial approximates 2^f for 0 <= f < 1 with relative error 2.7e-6.
 Float exponential_for(Float x, float) { return exponential(x); }
-Float exponential_for(Float x, bfloat16) {
+template <class T>
+Float exponential_for(Float x, T) {
 #if defined(FASTLN_AVX512)
   x *= 1.44269504f;
   const Float f = bits_as<Float>(_mm512_reduce_ps(bits_as<__m512>(x), _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC));
@@ -100,8 +90,8 @@ float revive(float* scores, int64_t n_cols, float lse) {
   return std::log(std::ldexp(lse, -DEAD_EXPONENT));
 }
 
-// One head of queries.
-template <class T, class C>
+// One head of queries. Rows are T, products C; those of rows with rows (q k^T, do v^T) are R, which is C or int8_t.
+template <class T, class C, class R>
 class Head {
  public:
   Head(const Arguments& arguments, const Dropout& dropout, int64_t batch, int64_t head)
@@ -113,15 +103,17 @@ class Head {
     return std::clamp<int64_t>(end - first, 0, block_keys_);
   }
 
-  // Turns products into scores: applies scale and mask, and sets hidden keys to -infinity. Returns the largest score.
-  float finish_row(float* scores, int64_t query, int64_t first, int64_t n_cols) const {
+  // Turns the products of row `left` with the right rows from `right` on into scores: applies scale and mask, and sets
+  // hidden keys to -infinity. Returns the largest score.
+  float finish_row(float* scores, const Dots<T, R>& dots, int64_t left, int64_t right, int64_t query, int64_t first,
+                   int64_t n_cols) const {
     const float* mask = mask_row(query, first, n_cols);
     const int64_t n_seen = std::min(n_cols, (a_.causal ? std::min(a_.keys, query + 1) : a_.keys) - first);
     const int64_t seen = query < a_.queries ? std::max<int64_t>(n_seen, 0) : 0;
     Float top = broadcast(-INFINITE);
-    const float scale = static_cast<float>(a_.scale);
+    const float scale = static_cast<float>(a_.scale), factor = seen ? dots.factor(left) : 0;
     for (int64_t column = 0; column < seen; column += LANES) {
-      Float score = load(scores + column, AllLanes{}) * scale;
+      Float score = dots.value(scores + column, right + column, factor) * scale;
       if (mask) score += load(mask + column, AllLanes{});
       if (column + LANES > seen) {
         const Float lane = lane_numbers() + static_cast<float>(column);
@@ -140,33 +132,33 @@ class Head {
   }
 
   void forward() const {
-    thread_local Buffer<C> query_buffer, key_buffer, value_buffer, probability_buffer;
+    thread_local Buffer<C> value_buffer, probability_buffer;
     thread_local Buffer<float> score_buffer, sum_buffer;
+    thread_local Dots<T, R> dots;
     const int64_t dim = round_up(a_.dim, 2 * PAD), v_dim = round_up(a_.v_dim, 2 * PAD);
     const int64_t n_blocks = (a_.keys + block_keys_ - 1) / block_keys_, kv_head = head_ / (a_.heads / a_.kv_heads);
-    C* q = query_buffer.at_least(std::max(block_keys_, QUERIES) * dim);  // also holds keys temporarily
-    C* keys = key_buffer.at_least(n_blocks * block_keys_ * dim);
+    dots.resize(QUERIES, n_blocks * block_keys_, block_keys_, a_.dim, dim);
+    dots.centre(a_.k.at<const T>(batch_, kv_head, 0), a_.k.row, a_.keys);
     C* values = value_buffer.at_least(n_blocks * block_keys_ * v_dim);
     C* p = probability_buffer.at_least(QUERIES * block_keys_);
     float* scores = score_buffer.at_least(QUERIES * block_keys_);
     float* out = sum_buffer.at_least(QUERIES * v_dim);
     for (int64_t block = 0; block < n_blocks; block++) {
       const int64_t first = block * block_keys_, n_keys = std::min(block_keys_, a_.keys - first);
-      copy_rows(a_.k.at<const T>(batch_, kv_head, first), a_.k.row, n_keys, a_.dim, q, dim);
-      transpose_to_pairs(q, n_keys, dim, keys + first * dim, block_keys_);
+      dots.put_right(a_.k.at<const T>(batch_, kv_head, first), a_.k.row, n_keys, first);
       pair_rows(a_.v.at<const T>(batch_, kv_head, first), a_.v.row, n_keys, a_.v_dim, values + first * v_dim, v_dim);
     }
     for (int64_t first_query = 0; first_query < a_.queries; first_query += QUERIES) {
       const int64_t n_queries = std::min(QUERIES, a_.queries - first_query);
-      copy_rows(a_.q.at<const T>(batch_, head_, first_query), a_.q.row, n_queries, a_.dim, q, dim);
+      dots.put_left(a_.q.at<const T>(batch_, head_, first_query), a_.q.row, n_queries, 0);
       float top[QUERIES], sums[QUERIES];
       for (int64_t first = 0; first < a_.keys; first += block_keys_) {
         const int64_t n_cols = padded(visible(first_query, n_queries, first));
         if (!n_cols) break;
-        multiply(padded(n_queries), n_cols, dim, q, dim, keys + first * dim, block_keys_, scores, block_keys_, false);
+        dots.multiply(padded(n_queries), n_cols, 0, first, scores);
         for (int64_t row = 0; row < n_queries; row++) {
           float* row_scores = scores + row * block_keys_;
-          float new_top = finish_row(row_scores, first_query + row, first, n_cols);
+          float new_top = finish_row(row_scores, dots, row, first, first_query + row, first, n_cols);
           float before = 0;
           if (first) {
             new_top = std::max(new_top, top[row]);
@@ -186,6 +178,7 @@ class Head {
       for (int64_t row = 0; row < n_queries; row++) {
         const float sum = sums[row], factor = sum != 0 ? dropout_.scale() / sum : 0;
         T* to = a_.out.at<T>(batch_, head_, first_query + row);
+        prefetch_row<T, true>(to + AHEAD * a_.out.row, a_.v_dim);
         for_columns(a_.v_dim, [&](int64_t column, auto lanes) {
           store(to + column, load(out + row * v_dim + column, lanes) * factor, lanes);
         });
@@ -220,7 +213,7 @@ class Head {
   float exponentials(const float* scores, float top, C* to, const uint16_t* numbers, int64_t n_cols) const {
     Sum sums;
     sum_columns(n_cols, [&](int64_t column, auto, int part) {
-      Float value = exponential_for(load(scores + column, AllLanes{}) - top, C{});
+      Float value = exponential_for(load(scores + column, AllLanes{}) - top, T{});
       sums.parts[part] += value;
       if (numbers) value = dropout_.keep(value, numbers + column);
       store(to + column, value, AllLanes{});
@@ -234,7 +227,7 @@ class Head {
 };
 
 // One head of keys and values, with the query heads that use it.
-template <class T, class C>
+template <class T, class C, class R>
 class Gradients {
  public:
   Gradients(const Arguments& arguments, const Dropout& dropout, int64_t batch, int64_t kv_head)
@@ -242,26 +235,27 @@ class Gradients {
 
   void run() {
     const bool need_ds = a_.dq.data || a_.dk.data;
-    thread_local Buffer<C> key_buffer, keys_t_buffer, values_t_buffer;
+    thread_local Buffer<C> key_buffer;
     thread_local Buffer<float> dk_buffer, dv_buffer;
-    C* rows = key_buffer.at_least(block_keys_ * std::max(dim_, v_dim_));
-    C *keys_t = keys_t_buffer.at_least(block_keys_ * dim_), *values_t = values_t_buffer.at_least(block_keys_ * v_dim_);
+    C* keys = key_buffer.at_least(block_keys_ * dim_);
     float *dk = dk_buffer.at_least(block_keys_ * dim_), *dv = dv_buffer.at_least(block_keys_ * v_dim_);
+    const auto rows = [&](const Rows& tensor, int64_t row) { return tensor.at<const T>(batch_, kv_head_, row); };
+    scores_.resize(group_ * padded_queries_, block_keys_, block_keys_, a_.dim, dim_);
+    slopes_.resize(group_ * padded_queries_, block_keys_, block_keys_, a_.v_dim, v_dim_);
+    scores_.centre(rows(a_.k, 0), a_.k.row, a_.keys);
+    if (need_ds) slopes_.centre(rows(a_.v, 0), a_.v.row, a_.keys);
     read_queries();
     for (int64_t first = 0; first < a_.keys; first += block_keys_) {
       const int64_t n_keys = std::min(block_keys_, a_.keys - first);
-      if (need_ds) {
-        copy_rows(a_.v.at<const T>(batch_, kv_head_, first), a_.v.row, n_keys, a_.v_dim, rows, v_dim_);
-        transpose_to_pairs(rows, n_keys, v_dim_, values_t, block_keys_);
-      }
-      copy_rows(a_.k.at<const T>(batch_, kv_head_, first), a_.k.row, n_keys, a_.dim, rows, dim_);
-      transpose_to_pairs(rows, n_keys, dim_, keys_t, block_keys_);
-      if (a_.dq.data) pair_rows(a_.k.at<const T>(batch_, kv_head_, first), a_.k.row, n_keys, a_.dim, rows, dim_);
+      if (need_ds) slopes_.put_right(rows(a_.v, first), a_.v.row, n_keys, 0);
+      scores_.put_right(rows(a_.k, first), a_.k.row, n_keys, 0);
+      // The rows of dS sum to 0, so that dq does not depend on the keys' mean; without it, rounding counts less.
+      if (a_.dq.data) scores_.pair_right(rows(a_.k, first), a_.k.row, n_keys, keys);
       std::fill_n(dk, block_keys_ * dim_, 0.0f);
       std::fill_n(dv, block_keys_ * v_dim_, 0.0f);
       for (int64_t g = 0; g < group_; g++) {
         for (int64_t query = a_.causal ? first / QUERIES * QUERIES : 0; query < a_.queries; query += QUERIES)
-          block(g, query, first, keys_t, values_t, rows, dk, dv);
+          block(g, query, first, keys, dk, dv);
       }
       if (a_.dk.data) write_transposed(dk, n_keys, dim_, a_.dim, static_cast<float>(a_.scale), a_.dk, first);
       if (a_.dv.data) write_transposed(dv, n_keys, v_dim_, a_.v_dim, dropout_.scale(), a_.dv, first);
@@ -269,6 +263,7 @@ class Gradients {
     for (int64_t g = 0; g < group_ && a_.dq.data; g++) {
       for (int64_t query = 0; query < a_.queries; query++) {
         T* to = a_.dq.at<T>(batch_, kv_head_ * group_ + g, query);
+        prefetch_row<T, true>(to + AHEAD * a_.dq.row, a_.dim);
         const float *from = dq_ + (g * padded_queries_ + query) * dim_, scale = static_cast<float>(a_.scale);
         for_columns(a_.dim, [&](int64_t column, auto lanes) {
           store(to + column, load(from + column, lanes) * scale, lanes);
@@ -281,79 +276,77 @@ class Gradients {
  private:
   // Reads the queries and the gradient of the output once, into the layouts that the blocks need.
   void read_queries() {
-    thread_local Buffer<C> buffers[4], pair_buffer;
-    thread_local Buffer<float> dq_buffer, delta_buffer;
-    const int64_t n_rows = group_ * padded_queries_;
-    C* pairs = pair_buffer.at_least(QUERIES * std::max(dim_, v_dim_));
-    q_ = buffers[0].at_least(n_rows * dim_);
-    q_t_ = buffers[1].at_least(n_rows * dim_);
-    dout_ = buffers[2].at_least(n_rows * v_dim_);
-    dout_t_ = buffers[3].at_least(n_rows * v_dim_);
+    thread_local Buffer<C> row_buffer, pair_buffer, q_buffer, dout_buffer;
+    thread_local Buffer<float> dq_buffer, delta_buffer, shift_buffer;
+    const int64_t n_rows = group_ * padded_queries_, widest = std::max(dim_, v_dim_);
+    C *rows = row_buffer.at_least(QUERIES * widest), *pairs = pair_buffer.at_least(QUERIES * widest);
+    const auto transpose = [&](const T* from, int64_t stride, int64_t n_queries, int64_t n_cols, int64_t ld, C* to) {
+      copy_rows(from, stride, n_queries, n_cols, rows, ld);
+      transpose_to_pairs(rows, n_queries, ld, pairs, QUERIES);
+      split_pairs(pairs, QUERIES, ld, padded(n_queries), to);
+    };
+    q_t_ = q_buffer.at_least(n_rows * dim_);
+    dout_t_ = dout_buffer.at_least(n_rows * v_dim_);
     dq_ = dq_buffer.at_least(n_rows * dim_);
     delta_ = delta_buffer.at_least(n_rows);
+    shift_ = shift_buffer.at_least(n_rows);
     std::fill_n(delta_, n_rows, 0.0f);
+    std::fill_n(shift_, n_rows, 0.0f);
     for (int64_t g = 0; g < group_; g++) {
       const int64_t head = kv_head_ * group_ + g;
       for (int64_t query = 0; query < a_.queries; query += QUERIES) {
         const int64_t n_queries = std::min(QUERIES, a_.queries - query), row = g * padded_queries_ + query;
-        copy_rows(a_.q.at<const T>(batch_, head, query), a_.q.row, n_queries, a_.dim, q_ + row * dim_, dim_);
-        copy_rows(a_.dout.at<const T>(batch_, head, query), a_.dout.row, n_queries, a_.v_dim, dout_ + row * v_dim_,
-                  v_dim_);
-        if (a_.dk.data) {
-          transpose_to_pairs(q_ + row * dim_, n_queries, dim_, pairs, QUERIES);
-          split_pairs(pairs, QUERIES, dim_, padded(n_queries), q_t_ + row * dim_);
-        }
-        if (a_.dv.data) {
-          transpose_to_pairs(dout_ + row * v_dim_, n_queries, v_dim_, pairs, QUERIES);
-          split_pairs(pairs, QUERIES, v_dim_, padded(n_queries), dout_t_ + row * v_dim_);
-        }
-        if (!a_.out.data) continue;
-        for (int64_t r = 0; r < n_queries; r++) {
-          const T *dout = a_.dout.at<const T>(batch_, head, query + r), *out = a_.out.at<const T>(batch_, head, query + r);
-          Sum sum;
-          sum_columns(a_.v_dim, [&](int64_t column, auto lanes, int part) {
-            sum.parts[part] += load(dout + column, lanes) * load(out + column, lanes);
-          });
-          delta_[row + r] = sum.total();
+        const T *q = a_.q.at<const T>(batch_, head, query), *dout = a_.dout.at<const T>(batch_, head, query);
+        scores_.put_left(q, a_.q.row, n_queries, row);
+        if (a_.dk.data) transpose(q, a_.q.row, n_queries, a_.dim, dim_, q_t_ + row * dim_);
+        if (a_.dv.data) transpose(dout, a_.dout.row, n_queries, a_.v_dim, v_dim_, dout_t_ + row * v_dim_);
+        if (!a_.dq.data && !a_.dk.data) continue;
+        slopes_.put_left(dout, a_.dout.row, n_queries, row);
+        const T* out = a_.out.at<const T>(batch_, head, query);
+        for (int64_t r = row; r < row + n_queries; r++, out += a_.out.row) {
+          prefetch_row(out + AHEAD * a_.out.row, a_.v_dim);
+          const LeftProducts sums = slopes_.products_with(r, out);
+          delta_[r] = sums.with_row, shift_[r] = sums.with_mean;
         }
       }
     }
   }
 
   // Adds the contribution of one block of queries and one block of keys to the gradients.
-  void block(int64_t g, int64_t query, int64_t first, const C* keys_t, const C* values_t, const C* keys, float* dk,
-             float* dv) {
+  void block(int64_t g, int64_t query, int64_t first, const C* keys, float* dk, float* dv) {
     thread_local Buffer<float> score_buffer, dp_buffer;
     thread_local Buffer<C> p_buffer, ds_buffer, ds_pair_buffer;
     float *scores = score_buffer.at_least(QUERIES * block_keys_), *dp = dp_buffer.at_least(QUERIES * block_keys_);
     C *p = p_buffer.at_least(QUERIES * block_keys_), *ds = ds_buffer.at_least(QUERIES * block_keys_);
     C* ds_pairs = PAIRED<C> ? ds_pair_buffer.at_least(QUERIES * block_keys_) : ds;
-    const Head<T, C> head(a_, dropout_, batch_, kv_head_ * group_ + g);
+    const Head<T, C, R> head(a_, dropout_, batch_, kv_head_ * group_ + g);
     const int64_t n_queries = std::min(QUERIES, a_.queries - query), n_rows = padded(n_queries);
     const int64_t n_cols = padded(head.visible(query, n_queries, first)), row = g * padded_queries_ + query;
     if (!n_cols) return;
     const bool need_ds = a_.dq.data || a_.dk.data;
-    multiply(n_rows, n_cols, dim_, q_ + row * dim_, dim_, keys_t, block_keys_, scores, block_keys_, false);
-    if (need_ds)
-      multiply(n_rows, n_cols, v_dim_, dout_ + row * v_dim_, v_dim_, values_t, block_keys_, dp, block_keys_, false);
+    scores_.multiply(n_rows, n_cols, row, 0, scores);
+    if (need_ds) slopes_.multiply(n_rows, n_cols, row, 0, dp);
     const float* lse = a_.lse + (batch_ * a_.heads + kv_head_ * group_ + g) * a_.queries;
     for (int64_t r = 0; r < n_rows; r += 2) {
-      float lses[2];
+      float lses[2], factors[2];
       const uint16_t* numbers[2];
       for (int i = 0; i < 2; i++) {
-        head.finish_row(scores + (r + i) * block_keys_, query + r + i, first, n_cols);
+        head.finish_row(scores + (r + i) * block_keys_, scores_, row + r + i, 0, query + r + i, first, n_cols);
         lses[i] = r + i < n_queries ? lse[query + r + i] : 0;
         if (is_dead_row(lses[i])) lses[i] = revive(scores + (r + i) * block_keys_, n_cols, lses[i]);
         numbers[i] = head.numbers(query + r + i, first, n_cols, i);
+        factors[i] = need_ds && r + i < n_queries ? slopes_.factor(row + r + i) : 0;
       }
       for (int64_t column = 0; column < n_cols; column += LANES) {
         Float kept[2], slope[2];
         for (int i = 0; i < 2; i++) {
           const int64_t at = (r + i) * block_keys_ + column;
-          const Float probability = exponential_for(load(scores + at, AllLanes{}) - lses[i], C{});
+          const Float probability = exponential_for(load(scores + at, AllLanes{}) - lses[i], T{});
           kept[i] = numbers[i] ? dropout_.keep(probability, numbers[i] + column) : probability;
           if (!need_ds) continue;
-          slope[i] = kept[i] * dropout_.scale() * load(dp + at, AllLanes{}) - probability * delta_[row + r + i];
+          Float dprobability = slopes_.value(dp + at, column, factors[i]);
+          if constexpr (std::is_same_v<R, int8_t>) dprobability += shift_[row + r + i];
+          slope[i] = kept[i] * dropout_.scale() * dprobability - probability * delta_[row + r + i];
           store(ds + at, slope[i], AllLanes{});
         }
         if (a_.dv.data) store_pair(pair_at(p, block_keys_, r / 2, column), block_keys_, kept[0], kept[1]);
@@ -371,6 +364,15 @@ class Gradients {
       multiply(n_rows, padded(a_.dim), n_cols, ds, block_keys_, keys, dim_, dq_ + row * dim_, dim_, first > 0);
   }
 
+  static Dots<T, R>& score_dots() {
+    thread_local Dots<T, R> dots;
+    return dots;
+  }
+  static Dots<T, R>& slope_dots() {
+    thread_local Dots<T, R> dots;
+    return dots;
+  }
+
   // Writes the transpose of a sum (ld, block_keys_), times `factor`, to the rows of `to` starting at `first`.
   void write_transposed(const float* sum, int64_t n_keys, int64_t ld, int64_t n_cols, float factor, const Rows& to,
                         int64_t first) const {
@@ -380,6 +382,7 @@ class Gradients {
                     reinterpret_cast<uint32_t*>(rows), ld);
     for (int64_t row = 0; row < n_keys; row++) {
       T* result = to.at<T>(batch_, kv_head_, first + row);
+      prefetch_row<T, true>(result + AHEAD * to.row, n_cols);
       for_columns(n_cols, [&](int64_t column, auto lanes) {
         store(result + column, load(rows + row * ld + column, lanes) * factor, lanes);
       });
@@ -391,15 +394,19 @@ class Gradients {
   const int64_t batch_, kv_head_, group_ = a_.heads / a_.kv_heads, block_keys_ = keys_of_a_block(a_.keys);
   const int64_t dim_ = round_up(a_.dim, 2 * PAD), v_dim_ = round_up(a_.v_dim, 2 * PAD);
   const int64_t padded_queries_ = round_up(a_.queries, QUERIES);
-  C *q_, *q_t_, *dout_, *dout_t_;  // `_t_`: transposed, block by block
-  float *dq_, *delta_;
+  Dots<T, R>&scores_ = score_dots(), &slopes_ = slope_dots();  // q k^T and do v^T
+  C *q_t_, *dout_t_;  // transposed, block by block
+  float *dq_, *delta_, *shift_;  // `shift_`: the products of the output's gradients with the values' mean
 };
 
-// float16 is computed in float32. So is bfloat16, if the processor has no bfloat16 products.
 template <class Run>
-void with_types(int64_t dtype, Run&& run) {
-  if (dtype == BFLOAT16 && products.bfloat16) return run(bfloat16{}, bfloat16{});
-  with_dtype(dtype, [&](auto type) { run(type, float{}); });
+void with_types(const Arguments& a, Run&& run) {
+  const auto with_int8 = [&](auto type, auto compute) {
+    if (a.int8) return run(type, compute, int8_t{});
+    run(type, compute, compute);
+  };
+  if (a.compute_dtype == BFLOAT16) return with_int8(bfloat16{}, bfloat16{});
+  with_dtype(a.dtype, [&](auto type) { with_int8(type, float{}); });
 }
 
 int threads(const Arguments& a) { return useful_threads(a.n_threads, a.batches * a.heads * a.queries * a.keys); }
@@ -414,9 +421,9 @@ extern "C" {
 void fastln_attention_forward(const Arguments* arguments) {
   const Arguments& a = *arguments;
   const Dropout dropout(a.threshold, a.seed);
-  with_types(a.dtype, [&](auto type, auto compute) {
+  with_types(a, [&](auto type, auto compute, auto dots) {
     for_blocks(a.batches * a.heads, threads(a), [&](int64_t head) {
-      Head<decltype(type), decltype(compute)>(a, dropout, head / a.heads, head % a.heads).forward();
+      Head<decltype(type), decltype(compute), decltype(dots)>(a, dropout, head / a.heads, head % a.heads).forward();
     });
   });
 }
@@ -424,9 +431,9 @@ void fastln_attention_forward(const Arguments* arguments) {
 void fastln_attention_backward(const Arguments* arguments) {
   const Arguments& a = *arguments;
   const Dropout dropout(a.threshold, a.seed);
-  with_types(a.dtype, [&](auto type, auto compute) {
+  with_types(a, [&](auto type, auto compute, auto dots) {
     for_blocks(a.batches * a.kv_heads, threads(a), [&](int64_t head) {
-      Gradients<decltype(type), decltype(compute)>(a, dropout, head / a.kv_heads, head % a.kv_heads).run();
+      Gradients<decltype(type), decltype(compute), decltype(dots)>(a, dropout, head / a.kv_heads, head % a.kv_heads).run();
     });
   });
 }

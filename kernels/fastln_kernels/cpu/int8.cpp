@@ -14,7 +14,7 @@ namespace {
 
 constexpr int64_t COLS = 64;  // columns of the result per product: a block that is turned, too
 constexpr int64_t ROWS = 128;  // rows per product
-constexpr int64_t INNER = 4096;  // most inner columns per product
+constexpr int64_t INNER = 768;  // most inner columns per product: 48 KB of weight, which nearly fit into the L1 cache
 constexpr int64_t BLOCK_BYTES = 512 << 10;  // bytes of weight packed at once, in the L2 cache
 constexpr int64_t CHUNK = 1024;  // most rows per thread
 static_assert(COLS == TURNED);
@@ -112,8 +112,8 @@ class Multiply {
       const int64_t row = first_row + done, count = std::min(ROWS, n_rows - done);
       for (int64_t col = 0; col < n_cols; col += COLS) {
         const int64_t width = std::min(COLS, n_cols - col);
-        for (int64_t inner = 0; inner < a_.n_padded; inner += INNER) {
-          products.int8(padded(count), padded(width), std::min(INNER, a_.n_padded - inner), a_.n_padded, COLS, COLS,
+        for (int64_t inner = 0; inner < a_.n_padded; inner += most_inner_) {
+          products.int8(padded(count), padded(width), std::min(most_inner_, a_.n_padded - inner), a_.n_padded, COLS, COLS,
                         inner > 0, a_.rows + row * a_.n_padded + inner, operand + (col * a_.n_padded + inner * COLS), sums,
                         true);
         }
@@ -182,6 +182,8 @@ class Multiply {
 
   const Product8Arguments& a_;
   const int64_t n_cols_ = a_.backward ? a_.n_weight_cols : a_.n_weight_rows;
+  // Equal parts of a row, whole cache lines each.
+  const int64_t most_inner_ = blocks(a_.n_padded / COLS, blocks(a_.n_padded, INNER)) * COLS;
   const int64_t n_inner_ = a_.backward ? a_.n_weight_rows : a_.n_weight_cols;
 };
 

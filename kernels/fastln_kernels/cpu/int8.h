@@ -71,9 +71,13 @@ struct Top {
   float largest() const {
     const Int left = bits[0] > bits[1] ? bits[0] : bits[1], right = bits[2] > bits[3] ? bits[2] : bits[3];
     const Int both = left > right ? left : right;
+#if defined(FASTLN_AVX512)
+    return bits_as<float>(_mm512_reduce_max_epi32(bits_as<__m512i>(both)));
+#else
     int32_t top = both[0];
     for (int lane = 1; lane < LANES; lane++) top = std::max(top, both[lane]);
     return bits_as<float>(top);
+#endif
   }
 };
 

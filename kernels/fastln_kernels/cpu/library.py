@@ -8,7 +8,8 @@ compiler, flags, processor.
 
 Environment variables: `FASTLN_CPU_KERNELS=0` turns compiled kernels off. `CXX` sets the compiler. `FASTLN_CPU_ARCH`
 replaces `native` in `-march=native`. `FASTLN_CPU_WARNINGS=1` turns every warning about our sources into an error (for
-tests).
+tests). `FASTLN_CPU_UNIT=bfloat16` or `float32` says in which of them bfloat16 rows are multiplied, instead of the
+faster (`units.py`).
 """
 
 import ctypes
@@ -117,7 +118,7 @@ def _build(name: str) -> Path:
         version,
         *flags,
         *more_flags,
-        _processor(),
+        processor(),
     ):
         depends.update(part.encode() + b"\0")
     directory = cache_directory()
@@ -153,8 +154,8 @@ def _run(command: Sequence[str]) -> subprocess.CompletedProcess[str]:
     return done
 
 
-def _processor() -> str:
-    """Return the facts about the processor that -march=native depends on."""
+def processor() -> str:
+    """Return the facts about the processor that -march=native depends on, as text."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:

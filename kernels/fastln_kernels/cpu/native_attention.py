@@ -1,8 +1,9 @@
 """Attention for CPU tensors, computed by the compiled kernels of `attention.cpp`; `reference_attention` defines it.
 
-The kernels take float32, bfloat16 and float16 and sum in float32. Each thread holds the scores of 64 queries and at
-most 320 keys, for any sequence length. It also holds one head in the memory layouts that products need. Results do not
-depend on the number of threads.
+The kernels take float32, bfloat16 and float16 and sum in float32. bfloat16 is multiplied in the unit that is faster on
+this machine (`units`), float16 as float32, and products of rows with rows also in 8 bits. Each thread holds the scores
+of 64 queries and at most 320 keys, for any sequence length. It also holds one head in the memory layouts that products
+need. Results do not depend on the number of threads.
 """
 
 import ctypes
@@ -13,8 +14,8 @@ from ctypes import c_double, c_int64, c_void_p
 import torch
 from torch import Tensor
 
-from fastln_kernels.cpu import products
-from fastln_kernels.cpu.library import DTYPES
+from fastln_kernels.cpu import products, units
+from fastln_kernels.cpu.library import DTYPES, KernelsUnavailableError
 from fastln_kernels.reference import dropout_threshold
 from fastln_kernels.reference_attention import (
     AttentionBackward,
@@ -40,8 +41,9 @@ class _Arguments(ctypes.Structure):
     """The struct `Arguments` in `attention.cpp`."""
 
     _fields_ = (
-        *((name, c_int64) for name in ("dtype", "n_threads", "batches", "heads", "kv_heads", "queries", "keys")),
-        *((name, c_int64) for name in ("dim", "v_dim", "causal", "mask_dtype", "threshold")),
+        *((name, c_int64) for name in ("dtype", "compute_dtype", "int8", "n_threads", "batches", "heads")),
+        *((name, c_int64) for name in ("kv_heads", "queries", "keys", "dim", "v_dim")),
+        *((name, c_int64) for name in ("causal", "mask_dtype", "threshold")),
         ("seed", c_void_p),
         ("scale", c_double),
         *((name, _Rows) for name in ("q", "k", "v", "mask", "out", "dout", "dq", "dk", "dv")),
@@ -56,7 +58,7 @@ def attention_forward(request: AttentionForward) -> AttentionOutputs:
     float16.
 
     Raises:
-        KernelsUnavailableError: If there are no compiled kernels.
+        KernelsUnavailableError: If there are no compiled kernels, or no products in 8 bits that were asked for.
     """
     q, k, v = request.q, request.k, request.v
     (n_batches, n_heads, n_queries, _), v_dim = q.shape, v.shape[-1]
@@ -74,7 +76,7 @@ def attention_backward(request: AttentionBackward) -> AttentionGradients:
     Arguments and results are those of `fastln_kernels.reference_attention.attention_backward`.
 
     Raises:
-        KernelsUnavailableError: If there are no compiled kernels.
+        KernelsUnavailableError: If there are no compiled kernels, or no products in 8 bits that were asked for.
     """
     q, k, v = request.forward[:3]
     wanted = {"dq": (q, request.need_dq), "dk": (k, request.need_dk), "dv": (v, request.need_dv)}
@@ -96,6 +98,8 @@ def attention_backward(request: AttentionBackward) -> AttentionGradients:
 
 def _call(symbol: str, request: AttentionForward, more: dict[str, Tensor], lse: Tensor) -> None:
     """Call a kernel with the tensors in `request` and `more`, and with `lse`."""
+    if request.int8 and not products.in_8_bits("attention"):
+        raise KernelsUnavailableError("this processor has no units for products in 8 bits")
     # Copies must live until the kernel has run.
     tensors = {
         name: x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
@@ -105,6 +109,8 @@ def _call(symbol: str, request: AttentionForward, more: dict[str, Tensor], lse: 
     q, k, v = tensors["q"], tensors["k"], tensors["v"]
     arguments = _Arguments(
         dtype=DTYPES[q.dtype],
+        compute_dtype=DTYPES[units.compute_dtype(q.dtype)],
+        int8=request.int8,
         n_threads=torch.get_num_threads(),
         batches=q.shape[0],
         heads=q.shape[1],

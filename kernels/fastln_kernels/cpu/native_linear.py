@@ -8,10 +8,11 @@ from ctypes import c_int64, c_void_p
 import torch
 from torch import Tensor
 
-from fastln_kernels.cpu import products
+from fastln_kernels.cpu import products, units
 from fastln_kernels.cpu.library import DTYPES
 
-_MULTIPLE = 16  # the widths must be multiples of this
+_MULTIPLE = 16  # the length of a weight's rows must be a multiple of this
+_ROW_DTYPES = (torch.float32, torch.bfloat16)
 _ROWS = 32  # with fewer rows, packing the weight does not pay
 
 
@@ -19,7 +20,7 @@ class _Arguments(ctypes.Structure):
     """The struct `Arguments` in `linear.cpp`."""
 
     _fields_ = (
-        *((name, c_int64) for name in ("dtype", "parameter_dtype", "n_threads")),
+        *((name, c_int64) for name in ("dtype", "parameter_dtype", "compute_dtype", "n_threads")),
         *((name, c_int64) for name in ("n_rows", "n_inner", "n_cols", "transpose")),
         *((name, c_void_p) for name in ("x", "weight", "bias", "y")),
         *((name, c_int64) for name in ("x_stride", "weight_stride")),
@@ -43,24 +44,28 @@ def has_own(x: Tensor, weight: Tensor, bias: Tensor | None, *, transpose: bool =
     n_cols, n_inner = weight.shape if transpose else reversed(weight.shape)
     return (
         x.shape[-1] == n_inner
-        and n_inner > 0 == n_inner % _MULTIPLE
-        and n_cols > 0 == n_cols % _MULTIPLE
+        and min(n_inner, n_cols) >= _MULTIPLE
+        and weight.shape[1] % _MULTIPLE == 0
+        and (weight.shape[0] % _MULTIPLE == 0 or units.compute_dtype(x.dtype) != x.dtype)  # else torch is as fast
         and x.numel() >= _ROWS * n_inner
         and weight.dtype in (x.dtype, torch.float32)
         and weight.is_contiguous()
         and (bias is None or (bias.dtype == weight.dtype and bias.shape == (n_cols,) and bias.is_contiguous()))
-        and x.dtype in products.usable("linear")
+        and x.dtype in _ROW_DTYPES
         and bool(torch.backends.mkldnn.enabled)  # otherwise torch refuses the products
+        and units.compute_dtype(x.dtype) in products.usable("linear")
     )
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, transpose: bool = True) -> Tensor:
     """Compute `fastln_kernels.reference.linear`, summed in float32 and rounded once.
 
+    bfloat16 is multiplied in the units that are faster on this machine (`units.compute_dtype`).
+
     Args:
         x: `(n_rows, n_inner)`, float32 or bfloat16.
-        weight: `(n_cols, n_inner)`, or `(n_inner, n_cols)` if `transpose` is False; contiguous, both widths positive
-            multiples of 16. Its dtype is that of `x`, or float32, which is then rounded to the dtype of `x`.
+        weight: `(n_cols, n_inner)`, or `(n_inner, n_cols)` if `transpose` is False; contiguous, its rows a multiple of
+            16 long. Its dtype is that of `x`, or float32, which is then rounded to the dtype of `x`.
         bias: `(n_cols,)`, contiguous, in the dtype of `weight`, or None.
         transpose: Whether the rows of `weight` belong to the columns of the result.
 
@@ -79,6 +84,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, transpose: 
     arguments = _Arguments(
         dtype=DTYPES[x.dtype],
         parameter_dtype=DTYPES[weight.dtype],
+        compute_dtype=DTYPES[units.compute_dtype(x.dtype)],
         n_threads=torch.get_num_threads(),
         n_rows=n_rows,
         n_inner=n_inner,

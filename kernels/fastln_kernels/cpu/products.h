@@ -101,6 +101,14 @@ inline C* pair_at(C* operand, int64_t ld, int64_t i, int64_t column) {
   return operand + 2 * i * ld + (PAIRED<C> ? 2 * column : column);
 }
 
+constexpr int64_t AHEAD = 16;  // rows are too far apart for the processor's own prefetchers
+
+template <class T, bool TO_WRITE = false>
+inline void prefetch_row(const T* row, int64_t n_cols) {
+  for (int64_t column = 0; column < n_cols; column += 64 / static_cast<int64_t>(sizeof(T)))
+    __builtin_prefetch(row + column, TO_WRITE);
+}
+
 // Copies `n_rows` rows of `n_cols` into a first operand (padded, ld) and fills the rest with zeros. `ld` is a multiple
 // of PAD.
 template <class T, class C>
@@ -108,6 +116,7 @@ void copy_rows(const T* rows, int64_t stride, int64_t n_rows, int64_t n_cols, C*
   for (int64_t row = 0; row < padded(n_rows); row++, to += ld) {
     std::memset(to, 0, row < n_rows && n_cols == ld ? 0 : ld * sizeof(C));
     if (row >= n_rows) continue;
+    prefetch_row(rows + (row + AHEAD) * stride, n_cols);
     if constexpr (std::is_same_v<T, C>) {
       std::copy_n(rows + row * stride, n_cols, to);
     } else {
@@ -135,7 +144,6 @@ inline void pair_columns(const T* even, const T* odd, C* to, int64_t ld) {
 // Copies `n_rows` rows of `n_cols` into a second operand and fills the rest with zeros.
 template <class T, class C>
 void pair_rows(const T* rows, int64_t stride, int64_t n_rows, int64_t n_cols, C* to, int64_t ld) {
-  constexpr int64_t AHEAD = 16;  // rows are too far apart for the processor's own prefetchers
   for (int64_t row = 0; row < padded(n_rows); row += 2) {
     const T* from = rows + row * stride;
     for (int64_t column = 0; column < padded(n_cols); column += LANES) {

@@ -15,8 +15,15 @@ fastln's compiled kernels compute attention of CPU tensors. Without them, or if 
 plain PyTorch computes training with dropout, in blocks, so that nothing of the size of the scores is kept. Everything
 else (other devices, float64, masks that need a gradient, torch.func's transforms) goes to torch's own
 `scaled_dot_product_attention`.
+
+With `products="int8"` the compiled kernels multiply q kᵀ and do vᵀ in 8 bits where that pays; `why_exact` says where it
+does not. What is kept stays exact.
 """
 
+import functools
+import logging
+import math
+import os
 from collections.abc import Callable
 from types import ModuleType
 from typing import Any, NamedTuple
@@ -30,12 +37,22 @@ from fastln.ops.backends import resolve
 from fastln.ops.dispatch import Ways, call, define, is_transformed, wants_gradient
 from fastln.ops.settings import DEFAULT, SCHEMA, OpSettings
 from fastln_kernels import reference_attention
-from fastln_kernels.cpu import native_attention
+from fastln_kernels.cpu import native_attention, products, units
 from fastln_kernels.cpu.library import DTYPES
 from fastln_kernels.reference import arithmetic_dtype
 from fastln_kernels.reference_attention import AttentionBackward, AttentionForward, AttentionGradients
 
+logger = logging.getLogger(__name__)
+
 _FEW_QUERIES = 16
+
+SWITCH = "FASTLN_CPU_INT8_ATTENTION"
+"""The environment variable that settles whether attention runs in 8 bits with `products="int8"`: 1 or 0."""
+
+# What 8 bits cost, measured on an Intel server at 3 GHz: to round a row, and to scale what it gives with another row.
+_ROW_SECONDS, _SCORE_SECONDS = 40e-9, 0.1e-9
+_USUAL_COLUMNS = 64  # of a head
+_MULTIPLE = 32  # the kernels pad heads to multiples of this
 
 
 class _Arguments(NamedTuple):
@@ -158,6 +175,87 @@ def has_own(
     return trained and dropout > 0
 
 
+def why_exact(
+    settings: OpSettings,
+    device: torch.device,
+    dtype: torch.dtype,
+    *,
+    dim: int | None = None,
+    n_queries: int | None = None,
+    n_keys: int | None = None,
+) -> str | None:
+    """Say why attention's products are exact; None if q kᵀ and do vᵀ run in 8 bits.
+
+    Args:
+        settings: Which backend computes, and in which form.
+        device: The device of the tensors; the meta device counts as a CPU.
+        dtype: Their dtype.
+        dim: The width of a head; None if it is not known, which counts as 64.
+        n_queries: The number of queries; None if it is not known, which counts as many.
+        n_keys: The number of keys; likewise.
+
+    Raises:
+        FastLNError: If the backend cannot run on this device, or `FASTLN_CPU_INT8_ATTENTION` has no valid value.
+    """
+    if settings.products != "int8":
+        return "products are exact"
+    device = torch.device("cpu") if device.type == "meta" else device
+    reason = _why_exact_here(settings, device, dtype, os.environ.get(SWITCH, ""))
+    if reason is None and not torch.backends.mkldnn.enabled:
+        reason = "oneDNN is switched off"
+    if reason is not None or os.environ.get(SWITCH) == "1":
+        return reason
+    dim = _USUAL_COLUMNS if dim is None else max(dim, 1)
+    few = _tokens_to_gain(dim, dtype)
+    if isinstance(few, str):
+        return few
+    if any(number is not None and number < few for number in (n_queries, n_keys)):
+        return f"with heads of {dim} columns, too few tokens to gain (under {few})"
+    return None
+
+
+@functools.cache
+def _tokens_to_gain(dim: int, dtype: torch.dtype) -> int | str:
+    """Return from how many tokens on 8 bits are faster by the rates of this machine's units, or why they never are."""
+    measured, name = units.rates(), str(units.compute_dtype(dtype)).removeprefix("torch.")
+    exact, int8 = measured[name], measured["int8"]
+    gained = 2 * math.ceil(dim / _MULTIPLE) * _MULTIPLE * (1 / exact - 1 / int8) - _SCORE_SECONDS
+    if gained > 0:
+        return math.ceil(_ROW_SECONDS / gained)
+    return (
+        f"with heads of {dim} columns, units in 8 bits are too little faster here: {int8 / 1e9:.0f} GFLOP/s a thread, "
+        f"{name} {exact / 1e9:.0f}"
+    )
+
+
+@functools.cache
+def _why_exact_here(settings: OpSettings, device: torch.device, dtype: torch.dtype, switch: str) -> str | None:
+    """Say why attention is exact at any size; None if it is not."""
+    if switch not in ("", "0", "1"):
+        raise FastLNError(f"{SWITCH} is {switch!r}; it must be 0 or 1, or unset")
+    choice = resolve("attention", device, settings)
+    if choice.module != "cpu.native_attention" or dtype not in DTYPES:
+        return "only fastln's compiled kernels for CPUs compute attention in 8 bits"
+    if not products.in_8_bits("attention"):
+        return "this processor has no units for products in 8 bits (VNNI or AMX)"
+    return f"{SWITCH}=0 turns it off" if switch == "0" else None
+
+
+def _in_8_bits(q: Tensor, k: Tensor, settings: OpSettings) -> bool:
+    """Whether the kernels multiply in 8 bits, which forward and backward decide alike."""
+    if settings.products != "int8":
+        return False
+    reason = why_exact(settings, q.device, q.dtype, dim=q.shape[3], n_queries=q.shape[2], n_keys=k.shape[2])
+    if reason is not None:
+        _tell(reason)
+    return reason is None
+
+
+@functools.cache
+def _tell(reason: str) -> None:
+    logger.info("attention is exact in spite of products='int8': %s", reason)
+
+
 def _has_kernels(x: Tensor, settings: OpSettings) -> bool:
     """Whether compiled kernels exist for tensors like `x`."""
     has_library = _has_library(torch.device("cpu") if x.is_meta else x.device, settings)
@@ -183,13 +281,15 @@ def _forward(
     q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, seed: Tensor | None, arguments: _Arguments
 ) -> tuple[Tensor, Tensor]:
     scale, causal, dropout, settings = arguments
-    request = AttentionForward(q, k, v, scale, causal, mask, dropout, seed)
+    request = AttentionForward(q, k, v, scale, causal, mask, dropout, seed, _in_8_bits(q, k, settings))
     out, lse = _kernels_for(q, settings).attention_forward(request)
     return out, lse
 
 
 def _backward(request: AttentionBackward, arguments: _Arguments) -> AttentionGradients:
-    gradients: AttentionGradients = _kernels_for(request.forward.q, arguments.settings).attention_backward(request)
+    forward, settings = request.forward, arguments.settings
+    request = request._replace(forward=forward._replace(int8=_in_8_bits(forward.q, forward.k, settings)))
+    gradients: AttentionGradients = _kernels_for(forward.q, settings).attention_backward(request)
     return gradients
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from fastln.errors import FastLNError
 from fastln.ops.settings import BACKENDS, OpSettings
-from fastln_kernels.cpu import library, products
+from fastln_kernels.cpu import library, products, units
 
 __all__ = ["BACKENDS", "OPERATIONS", "Choice", "implementation", "resolve"]
 
@@ -125,7 +125,7 @@ def resolve(op: str, device: torch.device, settings: OpSettings) -> Choice:
         settings: The settings that name the backend.
 
     Raises:
-        FastLNError: If the backend that the settings name cannot run on this device.
+        FastLNError: If the backend that the settings name cannot run on this device, or FASTLN_CPU_UNIT is no choice.
     """
     asked, available, passed_over = settings.backend, dict(_TABLE[op]), []
     may_be_cpu = device.type == "cpu" and (asked == "cpu" or asked not in available)
@@ -190,8 +190,13 @@ def _no_library(kernels: _Kernels) -> str | None:
     """Say why the compiled library that these kernels need is not available; None if it is."""
     if kernels.library is None:
         return None
-    why_not = products.why_not if kernels.library in products.LIBRARIES else library.why_not
-    return why_not(kernels.library)
+    if kernels.library not in products.LIBRARIES:
+        return library.why_not(kernels.library)
+    try:
+        units.forced()
+    except ValueError as error:
+        raise FastLNError(str(error)) from error
+    return products.why_not(kernels.library)
 
 
 def _obstacle(backend: str, device: torch.device) -> str | None:

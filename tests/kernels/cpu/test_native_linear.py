@@ -12,14 +12,25 @@ import pytest
 import torch
 
 from fastln_kernels import reference
-from fastln_kernels.cpu import native_linear, products
+from fastln_kernels.cpu import native_linear, products, units
 
 pytestmark = pytest.mark.skipif(products.why_not("linear") is not None, reason=f"{products.why_not('linear')}")
 
 U = 2.0**-24
-DTYPES = sorted(products.usable("linear"), key=str) if products.why_not("linear") is None else [torch.float32]
+# The dtype of the rows, and the units that multiply them.
+CASES = [(torch.float32, "float32"), (torch.bfloat16, "float32")]
+if products.why_not("linear") is None and torch.bfloat16 in products.usable("linear"):
+    CASES.append((torch.bfloat16, "bfloat16"))
 # (n_rows, n_inner, n_cols): rows that are no multiple of 16; widths that no block divides; several blocks of each kind.
 SHAPES = [(1, 16, 16), (7, 48, 80), (33, 96, 208), (128, 768, 64), (300, 1168, 112), (130, 3088, 48), (1000, 32, 16)]
+
+
+@pytest.fixture(params=CASES, ids=lambda case: f"{case[0]}-as-{case[1]}")
+def dtype(request, monkeypatch):
+    """The dtype of rows, whose units are chosen for the test."""
+    dtype, unit = request.param
+    monkeypatch.setenv(units.VARIABLE, unit)
+    return dtype
 
 
 def normal(*shape, dtype=torch.float32, seed=0):
@@ -39,7 +50,6 @@ def assert_close(y, x, weight, bias, transpose):
     assert error <= (1 + 2 / math.sqrt(y.numel())) * size * (arithmetic + storage)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("transpose", [True, False])
 @pytest.mark.parametrize("with_bias", [True, False])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
@@ -51,10 +61,11 @@ def test_against_the_definition(shape, with_bias, transpose, dtype):
     assert_close(native_linear.linear(x, weight, bias, transpose=transpose), x, weight, bias, transpose)
 
 
-@pytest.mark.skipif(torch.bfloat16 not in DTYPES, reason="no bfloat16 here")
+@pytest.mark.parametrize("unit", [unit for dtype, unit in CASES if dtype == torch.bfloat16])
 @pytest.mark.parametrize("transpose", [True, False])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_a_float32_weight_is_rounded_to_bfloat16_rows(shape, transpose):
+def test_a_float32_weight_is_rounded_to_bfloat16_rows(shape, transpose, unit, monkeypatch):
+    monkeypatch.setenv(units.VARIABLE, unit)
     n_rows, n_inner, n_cols = shape
     x = normal(n_rows, n_inner, dtype=torch.bfloat16)
     weight = normal(*((n_cols, n_inner) if transpose else (n_inner, n_cols)), seed=1)
@@ -66,7 +77,6 @@ def test_a_float32_weight_is_rounded_to_bfloat16_rows(shape, transpose):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("transpose", [True, False])
 def test_more_rows_than_a_thread_takes_and_wider_than_a_product(transpose, dtype):
     x = normal(4500, 6304, dtype=dtype)
@@ -74,7 +84,6 @@ def test_more_rows_than_a_thread_takes_and_wider_than_a_product(transpose, dtype
     assert_close(native_linear.linear(x, weight, transpose=transpose), x, weight, None, transpose)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("transpose", [True, False])
 def test_the_number_of_threads_changes_no_bit(transpose, dtype):
     x, weight = (
@@ -93,7 +102,21 @@ def test_the_number_of_threads_changes_no_bit(transpose, dtype):
     assert torch.equal(results[0], results[2])
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("n_classes", [16, 17, 81, 1555])
+@pytest.mark.parametrize("wide", [True, False])
+def test_a_weight_may_have_any_number_of_rows(n_classes, wide, dtype):
+    weight = normal(n_classes, 96, dtype=torch.float32 if wide else dtype, seed=1)
+    rounded = weight.to(dtype)
+    x, dy = normal(40, 96, dtype=dtype), normal(70, n_classes, dtype=dtype)
+    bias = normal(n_classes, dtype=weight.dtype, seed=2)
+    if n_classes % 16:
+        takes = units.compute_dtype(dtype) != dtype
+        assert native_linear.has_own(x, weight, bias) == takes
+        assert native_linear.has_own(dy, weight, None, transpose=False) == takes
+    assert_close(native_linear.linear(x, weight, bias), x, rounded, bias, True)
+    assert_close(native_linear.linear(dy, weight, transpose=False), dy, rounded, None, False)
+
+
 def test_rows_with_strides_and_rows_that_overlap(dtype):
     wide = normal(64, 192, dtype=dtype)
     weight = normal(32, 64, dtype=dtype, seed=1)
@@ -105,7 +128,6 @@ def test_rows_with_strides_and_rows_that_overlap(dtype):
     assert torch.equal(native_linear.linear(x, inside), native_linear.linear(x.contiguous(), inside.clone()))
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("transpose", [True, False])
 def test_reads_and_writes_nothing_beside_its_tensors(transpose, dtype):
     def guarded(*shape, seed):
@@ -114,13 +136,12 @@ def test_reads_and_writes_nothing_beside_its_tensors(transpose, dtype):
         whole[128 : 128 + n] = normal(n, dtype=dtype, seed=seed)
         return whole[128 : 128 + n].view(shape)
 
-    n_rows, n_inner, n_cols = 37, 112, 80
+    n_rows, n_inner, n_cols = (37, 112, 83) if transpose else (37, 109, 80)
     x, bias = guarded(n_rows, n_inner, seed=0), guarded(n_cols, seed=2)
     weight = guarded(*((n_cols, n_inner) if transpose else (n_inner, n_cols)), seed=1)
     assert_close(native_linear.linear(x, weight, bias, transpose=transpose), x, weight, bias, transpose)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("special", [math.nan, math.inf])
 def test_what_is_not_finite_stays_in_its_row(special, dtype):
     x, weight = normal(40, 64, dtype=dtype), normal(32, 64, dtype=dtype, seed=1)
@@ -132,6 +153,15 @@ def test_what_is_not_finite_stays_in_its_row(special, dtype):
     assert torch.equal(y[others], clean[others])
 
 
+def test_bfloat16_rows_need_no_bfloat16_units(monkeypatch):
+    x, weight = normal(64, 64, dtype=torch.bfloat16), normal(32, 64, dtype=torch.bfloat16)
+    monkeypatch.setattr(products, "usable", lambda name: frozenset({torch.float32}))
+    monkeypatch.setenv(units.VARIABLE, "float32")
+    assert native_linear.has_own(x, weight, None)
+    monkeypatch.setattr(units, "compute_dtype", lambda dtype: dtype)
+    assert not native_linear.has_own(x, weight, None)
+
+
 def test_what_it_does_not_take():
     x, weight = normal(64, 64), normal(32, 64)
     assert native_linear.has_own(x, weight, normal(32))
@@ -140,6 +170,7 @@ def test_what_it_does_not_take():
     assert not native_linear.has_own(x, weight.bfloat16(), None)
     assert not native_linear.has_own(x, weight, normal(32).bfloat16())
     assert not native_linear.has_own(x, normal(33, 64), None)
+    assert not native_linear.has_own(x, normal(64, 33), None, transpose=False)
     assert not native_linear.has_own(x, normal(64, 32).t(), None)
     assert not native_linear.has_own(x[:31], weight, None)
     assert not native_linear.has_own(x[:0], weight, None)

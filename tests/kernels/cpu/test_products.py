@@ -12,7 +12,7 @@ from fastln_kernels.cpu import library, products
 pytestmark = pytest.mark.skipif(library.why_not("attention") is not None, reason=f"{library.why_not('attention')}")
 
 
-CACHED = (products.usable, products.why_not, products._warn, resolve)
+CACHED = (products._taken, products.why_not, products._warn, resolve)
 
 
 @pytest.fixture(autouse=True)
@@ -40,7 +40,9 @@ def test_without_torch_s_products_one_line_says_so_and_torch_serves(monkeypatch,
     x, weight = torch.randn(40, 64), torch.randn(32, 64)
     assert torch.equal(ops.linear(x, weight), functional.linear(x, weight))
     assert [record.levelname for record in caplog.records if record.name == "fastln"] == ["WARNING"]
-    assert "attention and frozen linear layers run on torch's own code" in caplog.text
+    assert (
+        "attention and frozen linear layers and frozen linear layers in 8 bits run on torch's own code" in caplog.text
+    )
     assert "does not export its block products" in caplog.text
 
 

@@ -1,0 +1,136 @@
+"""Which of the processor's units multiply blocks fastest, measured once per machine.
+
+Vector units that multiply bfloat16 can be slower than the same processor's float32: by half on Intel's servers without
+matrix units. Rows in bfloat16 are then converted in the cache and multiplied as float32. With AMX, or on Zen 4,
+bfloat16 is faster.
+
+The rates are kept in a file beside the compiled libraries, so that every process on a machine chooses alike and its
+results have the same bits. FASTLN_CPU_UNIT=bfloat16 or float32 chooses without regard to the rates.
+"""
+
+import ctypes
+import functools
+import hashlib
+import json
+import logging
+import os
+import tempfile
+from ctypes import c_double
+from pathlib import Path
+
+import torch
+
+from fastln_kernels.cpu import library, products
+from fastln_kernels.cpu.library import KernelsUnavailableError
+
+logger = logging.getLogger("fastln")
+
+VARIABLE = "FASTLN_CPU_UNIT"
+UNITS = {"bfloat16": torch.bfloat16, "float32": torch.float32}
+_NAMES = ("float32", "bfloat16", "float16", "int8")  # in the order of dispatch.h
+_GAIN = 1.15  # float32 must be so many times as fast, because rows and weights are converted
+
+
+def compute_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Return the dtype in which blocks of this dtype are multiplied fastest on this machine.
+
+    Args:
+        dtype: float32, bfloat16 or float16. For bfloat16 it is bfloat16 or float32; for the others float32.
+
+    Raises:
+        ValueError: If FASTLN_CPU_UNIT is neither empty, bfloat16 nor float32, or names products that do not work here.
+    """
+    return _for_bfloat16(forced()) if dtype == torch.bfloat16 else torch.float32
+
+
+def forced() -> str | None:
+    """Return the choice of FASTLN_CPU_UNIT; None if it is empty or not set.
+
+    Raises:
+        ValueError: If it is no choice.
+    """
+    name = os.environ.get(VARIABLE)
+    if name and name not in UNITS:
+        raise ValueError(f"{VARIABLE} is {name!r}; it must be {' or '.join(UNITS)}, or unset")
+    return name or None
+
+
+@functools.cache
+def _for_bfloat16(wanted: str | None) -> torch.dtype:
+    measured = rates()
+    if wanted:
+        if measured and wanted not in measured:
+            raise ValueError(f"{VARIABLE} is {wanted}, but {wanted} products do not work on this processor")
+        return UNITS[wanted]
+    float32, bfloat16 = (measured.get(name, 0.0) for name in ("float32", "bfloat16"))
+    if float32 <= _GAIN * bfloat16:
+        return torch.bfloat16
+    if bfloat16:
+        logger.info(
+            "bfloat16 rows are multiplied as float32: measured at %.0f GFLOP/s a thread here; bfloat16 reaches %.0f "
+            "(%s=bfloat16 would take it)",
+            float32 / 1e9,
+            bfloat16 / 1e9,
+            VARIABLE,
+        )
+    else:
+        logger.info("bfloat16 rows are multiplied as float32: this processor has no bfloat16 products")
+    return torch.float32
+
+
+@functools.cache
+def rates() -> dict[str, float]:
+    """Return the operations per second that one thread reaches in products of blocks, by the name of the dtype.
+
+    The names are float32, bfloat16 and int8, without those whose products do not work here; none if no products work.
+    They are measured, in a tenth of a second, unless this machine has a file of them.
+    """
+    path = _file()
+    if (kept := _read(path)) is not None:
+        return kept
+    try:
+        measured = _measure()
+    except KernelsUnavailableError:  # a warning has told why
+        return {}
+    return _keep(path, measured)
+
+
+def _measure() -> dict[str, float]:
+    products.usable("units")  # passes the products to the library
+    found = (c_double * len(_NAMES))()
+    library.function("units", "fastln_unit_rates", (ctypes.POINTER(c_double),))(found)
+    return {name: rate for name, rate in zip(_NAMES, found, strict=True) if rate}
+
+
+def _file() -> Path:
+    """Return the path of this machine's rates. Its name has a hash of all that they depend on."""
+    limits = sorted(f"{name}={value}" for name, value in os.environ.items() if "_CPU_ISA" in name)  # oneDNN's
+    depends = "\0".join((library.processor(), torch.__version__, *limits))
+    return library.cache_directory() / f"units-{hashlib.sha256(depends.encode()).hexdigest()[:32]}.json"
+
+
+def _read(path: Path) -> dict[str, float] | None:
+    """Return the rates in a file; None if there is none, or if its content is damaged."""
+    try:
+        kept = json.loads(path.read_text())
+        return {name: float(kept[name]) for name in _NAMES if name in kept} if kept["float32"] > 0 else None
+    except (OSError, ValueError, TypeError, KeyError):
+        return None
+
+
+def _keep(path: Path, measured: dict[str, float]) -> dict[str, float]:
+    """Write rates into a file, and return what is in it: the rates of the first process that wrote."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=path.parent) as scratch:
+            made = Path(scratch) / path.name
+            made.write_text(json.dumps(measured))
+            try:
+                os.link(made, path)  # atomic, and fails if the file exists
+            except OSError:
+                if (kept := _read(path)) is not None:
+                    return kept
+                made.replace(path)  # a damaged file, or a file system without links
+    except OSError as error:
+        logger.warning("the rates of this processor's units are measured again in each process: %s", error)
+    return measured
