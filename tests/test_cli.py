@@ -217,7 +217,7 @@ def test_doctor_says_where_torch_lacks_the_products_of_blocks(monkeypatch):
     monkeypatch.setattr(products, "why_not", lambda name: "torch 9.9 exports no products of blocks")
     lines = doctor.render(doctor.examine()).splitlines()
     told = [line.split()[0] for line in lines if "torch 9.9 exports no products of blocks" in line]
-    assert told == ["slower", "attention", "linear"]
+    assert told == ["slower", "attention", "int8_linear", "linear"]
 
 
 @pytest.mark.parametrize(

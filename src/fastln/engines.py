@@ -54,6 +54,7 @@ from fastln.origin import ORIGIN, Origin, origin_bytes
 from fastln.plan import apply, plan, prepared
 from fastln.prepare import carry_out, restore
 from fastln.settings import MethodSettings
+from fastln.standins.int8 import Int8Weight
 
 logger = logging.getLogger(__name__)
 
@@ -237,7 +238,9 @@ def to_stock(trained: nn.Module) -> nn.Module:
         # peft leaves its wrappers around modules in `also` (for norms), or treats them as linear layers (for ia3).
         base = trained.get_base_model()
         if (state := prepared(base)) is not None:
-            state.put_weights_back()  # LoRA is merged into them
+            for change in state.undo:
+                if isinstance(change, Int8Weight):
+                    change.remove()  # LoRA is merged into the weight that was kept
         for name, module in list(base.named_modules()):
             if isinstance(module, ModulesToSaveWrapper):
                 base.set_submodule(name, module.modules_to_save[module.active_adapter])

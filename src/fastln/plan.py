@@ -91,15 +91,6 @@ class Prepared:
         """The number of weights that were replaced by their 8-bit form and not kept."""
         return sum(isinstance(change, Int8Weight) and change.is_lost for change in self.undo)
 
-    def put_weights_back(self) -> None:
-        """Put back the weights that were replaced by their 8-bit form, for what changes them; all must have been kept.
-
-        The layers then run as stock code.
-        """
-        for change in self.undo:
-            if isinstance(change, Int8Weight):
-                change.remove()
-
     def _reset_flags(self, model: nn.Module) -> None:
         for name, parameter in model.named_parameters():
             if parameter.requires_grad != (before := self.requires_grad.get(name, parameter.requires_grad)):

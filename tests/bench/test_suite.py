@@ -142,7 +142,7 @@ def test_every_packaged_suite_is_listed():
         (GOOD + "timeout_seconds: 0\n", "timeout_seconds must be a positive number"),
         (GOOD + "timeout_seconds: .inf\n", "timeout_seconds must be a positive number"),
         ("data: phantom\nmodels: [dual]\nmethods: [layernrm/torch]\n", "did you mean 'layernorm/torch'.*lora/peft"),
-        ("data: phantom\nmodels: [dual]\nmethods: [lora/fastln]\n", "unknown method/engine 'lora/fastln'"),
+        ("data: phantom\nmodels: [dual]\nmethods: [dora/fastln]\n", "unknown method/engine 'dora/fastln'"),
         ("data: phantom\nmodels: []\nmethods: [full/torch]\n", "models must be a list with at least one entry"),
         ("data: phantom\nmodels: [dual, dual]\nmethods: [full/torch]\n", "models has the same entry twice"),
         ("data: phantom\nmodels: dual\nmethods: [full/torch]\n", "models must be a list"),
