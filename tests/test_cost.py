@@ -13,8 +13,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from fastln.cost import Products, count_operations
 from fastln.errors import FastLNError
 from fastln.methods import norm_parameters
-from fastln.plan import prepared
 from fastln.standins.part import is_stand_in
+from fastln.state import prepared
 
 PER_ROW = 32 * 32 + 2 * 32 * 64  # of a block's products behind its attention
 TEXT = {**SIZES, "vocab_size": 64, "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}

@@ -13,8 +13,8 @@ import fastln
 from fastln.engines import put_method
 from fastln.errors import FastLNError
 from fastln.methods import METHODS, count_parameters, describe_parameters, get_method, norm_parameters
-from fastln.plan import prepared
 from fastln.settings import MethodSettings
+from fastln.state import prepared
 from fastln.training import TrainConfig
 from fastln.training.tasks import apply_method, finish
 

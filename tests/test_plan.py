@@ -12,11 +12,12 @@ from torch import nn
 
 import fastln
 from fastln.errors import FastLNError
-from fastln.plan import Change, apply, plan, prepared
+from fastln.plan import Change, apply, plan
 from fastln.standins.norm import LayerNorm, StockNorm
 from fastln.standins.part import is_stand_in, stock_class
 from fastln.standins.table import STAND_INS
 from fastln.standins.tricks import TRICKS
+from fastln.state import prepared
 
 FAMILIES = [*MODELS, *VISION_MODELS]
 

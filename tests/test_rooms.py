@@ -20,7 +20,7 @@ LAYERS = """
     fingerprint ops
     decision families late
     fits methods standins
-    int8_rules
+    int8_rules state
     plan watch
     memory
     prepare rates settings

@@ -29,9 +29,9 @@ from fastln.files import replace_files, user_path
 from fastln.fingerprint import FINGERPRINT, check_has_values, difference, fingerprint, vocabulary_differs
 from fastln.methods import RANDOM_HEADS, norm_parameters
 from fastln.origin import ORIGIN, Origin, absolute, origin_bytes
-from fastln.plan import prepared
 from fastln.processes import gathered, is_first_process, own_class
 from fastln.rounding import warn_of_rounding
+from fastln.state import prepared
 
 logger = logging.getLogger(__name__)
 

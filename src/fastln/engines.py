@@ -51,10 +51,11 @@ from fastln.methods import (
     select_parameters,
 )
 from fastln.origin import ORIGIN, Origin, origin_bytes
-from fastln.plan import apply, plan, prepared
+from fastln.plan import apply, plan
 from fastln.prepare import carry_out, restore
 from fastln.settings import MethodSettings
 from fastln.standins.int8 import Int8Weight
+from fastln.state import prepared
 
 logger = logging.getLogger(__name__)
 

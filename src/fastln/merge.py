@@ -15,9 +15,9 @@ from fastln.adapters import CONFIG
 from fastln.errors import FastLNError
 from fastln.files import user_path, written_whole
 from fastln.fingerprint import check_has_values
-from fastln.plan import prepared
 from fastln.processes import is_first_process, is_sharded, own_class
 from fastln.rounding import warn_of_rounding
+from fastln.state import prepared
 
 _WEIGHTS_FILE = re.compile(r"model(-\d+-of-\d+)?\.safetensors(\.index\.json)?")
 

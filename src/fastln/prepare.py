@@ -11,7 +11,8 @@ from torch import nn
 
 from fastln.decision import Plan
 from fastln.errors import FastLNError
-from fastln.plan import apply, plan, prepared
+from fastln.plan import apply, plan
+from fastln.state import prepared
 
 logger = logging.getLogger(__name__)
 

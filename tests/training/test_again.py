@@ -10,8 +10,8 @@ from small_run import Sentences, arguments, llama
 import fastln
 from fastln import FastLNError, FastLNTrainer
 from fastln.methods import norm_parameters
-from fastln.plan import prepared
 from fastln.standins.part import is_stand_in
+from fastln.state import prepared
 
 
 @pytest.fixture

@@ -16,7 +16,7 @@ from fastln.data import load_source
 from fastln.engines import can_restore, put_method, to_stock
 from fastln.ops import OpSettings
 from fastln.ops.backends import resolve
-from fastln.plan import prepared
+from fastln.state import prepared
 from fastln.training import TrainConfig, eval_run, run
 from fastln.training.features import fingerprint
 from fastln.training.merge_run import merge_into_base

@@ -6,7 +6,7 @@ import pytest
 import tiny
 
 from fastln.memory import SavedActivations, footprint
-from fastln.plan import prepared
+from fastln.state import prepared
 from fastln.training import TrainConfig
 from fastln.training.preview import preview
 

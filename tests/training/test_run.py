@@ -17,7 +17,7 @@ from fastln.adapters import load_adapter
 from fastln.data import DataOptions, Source, load_source
 from fastln.errors import FastLNError
 from fastln.models import load_task
-from fastln.plan import prepared
+from fastln.state import prepared
 from fastln.training import TrainConfig, TrainFiles, checkpoints, eval_run, evaluate, resumable, tasks, train_task
 from fastln.training import run as run_module
 from fastln.training.eval_run import EvalRun, run_evaluation

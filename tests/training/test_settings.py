@@ -6,7 +6,7 @@ import pytest
 import tiny
 
 from fastln.errors import FastLNError
-from fastln.plan import prepared
+from fastln.state import prepared
 from fastln.training import TrainConfig, train, train_task
 
 CONFIG = TrainConfig(epochs=2, head_epochs=0, batch_size=8, questions_per_image=4, learning_rate=1e-3, warmup=0.2)

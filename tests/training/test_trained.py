@@ -20,7 +20,7 @@ from fastln.adapters import TRAINED, WEIGHTS, WHOLE
 from fastln.changes import EXTRA
 from fastln.fingerprint import FINGERPRINT, fingerprint
 from fastln.models.tokens import word_tokenizer
-from fastln.plan import prepared
+from fastln.state import prepared
 from fastln.training import checkpoints
 from fastln.training.tasks import load_values
 from fastln.training.trained import load_trained, trained_parameters

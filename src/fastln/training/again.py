@@ -14,10 +14,11 @@ from torch import Tensor, nn
 from fastln.engines import PROMPT_METHODS, SETTINGS, WRAPPER, can_restore, put, to_stock
 from fastln.errors import FastLNError
 from fastln.ops import OpSettings
-from fastln.plan import apply, prepared
+from fastln.plan import apply
 from fastln.prepare import restore
 from fastln.rounding import warn_of_rounding
 from fastln.settings import MethodSettings
+from fastln.state import prepared
 
 logger = logging.getLogger(__name__)
 

@@ -13,8 +13,8 @@ from transformers import TrainingArguments
 
 from fastln.errors import FastLNError
 from fastln.methods import describe_parameters, norm_parameters
-from fastln.plan import prepared
 from fastln.settings import MethodSettings
+from fastln.state import prepared
 from fastln.training.again import put_again
 from fastln.training.method_trainer import MethodTrainer
 from fastln.training.optimizer import MasterAdamW

@@ -14,7 +14,7 @@ from fastln.memory import SavedActivations, footprint
 from fastln.methods import describe_parameters
 from fastln.models import VQATask
 from fastln.ops.linear_cross_entropy import IGNORE_INDEX
-from fastln.plan import prepared
+from fastln.state import prepared
 from fastln.training.config import TrainConfig
 from fastln.training.optimizer import describe_rates, rates_in_use
 from fastln.training.tasks import apply_settings

@@ -22,10 +22,10 @@ from fastln.fingerprint import difference, fingerprint
 from fastln.methods import RANDOM_HEADS, get_method, norm_parameters, select_parameters, settle_scope
 from fastln.models import Kept, Task, VQATask, is_bare, load_task
 from fastln.origin import ORIGIN, read_origin
-from fastln.plan import prepared
 from fastln.rounding import warn_of_rounding
 from fastln.settings import EXACT, MethodSettings
 from fastln.standins.tricks import TRICKS
+from fastln.state import prepared
 from fastln.training.config import TrainConfig
 from fastln.training.trained import load_trained, out_of_use, trained_parameters
 

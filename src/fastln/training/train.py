@@ -18,9 +18,9 @@ from fastln.errors import FastLNError
 from fastln.methods import count_parameters, describe_parameters, norm_parameters
 from fastln.models import Task, VQATask, is_bare
 from fastln.models.dual_task import DualEncoderTask
-from fastln.plan import prepared
 from fastln.processes import is_first_process
 from fastln.settings import EXACT
+from fastln.state import prepared
 from fastln.training.checkpoints import checkpoints_in
 from fastln.training.config import TrainConfig, TrainFiles, TrainResult
 from fastln.training.features import cached_features, check_frozen
