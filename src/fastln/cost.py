@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -35,11 +35,15 @@ class Products(TorchFunctionMode):
     Args:
         model: Its heads are recognised by their weights.
         labels: The batch's labels, with values; `IGNORE_INDEX` means no label.
+
+    Attributes:
+        operations: All.
+        in_linears: Those of linear layers with a frozen weight, heads apart: what `products="int8"` may round.
     """
 
     def __init__(self, model: nn.Module, labels: Tensor | None = None) -> None:
         super().__init__()
-        self.operations = 0.0
+        self.operations = self.in_linears = 0.0
         self._heads = {id(head.weight) for head in find_heads(model).values()}
         self._n_labels = 0 if labels is None else int((labels != IGNORE_INDEX).sum())
 
@@ -50,7 +54,7 @@ class Products(TorchFunctionMode):
         if func not in METADATA and any(isinstance(arg, LazyRows) for arg in args):
             with self:  # for the calls inside
                 return LazyRows.__torch_function__(func, types, args, kwargs)
-        result = func(*args, **(kwargs or {}))
+        result, before = func(*args, **(kwargs or {})), self.operations
         if func is functional.linear:
             self._linear(*args[:2])
         elif func is functional.conv2d:
@@ -59,6 +63,7 @@ class Products(TorchFunctionMode):
             self._add(result.numel() * args[0].shape[-1], *args[:2])
         elif func is torch.addmm:
             self._add(result.numel() * args[1].shape[-1], *args[1:3])
+            self.in_linears += 0.0 if args[2].requires_grad else self.operations - before
         elif func is functional.scaled_dot_product_attention:
             self._attention(args[0], args[1], args[2], causal=(kwargs or {}).get("is_causal", False))
         return result
@@ -67,7 +72,10 @@ class Products(TorchFunctionMode):
         n_rows = x.numel() // x.shape[-1]
         if id(weight) in self._heads:
             n_rows = min(n_rows, self._n_labels)
+        before = self.operations
         self._add(n_rows * weight.numel(), x, weight)
+        if id(weight) not in self._heads and not weight.requires_grad:
+            self.in_linears += self.operations - before
 
     def _attention(self, q: Tensor, k: Tensor, v: Tensor, causal: bool) -> None:
         n_queries, n_keys = q.shape[-2], k.shape[-2]
@@ -84,7 +92,19 @@ class Products(TorchFunctionMode):
 _MATMULS = (torch.matmul, torch.bmm, torch.mm, Tensor.matmul, Tensor.__matmul__, Tensor.bmm, Tensor.mm)
 
 
-def count_operations(model: nn.Module, batch: Mapping[str, Any]) -> float:
+class Operations(NamedTuple):
+    """The operations of a training step's matrix products.
+
+    Attributes:
+        all: All.
+        in_linears: Those of linear layers with a frozen weight, heads apart: what `products="int8"` may round.
+    """
+
+    all: float
+    in_linears: float
+
+
+def count_operations(model: nn.Module, batch: Mapping[str, Any]) -> Operations:
     """Count the operations of a training step's matrix products; the last block counts only for rows that are read.
 
     On the meta device no rows are late, so there the last block counts for all of its rows.
@@ -114,7 +134,7 @@ def count_operations(model: nn.Module, batch: Mapping[str, Any]) -> float:
             model(**(_on_meta(batch) if is_meta else batch))
     finally:
         restore(model)
-    return products.operations
+    return Operations(products.operations, products.in_linears)
 
 
 def _on_meta(batch: Mapping[str, Any]) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from fastln.errors import FastLNError
 from fastln.machine import cpu_flags
 from fastln.memory import synchronize
 from fastln.processes import from_first_process
+from fastln_kernels.cpu import products, units
 
 logger = logging.getLogger(__name__)
 
@@ -66,6 +67,30 @@ def product_rates(device: torch.device) -> dict[str, float]:
     return {name: matrix_rate(device, dtype, repeats=3, shape=(512, 1024, 2048)) for name, dtype in DTYPES.items()}
 
 
+def floor_rate(device: torch.device, dtype: torch.dtype) -> float:
+    """Measure the rate of the units that multiply a dtype: on a CPU, bfloat16 rows may run in those of float32.
+
+    Args:
+        device: Where to multiply.
+        dtype: The dtype of the rows.
+    """
+    rate = matrix_rate(device, dtype)
+    if device.type != "cpu" or products.why_not("linear") is not None:
+        return rate
+    return max(rate, matrix_rate(device, units.compute_dtype(dtype)))
+
+
+def int8_product_rate(device: torch.device) -> float | None:
+    """Measure the operations per second of 8-bit products with 32-bit sums, as `matrix_rate` does; None without units.
+
+    Args:
+        device: Where to multiply.
+    """
+    if device.type == "cpu" and products.why_not("int8") is not None:
+        return None
+    return matrix_rate(device, torch.int8)
+
+
 def has_bfloat16_units(device: torch.device) -> bool:
     """Whether the device multiplies bfloat16 in hardware, which does not make it faster than float32 everywhere."""
     if device.type == "cuda":
@@ -83,18 +108,20 @@ def matrix_rate(
 
     Args:
         device: Where to multiply: a CPU or a GPU.
-        dtype: Dtype of the factors and the product.
+        dtype: Dtype of the factors and the product; int8 factors have an int32 product.
         repeats: How often to measure; the fastest counts.
         shape: Rows, inputs and outputs of the product; those of a typical layer by default.
     """
     n_rows, n_in, n_out = shape
     x, weight = (torch.randn(size, device=device).to(dtype) for size in ((n_rows, n_in), (n_out, n_in)))
-    y = torch.empty(n_rows, n_out, device=device, dtype=dtype)
+    is_int8 = dtype == torch.int8
+    multiply = torch._int_mm if is_int8 else torch.mm
+    y = torch.empty(n_rows, n_out, device=device, dtype=torch.int32 if is_int8 else dtype)
     seconds = []
     for _ in range(1 + repeats):  # the first is a warm-up
         synchronize(device)
         start = time.perf_counter()
-        torch.mm(x, weight.T, out=y)
+        multiply(x, weight.T, out=y)
         synchronize(device)
         seconds.append(time.perf_counter() - start)
     return 2 * n_rows * n_in * n_out / min(seconds[1:])

@@ -181,11 +181,20 @@ def _eight_questions(spec, split, options=None):
 
 
 def test_smaller_images_are_less_work(monkeypatch):
-    monkeypatch.setattr(worker, "matrix_rate", lambda *arguments: 1e9)
+    monkeypatch.setattr(worker, "floor_rate", lambda *arguments: 1e9)
     own, smaller = (worker.work(job("check", image_size=size, steps=1)).floor.operations for size in (None, 64))
     assert own > 2 * smaller, "four times as many patches"
     with pytest.raises(FastLNError, match="image size 100: it must be a multiple of 16"):
         worker.work(job("check", image_size=100))
+
+
+def test_the_floor_of_8_bits_counts_frozen_layers_at_their_own_rate(monkeypatch):
+    monkeypatch.setattr(worker, "floor_rate", lambda *arguments: 1e9)
+    monkeypatch.setattr(worker, "int8_product_rate", lambda *arguments: 4e9)
+    floor = worker.work(job("check", steps=1, products=("exact", "int8"))).floor
+    share = floor.linear_operations / floor.operations
+    assert 0.5 < share < 1
+    assert floor.seconds("int8") == pytest.approx(floor.seconds("exact") * (1 - 0.75 * share))
 
 
 def test_a_batch_larger_than_the_data_is_a_user_error():

@@ -22,8 +22,8 @@ from torch import Tensor
 from fastln import ops
 from fastln.ops import ACTIVATION_KINDS, NormKind, OpSettings
 from fastln.ops.backends import OPERATIONS, resolve
-from fastln.ops.settings import BACKENDS
-from fastln_kernels import reference, reference_activation, reference_attention
+from fastln.ops.settings import BACKENDS, REFERENCE
+from fastln_kernels import reference, reference_activation, reference_attention, reference_int8
 from fastln_kernels.cpu import library, products
 from fastln_kernels.reference import NormForward
 from fastln_kernels.reference_attention import AttentionForward
@@ -191,7 +191,19 @@ def run_linear(weight, bias, transpose, settings, x):
     return ops.linear(x, weight.to(x.dtype), bias.to(x.dtype), transpose=transpose, settings=settings)
 
 
-CASES = [*norm_cases(), *activation_cases(), *dropout_cases(), *attention_cases(), *linear_cases()]
+def int8_cases():
+    """By definition in plain PyTorch: what backends must share is how they round."""
+    for turned in (False, True):
+        weight = reference_int8.quantise_weight(torch.randn(48, 64), turned=turned)
+        run = functools.partial(run_int8, weight, torch.randn(48))
+        yield Case("int8_linear", f"{turned=}", ((N_ROWS, 64),), run, functools.partial(run, REFERENCE))
+
+
+def run_int8(weight, bias, settings, x):
+    return ops.int8_linear(x, weight, bias.half().to(x.dtype), settings=settings)
+
+
+CASES = [*norm_cases(), *activation_cases(), *dropout_cases(), *attention_cases(), *linear_cases(), *int8_cases()]
 
 
 @pytest.fixture(params=[*BACKENDS, WITHOUT_COMPILER])

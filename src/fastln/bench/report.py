@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from fastln.bench.picture import draw
-from fastln.bench.results import Row, by_model, data_name, each
+from fastln.bench.results import Floor, Row, by_model, data_name, each
 
 TABLE = "results.md"
 PICTURE = "results.png"
@@ -117,8 +117,8 @@ def peers(rows: Sequence[Row]) -> list[Section]:
                 continue
             is_exact = ours.products == "exact"
             ratios = {row.label: speedups(ours, row) for row in group}
-            floor = ours.provenance.get("floor") if is_exact else None  # it is of products in the model's dtype
-            least = floor["operations"] / floor["operations_per_second"] if floor else None
+            floor = ours.provenance.get("floor")
+            least = Floor(**floor).seconds(ours.products) if floor else None
             lines.append(
                 (
                     title if is_exact else f"{title}, {ours.products}",

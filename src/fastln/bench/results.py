@@ -60,11 +60,14 @@ class Floor:
 
     operations: float  # in the step's matrix products
     operations_per_second: float  # measured on this machine for a matrix product in the run's dtype
+    linear_operations: float = 0.0  # of these, in frozen linear layers, which 8 bits may compute
+    int8_operations_per_second: float | None = None  # measured likewise in 8 bits; None if not asked for, or not there
 
-    @property
-    def seconds(self) -> float:
-        """The time that the products take."""
-        return self.operations / self.operations_per_second
+    def seconds(self, products: str) -> float:
+        """Return the time that the products take, in the form that a row's `products` says."""
+        in_8_bits = self.linear_operations if products == "int8" and self.int8_operations_per_second else 0.0
+        floats = (self.operations - in_8_bits) / self.operations_per_second
+        return floats + in_8_bits / (self.int8_operations_per_second or 1.0)
 
 
 @dataclass(frozen=True, slots=True)

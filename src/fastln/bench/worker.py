@@ -19,7 +19,7 @@ from fastln.methods import count_parameters
 from fastln.models import Task, VQATask, load_task
 from fastln.models.dual_task import DualEncoderTask
 from fastln.models.shapes import ShapeTask, is_shape, make_shape
-from fastln.rates import matrix_rate
+from fastln.rates import floor_rate, int8_product_rate
 from fastln.training import TrainConfig, build_optimizer, evaluate, train_task
 from fastln.training.optimizer import rates_in_use
 from fastln.training.tasks import apply_method, apply_settings
@@ -55,8 +55,10 @@ def _check(job: Job, task: Task, data: VQADataset | None) -> Checked:
     operations = [count_operations(model, batch) for batch in batches]
     if suite.epochs and data and any(sample.is_report for sample in _test_questions(job).samples):
         raise FastLNError(f"{data.name} contains reports, so there are no answers to count; set epochs to 0")
-    rate = matrix_rate(torch.device(suite.device), getattr(torch, job.dtype))
-    floor = Floor(mean(operations[-suite.steps :]), rate)
+    timed = operations[-suite.steps :]
+    device, dtype = torch.device(suite.device), getattr(torch, job.dtype)
+    rate, int8_rate = floor_rate(device, dtype), int8_product_rate(device) if "int8" in suite.products else None
+    floor = Floor(mean(o.all for o in timed), rate, mean(o.in_linears for o in timed), int8_rate)
     if data is None:
         return Checked(task.name, task.random_weights, "random batches", synthetic=True, floor=floor)
     return Checked(task.name, task.random_weights, data.name, data.synthetic, floor)
