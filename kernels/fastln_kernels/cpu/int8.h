@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <limits>
 
+#include "parallel.h"
 #include "vector.h"
 
 namespace fastln {
@@ -259,5 +260,21 @@ float quantise_row(const T* x, const float* factors, bool turned, int64_t n_cols
   store_row(x, n_cols, n_padded, scale.inverse, to);
   return scale.scale;
 }
+
+// Where a kernel writes the rows that it makes in 8 bits too, while they are in the cache. Same layout as
+// native_int8.Rounding. `factors` may be null.
+struct Rounding {
+  int64_t n_cols, n_padded, turned;
+  const float* factors;
+  uint8_t* values;
+  float* scale;
+
+  template <class T>
+  void operator()(int64_t row, const T* x) const {
+    thread_local Buffer<float> buffer;
+    float* work = buffer.at_least(n_padded);
+    scale[row] = quantise_row(x, factors, turned, n_cols, n_padded, work, values + row * n_padded);
+  }
+};
 
 }  // namespace fastln
