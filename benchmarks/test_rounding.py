@@ -1,4 +1,4 @@
-"""Rows rounded to 8 bits where they are made, beside a pass of their own: `python -m pytest -s benchmarks/test_rounding.py`.
+"""Rounding rows where they are made, and in a pass of its own: `python -m pytest -s benchmarks/test_rounding.py`.
 
 Prints microseconds, the least of many calls that take turns: of the kernel alone, with a pass over its rows after it,
 with its rows rounded where they are made, and of the product that takes the rows.
@@ -9,8 +9,17 @@ import time
 import pytest
 import torch
 
+from fastln.machine import install_arena, release_arena
 from fastln_kernels.cpu import native_activation, native_int8, native_norm
 from fastln_kernels.reference import NormBackward, NormForward, NormKind
+
+
+@pytest.fixture(autouse=True, scope="module")
+def arena():
+    install_arena()
+    yield
+    release_arena()
+
 
 N_ROWS, WIDE, NARROW = 1024, 3072, 768
 LAYER, RMS = NormKind(1e-5), NormKind(1e-6, centre=False, round_normed=True)
