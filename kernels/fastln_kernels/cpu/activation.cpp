@@ -4,6 +4,7 @@
 
 #include "dispatch.h"
 #include "functions.h"
+#include "int8.h"
 #include "parallel.h"
 
 namespace fastln {
@@ -63,11 +64,11 @@ void with_kind(int64_t kind, Function&& function) {
   }
 }
 
-// Calls `work(row, first, size)` for pieces of rows, over threads.
+// Calls `work(row, first, size)` for pieces of rows, or for whole rows, over threads.
 template <class Work>
-void for_pieces(int64_t n_rows, int64_t n_cols, int64_t n_threads, const Work& work) {
+void for_pieces(int64_t n_rows, int64_t n_cols, bool whole, int64_t n_threads, const Work& work) {
   if (n_cols == 0) return;
-  const int64_t size = std::min(n_cols, ELEMENTS_A_BLOCK), pieces = (n_cols + size - 1) / size;
+  const int64_t size = whole ? n_cols : std::min(n_cols, ELEMENTS_A_BLOCK), pieces = (n_cols + size - 1) / size;
   const int64_t rows = std::max<int64_t>(ELEMENTS_A_BLOCK / n_cols, 1), row_blocks = (n_rows + rows - 1) / rows;
   for_blocks(row_blocks * pieces, useful_threads(n_threads, n_rows * n_cols), [&](int64_t block) {
     const int64_t first = block % pieces * size, row = block / pieces * rows;
@@ -99,16 +100,17 @@ using namespace fastln;
 
 extern "C" {
 
-// y = activation(gate), or activation(gate) * up if `up` is not null. Each row is contiguous.
+// y = activation(gate), or activation(gate) * up if `up` is not null. Each row is contiguous. `rounding` rounds the rows
+// of y to 8 bits too, if it is not null.
 void fastln_activation_forward(int64_t dtype, int64_t n_threads, int64_t n_rows, int64_t n_cols, int64_t kind,
                                const void* gate, int64_t gate_stride, const void* up, int64_t up_stride, void* y,
-                               int64_t y_stride) {
+                               int64_t y_stride, const Rounding* rounding) {
   with_dtype(dtype, [&](auto type) {
     with_kind(kind, [&](auto which) {
       using T = decltype(type);
       const auto gates = rows<T>(gate, gate_stride), ups = rows<T>(up, up_stride);
       const auto ys = rows<T>(y, y_stride);
-      for_pieces(n_rows, n_cols, n_threads, [&](int64_t row, int64_t first, int64_t size) {
+      for_pieces(n_rows, n_cols, rounding, n_threads, [&](int64_t row, int64_t first, int64_t size) {
         const T *gate = gates.at(row, first), *up = ups.at(row, first);
         T* y = ys.at(row, first);
         for_columns(size, [&](int64_t column, auto lanes) {
@@ -116,23 +118,24 @@ void fastln_activation_forward(int64_t dtype, int64_t n_threads, int64_t n_rows,
           if (up) result *= load(up + column, lanes);
           store(y + column, result, lanes);
         });
+        if (rounding) (*rounding)(row, y);
       });
     });
   });
 }
 
 // dgate = dy * activation'(gate), times up if `up` is not null. dup = dy * activation(gate). Results that are not
-// requested are null.
+// requested are null. Roundings round the rows of dgate and dup to 8 bits too.
 void fastln_activation_backward(int64_t dtype, int64_t n_threads, int64_t n_rows, int64_t n_cols, int64_t kind,
                                 const void* dy, int64_t dy_stride, const void* gate, int64_t gate_stride,
                                 const void* up, int64_t up_stride, void* dgate, int64_t dgate_stride, void* dup,
-                                int64_t dup_stride) {
+                                int64_t dup_stride, const Rounding* dgate_rounding, const Rounding* dup_rounding) {
   with_dtype(dtype, [&](auto type) {
     with_kind(kind, [&](auto which) {
       using T = decltype(type);
       const auto dys = rows<T>(dy, dy_stride), gates = rows<T>(gate, gate_stride), ups = rows<T>(up, up_stride);
       const auto dgates = rows<T>(dgate, dgate_stride), dups = rows<T>(dup, dup_stride);
-      for_pieces(n_rows, n_cols, n_threads, [&](int64_t row, int64_t first, int64_t size) {
+      for_pieces(n_rows, n_cols, dgate_rounding || dup_rounding, n_threads, [&](int64_t row, int64_t first, int64_t size) {
         const T *dy = dys.at(row, first), *gate = gates.at(row, first), *up = ups.at(row, first);
         T *dgate = dgates.at(row, first), *dup = dups.at(row, first);
         for_columns(size, [&](int64_t column, auto lanes) {
@@ -144,6 +147,8 @@ void fastln_activation_backward(int64_t dtype, int64_t n_threads, int64_t n_rows
           }
           if (dup) store(dup + column, gradient * of.value, lanes);
         });
+        if (dgate_rounding) (*dgate_rounding)(row, dgate);
+        if (dup_rounding) (*dup_rounding)(row, dup);
       });
     });
   });

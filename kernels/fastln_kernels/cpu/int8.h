@@ -2,8 +2,10 @@
 // 128 added, because the processors' 8-bit products take an unsigned first operand.
 #pragma once
 
+#include <algorithm>
 #include <limits>
 
+#include "parallel.h"
 #include "vector.h"
 
 namespace fastln {
@@ -34,7 +36,9 @@ template <int APART>
 inline void butterflies(Float* x) {
   if constexpr (APART >= LANES) {
     constexpr int STEP = APART / LANES;
+#pragma GCC unroll 16
     for (int first = 0; first < VECTORS; first += 2 * STEP) {
+#pragma GCC unroll 16
       for (int i = first; i < first + STEP; i++) {
         const Float low = x[i], high = x[i + STEP];
         x[i] = low + high;
@@ -44,19 +48,38 @@ inline void butterflies(Float* x) {
   } else if constexpr (APART > 0) {
     Float sign;
     for (int lane = 0; lane < LANES; lane++) sign[lane] = lane & APART ? -1.0f : 1.0f;
+#pragma GCC unroll 16
     for (int i = 0; i < VECTORS; i++) x[i] = partner<APART>(x[i]) + x[i] * sign;
   }
 }
 
-// Multiplies 64 numbers by the Hadamard matrix, in the order of reference_int8.turn.
-inline void turn(Float* x) {
+// Multiplies 64 numbers by the Hadamard matrix times 8, in the order of reference_int8.turn.
+inline void turn_times_8(Float* x) {
   butterflies<32>(x);
   butterflies<16>(x);
   butterflies<8>(x);
   butterflies<4>(x);
   butterflies<2>(x);
   butterflies<1>(x);
+}
+
+inline void turn(Float* x) {
+  turn_times_8(x);
+#pragma GCC unroll 16
   for (int i = 0; i < VECTORS; i++) x[i] *= 0.125f;
+}
+
+// The largest lane.
+template <class Lane, class V>
+Lane maximum(V value) {
+  if constexpr (sizeof(V) == 2 * sizeof(Lane)) {
+    return std::max<Lane>(value[0], value[1]);
+  } else {
+    typedef Lane Half __attribute__((vector_size(sizeof(V) / 2)));
+    Half halves[2];
+    std::memcpy(halves, &value, sizeof(value));
+    return maximum<Lane, Half>(halves[0] > halves[1] ? halves[0] : halves[1]);
+  }
 }
 
 // The largest magnitude, as bits: they order like the magnitudes, and Inf and NaN come last.
@@ -70,16 +93,37 @@ struct Top {
 
   float largest() const {
     const Int left = bits[0] > bits[1] ? bits[0] : bits[1], right = bits[2] > bits[3] ? bits[2] : bits[3];
-    const Int both = left > right ? left : right;
-#if defined(FASTLN_AVX512)
-    return bits_as<float>(_mm512_reduce_max_epi32(bits_as<__m512i>(both)));
-#else
-    int32_t top = both[0];
-    for (int lane = 1; lane < LANES; lane++) top = std::max(top, both[lane]);
-    return bits_as<float>(top);
-#endif
+    return bits_as<float>(maximum<int32_t>(left > right ? left : right));
   }
 };
+
+// The largest magnitude of a row.
+inline float largest(const float* row, int64_t n_cols) {
+  Top top;
+  sum_columns(n_cols, [&](int64_t column, auto lanes, int part) { top.take(load(row + column, lanes), part); });
+  return top.largest();
+}
+
+// Numbers in 16 bits are compared as they are.
+template <class T>
+float largest(const T* row, int64_t n_cols) {
+  typedef int16_t Shorts __attribute__((vector_size(FASTLN_VECTOR_BYTES)));
+  Shorts tops[2] = {};
+  int64_t column = 0;
+  const auto take = [&](Shorts& top, const T* from, int64_t count) {
+    Shorts bits{};
+    std::memcpy(&bits, from, count * sizeof(T));
+    bits &= 0x7FFF;
+    top = bits > top ? bits : top;
+  };
+  for (; column + 4 * LANES <= n_cols; column += 4 * LANES) {
+    take(tops[0], row + column, 2 * LANES);
+    take(tops[1], row + column + 2 * LANES, 2 * LANES);
+  }
+  for (; column < n_cols; column += 2 * LANES) take(tops[0], row + column, std::min<int64_t>(2 * LANES, n_cols - column));
+  const int16_t top = maximum<int16_t>(tops[0] > tops[1] ? tops[0] : tops[1]);
+  return to_float(UShort{} + static_cast<uint16_t>(top), T{})[0];
+}
 
 struct Scale {
   float scale, inverse;
@@ -95,58 +139,142 @@ struct Scale {
   }
 };
 
-// Rounds to nearest even, and stores with ZERO added.
-inline void store_rounded(uint8_t* to, Float value) {
+// Loads a block of 64 columns.
+template <class T>
+void load_block(const T* from, Float* block) {
+#pragma GCC unroll 16
+  for (int i = 0; i < VECTORS; i++) block[i] = load(from + i * LANES, AllLanes{});
+}
+
+// The same where only `count` columns are inside the row; zeros for the others.
+template <class T>
+void load_block(const T* from, Float* block, int64_t count) {
+  for (int i = 0; i < VECTORS; i++) {
+    const int64_t inside = std::clamp<int64_t>(count - i * LANES, 0, LANES);
+    block[i] = inside ? load(from + i * LANES, SomeLanes{static_cast<int>(inside)}) : Float{};
+  }
+}
+
+// Rounds 64 numbers to nearest even, and stores them with ZERO added.
+inline void store_rounded(const Float* block, float inverse, uint8_t* to) {
 #if defined(FASTLN_AVX512)
-  const __m512i whole = _mm512_cvtps_epi32(bits_as<__m512>(value));
-  const __m128i bytes = _mm_xor_si128(_mm512_cvtepi32_epi8(whole), _mm_set1_epi8(static_cast<char>(ZERO)));
-  _mm_storeu_si128(reinterpret_cast<__m128i*>(to), bytes);
+  __m512i whole[VECTORS];
+#pragma GCC unroll 16
+  for (int i = 0; i < VECTORS; i++) whole[i] = _mm512_cvtps_epi32(bits_as<__m512>(block[i] * inverse));
+  // Each 16 bytes of `bytes` hold four numbers from each vector.
+  const __m512i bytes =
+      _mm512_packs_epi16(_mm512_packs_epi32(whole[0], whole[1]), _mm512_packs_epi32(whole[2], whole[3]));
+  const __m512i places = _mm512_set_epi32(15, 11, 7, 3, 14, 10, 6, 2, 13, 9, 5, 1, 12, 8, 4, 0);
+  const __m512i ordered = _mm512_permutexvar_epi32(places, bytes);
+  _mm512_storeu_si512(to, _mm512_xor_si512(ordered, _mm512_set1_epi8(static_cast<char>(ZERO))));
 #else
-  for (int lane = 0; lane < LANES; lane++) to[lane] = static_cast<uint8_t>(__builtin_lrintf(value[lane]) + ZERO);
+#pragma GCC unroll 16
+  for (int i = 0; i < VECTORS; i++) {
+    const Float value = block[i] * inverse;
+    for (int lane = 0; lane < LANES; lane++)
+      to[i * LANES + lane] = static_cast<uint8_t>(__builtin_lrintf(value[lane]) + ZERO);
+  }
 #endif
 }
 
-// Rounds `n_cols` float32 numbers, and fills up to `n_padded` columns with zeros. Both arrays hold `n_padded` numbers.
-inline void store_row(const float* row, int64_t n_cols, int64_t n_padded, Scale scale, uint8_t* to) {
-  if (scale.inverse == 0) {
+template <class T>
+void store_rounded(const T* from, float inverse, uint8_t* to) {
+  Float block[VECTORS];
+  load_block(from, block);
+  store_rounded(block, inverse, to);
+}
+
+#if defined(FASTLN_AVX512)
+// Odd and even columns are widened apart, which takes no permutations.
+inline void store_rounded(const bfloat16* from, float inverse, uint8_t* to) {
+  __m512i words[2];
+#pragma GCC unroll 2
+  for (int i = 0; i < 2; i++) {
+    const __m512i pairs = _mm512_loadu_si512(from + 32 * i);
+    const auto whole = [&](__m512i bits) { return _mm512_cvtps_epi32(bits_as<__m512>(bits_as<Float>(bits) * inverse)); };
+    const __m512i even = whole(_mm512_slli_epi32(pairs, 16));
+    const __m512i odd = whole(_mm512_and_si512(pairs, _mm512_set1_epi32(static_cast<int>(0xFFFF0000))));
+    words[i] = _mm512_mask_blend_epi16(0xAAAAAAAA, even, _mm512_slli_epi32(odd, 16));
+  }
+  const __m512i bytes = _mm512_packs_epi16(words[0], words[1]);  // eight of each, in turn
+  const __m512i ordered = _mm512_permutexvar_epi64(_mm512_set_epi64(7, 5, 3, 1, 6, 4, 2, 0), bytes);
+  _mm512_storeu_si512(to, _mm512_xor_si512(ordered, _mm512_set1_epi8(static_cast<char>(ZERO))));
+}
+#endif
+
+// Rounds a row, and fills up to `n_padded` columns with zeros.
+template <class T>
+void store_row(const T* row, int64_t n_cols, int64_t n_padded, float inverse, uint8_t* to) {
+  if (inverse == 0) {
     std::memset(to, ZERO, n_padded);
     return;
   }
   int64_t column = 0;
-  for (; column < n_cols; column += LANES) store_rounded(to + column, load(row + column, AllLanes{}) * scale.inverse);
-  std::memset(to + n_cols, ZERO, n_padded - n_cols);
+  for (; column + TURNED <= n_cols; column += TURNED) store_rounded(row + column, inverse, to + column);
+  for (; column < n_padded; column += TURNED) {
+    Float block[VECTORS];
+    uint8_t bytes[TURNED];
+    load_block(row + column, block, n_cols - column);
+    store_rounded(block, inverse, bytes);
+    std::memcpy(to + column, bytes, std::min(TURNED, n_padded - column));
+  }
 }
 
-// Rounds a row, times `factors` if they are not null; returns its scale. `work` holds `n_padded` numbers, which are a
-// multiple of 64.
+// Rounds a row after products with factors or turning. `work` holds `n_padded` numbers, a multiple of 64.
+template <bool TURNS, class T>
+float quantise_changed_row(const T* x, const float* factors, int64_t n_cols, int64_t n_padded, float* work, uint8_t* to) {
+  Top top;
+  const auto block = [&](int64_t column, auto... count) __attribute__((always_inline)) {
+    Float values[VECTORS];
+    load_block(x + column, values, count...);
+    if (!TURNS || factors) {
+      Float by[VECTORS];
+      load_block(factors + column, by, count...);
+#pragma GCC unroll 16
+      for (int i = 0; i < VECTORS; i++) values[i] *= by[i];
+    }
+    if (TURNS) turn_times_8(values);
+#pragma GCC unroll 16
+    for (int i = 0; i < VECTORS; i++) {
+      top.take(values[i], i % PARTS);
+      store(work + column + i * LANES, values[i], AllLanes{});
+    }
+  };
+  int64_t column = 0;
+  for (; column + TURNED <= n_cols; column += TURNED) block(column);
+  if (column < n_cols) block(column, n_cols - column);
+  constexpr float UNIT = TURNS ? 0.125f : 1.0f;  // exact
+  const Scale scale(top.largest() * UNIT);
+  store_row(work, n_padded, n_padded, scale.inverse * UNIT, to);
+  return scale.scale;
+}
+
+// Rounds a row, times `factors` if they are not null; returns its scale. With factors or turning, `work` holds `n_padded`
+// numbers, a multiple of 64.
 template <class T>
 float quantise_row(const T* x, const float* factors, bool turned, int64_t n_cols, int64_t n_padded, float* work,
                    uint8_t* to) {
-  Top top;
-  if (turned) {
-    for (int64_t column = 0; column < n_cols; column += TURNED) {
-      Float block[VECTORS];
-      for (int i = 0; i < VECTORS; i++) {
-        block[i] = load(x + column + i * LANES, AllLanes{});
-        if (factors) block[i] *= load(factors + column + i * LANES, AllLanes{});
-      }
-      turn(block);
-      for (int i = 0; i < VECTORS; i++) {
-        top.take(block[i], i % PARTS);
-        store(work + column + i * LANES, block[i], AllLanes{});
-      }
-    }
-  } else {
-    sum_columns(n_cols, [&](int64_t column, auto lanes, int part) {
-      Float value = load(x + column, lanes);
-      if (factors) value *= load(factors + column, lanes);
-      top.take(value, part);
-      store(work + column, value, AllLanes{});
-    });
-  }
-  const Scale scale(top.largest());
-  store_row(work, n_cols, n_padded, scale, to);
+  if (turned) return quantise_changed_row<true>(x, factors, n_cols, n_padded, work, to);
+  if (factors) return quantise_changed_row<false>(x, factors, n_cols, n_padded, work, to);
+  const Scale scale(largest(x, n_cols));
+  store_row(x, n_cols, n_padded, scale.inverse, to);
   return scale.scale;
 }
+
+// Where a kernel writes the rows that it makes in 8 bits too, while they are in the cache. Same layout as
+// native_int8.Rounding. `factors` may be null.
+struct Rounding {
+  int64_t n_cols, n_padded, turned;
+  const float* factors;
+  uint8_t* values;
+  float* scale;
+
+  template <class T>
+  void operator()(int64_t row, const T* x) const {
+    thread_local Buffer<float> buffer;
+    float* work = buffer.at_least(n_padded);
+    scale[row] = quantise_row(x, factors, turned, n_cols, n_padded, work, values + row * n_padded);
+  }
+};
 
 }  // namespace fastln

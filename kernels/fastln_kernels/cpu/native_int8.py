@@ -35,6 +35,15 @@ class StoredRows(NamedTuple):
     n_cols: int
 
 
+class Rounding(ctypes.Structure):
+    """The struct `Rounding` in `int8.h`: where a kernel writes the rows that it makes in 8 bits too."""
+
+    _fields_ = (
+        *((name, c_int64) for name in ("n_cols", "n_padded", "turned")),
+        *((name, c_void_p) for name in ("factors", "values", "scale")),
+    )
+
+
 class _Quantise(ctypes.Structure):
     """The struct `Quantise` in `int8.cpp`."""
 
@@ -66,18 +75,17 @@ def quantise(x: Tensor, factors: Tensor | None = None, *, turned: bool = False) 
         KernelsUnavailableError: If there are no compiled kernels.
     """
     n_rows, n_cols = x.shape
-    n_padded = max(-(-n_cols // TURNED), 1) * TURNED
     if x.stride(1) != 1 and n_cols > 1:
         x = x.contiguous()
-    values = torch.empty(-(-n_rows // _ROWS) * _ROWS, n_padded, dtype=torch.uint8)
-    scale = torch.empty(n_rows, dtype=torch.float32)
+    rows = _empty(n_rows, n_cols)
+    values, scale, _ = rows
     if n_rows:
         arguments = _Quantise(
             DTYPES[x.dtype],
             torch.get_num_threads(),
             n_rows,
             n_cols,
-            n_padded,
+            values.shape[1],
             turned,
             x.stride(0),
             x.data_ptr(),
@@ -86,7 +94,30 @@ def quantise(x: Tensor, factors: Tensor | None = None, *, turned: bool = False) 
             scale.data_ptr(),
         )
         _kernel("fastln_quantise", _Quantise)(ctypes.byref(arguments))
-    return StoredRows(values, scale, n_cols)
+    return rows
+
+
+def rounding(
+    n_rows: int, n_cols: int, factors: Tensor | None = None, *, turned: bool = False
+) -> tuple[StoredRows, Rounding]:
+    """Return memory for rows in 8 bits, and what tells a kernel that makes the rows to write them there.
+
+    Args:
+        n_rows: The number of rows.
+        n_cols: The number of columns.
+        factors, turned: As for `quantise`, whose result the kernel writes bit for bit.
+    """
+    rows = _empty(n_rows, n_cols)
+    pointers = (None if factors is None else factors.data_ptr(), rows.values.data_ptr(), rows.scale.data_ptr())
+    made = Rounding(n_cols, rows.values.shape[1], turned, *pointers)
+    made.tensors = (factors, rows)  # they live as long as the pointers
+    return rows, made
+
+
+def _empty(n_rows: int, n_cols: int) -> StoredRows:
+    n_padded = max(-(-n_cols // TURNED), 1) * TURNED
+    values = torch.empty(-(-n_rows // _ROWS) * _ROWS, n_padded, dtype=torch.uint8)
+    return StoredRows(values, torch.empty(n_rows, dtype=torch.float32), n_cols)
 
 
 def quantise_weight(weight: Tensor, *, turned: bool = False) -> Weight8:

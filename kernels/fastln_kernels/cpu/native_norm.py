@@ -5,6 +5,7 @@ statistics are float32. Rows with non-contiguous columns, and non-contiguous wei
 Results do not depend on the number of threads.
 """
 
+import ctypes
 import functools
 from ctypes import c_bool, c_double, c_int64, c_void_p
 from typing import Any, TypeVar
@@ -12,7 +13,9 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from fastln_kernels.cpu import native_int8
 from fastln_kernels.cpu.library import DTYPES, function
+from fastln_kernels.cpu.native_int8 import Rounding
 from fastln_kernels.reference import NormBackward, NormForward, NormGradients, NormOutputs, dropout_threshold
 
 TensorT = TypeVar("TensorT", Tensor, Tensor | None)
@@ -21,13 +24,17 @@ _ROWS = (c_void_p, c_int64)  # a tensor of rows and its stride
 _PARAMETER = (c_void_p, c_int64)  # a vector and its dtype
 _SIZES = (c_int64, c_int64, c_int64, c_int64)  # dtype, threads, rows, columns
 _DROPOUT = (c_int64, c_void_p)  # threshold, seed
+_ROUNDING = ctypes.POINTER(Rounding)
+
+ROUNDED_BY = native_int8
+"""The module whose `rounding` these functions take."""
 
 
-def norm_forward(request: NormForward) -> NormOutputs:
+def norm_forward(request: NormForward, rounding: Rounding | None = None) -> NormOutputs:
     """Normalise each row of `residual + dropout(x)`, then scale and shift it.
 
     Arguments and results are those of `fastln_kernels.reference.norm_forward`, for float32, bfloat16 and float16.
-    Weight and bias may have any dtype.
+    Weight and bias may have any dtype. `rounding` says where the result is written in 8 bits too, if anywhere.
 
     Raises:
         KernelsUnavailableError: If there are no compiled kernels.
@@ -59,14 +66,16 @@ def norm_forward(request: NormForward) -> NormOutputs:
         _pointer(stream),
         _pointer(normed),
         rstd.data_ptr(),
+        rounding,
     )
     return NormOutputs(y, stream, normed, rstd)
 
 
-def norm_backward(request: NormBackward) -> NormGradients:
+def norm_backward(request: NormBackward, rounding: Rounding | None = None) -> NormGradients:
     """Compute only the requested gradients. The kernel loads and stores nothing for the others.
 
-    Arguments and results are those of `fastln_kernels.reference.norm_backward`.
+    Arguments and results are those of `fastln_kernels.reference.norm_backward`. `rounding` says where dx is written in
+    8 bits too, if anywhere.
 
     Raises:
         KernelsUnavailableError: If there are no compiled kernels.
@@ -101,6 +110,7 @@ def norm_backward(request: NormBackward) -> NormGradients:
         _pointer(dweight),
         _pointer(dbias),
         DTYPES[sums_dtype],
+        rounding,
     )
     if sums_dtype != grad_dtype:
         dweight, dbias = (None if sums is None else sums.to(grad_dtype) for sums in (dweight, dbias))
@@ -110,7 +120,7 @@ def norm_backward(request: NormBackward) -> NormGradients:
 @functools.cache
 def _forward() -> Any:
     kind = (c_double, c_bool, c_double, c_bool)
-    arguments = (*_SIZES, *_ROWS, *_ROWS, *_PARAMETER, *_PARAMETER, *kind, *_DROPOUT, *(c_void_p,) * 4)
+    arguments = (*_SIZES, *_ROWS, *_ROWS, *_PARAMETER, *_PARAMETER, *kind, *_DROPOUT, *(c_void_p,) * 4, _ROUNDING)
     return function("norm", "fastln_norm_forward", arguments)
 
 
@@ -118,7 +128,7 @@ def _forward() -> Any:
 def _backward() -> Any:
     kind = (c_bool, c_double, c_bool, c_bool)
     rows = _ROWS * 3
-    arguments = (*_SIZES, *rows, *_PARAMETER, c_void_p, *kind, *_DROPOUT, *(c_void_p,) * 4, c_int64)
+    arguments = (*_SIZES, *rows, *_PARAMETER, c_void_p, *kind, *_DROPOUT, *(c_void_p,) * 4, c_int64, _ROUNDING)
     return function("norm", "fastln_norm_backward", arguments)
 
 

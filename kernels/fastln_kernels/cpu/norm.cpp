@@ -8,6 +8,7 @@
 
 #include "dispatch.h"
 #include "dropout.h"
+#include "int8.h"
 #include "parallel.h"
 #include "vector.h"
 
@@ -102,6 +103,7 @@ struct Forward {
   Dropout dropout;
   T *y, *stream, *normed;
   float* rstd;
+  const Rounding* rounding;
 
   // Normalises `R` rows.
   template <int R, bool CENTRE>
@@ -156,6 +158,7 @@ struct Forward {
         store(out + r * n_cols + column, x_hat * scales + shifts, lanes);
       }
     });
+    for (int r = 0; r < R && rounding; r++) (*rounding)(first + r, out + r * n_cols);
   }
 };
 
@@ -167,6 +170,7 @@ struct Backward {
   bool centre, saved_is_normed, round_normed;
   Dropout dropout;
   T *dx, *dresidual;
+  const Rounding* rounding;
 
   // Means along a row: of saved - near, of g and of g * (saved - near), where g = dy * scale.
   struct RowSums {
@@ -250,6 +254,7 @@ struct Backward {
       if constexpr (DWEIGHT) store(dweight + column, dweights, lanes);
       if (dbias) store(dbias + column, dbiases, lanes);
     });
+    for (int r = 0; r < R && rounding; r++) (*rounding)(first + r, dx + r * n_cols);
   }
 };
 
@@ -289,12 +294,13 @@ using namespace fastln;
 extern "C" {
 
 // The arguments are those of fastln_kernels.reference.norm_forward. Each row is contiguous. `threshold` is
-// reference.dropout_threshold(dropout). A null pointer means None, or a result that is not requested.
+// reference.dropout_threshold(dropout). A null pointer means None, or a result that is not requested. `rounding` rounds the
+// rows of y to 8 bits too, if it is not null.
 void fastln_norm_forward(int64_t dtype, int64_t n_threads, int64_t n_rows, int64_t n_cols, const void* x,
                          int64_t x_stride, const void* residual, int64_t residual_stride, const void* weight,
                          int64_t weight_dtype, const void* bias, int64_t bias_dtype, double eps, bool centre,
                          double offset, bool round_normed, int64_t threshold, const int64_t* seed, void* y,
-                         void* stream, void* normed, float* rstd) {
+                         void* stream, void* normed, float* rstd, const Rounding* rounding) {
   thread_local Buffer<float> buffer;
   float* scale = buffer.at_least(2 * n_cols);
   float* shift = scale + n_cols;
@@ -304,7 +310,7 @@ void fastln_norm_forward(int64_t dtype, int64_t n_threads, int64_t n_rows, int64
     using T = decltype(type);
     const Forward<T> forward{static_cast<const T*>(x), static_cast<const T*>(residual), x_stride, residual_stride,
                              n_cols, scale, shift, static_cast<float>(eps), round_normed, Dropout(threshold, seed),
-                             static_cast<T*>(y), static_cast<T*>(stream), static_cast<T*>(normed), rstd};
+                             static_cast<T*>(y), static_cast<T*>(stream), static_cast<T*>(normed), rstd, rounding};
     const int64_t row_bytes = n_cols * sizeof(T) * count(x, residual, y, stream, normed);
     const int64_t rows_a_block = std::max<int64_t>(ELEMENTS_A_BLOCK / n_cols, 1);
     const int64_t n_blocks = (n_rows + rows_a_block - 1) / rows_a_block;
@@ -317,13 +323,13 @@ void fastln_norm_forward(int64_t dtype, int64_t n_threads, int64_t n_rows, int64
   });
 }
 
-// The same for fastln_kernels.reference.norm_backward.
+// The same for fastln_kernels.reference.norm_backward. `rounding` rounds the rows of dx.
 void fastln_norm_backward(int64_t dtype, int64_t n_threads, int64_t n_rows, int64_t n_cols, const void* dy,
                           int64_t dy_stride, const void* saved, int64_t saved_stride, const void* dstream,
                           int64_t dstream_stride, const void* weight, int64_t weight_dtype, const float* rstd,
                           bool centre, double offset, bool round_normed, bool saved_is_normed, int64_t threshold,
                           const int64_t* seed, void* dx, void* dresidual, void* dweight, void* dbias,
-                          int64_t grad_dtype) {
+                          int64_t grad_dtype, const Rounding* rounding) {
   thread_local Buffer<float> scale_buffer, partial_buffer;
   float* scale = scale_buffer.at_least(n_cols);
   widen_parameter(weight, weight_dtype, static_cast<float>(offset), 1, n_cols, scale);
@@ -343,7 +349,8 @@ void fastln_norm_backward(int64_t dtype, int64_t n_threads, int64_t n_rows, int6
     using T = decltype(type);
     const Backward<T> backward{static_cast<const T*>(dy), static_cast<const T*>(saved), static_cast<const T*>(dstream),
                                dy_stride, saved_stride, dstream_stride, n_cols, rstd, scale, centre, saved_is_normed,
-                               round_normed, Dropout(threshold, seed), static_cast<T*>(dx), static_cast<T*>(dresidual)};
+                               round_normed, Dropout(threshold, seed), static_cast<T*>(dx), static_cast<T*>(dresidual),
+                               rounding};
     const int64_t row_bytes = n_cols * sizeof(T) * count(dy, saved, dstream, dx, dresidual);
     with_constant(dx || dresidual, [&](auto input) {
       with_constant(dweight, [&](auto has_dweight) {

@@ -23,6 +23,7 @@ from torch import Tensor
 from fastln.errors import FastLNError
 from fastln.ops.backends import implementation
 from fastln.ops.dispatch import Ways, call, define, overridable
+from fastln.ops.rounded import Reader, for_reader, for_successor
 from fastln.ops.settings import DEFAULT, SCHEMA, OpSettings
 from fastln_kernels.reference_activation import ACTIVATION_KINDS, ActivationKind, GatedGradients
 
@@ -35,10 +36,12 @@ class _Arguments(NamedTuple):
     Attributes:
         kind: Which activation.
         settings: Which backend computes, and in which form.
+        reader: What is known about who reads the result. No operator knows it.
     """
 
     kind: ActivationKind
     settings: OpSettings
+    reader: Reader | None = None
 
     @staticmethod
     def schema() -> str:
@@ -57,13 +60,16 @@ class _Arguments(NamedTuple):
 
 
 @overridable
-def activation(x: Tensor, kind: ActivationKind, *, settings: OpSettings = DEFAULT) -> Tensor:
+def activation(
+    x: Tensor, kind: ActivationKind, *, settings: OpSettings = DEFAULT, reader: Reader | None = None
+) -> Tensor:
     """Apply an activation elementwise; differentiable once.
 
     Args:
         x: Any shape; float32, bfloat16, float16 or float64.
         kind: A name from `ACTIVATION_KINDS`.
         settings: Which backend computes, and in which form.
+        reader: The note of the module that calls, about who reads the result.
 
     Returns:
         A contiguous tensor of the shape and dtype of `x`.
@@ -72,12 +78,19 @@ def activation(x: Tensor, kind: ActivationKind, *, settings: OpSettings = DEFAUL
         FastLNError: If the kind is unknown, the dtype is not supported, or the backend cannot run on the device of `x`.
     """
     _check("x", x, kind)
-    y: Tensor = call(_PLAIN, (x,), _Arguments(kind, settings))
+    y: Tensor = call(_PLAIN, (x,), _Arguments(kind, settings, reader))
     return y
 
 
 @overridable
-def gated_activation(gate: Tensor, up: Tensor, kind: ActivationKind, *, settings: OpSettings = DEFAULT) -> Tensor:
+def gated_activation(
+    gate: Tensor,
+    up: Tensor,
+    kind: ActivationKind,
+    *,
+    settings: OpSettings = DEFAULT,
+    reader: Reader | None = None,
+) -> Tensor:
     """Compute `activation(gate) * up` elementwise, rounded once; differentiable once.
 
     If `gate` and `up` differ in dtype, both are cast to the dtype of their product.
@@ -87,6 +100,7 @@ def gated_activation(gate: Tensor, up: Tensor, kind: ActivationKind, *, settings
         up: Shaped like `gate`.
         kind: A name from `ACTIVATION_KINDS`: "silu" gives SwiGLU, "gelu" GEGLU.
         settings: Which backend computes, and in which form.
+        reader: The note of the module that calls, about who reads the result.
 
     Returns:
         A contiguous tensor of the shape of `gate`.
@@ -105,7 +119,7 @@ def gated_activation(gate: Tensor, up: Tensor, kind: ActivationKind, *, settings
     if up.dtype != gate.dtype:
         dtype = torch.promote_types(gate.dtype, up.dtype)
         gate, up = gate.to(dtype), up.to(dtype)
-    y: Tensor = call(_GATED, (gate, up), _Arguments(kind, settings))
+    y: Tensor = call(_GATED, (gate, up), _Arguments(kind, settings, reader))
     return y
 
 
@@ -142,35 +156,46 @@ def _check(name: str, x: Tensor, kind: str) -> None:
 
 
 def _activation(x: Tensor, arguments: _Arguments) -> Tensor:
-    y: Tensor = implementation("activation", x, arguments.settings).activation_forward(x, arguments.kind)
-    return y
+    kernels = implementation("activation", x, arguments.settings)
+    rounds = for_reader(arguments.reader, kernels, x)
+    return rounds.of(kernels.activation_forward(x, arguments.kind, *rounds.told))
 
 
-def _activation_backward(dy: Tensor, saved: Tensor, arguments: _Arguments) -> Tensor:
-    dx: Tensor = implementation("activation", dy, arguments.settings).activation_backward(dy, saved, arguments.kind)
-    return dx
+def _activation_backward(dy: Tensor, saved: Tensor, arguments: _Arguments, ctx: Any = None) -> Tensor:
+    kernels = implementation("activation", dy, arguments.settings)
+    rounds = for_successor(ctx, 0, kernels, dy)
+    return rounds.of(kernels.activation_backward(dy, saved, arguments.kind, *rounds.told))
 
 
 def _gated(gate: Tensor, up: Tensor | None, arguments: _Arguments) -> Tensor:
     """Compute a gated activation. If `up` is None, `gate` holds both halves."""
     halves = gate.chunk(2, -1) if up is None else (gate, up)
-    y: Tensor = implementation("gated_activation", gate, arguments.settings).gated_forward(*halves, arguments.kind)
-    return y
+    kernels = implementation("gated_activation", gate, arguments.settings)
+    rounds = for_reader(arguments.reader, kernels, gate)
+    return rounds.of(kernels.gated_forward(*halves, arguments.kind, *rounds.told))
 
 
 def _gated_backward(
-    dy: Tensor, gate: Tensor, up: Tensor | None, packed: bool, need_dgate: bool, need_dup: bool, arguments: _Arguments
+    dy: Tensor,
+    gate: Tensor,
+    up: Tensor | None,
+    packed: bool,
+    need_dgate: bool,
+    need_dup: bool,
+    arguments: _Arguments,
+    ctx: Any = None,
 ) -> list[Tensor]:
     """Return the gradients that are needed. A packed gate holds both halves and has one gradient."""
-    backward = implementation("gated_activation", dy, arguments.settings).gated_backward
-    kind = arguments.kind
+    kernels, kind = implementation("gated_activation", dy, arguments.settings), arguments.kind
     if packed:
         dgate_up = dy.new_empty(gate.shape)
         out = GatedGradients(*dgate_up.chunk(2, -1))
-        backward(dy, *gate.chunk(2, -1), kind, need_dgate=True, need_dup=True, out=out)
+        kernels.gated_backward(dy, *gate.chunk(2, -1), kind, need_dgate=True, need_dup=True, out=out)
         return [dgate_up]
-    gradients = backward(dy, gate, up, kind, need_dgate=need_dgate, need_dup=need_dup)
-    return [gradient for gradient in gradients if gradient is not None]
+    rounds = [for_successor(ctx if needed else None, i, kernels, dy) for i, needed in enumerate((need_dgate, need_dup))]
+    told = {name: one.told[0] for name, one in zip(("round_dgate", "round_dup"), rounds, strict=True) if one.told}
+    gradients = kernels.gated_backward(dy, gate, up, kind, need_dgate=need_dgate, need_dup=need_dup, **told)
+    return [one.of(gradient) for one, gradient in zip(rounds, gradients, strict=True) if gradient is not None]
 
 
 def _keep_activation(ctx: Any, y: Tensor, x: Tensor, arguments: _Arguments) -> None:
@@ -220,7 +245,7 @@ class _EagerActivation(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *dys: Tensor | None) -> tuple[Tensor | None, ...]:
-        return _activation_gradient(ctx, dys[0], _activation_backward, ctx.arguments), None
+        return _activation_gradient(ctx, dys[0], _activation_backward, ctx.arguments, ctx), None
 
 
 class _EagerGatedActivation(torch.autograd.Function):
@@ -231,7 +256,7 @@ class _EagerGatedActivation(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *dys: Tensor | None) -> tuple[Tensor | None, ...]:
-        return *_gated_gradients(ctx, dys[0], _gated_backward, ctx.arguments), None
+        return *_gated_gradients(ctx, dys[0], _gated_backward, ctx.arguments, ctx), None
 
 
 def _fake_activation(x: Tensor, arguments: _Arguments) -> Tensor:

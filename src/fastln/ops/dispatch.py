@@ -34,7 +34,7 @@ def overridable(function: FunctionT) -> FunctionT:
 
 
 class Arguments(Protocol):
-    """The arguments of an operation besides its tensors: a named tuple whose last field is the settings."""
+    """The arguments of an operation besides its tensors: a named tuple. Operators get those up to the settings."""
 
     @staticmethod
     def schema() -> str:

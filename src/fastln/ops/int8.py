@@ -1,14 +1,12 @@
 """Frozen linear layers in 8 bits: the operators and the autograd formula.
 
 Nothing is kept for backward but the weight, which exists anyway. The gradient of `x` is a product with the same 8-bit
-weight. The last rows that were rounded are remembered while their tensor lives: queries, keys and values come from the
-same rows, which are rounded once.
+weight. Rows may be at hand in 8 bits (`fastln.ops.rounded`): because another layer has rounded them, as queries, keys
+and values come from the same rows, or because the kernel that made them did.
 """
 
 from __future__ import annotations
 
-import threading
-import weakref
 from typing import Any, NamedTuple
 
 import torch
@@ -17,6 +15,7 @@ from torch import Tensor
 from fastln.errors import FastLNError
 from fastln.ops.backends import implementation
 from fastln.ops.dispatch import Ways, define, is_transformed, needs_operator, overridable, wants_gradient
+from fastln.ops.rounded import Form, gradient_rows, input_rows
 from fastln.ops.settings import DEFAULT, SCHEMA, OpSettings
 from fastln_kernels.reference_int8 import Weight8
 
@@ -93,31 +92,6 @@ def _result_dtype(x: Tensor) -> torch.dtype:
     return x.dtype
 
 
-class _Last(threading.local):
-    """The rows that this thread rounded last."""
-
-    of: weakref.ref[Tensor] | None = None
-    version: int = 0
-    turned: bool = False
-    kernels: Any = None
-    rows: Any = None
-
-    def rounded(self, x: Tensor, turned: bool, kernels: Any) -> Any:
-        """Return the rows of `x`, rounded now unless they were the last."""
-        known = self.of is not None and self.of() is x and self.version == x._version
-        if not known or (self.turned, self.kernels) != (turned, kernels):
-            self.rows = kernels.quantise(x.reshape(-1, x.shape[-1]), turned=turned)
-            self.of, self.version, self.turned, self.kernels = weakref.ref(x, self._forget), x._version, turned, kernels
-        return self.rows
-
-    def _forget(self, of: Any) -> None:
-        if self.of is of:
-            self.of = self.rows = None
-
-
-_last = _Last()
-
-
 def _linear(
     x: Tensor,
     values: Tensor,
@@ -129,7 +103,7 @@ def _linear(
 ) -> Tensor:
     kernels = implementation("int8_linear", x, arguments.settings)
     weight = Weight8(values, scale, arguments.turned, row_sums, col_sums)
-    y: Tensor = kernels.linear(_last.rounded(x, arguments.turned, kernels), weight, bias, arguments.dtype)
+    y: Tensor = kernels.linear(input_rows(x, Form(kernels, arguments.turned)), weight, bias, arguments.dtype)
     # Autograd must not see a view, which could not be written to in place.
     return torch.ops.aten._unsafe_view.default(y, (*x.shape[:-1], y.shape[-1]))
 
@@ -139,8 +113,7 @@ def _linear_backward(
 ) -> Tensor:
     kernels = implementation("int8_linear", dy, arguments.settings)
     weight = Weight8(values, scale, arguments.turned, row_sums, col_sums)
-    rows = kernels.quantise(dy.reshape(-1, dy.shape[-1]), scale)
-    dx: Tensor = kernels.linear_backward(rows, weight, arguments.dtype)
+    dx: Tensor = kernels.linear_backward(gradient_rows(dy, Form(kernels, False, scale)), weight, arguments.dtype)
     return dx.view(*dy.shape[:-1], dx.shape[-1])
 
 
@@ -178,6 +151,8 @@ class _Eager(torch.autograd.Function):
     def forward(ctx: Any, *inputs: Any) -> Tensor:
         x, *weight, _, arguments = inputs
         _keep(ctx, x, tuple(weight), arguments)
+        # The scale is the layer's own, which lives anyway.
+        ctx.takes = Form(implementation("int8_linear", x, arguments.settings), False, weight[1])
         return _linear(*inputs)
 
     @staticmethod

@@ -24,6 +24,7 @@ from torch import Tensor
 from fastln.errors import FastLNError
 from fastln.ops.backends import implementation
 from fastln.ops.dispatch import Ways, call, define, overridable, wants_gradient
+from fastln.ops.rounded import Reader, for_reader, for_successor
 from fastln.ops.settings import DEFAULT, SCHEMA, OpSettings
 from fastln_kernels.reference import NormBackward, NormForward, NormGradients, NormKind, arithmetic_dtype
 
@@ -40,12 +41,14 @@ class _Arguments(NamedTuple):
         keep: The rows that the backward reads: "x" if nothing comes before the norm; else "stream" or "normed", which
             the forward returns with `y`, or "nothing".
         settings: Which backend computes, and in which form.
+        reader: What is known about who reads the result. No operator knows it.
     """
 
     kind: NormKind
     dropout: float
     keep: str
     settings: OpSettings
+    reader: Reader | None = None
 
     @staticmethod
     def schema() -> str:
@@ -145,6 +148,7 @@ def dropout_add_norm(
     return_stream: bool = False,
     seed: Tensor | None = None,
     settings: OpSettings = DEFAULT,
+    reader: Reader | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Normalise `residual + dropout(x)` over the last dimension; differentiable once. No dropout mask is stored.
 
@@ -161,6 +165,7 @@ def dropout_add_norm(
         return_stream: Whether to return the sum too, which a pre-norm block needs.
         seed: `(1,)`, int64, on the device of `x`; drawn from torch's generator by default.
         settings: Which backend computes, and in which form.
+        reader: The note of the module that calls, about who reads the result.
 
     Returns:
         The normed sum, contiguous, of the shape of `x`; with `return_stream`, also the sum, which is `x` itself
@@ -187,13 +192,13 @@ def dropout_add_norm(
     if dropout == 0:
         seed = None
         if residual is None:
-            y, _ = _norm(x, weight, bias, None, None, _Arguments(kind, 0.0, "x", settings))
+            y, _ = _norm(x, weight, bias, None, None, _Arguments(kind, 0.0, "x", settings, reader))
             return (y, x) if return_stream else y
     elif seed is None:
         seed = torch.randint(2**63 - 1, (1,), dtype=torch.int64, device=x.device)
     # The backward reads x_hat instead of the sum. Without a backward it is not stored.
     keep = "stream" if return_stream else "normed" if wants_gradient(x, residual, weight) else "nothing"
-    y, stream = _norm(x, weight, bias, residual, seed, _Arguments(kind, dropout, keep, settings))
+    y, stream = _norm(x, weight, bias, residual, seed, _Arguments(kind, dropout, keep, settings, reader))
     return (y, stream) if return_stream else y
 
 
@@ -245,21 +250,25 @@ def _forward(
     arguments: _Arguments,
 ) -> tuple[Tensor, Tensor | None, Tensor]:
     """Return `y`, the rows that are kept (None, the stream, or x_hat as rows) and the statistics."""
-    kind, dropout, keep, _ = arguments
+    kind, dropout, keep, *_ = arguments
     rows = x.reshape(-1, x.shape[-1])
     request = NormForward(rows, weight, bias, kind, _rows(residual), dropout, seed, keep == "stream", keep == "normed")
-    outputs = arguments.kernels_for(x).norm_forward(request)
+    kernels = arguments.kernels_for(x)
+    rounds = for_reader(arguments.reader, kernels, x)
+    outputs = kernels.norm_forward(request, *rounds.told)
     # Autograd must not see views, which could not be written to in place.
     kept = outputs.normed if outputs.stream is None else _aten._unsafe_view.default(outputs.stream, x.shape)
-    return _aten._unsafe_view.default(outputs.y, x.shape), kept, outputs.rstd
+    return rounds.of(_aten._unsafe_view.default(outputs.y, x.shape)), kept, outputs.rstd
 
 
-def _backward(request: NormBackward, arguments: _Arguments) -> NormGradients:
+def _backward(request: NormBackward, arguments: _Arguments, ctx: Any = None) -> NormGradients:
     """Compute the gradients that are needed, for tensors with any number of dimensions."""
     dy = request.dy
     rows = request._replace(dy=dy.reshape(-1, dy.shape[-1]), saved=_rows(request.saved), dstream=_rows(request.dstream))
-    dx, dresidual, dweight, dbias = arguments.kernels_for(dy).norm_backward(rows)
-    return NormGradients(_shaped(dx, dy), _shaped(dresidual, dy), dweight, dbias)
+    kernels = arguments.kernels_for(dy)
+    rounds = for_successor(ctx if request.need_dx else None, 0, kernels, dy)
+    dx, dresidual, dweight, dbias = kernels.norm_backward(rows, *rounds.told)
+    return NormGradients(None if dx is None else rounds.of(dx.view(dy.shape)), _shaped(dresidual, dy), dweight, dbias)
 
 
 def _shaped(rows: Tensor | None, like: Tensor) -> Tensor | None:
@@ -296,7 +305,7 @@ def _gradients(
 ) -> tuple[Tensor | None, ...]:
     """Return the gradients of x, weight, bias, residual and seed."""
     need_dx, need_dweight, need_dbias, need_dresidual = ctx.needs_input_grad[:4]
-    kind, dropout, keep, _ = ctx.arguments
+    kind, dropout, keep, *_ = ctx.arguments
     if dy is None:
         if dstream is None:
             return (None,) * 5
@@ -345,7 +354,7 @@ class _EagerNorm(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor | None, dstream: Tensor | None) -> tuple[Tensor | None, ...]:
-        return *_gradients(ctx, dy, dstream, _backward), None
+        return *_gradients(ctx, dy, dstream, lambda rows, arguments: _backward(rows, arguments, ctx)), None
 
 
 def _fake_forward(
@@ -406,7 +415,7 @@ def _operator_backward(
 ) -> list[Tensor]:
     """Return the gradients that are needed; `wanted` says which, and ends with their dtype and the arguments."""
     *wants, arguments = wanted
-    kind, dropout, keep, _ = arguments
+    kind, dropout, keep, *_ = arguments
     request = NormBackward(dy, saved, weight, stats, kind, keep == "normed", dstream, dropout, seed, *wants)
     return [gradient for gradient in _backward(request, arguments) if gradient is not None]
 

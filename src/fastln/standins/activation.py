@@ -14,4 +14,5 @@ class Activation(StandIn):
 
     def forward(self, input: Tensor) -> Tensor:
         """Apply the activation to `input`, of any shape."""
-        return ops.activation(input, self._fastln.kind, settings=self._fastln.settings)
+        part = self._fastln
+        return ops.activation(input, part.kind, settings=part.settings, reader=part.reader)

@@ -24,4 +24,5 @@ class GatedMLP(StandIn):
         if not self._has_stock_children():
             return super().forward(x)
         gate, up = self.gate_proj(x), self.up_proj(x)
-        return self.down_proj(ops.gated_activation(gate, up, self._fastln.kind, settings=self._fastln.settings))
+        part = self._fastln
+        return self.down_proj(ops.gated_activation(gate, up, part.kind, settings=part.settings, reader=part.reader))

@@ -13,6 +13,7 @@ from torch.utils._pytree import tree_map_only
 
 from fastln import ops
 from fastln.families.readers import code_that_reads
+from fastln.ops import NormKind
 from fastln.standins.part import Part, StandIn, form
 
 
@@ -61,14 +62,16 @@ class Norm(_WithOwnDtype):
         part = self._fastln
         if part.widens and weight.dtype == torch.float32 and hidden_states.dtype.itemsize == 2:
             hidden_states = hidden_states.float()
-        y = ops.dropout_add_norm(hidden_states, None, weight, bias, part.kind, settings=part.settings)
+        y = ops.dropout_add_norm(
+            hidden_states, None, weight, bias, part.kind, settings=part.settings, reader=part.reader
+        )
         assert isinstance(y, Tensor)
         return y.to(output_dtype(hidden_states, part))
 
 
 @form
 class LayerNorm(_WithOwnDtype):
-    """`torch.nn.LayerNorm` over one dimension, computed by `fastln.ops.layer_norm`.
+    """`torch.nn.LayerNorm` over one dimension, computed by `fastln.ops`.
 
     γ and β may be float32 when the input has lower precision. The output has the input's dtype.
     """
@@ -80,7 +83,10 @@ class LayerNorm(_WithOwnDtype):
         weight, bias = own_parameter(self, "weight"), own_parameter(self, "bias")
         warn_if_rounded(weight)
         part = self._fastln
-        y = ops.layer_norm(input, weight, bias, self.eps, settings=part.settings)
+        y = ops.dropout_add_norm(
+            input, None, weight, bias, NormKind(self.eps), settings=part.settings, reader=part.reader
+        )
+        assert isinstance(y, Tensor)
         return y.to(output_dtype(input, part))
 
 

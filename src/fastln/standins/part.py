@@ -12,13 +12,14 @@ replaced it or its forward, the stock code runs instead.
 from __future__ import annotations
 
 import dataclasses
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar, Protocol, TypeVar
 
 import torch
 from torch import nn
 
 from fastln.ops import OpSettings
+from fastln.ops.rounded import Reader
 from fastln.ops.settings import DEFAULT
 
 ATTRIBUTE = "_fastln"
@@ -45,6 +46,7 @@ class Part:
         of_float32: For a norm in 16 bits, trained or not, the dtype that stock code returns for a float32 input.
         widens: For a norm, whether stock code with float32 parameters returns float32 for a 16-bit input, as many
             classes do under autocast.
+        reader: What its calls have shown about who reads its result.
     """
 
     stock: type[nn.Module]
@@ -55,6 +57,7 @@ class Part:
     readers: tuple[type, ...] = ()
     of_float32: torch.dtype | None = None
     widens: bool = False
+    reader: Reader = field(default_factory=Reader, compare=False, repr=False)
 
 
 class StandIn(nn.Module):

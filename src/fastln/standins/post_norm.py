@@ -41,6 +41,7 @@ class DenseDropoutAddNorm(StandIn):
             NormKind(norm.eps),
             dropout=dropout,
             settings=self._fastln.settings,
+            reader=self._fastln.reader,
         )
         assert isinstance(y, Tensor)
         return y

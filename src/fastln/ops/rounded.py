@@ -1,0 +1,197 @@
+"""Rows in 8 bits that are at hand, because the kernel that made the rows wrote them in 8 bits too.
+
+A layer in 8 bits rounds the rows that it gets: the layer's input, and in the backward its output's gradient. A kernel
+that makes such rows rounds them at less cost, while they are in the cache. The bits are the same. So it only matters
+that the two find each other, which autograd's graph lets them do:
+
+- *Forward.* A module that makes rows has a `Reader`. A layer in 8 bits that has to round its input looks at the node
+  that made it, and notes in the reader of that node how it takes rows. From the next call on they are at hand.
+- *Backward.* The node of a layer in 8 bits says how it takes the gradient. An operation whose input was that layer's
+  result finds this node as its successor.
+
+Rows are at hand for one tensor object, as long as it lives and nobody writes to it. Everywhere else (no graph,
+operators for compilers, another kernel) the layer rounds by itself.
+"""
+
+from __future__ import annotations
+
+import threading
+import weakref
+from types import ModuleType
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+MOST_UNREAD = 4
+"""After so many calls in a row whose rows nobody took, a module stops rounding them."""
+
+_fuses = True  # tests turn it off
+
+
+class Form(NamedTuple):
+    """How a layer in 8 bits takes rows.
+
+    Attributes:
+        kernels: The module whose `quantise` rounds them.
+        turned: Whether they are turned.
+        factors: What they are multiplied by first: `(n_cols,)`, or None.
+    """
+
+    kernels: ModuleType
+    turned: bool = False
+    factors: Tensor | None = None
+
+    @property
+    def key(self) -> tuple[Any, ...]:
+        """Tells forms apart; both forms' tensors must be alive."""
+        return self.kernels, self.turned, None if self.factors is None else self.factors.data_ptr()
+
+
+class Reader:
+    """What is known about who reads the rows that a module makes.
+
+    Attributes:
+        form: How a layer in 8 bits takes them; None if there is none, as far as known.
+        unread: The calls in a row whose rows nobody took.
+    """
+
+    def __init__(self) -> None:
+        self.form: Form | None = None
+        self.unread = 0
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Reader, ()
+
+
+class Rounds(NamedTuple):
+    """What a kernel writes in 8 bits beside the rows that it makes; nothing by default.
+
+    Attributes:
+        told: What the kernel is told about it: one argument, or none.
+        rows: The rows in 8 bits.
+        form: How they are rounded.
+        reader: Who wants to know whether they are taken, if anyone.
+    """
+
+    told: tuple[Any, ...] = ()
+    rows: Any = None
+    form: Form | None = None
+    reader: Reader | None = None
+
+    def of(self, x: Tensor) -> Tensor:
+        """Return `x`, the rows that the kernel has made, after noting that they are at hand in 8 bits."""
+        if self.form is None:
+            return x
+        if self.reader is None:
+            _put(_at_hand.gradients, x, self.rows, self.form)
+        else:
+            self.reader.unread += 1
+            _at_hand.inputs.clear()
+            _put(_at_hand.inputs, x, self.rows, self.form, self.reader)
+        return x
+
+
+_NOTHING = Rounds()
+
+
+def for_reader(reader: Reader | None, kernels: ModuleType, like: Tensor) -> Rounds:
+    """Return what a kernel writes in 8 bits for the reader of its result.
+
+    Args:
+        reader: The reader of the module that the kernel computes, if it has one.
+        kernels: The kernel's module.
+        like: A tensor shaped like the result.
+    """
+    if reader is None or reader.form is None:
+        return _NOTHING
+    if reader.unread >= MOST_UNREAD:
+        reader.form, reader.unread = None, 0
+        return _NOTHING
+    return _rounds(reader.form, kernels, like, reader)
+
+
+def for_successor(ctx: Any, index: int, kernels: ModuleType, like: Tensor) -> Rounds:
+    """Return what a kernel writes in 8 bits for the layer that gets the gradient that it computes.
+
+    Args:
+        ctx: The context of the operation whose backward this is; None outside of plain eager mode.
+        index: The number of the tensor whose gradient it is, among the tensors that the operation was given.
+        kernels: The kernel's module.
+        like: A tensor shaped like the gradient.
+    """
+    form = None if ctx is None else getattr(ctx.next_functions[index][0], "takes", None)
+    return _NOTHING if form is None else _rounds(form, kernels, like, None)
+
+
+def _rounds(form: Form, kernels: ModuleType, like: Tensor, reader: Reader | None) -> Rounds:
+    rounds_so = getattr(kernels, "ROUNDED_BY", None) is form.kernels
+    if not _fuses or not rounds_so or not like.numel() or torch.is_inference_mode_enabled():
+        return _NOTHING
+    n_cols = like.shape[-1]
+    rows, rounding = form.kernels.rounding(like.numel() // n_cols, n_cols, form.factors, turned=form.turned)
+    return Rounds((rounding,), rows, form, reader)
+
+
+def input_rows(x: Tensor, form: Form) -> Any:
+    """Return the rows of a layer's input in 8 bits. They stay at hand while `x` lives and no other rows follow."""
+    held = _get(_at_hand.inputs, x, form)
+    if held is None:
+        rows = form.kernels.quantise(x.reshape(-1, x.shape[-1]), turned=form.turned)
+        _at_hand.inputs.clear()
+        _put(_at_hand.inputs, x, rows, form)
+        _teach(x, form)
+        return rows
+    if held.reader is not None:
+        held.reader.unread = 0
+    return held.rows
+
+
+def gradient_rows(dy: Tensor, form: Form) -> Any:
+    """Return the rows of the gradient of a layer's output in 8 bits."""
+    held = _get(_at_hand.gradients, dy, form)
+    if held is None:
+        return form.kernels.quantise(dy.reshape(-1, dy.shape[-1]), form.factors)
+    del _at_hand.gradients[id(dy)]
+    return held.rows
+
+
+def _teach(x: Tensor, form: Form) -> None:
+    """Tell the module that made `x` who reads it."""
+    if x.output_nr == 0:
+        reader = getattr(getattr(x.grad_fn, "arguments", None), "reader", None)
+        if reader is not None and reader.form is None:
+            reader.form = form
+
+
+class _Held(NamedTuple):
+    of: weakref.ref[Tensor]
+    version: int
+    key: tuple[Any, ...]
+    rows: Any
+    reader: Reader | None
+
+
+class _AtHand(threading.local):
+    """The rows of this thread that are at hand, by the `id` of their tensor."""
+
+    def __init__(self) -> None:
+        self.inputs: dict[int, _Held] = {}  # at most one
+        self.gradients: dict[int, _Held] = {}
+
+
+_at_hand = _AtHand()
+
+
+def _put(held: dict[int, _Held], x: Tensor, rows: Any, form: Form, reader: Reader | None = None) -> None:
+    if x.is_inference():  # nobody would notice that it was written to
+        return
+    key = id(x)
+    held[key] = _Held(weakref.ref(x, lambda _: held.pop(key, None)), x._version, form.key, rows, reader)
+
+
+def _get(held: dict[int, _Held], x: Tensor, form: Form) -> _Held | None:
+    found = held.get(id(x))
+    if found is None or found.of() is not x or found.version != x._version or found.key != form.key:
+        return None
+    return found
