@@ -1,8 +1,8 @@
 """Frozen linear layers in 8 bits in Triton: rows rounded to int8, and the two products with the rounded weight.
 
 The functions are those of `fastln_kernels.reference_int8`. Both products read the same row-major weight: the forward
-sums along its rows, the backward along its columns. Sums are int32, so they are exact; a longer sum than int32 surely
-holds is cut into parts, which are added in float32. The epilogue multiplies by the scales, in float32, and rounds once.
+sums along its rows, the backward along its columns. Sums are int32, so they are exact. The epilogue multiplies by the
+scales, in float32, and rounds once.
 
 Row addresses are int64. The number of rows is a run-time argument on which Triton does not specialise. Widths of
 products are run-time arguments too: at compile time only one thing is known about them, whether 16 divides them.
@@ -19,13 +19,11 @@ from torch import Tensor
 
 from fastln_kernels import launch
 from fastln_kernels.int8_rows import magnitude, scales, store_rounded, turn, whole
-from fastln_kernels.reference_int8 import TURNED, Rows8, Weight8, quantise_weight
+from fastln_kernels.reference_int8 import TURNED, Rows8, Weight8
 from fastln_kernels.tiles import load_tile, load_vector
 
-__all__ = ["Rows8", "Weight8", "linear", "linear_backward", "quantise", "quantise_weight"]
-
-LONGEST = 2**17
-"""Summands of at most 127 x 127 that int32 holds, a power of two."""
+MOST_INNER = 2**17
+"""The most summands of a product: sums of more could exceed 32 bits."""
 
 
 @triton.jit(do_not_specialize=["n_rows"])
@@ -121,36 +119,27 @@ def _product(
     ROWS: tl.constexpr,
     COLS: tl.constexpr,
     INNER: tl.constexpr,
-    PARTS: tl.constexpr,
-    LONGEST: tl.constexpr,
     ALONG_ROWS: tl.constexpr,
 ):
-    """Return a tile of the product of whole numbers in float32, rounded once if `PARTS` is 1.
+    """Return a tile of the product of whole numbers, in float32.
 
     The weight is `(n_cols, n_inner)` if `ALONG_ROWS`, else `(n_inner, n_cols)`.
     """
     inner = tl.arange(0, INNER)
     in_rows, in_cols = (rows < n_rows)[:, None], cols < n_cols
-    total = tl.zeros((ROWS, COLS), tl.float32)
-    for part in tl.static_range(PARTS):
-        sums = tl.zeros((ROWS, COLS), tl.int32)
-        end = n_inner if part == PARTS - 1 else (part + 1) * LONGEST
-        for start in range(part * LONGEST, end, INNER):
-            at = start + inner
-            within = at < n_inner
-            a = tl.load(a_ptr + rows[:, None] * n_inner + at[None, :], mask=in_rows & within[None, :], other=0)
-            if ALONG_ROWS:
-                w_at = cols.to(tl.int64)[:, None] * n_inner + at[None, :]
-                w = tl.load(w_ptr + w_at, mask=in_cols[:, None] & within[None, :], other=0).T
-            else:
-                w_at = at.to(tl.int64)[:, None] * n_cols + cols[None, :]
-                w = tl.load(w_ptr + w_at, mask=within[:, None] & in_cols[None, :], other=0)
-            sums = tl.dot(a, w, sums, out_dtype=tl.int32)
-        if PARTS == 1:
-            total = sums.to(tl.float32)
+    sums = tl.zeros((ROWS, COLS), tl.int32)
+    for start in range(0, n_inner, INNER):
+        at = start + inner
+        within = at < n_inner
+        a = tl.load(a_ptr + rows[:, None] * n_inner + at[None, :], mask=in_rows & within[None, :], other=0)
+        if ALONG_ROWS:
+            w_at = cols.to(tl.int64)[:, None] * n_inner + at[None, :]
+            w = tl.load(w_ptr + w_at, mask=in_cols[:, None] & within[None, :], other=0).T
         else:
-            total += sums.to(tl.float32)
-    return total
+            w_at = at.to(tl.int64)[:, None] * n_cols + cols[None, :]
+            w = tl.load(w_ptr + w_at, mask=within[:, None] & in_cols[None, :], other=0)
+        sums = tl.dot(a, w, sums, out_dtype=tl.int32)
+    return sums.to(tl.float32)
 
 
 @triton.jit(do_not_specialize=["n_rows"])
@@ -168,15 +157,11 @@ def linear_kernel(
     COLS: tl.constexpr,
     INNER: tl.constexpr,
     GROUP: tl.constexpr,
-    PARTS: tl.constexpr,
-    LONGEST: tl.constexpr,
 ):
     """Compute a tile of `y`."""
     rows, cols = _tile_of(n_rows, n_cols, ROWS, COLS, GROUP)
     in_rows, in_cols = rows < n_rows, cols < n_cols
-    y = _product(
-        values_ptr, w_ptr, rows, cols, n_rows, n_cols, n_inner, ROWS, COLS, INNER, PARTS, LONGEST, ALONG_ROWS=True
-    )
+    y = _product(values_ptr, w_ptr, rows, cols, n_rows, n_cols, n_inner, ROWS, COLS, INNER, ALONG_ROWS=True)
     y = y * tl.load(scale_ptr + rows, mask=in_rows, other=0.0)[:, None]
     y = y * tl.load(w_scale_ptr + cols, mask=in_cols, other=0.0)[None, :]
     if bias_ptr is not None:
@@ -197,16 +182,12 @@ def linear_backward_kernel(
     COLS: tl.constexpr,
     INNER: tl.constexpr,
     GROUP: tl.constexpr,
-    PARTS: tl.constexpr,
-    LONGEST: tl.constexpr,
     TURN: tl.constexpr,
 ):
     """Compute a tile of `dx`, `(n_rows, n_cols)`; the weight is `(n_inner, n_cols)`."""
     rows, cols = _tile_of(n_rows, n_cols, ROWS, COLS, GROUP)
     in_rows, in_cols = rows < n_rows, cols < n_cols
-    dx = _product(
-        values_ptr, w_ptr, rows, cols, n_rows, n_cols, n_inner, ROWS, COLS, INNER, PARTS, LONGEST, ALONG_ROWS=False
-    )
+    dx = _product(values_ptr, w_ptr, rows, cols, n_rows, n_cols, n_inner, ROWS, COLS, INNER, ALONG_ROWS=False)
     dx = dx * tl.load(scale_ptr + rows, mask=in_rows, other=0.0)[:, None]
     if TURN:
         dx = turn(dx)
@@ -253,6 +234,11 @@ def quantise(x: Tensor, factors: Tensor | None = None, *, turned: bool = False, 
     return result
 
 
+def quantise_weight(weight: Tensor, *, turned: bool = False) -> Weight8:
+    """Round a weight; arguments and results are those of `reference_int8.quantise_weight`."""
+    return Weight8.of(*quantise(weight, turned=turned), turned)
+
+
 def linear(rows: Rows8, weight: Weight8, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
     """Multiply rows by the transpose of a weight; arguments and results are those of `reference_int8.linear`."""
     n_cols, n_inner = weight.values.shape
@@ -282,6 +268,8 @@ def _multiply(
     **constants: bool,
 ) -> None:
     n_rows, n_cols = result.shape
+    if n_inner > MOST_INNER:
+        raise ValueError(f"sums of {n_inner:,} products may not fit into 32 bits; at most {MOST_INNER:,} do")
     if result.numel() == 0:
         return
     with launch.on_device(result.device):
@@ -293,8 +281,6 @@ def _multiply(
             "COLS": tile.cols,
             "INNER": tile.inner,
             "GROUP": tile.group,
-            "PARTS": max(triton.cdiv(n_inner, LONGEST), 1),
-            "LONGEST": LONGEST,
             "num_warps": tile.warps,
             "num_stages": tile.stages,
             "enable_fp_fusion": True,

@@ -70,6 +70,8 @@ def test_rows_are_those_of_the_definition(shape, dtype):
     x = awkward(*shape, dtype)
     check_quantise(x)
     check_quantise(x, normal(shape[1], seed=1).abs())
+    got, want = (module.quantise_weight(x, turned=shape[1] == 64) for module in (int8, reference))
+    torch.testing.assert_close(got, want, rtol=0, atol=0, equal_nan=True)
 
 
 @pytest.mark.parametrize("n_cols", [1, 64, 2112])  # blocks have 2,048 columns, or 4,096
@@ -111,9 +113,8 @@ def test_programs_share_the_tiles_of_a_product(tile, monkeypatch):
     check_products(100, 128, 130, True, normal(130))
 
 
-def test_saturated_sums_are_exact(monkeypatch):
-    monkeypatch.setattr(int8, "LONGEST", 256)
-    n = 600  # three parts
+def test_saturated_sums_are_exact():
+    n = 600
     ones = torch.full((3, n), LARGEST, dtype=torch.int8)
     weight = Weight8.of(ones[:2].contiguous(), torch.ones(2), False)
     y = int8.linear(Rows8(ones, torch.ones(3)), weight, None, torch.float32)
@@ -123,8 +124,12 @@ def test_saturated_sums_are_exact(monkeypatch):
     assert torch.equal(dx, torch.full((3, 3), -float(n * LARGEST**2)))
 
 
-def test_int32_holds_the_longest_sum():
-    assert int8.LONGEST * LARGEST**2 < 2**31
+def test_sums_that_32_bits_may_not_hold_are_refused():
+    assert int8.MOST_INNER * LARGEST**2 < 2**31
+    n = int8.MOST_INNER + 1
+    rows = Rows8(torch.zeros(1, n, dtype=torch.int8), torch.ones(1))
+    with pytest.raises(ValueError, match="131,073 products"):
+        int8.linear(rows, Weight8.of(torch.zeros(1, n, dtype=torch.int8), torch.ones(1), False), None, torch.float32)
 
 
 def test_rows_beyond_the_reach_of_32_bits(tmp_path):
