@@ -169,10 +169,14 @@ class Compiler:
             }
 
 
-def has(library: str, case: Case | Case8, n_cols: int) -> bool:
-    """Whether a library has a kernel to compile for a case. Liger leaves residuals to torch, and has no 8 bits."""
+def has(library: str, case: Case | Case8, dtype: str, n_cols: int) -> bool:
+    """Whether there is a kernel of a library to compile for a case.
+
+    Liger leaves residuals to torch, and has no 8 bits. The 8-bit kernels are not compiled in fp16 beside bf16, from
+    which only casts differ, and at the case's own widths alone.
+    """
     if isinstance(case, Case8):
-        return library == "fastln" and n_cols in case.widths
+        return library == "fastln" and dtype != "fp16" and n_cols in case.widths
     return library == "fastln" or not case.residual
 
 
@@ -185,7 +189,7 @@ def compile_group(group: Group, cases: Sequence[str], with_liger: bool, source: 
     rows = []
     for name, implementation in itertools.product(cases, implementations):
         case = CASES8.get(name) or CASES[name]
-        if implementation is None or not has(implementation.name, case, n_cols):
+        if implementation is None or not has(implementation.name, case, dtype, n_cols):
             continue
         useful = case.useful_bytes(N_ROWS, n_cols, DTYPES[dtype].itemsize)
         row = Row(machine_name, dtype, PARAMETERS, n_cols, N_ROWS, case.name, implementation.name, source, useful)
@@ -206,8 +210,8 @@ def compile_group(group: Group, cases: Sequence[str], with_liger: bool, source: 
     return rows
 
 
-def _wanted(cases: Sequence[str], n_cols: int) -> list[str]:
-    return [name for name in cases if name in CASES or n_cols in CASES8[name].widths]
+def _wanted(cases: Sequence[str], group: Group) -> list[str]:
+    return [name for name in cases if has("fastln", CASES8.get(name) or CASES[name], *group[1:])]
 
 
 HEAD = f"""# What the kernels compile to
@@ -295,9 +299,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         done = collections.defaultdict(set)
         for row in before:
             case = CASES8.get(row.case) or CASES[row.case]
-            if row.source == source and (options.no_liger or row.library == "liger" or not has("liger", case, 0)):
+            if row.source == source and (
+                options.no_liger or row.library == "liger" or not has("liger", case, row.dtype, row.width)
+            ):
                 done[row.group].add(row.case)
-        groups = [group for group in groups if not done[group] >= set(_wanted(options.cases, group[2]))]
+        groups = [group for group in groups if not done[group] >= set(_wanted(options.cases, group))]
     origin = {} if options.dry_run else provenance(sys.argv if arguments is None else arguments)
     rows: list[Row] = []
     failed = False

@@ -9,12 +9,14 @@ import torch
 from norm_cases import LAYER_NORM, LLAMA_RMS_NORM
 from torch import Tensor
 
-from fastln_kernels import int8, norm
+from fastln_kernels import activation_rows, int8, norm
 from fastln_kernels.reference import NormForward, NormKind
+from fastln_kernels.reference_activation import ActivationKind
 from fastln_kernels.reference_int8 import Rows8, Weight8
 
-WIDTHS = (384, 768, 1152, 4096, 16384, 65536)
-PRODUCT_WIDTHS = (768, 4096)
+WIDTHS = (768, 4096, 65536)
+MLP_WIDTHS = (4096,)
+PRODUCT_WIDTHS = (4096,)
 """Widths of the products. Their code does not depend on the width, only the choice of their tile does."""
 
 Draw = Callable[..., Tensor]
@@ -30,24 +32,18 @@ class Case8:
             tensor of a given shape and dtype, to the function that is compiled or timed.
         elements: How many elements of such rows any implementation must move, per element of a row.
         rows8: How many elements of 8-bit rows, likewise.
+        writes_rows: Whether rows are written that are not in 8 bits.
         product: Whether it is a product, with a weight `(n_cols, n_cols)`.
+        widths: The widths at which it is compiled.
     """
 
     name: str
     prepare: Callable[[int, int, torch.dtype, Draw], Callable[[], object]]
     elements: int
     rows8: int
+    writes_rows: bool = False
     product: bool = False
-
-    @property
-    def writes_rows(self) -> bool:
-        """Whether rows are written that are not in 8 bits."""
-        return self.product or self.elements > 1
-
-    @property
-    def widths(self) -> tuple[int, ...]:
-        """The widths at which it is compiled."""
-        return PRODUCT_WIDTHS if self.product else WIDTHS
+    widths: tuple[int, ...] = WIDTHS
 
     def useful_bytes(self, n_rows: int, n_cols: int, itemsize: int) -> int:
         """Return the bytes that any implementation must move, the weight of a product among them."""
@@ -74,7 +70,20 @@ def _norm(name: str, kind: NormKind, *, turned: bool) -> Case8:
         request = NormForward(draw((n_rows, n_cols), dtype), weight, bias, kind, want_rows8=True, turned=turned)
         return lambda: norm.norm_forward(request)
 
-    return Case8(name, prepare, elements=2, rows8=1)
+    return Case8(name, prepare, elements=2, rows8=1, writes_rows=True)
+
+
+def _activation(name: str, kind: ActivationKind, *, gated: bool, backward: bool) -> Case8:
+    """Return an activation. Forward, its result is turned; backward, its gradients have factors."""
+
+    def prepare(n_rows: int, n_cols: int, dtype: torch.dtype, draw: Draw) -> Callable[[], object]:
+        dy, x, up = (draw((n_rows, n_cols), dtype) for _ in range(3))
+        by, up_by = (draw((n_cols,), torch.float32) for _ in range(2))
+        if backward:
+            return lambda: activation_rows.backward(dy, x, up if gated else None, kind, by, up_by if gated else None)
+        return lambda: activation_rows.forward(x, up if gated else None, kind, turned=True)
+
+    return Case8(name, prepare, elements=1 + gated + backward, rows8=1 + (gated and backward), widths=MLP_WIDTHS)
 
 
 def _product(name: str, *, backward: bool, turned: bool = False) -> Case8:
@@ -85,7 +94,7 @@ def _product(name: str, *, backward: bool, turned: bool = False) -> Case8:
         bias = draw((n_cols,), dtype)
         return lambda: int8.linear(rows, weight, bias, dtype)
 
-    return Case8(name, prepare, elements=1, rows8=1, product=True)
+    return Case8(name, prepare, elements=1, rows8=1, writes_rows=True, product=True, widths=PRODUCT_WIDTHS)
 
 
 def product_inputs(n_rows: int, n_cols: int, draw: Draw, *, turned: bool) -> tuple[Rows8, Weight8]:
@@ -103,6 +112,10 @@ CASES8 = {
         _norm("int8-layer_norm-forward", LAYER_NORM, turned=False),
         _norm("int8-layer_norm-forward-turned", LAYER_NORM, turned=True),
         _norm("int8-llama_rms_norm-forward-turned", LLAMA_RMS_NORM, turned=True),
+        _activation("int8-gelu-forward-turned", "gelu", gated=False, backward=False),
+        _activation("int8-gelu-backward", "gelu", gated=False, backward=True),
+        _activation("int8-swiglu-forward-turned", "silu", gated=True, backward=False),
+        _activation("int8-swiglu-backward", "silu", gated=True, backward=True),
         _product("int8-linear", backward=False),
         _product("int8-linear-dx", backward=True),
         _product("int8-linear-dx-turned", backward=True, turned=True),

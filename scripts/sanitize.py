@@ -189,7 +189,7 @@ def check_norms(
 
 
 def check_int8(kernels: Kernels, tally: Tally, n_rows: int, n_cols: int, dtype: torch.dtype, wide: bool) -> None:
-    """Run the rounding to 8 bits, alone and by a norm, and both products of a layer under the sanitizer."""
+    """Run the rounding to 8 bits, alone, by a norm and by activations, and both products under the sanitizer."""
     print(f"int8 {n_rows} × {n_cols} {_name(dtype)}", file=sys.stderr)
     int8, reference = kernels.module("int8"), importlib.import_module(f"{PACKAGE}.reference")
     rows = torch.empty((n_rows, n_cols + 8), dtype=dtype)[:, :n_cols]
@@ -200,6 +200,10 @@ def check_int8(kernels: Kernels, tally: Tally, n_rows: int, n_cols: int, dtype: 
             kind = reference.NormKind(1e-6)
             request = reference.NormForward(rows, None, None, kind, want_rows8=True, turned=turned)
             kernels.module("norm").norm_forward(request)
+            activation = kernels.module("activation_rows")
+            for up in (None, rows):
+                activation.forward(rows, up, "gelu", turned=turned, want_y=up is None)
+                activation.backward(rows, rows, up, "gelu", torch.empty(n_cols), torch.empty(n_cols))
             if wide:
                 continue
             weight8 = int8.Weight8(weight, torch.empty(n_cols + 1), turned, torch.empty(0), torch.empty(0))

@@ -20,7 +20,7 @@ from torch import Tensor
 from fastln_kernels import launch
 from fastln_kernels.int8_rows import magnitude, scales, store_rounded, turn, whole
 from fastln_kernels.reference_int8 import TURNED, Rows8, Weight8
-from fastln_kernels.tiles import load_tile, load_vector
+from fastln_kernels.tiles import load_tile
 
 MOST_INNER = 2**17
 """The most summands of a product: sums of more could exceed 32 bits."""
@@ -45,13 +45,8 @@ def quantise_kernel(
     in_rows = rows < n_rows
     cols = tl.arange(0, PIECE)
     tile = load_tile(x_ptr, rows, x_stride, in_rows, cols, N_COLS, PIECES)
-    if factors_ptr is not None:
-        factors = load_vector(factors_ptr, in_rows, cols, N_COLS, PIECES)
-        scaled = ()
-        for k in tl.static_range(PIECES):
-            scaled += (tile[k].to(tl.float32) * factors[k],)
-        tile = scaled
-    store_rounded(values_ptr, scale_ptr, tile, rows, in_rows, cols, N_COLS, PIECES, TURN, tile[0].dtype)
+    DTYPE: tl.constexpr = x_ptr.dtype.element_ty
+    store_rounded(values_ptr, scale_ptr, factors_ptr, tile, rows, in_rows, cols, N_COLS, PIECES, TURN, DTYPE)
 
 
 @triton.jit

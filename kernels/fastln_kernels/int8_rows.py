@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 
 from fastln_kernels import reference_int8
-from fastln_kernels.tiles import store_tile
+from fastln_kernels.tiles import load_vector_piece, store_tile
 
 LARGEST = tl.constexpr(float(reference_int8.LARGEST))
 SMALLEST = tl.constexpr(reference_int8.SMALLEST)
@@ -71,22 +71,19 @@ def whole(x, inverse):
 
 
 @triton.jit
-def rounded(tile, PIECES: tl.constexpr):
-    """Return a tile in 8 bits and its rows' scales. The tile holds zeros beyond the last column."""
-    top = magnitude(tile[0])
-    for k in tl.static_range(1, PIECES):
-        top = tl.maximum(top, magnitude(tile[k]))
-    inverse, scale = scales(tl.max(top, axis=1))
-    values = ()
-    for k in tl.static_range(PIECES):
-        values += (whole(tile[k].to(tl.float32), inverse),)
-    return values, scale
+def _times(piece, factors_ptr, in_rows, cols, k: tl.constexpr, N_COLS: tl.constexpr):
+    """Return piece `k` of rows in float32, times the factors if there are any."""
+    piece = piece.to(tl.float32)
+    if factors_ptr is not None:
+        piece *= load_vector_piece(factors_ptr, in_rows, cols, k, N_COLS)
+    return piece
 
 
 @triton.jit
 def store_rounded(
     values_ptr,
     scale_ptr,
+    factors_ptr,
     tile,
     rows,
     in_rows,
@@ -96,16 +93,35 @@ def store_rounded(
     TURN: tl.constexpr,
     DTYPE: tl.constexpr,
 ):
-    """Store in 8 bits what a tile becomes in `DTYPE`. Columns beyond the last one may hold anything."""
+    """Store in 8 bits what a tile becomes in `DTYPE`. Columns beyond the last one may hold anything.
+
+    Factors are loaded twice, which takes fewer registers than to keep them, or the products, which are float32.
+    """
     PIECE: tl.constexpr = cols.shape[0]
-    stored = ()
+    kept = ()
     for k in tl.static_range(PIECES):
         piece = tile[k].to(DTYPE)
         if (k + 1) * PIECE > N_COLS:
             piece = tl.where((cols + k * PIECE < N_COLS)[None, :], piece, 0.0)
         if TURN:
-            piece = turn(piece.to(tl.float32))
-        stored += (piece,)
-    values, scale = rounded(stored, PIECES)
+            piece = turn(_times(piece, factors_ptr, in_rows, cols, k, N_COLS))
+        kept += (piece,)
+    if TURN:
+        _store_kept(values_ptr, scale_ptr, None, kept, rows, in_rows, cols, N_COLS, PIECES)
+    else:
+        _store_kept(values_ptr, scale_ptr, factors_ptr, kept, rows, in_rows, cols, N_COLS, PIECES)
+
+
+@triton.jit
+def _store_kept(
+    values_ptr, scale_ptr, factors_ptr, kept, rows, in_rows, cols, N_COLS: tl.constexpr, PIECES: tl.constexpr
+):
+    top = magnitude(_times(kept[0], factors_ptr, in_rows, cols, 0, N_COLS))
+    for k in tl.static_range(1, PIECES):
+        top = tl.maximum(top, magnitude(_times(kept[k], factors_ptr, in_rows, cols, k, N_COLS)))
+    inverse, scale = scales(tl.max(top, axis=1))
+    values = ()
+    for k in tl.static_range(PIECES):
+        values += (whole(_times(kept[k], factors_ptr, in_rows, cols, k, N_COLS), inverse),)
     store_tile(values_ptr, values, rows, in_rows, cols, N_COLS, PIECES)
     tl.store(scale_ptr + rows, scale, mask=in_rows)

@@ -349,6 +349,19 @@ def quantise_tile(n_cols: int, itemsize: int, device: torch.device, *, wider: bo
     return forward_tile(n_cols, itemsize, device, prologue=wider)
 
 
+def activation_tile(n_cols: int, itemsize: int, device: torch.device, *, n_inputs: int) -> RowTile | None:
+    """Return the tile of whole rows of an activation whose results are rounded to 8 bits, or None if none holds them.
+
+    Args:
+        n_cols: Columns in a row.
+        itemsize: Bytes per element.
+        device: Where the kernel will run.
+        n_inputs: How many tensors of rows are read.
+    """
+    tile = _row_tile(n_cols, itemsize, LANES, 4, 32, 32, 32 if n_inputs < 3 else 24)
+    return None if tile is None else replace(tile, max_registers=_capped(min(168, 65536 // LANES // tile.warps)))
+
+
 def wide_quantise_options(itemsize: int) -> dict[str, int | bool]:
     """Return what the kernel is told that rounds rows to 8 bits which no `RowTile` can hold: its block of columns.
 

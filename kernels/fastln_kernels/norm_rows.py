@@ -125,7 +125,7 @@ def forward_kernel(
     if normed_ptr is not None:
         store_tile(normed_ptr, normed, rows, in_rows, cols, N_COLS, PIECES)
     if values_ptr is not None:
-        store_rounded(values_ptr, scale_ptr, y, rows, in_rows, cols, N_COLS, PIECES, TURN, dtype)
+        store_rounded(values_ptr, scale_ptr, None, y, rows, in_rows, cols, N_COLS, PIECES, TURN, dtype)
 
 
 @triton.jit

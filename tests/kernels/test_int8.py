@@ -11,7 +11,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from norm_bounds import DTYPES, LAYOUTS
 
-from fastln_kernels import int8, launch, norm
+from fastln_kernels import activation, activation_rows, int8, launch, norm
 from fastln_kernels import reference_int8 as reference
 from fastln_kernels.reference import NormForward, NormKind
 from fastln_kernels.reference_int8 import LARGEST, Rows8, Weight8
@@ -156,6 +156,36 @@ def test_a_norm_also_returns_its_rounded_result_in_8_bits(kind, n_cols, turned, 
         torch.testing.assert_close(got[:-1], exact[:-1], rtol=0, atol=0, equal_nan=True)
         assert exact.rows8 is None
         assert_same(got.rows8, reference.quantise(got.y, turned=turned))
+
+
+@pytest.mark.filterwarnings("ignore:overflow encountered")  # in float16, in the interpreter's numpy
+@pytest.mark.parametrize("wide", [False, True])
+@pytest.mark.parametrize("kind", ["gelu", "silu"])
+@pytest.mark.parametrize("shape", [(0, 5), (1, 1), (5, 100), (3, 192)], ids=str)
+def test_activations_return_their_rounded_results_in_8_bits(shape, kind, wide, monkeypatch):
+    if wide:
+        monkeypatch.setattr(launch, "activation_tile", lambda *_, **__: None)
+    x, up, dy = (awkward(*shape, torch.float16, seed)[:4] for seed in range(3))
+    factors, up_factors = (normal(shape[1], seed=seed).abs() for seed in (3, 4))
+    turned = shape[1] == 192
+    for gate in (None, up):
+        y, y8 = activation_rows.forward(x, gate, kind, turned=turned, want_y=True)
+        right = activation.activation_forward(x, kind) if gate is None else activation.gated_forward(x, gate, kind)
+        torch.testing.assert_close(y, right, rtol=0, atol=0)
+        assert_same(y8, reference.quantise(y, turned=turned))
+        without, same8 = activation_rows.forward(x, gate, kind, turned=turned)
+        assert without is None
+        assert_same(same8, y8)
+    dx8, none = activation_rows.backward(dy, x, None, kind, factors)
+    assert none is None
+    assert_same(dx8, reference.quantise(activation.activation_backward(dy, x, kind), factors))
+    for got, gradient, by in zip(
+        activation_rows.backward(dy, x, up, kind, factors, up_factors),
+        activation.gated_backward(dy, x, up, kind, need_dgate=True, need_dup=True),
+        (factors, up_factors),
+        strict=True,
+    ):
+        assert_same(got, reference.quantise(gradient, by))
 
 
 @settings(max_examples=8, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
