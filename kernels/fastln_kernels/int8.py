@@ -62,31 +62,29 @@ def _block(x_ptr, factors_ptr, row, start, cols, x_stride, N_COLS: tl.constexpr,
     return x, mask
 
 
-@triton.jit(do_not_specialize=["n_rows"])
+@triton.jit
 def quantise_wide_kernel(
     x_ptr,
     factors_ptr,
     values_ptr,
     scale_ptr,
-    n_rows,
     x_stride,
     N_COLS: tl.constexpr,
     COLS: tl.constexpr,
     TURN: tl.constexpr,
 ):
-    """Round one row at a time in blocks of columns, which are read twice."""
+    """Round one row in blocks of columns, which are read twice."""
     cols = tl.arange(0, COLS)
-    for index in range(tl.program_id(0), n_rows, tl.num_programs(0)):
-        row = (index + tl.arange(0, 1)).to(tl.int64)
-        top = tl.zeros((1, COLS), tl.int32)
-        for start in range(0, N_COLS, COLS):
-            x, _ = _block(x_ptr, factors_ptr, row, start, cols, x_stride, N_COLS, TURN)
-            top = tl.maximum(top, magnitude(x))
-        inverse, scale = scales(tl.max(top, axis=1))
-        for start in range(0, N_COLS, COLS):
-            x, mask = _block(x_ptr, factors_ptr, row, start, cols, x_stride, N_COLS, TURN)
-            tl.store(values_ptr + row[:, None] * N_COLS + start + cols[None, :], whole(x, inverse), mask=mask)
-        tl.store(scale_ptr + row, scale)
+    row = tl.program_id(0).to(tl.int64) + tl.arange(0, 1)
+    top = tl.zeros((1, COLS), tl.int32)
+    for start in range(0, N_COLS, COLS):
+        x, _ = _block(x_ptr, factors_ptr, row, start, cols, x_stride, N_COLS, TURN)
+        top = tl.maximum(top, magnitude(x))
+    inverse, scale = scales(tl.max(top, axis=1))
+    for start in range(0, N_COLS, COLS):
+        x, mask = _block(x_ptr, factors_ptr, row, start, cols, x_stride, N_COLS, TURN)
+        tl.store(values_ptr + row[:, None] * N_COLS + start + cols[None, :], whole(x, inverse), mask=mask)
+    tl.store(scale_ptr + row, scale)
 
 
 @triton.jit
@@ -102,49 +100,14 @@ def _tile_of(n_rows, n_cols, ROWS: tl.constexpr, COLS: tl.constexpr, GROUP: tl.c
     return down.to(tl.int64) * ROWS + tl.arange(0, ROWS), across * COLS + tl.arange(0, COLS)
 
 
-@triton.jit
-def _product(
-    a_ptr,
-    w_ptr,
-    rows,
-    cols,
-    n_rows,
-    n_cols,
-    n_inner,
-    ROWS: tl.constexpr,
-    COLS: tl.constexpr,
-    INNER: tl.constexpr,
-    ALONG_ROWS: tl.constexpr,
-):
-    """Return a tile of the product of whole numbers, in float32.
-
-    The weight is `(n_cols, n_inner)` if `ALONG_ROWS`, else `(n_inner, n_cols)`.
-    """
-    inner = tl.arange(0, INNER)
-    in_rows, in_cols = (rows < n_rows)[:, None], cols < n_cols
-    sums = tl.zeros((ROWS, COLS), tl.int32)
-    for start in range(0, n_inner, INNER):
-        at = start + inner
-        within = at < n_inner
-        a = tl.load(a_ptr + rows[:, None] * n_inner + at[None, :], mask=in_rows & within[None, :], other=0)
-        if ALONG_ROWS:
-            w_at = cols.to(tl.int64)[:, None] * n_inner + at[None, :]
-            w = tl.load(w_ptr + w_at, mask=in_cols[:, None] & within[None, :], other=0).T
-        else:
-            w_at = at.to(tl.int64)[:, None] * n_cols + cols[None, :]
-            w = tl.load(w_ptr + w_at, mask=within[:, None] & in_cols[None, :], other=0)
-        sums = tl.dot(a, w, sums, out_dtype=tl.int32)
-    return sums.to(tl.float32)
-
-
 @triton.jit(do_not_specialize=["n_rows"])
-def linear_kernel(
+def product_kernel(
     values_ptr,
     scale_ptr,
     w_ptr,
     w_scale_ptr,
     bias_ptr,
-    y_ptr,
+    result_ptr,
     n_rows,
     n_cols,
     n_inner,
@@ -152,41 +115,36 @@ def linear_kernel(
     COLS: tl.constexpr,
     INNER: tl.constexpr,
     GROUP: tl.constexpr,
-):
-    """Compute a tile of `y`."""
-    rows, cols = _tile_of(n_rows, n_cols, ROWS, COLS, GROUP)
-    in_rows, in_cols = rows < n_rows, cols < n_cols
-    y = _product(values_ptr, w_ptr, rows, cols, n_rows, n_cols, n_inner, ROWS, COLS, INNER, ALONG_ROWS=True)
-    y = y * tl.load(scale_ptr + rows, mask=in_rows, other=0.0)[:, None]
-    y = y * tl.load(w_scale_ptr + cols, mask=in_cols, other=0.0)[None, :]
-    if bias_ptr is not None:
-        y += tl.load(bias_ptr + cols, mask=in_cols, other=0.0).to(tl.float32)[None, :]
-    tl.store(y_ptr + rows[:, None] * n_cols + cols[None, :], y, mask=in_rows[:, None] & in_cols[None, :])
-
-
-@triton.jit(do_not_specialize=["n_rows"])
-def linear_backward_kernel(
-    values_ptr,
-    scale_ptr,
-    w_ptr,
-    dx_ptr,
-    n_rows,
-    n_cols,
-    n_inner,
-    ROWS: tl.constexpr,
-    COLS: tl.constexpr,
-    INNER: tl.constexpr,
-    GROUP: tl.constexpr,
+    ALONG_ROWS: tl.constexpr,
     TURN: tl.constexpr,
 ):
-    """Compute a tile of `dx`, `(n_rows, n_cols)`; the weight is `(n_inner, n_cols)`."""
+    """Compute a tile of `y`, or of `dx`.
+
+    The weight is `(n_cols, n_inner)` if `ALONG_ROWS`, else `(n_inner, n_cols)`.
+    """
     rows, cols = _tile_of(n_rows, n_cols, ROWS, COLS, GROUP)
     in_rows, in_cols = rows < n_rows, cols < n_cols
-    dx = _product(values_ptr, w_ptr, rows, cols, n_rows, n_cols, n_inner, ROWS, COLS, INNER, ALONG_ROWS=False)
-    dx = dx * tl.load(scale_ptr + rows, mask=in_rows, other=0.0)[:, None]
+    inner = tl.arange(0, INNER)
+    sums = tl.zeros((ROWS, COLS), tl.int32)
+    for start in range(0, n_inner, INNER):
+        at = start + inner
+        within = at < n_inner
+        a_at = rows[:, None] * n_inner + at[None, :]
+        a = tl.load(values_ptr + a_at, mask=in_rows[:, None] & within[None, :], other=0)
+        if ALONG_ROWS:
+            w_at = cols.to(tl.int64)[None, :] * n_inner + at[:, None]
+        else:
+            w_at = at.to(tl.int64)[:, None] * n_cols + cols[None, :]
+        w = tl.load(w_ptr + w_at, mask=within[:, None] & in_cols[None, :], other=0)
+        sums = tl.dot(a, w, sums, out_dtype=tl.int32)
+    result = sums.to(tl.float32) * tl.load(scale_ptr + rows, mask=in_rows, other=0.0)[:, None]
+    if w_scale_ptr is not None:
+        result *= tl.load(w_scale_ptr + cols, mask=in_cols, other=0.0)[None, :]
+    if bias_ptr is not None:
+        result += tl.load(bias_ptr + cols, mask=in_cols, other=0.0).to(tl.float32)[None, :]
     if TURN:
-        dx = turn(dx)
-    tl.store(dx_ptr + rows[:, None] * n_cols + cols[None, :], dx, mask=in_rows[:, None] & in_cols[None, :])
+        result = turn(result)
+    tl.store(result_ptr + rows[:, None] * n_cols + cols[None, :], result, mask=in_rows[:, None] & in_cols[None, :])
 
 
 def empty_rows(n_rows: int, n_cols: int, device: torch.device, *, turned: bool) -> Rows8:
@@ -214,18 +172,14 @@ def quantise(x: Tensor, factors: Tensor | None = None, *, turned: bool = False, 
         result.scale.zero_()
         return result
     tensors = (x, None if factors is None else factors.contiguous(), *result)
-    numbers = (n_rows, x.stride(0), n_cols)
     with launch.on_device(x.device):
         tile = launch.quantise_tile(n_cols, x.element_size(), x.device, wider=turned or factors is not None)
         if tile:
-            quantise_kernel[(triton.cdiv(n_rows, tile.rows),)](
-                *tensors, *numbers, TURN=turned, **launch.row_options(tile)
-            )
+            grid, options = (triton.cdiv(n_rows, tile.rows),), launch.row_options(tile)
+            quantise_kernel[grid](*tensors, n_rows, x.stride(0), n_cols, TURN=turned, **options)
         else:
-            # 8 warps each, 4 programs on an SM at once.
-            grid = (min(n_rows, 4 * launch.sm_count(x.device)),)
             options = launch.wide_quantise_options(x.element_size())
-            quantise_wide_kernel[grid](*tensors, *numbers, TURN=turned, **options)
+            quantise_wide_kernel[(n_rows,)](*tensors, x.stride(0), n_cols, TURN=turned, **options)
     return result
 
 
@@ -237,47 +191,46 @@ def quantise_weight(weight: Tensor, *, turned: bool = False) -> Weight8:
 def linear(rows: Rows8, weight: Weight8, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
     """Multiply rows by the transpose of a weight; arguments and results are those of `reference_int8.linear`."""
     n_cols, n_inner = weight.values.shape
-    y = torch.empty((len(rows.values), n_cols), dtype=dtype, device=rows.values.device)
     bias = bias if bias is None else bias.contiguous()
-    tile = {"backward": False}
-    _multiply(linear_kernel, rows, (weight.values, weight.scale, bias), y, n_inner, tile)
-    return y
+    return _multiply(rows, (weight.values, weight.scale, bias), n_cols, n_inner, dtype, backward=False, turned=False)
 
 
 def linear_backward(rows: Rows8, weight: Weight8, dtype: torch.dtype) -> Tensor:
     """Return the gradient of the input; arguments and results are those of `reference_int8.linear_backward`."""
     n_inner, n_cols = weight.values.shape
-    dx = torch.empty((len(rows.values), n_cols), dtype=dtype, device=rows.values.device)
-    tile = {"backward": True, "turned": weight.turned}
-    _multiply(linear_backward_kernel, rows, (weight.values,), dx, n_inner, tile, TURN=weight.turned)
-    return dx
+    tensors = (weight.values, None, None)
+    return _multiply(rows, tensors, n_cols, n_inner, dtype, backward=True, turned=weight.turned)
 
 
 def _multiply(
-    kernel: Any,
     rows: Rows8,
     others: tuple[Tensor | None, ...],
-    result: Tensor,
+    n_cols: int,
     n_inner: int,
-    tile_for: dict[str, bool],
-    **constants: bool,
-) -> None:
-    n_rows, n_cols = result.shape
+    dtype: torch.dtype,
+    *,
+    backward: bool,
+    turned: bool,
+) -> Tensor:
     if n_inner > MOST_INNER:
         raise ValueError(f"sums of {n_inner:,} products may not fit into 32 bits; at most {MOST_INNER:,} do")
+    n_rows, device = len(rows.values), rows.values.device
+    result = torch.empty((n_rows, n_cols), dtype=dtype, device=device)
     if result.numel() == 0:
-        return
-    with launch.on_device(result.device):
-        tile = launch.product_tile(n_rows, n_cols, result.device, **tile_for)
+        return result
+    with launch.on_device(device):
+        tile = launch.product_tile(n_rows, n_cols, device, backward=backward, turned=turned)
         grid = (triton.cdiv(n_rows, tile.rows) * triton.cdiv(n_cols, tile.cols),)
-        tensors = (rows.values.contiguous(), rows.scale, *others, result)
-        options = {
+        options: dict[str, Any] = {
             "ROWS": tile.rows,
             "COLS": tile.cols,
             "INNER": tile.inner,
             "GROUP": tile.group,
+            "ALONG_ROWS": not backward,
+            "TURN": turned,
             "num_warps": tile.warps,
             "num_stages": tile.stages,
             "enable_fp_fusion": True,
         }
-        kernel[grid](*tensors, n_rows, n_cols, n_inner, **options, **constants)
+        product_kernel[grid](rows.values.contiguous(), rows.scale, *others, result, n_rows, n_cols, n_inner, **options)
+    return result

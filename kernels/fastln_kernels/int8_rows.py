@@ -65,8 +65,9 @@ def whole(x, inverse):
     """Return the whole numbers nearest to `x * inverse`, as int8; ties go to the even one."""
     # A factor of 0 is that of a row of zeros, NaN or Inf.
     x = tl.where((inverse > 0)[:, None], x, 0.0) * inverse[:, None]
-    # Besides its meaning, the clamp keeps product and sum from being contracted into one rounding.
-    x = tl.clamp(x, -LARGEST, LARGEST, propagate_nan=tl.PropagateNan.ALL)
+    # Besides their meaning, the bounds keep product and sum from being contracted into one rounding.
+    x = tl.maximum(x, -LARGEST, propagate_nan=tl.PropagateNan.ALL)
+    x = tl.minimum(x, LARGEST, propagate_nan=tl.PropagateNan.ALL)
     return (x + ROUNDER).to(tl.int32, bitcast=True).to(tl.int8)
 
 
@@ -100,9 +101,10 @@ def store_rounded(
     PIECE: tl.constexpr = cols.shape[0]
     kept = ()
     for k in tl.static_range(PIECES):
-        piece = tile[k].to(DTYPE)
+        piece = tile[k]
         if (k + 1) * PIECE > N_COLS:
-            piece = tl.where((cols + k * PIECE < N_COLS)[None, :], piece, 0.0)
+            piece = tl.where((cols + k * PIECE < N_COLS)[None, :], piece.to(tl.float32), 0.0)
+        piece = piece.to(DTYPE)
         if TURN:
             piece = turn(_times(piece, factors_ptr, in_rows, cols, k, N_COLS))
         kept += (piece,)

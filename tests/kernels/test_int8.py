@@ -65,7 +65,7 @@ def check_product(rows, weight, gradient, bias, dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("shape", [(0, 64), (1, 1), (6, 5), (7, 64), (3, 768), (3, 0)], ids=str)
+@pytest.mark.parametrize("shape", [(0, 64), (1, 1), (6, 5), (7, 64), (3, 320), (3, 0)], ids=str)
 def test_rows_are_those_of_the_definition(shape, dtype):
     x = awkward(*shape, dtype)
     check_quantise(x)
@@ -143,7 +143,7 @@ def test_rows_beyond_the_reach_of_32_bits(tmp_path):
 
 @pytest.mark.filterwarnings("ignore:invalid value encountered")  # Inf - Inf, in the interpreter's numpy
 @pytest.mark.parametrize("wide", [False, True])
-@pytest.mark.parametrize(("n_cols", "turned"), [(64, True), (192, True), (100, False), (1, False)])
+@pytest.mark.parametrize(("n_cols", "turned"), [(64, True), (100, False), (1, False)])
 @pytest.mark.parametrize("kind", [NormKind(1e-5), NormKind(1e-6, centre=False, round_normed=True)])
 def test_a_norm_also_returns_its_rounded_result_in_8_bits(kind, n_cols, turned, wide, monkeypatch):
     if wide:
@@ -160,14 +160,13 @@ def test_a_norm_also_returns_its_rounded_result_in_8_bits(kind, n_cols, turned, 
 
 @pytest.mark.filterwarnings("ignore:overflow encountered")  # in float16, in the interpreter's numpy
 @pytest.mark.parametrize("wide", [False, True])
-@pytest.mark.parametrize("kind", ["gelu", "silu"])
-@pytest.mark.parametrize("shape", [(0, 5), (1, 1), (5, 100), (3, 192)], ids=str)
+@pytest.mark.parametrize(("shape", "kind"), [((0, 5), "gelu"), ((1, 1), "silu"), ((4, 100), "gelu"), ((3, 64), "silu")])
 def test_activations_return_their_rounded_results_in_8_bits(shape, kind, wide, monkeypatch):
     if wide:
         monkeypatch.setattr(launch, "activation_tile", lambda *_, **__: None)
     x, up, dy = (awkward(*shape, torch.float16, seed)[:4] for seed in range(3))
     factors, up_factors = (normal(shape[1], seed=seed).abs() for seed in (3, 4))
-    turned = shape[1] == 192
+    turned = shape[1] == 64
     for gate in (None, up):
         y, y8 = activation_rows.forward(x, gate, kind, turned=turned, want_y=True)
         right = activation.activation_forward(x, kind) if gate is None else activation.gated_forward(x, gate, kind)
@@ -188,7 +187,7 @@ def test_activations_return_their_rounded_results_in_8_bits(shape, kind, wide, m
         assert_same(got, reference.quantise(gradient, by))
 
 
-@settings(max_examples=8, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=5, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     n_rows=st.integers(0, 9),
     n_inner=st.integers(1, 300),

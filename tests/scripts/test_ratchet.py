@@ -65,7 +65,7 @@ def test_rows_are_not_written_where_only_sums_are_wanted_nor_in_128_bits_by_amds
 
 
 def test_a_product_in_8_bits_without_its_instructions_is_told_and_rows_in_8_bits_may_be_written_by_64():
-    product = {"case": "int8-linear", "kernel": "linear_kernel", "matrix": 4}
+    product = {"case": "int8-linear", "kernel": "product_kernel", "matrix": 4}
     assert complaints(row(**product), row(**product)) == []
     (complaint,) = complaints(row(**product | {"matrix": 0}), row(**product))
     assert "no matrix instructions in 8 bits" in complaint
