@@ -22,15 +22,17 @@ class Dialect:
     store: str
     local: str
     barrier: str
+    matrix: str
 
 
 SASS = Dialect(
     label=r"^(\.L_x_\d+):",
     branch=r"\bBRA\S*\s.*?\(?(\.L_x_\d+)",
-    load=r"\bLDG\b",
+    load=r"\bLDG(?:STS)?\b",
     store=r"\bSTG\b",
     local=r"\b(?:LDL|STL)\b",
     barrier=r"\bBAR\b",
+    matrix=r"\bIG?MMA\b",
 )
 GCN = Dialect(
     label=r"^(\.LBB\d+_\d+):",
@@ -39,6 +41,7 @@ GCN = Dialect(
     store=r"^(?:global|buffer)_store",
     local=r"^scratch_(?:load|store)",
     barrier=r"^s_barrier",
+    matrix=r"^v_mfma_i32",
 )
 
 
@@ -64,9 +67,10 @@ def common_figures(code: list[str], dialect: Dialect, wide: str) -> Figures:
     """Return the figures that both vendors share. `wide` matches the mark of a 128-bit access.
 
     Returns:
-        `loads` and `stores` of global memory, and how many of them are 128 bits wide. Also `barriers`, `instructions`
-        and `spill_bytes`, both for the whole kernel and, with the prefix `loop_`, for the loop. `spill_bytes` are the
-        bytes that a lane moves to or from its stack if it executes each instruction once.
+        `loads` and `stores` of global memory (loads that copy to shared memory among them), and how many of them are
+        128 bits wide. `matrix`: matrix instructions in 8 bits. Also `barriers`, `instructions` and `spill_bytes`, both
+        for the whole kernel and, with the prefix `loop_`, for the loop. `spill_bytes` are the bytes that a lane moves
+        to or from its stack if it executes each instruction once.
     """
     loop = longest_loop(code, dialect)
 
@@ -81,6 +85,7 @@ def common_figures(code: list[str], dialect: Dialect, wide: str) -> Figures:
         "loads_128": count(code, dialect.load + wide),
         "stores": count(code, dialect.store),
         "stores_128": count(code, dialect.store + wide),
+        "matrix": count(code, dialect.matrix),
         "barriers": count(code, dialect.barrier),
         "loop_barriers": count(loop, dialect.barrier),
         "instructions": instructions(code),
@@ -100,7 +105,7 @@ def access_bytes(line: str) -> int:
     amd = re.match(r"(?:global|buffer|scratch)_(?:load|store)_(dwordx\d|[a-z]+)", line)
     if amd:
         return _GCN_WIDTHS[amd[1]]
-    name = re.search(r"\b(?:LDG|STG|LDL|STL)((?:\.\w+)*)", line)
+    name = re.search(r"\b(?:LDGSTS|LDG|STG|LDL|STL)((?:\.\w+)*)", line)
     assert name, line
     return next((_SASS_WIDTHS[part] for part in name[1].split(".") if part in _SASS_WIDTHS), 4)
 
@@ -134,8 +139,9 @@ def read_sass(listing: str, usage: str, ptx: str) -> Figures:
         "registers": _number(r"REG:(\d+)", usage),
         "stack": _number(r"STACK:(\d+)", usage),
         "spills": count(code, SASS.local),
-        **common_figures(code, SASS, r"\.\S*128"),
+        **common_figures(code, SASS, r"\S*\.128\b"),
         "in_flight": 32 * sass_bytes_before_first_use(longest_loop(code, SASS) or code),
+        "matrix_of_groups": count(code, r"\bIGMMA\b"),
         "truncations": count(code, r"\bF2F\S*\.RZ"),
         "nan_dropped": count(ptx.splitlines(), r"\b(?:max|min)\.f32"),
     }

@@ -1,4 +1,6 @@
-"""Compile the norm kernels, and Liger-Kernel's, for real GPUs and report figures of the machine code; no GPU needed.
+"""Compile the kernels of norms and 8-bit linears, and Liger-Kernel's norms, for real GPUs; report their machine code.
+
+No GPU is needed.
 
 *Compiled* figures (registers, spills, width of the accesses, barriers, bytes that a warp requests before it waits) are
 read from the machine code. A share of the memory bandwidth is *predicted* from them and the GPUs' data sheets; see
@@ -31,11 +33,12 @@ from unittest import mock
 
 import machine_code
 import torch
+from int8_cases import CASES8, Case8
 from machine_code import Launch
 from machines import MACHINES, Machine
 from norm_cases import CASES, DTYPES, WIDTHS, Case, Work, make_inputs
 from norm_peers import Implementation, load_fastln, load_liger
-from prediction import LATENCY, in_flight, predict
+from prediction import LATENCY, in_flight, predict, predict_product
 from ratchet import worse
 from report_rows import LIBRARIES, RESULTS, Row, load, save, source_digest
 
@@ -46,24 +49,34 @@ PARAMETERS = "fp32"  # dtype of weight and bias: training uses it, and it takes 
 READ_TWICE = {
     "forward_wide_kernel": ("x_ptr", "residual_ptr", "stream_ptr"),
     "backward_wide_kernel": ("dy_ptr", "saved_ptr"),
+    "quantise_wide_kernel": ("x_ptr",),
 }
 """Tensors that a kernel reads a second time. A forward that writes the stream rereads only the stream."""
+
+ALL = (*CASES, *CASES8)
 
 Kernel = dict[str, Any]
 Group = tuple[str, str, int]
 
 
-def launches(implementation: Implementation, case: Case, machine: Machine, n_cols: int, dtype: str) -> list[Launch]:
+def launches(
+    implementation: Implementation, case: Case | Case8, machine: Machine, n_cols: int, dtype: str
+) -> list[Launch]:
     """Return what an implementation launches for a case on a machine, using tensors without storage."""
-    draw = functools.partial(torch.empty, dtype=DTYPES[dtype], device="meta")
-    seed = torch.zeros(1, dtype=torch.int64, device="meta")
-    inputs = make_inputs(case, N_ROWS, n_cols, draw, DTYPES[PARAMETERS], seed)
-    works: list[Work] = []
     with (
         mock.patch.object(launch, "sm_count", return_value=machine.sms),
         mock.patch.object(launch, "LANES", machine.lanes),
         mock.patch.object(launch, "is_tight", return_value=machine.tight),
+        mock.patch.object(launch, "is_hopper", return_value=machine.hopper),
     ):
+        if isinstance(case, Case8):
+            of_8_bits = functools.partial(torch.empty, device="meta")
+            run = case.prepare(N_ROWS, n_cols, DTYPES[dtype], lambda shape, dtype: of_8_bits(shape, dtype=dtype))
+            return machine_code.noted_launches(run)
+        draw = functools.partial(torch.empty, dtype=DTYPES[dtype], device="meta")
+        seed = torch.zeros(1, dtype=torch.int64, device="meta")
+        inputs = make_inputs(case, N_ROWS, n_cols, draw, DTYPES[PARAMETERS], seed)
+        works: list[Work] = []
         machine_code.noted_launches(lambda: works.append(implementation.prepare(case, inputs)))
         noted = machine_code.noted_launches(works[0].run)
     if implementation.name != "liger":
@@ -156,6 +169,17 @@ class Compiler:
             }
 
 
+def has(library: str, case: Case | Case8, dtype: str, n_cols: int) -> bool:
+    """Whether there is a kernel of a library to compile for a case.
+
+    Liger leaves residuals to torch, and has no 8 bits. The 8-bit kernels are not compiled in fp16 beside bf16, from
+    which only casts differ, and at the case's own widths alone.
+    """
+    if isinstance(case, Case8):
+        return library == "fastln" and dtype != "fp16" and n_cols in case.widths
+    return library == "fastln" or not case.residual
+
+
 def compile_group(group: Group, cases: Sequence[str], with_liger: bool, source: str) -> list[Row]:
     """Return the rows of a machine, a dtype and a width: one per case and library."""
     machine_name, dtype, n_cols = group
@@ -163,21 +187,31 @@ def compile_group(group: Group, cases: Sequence[str], with_liger: bool, source: 
     compiler = Compiler(machine)
     implementations = [load_fastln()[0], load_liger()[0] if with_liger else None]
     rows = []
-    for case, implementation in itertools.product((CASES[name] for name in cases), implementations):
-        # Liger leaves residuals to torch, so there is no Liger kernel to compile.
-        if implementation is None or (implementation.name == "liger" and case.residual):
+    for name, implementation in itertools.product(cases, implementations):
+        case = CASES8.get(name) or CASES[name]
+        if implementation is None or not has(implementation.name, case, dtype, n_cols):
             continue
-        useful = case.tensors * N_ROWS * n_cols * DTYPES[dtype].itemsize
+        useful = case.useful_bytes(N_ROWS, n_cols, DTYPES[dtype].itemsize)
         row = Row(machine_name, dtype, PARAMETERS, n_cols, N_ROWS, case.name, implementation.name, source, useful)
-        row.note = implementation.note(case)
+        row.note = "" if isinstance(case, Case8) else implementation.note(case)
         rows.append(row)
         # Any error from a compiler goes into the row.
         try:
-            row.compiled = list(compiler.kernels(launches(implementation, case, machine, n_cols, dtype), n_cols))
-            row.predicted = predict(row.compiled, useful, N_ROWS * n_cols, machine)
+            noted = launches(implementation, case, machine, n_cols, dtype)
+            row.compiled = list(compiler.kernels(noted, n_cols))
+            if isinstance(case, Case8) and case.product:
+                (kernel,), turns = row.compiled, math.ceil(n_cols / noted[0].given["INNER"])
+                operations = case.operations(N_ROWS, n_cols)
+                row.predicted = predict_product(kernel, operations, turns, N_ROWS * n_cols, machine)
+            else:
+                row.predicted = predict(row.compiled, useful, N_ROWS * n_cols, machine)
         except Exception as error:
             row.compiled, row.error = None, f"{type(error).__name__}: {error}".splitlines()[0]
     return rows
+
+
+def _wanted(cases: Sequence[str], group: Group) -> list[str]:
+    return [name for name in cases if has("fastln", CASES8.get(name) or CASES[name], *group[1:])]
 
 
 HEAD = f"""# What the kernels compile to
@@ -186,7 +220,8 @@ Made by `python scripts/compile_report.py`, without a GPU. *Compiled*, read from
 requested before it waits, registers per lane, instructions that spill. *Predicted* from these and the data sheets
 (`scripts/prediction.py`): share of peak bandwidth, bytes exchanged with memory per element. Each cell has fastln's
 figure, then Liger-Kernel's if it has the operation. KB and registers are for the kernel that moves the most bytes;
-spills are for the worst kernel. {N_ROWS:,} rows, weight and bias in {PARAMETERS}. Liger always computes dx.
+spills are for the worst kernel. {N_ROWS:,} rows, weight and bias in {PARAMETERS}. Liger always computes dx. The share
+of an 8-bit product (`int8-linear…`, with a square weight) is that of the peak of 8-bit operations.
 """
 
 
@@ -208,22 +243,23 @@ def table(rows: Sequence[Row]) -> str:
 
 
 def _cells(row: Row) -> tuple[str, ...]:
-    if row.compiled is None or row.predicted is None:
+    if row.compiled is None:
         return ("fails", *("–",) * 4)
     main = max(row.compiled, key=lambda kernel: kernel["moved"])
+    product = row.case in CASES8 and CASES8[row.case].product
     return (
-        f"{row.predicted['share']:.0%}",
-        f"{in_flight(main) / 1024:.0f}",
+        f"{row.predicted['share']:.0%}" if row.predicted else "not known",
+        "–" if product else f"{in_flight(main) / 1024:.0f}",
         str(main["registers"]),
         str(max(kernel["spills"] for kernel in row.compiled)),
-        f"{row.predicted['bytes_per_element']:.2f}",
+        f"{row.predicted['bytes_per_element']:.2f}" if row.predicted else "–",
     )
 
 
 def merged(rows: Sequence[Row], before: Sequence[Row]) -> list[Row]:
     """Return the earlier rows, updated with the new ones, in the order of MACHINES, DTYPES, widths and CASES."""
-    latest = {(*row.group, row.case, row.library): row for row in (*before, *rows) if row.case in CASES}
-    orders = [{name: i for i, name in enumerate(names)} for names in (MACHINES, DTYPES, CASES, LIBRARIES)]
+    latest = {(*row.group, row.case, row.library): row for row in (*before, *rows) if row.case in ALL}
+    orders = [{name: i for i, name in enumerate(names)} for names in (MACHINES, DTYPES, ALL, LIBRARIES)]
 
     def place(row: Row) -> tuple[int, ...]:
         machine, dtype, case, library = orders
@@ -249,7 +285,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--machines", nargs="+", choices=MACHINES, default=list(MACHINES))
     parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=list(DTYPES))
     parser.add_argument("--widths", nargs="+", type=int, default=list(WIDTHS))
-    parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES), metavar="CASE")
+    parser.add_argument("--cases", nargs="+", choices=ALL, default=ALL, metavar="CASE")
     parser.add_argument("--no-liger", action="store_true", help="skip Liger")
     parser.add_argument("--jobs", type=int, default=2, help="processes")
     parser.add_argument("--dry-run", action="store_true", help="compare and print the table, but write nothing")
@@ -262,9 +298,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.resume:
         done = collections.defaultdict(set)
         for row in before:
-            if row.source == source and (options.no_liger or row.library == "liger" or CASES[row.case].residual):
+            case = CASES8.get(row.case) or CASES[row.case]
+            if row.source == source and (
+                options.no_liger or row.library == "liger" or not has("liger", case, row.dtype, row.width)
+            ):
                 done[row.group].add(row.case)
-        groups = [group for group in groups if not done[group] >= set(options.cases)]
+        groups = [group for group in groups if not done[group] >= set(_wanted(options.cases, group))]
     origin = {} if options.dry_run else provenance(sys.argv if arguments is None else arguments)
     rows: list[Row] = []
     failed = False

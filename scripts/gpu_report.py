@@ -1,22 +1,25 @@
-"""Check and time the norm kernels and their peers on this machine's GPU: one command, one JSON file, one table.
+"""Check and time the norm kernels, 8-bit linears and their peers on this machine's GPU: one command, one JSON file.
 
     python scripts/gpu_report.py
 
 Every configuration is checked against the definition in float64 before it is timed. One that fails is not timed, and
 its row says why. Times are of CUDA graphs, so they contain no host time. The inputs are copied until they exceed the L2
 cache several times, so every call reads its inputs from memory. All implementations of a configuration, and a plain
-copy that moves as many bytes, take turns in every round. Without a GPU, nothing is measured.
+copy that moves as many bytes, take turns in every round. Without a GPU, nothing is measured. `gpu_linears.py` says how
+linear layers are timed: in 8 bits, plain and turned, beside torch in the same dtype.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from gpu_linears import SHAPES, linear_table, measure_linear
 from gpu_timing import Bench, gpu_seconds, measure, record_graph
 from norm_cases import CASES, DTYPES, WIDTHS
 from norm_checks import Configuration
@@ -103,6 +106,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--widths", nargs="+", type=at_least(1), default=WIDTHS, help="columns")
     parser.add_argument("--rows", type=at_least(1), help="rows of a tensor; by default as many as fill 64 MiB")
     parser.add_argument("--rounds", type=at_least(2), default=20, help="turns for each implementation")
+    parser.add_argument("--linears", type=at_least(0), default=len(SHAPES), help="how many shapes of linear layers")
     options = parser.parse_args(arguments)
     if not torch.cuda.is_available():
         print("this machine has no CUDA GPU: nothing was measured")
@@ -121,7 +125,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print(f"{i}/{len(todo)} {one.case.name} {one.n_rows} × {one.n_cols} {one.dtype}", file=sys.stderr)
             rows += measure(one, implementations, bench)
             save(options.out, origin, rows)
+        linears: list[Row] = []
+        for dtype, shape, turned in itertools.product(options.dtypes, SHAPES[: options.linears], (False, True)):
+            print(f"linear {' × '.join(map(str, shape))} {dtype}{' turned' * turned}", file=sys.stderr)
+            linears += measure_linear(shape, dtype, turned, bench)
+            save(options.out, origin, rows + linears)
     print(table(rows))
+    print(f"\n{linear_table(linears)}")
     for name, reason in missing.items():
         print(f"\n{name}: {reason}")
     return 0

@@ -27,7 +27,7 @@ from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
-DTYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.int64: "i64"}
+DTYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.int64: "i64", torch.int8: "i8"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,8 +135,9 @@ def read(binary: Any, target: GPUTarget) -> Figures:
     Returns:
         `registers` and bytes of `stack` per lane. `spills`: instructions that spill or reload. `shared`: bytes of
         shared memory. `in_flight`: bytes that a warp requests in its loop (or from its start, if it has none) before it
-        first waits for any of them. On NVIDIA, `truncations`: casts to bfloat16 that do not round, and `nan_dropped`:
-        maxima that return the number if the other operand is NaN. And the figures of `assembly.common_figures`.
+        first waits for any of them. On NVIDIA, `truncations`: casts to bfloat16 that do not round, `nan_dropped`:
+        maxima that return the number if the other operand is NaN, and `matrix_of_groups`: matrix instructions that four
+        warps share. And the figures of `assembly.common_figures`.
     """
     shared = {"shared": binary.metadata.shared}
     if target.backend == "hip":

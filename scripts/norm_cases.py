@@ -57,6 +57,15 @@ class Case:
         """Whether gradients of rows are requested."""
         return bool({"dx", "dresidual"} & set(self.results))
 
+    def useful_bytes(self, n_rows: int, n_cols: int, itemsize: int) -> int:
+        """Return the bytes of these tensors."""
+        return self.tensors * n_rows * n_cols * itemsize
+
+    @property
+    def writes_rows(self) -> bool:
+        """Whether rows are written."""
+        return self.needs_rows or not self.backward
+
     @property
     def needs_saved(self) -> bool:
         """Whether the requested gradients depend on the norm's input."""

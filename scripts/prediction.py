@@ -18,6 +18,10 @@
 - *Issue* time is the number of instructions of all warps, divided by the rate at which the SMs issue them. The loop's
   instructions count in every turn, the others once. Issue time is left out if a row takes several turns of the loop.
 
+A *product* in 8 bits is predicted apart, as the longest of its traffic time (each tensor once), its operations at the
+data sheet's rate, and its issue time. Waits between these are left out, so it is a bound. Its share is that of the data
+sheet's rate. It is set beside a product in bfloat16 at the data sheet's rate, which is a bound too.
+
 Other cache effects, varying latencies and launch times are not included. The prediction shows which kernel has a reason
 to be slow, and which reason. The same rules apply to every library. Liger leaves the sums over its programs to torch,
 in two kernels that are not compiled here. They are counted as one launch of fastln's last kernel, with as many rows as
@@ -92,4 +96,37 @@ def predict(kernels: list[Kernel], useful_bytes: int, elements: int, machine: Ma
         "share": round(useful_bytes / machine.bandwidth / total, 3),
         "seconds": float(f"{total:.4g}"),
         "bytes_per_element": round(sum(traffic(kernel, machine) for kernel in kernels) / elements, 3),
+    }
+
+
+def predict_product(
+    kernel: Kernel, operations: int, inner_turns: int, elements: int, machine: Machine
+) -> dict[str, float] | None:
+    """Return the share of the peak of 8-bit operations, and what `predict` returns; None if the peak is not known.
+
+    Args:
+        kernel: The kernel of the product.
+        operations: Multiplications and additions.
+        inner_turns: Turns of a program's loop over the sum.
+        elements: Elements of the result.
+        machine: The machine that it was compiled for.
+
+    Returns:
+        Also `over_bf16`: how many times as long a product in bfloat16 takes at the data sheet's rate.
+
+    Raises:
+        ValueError: If a program does not fit on an SM.
+    """
+    if not kernel["resident_warps"]:
+        raise ValueError(f"{kernel['kernel']} cannot run: its program does not fit on an SM")
+    if machine.int8 is None:
+        return None
+    per_warp = kernel["instructions"] - kernel["loop_instructions"] + inner_turns * kernel["loop_instructions"]
+    issuing = kernel["programs"] * kernel["warps"] * per_warp / (machine.issue * machine.clock * machine.sms)
+    total = max(kernel["moved"] / machine.bandwidth, operations / machine.int8, issuing)
+    return {
+        "share": round(operations / machine.int8 / total, 3),
+        "seconds": float(f"{total:.4g}"),
+        "bytes_per_element": round(kernel["moved"] / elements, 3),
+        "over_bf16": round(operations / machine.bf16 / total, 2),
     }

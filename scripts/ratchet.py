@@ -5,11 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+from int8_cases import CASES8
 from norm_cases import CASES
 from report_rows import Row
 
 RATCHET_WIDTH = 8192
-BY_ROWS = ("forward_kernel", "backward_kernel", "forward_wide_kernel", "backward_wide_kernel")
+BY_ROWS = (
+    *("forward_kernel", "backward_kernel", "forward_wide_kernel", "backward_wide_kernel"),
+    "product_kernel",
+)
 LOSSES: dict[str, Callable[[dict[str, Any]], int]] = {
     "registers": lambda kernel: kernel["registers"],
     "loads that are not of 128 bits": lambda kernel: kernel["loads"] - kernel["loads_128"],
@@ -47,11 +51,12 @@ def _faults(row: Row, kernel: dict[str, Any]) -> Iterator[str]:
     if not kernel["loads_128"]:
         yield "no 128-bit loads"
     # Sums are written as single rows, so they are exempt. AMD's compiler writes 16-bit results 8 bytes at a time, which
-    # also fills whole lines.
-    case = CASES[row.case]
-    writes_rows = kernel["kernel"] in BY_ROWS and (case.needs_rows or not case.backward)
+    # also fills whole lines. So do 8-bit results, of which a lane has 8 beside each other.
+    writes_rows = kernel["kernel"] in BY_ROWS and (CASES8.get(row.case) or CASES[row.case]).writes_rows
     if writes_rows and row.machine != "gfx942" and not kernel["stores_128"]:
         yield "no 128-bit stores"
+    if row.case in CASES8 and CASES8[row.case].product and not kernel["matrix"]:
+        yield "no matrix instructions in 8 bits"
     if kernel["specialises_on_rows"]:
         yield "recompiles for a different number of rows"
     if kernel.get("truncations"):

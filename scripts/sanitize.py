@@ -43,6 +43,7 @@ ROWS = (1, 7, 33)
 WIDTHS = (1, 3, 17, 384, 1000, 1152)
 WIDE_ROWS, WIDE = 7, (12000, 33000)
 """Shapes of rows whose sums use a separate kernel, and of rows that no kernel holds in registers."""
+INT8_WIDTHS = (1, 17, 192, WIDE[-1])
 DTYPES = (torch.float32, torch.bfloat16)
 
 BREAKS = {"column": (r"< (N_COLS|n_cols)\b", r"<= \1"), "row": (r"\brows < (n_\w+)", r"rows <= \1")}
@@ -187,6 +188,30 @@ def check_norms(
                 kernels.module("norm").norm_backward(request)
 
 
+def check_int8(kernels: Kernels, tally: Tally, n_rows: int, n_cols: int, dtype: torch.dtype, wide: bool) -> None:
+    """Run the rounding to 8 bits, alone, by a norm and by activations, and both products under the sanitizer."""
+    print(f"int8 {n_rows} × {n_cols} {_name(dtype)}", file=sys.stderr)
+    int8, reference = kernels.module("int8"), importlib.import_module(f"{PACKAGE}.reference")
+    rows = torch.empty((n_rows, n_cols + 8), dtype=dtype)[:, :n_cols]
+    weight = torch.empty((n_cols + 1, n_cols), dtype=torch.int8)
+    for turned in (False, True) if n_cols % 64 == 0 else (False,):
+        with kernels.sanitized(tally, f"int8, {n_rows} × {n_cols} {_name(dtype)}, {turned=}"):
+            x8 = int8.quantise(rows, torch.empty(n_cols), turned=turned)
+            kind = reference.NormKind(1e-6)
+            request = reference.NormForward(rows, None, None, kind, want_rows8=True, turned=turned)
+            kernels.module("norm").norm_forward(request)
+            activation = kernels.module("activation_rows")
+            for up in (None, rows):
+                activation.forward(rows, up, "gelu", turned=turned, want_y=up is None)
+                activation.backward(rows, rows, up, "gelu", torch.empty(n_cols), torch.empty(n_cols))
+            if wide:
+                continue
+            weight8 = int8.Weight8(weight, torch.empty(n_cols + 1), turned, torch.empty(0), torch.empty(0))
+            int8.linear(x8, weight8, torch.empty(n_cols + 1), dtype)
+            dy8 = int8.quantise(torch.empty((n_rows, n_cols + 1), dtype=dtype), weight8.scale)
+            int8.linear_backward(dy8, weight8, dtype)
+
+
 def check_elementwise(kernels: Kernels, tally: Tally, n_rows: int, n_cols: int, dtype: torch.dtype) -> None:
     """Run dropout and the activations under the sanitizer, on contiguous tensors and on two halves of one tensor."""
     print(f"elementwise {n_rows} × {n_cols} {_name(dtype)}", file=sys.stderr)
@@ -225,6 +250,8 @@ def check_check() -> list[str]:
             for n_rows, n_cols in ((7, 17), (WIDE_ROWS, WIDE[-1])):
                 check_norms(broken, tally, n_rows, n_cols, torch.float32, [OPTIONS[-1]])
             check_elementwise(broken, tally, 7, 17, torch.float32)
+            for n_cols, wide in ((17, False), (WIDE[-1], True)):
+                check_int8(broken, tally, 7, n_cols, torch.float32, wide)
         # Shared helpers mask the columns. Kernels with several rows mask the rows themselves, or do not mask them.
         expected = {n for n, k in broken.kernels.items() if what == "column" or "rows <= n_" in k.src}
         reported = {kernel for kernel, _ in tally.findings}
@@ -243,12 +270,15 @@ def main() -> int:
         check_norms(kernels, tally, n_rows, n_cols, dtype, itertools.islice(turn, 2))
     for dtype, n_cols, n_rows in itertools.product(DTYPES, WIDTHS, ROWS):
         check_elementwise(kernels, tally, n_rows, n_cols, dtype)
+    for dtype, n_cols, n_rows in itertools.product(DTYPES, INT8_WIDTHS, ROWS):
+        check_int8(kernels, tally, n_rows, n_cols, dtype, n_cols == WIDE[-1])
     for n_cols, dtype in itertools.product(WIDE, DTYPES):
         check_norms(kernels, tally, WIDE_ROWS, n_cols, dtype, itertools.islice(turn, 4))
     print(f"checked all subsets of gradients in {' and '.join(map(_name, DTYPES))}; with, without dropout, residual,")
     print(
-        f"  gaps between rows and mean: rows {ROWS} × columns {WIDTHS} and {WIDE_ROWS} × {WIDE}; dropout, activations"
+        f"  gaps between rows and mean: rows {ROWS} × columns {WIDTHS} and {WIDE_ROWS} × {WIDE}; dropout, activations;"
     )
+    print(f"  rows in 8 bits and their products: columns {INT8_WIDTHS}")
     for kernel in sorted(kernels.kernels):
         print(f"  {kernel}: {tally.accesses[kernel]} loads and stores in {tally.launches[kernel]} launches")
         if not tally.accesses[kernel]:

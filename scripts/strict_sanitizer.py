@@ -112,9 +112,9 @@ class StrictSanitizer(SymbolicSanitizer):
             return expression
 
         def keep_shape(total: tl.tensor, x: tl.tensor, axis: int | None = None, keep_dims: bool = False) -> None:
-            assert not keep_dims
             if axis is not None:
-                shape = [n for dim, n in enumerate(x.type.shape) if dim != axis]
+                kept = [1] if keep_dims else []
+                shape = [*x.type.shape[:axis], *kept, *x.type.shape[axis + 1 :]]
                 total.type = tl.block_type(total.dtype, shape)
                 total.shape = tl.tuple([tl.constexpr(n) for n in shape])
 

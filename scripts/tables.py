@@ -23,6 +23,7 @@ from statistics import median
 import quality_table
 import report_rows
 import stored_table
+from int8_cases import CASES8
 from machines import MACHINES
 from prediction import in_flight
 
@@ -160,6 +161,42 @@ def compiled_backward() -> str:
     return "\n".join(lines)
 
 
+def compiled_products() -> str:
+    """Return the figures of the compiled 8-bit products, 8,192 rows in bfloat16 and a weight of 4,096 x 4,096."""
+    names = {"int8-linear": "y", "int8-linear-dx": "dx", "int8-linear-dx-turned": "dx, turned back"}
+    of_groups, of_warps, mfma = "wgmma", "mma.sync", "mfma"
+    columns = ("GPU", "result", "8-bit instruction", "registers", "spills", "share of peak", "over bfloat16's peak")
+    lines = [_row(*columns), "|---|---|---|" + "---:|" * 4]
+    for row in report_rows.load(RESULTS / "compile.json"):
+        if row.case not in names or (row.dtype, row.width) != ("bf16", 4096):
+            continue
+        assert row.compiled
+        (kernel,) = row.compiled
+        amd = MACHINES[row.machine].target.backend == "hip"
+        instruction = mfma if amd else of_groups if kernel["matrix_of_groups"] else of_warps
+        share = f"{row.predicted['share']:.0%}" if row.predicted else "not known"
+        over = f"{row.predicted['over_bf16']:.1f}" if row.predicted else "not known"
+        figures = (str(kernel["registers"]), str(kernel["spills"]), share, over)
+        lines.append(_row(MACHINES[row.machine].name, names[row.case], instruction, *figures))
+    return "\n".join(lines)
+
+
+def compiled_rounding() -> str:
+    """Return the predicted shares of peak bandwidth of the compiled kernels that round rows of 4,096 to 8 bits."""
+    found: dict[str, dict[str, str]] = defaultdict(dict)
+    for row in report_rows.load(RESULTS / "compile.json"):
+        if row.case in CASES8 and not CASES8[row.case].product and (row.dtype, row.width) == ("bf16", 4096):
+            assert row.compiled
+            assert row.predicted
+            registers = max(kernel["registers"] for kernel in row.compiled)
+            found[row.case][row.machine] = f"{row.predicted['share']:.0%} ({registers})"
+    lines = [_row("kernel", *MACHINES), "|---|" + "---:|" * len(MACHINES)]
+    for name in CASES8:
+        if name in found:
+            lines.append(_row(name.removeprefix("int8-"), *(found[name].get(machine, "–") for machine in MACHINES)))
+    return "\n".join(lines)
+
+
 def predicted_losses() -> str:
     """Return where Liger-Kernel's norms are predicted to be faster: how many cases, and by how many points of peak."""
     shares: dict[tuple[str, int], dict[tuple[str, str], dict[str, float]]] = defaultdict(lambda: defaultdict(dict))
@@ -196,6 +233,8 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "quality": quality,
     "stored": stored,
     "compiled-backward": compiled_backward,
+    "compiled-products": compiled_products,
+    "compiled-rounding": compiled_rounding,
     "predicted-losses": predicted_losses,
 }
 """The function that makes each block, by the block's name."""

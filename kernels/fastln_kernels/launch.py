@@ -53,6 +53,15 @@ Elementwise block: 2 x 16 bytes per lane of each tensor, 4 warps.
 Cap on registers (NVIDIA): 255 with sums; forward 80, 128 above 24 elements, 168 above 32.
     With sums, the one program on an SM has all registers. The forward runs 24 warps per SM at 80 registers, 16 at 128
     and 12 at 168, which request at least 30 KB. Without a cap, ptxas spills a few registers to fit more programs.
+    A result that is rounded to 8 bits too stays in float32 until its row's largest element is known: the next larger
+    cap, 255 above 168.
+
+Tiles of products in 8 bits: 128 x 128, 8 warps. On Hopper 128 x 256 forward and 256 x 128 backward. On AMD 128 x 128,
+4 warps, forward and 128 x 256 backward. 64 x 128, 4 warps, if there would be fewer tiles than SMs, and to turn on AMD.
+    On Hopper four warps share an instruction of 64 x 128, so a larger tile has fewer other instructions per product.
+    The backward's weight must be transposed on its way into the matrix units, byte by byte: its tile is higher, so that
+    more rows share that work. These are the largest at which nothing spills on sm_100, and on AMD those whose results
+    fit into the 64 KB of shared memory through which turned blocks go.
 
 Column tile: 16 rows x 128 columns, 4 warps; 32 warps per SM.
     128 divides the usual widths. Each row's piece is whole 128-byte lines. Each program's sums cover only 128 columns.
@@ -158,7 +167,9 @@ def elementwise_block(itemsize: int) -> ColumnTile:
     return ColumnTile(rows=1, cols=2 * (16 // itemsize) * LANES * 4, warps=4)
 
 
-def forward_tile(n_cols: int, itemsize: int, device: torch.device, *, prologue: bool) -> RowTile | None:
+def forward_tile(
+    n_cols: int, itemsize: int, device: torch.device, *, prologue: bool, rounds: bool = False
+) -> RowTile | None:
     """Return the forward's tile of whole rows, or None if the registers cannot hold such rows.
 
     Args:
@@ -166,12 +177,15 @@ def forward_tile(n_cols: int, itemsize: int, device: torch.device, *, prologue: 
         itemsize: Bytes per element.
         device: Where the kernel will run.
         prologue: Whether dropout or a residual comes before the norm.
+        rounds: Whether the result is rounded to 8 bits too.
     """
     tile = _row_tile(n_cols, itemsize, LANES, 4, 40, 40, 32 if prologue or is_tight(device) else 64)
     if tile is None:
         return None
     elements = tile.pieces * 16 // itemsize
     registers = 80 if elements <= 24 else 128 if elements <= 32 else 168
+    if rounds:
+        registers = {80: 128, 128: 168, 168: 255}[registers]
     return replace(tile, max_registers=_capped(min(registers, 65536 // LANES // tile.warps)))
 
 
@@ -300,3 +314,101 @@ def is_tight(device: torch.device) -> bool:
     if device.type != "cuda":
         return False
     return LANES == 64 or torch.cuda.get_device_capability(device)[0] >= 10
+
+
+@dataclass(frozen=True, slots=True)
+class ProductTile:
+    """A tile of a product, which one program computes.
+
+    Attributes:
+        rows: Rows of the tile.
+        cols: Columns of the tile; blocks of 64 of them can be turned back.
+        inner: Summands taken at once.
+        group: Tiles of rows that share a tile of the weight before it leaves the cache.
+        warps: Warps that share the tile.
+        stages: Loads that are in flight at once, each of `inner` summands.
+    """
+
+    rows: int
+    cols: int
+    inner: int
+    group: int
+    warps: int
+    stages: int
+
+
+def quantise_tile(n_cols: int, itemsize: int, device: torch.device, *, wider: bool) -> RowTile | None:
+    """Return the tile of whole rows that are rounded to 8 bits, or None if the registers cannot hold such rows.
+
+    Args:
+        n_cols: Columns in a row.
+        itemsize: Bytes per element.
+        device: Where the kernel will run.
+        wider: Whether factors or turning make the elements float32.
+    """
+    return forward_tile(n_cols, itemsize, device, prologue=wider)
+
+
+def activation_tile(n_cols: int, itemsize: int, device: torch.device, *, n_inputs: int) -> RowTile | None:
+    """Return the tile of whole rows of an activation whose results are rounded to 8 bits, or None if none holds them.
+
+    Args:
+        n_cols: Columns in a row.
+        itemsize: Bytes per element.
+        device: Where the kernel will run.
+        n_inputs: How many tensors of rows are read.
+    """
+    tile = _row_tile(n_cols, itemsize, LANES, 4, 32, 32, 32 if n_inputs < 3 else 24)
+    return None if tile is None else replace(tile, max_registers=_capped(min(168, 65536 // LANES // tile.warps)))
+
+
+def wide_quantise_options(itemsize: int) -> dict[str, int | bool]:
+    """Return what the kernel is told that rounds rows to 8 bits which no `RowTile` can hold: its block of columns.
+
+    Args:
+        itemsize: Bytes per element.
+    """
+    cap = {} if (registers := _capped(128)) is None else {"maxnreg": registers}
+    cols = 2 * (16 // itemsize) * LANES * _WIDE_WARPS
+    return {"COLS": cols, **cap, "num_warps": _WIDE_WARPS, "enable_fp_fusion": True}
+
+
+def product_tile(
+    n_rows: int, n_cols: int, device: torch.device, *, backward: bool, turned: bool = False
+) -> ProductTile:
+    """Return the tile of a product of 8-bit rows and weights: the largest of which every SM has one.
+
+    Args:
+        n_rows: Rows of the result.
+        n_cols: Columns of the result.
+        device: Where the kernel will run.
+        backward: Whether the sum runs along the weight's columns.
+        turned: Whether the result is turned back.
+    """
+    if LANES == 64:
+        large = ProductTile(128, 256, 64, 8, 8, 3) if backward else ProductTile(128, 128, 64, 8, 4, 3)
+        tiles = (large, ProductTile(64, 128, 128, 8, 4, 3))[turned:]
+    else:
+        tiles = (ProductTile(128, 128, 128, 8, 8, 3), ProductTile(64, 128, 128, 8, 4, 3))
+        if is_hopper(device):
+            tiles = (ProductTile(*((256, 128) if backward else (128, 256)), 128, 8, 8, 3), *tiles)
+    sms = sm_count(device)
+    enough = (tile for tile in tiles if -(-n_rows // tile.rows) * -(-n_cols // tile.cols) >= sms)
+    return next(enough, tiles[-1])
+
+
+def row_options(tile: RowTile) -> dict[str, int | bool]:
+    """Return what a kernel is told about its tile of rows.
+
+    `enable_fp_fusion` (contraction of a * b + c) is set explicitly, because Triton is about to change its default, and
+    that would change results.
+    """
+    sizes = {"ROWS": tile.rows, "PIECE": tile.piece, "PIECES": tile.pieces}
+    cap = {} if tile.max_registers is None else {"maxnreg": tile.max_registers}
+    return {**sizes, **cap, "num_warps": tile.warps, "enable_fp_fusion": True}
+
+
+@functools.cache
+def is_hopper(device: torch.device) -> bool:
+    """Whether warps share matrix instructions in groups of four (wgmma)."""
+    return LANES == 32 and device.type == "cuda" and torch.cuda.get_device_capability(device)[0] == 9

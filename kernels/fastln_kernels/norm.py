@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastln_kernels import launch
+from fastln_kernels import int8, launch
 from fastln_kernels.norm_rows import backward_kernel, forward_kernel
 from fastln_kernels.norm_wide import backward_parameters_kernel, backward_wide_kernel, forward_wide_kernel
 from fastln_kernels.reference import (
@@ -81,7 +81,8 @@ def norm_forward(request: NormForward) -> NormOutputs:
     )
     assert y is not None
     rstd = torch.empty((n_rows,), dtype=torch.float32, device=x.device)
-    outputs = NormOutputs(y, stream, normed, rstd)
+    rows8 = int8.empty_rows(n_rows, n_cols, x.device, turned=request.turned) if request.want_rows8 else None
+    outputs = NormOutputs(y, stream, normed, rstd, rows8)
     if n_rows == 0:
         return outputs
     tensors = (x, residual, weight, bias, seed, y, stream, normed, rstd)
@@ -89,14 +90,19 @@ def norm_forward(request: NormForward) -> NormOutputs:
     constants = _constants(n_cols, kind, request.dropout) | {"ROUND_NORMED": kind.round_normed}
     with launch.on_device(x.device):
         prologue = residual is not None or request.dropout > 0
-        tile = launch.forward_tile(n_cols, x.element_size(), x.device, prologue=prologue)
+        where = (n_cols, x.element_size(), x.device)
+        tile = launch.forward_tile(*where, prologue=prologue, rounds=request.want_rows8)
         if tile:
             grid = (triton.cdiv(n_rows, tile.rows),)
-            forward_kernel[grid](*tensors, *numbers, **constants, **_row_options(tile))
+            in_8_bits = rows8 or (None, None)
+            options = launch.row_options(tile) | {"TURN": request.turned}
+            forward_kernel[grid](*tensors, *in_8_bits, *numbers, **constants, **options)
         else:
             wide = launch.wide_tile(n_cols, x.element_size(), n_inputs=1 + prologue, n_sums=0, prologue=prologue)
             grid = (min(n_rows, launch.sm_count(x.device)),)
             forward_wide_kernel[grid](*tensors, *numbers, **constants, **_wide_options(wide))
+            if rows8:
+                int8.quantise(y, turned=request.turned, out=rows8)
     return outputs
 
 
@@ -145,7 +151,7 @@ def norm_backward(request: NormBackward) -> NormGradients:
                 n_programs = min(n_programs, launch.summing_programs(dy.device, tile))
             partials = _partials(kept, n_programs, n_cols, dy.device)
             if tile:
-                options = {"PREFETCH": tile.prefetch, **_row_options(tile)}
+                options = {"PREFETCH": tile.prefetch, **launch.row_options(tile)}
                 backward_kernel[(n_programs,)](*rows, *partials, *numbers, **constants, **of_saved, **options)
             else:
                 results = (*partials, means)
@@ -190,14 +196,7 @@ def _constants(n_cols: int, kind: NormKind, dropout: float) -> dict[str, Any]:
     }
 
 
-# `enable_fp_fusion` (contraction of a * b + c) is set explicitly, because Triton is about to change its default, and
-# that would change results.
-def _row_options(tile: launch.RowTile) -> dict[str, Any]:
-    sizes = {"ROWS": tile.rows, "PIECE": tile.piece, "PIECES": tile.pieces}
-    cap = {} if tile.max_registers is None else {"maxnreg": tile.max_registers}
-    return {**sizes, **cap, "num_warps": tile.warps, "enable_fp_fusion": True}
-
-
+# `launch.row_options` says why `enable_fp_fusion` is set.
 def _block_options(tile: launch.ColumnTile) -> dict[str, Any]:
     return {"COLS": tile.cols, "num_warps": tile.warps, "enable_fp_fusion": True}
 

@@ -8,6 +8,7 @@ import triton
 import triton.language as tl
 
 from fastln_kernels.dropout import dropped_out
+from fastln_kernels.int8_rows import store_rounded
 from fastln_kernels.tiles import about_the_mean, centred, load_tile, load_vector, store_tile, two_means
 
 
@@ -44,6 +45,8 @@ def forward_kernel(
     stream_ptr,
     normed_ptr,
     rstd_ptr,
+    values_ptr,
+    scale_ptr,
     n_rows,
     x_stride,
     residual_stride,
@@ -56,8 +59,9 @@ def forward_kernel(
     OFFSET: tl.constexpr,
     ROUND_NORMED: tl.constexpr,
     THRESHOLD: tl.constexpr,
+    TURN: tl.constexpr = False,
 ):
-    """Normalise one tile of rows: read it once, normalise it in registers, write it once."""
+    """Normalise one tile of rows: read it once, normalise it in registers, write it once (and once in 8 bits)."""
     rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     in_rows = rows < n_rows
     cols = tl.arange(0, PIECE)
@@ -120,6 +124,8 @@ def forward_kernel(
     store_tile(y_ptr, y, rows, in_rows, cols, N_COLS, PIECES)
     if normed_ptr is not None:
         store_tile(normed_ptr, normed, rows, in_rows, cols, N_COLS, PIECES)
+    if values_ptr is not None:
+        store_rounded(values_ptr, scale_ptr, None, y, rows, in_rows, cols, N_COLS, PIECES, TURN, dtype)
 
 
 @triton.jit

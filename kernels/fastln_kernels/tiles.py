@@ -39,13 +39,18 @@ def store_tile(ptr, tile, rows, in_rows, cols, N_COLS: tl.constexpr, PIECES: tl.
 
 
 @triton.jit
+def load_vector_piece(ptr, in_rows, cols, k: tl.constexpr, N_COLS: tl.constexpr):
+    """Load piece `k` of a vector as wide as a row, once per row. So it has the rows' layout and needs no exchange."""
+    at = (in_rows & False).to(tl.int32)[:, None] + (cols + k * cols.shape[0])[None, :]
+    return tl.load(ptr + at, mask=at < N_COLS, other=0.0)
+
+
+@triton.jit
 def load_vector(ptr, in_rows, cols, N_COLS: tl.constexpr, PIECES: tl.constexpr):
-    """Load a vector as wide as a row, once per row. So it has the rows' register layout and needs no exchange."""
-    same = (in_rows & False).to(tl.int32)
+    """Load all pieces of a vector as wide as a row."""
     tile = ()
     for k in tl.static_range(PIECES):
-        at = same[:, None] + (cols + k * cols.shape[0])[None, :]
-        tile += (tl.load(ptr + at, mask=at < N_COLS, other=0.0),)
+        tile += (load_vector_piece(ptr, in_rows, cols, k, N_COLS),)
     return tile
 
 

@@ -1,7 +1,17 @@
 """What is read off listings of machine code."""
 
 import pytest
-from assembly import GCN, SASS, access_bytes, gcn_lines, longest_loop, read_gcn, read_sass, sass_bytes_before_first_use
+from assembly import (
+    GCN,
+    SASS,
+    access_bytes,
+    common_figures,
+    gcn_lines,
+    longest_loop,
+    read_gcn,
+    read_sass,
+    sass_bytes_before_first_use,
+)
 
 SASS_LOOP = [
     ".L_x_1:",
@@ -45,6 +55,7 @@ def test_sass_figures():
         "loads_128": 1,
         "stores": 1,
         "stores_128": 1,
+        "matrix": 0,
         "barriers": 1,
         "loop_barriers": 1,
         "instructions": 8,
@@ -52,6 +63,7 @@ def test_sass_figures():
         "spill_bytes": 24,
         "loop_spill_bytes": 16,
         "in_flight": 32 * 16,
+        "matrix_of_groups": 0,
         "truncations": 1,
         "nan_dropped": 1,
     }
@@ -94,6 +106,7 @@ def test_gcn_figures_are_those_of_the_loop():
         "loads_128": 1,
         "stores": 1,
         "stores_128": 1,
+        "matrix": 0,
         "barriers": 1,
         "loop_barriers": 1,
         "instructions": 15,
@@ -108,6 +121,21 @@ def test_without_a_loop_the_whole_gcn_kernel_counts():
     listing = GCN_LISTING.replace("s_cbranch_scc1 .LBB0_2", "s_nop 0")
     assert read_gcn(listing)["in_flight"] == 64 * 4
     assert read_gcn(listing)["loop_instructions"] == 0
+
+
+def test_matrix_instructions_and_copies_to_shared_memory_are_counted():
+    sass = [
+        ".L_x_1:",
+        "LDGSTS.E.BYPASS.LTC128B.128 [R1], [R2.64];",
+        "LDGSTS.E.LTC128B [R1], [R2.64];",
+        "IMMA.16832.S8.S8.SAT R8, R4.ROW, R5.COL, R8;",
+        "IGMMA.64x128x32.S8.S8 R24, gdesc[UR4], R24;",
+        "HMMA.16816.F32.BF16 R8, R4, R5, R8;",
+        "@P0 BRA `(.L_x_1);",
+    ]
+    found = common_figures(sass, SASS, r"\S*\.128\b")
+    assert (found["loads"], found["loads_128"], found["matrix"], found["loop_instructions"]) == (2, 1, 2, 6)
+    assert common_figures(["v_mfma_i32_32x32x16_i8 v[0:15], v[16:17], v[18:19], 0"], GCN, "_dwordx4")["matrix"] == 1
 
 
 @pytest.mark.parametrize(

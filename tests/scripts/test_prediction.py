@@ -4,7 +4,7 @@ import dataclasses
 
 import pytest
 from machines import MACHINES
-from prediction import LATENCY, predict, seconds, traffic
+from prediction import LATENCY, predict, predict_product, seconds, traffic
 
 H100, MI300 = MACHINES["sm_90"], MACHINES["gfx942"]
 KERNEL = {
@@ -111,3 +111,21 @@ def test_shared_memory_takes_l1_away_from_stacks():
 )
 def test_programs_of_an_sm(machine, registers, shared, warps, programs):
     assert machine.resident_programs(registers, shared, warps) == programs
+
+
+def test_a_product_takes_the_longest_of_traffic_operations_and_issue():
+    one = KERNEL | {"kernel": "product", "instructions": 1060, "loop_instructions": 60, "moved": 4096}
+    found = predict_product(one, 10**12, 10, 1024, H100)
+    assert found["seconds"] == pytest.approx(10**12 / 1979e12, rel=1e-3)
+    assert (found["share"], found["over_bf16"], found["bytes_per_element"]) == (1.0, 2.0, 4.0)
+    few = predict_product(one, 10**6, 10, 1024, H100)
+    assert few["seconds"] == pytest.approx(132 * 4 * (1000 + 10 * 60) / (4 * 1.755e9 * 132), rel=1e-3)
+    assert few["share"] < 0.01
+    slow = predict_product(one | {"moved": 1 << 33}, 10**12, 10, 1024, H100)
+    assert slow["seconds"] == pytest.approx((1 << 33) / 3.35e12, rel=1e-3)
+
+
+def test_a_product_whose_rate_no_data_sheet_has_is_not_predicted_nor_one_that_does_not_fit():
+    assert predict_product(KERNEL, 1, 1, 1, MACHINES["sm_100"]) is None
+    with pytest.raises(ValueError, match="does not fit on an SM"):
+        predict_product(KERNEL | {"kernel": "big", "resident_warps": 0}, 1, 1, 1, H100)

@@ -64,6 +64,17 @@ def test_rows_are_not_written_where_only_sums_are_wanted_nor_in_128_bits_by_amds
     assert complaints(row(machine="gfx942", **rows), row(machine="gfx942", **rows)) == []
 
 
+def test_a_product_in_8_bits_without_its_instructions_is_told_and_rows_in_8_bits_may_be_written_by_64():
+    product = {"case": "int8-linear", "kernel": "product_kernel", "matrix": 4}
+    assert complaints(row(**product), row(**product)) == []
+    (complaint,) = complaints(row(**product | {"matrix": 0}), row(**product))
+    assert "no matrix instructions in 8 bits" in complaint
+    (complaint,) = complaints(row(**product | {"stores": 0, "stores_128": 0}), row(**product))
+    assert "no 128-bit stores" in complaint
+    rounding = {"case": "int8-quantise", "kernel": "quantise_kernel", "stores_128": 0}
+    assert complaints(row(**rounding), row(**rounding)) == []
+
+
 def test_missing_figures_are_told():
     others = [row(width=1024), row(case="rms_norm-forward"), row(kernel="forward_kernel 2"), row(library="liger")]
     (complaint,) = complaints(row(), *others)

@@ -80,6 +80,7 @@ _TABLE: dict[str, dict[str, _Kernels]] = {
         "reference": _Kernels("reference_attention", "torch's scaled_dot_product_attention"),
     },
     "int8_linear": {
+        "triton": _Kernels("int8", _TRITON),
         "cpu": _Kernels("cpu.native_int8", "fastln's compiled CPU kernels, 8-bit products with 32-bit sums", "int8"),
         "reference": _Kernels("reference_int8", "plain PyTorch, slowly"),
     },
