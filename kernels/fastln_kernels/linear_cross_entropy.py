@@ -10,6 +10,10 @@ With a soft cap c, z = c t with t = tanh(s u / c), and du = s (1 - t^2) dz.
 The gradient of a row's loss depends only on that row, so it is computed while the row's logits exist. Products use the
 tensors' dtype; where a CPU multiplies bfloat16 faster as float32, the kernel of linear layers does that. Everything
 between them, and the sums over chunks, is float32 (float64 for float64).
+
+With a weight in 8 bits, hidden states are rounded to 8 bits, row by row. The gradient of the logits has one large
+entry, at the label, and thousands of small ones, so it needs more: it is the sum of two rows in 8 bits, of which the
+second is what the first leaves over. That is three products in place of two.
 """
 
 from typing import NamedTuple
@@ -18,7 +22,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from fastln_kernels.cpu import native_linear, products, units
+from fastln_kernels.cpu import native_int8, native_linear, products, units
+from fastln_kernels.reference_int8 import Weight8
 
 CHUNK_BYTES = 32 << 20
 """Size of one chunk's float32 (or float64) logits.
@@ -43,6 +48,8 @@ class HeadRequest(NamedTuple):
         need_dhidden: Whether the gradient of `hidden` is wanted.
         need_dweight: Whether the gradient of `weight` is wanted.
         need_dbias: Whether the gradient of `bias` is wanted.
+        rounded: The weight in 8 bits, which then multiplies in its place; None for exact products. It takes CPU tensors
+            and no gradient of the weight.
     """
 
     hidden: Tensor
@@ -56,6 +63,7 @@ class HeadRequest(NamedTuple):
     need_dhidden: bool = False
     need_dweight: bool = False
     need_dbias: bool = False
+    rounded: Weight8 | None = None
 
 
 class HeadGradients(NamedTuple):
@@ -76,7 +84,7 @@ class HeadGradients(NamedTuple):
 
 def linear_cross_entropy(request: HeadRequest) -> HeadGradients:
     """Compute the loss of every row and the wanted gradients of their sum."""
-    hidden, weight, bias, labels, scale, softcap, label_smoothing, dy, *wanted = request
+    hidden, weight, bias, labels, scale, softcap, label_smoothing, dy, *wanted, rounded = request
     need_dhidden, need_dweight, need_dbias = wanted
     n_rows, n_classes = hidden.shape[0], weight.shape[0]
     wide = torch.float64 if hidden.dtype == torch.float64 else torch.float32
@@ -86,8 +94,13 @@ def linear_cross_entropy(request: HeadRequest) -> HeadGradients:
     dbias = hidden.new_zeros(n_classes, dtype=wide) if need_dbias else None
     step = max(1, CHUNK_BYTES // (n_classes * wide.itemsize))
     for rows in (slice(start, start + step) for start in range(0, n_rows, step)):
-        own = _is_own(hidden[rows], weight, bias)
-        logits = (native_linear.linear if own else F.linear)(hidden[rows], weight, bias)
+        own = rounded is None and _is_own(hidden[rows], weight, bias)
+        if rounded is not None:
+            logits = native_int8.linear(
+                native_int8.quantise(hidden[rows], turned=rounded.turned), rounded, bias, hidden.dtype
+            )
+        else:
+            logits = (native_linear.linear if own else F.linear)(hidden[rows], weight, bias)
         shaped = logits
         slope: float | Tensor | None = None  # derivative of the shaped logits
         if softcap is not None:
@@ -113,14 +126,20 @@ def linear_cross_entropy(request: HeadRequest) -> HeadGradients:
             dz *= slope
         if dbias is not None:
             dbias += dz.sum(0)
-        rounded = logits.copy_(dz)
+        if rounded is not None:
+            if dhidden is not None:
+                parts = native_int8.quantise_twice(dz, rounded.scale)
+                first, rest = (native_int8.linear_backward(part, rounded, torch.float32) for part in parts)
+                dhidden[rows] = first.add_(rest)
+            continue
+        narrow = logits.copy_(dz)
         if dhidden is not None:
             if own:
-                dhidden[rows] = native_linear.linear(rounded, weight, transpose=False)
+                dhidden[rows] = native_linear.linear(narrow, weight, transpose=False)
             else:
-                torch.mm(rounded, weight, out=dhidden[rows])
+                torch.mm(narrow, weight, out=dhidden[rows])
         if dweight is not None:
-            dweight += rounded.T @ hidden[rows]
+            dweight += narrow.T @ hidden[rows]
     return HeadGradients(
         losses,
         dhidden,

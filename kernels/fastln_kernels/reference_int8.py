@@ -112,6 +112,16 @@ def quantise(x: Tensor, factors: Tensor | None = None, *, turned: bool = False) 
     return Rows8((values * inverse[:, None]).round().clamp(-LARGEST, LARGEST).to(torch.int8), scale)
 
 
+def quantise_twice(x: Tensor, factors: Tensor) -> tuple[Rows8, Rows8]:
+    """Round `x * factors` to 8 bits, and round what that leaves over to 8 bits more; their sum has 16.
+
+    Args:
+        x, factors: As for `quantise`.
+    """
+    first = quantise(x, factors)
+    return first, quantise(x.to(torch.float32) * factors - first.values * first.scale[:, None])
+
+
 def quantise_weight(weight: Tensor, *, turned: bool = False) -> Weight8:
     """Round a weight `(n_cols, n_inner)` with a scale per column of the result.
 

@@ -17,6 +17,7 @@ from fastln.ops import OpSettings
 from fastln.ops.attention import why_exact
 from fastln.ops.backends import resolve
 from fastln.standins.int8 import Int8Spec
+from fastln_kernels.cpu import units
 from fastln_kernels.reference_int8 import TURNED
 
 INT8_STAND_INS = {"linear": "int8_linear", "conv1d": "int8_conv1d"}
@@ -24,6 +25,9 @@ INT8_STAND_INS = {"linear": "int8_linear", "conv1d": "int8_conv1d"}
 
 SMALLEST = 128
 """A layer with fewer inputs or outputs gains nothing: rounding its rows takes as long as the products save."""
+
+HEAD_GAIN = 2.5
+"""A language-model head gains if 8-bit units are so many times as fast: its gradient is rounded twice."""
 
 MOST = 2**16
 """Sums of more products could exceed 32 bits."""
@@ -50,11 +54,12 @@ class Int8Rules:
         fits = choice.backend != "reference" or settings.backend == "reference"
         self._obstacle = None if fits else choice.reason
 
-    def of(self, name: str) -> Int8Spec | str:
+    def of(self, name: str, *, is_head: bool = False) -> Int8Spec | str:
         """Return how a linear layer's weight is rounded, or why it stays exact.
 
         Args:
             name: The name of an `nn.Linear` or `Conv1D` whose weight is frozen.
+            is_head: Whether it is a language-model head, whose weight stays beside its 8-bit form.
         """
         if self._obstacle is not None:
             return self._obstacle
@@ -66,6 +71,9 @@ class Int8Rules:
             return f"too small to gain (under {SMALLEST} inputs or outputs)"
         if max(weight.shape) > MOST:
             return f"sums over more than {MOST:,} products may not fit into 32 bits"
+        if is_head:
+            reason = _why_no_head(weight.dtype)
+            return Int8Spec(self._has_outliers(name) and _inner(module) % TURNED == 0) if reason is None else reason
         if self._holders[id(weight)] > 1:
             return "another module shares its weight"
         if readers_of(self._model, name, ("weight",)):
@@ -83,7 +91,8 @@ class Int8Rules:
         if isinstance(detail, Int8Spec):
             return ("int8, turned" if detail.turned else "int8"), None
         if stand_in == "lm_head":
-            return "exact", "the gradient of logits does not bear rounding to 8 bits"
+            spec = self.of(name, is_head=True)
+            return "exact", spec if isinstance(spec, str) else "it trains"
         if "attention" not in stand_in:
             return "exact", None
         floats = (p.dtype for p in self._modules[name].parameters() if p.is_floating_point())
@@ -104,6 +113,15 @@ class Int8Rules:
                 causal = any(getattr(module, "is_causal", False) is True for module in around.modules())
                 return causal or any(kind is not None and not kind.centre for kind in kinds)
         return False
+
+
+def _why_no_head(dtype: torch.dtype) -> str | None:
+    """Say why a head gains nothing from 8 bits, which need three products where exact ones are two."""
+    rates = units.rates()
+    name = str(units.compute_dtype(dtype)).removeprefix("torch.")
+    if rates["int8"] >= HEAD_GAIN * rates[name]:
+        return None
+    return f"three products in 8 bits replace two, and units in 8 bits are not {HEAD_GAIN} times as fast as {name} here"
 
 
 def _inner(module: nn.Module) -> int:

@@ -160,7 +160,7 @@ def _carry_out(plan: Plan, model: nn.Module) -> None:
 
 
 # What `backend="reference"` leaves out; norms, activations, dropout and their blocks run as their definitions.
-_NOT_PLAIN = ("lm_head", "last_block", "arena", "blip_attention", "blip_text_attention")
+_NOT_PLAIN = ("last_block", "arena", "blip_attention", "blip_text_attention")
 
 
 class _Decider:
@@ -211,6 +211,8 @@ class _Decider:
                 return self._attention(entry)
             case "linear" | "conv1d":
                 return self._linear(entry)
+            case "lm_head":
+                return self._head(entry)
         if entry.what in _NOT_PLAIN and self._settings.backend == "reference":
             return Stay(entry.name, entry.label, entry.obstacle or "backend 'reference' is plain PyTorch")
         return self._known(entry)
@@ -311,6 +313,15 @@ class _Decider:
         if isinstance(exact, Stay):
             return dataclasses.replace(exact, reason=f"not in 8 bits: {spec}; {exact.reason}")
         return dataclasses.replace(exact, why_exact=spec)
+
+    def _head(self, entry: Found) -> Change | Stay:
+        if self._settings.backend == "reference":
+            return Stay(entry.name, entry.label, entry.obstacle or "backend 'reference' is plain PyTorch")
+        weight = getattr(self._modules[entry.name], "weight", None)
+        spec = None
+        if self._int8 is not None and entry.obstacle is None and id(weight) not in self._trained:
+            spec = self._int8.of(entry.name, is_head=True)
+        return self._known(entry, spec if isinstance(spec, Int8Spec) else None)
 
     def _exact_linear(self, entry: Found) -> Change | Stay:
         choice = resolve("linear", self._device, self._settings)

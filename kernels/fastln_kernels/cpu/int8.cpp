@@ -30,6 +30,8 @@ struct Quantise {
   const float* factors;
   uint8_t* values;
   float* scale;
+  uint8_t* rest_values;  // of what the rounding leaves over, if that is rounded too; then there are factors
+  float* rest_scale;
 };
 
 // Same layout as native_int8._Product. `weight` is (n_weight_rows, n_weight_cols); `backward` sums over its rows instead
@@ -203,9 +205,12 @@ void fastln_quantise(const Quantise* arguments) {
     for_blocks((a.n_rows + rows - 1) / rows, threads, [&](int64_t block) {
       thread_local Buffer<float> buffer;
       float* work = buffer.at_least(a.n_padded);
-      for (int64_t row = block * rows; row < std::min((block + 1) * rows, a.n_rows); row++)
-        a.scale[row] = quantise_row(x + row * a.x_stride, a.factors, a.turned, a.n_cols, a.n_padded, work,
-                                    a.values + row * a.n_padded);
+      for (int64_t row = block * rows; row < std::min((block + 1) * rows, a.n_rows); row++) {
+        uint8_t* values = a.values + row * a.n_padded;
+        a.scale[row] = quantise_row(x + row * a.x_stride, a.factors, a.turned, a.n_cols, a.n_padded, work, values);
+        if (!a.rest_values) continue;
+        a.rest_scale[row] = quantise_rest(work, values, a.scale[row], a.n_padded, a.rest_values + row * a.n_padded);
+      }
     });
   });
 }

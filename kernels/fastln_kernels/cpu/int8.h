@@ -261,6 +261,27 @@ float quantise_row(const T* x, const float* factors, bool turned, int64_t n_cols
   return scale.scale;
 }
 
+// Rounds what the rounding of a row has left over; returns its scale. `work` holds the row and then what is left, `done` the
+// row's rounded numbers.
+inline float quantise_rest(float* work, const uint8_t* done, float scale, int64_t n_padded, uint8_t* to) {
+  Top top;
+  for (int64_t column = 0; column < n_padded; column += LANES) {
+    Float whole;
+#if defined(FASTLN_AVX512)
+    const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(done + column));
+    whole = bits_as<Float>(_mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(bytes)));
+#else
+    for (int lane = 0; lane < LANES; lane++) whole[lane] = done[column + lane];
+#endif
+    const Float rest = load(work + column, AllLanes{}) - (whole - static_cast<float>(ZERO)) * scale;
+    top.take(rest, column / LANES % PARTS);
+    store(work + column, rest, AllLanes{});
+  }
+  const Scale of_rest(top.largest());
+  store_row(work, n_padded, n_padded, of_rest.inverse, to);
+  return of_rest.scale;
+}
+
 // Where a kernel writes the rows that it makes in 8 bits too, while they are in the cache. Same layout as
 // native_int8.Rounding. `factors` may be null.
 struct Rounding {

@@ -49,7 +49,7 @@ class _Quantise(ctypes.Structure):
 
     _fields_ = (
         *((name, c_int64) for name in ("dtype", "n_threads", "n_rows", "n_cols", "n_padded", "turned", "x_stride")),
-        *((name, c_void_p) for name in ("x", "factors", "values", "scale")),
+        *((name, c_void_p) for name in ("x", "factors", "values", "scale", "rest_values", "rest_scale")),
     )
 
 
@@ -74,6 +74,23 @@ def quantise(x: Tensor, factors: Tensor | None = None, *, turned: bool = False) 
     Raises:
         KernelsUnavailableError: If there are no compiled kernels.
     """
+    return _quantise(x, factors, turned, None)
+
+
+def quantise_twice(x: Tensor, factors: Tensor) -> tuple[StoredRows, StoredRows]:
+    """Compute `reference_int8.quantise_twice`: rows in 8 bits, and what they leave over in 8 bits more.
+
+    Args:
+        x, factors: As for `quantise`.
+
+    Raises:
+        KernelsUnavailableError: If there are no compiled kernels.
+    """
+    rest = _empty(*x.shape)
+    return _quantise(x, factors, False, rest), rest
+
+
+def _quantise(x: Tensor, factors: Tensor | None, turned: bool, rest: StoredRows | None) -> StoredRows:
     n_rows, n_cols = x.shape
     if x.stride(1) != 1 and n_cols > 1:
         x = x.contiguous()
@@ -92,6 +109,8 @@ def quantise(x: Tensor, factors: Tensor | None = None, *, turned: bool = False) 
             None if factors is None else factors.data_ptr(),
             values.data_ptr(),
             scale.data_ptr(),
+            None if rest is None else rest.values.data_ptr(),
+            None if rest is None else rest.scale.data_ptr(),
         )
         _kernel("fastln_quantise", _Quantise)(ctypes.byref(arguments))
     return rows

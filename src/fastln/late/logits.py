@@ -26,6 +26,7 @@ from fastln.late.layout import has_whole_rows, is_basic
 from fastln.late.modes import Modes
 from fastln.late.rows import LazyRows, as_they_are, computed, labelled
 from fastln.late.tensor import GRAD, Call, LateTensor, Unwritten, as_it_is_now, asks_for_gradient
+from fastln_kernels.reference_int8 import Weight8
 
 
 class _Head:
@@ -36,8 +37,8 @@ class _Head:
         wants_gradient: Whether that loss must still send its gradient through them.
     """
 
-    def __init__(self, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> None:
-        self.hidden, self.weight, self.bias = hidden, weight, bias
+    def __init__(self, hidden: Tensor, weight: Tensor, bias: Tensor | None, rounded: Weight8 | None) -> None:
+        self.hidden, self.weight, self.bias, self.rounded = hidden, weight, bias, rounded
         self.has_loss = self.wants_gradient = False
         self._modes = Modes(hidden.device)
         parts = (hidden, weight, bias)
@@ -92,13 +93,14 @@ class LazyLogits(LateTensor):
     _own: Tensor | None  # once computed
 
     @staticmethod
-    def of(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> LazyLogits:
+    def of(hidden: Tensor, weight: Tensor, bias: Tensor | None, rounded: Weight8 | None = None) -> LazyLogits:
         """Return late logits for `F.linear(hidden, weight, bias)`, under the current autocast mode.
 
         Args:
             hidden: `(..., d)`, with at least one dimension before the last.
             weight: `(n_classes, d)`, with the dtype of `hidden` and two classes or more.
             bias: `(n_classes,)`, same dtype, or None.
+            rounded: The weight in 8 bits, for a loss without logits; None for exact products.
         """
         device = hidden.device.type
         if torch.is_autocast_enabled(device):
@@ -107,7 +109,7 @@ class LazyLogits(LateTensor):
             hidden = as_they_are(hidden) if hidden._waits() else hidden._read()
         bias = None if bias is None else as_it_is_now(bias)
         twin = torch.empty((*hidden.shape[:-1], len(weight)), dtype=hidden.dtype, device="meta")
-        return _lazy(_OfHead, [], twin, _Recipe(_Head(hidden, weight, bias), (), hidden), hidden, weight, bias)
+        return _lazy(_OfHead, [], twin, _Recipe(_Head(hidden, weight, bias, rounded), (), hidden), hidden, weight, bias)
 
     @classmethod
     def __torch_function__(
@@ -355,6 +357,7 @@ def _cross_entropy(logits: LazyLogits, call: Call) -> Tensor | None:
             ignore_index=cross_entropy.ignore_index,
             label_smoothing=cross_entropy.label_smoothing,
             reduction=cross_entropy.reduction,
+            rounded=recipe.head.rounded,
         ).to(dtype)
     recipe.head.has_loss = True
     with torch._C.DisableTorchFunctionSubclass():

@@ -21,7 +21,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fastln.errors import FastLNError
+from fastln.ops.dispatch import wants_gradient
 from fastln_kernels import linear_cross_entropy as kernels
+from fastln_kernels.cpu.library import DTYPES
+from fastln_kernels.reference_int8 import Weight8
 
 IGNORE_INDEX = -100
 """The label of a position without one: PyTorch's cross-entropy ignores it, and transformers' datasets write it."""
@@ -50,6 +53,7 @@ def linear_cross_entropy(
     ignore_index: int = IGNORE_INDEX,
     label_smoothing: float = 0.0,
     reduction: str = "mean",
+    rounded: Weight8 | None = None,
 ) -> Tensor:
     """Cross-entropy of `hidden @ weight.T + bias` against labels, without holding those logits; differentiable once.
 
@@ -66,6 +70,8 @@ def linear_cross_entropy(
         softcap: Bound on their size after scaling: `softcap * tanh(logits / softcap)`; None for no bound.
         ignore_index: Positions with this label are ignored.
         label_smoothing: The share of the target that is spread over all classes, from 0 to 1.
+        rounded: The weight in 8 bits, which multiplies in its place on a CPU; None for exact products. It is used only
+            if neither weight nor bias need a gradient.
         reduction: "mean" over the positions with a label (NaN where there is none), "sum" or "none".
 
     Returns:
@@ -89,7 +95,9 @@ def linear_cross_entropy(
             dtype = torch.get_autocast_dtype(device)
             hidden, weight, bias = hidden.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
         rows = hidden.reshape(-1, hidden.shape[-1])
-        losses = _LinearCrossEntropy.apply(rows, weight, bias, row_labels, loss)
+        if rounded is not None and (wants_gradient(weight, bias) or rows.dtype not in DTYPES):
+            rounded = None
+        losses = _LinearCrossEntropy.apply(rows, weight, bias, row_labels, loss, rounded)
     return losses.view(labels.shape) if reduction == "none" else losses
 
 
@@ -123,7 +131,15 @@ def _check(hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, 
 
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, loss: _Loss) -> Tensor:
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        labels: Tensor,
+        loss: _Loss,
+        rounded: Weight8 | None,
+    ) -> Tensor:
         n_rows, n_classes = len(labels), len(weight)
         rows = (labels != loss.ignore_index).nonzero()[:, 0]
         n_labels = len(rows)
@@ -147,6 +163,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             need_dhidden=need_dhidden,
             need_dweight=need_parameters[0] and not each_its_own,
             need_dbias=need_parameters[1] and not each_its_own,
+            rounded=rounded,
         )
         losses, *gradients = kernels.linear_cross_entropy(request)
         inputs = (hidden, weight, bias, labels) if each_its_own else (None,) * 4
@@ -186,4 +203,4 @@ class _LinearCrossEntropy(torch.autograd.Function):
             dhidden = (dhidden * (dy[:, None] if loss.reduction == "none" else dy)).to(dhidden.dtype)
             if rows is not None:
                 dhidden = dhidden.new_zeros(ctx.n_rows, dhidden.shape[1]).index_copy_(0, rows, dhidden)
-        return dhidden, dweight, dbias, None, None
+        return dhidden, dweight, dbias, None, None, None

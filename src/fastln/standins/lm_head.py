@@ -7,7 +7,12 @@ from torch import Tensor, nn
 
 from fastln.late.logits import LazyLogits
 from fastln.late.when import may_be_late
+from fastln.ops.backends import implementation
+from fastln.standins.int8 import Int8Spec
 from fastln.standins.part import StandIn, form, unwatched
+from fastln_kernels.reference_int8 import Weight8
+
+_HELD = "_fastln_rounded"  # the weight, its version, and its 8-bit form
 
 
 @form
@@ -26,8 +31,20 @@ class LMHead(StandIn):
     def forward(self, input: Tensor) -> Tensor:
         """Return the logits (..., out_features) of `input` (..., in_features)."""
         if self._may_wait(input):
-            return LazyLogits.of(input, self.weight, self.bias)
+            return LazyLogits.of(input, self.weight, self.bias, self._rounded())
         return super().forward(input)
+
+    def _rounded(self) -> Weight8 | None:
+        """Return the weight in 8 bits, beside the weight, which embeddings may share; None for exact products."""
+        part, weight = self._fastln, self.weight
+        if not isinstance(part.kind, Int8Spec) or any(p is not None and p.requires_grad for p in (weight, self.bias)):
+            return None
+        held = self.__dict__.get(_HELD)
+        if held is None or held[0] is not weight or held[1] != weight._version:
+            kernels = implementation("int8_linear", weight, part.settings)
+            held = (weight, weight._version, kernels.quantise_weight(weight.detach(), turned=part.kind.turned))
+            self.__dict__[_HELD] = held
+        return held[2]
 
     def _may_wait(self, input: Tensor) -> bool:
         parameters = [self.weight] if self.bias is None else [self.weight, self.bias]
