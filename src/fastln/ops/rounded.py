@@ -167,7 +167,7 @@ def _teach(x: Tensor, form: Form) -> None:
 class _Held(NamedTuple):
     of: weakref.ref[Tensor]
     version: int
-    key: tuple[Any, ...]
+    form: Form
     rows: Any
     reader: Reader | None
 
@@ -187,11 +187,11 @@ def _put(held: dict[int, _Held], x: Tensor, rows: Any, form: Form, reader: Reade
     if x.is_inference():  # nobody would notice that it was written to
         return
     key = id(x)
-    held[key] = _Held(weakref.ref(x, lambda _: held.pop(key, None)), x._version, form.key, rows, reader)
+    held[key] = _Held(weakref.ref(x, lambda _: held.pop(key, None)), x._version, form, rows, reader)
 
 
 def _get(held: dict[int, _Held], x: Tensor, form: Form) -> _Held | None:
     found = held.get(id(x))
-    if found is None or found.of() is not x or found.version != x._version or found.key != form.key:
+    if found is None or found.of() is not x or found.version != x._version or found.form.key != form.key:
         return None
     return found
