@@ -219,7 +219,7 @@ def _multiply(
     if result.numel() == 0:
         return result
     with launch.on_device(device):
-        tile = launch.product_tile(n_rows, n_cols, device, backward=backward, turned=turned)
+        tile = launch.product_tile(n_rows, n_cols, dtype.itemsize, device, backward=backward, turned=turned)
         grid = (triton.cdiv(n_rows, tile.rows) * triton.cdiv(n_cols, tile.cols),)
         options: dict[str, Any] = {
             "ROWS": tile.rows,

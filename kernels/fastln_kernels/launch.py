@@ -56,8 +56,9 @@ Cap on registers (NVIDIA): 255 with sums; forward 80, 128 above 24 elements, 168
     A result that is rounded to 8 bits too stays in float32 until its row's largest element is known: the next larger
     cap, 255 above 168.
 
-Tiles of products in 8 bits: 128 x 128, 8 warps. On Hopper 128 x 256 forward and 256 x 128 backward. On AMD 128 x 128,
-4 warps, forward and 128 x 256 backward. 64 x 128, 4 warps, if there would be fewer tiles than SMs, and to turn on AMD.
+Tiles of products in 8 bits: 128 x 128, 8 warps. On Hopper 128 x 256 forward (float32 results would spill) and 256 x 128
+backward. On AMD 128 x 128, 4 warps, forward and 128 x 256 backward. 64 x 128, 4 warps, if there were fewer tiles than
+SMs, and to turn on AMD.
     On Hopper four warps share an instruction of 64 x 128, so a larger tile has fewer other instructions per product.
     The backward's weight must be transposed on its way into the matrix units, byte by byte: its tile is higher, so that
     more rows share that work. These are the largest at which nothing spills on sm_100, and on AMD those whose results
@@ -374,13 +375,14 @@ def wide_quantise_options(itemsize: int) -> dict[str, int | bool]:
 
 
 def product_tile(
-    n_rows: int, n_cols: int, device: torch.device, *, backward: bool, turned: bool = False
+    n_rows: int, n_cols: int, itemsize: int, device: torch.device, *, backward: bool, turned: bool
 ) -> ProductTile:
     """Return the tile of a product of 8-bit rows and weights: the largest of which every SM has one.
 
     Args:
         n_rows: Rows of the result.
         n_cols: Columns of the result.
+        itemsize: Bytes per element of the result.
         device: Where the kernel will run.
         backward: Whether the sum runs along the weight's columns.
         turned: Whether the result is turned back.
@@ -390,7 +392,7 @@ def product_tile(
         tiles = (large, ProductTile(64, 128, 128, 8, 4, 3))[turned:]
     else:
         tiles = (ProductTile(128, 128, 128, 8, 8, 3), ProductTile(64, 128, 128, 8, 4, 3))
-        if is_hopper(device):
+        if is_hopper(device) and (backward or itemsize < 4):
             tiles = (ProductTile(*((256, 128) if backward else (128, 256)), 128, 8, 8, 3), *tiles)
     sms = sm_count(device)
     enough = (tile for tile in tiles if -(-n_rows // tile.rows) * -(-n_cols // tile.cols) >= sms)
