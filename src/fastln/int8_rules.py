@@ -53,6 +53,8 @@ class Int8Rules:
         choice = resolve("int8_linear", device, settings)
         fits = choice.backend != "reference" or settings.backend == "reference"
         self._obstacle = None if fits else choice.reason
+        if device.type == "cuda" and torch.cuda.is_available() and torch.cuda.get_device_capability(device)[0] == 10:
+            self._obstacle = "GPUs of compute capability 10 multiply 8-bit whole numbers no faster than bfloat16"
 
     def of(self, name: str, *, is_head: bool = False) -> Int8Spec | str:
         """Return how a linear layer's weight is rounded, or why it stays exact.

@@ -9,6 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from fastln import ops
 from fastln.errors import FastLNError
 from fastln_kernels import linear_cross_entropy as kernels
+from fastln_kernels import reference_int8
 from fastln_kernels.cpu import native_linear, products, units
 
 REDUCTIONS = ["mean", "sum", "none"]
@@ -318,3 +319,29 @@ def test_errors(change, message):
     arguments = dict(zip(("hidden", "weight", "bias", "labels"), make(), strict=True))
     with pytest.raises(FastLNError, match=message):
         ops.linear_cross_entropy(**{**arguments, **change})
+
+
+@pytest.mark.skipif("products.why_not('int8') is not None", reason="no 8-bit products here")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_head_in_8_bits_has_nearly_the_loss_and_gradient_of_an_exact_one(dtype):
+    torch.manual_seed(0)
+    hidden, weight = torch.randn(24, 128), torch.randn(3000, 128) / 8
+    labels = torch.randint(0, 3000, (24,))
+    labels[3] = -100
+    found = []
+    for rounded in (None, reference_int8.quantise_weight(weight, turned=True)):
+        x = hidden.to(dtype).requires_grad_()
+        loss = ops.linear_cross_entropy(x, weight.to(dtype), None, labels, rounded=rounded)
+        found.append((loss.item(), *torch.autograd.grad(loss, x)))
+    assert found[1][0] == pytest.approx(found[0][0], rel=0.01)
+    cosine = torch.nn.functional.cosine_similarity(*(dx.flatten().double() for _, dx in found), dim=0)
+    assert cosine > 0.9995  # 0.9 with a gradient of one row
+
+
+@pytest.mark.skipif("products.why_not('int8') is not None", reason="no 8-bit products here")
+def test_a_head_that_trains_stays_exact():
+    weight = torch.randn(50, 64, requires_grad=True)
+    rounded = reference_int8.quantise_weight(torch.zeros(50, 64))
+    labels = torch.arange(4)
+    losses = [ops.linear_cross_entropy(torch.ones(4, 64), weight, None, labels, rounded=r) for r in (None, rounded)]
+    assert losses[0] == losses[1]

@@ -31,9 +31,9 @@ def bert(dtype=torch.float32):
     return BertForSequenceClassification(config).to(dtype)
 
 
-def gpt2():
+def gpt2(n_words=99):
     torch.manual_seed(0)
-    sizes = {"n_embd": 128, "n_layer": 2, "n_head": 2, "vocab_size": 99, "n_positions": 32}
+    sizes = {"n_embd": 128, "n_layer": 2, "n_head": 2, "vocab_size": n_words, "n_positions": 32}
     drops = dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), 0.0)
     return GPT2LMHeadModel(GPT2Config(**sizes, **drops))
 
@@ -267,3 +267,18 @@ def test_models_of_every_kind(kind, monkeypatch):
     stock = dict(of_kind(kind)[0].named_parameters())
     fastln.restore(rounded)
     assert all(torch.equal(parameter, stock[name]) for name, parameter in rounded.named_parameters())
+
+
+def test_heads_in_8_bits_follow_their_weight(monkeypatch):
+    monkeypatch.setattr(int8_rules, "HEAD_GAIN", 0)
+    labelled = {**batch(), "labels": batch()["input_ids"].clone()}
+    exact, rounded = (fastln.prepare(gpt2(200), products=products) for products in ("exact", "int8"))
+    heads = [c.products for c in fastln.plan(gpt2(200), products="int8").changes if c.kind == "lm_head"]
+    assert heads == ["int8, turned"]
+    want, got = step(exact, **labelled), step(rounded, **labelled)
+    assert got[0] == pytest.approx(want[0], rel=0.01)
+    assert cosine(got[1], want[1]) > 0.998
+    with torch.no_grad():
+        for model in (exact, rounded):
+            model.lm_head.weight.mul_(3)  # and the embeddings', which share it
+    assert step(rounded, **labelled)[0] == pytest.approx(step(exact, **labelled)[0], rel=0.02)
