@@ -1,4 +1,4 @@
-"""Show where a step's time goes, by kind of operation: norm tuning by peft and by fastln side by side.
+"""Show where a step's time goes, by kind of operation: norm tuning by peft and by fastln, exact and in 8 bits, side by side.
 
     python scripts/step_anatomy.py BertForMaskedLM:8x128 --dtype bfloat16
 
@@ -103,17 +103,17 @@ class Subject:
     """A prepared model that runs training steps.
 
     Args:
-        pair: METHOD/ENGINE.
+        pair: METHOD/ENGINE or METHOD/ENGINE/PRODUCTS.
         shape: CLASS:BATCHxSIZE[:LAYERS], see `fastln.models.shapes`.
         dtype: The model's dtype.
     """
 
     def __init__(self, pair: str, shape: str, dtype: torch.dtype) -> None:
         task = make_shape(shape, dtype=dtype)
-        method, _, engine = pair.partition("/")
+        method, engine, products = (*pair.split("/"), "exact")[:3]
         heads: list[nn.Linear] = list(find_heads(task.model).values())
         self.n_classes = heads[0].out_features if heads else None
-        self.model = apply_method(task, method, engine).train()
+        self.model = apply_method(task, method, engine, products=products).train()
         self.batch = task.batch
         self.optimizer = MasterAdamW(p for p in self.model.parameters() if p.requires_grad)
         self.times: Counter[str] = Counter()
@@ -168,10 +168,11 @@ def main() -> None:
     parser.add_argument("shape", help="CLASS:BATCHxSIZE[:LAYERS]")
     parser.add_argument("--dtype", choices=DTYPES, default="bfloat16")
     parser.add_argument("--steps", type=int, default=10)
-    parser.add_argument("--methods", nargs="+", default=["layernorm/peft", "layernorm/fastln"], metavar="METHOD/ENGINE")
+    usual = ["layernorm/peft", "layernorm/fastln", "layernorm/fastln/int8"]
+    parser.add_argument("--methods", nargs="+", default=usual, metavar="METHOD/ENGINE[/PRODUCTS]")
     options = parser.parse_args()
     subjects = {pair: Subject(pair, options.shape, DTYPES[options.dtype]) for pair in options.methods}
-    for subject in subjects.values():
+    for subject in (*subjects.values(), *subjects.values()):  # the second finds what the first has learnt
         subject.step()
     for _ in range(options.steps):
         for subject in subjects.values():

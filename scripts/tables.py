@@ -16,7 +16,7 @@ import re
 import shlex
 import sys
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from statistics import median
 
@@ -28,7 +28,7 @@ from machines import MACHINES
 from prediction import in_flight
 
 from fastln.bench.report import speedups, to_markdown
-from fastln.bench.results import Row, by_model, read_rows
+from fastln.bench.results import Floor, Row, by_model, read_rows
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
@@ -49,12 +49,11 @@ def cpu() -> str:
     sizes = ("peak MiB: fastln, peft's norms, LoRA", "saved MiB")
     lines = [_row("model", "dtype", *columns, *sizes), "|---|---|" + "---:|" * 6]
     for ours, norms, lora in _triples():
-        floor = ours.provenance["floor"]
-        least = floor["operations"] / floor["operations_per_second"]
+        least = Floor(**ours.provenance["floor"]).seconds(ours.products)
         seconds = ours.step_seconds or 0.0
         lines.append(
             _row(
-                MODELS.get(ours.model, ours.model),
+                _name(ours),
                 DTYPES[ours.dtype],
                 f"{seconds:#.3g}",
                 f"{least:#.3g} ({least / seconds:.0%})",
@@ -77,17 +76,28 @@ def cpu_summary() -> str:
             others += [median(speedups(ours, norms))]
             continue
         peaks = ", ".join(_mib(row.peak_memory_bytes) for row in (ours, norms, lora))
-        name = MODELS.get(ours.model, ours.model)
-        lines.append(_row(name, f"{ours.step_seconds:#.3g}", _times(ours, norms), _times(ours, lora), peaks))
-    rest = f"In float32 norm tuning by peft takes {min(others):.2f} to {max(others):.2f} times as long."
-    return f"{_measured(read_rows(RESULTS / 'cpu.json'))}\n\n" + "\n".join(lines) + f"\n\n{rest}"
+        lines.append(_row(_name(ours), f"{ours.step_seconds:#.3g}", _times(ours, norms), _times(ours, lora), peaks))
+    rest = ""
+    if others:
+        rest = f"\n\nIn float32 norm tuning by peft takes {min(others):.2f} to {max(others):.2f} times as long."
+    return f"{_measured(read_rows(RESULTS / 'cpu.json'))}\n\n" + "\n".join(lines) + rest
 
 
 def _triples() -> Iterator[tuple[Row, Row, Row]]:
-    """Yield norm tuning by fastln, norm tuning by peft and LoRA by peft, by model and dtype."""
+    """Yield norm tuning by fastln (each form of products), norm tuning by peft and LoRA by peft, by model and dtype."""
     for _, rows in by_model(read_rows(RESULTS / "cpu.json")):
-        found = {(row.method, row.engine): row for row in rows if row.products == "exact"}
-        yield found["layernorm", "fastln"], found["layernorm", "peft"], found["lora", "peft"]
+        norms, lora = (_only(rows, method, "peft") for method in ("layernorm", "lora"))
+        for ours in rows:
+            if (ours.method, ours.engine) == ("layernorm", "fastln"):
+                yield ours, norms, lora
+
+
+def _only(rows: Iterable[Row], method: str, engine: str) -> Row:
+    return next(row for row in rows if (row.method, row.engine) == (method, engine))
+
+
+def _name(row: Row) -> str:
+    return MODELS.get(row.model, row.model) + ("" if row.products == "exact" else ", 8 bits")
 
 
 def _measured(rows: list[Row]) -> str:

@@ -146,7 +146,7 @@ def _refuse_second_derivative() -> None:
         raise FastLNError("int8_linear is differentiable once: its backward cannot run with create_graph=True")
 
 
-class _Eager(torch.autograd.Function):
+class _EagerInt8Linear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *inputs: Any) -> Tensor:
         x, *weight, _, arguments = inputs
@@ -195,4 +195,4 @@ define(
     _fake_linear_backward,
 )
 torch.library.register_autograd("fastln::int8_linear", _operator_gradients, setup_context=_setup)
-_WAYS = Ways(torch.ops.fastln.int8_linear.default, _Eager, _linear)
+_WAYS = Ways(torch.ops.fastln.int8_linear.default, _EagerInt8Linear, _linear)
