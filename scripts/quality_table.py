@@ -5,6 +5,9 @@ gets full-length runs at the best rate, on all training questions, one per seed.
 So for all methods alike, the choice of the rate has seen the test questions. The short runs are also scored on the
 held-out images.
 
+`--products exact int8` trains each method once per products mode, at the same rate: that of the exact runs. `--rate`
+gives that rate, without short runs.
+
 Finished runs of the same recipe are reused, so you can stop the script and start it again. The table shows every run in
 the folder. Seconds and memory of a step come from `--bench`, the results of `fastln bench`: runs side by side would
 slow each other down.
@@ -38,6 +41,7 @@ REPORTS = {"rouge_l": "ROUGE-L", "bleu_4": "BLEU-4", "cider": "CIDEr"}
 RATES = (1, 10 / 3, 1 / 3, 1 / 10)  # factors on the method's default rate
 VALIDATION = 0.1
 SPLITS = ("validation", "test")
+EXACT = "exact"
 Record = dict[str, Any]
 
 
@@ -111,12 +115,14 @@ def sweep(options: argparse.Namespace, method: str, pool: ThreadPoolExecutor) ->
 
 
 def train(options: argparse.Namespace, method: str, rate: float, pool: ThreadPoolExecutor) -> list[Future[Record]]:
-    """Start one full-length run per seed."""
+    """Start one full-length run per seed and products mode."""
     recipe = {"method": method, "epochs": options.epochs, "head_epochs": options.head_epochs, "learning_rate": rate}
     recipe |= other_rates(options, method)
     return [
-        pool.submit(run, options, f"{method}-{rate:.1e}-seed{seed}", recipe | {"seed": seed}, 0.0)
+        pool.submit(run, options, f"{method}-{rate:.1e}{suffix}-seed{seed}", recipe | mode | {"seed": seed}, 0.0)
         for seed in range(options.seeds)
+        for products in options.products
+        for suffix, mode in [("", {}) if products == EXACT else (f"-{products}", {"products": products})]
     ]
 
 
@@ -134,6 +140,10 @@ def results(futures: Iterable[Future[Record]], failed: list[str]) -> list[Record
 
 def rate_of(result: Record) -> float:
     return result["run"]["config"]["learning_rate"]
+
+
+def products_of(record: Record) -> str:
+    return record["run"]["config"].get("products", EXACT)
 
 
 def best_rate(short: Iterable[Record]) -> float:
@@ -168,8 +178,10 @@ def table(records: list[Record], timed: dict[tuple[str, str], Record]) -> str:
         "| trainable | step s | peak MiB | adapter bytes |",
         f"|---|---|---|---|{'---|' * len(scores)}---|---:|---:|---:|---:|",
     ]
-    for method in METHODS:
-        own = [record for record in records if record["run"]["config"]["method"] == method]
+    kinds = {(record["run"]["config"]["method"], products_of(record)) for record in records}
+    for method, products in sorted(kinds, key=lambda kind: (list(METHODS).index(kind[0]), kind[1])):
+        of_method = [record for record in records if record["run"]["config"]["method"] == method]
+        own = [record for record in of_method if record["validation"] or products_of(record) == products]
         tried = sorted((record for record in own if record["validation"]), key=rate_of)
         best = best_rate(tried) if tried else None  # the folder may hold full runs at another rate
         full = [record for record in own if not record["validation"] and best in (None, rate_of(record))]
@@ -177,13 +189,16 @@ def table(records: list[Record], timed: dict[tuple[str, str], Record]) -> str:
         if not full:
             continue
         rates = ", ".join(f"{rate_of(record):.1e}: {cell([record], first)}" for record in tried)
-        rates += f" ({', '.join(sorted({str(record['run']['config']['epochs']) for record in tried}))} epochs)"
+        tried_epochs = sorted({str(record["run"]["config"]["epochs"]) for record in tried})
+        rates = f"{rates} ({', '.join(tried_epochs)} epochs)" if tried else "–"
         accuracies = [cell(full, score) for score in scores]
         seeds = ", ".join(cell([record], first) for record in full)
         engine = full[0]["engine"]
-        cells = [method, engine, rates, f"{rate_of(full[0]):.1e}", *accuracies, seeds]
+        name = method if products == EXACT else f"{method}, {products}"
+        cells = [name, engine, rates, f"{rate_of(full[0]):.1e}", *accuracies, seeds]
         cells += [f"{full[0]['training']['trainable_parameters']:,}"]
-        if row := timed.get((method, engine)) or timed.get((method, "torch")):
+        row = timed.get((method, engine)) or timed.get((method, "torch"))
+        if row and products == EXACT:
             by = "" if row["engine"] == engine else f" ({row['engine']})"
             cells += [f"{row['step_seconds']:.2f}{by}", f"{row['peak_memory_bytes'] / 2**20:,.0f}{by}"]
         else:
@@ -214,6 +229,8 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, default=TrainConfig.epochs)
     parser.add_argument("--sweep-epochs", type=int, default=5)
     parser.add_argument("--head-epochs", type=int, default=TrainConfig.head_epochs)
+    parser.add_argument("--products", nargs="+", default=[EXACT], help="products modes of the full-length runs")
+    parser.add_argument("--rate", type=float, help="the rate of the full-length runs; no short runs then")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--jobs", type=int, default=1, help="runs at the same time")
     parser.add_argument("--threads", type=int, default=os.cpu_count(), help="threads of each run")
@@ -222,12 +239,13 @@ def main() -> None:
     rows = json.loads(options.bench.read_text()) if options.bench else []
     timed = {(row["method"], row["engine"]): row for row in rows if not row["error"]}
     with ThreadPoolExecutor(options.jobs) as pool:
-        sweeps = {method: sweep(options, method, pool) for method in options.methods}
+        sweeps = {method: [] if options.rate else sweep(options, method, pool) for method in options.methods}
         full: list[Future[Record]] = []
         failed: list[str] = []
         for method, futures in sweeps.items():
-            if short := results(futures, failed):
-                full += train(options, method, best_rate(short), pool)
+            short = results(futures, failed)
+            if rate := best_rate(short) if short else options.rate:
+                full += train(options, method, rate, pool)
         results(full, failed)
     records = [json.loads(path.read_text()) for path in sorted(options.out.glob("*/run.json"))]
     records = [without_losses(record) for record in records if record["finished"]]
