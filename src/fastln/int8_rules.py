@@ -75,12 +75,12 @@ class Int8Rules:
             return f"sums over more than {MOST:,} products may not fit into 32 bits"
         if is_head:
             reason = _why_no_head(weight.dtype)
-            return Int8Spec(self._has_outliers(name) and _inner(module) % TURNED == 0) if reason is None else reason
+            return Int8Spec(self._turned(name)) if reason is None else reason
         if self._holders[id(weight)] > 1:
             return "another module shares its weight"
         if readers_of(self._model, name, ("weight",)):
             return "code outside it reads its weight"
-        return Int8Spec(self._has_outliers(name) and _inner(module) % TURNED == 0, self._keep)
+        return Int8Spec(self._turned(name), self._keep)
 
     def products(self, stand_in: str, name: str, detail: Any) -> tuple[str, str | None]:
         """Return in which form the products of a change run, and why they are exact if they are.
@@ -101,12 +101,18 @@ class Int8Rules:
         reason = why_exact(self._settings, self._device, next(floats, torch.float32))
         return ("exact", reason) if reason else ("int8 where it pays", None)
 
-    def _has_outliers(self, name: str) -> bool:
-        """Whether the rows of a layer may hold numbers much larger than the others.
+    def _turned(self, name: str) -> bool:
+        """Whether a layer is turned: where its rows may hold numbers much larger than the others.
 
-        They do behind RMSNorms, which do not centre, and in causal language models (LLM.int8(), arXiv 2208.07339);
-        encoders with LayerNorm have none.
+        Rows of norms do, in encoders too. Hidden rows of MLPs, which the layer that narrows them reads, do where norms
+        are RMSNorms, which do not centre, and in causal language models (LLM.int8(), arXiv 2208.07339).
+        `scripts/gradient_cosines.py` measures what it brings.
         """
+        n_inner, n_cols = _sizes(self._modules[name])
+        return n_inner % TURNED == 0 and (n_inner <= n_cols or self._has_large_outliers(name))
+
+    def _has_large_outliers(self, name: str) -> bool:
+        """Whether the norms around a layer are RMSNorms, or in a causal language model."""
         parts = name.split(".")
         for n in range(len(parts) - 1, -1, -1):
             around = self._modules[".".join(parts[:n])]
@@ -126,8 +132,10 @@ def _why_no_head(dtype: torch.dtype) -> str | None:
     return f"three products in 8 bits replace two, and units in 8 bits are not {HEAD_GAIN} times as fast as {name} here"
 
 
-def _inner(module: nn.Module) -> int:
-    return module.get_parameter("weight").shape[0 if isinstance(module, Conv1D) else 1]
+def _sizes(module: nn.Module) -> tuple[int, int]:
+    """Return how many inputs and outputs a linear layer has."""
+    n_cols, n_inner = module.get_parameter("weight").shape
+    return (n_cols, n_inner) if isinstance(module, Conv1D) else (n_inner, n_cols)
 
 
 _NOT = "not in 8 bits: "
