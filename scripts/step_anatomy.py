@@ -1,4 +1,4 @@
-"""Show where a step's time goes, by kind of operation: norm tuning by peft and by fastln, exact and in 8 bits, side by side.
+"""Show where a step's time goes, by kind of operation: norm tuning by peft and by fastln, exact and in 8 bits.
 
     python scripts/step_anatomy.py BertForMaskedLM:8x128 --dtype bfloat16
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import ctypes
 import logging
 import os
 import platform
 import resource
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -70,6 +72,13 @@ def arena_limit() -> MemoryLimit:
         return limit
     half = max(0, addresses - psutil.Process().memory_info().vms) // 2
     return MemoryLimit(half, "half of what ulimit -v leaves") if half < limit.n_bytes else limit
+
+
+def return_freed_memory() -> None:
+    """Give memory that the C library holds, but nobody uses, back to the system; do nothing where it cannot."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
+    if trim is not None:
+        trim(0)
 
 
 def why_no_arena(device: torch.device) -> str | None:

@@ -18,7 +18,7 @@ from fastln.families.parts import pretrained_models
 from fastln.families.recognise import Found, recognise
 from fastln.fits import check_fits, check_values, class_name, joined
 from fastln.int8_rules import INT8_STAND_INS, Int8Rules, describe_int8
-from fastln.machine import settle_device, why_no_arena
+from fastln.machine import return_freed_memory, settle_device, why_no_arena
 from fastln.methods import (
     FROZEN,
     RANDOM_HEADS,
@@ -148,9 +148,11 @@ def _carry_out(plan: Plan, model: nn.Module) -> None:
             place = Place(model, change.name, change.detail, plan.settings, dtypes, state.undo)
             STAND_INS[change.stand_in].put(place)
         state.others = state._others(model)
-        for undo in state.undo:
-            if isinstance(undo, Int8Weight):
-                undo.settle()
+        rounded = [undo for undo in state.undo if isinstance(undo, Int8Weight)]
+        for undo in rounded:
+            undo.settle()
+        if rounded:
+            return_freed_memory()
     except BaseException:
         # First the original tensors: casting back would need memory, and perhaps there is none.
         for name, tensor in before.items():
