@@ -57,6 +57,18 @@ def test_autocast_gives_its_dtype_and_the_gradient_that_of_the_input(backend):
     assert dx.dtype == torch.float32
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_weights_and_biases_may_have_any_strides(backend):
+    x, weight, _ = inputs()
+    bias = torch.randn(140)[::2]
+    apart = weight._replace(values=weight.values.t().contiguous().t())
+    settings = ops.OpSettings(backend)
+    want = ops.int8_linear(x, weight, bias.clone(), settings=settings)
+    got = ops.int8_linear(x, apart, bias, settings=settings)
+    assert torch.equal(got, want)
+    assert torch.equal(*(torch.autograd.grad(y.sum(), x)[0] for y in (got, want)))
+
+
 def test_the_operator_is_the_function():
     x, weight, bias = inputs(torch.bfloat16, turned=True)
     settings = ops.OpSettings()

@@ -190,6 +190,52 @@ def test_a_weight_that_is_changed_afterwards_is_noticed(tmp_path):
         fastln.save_adapter(model, tmp_path / "adapter")
 
 
+@pytest.mark.parametrize("act", ["another parameter", "other data", "a written copy", "moved since", "merged"])
+def test_a_weight_that_was_replaced_is_noticed(act):
+    model = fastln.prepare(bert(), products="int8")
+    if act == "a written copy":
+        model = copy.deepcopy(model)
+    layer = model.bert.encoder.layer[0].output.dense
+    with torch.no_grad():
+        if act == "another parameter":
+            layer.weight = nn.Parameter(torch.randn(layer.weight.shape), requires_grad=False)
+        elif act == "other data":
+            layer.weight.data = torch.zeros_like(layer.weight)
+        elif act == "merged":  # as peft does, which casts the sum to the weight's dtype
+            layer.weight.data = (layer.weight.data + torch.randn(layer.weight.shape)).to(torch.int8)
+        else:
+            layer.weight.zero_()
+    if act == "moved since":
+        model.to("cpu")
+    with pytest.raises(FastLNError, match="was changed after"):
+        step(model)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_its_own_state_dict_changes_nothing_and_the_base_stays_the_base(dtype):
+    model = fastln.prepare(bert(dtype), products="int8")
+    want, base = step(model), fingerprint(model)
+    model.load_state_dict(model.state_dict())
+    assert same(step(model), want)
+    assert fingerprint(model) == base
+
+
+def test_values_that_load_under_inference_mode_train():
+    model, want = fastln.prepare(bert(), products="int8"), step(fastln.prepare(bert(), products="int8"))
+    with torch.inference_mode():
+        model.load_state_dict(bert().state_dict())
+    assert same(step(model), want)
+
+
+def test_what_is_kept_is_not_the_tensor_that_was_loaded():
+    model, state = fastln.prepare(bert(), products="int8", keep_weights=True), bert().state_dict()
+    model.load_state_dict(state)
+    for value in state.values():
+        value.zero_()
+    fastln.restore(model)
+    assert all(torch.equal(value, bert().state_dict()[name]) for name, value in model.state_dict().items())
+
+
 def test_state_dicts_hold_floats_and_are_rounded_again(caplog):
     model, stock = fastln.prepare(bert(), products="int8"), bert()
     int8._told.clear()

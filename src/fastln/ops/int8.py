@@ -77,7 +77,8 @@ def int8_linear(x: Tensor, weight: Weight8, bias: Tensor | None = None, *, setti
     if is_transformed():
         raise FastLNError("layers in 8 bits have no derivatives by torch.func; prepare the model with products='exact'")
     arguments = _Arguments(weight.turned, _result_dtype(x), settings)
-    tensors = (x, weight.values, weight.scale, weight.row_sums, weight.col_sums, bias)
+    bias = bias if bias is None else bias.contiguous()  # as kernels take it
+    tensors = (x, weight.values.contiguous(), weight.scale, weight.row_sums, weight.col_sums, bias)
     if needs_operator(*tensors):
         return _WAYS.operator(*tensors, *arguments.flat)
     if wants_gradient(x):

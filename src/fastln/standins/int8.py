@@ -24,7 +24,7 @@ from fastln_kernels.reference_int8 import Weight8
 logger = logging.getLogger(__name__)
 
 WEIGHT = "_fastln_int8"
-_VERSION = "_fastln_version"  # of a parameter: its version when it was rounded, or when its sums were last checked
+_STATE = "_fastln_state8"  # of a parameter: its state when it was rounded, or when its sums were last checked
 
 
 @dataclass(frozen=True)
@@ -83,13 +83,14 @@ class _Int8(StandIn):
         _check_sums(weight_of(self))
 
     def _apply(self, fn: Any, recurse: bool = True) -> nn.Module:
+        unchanged = _is_unchanged(self.weight)
         module = super()._apply(fn, recurse)
         held: _Held = self.__dict__[WEIGHT]
         for name in ("scale", "row_sums", "col_sums"):  # they move with the weight, but stay float32 and int32
             moved = fn(getattr(held, name))
             setattr(held, name, moved.to(getattr(held, name).dtype))
         held.dtype = fn(torch.empty(0, dtype=held.dtype)).dtype
-        setattr(self.weight, _VERSION, self.weight._version)
+        _note_state(self.weight, unchanged)
         return module
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
@@ -101,13 +102,23 @@ class _Int8(StandIn):
             _warn_rounded()
         destination[f"{prefix}weight"] = dequantised(self) if held.kept is None else held.kept.detach()
 
+    def _stands_for(self, given: Tensor) -> bool:
+        """Whether a weight is the one that this module's own `state_dict` has in place of the original."""
+        held: _Held = self.__dict__[WEIGHT]
+        weight = self.weight
+        if held.kept is not None or weight.is_meta or isinstance(weight, DTensor) or isinstance(given, DTensor):
+            return False
+        own = _unrounded(_as_it_is(self), held)
+        return given.dtype == own.dtype and torch.equal(given.to(own.device), own)
+
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
         given = state_dict.get(f"{prefix}weight")
         if given is None or given.shape != self.weight.shape or not given.is_floating_point():
             return super()._load_from_state_dict(state_dict, prefix, *args)
         held: _Held = self.__dict__[WEIGHT]
-        device = given.device if self.weight.is_meta else self.weight.device
-        put(self, given.to(device, held.dtype), held.turned, keep=held.kept is not None)
+        if not self._stands_for(given):  # else it stays what it is: the base's, rounded once
+            device = given.device if self.weight.is_meta else self.weight.device
+            put(self, given.detach().to(device, held.dtype), held.turned, keep=held.kept is not None)
         others = {key: value for key, value in state_dict.items() if key != f"{prefix}weight"}
         others[f"{prefix}weight"] = self.weight.detach()
         return super()._load_from_state_dict(others, prefix, *args)
@@ -135,29 +146,58 @@ def weight_of(module: nn.Module) -> Weight8:
     """Return the 8-bit weight of a stand-in.
 
     Raises:
-        FastLNError: If someone has written to it since it was rounded.
+        FastLNError: If someone has written to it since it was rounded, or put another in its place.
     """
+    made, values = _as_it_is(module), module.weight
+    assert isinstance(values, Tensor)
+    if not torch.compiler.is_compiling() and not _is_unchanged(values):
+        _check_sums(made)
+        _note_state(values)
+    return made
+
+
+def _as_it_is(module: nn.Module) -> Weight8:
     held: _Held = module.__dict__[WEIGHT]
     values = module.weight
     assert isinstance(values, Tensor)
-    made = Weight8(values.t() if held.transposed else values, held.scale, held.turned, held.row_sums, held.col_sums)
-    if not torch.compiler.is_compiling() and getattr(values, _VERSION, values._version) != values._version:
-        _check_sums(made)
-        setattr(values, _VERSION, values._version)
-    return made
+    values = values.t() if held.transposed else values
+    if values.dtype != torch.int8 or values.shape != (len(held.row_sums), len(held.col_sums)):
+        raise FastLNError(_CHANGED)
+    return Weight8(values, held.scale, held.turned, held.row_sums, held.col_sums)
+
+
+def _is_unchanged(values: Tensor) -> bool:
+    """Whether a weight has not been written to since it was rounded or checked. Copies of it are yet to be checked."""
+    return values.is_inference() or getattr(values, _STATE, None) == _state(values)
+
+
+def _note_state(values: Tensor, unchanged: bool = True) -> None:
+    setattr(values, _STATE, _state(values) if unchanged else None)
+
+
+def _state(values: Tensor) -> tuple[int, int] | None:
+    """Return what changes as a tensor is written to, or gets other memory by `values.data = ...`."""
+    if values.is_inference():  # such as code that moves a model may make; it counts no versions
+        return None
+    plain = type(values) in (nn.Parameter, Tensor)
+    return values._version, values.untyped_storage()._cdata if plain else 0
 
 
 def dequantised(module: nn.Module) -> Tensor:
     """Return the weight that a stand-in's 8-bit weight stands for, in the original's shape and dtype."""
-    held: _Held = module.__dict__[WEIGHT]
     given = weight_of(module)
-    weight = reference_int8.dequantise_weight(given._replace(values=gathered(given.values)))
-    whole = (weight.t() if held.transposed else weight).contiguous().to(held.dtype)
+    whole = _unrounded(given._replace(values=gathered(given.values)), module.__dict__[WEIGHT])
     if isinstance(module.weight, DTensor):
         return distribute_tensor(whole, module.weight.device_mesh, module.weight.placements)
     return whole
 
 
+def _unrounded(given: Weight8, held: _Held) -> Tensor:
+    weight = reference_int8.dequantise_weight(given)
+    return (weight.t() if held.transposed else weight).contiguous().to(held.dtype)
+
+
+@torch.inference_mode(False)  # tensors that are made under it cannot be checked for changes
 def put(module: nn.Module, weight: Tensor, turned: bool, *, keep: bool, settings: OpSettings | None = None) -> None:
     """Round a weight and put it into a module, as a frozen parameter in 8 bits.
 
@@ -165,7 +205,7 @@ def put(module: nn.Module, weight: Tensor, turned: bool, *, keep: bool, settings
         module: The module; it becomes a stand-in before or after this.
         weight: The original weight, in the module's own layout.
         turned: Whether to turn it.
-        keep: Whether to keep the original.
+        keep: Whether to keep the original: itself if it is a parameter, else a copy.
         settings: Which backend rounds; the module's own by default.
     """
     transposed = isinstance(module, Conv1D)
@@ -177,11 +217,12 @@ def put(module: nn.Module, weight: Tensor, turned: bool, *, keep: bool, settings
         rounds = reference_int8.quantise_weight
     made: Weight8 = rounds(laid_out, turned=turned)
     values = nn.Parameter(made.values.t() if transposed else made.values, requires_grad=False)
-    kept = (weight if isinstance(weight, nn.Parameter) else nn.Parameter(weight, requires_grad=False)) if keep else None
+    is_parameter = isinstance(weight, nn.Parameter)
+    kept = (weight if is_parameter else nn.Parameter(detached.clone(), requires_grad=False)) if keep else None
     module.__dict__[WEIGHT] = _Held(made.scale, made.row_sums, made.col_sums, turned, transposed, weight.dtype, kept)
     samples = sampled(detached.reshape(-1)).clone()
     module.__dict__[ATTRIBUTE] = {"weight": Original(samples, weight.dtype)}
-    setattr(values, _VERSION, values._version)
+    _note_state(values)
     module._parameters["weight"] = values
 
 
@@ -192,10 +233,13 @@ def _check_sums(weight: Weight8) -> None:
         return
     for dim, sums in ((1, weight.row_sums), (0, weight.col_sums)):
         if not torch.equal(values.sum(dim, dtype=torch.int32), sums):
-            raise FastLNError(
-                "the 8-bit weight of a frozen layer was changed after fastln.prepare(), so it is no longer the base's: "
-                "change weights before you prepare a model, or load them with load_state_dict()"
-            )
+            raise FastLNError(_CHANGED)
+
+
+_CHANGED = (
+    "the 8-bit weight of a frozen layer was changed after fastln.prepare(), so it is no longer the base's: change "
+    "weights before you prepare a model, or load them with load_state_dict(); layers of LoRA cannot be merged into it"
+)
 
 
 _told: set[str] = set()
