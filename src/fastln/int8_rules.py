@@ -48,7 +48,8 @@ class Int8Rules:
         )
         choice = resolve("int8_linear", device, settings)
         fits = choice.backend != "reference" or settings.backend == "reference"
-        self._obstacle = None if fits else choice.reason
+        # The cause alone: what serves in 8 bits' stead is not "plain PyTorch" but the exact layer.
+        self._obstacle = None if fits else choice.reason.rpartition("; ")[2].removeprefix("no compiled CPU kernels: ")
 
     def of(self, name: str) -> Int8Spec | str:
         """Return how a linear layer's weight is rounded, or why it stays exact.
