@@ -3,11 +3,11 @@
     python scripts/int8_gain.py BertForMaskedLM:8x128 --rounds 5
     ONEDNN_MAX_CPU_ISA=AVX512_CORE_BF16 MKL_ENABLE_INSTRUCTIONS=AVX512 python scripts/int8_gain.py ...
 
-*Measured* in one process; the subjects take turns, two steps each, of which the second counts. Ratios are paired: in each
-round the time of the other over ours, as the median and the range over the rounds. The second command stands for an
-Intel processor without matrix units: it keeps oneDNN and MKL from using those of a newer one. The share is that of the
-floor: the products of frozen layers at the rate of 8-bit units and all others at that of the fastest float units, both
-measured here.
+*Measured* in one process; the subjects take turns, two steps each, of which the second counts. Ratios are paired: in
+each round the time of the other over ours, as the median and the range over the rounds. The second command stands for
+an Intel processor without matrix units: it keeps oneDNN and MKL from using those of a newer one. The share is that of
+the floor: the products of frozen layers at the rate of 8-bit units and all others at that of the fastest float units,
+both measured here.
 """
 
 from __future__ import annotations

@@ -79,6 +79,7 @@ class Stop(BaseException):
     """What no code of fastln's knows, as a KeyboardInterrupt."""
 
 
+@pytest.mark.slow(take=3)
 @pytest.mark.parametrize("late", [False, True], ids=["before", "after"])
 @pytest.mark.parametrize("name", ["bert", "gpt2", "blip", "llama"])
 def test_whatever_raises_at_any_entry_leaves_the_model_as_it_was(name, late, monkeypatch):

@@ -119,7 +119,13 @@ class Plan:
 
     def summary(self) -> list[str]:
         """Return the plan in at most five lines, for the log. It leaves out the notes, which are logged as warnings."""
-        becomes = Counter((change.kind, change.becomes) for change in self.changes)
+        becomes = Counter(
+            (
+                change.kind,
+                f"{change.becomes}, {change.products}" if "int8" in (change.products or "") else change.becomes,
+            )
+            for change in self.changes
+        )
         parts = [f"{_counted(count, kind)} → {what}" for (kind, what), count in becomes.items()]
         lines = [self._headline(), f"changes: {'; '.join(parts) or 'nothing'}"]
         slow = [change for change in self.changes if change.stand_in == "slow_norm"]

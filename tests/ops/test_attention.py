@@ -227,6 +227,7 @@ def test_autocast_casts_as_torch_does():
     assert torch.autograd.grad(out.sum(), q)[0].dtype == torch.float32
 
 
+@pytest.mark.slow(take=2)
 @pytest.mark.parametrize("dropout", [0.0, 0.2])
 @pytest.mark.parametrize("masked", [False, True])
 def test_operator_contract(masked, dropout):

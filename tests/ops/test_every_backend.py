@@ -235,7 +235,18 @@ def test_every_operation_is_tested():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
-@pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case.op}: {case.kind}")
+@pytest.mark.parametrize(
+    "case",
+    [
+        # Each kind of norm always runs by itself; in a sum, a sample of them with dropout and stream does.
+        pytest.param(
+            case,
+            marks=pytest.mark.slow(take=30) if case.op == "dropout_add_norm" else (),
+            id=f"{case.op}: {case.kind}",
+        )
+        for case in CASES
+    ],
+)
 def test_values_and_gradients_are_the_definition_s(case, dtype, settings):
     generator = torch.Generator().manual_seed(0)
     tensors = [torch.randn(shape, generator=generator).to(dtype).requires_grad_() for shape in case.shapes]

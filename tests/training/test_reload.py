@@ -21,8 +21,8 @@ def trained(task, config=CONFIG):
     ("name", "method", "dtype"),
     [
         ("dual", "layernorm", torch.float32),
-        ("dual", "layernorm+lora", torch.bfloat16),
-        ("blip", "layernorm", torch.bfloat16),
+        pytest.param("dual", "layernorm+lora", torch.bfloat16, marks=pytest.mark.slow),
+        pytest.param("blip", "layernorm", torch.bfloat16, marks=pytest.mark.slow),
     ],
 )
 @pytest.mark.filterwarnings("ignore:bfloat16 rounds")
