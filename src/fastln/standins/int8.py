@@ -217,8 +217,9 @@ def put(module: nn.Module, weight: Tensor, turned: bool, *, keep: bool, settings
         rounds = reference_int8.quantise_weight
     made: Weight8 = rounds(laid_out, turned=turned)
     values = nn.Parameter(made.values.t() if transposed else made.values, requires_grad=False)
-    is_parameter = isinstance(weight, nn.Parameter)
-    kept = (weight if is_parameter else nn.Parameter(detached.clone(), requires_grad=False)) if keep else None
+    kept = None
+    if keep:
+        kept = weight if isinstance(weight, nn.Parameter) else nn.Parameter(detached.clone(), requires_grad=False)
     module.__dict__[WEIGHT] = _Held(made.scale, made.row_sums, made.col_sums, turned, transposed, weight.dtype, kept)
     samples = sampled(detached.reshape(-1)).clone()
     module.__dict__[ATTRIBUTE] = {"weight": Original(samples, weight.dtype)}
