@@ -112,7 +112,7 @@ def _file() -> Path:
 def _read(path: Path) -> dict[str, float] | None:
     """Return the rates in a file; None if there is none, or if its content is damaged."""
     try:
-        kept = json.loads(path.read_text())
+        kept = json.loads(path.read_text(encoding="utf-8"))
         return {name: float(kept[name]) for name in _NAMES if name in kept} if kept["float32"] > 0 else None
     except (OSError, ValueError, TypeError, KeyError):
         return None
@@ -124,7 +124,7 @@ def _keep(path: Path, measured: dict[str, float]) -> dict[str, float]:
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=path.parent) as scratch:
             made = Path(scratch) / path.name
-            made.write_text(json.dumps(measured))
+            made.write_text(json.dumps(measured), encoding="utf-8")
             try:
                 os.link(made, path)  # atomic, and fails if the file exists
             except OSError:
