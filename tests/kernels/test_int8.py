@@ -64,6 +64,7 @@ def check_product(rows, weight, gradient, bias, dtype):
         torch.testing.assert_close(got, want, equal_nan=True, **tolerance)
 
 
+@pytest.mark.slow(take=5)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", [(0, 64), (1, 1), (6, 5), (7, 64), (3, 320), (3, 0)], ids=str)
 def test_rows_are_those_of_the_definition(shape, dtype):
@@ -96,6 +97,7 @@ def test_a_tie_goes_to_the_even_number_and_nothing_beyond_127():
     assert int8.quantise(x).values.tolist() == [[127, 0, 2, 2, 0, -2, -127, 126]]
 
 
+@pytest.mark.slow(take=4)
 @pytest.mark.parametrize("turned", [False, True])
 @pytest.mark.parametrize("shape", [(0, 64, 3), (1, 64, 1), (3, 128, 64), (7, 64, 100), (70, 192, 130)], ids=str)
 def test_products(shape, turned):
@@ -142,6 +144,7 @@ def test_rows_beyond_the_reach_of_32_bits(tmp_path):
 
 
 @pytest.mark.filterwarnings("ignore:invalid value encountered")  # Inf - Inf, in the interpreter's numpy
+@pytest.mark.slow(take=3)
 @pytest.mark.parametrize("wide", [False, True])
 @pytest.mark.parametrize(("n_cols", "turned"), [(64, True), (100, False), (1, False)])
 @pytest.mark.parametrize("kind", [NormKind(1e-5), NormKind(1e-6, centre=False, round_normed=True)])
@@ -159,6 +162,7 @@ def test_a_norm_also_returns_its_rounded_result_in_8_bits(kind, n_cols, turned, 
 
 
 @pytest.mark.filterwarnings("ignore:overflow encountered")  # in float16, in the interpreter's numpy
+@pytest.mark.slow(take=2)
 @pytest.mark.parametrize("wide", [False, True])
 @pytest.mark.parametrize(("shape", "kind"), [((0, 5), "gelu"), ((1, 1), "silu"), ((4, 100), "gelu"), ((3, 64), "silu")])
 def test_activations_return_their_rounded_results_in_8_bits(shape, kind, wide, monkeypatch):
