@@ -75,7 +75,8 @@ class Int8Rules:
         if max(weight.shape) > MOST:
             return f"sums over more than {MOST:,} products may not fit into 32 bits"
         if is_head:
-            reason = _why_no_head(weight.dtype)
+            on_cpu = self._device.type == "cpu"
+            reason = _why_no_head(weight.dtype) if on_cpu else "heads run in 8 bits on CPUs only"
             return Int8Spec(self._turned(name)) if reason is None else reason
         if self._holders[id(weight)] > 1:
             return "another module shares its weight"

@@ -41,7 +41,7 @@ def job(kind="speed", method="layernorm", engine="torch", model="dual", number=1
 QUICK = load_suite("quick").methods
 
 
-@pytest.mark.slow(pool="suites", take=2)
+@pytest.mark.slow(pool="suites")
 # On the second model a few: its runs take longer, and the engines are the same.
 @pytest.mark.parametrize(
     ("model", "methods"), [("dual", QUICK), ("blip", ("layernorm/fastln", "layernorm/peft", "full/torch"))]
@@ -70,7 +70,7 @@ def test_the_quick_suite_end_to_end(model, methods, tmp_path):
         assert saved["head/torch"] < saved["layernorm/torch"] < saved["full/torch"]
 
 
-@pytest.mark.slow(pool="suites", take=2)
+@pytest.mark.slow(pool="suites")
 def test_the_cpu_suite_end_to_end(tmp_path):
     """Structure, at a size that says nothing of times."""
     suite = load_suite(

@@ -34,7 +34,7 @@ def test_shapes(n_rows, n_cols):
     check(inputs(n_rows, n_cols, torch.float32), [ALL, (False, True, True)])
 
 
-@pytest.mark.slow(take=4)
+@pytest.mark.slow(take=2)
 @pytest.mark.usefixtures("wide")
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("n_cols", [20, 128, 200, 300])
@@ -45,7 +45,7 @@ def test_rows_too_wide_for_the_registers(kind, n_cols):
     check(given, [(True, True, False)], KINDS[kind], PROLOGUES["post-norm"])
 
 
-@pytest.mark.slow(take=4)
+@pytest.mark.slow(take=2)
 @pytest.mark.parametrize("rows", ["dx", "dresidual"])
 @pytest.mark.parametrize("prologue", ["pre-norm", "post-norm", "no dropout"])
 @pytest.mark.parametrize("either_width", [(200,), (200, "wide")], indirect=True, ids=str)
@@ -54,7 +54,7 @@ def test_of_x_and_residual_one_alone_wants_a_gradient(either_width, prologue, ro
     check(given, [ALL, (True, False, False)], prologue=PROLOGUES[prologue], rows=(rows,))
 
 
-@pytest.mark.slow(take=6)
+@pytest.mark.slow(take=3)
 @pytest.mark.parametrize("kind", ["layer", "gemma"])
 @pytest.mark.parametrize("has_weight", [True, False])
 @pytest.mark.parametrize("has_bias", [True, False])
@@ -95,7 +95,7 @@ def test_any_shape_strides_and_flags(data, n_cols, seed):
         )
 
 
-@pytest.mark.slow(take=4)
+@pytest.mark.slow(take=2)
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("either_width", [(64,), (300, "wide")], indirect=True, ids=str)
 def test_strides(either_width, layout):

@@ -27,7 +27,7 @@ def test_sizes_are_those_of_the_published_models(spec):
     assert (total, norms) == COUNTS[spec]
 
 
-@pytest.mark.slow(take=4)
+@pytest.mark.slow(take=2)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_family_takes_its_own_batch(family):
     size = 24 if "LM" in family else 56

@@ -241,7 +241,7 @@ def test_every_operation_is_tested():
         # Each kind of norm always runs by itself; in a sum, a sample of them with dropout and stream does.
         pytest.param(
             case,
-            marks=pytest.mark.slow(take=30) if case.op == "dropout_add_norm" else (),
+            marks=pytest.mark.slow(take=10) if case.op == "dropout_add_norm" else (),
             id=f"{case.op}: {case.kind}",
         )
         for case in CASES

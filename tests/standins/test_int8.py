@@ -294,7 +294,7 @@ def test_a_model_without_values_gets_them_rounded_as_they_load():
     torch.testing.assert_close(tuple(int8.weight_of(layer)), tuple(int8.weight_of(want)), rtol=0, atol=0)
 
 
-@pytest.mark.slow(take=3)
+@pytest.mark.slow(take=1)
 @pytest.mark.parametrize("kind", KINDS)
 def test_models_of_every_kind(kind, monkeypatch):
     monkeypatch.setattr(int8_rules, "SMALLEST", 1)

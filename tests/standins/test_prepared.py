@@ -156,7 +156,7 @@ def opt_base(n_layers):
     return transformers.OPTForCausalLM(transformers.OPTConfig(num_hidden_layers=n_layers, vocab_size=100))
 
 
-@pytest.mark.slow(pool="stores", take=2)
+@pytest.mark.slow(pool="stores")
 @pytest.mark.parametrize("make_layers", [gpt2_base, opt_base])
 def test_what_a_layer_with_dropout_stores(make_layers):
     ids = torch.randint(3, 90, (2, 64))
@@ -165,14 +165,14 @@ def test_what_a_layer_with_dropout_stores(make_layers):
     assert two - one <= 10.1
 
 
-@pytest.mark.slow(pool="stores", take=2)
+@pytest.mark.slow(pool="stores")
 def test_what_vit_base_stores():
     model = transformers.ViTForImageClassification(transformers.ViTConfig())
     images = torch.randn(1, 3, 224, 224, dtype=torch.bfloat16)
     assert units(model, {"pixel_values": images}, 197, 768, 12) <= 9.7
 
 
-@pytest.mark.slow(pool="stores", take=2)
+@pytest.mark.slow(pool="stores")
 def test_what_bert_base_with_dropout_stores():
     model = transformers.BertForMaskedLM(transformers.BertConfig())
     assert model.config.hidden_dropout_prob == model.config.attention_probs_dropout_prob == 0.1
@@ -181,7 +181,7 @@ def test_what_bert_base_with_dropout_stores():
     assert units(model, {"input_ids": ids, "labels": labels, "return_dict": False}, 256, 768, 12) <= 9.8
 
 
-@pytest.mark.slow(pool="stores", take=2)
+@pytest.mark.slow(pool="stores")
 def test_what_llama_stores():
     config = transformers.LlamaConfig(
         hidden_size=1024, intermediate_size=2752, num_hidden_layers=8, num_attention_heads=16, num_key_value_heads=16

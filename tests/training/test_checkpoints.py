@@ -41,7 +41,7 @@ def test_a_checkpoint_holds_what_trains_and_every_state(run):
     assert (folder / "checkpoint-12" / "adapter_model.safetensors").stat().st_size < 3000
 
 
-@pytest.mark.slow(take=3)
+@pytest.mark.slow(take=1)
 @pytest.mark.parametrize("name", ["files.json", "adapter_model.safetensors", "optimizer.pt", "trainer_state.json"])
 @pytest.mark.parametrize("how", ["cut", "missing"])
 def test_a_checkpoint_cut_short_is_named_and_the_one_before_it_used(name, how, run, caplog):
@@ -126,7 +126,7 @@ def test_a_checkpoint_beside_another_base_is_refused(method, tmp_path):
     assert other.state.global_step == 14
 
 
-@pytest.mark.slow(take=2)
+@pytest.mark.slow(take=1)
 @pytest.mark.parametrize(
     ("module", "name", "at"),
     [(Path, "write_bytes", 1), (torch, "save", 1), (torch, "save", 3), (os, "fsync", 2)],

@@ -111,7 +111,7 @@ def test_the_method_s_settings_are_passed_on_whole(tmp_path, monkeypatch):
     assert given == [MethodSettings.of(), MethodSettings.of(**own, **kept)]
 
 
-@pytest.mark.slow(take=2)
+@pytest.mark.slow(take=1)
 @pytest.mark.parametrize("method", ["lora", "layernorm+lora", "adalora", "prompt", "LN"])
 def test_resumed_it_goes_on_bit_for_bit(method, tmp_path):
     straight = train(tmp_path / "a", method=method, save_steps=6)

@@ -64,6 +64,7 @@ def logits(model):
         return model.eval()(input_ids=torch.arange(3, 40)[None]).logits
 
 
+@pytest.mark.slow(take=2)
 @pytest.mark.parametrize("method", METHODS)
 def test_what_was_saved_beside_8_bits_loads_into_the_base(method, base, tmp_path, caplog):
     made = trainer(load(base), tmp_path, method)
@@ -85,6 +86,7 @@ def test_what_was_saved_beside_8_bits_loads_into_the_base(method, base, tmp_path
     assert torch.equal(logits(load(tmp_path / "merged")), expected)
 
 
+@pytest.mark.slow(take=2)
 @pytest.mark.parametrize("method", METHODS)
 def test_without_its_weights_a_model_is_left_as_it_is(method, base):
     trained = put(load(base), method)
@@ -97,6 +99,7 @@ def test_without_its_weights_a_model_is_left_as_it_is(method, base):
     assert torch.equal(logits(trained), before)
 
 
+@pytest.mark.slow(take=2)
 @pytest.mark.parametrize("method", METHODS)
 def test_weights_that_were_kept_take_what_trained(method, base, tmp_path):
     exact = put_method(load(base), method, "fastln", backend="reference")

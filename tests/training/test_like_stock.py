@@ -80,7 +80,7 @@ SETTINGS = {
 }
 
 
-@pytest.mark.slow(take=4)
+@pytest.mark.slow(take=2)
 @pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS)
 def test_losses_and_gradient_norms_are_those_of_stock(settings, tmp_path):
     theirs, ours = both(tmp_path, settings=settings)

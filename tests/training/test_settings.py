@@ -48,7 +48,7 @@ def test_no_setting_is_left_out():
     }
 
 
-@pytest.mark.slow(take=7)
+@pytest.mark.slow(take=3)
 @pytest.mark.parametrize("name", CHANGES)
 def test_another_value_gives_other_losses(name, usual, tmp_path):
     assert losses(tmp_path, replace(CONFIG, **{name: CHANGES[name]})) != usual

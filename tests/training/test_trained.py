@@ -316,7 +316,7 @@ def test_save_model_leaves_no_norm_out_beside_lora(tmp_path):
 SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in ("dora", "ia3", "vera", "p-tuning")]
 
 
-@pytest.mark.slow(take=2)
+@pytest.mark.slow(take=1)
 @pytest.mark.parametrize("method", ["lora", "adalora", "layernorm+lora", *SLOW])
 def test_every_method_of_pefts_resumes_to_the_same_bits(method, tmp_path):
     def run(folder):

@@ -95,7 +95,7 @@ def linear_cross_entropy(
             dtype = torch.get_autocast_dtype(device)
             hidden, weight, bias = hidden.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
         rows = hidden.reshape(-1, hidden.shape[-1])
-        if rounded is not None and (wants_gradient(weight, bias) or rows.dtype not in DTYPES):
+        if rounded is not None and (wants_gradient(weight, bias) or rows.dtype not in DTYPES or not rows.is_cpu):
             rounded = None
         losses = _LinearCrossEntropy.apply(rows, weight, bias, row_labels, loss, rounded)
     return losses.view(labels.shape) if reduction == "none" else losses

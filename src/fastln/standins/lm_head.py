@@ -37,7 +37,8 @@ class LMHead(StandIn):
     def _rounded(self) -> Weight8 | None:
         """Return the weight in 8 bits, beside the weight, which embeddings may share; None for exact products."""
         part, weight = self._fastln, self.weight
-        if not isinstance(part.kind, Int8Spec) or any(p is not None and p.requires_grad for p in (weight, self.bias)):
+        trains = any(p is not None and p.requires_grad for p in (weight, self.bias))
+        if not isinstance(part.kind, Int8Spec) or trains or not weight.is_cpu:
             return None
         held = self.__dict__.get(_HELD)
         if held is None or held[0] is not weight or held[1] != weight._version:
