@@ -47,6 +47,7 @@ def test_counts_of_the_published_small_model():
     assert describe_parameters(model).startswith("153,600 of 361,478,972 parameters train (0.04249%): vision 38,400 of")
 
 
+@pytest.mark.slow(take=10)
 @pytest.mark.parametrize("kind", tiny.TASKS)
 @pytest.mark.parametrize("method", ON_TASKS)
 def test_every_engine_trains_as_many_parameters(kind, method, tmp_path):
@@ -59,6 +60,7 @@ def test_every_engine_trains_as_many_parameters(kind, method, tmp_path):
     assert counts.pop() > 0
 
 
+@pytest.mark.slow(take=6)
 @pytest.mark.parametrize("method", ON_TASKS)
 def test_a_head_that_starts_random_trains_under_every_method(method, tmp_path):
     task = tiny.dual(tmp_path, tiny.phantom())
@@ -92,6 +94,7 @@ def test_unknown_names_list_the_valid_ones():
         get_method("dora", "fastln")
 
 
+@pytest.mark.slow(take=6)
 @pytest.mark.parametrize("method", [method for method in METHODS if method != "head"])
 def test_every_method_trains_a_language_model(method):
     """A step by peft's or our own parts; biases are the one thing that this Llama does not have."""

@@ -73,6 +73,7 @@ def check(got, want):
     assert error.sqrt() <= 1e-5 * sum(gradient.square().sum() for gradient in want[1].values()).sqrt()
 
 
+@pytest.mark.slow(take=30)
 @pytest.mark.parametrize("name", TEXT.split() + VISION.split())
 def test_prepared_is_stock(name):
     model, inputs = (text if name in TEXT.split() else vision)(name)

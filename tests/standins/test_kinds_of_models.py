@@ -82,6 +82,7 @@ def pair(kind, dtype=torch.float32):
     return copy.deepcopy(model).to(dtype), prepared, cast(inputs, dtype), cast(labelled, dtype)
 
 
+@pytest.mark.slow(take=12)
 @pytest.mark.parametrize("kind", KINDS)
 def test_evaluation_and_training(kind):
     plain, prepared, inputs, labelled = pair(kind)
@@ -101,6 +102,7 @@ def test_evaluation_and_training(kind):
     check_same(step(with_norms_alone(restored), labelled), want[1])
 
 
+@pytest.mark.slow(take=12)
 @pytest.mark.parametrize("kind", IN_16_BITS)
 def test_bfloat16(kind):
     plain, prepared, inputs, labelled = pair(kind, torch.bfloat16)
@@ -124,6 +126,7 @@ def test_autocast(kind):
     assert ours <= 2 * stocks + BF16
 
 
+@pytest.mark.slow(take=12)
 @pytest.mark.parametrize("kind", KINDS)
 def test_another_model_of_the_same_configuration_stays_as_it_is(kind):
     model = copy.deepcopy(stock(kind)[0])

@@ -55,6 +55,7 @@ class Square(torch.autograd.Function):
         return 2 * ctx.saved_tensors[0] * dy
 
 
+@pytest.mark.slow(take=10)
 @pytest.mark.parametrize("name", [*MODELS, *VISION_MODELS])
 def test_what_is_read_is_computed(name, computed_rows):
     step(fastln.prepare(make(name)), batch(name))

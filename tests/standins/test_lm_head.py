@@ -47,6 +47,7 @@ def check(got, want):
         assert error < 1e-5 or (got[name] - expected).abs().max() < 1e-9, name
 
 
+@pytest.mark.slow(take=12)
 @pytest.mark.parametrize("trains", ["all", "norms"])
 @pytest.mark.parametrize("name", MODELS)
 def test_families(name, trains):

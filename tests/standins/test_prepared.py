@@ -43,6 +43,7 @@ def cast(inputs, dtype):
     return {key: v.to(dtype) if torch.is_tensor(v) and v.is_floating_point() else v for key, v in inputs.items()}
 
 
+@pytest.mark.slow(take=10)
 @pytest.mark.parametrize("name", FAMILIES)
 def test_loss_and_gradients_of_every_norm_are_those_of_stock(name, caplog):
     model, inputs = make(name), batch(name)
@@ -80,6 +81,7 @@ def test_in_bfloat16_the_error_is_no_larger_than_stocks(name):
     assert statistics.mean(logarithms) <= 2 * statistics.stdev(logarithms) / math.sqrt(len(logarithms))
 
 
+@pytest.mark.slow(take=10)
 @pytest.mark.parametrize("name", FAMILIES)
 def test_keys_stay_and_restore_gives_stock_modules_back(name):
     model = make(name)
