@@ -71,7 +71,12 @@ class MethodSettings:
                     f"engine {engine!r} runs stock code, so there is nothing to leave out: without {', '.join(names)} "
                     f"is for engine 'fastln'{hint}"
                 )
-            given = {"backend": (backend, "auto"), "activations": (activations, EXACT), "products": (products, EXACT)}
+            given: dict[str, tuple[Any, Any]] = {
+                "backend": (backend, "auto"),
+                "activations": (activations, EXACT),
+                "products": (products, EXACT),
+                "keep_weights": (keep_weights, False),
+            }
             for name, (value, usual) in given.items():
                 if value != usual:
                     raise FastLNError(

@@ -12,7 +12,7 @@ from fastln.standins.int8 import Int8Spec
 from fastln.standins.part import StandIn, form, unwatched
 from fastln_kernels.reference_int8 import Weight8
 
-_HELD = "_fastln_rounded"  # the weight, its version, and its 8-bit form
+_HELD = "_fastln_rounded"  # the weight, its version and memory, and its 8-bit form
 
 
 @form
@@ -40,10 +40,10 @@ class LMHead(StandIn):
         trains = any(p is not None and p.requires_grad for p in (weight, self.bias))
         if not isinstance(part.kind, Int8Spec) or trains or not weight.is_cpu:
             return None
-        held = self.__dict__.get(_HELD)
-        if held is None or held[0] is not weight or held[1] != weight._version:
+        held, state = self.__dict__.get(_HELD), (weight._version, weight.data_ptr())
+        if held is None or held[0] is not weight or held[1] != state:
             kernels = implementation("int8_linear", weight, part.settings)
-            held = (weight, weight._version, kernels.quantise_weight(weight.detach(), turned=part.kind.turned))
+            held = (weight, state, kernels.quantise_weight(weight.detach(), turned=part.kind.turned))
             self.__dict__[_HELD] = held
         return held[2]
 
