@@ -381,7 +381,9 @@ def test_a_model_cast_after_it_was_prepared_is_warned_of(recwarn):
 
 
 @pytest.mark.parametrize("engine", ["torch", "peft"])
-@pytest.mark.parametrize("given", [{"without": "arena"}, {"backend": "cpu"}, {"products": "int8"}, {"keep_weights": True}])
+@pytest.mark.parametrize(
+    "given", [{"without": "arena"}, {"backend": "cpu"}, {"products": "int8"}, {"keep_weights": True}]
+)
 def test_what_other_engines_do_not_have_is_refused_and_leaves_the_model_alone(engine, given):
     model = small_bert()
     with pytest.raises(FastLNError, match=f"engine '{engine}' runs stock code"):
