@@ -3,6 +3,7 @@
 // processor's products need, and multiplies all rows by it. Sums are whole numbers, so their order does not matter.
 
 #include <algorithm>
+#include <type_traits>
 
 #include "dispatch.h"
 #include "int8.h"
@@ -150,35 +151,50 @@ class Multiply {
 
   // Turns whole numbers into the result. Their rows stored 128 too much.
   void finish(const int32_t* sums, int64_t row, int64_t n_rows, int64_t col, int64_t width, const float* bias) const {
+    const auto run = [&](auto form) {
+      if (width == COLS)
+        finish<form>(sums, row, n_rows, col, bias, [](int) { return AllLanes{}; });
+      else
+        finish<form>(sums, row, n_rows, col, bias, [&](int i) {
+          return SomeLanes{static_cast<int>(std::clamp<int64_t>(width - i * LANES, 0, LANES))};
+        });
+    };
+    if (a_.turned) return run(std::integral_constant<Form, TURNED_BACK>{});
+    if (!a_.col_scale) return run(std::integral_constant<Form, PLAIN>{});
+    if (!bias) return run(std::integral_constant<Form, SCALED>{});
+    run(std::integral_constant<Form, SHIFTED>{});
+  }
+
+  enum Form { PLAIN, TURNED_BACK, SCALED, SHIFTED };
+
+  // A block's numbers stay in registers, so every loop over its vectors is unrolled.
+  template <Form FORM, class LanesOf>
+  void finish(const int32_t* sums, int64_t row, int64_t n_rows, int64_t col, const float* bias,
+              const LanesOf& lanes_of) const {
     T* y = static_cast<T*>(a_.y) + row * n_cols_ + col;
     Int excess[VECTORS];
     Float scale[VECTORS], shift[VECTORS];
+#pragma GCC unroll 16
     for (int i = 0; i < VECTORS; i++) {
-      const SomeLanes lanes{static_cast<int>(std::clamp<int64_t>(width - i * LANES, 0, LANES))};
+      const auto lanes = lanes_of(i);
       excess[i] = bits_as<Int>(load(reinterpret_cast<const float*>(a_.sums + col) + i * LANES, lanes)) * 128;
-      scale[i] = a_.col_scale ? load(a_.col_scale + col + i * LANES, lanes) : broadcast(1.0f);
-      shift[i] = bias ? load(bias + i * LANES, lanes) : Float{};
+      if (FORM >= SCALED) scale[i] = load(a_.col_scale + col + i * LANES, lanes);
+      if (FORM == SHIFTED) shift[i] = load(bias + i * LANES, lanes);
     }
     for (int64_t r = 0; r < n_rows; r++, sums += COLS, y += n_cols_) {
       const float row_scale = a_.row_scale[row + r];
       Float values[VECTORS];
+#pragma GCC unroll 16
       for (int i = 0; i < VECTORS; i++) {
         Int whole;
         std::memcpy(&whole, sums + i * LANES, sizeof(whole));
         values[i] = __builtin_convertvector(whole - excess[i], Float) * row_scale;
+        if (FORM >= SCALED) values[i] *= scale[i];
+        if (FORM == SHIFTED) values[i] += shift[i];
       }
-      if (a_.turned) {
-        turn(values);
-      } else if (a_.col_scale) {
-        for (int i = 0; i < VECTORS; i++) values[i] *= scale[i];
-        for (int i = 0; i < VECTORS && bias; i++) values[i] += shift[i];
-      }
-      for (int i = 0; i < VECTORS; i++) {
-        if (width == COLS)
-          store(y + i * LANES, values[i], AllLanes{});
-        else if (width > i * LANES)
-          store(y + i * LANES, values[i], SomeLanes{static_cast<int>(std::min<int64_t>(width - i * LANES, LANES))});
-      }
+      if (FORM == TURNED_BACK) turn(values);
+#pragma GCC unroll 16
+      for (int i = 0; i < VECTORS; i++) store(y + i * LANES, values[i], lanes_of(i));
     }
   }
 

@@ -54,7 +54,7 @@ inline void butterflies(Float* x) {
 }
 
 // Multiplies 64 numbers by the Hadamard matrix times 8, in the order of reference_int8.turn.
-inline void turn_times_8(Float* x) {
+[[gnu::always_inline]] inline void turn_times_8(Float* x) {
   butterflies<32>(x);
   butterflies<16>(x);
   butterflies<8>(x);
@@ -63,7 +63,7 @@ inline void turn_times_8(Float* x) {
   butterflies<1>(x);
 }
 
-inline void turn(Float* x) {
+[[gnu::always_inline]] inline void turn(Float* x) {
   turn_times_8(x);
 #pragma GCC unroll 16
   for (int i = 0; i < VECTORS; i++) x[i] *= 0.125f;
