@@ -1,6 +1,7 @@
 // Activations for CPUs, plain and gated, forward and backward; fastln_kernels.reference_activation defines them.
 
 #include <algorithm>
+#include <type_traits>
 
 #include "dispatch.h"
 #include "functions.h"
@@ -25,11 +26,14 @@ Float argument(Float x) {
   return KIND == QUICK_GELU ? QUICK_GELU_SLOPE * x : x;
 }
 
-template <Kind KIND>
-Float value(Float x) {
+// For results in T.
+template <Kind KIND, class T>
+Float value(Float x, T type) {
   if constexpr (KIND == RELU) return select(x <= 0.0f, Float{}, x);  // keeps NaN
-  if constexpr (KIND == GELU) return x * normal_share(x, exponential(x * x * -0.5f));
-  return x / (1.0f + exponential(-argument<KIND>(x)));
+  if constexpr (KIND == GELU) return x * normal_share_for(x, exponential_for(x * x * -0.5f, type), type);
+  const Float e = exponential_for(-argument<KIND>(x), type);
+  if constexpr (std::is_same_v<T, float>) return x / (1.0f + e);
+  return x * inverse_for(1.0f + e, type);
 }
 
 struct ValueAndSlope {
@@ -37,14 +41,14 @@ struct ValueAndSlope {
 };
 
 // The derivative of x s(z(x)), s the logistic function, is s + x s (1 - s) z'(x).
-template <Kind KIND>
-ValueAndSlope value_and_slope(Float x) {
-  if constexpr (KIND == RELU) return {value<RELU>(x), select(x <= 0.0f, Float{}, broadcast(1.0f))};
+template <Kind KIND, class T>
+ValueAndSlope value_and_slope(Float x, T type) {
+  if constexpr (KIND == RELU) return {value<RELU>(x, type), select(x <= 0.0f, Float{}, broadcast(1.0f))};
   if constexpr (KIND == GELU) {
-    const Float bell = exponential(x * x * -0.5f), part = normal_share(x, bell);
+    const Float bell = exponential_for(x * x * -0.5f, type), part = normal_share_for(x, bell, type);
     return {x * part, part + x * bell * RSQRT_TWO_PI};
   }
-  const auto [part, rest] = logistic(argument<KIND>(x));
+  const auto [part, rest] = logistic_for(argument<KIND>(x), type);
   const Float value = x * part;
   if constexpr (KIND == QUICK_GELU) return {value, part + value * rest * QUICK_GELU_SLOPE};
   if constexpr (KIND == SILU) return {value, part + value * rest};
@@ -114,7 +118,7 @@ void fastln_activation_forward(int64_t dtype, int64_t n_threads, int64_t n_rows,
         const T *gate = gates.at(row, first), *up = ups.at(row, first);
         T* y = ys.at(row, first);
         for_columns(size, [&](int64_t column, auto lanes) {
-          Float result = value<which>(load(gate + column, lanes));
+          Float result = value<which>(load(gate + column, lanes), T{});
           if (up) result *= load(up + column, lanes);
           store(y + column, result, lanes);
         });
@@ -140,7 +144,7 @@ void fastln_activation_backward(int64_t dtype, int64_t n_threads, int64_t n_rows
         T *dgate = dgates.at(row, first), *dup = dups.at(row, first);
         for_columns(size, [&](int64_t column, auto lanes) {
           const Float gradient = load(dy + column, lanes);
-          const ValueAndSlope of = value_and_slope<which>(load(gate + column, lanes));
+          const ValueAndSlope of = value_and_slope<which>(load(gate + column, lanes), T{});
           if (dgate) {
             const Float through = up ? gradient * load(up + column, lanes) : gradient;
             store(dgate + column, which == RELU ? select(of.slope == 0.0f, Float{}, through) : through * of.slope, lanes);

@@ -59,23 +59,6 @@ int64_t keys_of_a_block(int64_t keys) {
   return std::max(round_up((keys + n_blocks - 1) / n_blocks, 2 * PAD), 2 * PAD);
 }
 
-// e^x, as accurate as results in T need. The polynomial approximates 2^f for 0 <= f < 1 with relative error 2.7e-6.
-Float exponential_for(Float x, float) { return exponential(x); }
-template <class T>
-Float exponential_for(Float x, T) {
-#if defined(FASTLN_AVX512)
-  x *= 1.44269504f;
-  const Float f = bits_as<Float>(_mm512_reduce_ps(bits_as<__m512>(x), _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC));
-  Float p = f * 0.013534165f + 0.0520114675f;
-  p = p * f + 0.241442755f;
-  p = p * f + 0.693003833f;
-  p = p * f + 1.00000262f;
-  return bits_as<Float>(_mm512_scalef_ps(bits_as<__m512>(p), bits_as<__m512>(x)));  // by 2^floor(x)
-#else
-  return exponential(x);
-#endif
-}
-
 // The stored lse of a dead row: all its scores lie below HIDDEN, and it counts as `count` equal scores. It stores only
 // the count, because a float32 cannot hold both the score and the count.
 float lse_of_dead_row(float count) { return std::ldexp(count, DEAD_EXPONENT); }
