@@ -97,6 +97,8 @@ class Int8Rules:
         if stand_in == "lm_head":
             spec = self.of(name, is_head=True)
             return "exact", spec if isinstance(spec, str) else "it trains"
+        if stand_in == "patches":
+            return "exact", "pixels need no gradient, so that it is a small part of a step"
         if "attention" not in stand_in:
             return "exact", None
         floats = (p.dtype for p in self._modules[name].parameters() if p.is_floating_point())

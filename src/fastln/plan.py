@@ -37,6 +37,7 @@ from fastln.standins.part import is_stand_in
 from fastln.standins.table import STAND_INS, Place
 from fastln.standins.tricks import TRICKS
 from fastln.state import STATE, Prepared, prepared
+from fastln_kernels.cpu import units
 
 logger = logging.getLogger(__name__)
 
@@ -213,6 +214,8 @@ class _Decider:
                 return self._attention(entry)
             case "linear" | "conv1d":
                 return self._linear(entry)
+            case "patches":
+                return self._patches(entry)
             case "lm_head":
                 return self._head(entry)
         if entry.what in _NOT_PLAIN and self._settings.backend == "reference":
@@ -324,6 +327,12 @@ class _Decider:
         if self._int8 is not None and entry.obstacle is None and id(weight) not in self._trained:
             spec = self._int8.of(entry.name, is_head=True)
         return self._known(entry, spec if isinstance(spec, Int8Spec) else None)
+
+    def _patches(self, entry: Found) -> Change | Stay:
+        exact = self._exact_linear(entry)
+        if isinstance(exact, Change) and units.compute_dtype(torch.bfloat16) == torch.bfloat16:
+            return Stay(entry.name, entry.label, "torch's convolutions use the fastest units here")
+        return exact
 
     def _exact_linear(self, entry: Found) -> Change | Stay:
         choice = resolve("linear", self._device, self._settings)

@@ -17,6 +17,7 @@ from fastln.families.heads import find_heads
 from fastln.families.last_block import last_blocks
 from fastln.families.norms import find_other_norms, is_norm, is_stock_layer_norm, norm_kind
 from fastln.families.parts import arguments_before_cache, needs_cache, output_embeddings, pretrained_models
+from fastln.families.patches import is_patch_embedding
 from fastln.ops import ActivationKind
 
 
@@ -136,3 +137,5 @@ def _linears(model: nn.Module) -> Iterator[Found]:
             yield Found(name, "linear", "linear layer")
         elif type(module) is Conv1D:
             yield Found(name, "conv1d", "linear layer")
+        elif is_patch_embedding(module):
+            yield Found(name, "patches", "patch embedding")

@@ -22,7 +22,7 @@ from fastln.standins.dropout import CallsDropout, Dropout
 from fastln.standins.gated_mlp import GatedMLP
 from fastln.standins.int8 import Int8Conv1D, Int8Linear, Int8Weight
 from fastln.standins.last_block import WaitingRows
-from fastln.standins.linear import Conv1D, Linear
+from fastln.standins.linear import Conv1D, Linear, Patches
 from fastln.standins.lm_head import LMHead
 from fastln.standins.model_dtype import OwnDtype
 from fastln.standins.norm import Float32Parameters, LayerNorm, Norm, StockNorm, in_own_dtype
@@ -235,6 +235,7 @@ STAND_INS: dict[str, Row] = {
     ),
     "linear": Row("linears", "fastln", "nothing", True, _FROZEN, _swap(Linear)),
     "conv1d": Row("linears", "fastln", "nothing", True, _FROZEN, _swap(Conv1D)),
+    "patches": Row("linears", "fastln", "nothing", True, _FROZEN, _swap(Patches)),
     "int8_linear": Row("linears", "fastln", "nothing", True, _FROZEN, _int8(Int8Linear)),
     "int8_conv1d": Row("linears", "fastln", "nothing", True, _FROZEN, _int8(Int8Conv1D)),
     "last_block": Row(
