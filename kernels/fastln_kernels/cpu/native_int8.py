@@ -90,11 +90,27 @@ def quantise_twice(x: Tensor, factors: Tensor) -> tuple[StoredRows, StoredRows]:
     return _quantise(x, factors, False, rest), rest
 
 
-def _quantise(x: Tensor, factors: Tensor | None, turned: bool, rest: StoredRows | None) -> StoredRows:
+def quantise_into(rounding: Rounding, x: Tensor) -> None:
+    """Round rows in a pass of their own, where a kernel that was told to round them did not run.
+
+    Args:
+        rounding: From `rounding`.
+        x: As for `quantise`, of the shape that `rounding` was made for.
+
+    Raises:
+        KernelsUnavailableError: If there are no compiled kernels.
+    """
+    factors, rows = rounding.tensors
+    _quantise(x, factors, bool(rounding.turned), None, rows)
+
+
+def _quantise(
+    x: Tensor, factors: Tensor | None, turned: bool, rest: StoredRows | None, rows: StoredRows | None = None
+) -> StoredRows:
     n_rows, n_cols = x.shape
     if x.stride(1) != 1 and n_cols > 1:
         x = x.contiguous()
-    rows = _empty(n_rows, n_cols)
+    rows = _empty(n_rows, n_cols) if rows is None else rows
     values, scale, _ = rows
     if n_rows:
         arguments = _Quantise(
