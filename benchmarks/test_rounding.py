@@ -84,7 +84,7 @@ def test_rounding(case, dtype):
     rows = native_int8.quantise(kernel(), factors, turned=turned)
 
     def where_made():
-        kernel(native_int8.rounding(N_ROWS, n_cols, factors, turned=turned)[1])
+        kernel(native_int8.rounding(torch.empty(N_ROWS, n_cols), factors, turned=turned)[1])
 
     calls = {
         "alone": kernel,
@@ -114,19 +114,19 @@ def test_attention(n_tokens, dtype):
     request, factors = AttentionForward(q, k, v, DIM**-0.5), torch.rand(N_HEADS * DIM) + 0.5
     out, lse = native_attention.attention_forward(request)
     back = AttentionBackward(request, dout, out, lse, need_dq=True, need_dk=True, need_dv=True)
-    sizes = (n_batches * n_tokens, N_HEADS * DIM)
+    like = torch.empty(n_batches * n_tokens, N_HEADS * DIM)
 
     def rows(x):
-        return x.transpose(1, 2).reshape(sizes)
+        return x.transpose(1, 2).reshape(like.shape)
 
     def backward_where_made():
-        told = {name: native_int8.rounding(*sizes, factors)[1] for name in ("round_dq", "round_dk", "round_dv")}
+        told = {name: native_int8.rounding(like, factors)[1] for name in ("round_dq", "round_dk", "round_dv")}
         return native_attention.attention_backward(back, **told)
 
     calls = {
         "forward": lambda: native_attention.attention_forward(request),
         "forward, own pass": lambda: native_int8.quantise(rows(native_attention.attention_forward(request).out)),
-        "forward, where made": lambda: native_attention.attention_forward(request, native_int8.rounding(*sizes)[1]),
+        "forward, where made": lambda: native_attention.attention_forward(request, native_int8.rounding(like)[1]),
         "backward": lambda: native_attention.attention_backward(back),
         "backward, own passes": lambda: [
             native_int8.quantise(rows(gradient), factors) for gradient in native_attention.attention_backward(back)

@@ -300,7 +300,7 @@ def _backward(request: AttentionBackward, arguments: _Arguments, ctx: Any = None
     needed = (request.need_dq, request.need_dk, request.need_dv)
     rounds = [
         # A layer's result has heads side by side in a row, and so have the gradients in memory.
-        for_successor(ctx if need and _has_rows(x) else None, index, kernels, _rows(x, x.shape[-1]))
+        for_successor(ctx if need and _has_rows(x) else None, index, kernels, _rows(x, x.shape[-1]), laid_out=True)
         for index, (x, need) in enumerate(zip(forward[:3], needed, strict=True))
     ]
     names = ("round_dq", "round_dk", "round_dv")
@@ -310,10 +310,10 @@ def _backward(request: AttentionBackward, arguments: _Arguments, ctx: Any = None
     return AttentionGradients(*(None if gradient is None else one.of(gradient) for one, gradient in made))
 
 
-def _rows(x: Tensor, dim: int) -> tuple[int, int]:
-    """Return the shape of the rows that hold all heads of a token."""
+def _rows(x: Tensor, dim: int) -> Tensor:
+    """Return a tensor without memory of its own that is shaped like rows with all heads of a token."""
     n_batches, n_heads, n_tokens, _ = x.shape
-    return n_batches * n_tokens, n_heads * dim
+    return x.new_empty(()).expand(n_batches * n_tokens, n_heads * dim)
 
 
 def _has_rows(x: Tensor) -> bool:

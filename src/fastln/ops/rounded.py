@@ -105,13 +105,13 @@ class Rounds(NamedTuple):
 _NOTHING = Rounds()
 
 
-def for_reader(reader: Reader | None, kernels: ModuleType, like: Tensor | tuple[int, int]) -> Rounds:
+def for_reader(reader: Reader | None, kernels: ModuleType, like: Tensor) -> Rounds:
     """Return what a kernel writes in 8 bits for the reader of its result.
 
     Args:
         reader: The reader of the module that the kernel computes, if it has one.
         kernels: The kernel's module.
-        like: A tensor shaped like the result, or the shape `(n_rows, n_cols)` of its rows.
+        like: A tensor shaped like the result, `(..., n_cols)`.
     """
     if reader is None or reader.form is None:
         return _NOTHING
@@ -121,19 +121,20 @@ def for_reader(reader: Reader | None, kernels: ModuleType, like: Tensor | tuple[
     return _rounds(reader.form, kernels, like, reader)
 
 
-def for_successor(ctx: Any, index: int, kernels: ModuleType, like: Tensor | tuple[int, int]) -> Rounds:
+def for_successor(ctx: Any, index: int, kernels: ModuleType, like: Tensor, *, laid_out: bool = False) -> Rounds:
     """Return what a kernel writes in 8 bits for the layer that gets the gradient that it computes.
 
     Args:
         ctx: The context of the operation whose backward this is; None outside of plain eager mode.
         index: The number of the tensor whose gradient it is, among the tensors that the operation was given.
         kernels: The kernel's module.
-        like: A tensor shaped like the gradient. Or the shape `(n_rows, n_cols)` of its rows, if these are in memory as
-            in the layer's result, from which the operation may then have got any view.
+        like: A tensor shaped like the gradient, `(..., n_cols)`.
+        laid_out: Whether it is known that the gradient has the memory layout of the layer's result, so that the
+            operation may have got any view of that; else only a view with the same rows.
     """
     if ctx is None:
         return _NOTHING
-    node, _ = _behind(ctx.next_functions[index], _RESHAPED if isinstance(like, Tensor) else _VIEWED)
+    node, _ = _behind(ctx.next_functions[index], _VIEWED if laid_out else _RESHAPED)
     form = getattr(node, "takes", None)
     return _NOTHING if form is None else _rounds(form, kernels, like, None)
 
@@ -145,12 +146,11 @@ def _behind(edge: tuple[Any, int], views: frozenset[str]) -> tuple[Any, int]:
     return edge
 
 
-def _rounds(form: Form, kernels: ModuleType, like: Tensor | tuple[int, int], reader: Reader | None) -> Rounds:
-    n_rows, n_cols = (like.numel() // max(like.shape[-1], 1), like.shape[-1]) if isinstance(like, Tensor) else like
-    rounds_so = getattr(kernels, "ROUNDED_BY", None) is form.kernels and n_cols == form.n_cols
-    if not _fuses or not rounds_so or not n_rows * n_cols or torch.is_inference_mode_enabled():
+def _rounds(form: Form, kernels: ModuleType, like: Tensor, reader: Reader | None) -> Rounds:
+    rounds_so = getattr(kernels, "ROUNDED_BY", None) is form.kernels and like.shape[-1:] == (form.n_cols,)
+    if not _fuses or not rounds_so or not like.numel() or torch.is_inference_mode_enabled():
         return _NOTHING
-    rows, rounding = form.kernels.rounding(n_rows, n_cols, form.factors, turned=form.turned)
+    rows, rounding = form.kernels.rounding(like, form.factors, turned=form.turned)
     return Rounds((rounding,), rows, form, reader)
 
 

@@ -40,7 +40,7 @@ def weights(n_cols):
 
 
 def into(n_cols, factors=None, turned=False):
-    rows, rounding = native_int8.rounding(N_ROWS, n_cols, factors, turned=turned)
+    rows, rounding = native_int8.rounding(torch.empty(N_ROWS, n_cols), factors, turned=turned)
     rows.values.fill_(99)
     rows.scale.fill_(99)
     return rows, rounding
@@ -141,7 +141,7 @@ def as_rows(x):
 
 def into_like(x_shape, factors=None, turned=False):
     n_batches, n_heads, n_tokens, dim = x_shape
-    rows, rounding = native_int8.rounding(n_batches * n_tokens, n_heads * dim, factors, turned=turned)
+    rows, rounding = native_int8.rounding(torch.empty(n_batches, n_tokens, n_heads * dim), factors, turned=turned)
     rows.values.fill_(99)
     rows.scale.fill_(99)
     return rows, rounding
