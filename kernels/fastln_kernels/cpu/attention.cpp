@@ -11,6 +11,7 @@
 #include "dots.h"
 #include "dropout.h"
 #include "functions.h"
+#include "heads.h"
 #include "parallel.h"
 #include "products.h"
 #include "vector.h"
@@ -24,17 +25,6 @@ constexpr float INFINITE = std::numeric_limits<float>::infinity();
 constexpr float HIDDEN = -1e30f;  // lower scores come from a mask that added the lowest number of its dtype
 constexpr int DEAD_EXPONENT = 100;
 
-// A tensor (batch, head, row, column) whose columns are contiguous; strides count elements.
-struct Rows {
-  void* data;
-  int64_t batch, head, row;
-
-  template <class T>
-  T* at(int64_t b, int64_t h, int64_t r) const {
-    return static_cast<T*>(data) + b * batch + h * head + r * row;
-  }
-};
-
 }  // namespace
 
 // Same layout as native_attention._Arguments. A null pointer means that the tensor is absent or not requested.
@@ -45,6 +35,7 @@ struct Arguments {
   double scale;
   Rows q, k, v, mask, out, dout, dq, dk, dv;
   float* lse;
+  const Rounding *out_rounding, *dq_rounding, *dk_rounding, *dv_rounding;  // where rows are written in 8 bits too
 };
 
 namespace {
@@ -114,7 +105,7 @@ class Head {
     return dropout_.draw((batch_ * a_.heads + head_) * a_.queries + query, n_cols, place, first);
   }
 
-  void forward() const {
+  void forward(HeadRounding& rounding) const {
     thread_local Buffer<C> value_buffer, probability_buffer;
     thread_local Buffer<float> score_buffer, sum_buffer;
     thread_local Dots<T, R> dots;
@@ -169,6 +160,7 @@ class Head {
         if (sum != 0 && top[row] < HIDDEN) lse = lse_of_dead_row(sum);
         a_.lse[(batch_ * a_.heads + head_) * a_.queries + first_query + row] = lse;
       }
+      rounding.wrote<T>(batch_, first_query);
     }
     release<C>();
   }
@@ -209,6 +201,10 @@ class Head {
   const int64_t batch_, head_, block_keys_ = keys_of_a_block(a_.keys);
 };
 
+struct GradientRoundings {
+  HeadRounding dq, dk, dv;
+};
+
 // One head of keys and values, with the query heads that use it.
 template <class T, class C, class R>
 class Gradients {
@@ -216,7 +212,7 @@ class Gradients {
   Gradients(const Arguments& arguments, const Dropout& dropout, int64_t batch, int64_t kv_head)
       : a_(arguments), dropout_(dropout), batch_(batch), kv_head_(kv_head) {}
 
-  void run() {
+  void run(GradientRoundings& roundings) {
     const bool need_ds = a_.dq.data || a_.dk.data;
     thread_local Buffer<C> key_buffer;
     thread_local Buffer<float> dk_buffer, dv_buffer;
@@ -242,16 +238,12 @@ class Gradients {
       }
       if (a_.dk.data) write_transposed(dk, n_keys, dim_, a_.dim, static_cast<float>(a_.scale), a_.dk, first);
       if (a_.dv.data) write_transposed(dv, n_keys, v_dim_, a_.v_dim, dropout_.scale(), a_.dv, first);
+      roundings.dk.wrote<T>(batch_, first);
+      roundings.dv.wrote<T>(batch_, first);
     }
-    for (int64_t g = 0; g < group_ && a_.dq.data; g++) {
-      for (int64_t query = 0; query < a_.queries; query++) {
-        T* to = a_.dq.at<T>(batch_, kv_head_ * group_ + g, query);
-        prefetch_row<T, true>(to + AHEAD * a_.dq.row, a_.dim);
-        const float *from = dq_ + (g * padded_queries_ + query) * dim_, scale = static_cast<float>(a_.scale);
-        for_columns(a_.dim, [&](int64_t column, auto lanes) {
-          store(to + column, load(from + column, lanes) * scale, lanes);
-        });
-      }
+    for (int64_t first = 0; first < a_.queries && a_.dq.data; first += QUERIES) {
+      for (int64_t g = 0; g < group_; g++) write_dq(g, first);
+      roundings.dq.wrote<T>(batch_, first);
     }
     release<C>();
   }
@@ -356,6 +348,19 @@ class Gradients {
     return dots;
   }
 
+  // Writes a block of a query head's rows of dq.
+  void write_dq(int64_t g, int64_t first) const {
+    const float scale = static_cast<float>(a_.scale);
+    for (int64_t query = first; query < std::min(first + QUERIES, a_.queries); query++) {
+      T* to = a_.dq.at<T>(batch_, kv_head_ * group_ + g, query);
+      prefetch_row<T, true>(to + AHEAD * a_.dq.row, a_.dim);
+      const float* from = dq_ + (g * padded_queries_ + query) * dim_;
+      for_columns(a_.dim, [&](int64_t column, auto lanes) {
+        store(to + column, load(from + column, lanes) * scale, lanes);
+      });
+    }
+  }
+
   // Writes the transpose of a sum (ld, block_keys_), times `factor`, to the rows of `to` starting at `first`.
   void write_transposed(const float* sum, int64_t n_keys, int64_t ld, int64_t n_cols, float factor, const Rows& to,
                         int64_t first) const {
@@ -404,9 +409,11 @@ extern "C" {
 void fastln_attention_forward(const Arguments* arguments) {
   const Arguments& a = *arguments;
   const Dropout dropout(a.threshold, a.seed);
+  HeadRounding rounding(a.out_rounding, a.out, a.batches, a.queries, QUERIES, a.heads);
   with_types(a, [&](auto type, auto compute, auto dots) {
     for_blocks(a.batches * a.heads, threads(a), [&](int64_t head) {
-      Head<decltype(type), decltype(compute), decltype(dots)>(a, dropout, head / a.heads, head % a.heads).forward();
+      Head<decltype(type), decltype(compute), decltype(dots)>(a, dropout, head / a.heads, head % a.heads)
+          .forward(rounding);
     });
   });
 }
@@ -414,9 +421,17 @@ void fastln_attention_forward(const Arguments* arguments) {
 void fastln_attention_backward(const Arguments* arguments) {
   const Arguments& a = *arguments;
   const Dropout dropout(a.threshold, a.seed);
+  const auto rounding = [&](const Rounding* of, const Rows& rows, int64_t n_rows, int64_t block) {
+    return HeadRounding(of, rows, a.batches, n_rows, block, a.kv_heads);
+  };
+  const int64_t block_keys = keys_of_a_block(a.keys);
+  GradientRoundings roundings{rounding(a.dq_rounding, a.dq, a.queries, QUERIES),
+                              rounding(a.dk_rounding, a.dk, a.keys, block_keys),
+                              rounding(a.dv_rounding, a.dv, a.keys, block_keys)};
   with_types(a, [&](auto type, auto compute, auto dots) {
     for_blocks(a.batches * a.kv_heads, threads(a), [&](int64_t head) {
-      Gradients<decltype(type), decltype(compute), decltype(dots)>(a, dropout, head / a.kv_heads, head % a.kv_heads).run();
+      Gradients<decltype(type), decltype(compute), decltype(dots)>(a, dropout, head / a.kv_heads, head % a.kv_heads)
+          .run(roundings);
     });
   });
 }

@@ -14,8 +14,9 @@ from ctypes import c_double, c_int64, c_void_p
 import torch
 from torch import Tensor
 
-from fastln_kernels.cpu import products, units
+from fastln_kernels.cpu import native_int8, products, units
 from fastln_kernels.cpu.library import DTYPES, KernelsUnavailableError
+from fastln_kernels.cpu.native_int8 import Rounding
 from fastln_kernels.reference import dropout_threshold
 from fastln_kernels.reference_attention import (
     AttentionBackward,
@@ -25,6 +26,9 @@ from fastln_kernels.reference_attention import (
 )
 
 _BOOLEAN_MASK = 3
+
+ROUNDED_BY = native_int8
+"""The module whose `rounding` these functions take."""
 
 
 class _Rows(ctypes.Structure):
@@ -48,14 +52,15 @@ class _Arguments(ctypes.Structure):
         ("scale", c_double),
         *((name, _Rows) for name in ("q", "k", "v", "mask", "out", "dout", "dq", "dk", "dv")),
         ("lse", c_void_p),
+        *((f"{name}_rounding", ctypes.POINTER(Rounding)) for name in ("out", "dq", "dk", "dv")),
     )
 
 
-def attention_forward(request: AttentionForward) -> AttentionOutputs:
+def attention_forward(request: AttentionForward, rounding: Rounding | None = None) -> AttentionOutputs:
     """Compute softmax attention and what its backward needs.
 
     Arguments and results are those of `fastln_kernels.reference_attention.attention_forward`, for float32, bfloat16 and
-    float16.
+    float16. `rounding` says where the result is written in 8 bits too, if anywhere: as rows `(B Sq, H Dv)`.
 
     Raises:
         KernelsUnavailableError: If there are no compiled kernels, or no products in 8 bits that were asked for.
@@ -65,15 +70,23 @@ def attention_forward(request: AttentionForward) -> AttentionOutputs:
     out = q.new_empty(n_batches, n_queries, n_heads, v_dim).transpose(1, 2)
     lse = q.new_empty(n_batches, n_heads, n_queries, dtype=torch.float32)
     if not (k.shape[2] and v_dim and q.shape[-1]):
-        return AttentionOutputs(out.zero_(), lse.zero_())
-    _call("fastln_attention_forward", request, {"out": out}, lse)
+        _zero(out, rounding)
+        return AttentionOutputs(out, lse.zero_())
+    _call("fastln_attention_forward", request, {"out": out}, lse, {"out": rounding})
     return AttentionOutputs(out, lse)
 
 
-def attention_backward(request: AttentionBackward) -> AttentionGradients:
+def attention_backward(
+    request: AttentionBackward,
+    *,
+    round_dq: Rounding | None = None,
+    round_dk: Rounding | None = None,
+    round_dv: Rounding | None = None,
+) -> AttentionGradients:
     """Compute only the requested gradients, and only the products that they need.
 
-    Arguments and results are those of `fastln_kernels.reference_attention.attention_backward`.
+    Arguments and results are those of `fastln_kernels.reference_attention.attention_backward`. `round_dq`, `round_dk`
+    and `round_dv` say where requested gradients are written in 8 bits too, if anywhere: as rows `(B S, H D)`.
 
     Raises:
         KernelsUnavailableError: If there are no compiled kernels, or no products in 8 bits that were asked for.
@@ -87,17 +100,31 @@ def attention_backward(request: AttentionBackward) -> AttentionGradients:
         if need
     }
     gradients = AttentionGradients(*(made.get(name) for name in wanted))
+    roundings = {"dq": round_dq, "dk": round_dk, "dv": round_dv}
     if not (k.shape[2] and q.shape[2] and v.shape[-1] and q.shape[-1]):
-        for gradient in made.values():
-            gradient.zero_()
+        for name, gradient in made.items():
+            _zero(gradient, roundings[name])
         return gradients
     tensors = {"dout": request.dout, **made} | ({} if request.out is None else {"out": request.out})
-    _call("fastln_attention_backward", request.forward, tensors, request.lse)
+    _call("fastln_attention_backward", request.forward, tensors, request.lse, roundings)
     return gradients
 
 
-def _call(symbol: str, request: AttentionForward, more: dict[str, Tensor], lse: Tensor) -> None:
-    """Call a kernel with the tensors in `request` and `more`, and with `lse`."""
+def _zero(result: Tensor, rounding: Rounding | None) -> None:
+    """Set a result to 0, where there is nothing to compute, and its rows in 8 bits."""
+    result.zero_()
+    if rounding is not None and result.numel():
+        native_int8.quantise_into(rounding, result.transpose(1, 2).flatten(0, 1).flatten(1))
+
+
+def _call(
+    symbol: str,
+    request: AttentionForward,
+    more: dict[str, Tensor],
+    lse: Tensor,
+    roundings: dict[str, Rounding | None],
+) -> None:
+    """Call a kernel with the tensors in `request` and `more`, with `lse`, and with the roundings of its results."""
     if request.int8 and not products.in_8_bits("attention"):
         raise KernelsUnavailableError("this processor has no units for products in 8 bits")
     # Copies must live until the kernel has run.
@@ -125,6 +152,7 @@ def _call(symbol: str, request: AttentionForward, more: dict[str, Tensor], lse: 
         scale=request.scale,
         lse=lse.data_ptr(),
         **{name: _Rows.of(x) for name, x in tensors.items()},
+        **{f"{name}_rounding": ctypes.pointer(one) for name, one in roundings.items() if one is not None},
     )
     if request.mask is not None:
         mask = _mask(request.mask, q, k)

@@ -90,11 +90,27 @@ def quantise_twice(x: Tensor, factors: Tensor) -> tuple[StoredRows, StoredRows]:
     return _quantise(x, factors, False, rest), rest
 
 
-def _quantise(x: Tensor, factors: Tensor | None, turned: bool, rest: StoredRows | None) -> StoredRows:
+def quantise_into(rounding: Rounding, x: Tensor) -> None:
+    """Round rows in a pass of their own, where a kernel that was told to round them did not run.
+
+    Args:
+        rounding: From `rounding`.
+        x: As for `quantise`, of the shape that `rounding` was made for.
+
+    Raises:
+        KernelsUnavailableError: If there are no compiled kernels.
+    """
+    factors, rows = rounding.tensors
+    _quantise(x, factors, bool(rounding.turned), None, rows)
+
+
+def _quantise(
+    x: Tensor, factors: Tensor | None, turned: bool, rest: StoredRows | None, rows: StoredRows | None = None
+) -> StoredRows:
     n_rows, n_cols = x.shape
     if x.stride(1) != 1 and n_cols > 1:
         x = x.contiguous()
-    rows = _empty(n_rows, n_cols)
+    rows = _empty(n_rows, n_cols) if rows is None else rows
     values, scale, _ = rows
     if n_rows:
         arguments = _Quantise(
@@ -116,17 +132,15 @@ def _quantise(x: Tensor, factors: Tensor | None, turned: bool, rest: StoredRows 
     return rows
 
 
-def rounding(
-    n_rows: int, n_cols: int, factors: Tensor | None = None, *, turned: bool = False
-) -> tuple[StoredRows, Rounding]:
+def rounding(like: Tensor, factors: Tensor | None = None, *, turned: bool = False) -> tuple[StoredRows, Rounding]:
     """Return memory for rows in 8 bits, and what tells a kernel that makes the rows to write them there.
 
     Args:
-        n_rows: The number of rows.
-        n_cols: The number of columns.
+        like: A tensor shaped like the rows, `(..., n_cols)`.
         factors, turned: As for `quantise`, whose result the kernel writes bit for bit.
     """
-    rows = _empty(n_rows, n_cols)
+    n_cols = like.shape[-1]
+    rows = _empty(like.numel() // max(n_cols, 1), n_cols)
     pointers = (None if factors is None else factors.data_ptr(), rows.values.data_ptr(), rows.scale.data_ptr())
     made = Rounding(n_cols, rows.values.shape[1], turned, *pointers)
     made.tensors = (factors, rows)  # they live as long as the pointers

@@ -35,6 +35,7 @@ from torch.nn import functional as F
 from fastln.errors import FastLNError
 from fastln.ops.backends import resolve
 from fastln.ops.dispatch import Ways, call, define, is_transformed, wants_gradient
+from fastln.ops.rounded import Reader, for_reader, for_successor
 from fastln.ops.settings import DEFAULT, SCHEMA, OpSettings
 from fastln_kernels import reference_attention
 from fastln_kernels.cpu import native_attention, products, units
@@ -63,12 +64,14 @@ class _Arguments(NamedTuple):
         causal: Whether query i sees keys 0..i only.
         dropout: Probability of dropping an attention weight.
         settings: Which backend computes, and in which form.
+        reader: What is known about who reads the result. No operator knows it.
     """
 
     scale: float
     causal: bool
     dropout: float
     settings: OpSettings
+    reader: Reader | None = None
 
     @staticmethod
     def schema() -> str:
@@ -96,6 +99,7 @@ def attention(
     mask: Tensor | None = None,
     dropout: float = 0.0,
     settings: OpSettings = DEFAULT,
+    reader: Reader | None = None,
 ) -> Tensor:
     """Compute softmax attention; differentiable once in q, k and v (and, through torch's own, in an additive mask).
 
@@ -110,6 +114,7 @@ def attention(
         mask: Boolean (True: attend) or additive, broadcastable to `(B, H, Sq, Sk)`.
         dropout: Probability of dropping an attention weight, from 0 to below 1; 0 outside of training.
         settings: Which backend computes, and in which form.
+        reader: The note of the module that calls, about who reads the result.
 
     Returns:
         `(B, H, Sq, Dv)`; on CPU laid out as `(B, Sq, H, Dv)`. A row without a key is 0 and has no gradient.
@@ -128,7 +133,7 @@ def attention(
         groups = q.ndim == 4 and q.shape[1] != k.shape[1]
         return F.scaled_dot_product_attention(q, k, v, mask, dropout, causal, scale=scale, enable_gqa=groups)
     seed = torch.randint(2**63 - 1, (1,), dtype=torch.int64) if dropout else None
-    arguments = _Arguments(q.shape[-1] ** -0.5 if scale is None else scale, causal, dropout, settings)
+    arguments = _Arguments(q.shape[-1] ** -0.5 if scale is None else scale, causal, dropout, settings, reader)
     out: Tensor = call(_WAYS, (q, k, v, mask, seed), arguments)[0]
     return out
 
@@ -280,17 +285,40 @@ def _kernels_for(x: Tensor, settings: OpSettings) -> ModuleType:
 def _forward(
     q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, seed: Tensor | None, arguments: _Arguments
 ) -> tuple[Tensor, Tensor]:
-    scale, causal, dropout, settings = arguments
+    scale, causal, dropout, settings, reader = arguments
     request = AttentionForward(q, k, v, scale, causal, mask, dropout, seed, _in_8_bits(q, k, settings))
-    out, lse = _kernels_for(q, settings).attention_forward(request)
-    return out, lse
+    kernels = _kernels_for(q, settings)
+    rounds = for_reader(reader, kernels, _rows(q, v.shape[-1]))
+    out, lse = kernels.attention_forward(request, *rounds.told)
+    return rounds.of(out), lse
 
 
-def _backward(request: AttentionBackward, arguments: _Arguments) -> AttentionGradients:
+def _backward(request: AttentionBackward, arguments: _Arguments, ctx: Any = None) -> AttentionGradients:
     forward, settings = request.forward, arguments.settings
     request = request._replace(forward=forward._replace(int8=_in_8_bits(forward.q, forward.k, settings)))
-    gradients: AttentionGradients = _kernels_for(forward.q, settings).attention_backward(request)
-    return gradients
+    kernels = _kernels_for(forward.q, settings)
+    needed = (request.need_dq, request.need_dk, request.need_dv)
+    rounds = [
+        # A layer's result has heads side by side in a row, and so have the gradients in memory.
+        for_successor(ctx if need and _has_rows(x) else None, index, kernels, _rows(x, x.shape[-1]), laid_out=True)
+        for index, (x, need) in enumerate(zip(forward[:3], needed, strict=True))
+    ]
+    names = ("round_dq", "round_dk", "round_dv")
+    told = {name: one.told[0] for name, one in zip(names, rounds, strict=True) if one.told}
+    gradients = kernels.attention_backward(request, **told)
+    made = zip(rounds, gradients, strict=True)
+    return AttentionGradients(*(None if gradient is None else one.of(gradient) for one, gradient in made))
+
+
+def _rows(x: Tensor, dim: int) -> Tensor:
+    """Return a tensor without memory of its own that is shaped like rows with all heads of a token."""
+    n_batches, n_heads, n_tokens, _ = x.shape
+    return x.new_empty(()).expand(n_batches * n_tokens, n_heads * dim)
+
+
+def _has_rows(x: Tensor) -> bool:
+    """Whether queries, keys or values are in memory as such rows. Only shapes are known of values that are not kept."""
+    return x.transpose(1, 2).is_contiguous() or not any(x.stride())
 
 
 def _keep(ctx: Any, tensors: tuple[Any, ...], arguments: _Arguments, out: Tensor, lse: Tensor) -> None:
@@ -313,7 +341,7 @@ def _gradients(
     q, k, v, out, lse, mask, seed = ctx.saved_tensors
     if v is None:
         v = k.new_empty(()).expand(*k.shape[:3], dout.shape[-1])
-    scale, causal, dropout, _ = ctx.arguments
+    scale, causal, dropout, *_ = ctx.arguments
     forward = AttentionForward(q, k, v, scale, causal, mask, dropout, seed)
     return backward(AttentionBackward(forward, dout, out, lse, *ctx.needs_input_grad[:3]), ctx.arguments)
 
@@ -327,7 +355,8 @@ class _EagerAttention(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *dout: Tensor | None) -> tuple[Tensor | None, ...]:
-        return *_gradients(ctx, dout[0], _backward), None, None, None
+        gradients = _gradients(ctx, dout[0], lambda request, arguments: _backward(request, arguments, ctx))
+        return *gradients, None, None, None
 
 
 def _fake_forward(
@@ -378,7 +407,7 @@ def _operator_backward(
 ) -> list[Tensor]:
     """Return the gradients that are needed; `wanted` says which, and ends with the arguments."""
     *wants, arguments = wanted
-    scale, causal, dropout, _ = arguments
+    scale, causal, dropout, *_ = arguments
     forward = AttentionForward(q, k, v, scale, causal, mask, dropout, seed)
     gradients = _backward(AttentionBackward(forward, dout, out, lse, *wants), arguments)
     return [gradient for gradient in gradients if gradient is not None]

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from fastln.errors import FastLNError
 from fastln.ops.backends import implementation
-from fastln.ops.dispatch import Ways, call, define, overridable
+from fastln.ops.dispatch import Ways, call, define, is_transformed, needs_operator, overridable, wants_gradient
+from fastln.ops.rounded import Reader, for_reader, for_successor
 from fastln.ops.settings import DEFAULT, SCHEMA, OpSettings
 
 
@@ -22,10 +23,12 @@ class _Arguments(NamedTuple):
     Attributes:
         p: Probability of dropping an element.
         settings: Which backend computes, and in which form.
+        reader: What is known about who reads the result. No operator knows it.
     """
 
     p: float
     settings: OpSettings
+    reader: Reader | None = None
 
     @staticmethod
     def schema() -> str:
@@ -44,7 +47,14 @@ class _Arguments(NamedTuple):
 
 
 @overridable
-def dropout(x: Tensor, p: float, *, seed: Tensor | None = None, settings: OpSettings = DEFAULT) -> Tensor:
+def dropout(
+    x: Tensor,
+    p: float,
+    *,
+    seed: Tensor | None = None,
+    settings: OpSettings = DEFAULT,
+    reader: Reader | None = None,
+) -> Tensor:
     """Drop elements of `x` at random and scale the others, so that the expected value stays the same.
 
     Args:
@@ -52,6 +62,7 @@ def dropout(x: Tensor, p: float, *, seed: Tensor | None = None, settings: OpSett
         p: Probability of dropping an element, from 0 to below 1, in steps of 2^-16.
         seed: `(1,)`, int64, on the device of `x`; drawn from torch's generator by default.
         settings: Which backend computes, and in which form.
+        reader: The note of the module that calls, about who reads the result.
 
     Returns:
         A contiguous tensor of the shape and dtype of `x`.
@@ -73,7 +84,7 @@ def dropout(x: Tensor, p: float, *, seed: Tensor | None = None, settings: OpSett
             f"the seed of dropout must be (1,), int64, on {x.device}; "
             f"it is {(*seed.shape,)}, {seed.dtype}, on {seed.device}"
         )
-    return _by_seed(x, seed, _Arguments(p, settings))
+    return _by_seed(x, seed, _Arguments(p, settings, reader))
 
 
 def _by_seed(x: Tensor, seed: Tensor, arguments: _Arguments) -> Tensor:
@@ -82,14 +93,16 @@ def _by_seed(x: Tensor, seed: Tensor, arguments: _Arguments) -> Tensor:
     return y
 
 
-def _dropout(x: Tensor, seed: Tensor, arguments: _Arguments) -> Tensor:
+def _dropout(x: Tensor, seed: Tensor, arguments: _Arguments, ctx: Any = None) -> Tensor:
+    """Compute dropout, or its gradient: then `ctx` is the context of the dropout whose gradient it is."""
     kernels = implementation("dropout", x, arguments.settings)
     if x.numel() == 0:
         return torch.empty_like(x, memory_format=torch.contiguous_format)
     rows = x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
-    y = kernels.dropout(rows, arguments.p, seed)
+    rounds = for_reader(arguments.reader, kernels, x) if ctx is None else for_successor(ctx, 0, kernels, x)
+    y = kernels.dropout(rows, arguments.p, seed, *rounds.told)
     # Autograd must not see a view, which could not be written to in place.
-    return torch.ops.aten._unsafe_view.default(y, x.shape)
+    return rounds.of(torch.ops.aten._unsafe_view.default(y, x.shape))
 
 
 def _fake(x: Tensor, seed: Tensor, arguments: _Arguments) -> Tensor:
@@ -98,12 +111,12 @@ def _fake(x: Tensor, seed: Tensor, arguments: _Arguments) -> Tensor:
 
 def _keep(ctx: Any, seed: Tensor, arguments: _Arguments) -> None:
     ctx.save_for_backward(seed)
-    ctx.arguments = arguments
+    ctx.arguments = arguments  # its reader is that of the result, not of the gradient
 
 
 def _gradient(ctx: Any, dy: Tensor) -> Tensor:
     (seed,) = ctx.saved_tensors
-    return _by_seed(dy, seed, ctx.arguments)
+    return _by_seed(dy, seed, ctx.arguments._replace(reader=None))
 
 
 class _EagerDropout(torch.autograd.Function):
@@ -114,7 +127,11 @@ class _EagerDropout(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *dys: Tensor) -> tuple[Tensor | None, ...]:
-        return _gradient(ctx, *dys), None, None
+        (dy,) = dys
+        if needs_operator(dy) or is_transformed() or wants_gradient(dy):
+            return _gradient(ctx, dy), None, None
+        (seed,) = ctx.saved_tensors
+        return _dropout(dy, seed, ctx.arguments, ctx), None, None
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:

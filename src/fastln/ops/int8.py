@@ -104,17 +104,25 @@ def _linear(
 ) -> Tensor:
     kernels = implementation("int8_linear", x, arguments.settings)
     weight = Weight8(values, scale, arguments.turned, row_sums, col_sums)
-    y: Tensor = kernels.linear(input_rows(x, Form(kernels, arguments.turned)), weight, bias, arguments.dtype)
+    rows = input_rows(x, Form(kernels, x.shape[-1], arguments.turned))
+    y: Tensor = kernels.linear(rows, weight, bias, arguments.dtype)
     # Autograd must not see a view, which could not be written to in place.
     return torch.ops.aten._unsafe_view.default(y, (*x.shape[:-1], y.shape[-1]))
 
 
 def _linear_backward(
-    dy: Tensor, values: Tensor, scale: Tensor, row_sums: Tensor, col_sums: Tensor, arguments: _Arguments
+    dy: Tensor,
+    values: Tensor,
+    scale: Tensor,
+    row_sums: Tensor,
+    col_sums: Tensor,
+    arguments: _Arguments,
+    form: Form | None = None,
 ) -> Tensor:
     kernels = implementation("int8_linear", dy, arguments.settings)
     weight = Weight8(values, scale, arguments.turned, row_sums, col_sums)
-    dx: Tensor = kernels.linear_backward(gradient_rows(dy, Form(kernels, False, scale)), weight, arguments.dtype)
+    form = Form(kernels, len(scale), factors=scale) if form is None else form
+    dx: Tensor = kernels.linear_backward(gradient_rows(dy, form), weight, arguments.dtype)
     return dx.view(*dy.shape[:-1], dx.shape[-1])
 
 
@@ -153,7 +161,8 @@ class _EagerInt8Linear(torch.autograd.Function):
         x, *weight, _, arguments = inputs
         _keep(ctx, x, tuple(weight), arguments)
         # The scale is the layer's own, which lives anyway.
-        ctx.takes = Form(implementation("int8_linear", x, arguments.settings), False, weight[1])
+        kernels, scale = implementation("int8_linear", x, arguments.settings), weight[1]
+        ctx.takes = Form(kernels, len(scale), factors=scale)
         return _linear(*inputs)
 
     @staticmethod
@@ -163,7 +172,8 @@ class _EagerInt8Linear(torch.autograd.Function):
             return (None,) * 7
         _refuse_second_derivative()
         values, scale, row_sums, col_sums = ctx.saved_tensors
-        return _linear_backward(dy, values, scale, row_sums, col_sums, ctx.arguments), *(None,) * 6
+        dx = _linear_backward(dy, values, scale, row_sums, col_sums, ctx.arguments, ctx.takes)
+        return dx, *(None,) * 6
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:

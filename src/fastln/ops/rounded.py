@@ -9,8 +9,10 @@ that the two find each other, which autograd's graph lets them do:
 - *Backward.* The node of a layer in 8 bits says how it takes the gradient. An operation whose input was that layer's
   result finds this node as its successor.
 
-Rows are at hand for one tensor object, as long as it lives and nobody writes to it. Everywhere else (no graph,
-operators for compilers, another kernel) the layer rounds by itself.
+Both look through views: attention's heads are views of rows, and the rows that a layer reads are a view of the heads.
+Rows are at hand for one tensor object and for the views that have all its numbers in their order in memory, as long as
+it lives and nobody writes to it or to a view of it. Everywhere else (no graph, operators for compilers, another kernel)
+the layer rounds by itself.
 """
 
 from __future__ import annotations
@@ -28,24 +30,29 @@ MOST_UNREAD = 4
 
 _fuses = True  # tests turn it off
 
+# The nodes of views that have all numbers of a contiguous tensor in its order, and of those that may reorder them.
+_RESHAPED = frozenset({"AliasBackward0", "UnsafeViewBackward0", "UnsqueezeBackward0", "ViewBackward0"})
+_VIEWED = _RESHAPED | {"PermuteBackward0", "TransposeBackward0"}
+
 
 class Form(NamedTuple):
     """How a layer in 8 bits takes rows.
 
     Attributes:
         kernels: The module whose `quantise` rounds them.
+        n_cols: The number of their columns.
         turned: Whether they are turned.
         factors: What they are multiplied by first: `(n_cols,)`, or None.
     """
 
     kernels: ModuleType
+    n_cols: int
     turned: bool = False
     factors: Tensor | None = None
 
-    @property
-    def key(self) -> tuple[Any, ...]:
-        """Tells forms apart; both forms' tensors must be alive."""
-        return self.kernels, self.turned, None if self.factors is None else self.factors.data_ptr()
+    def is_like(self, other: Form) -> bool:
+        """Whether rows of this form are rows of the other. Factors must be the same object: memory may be reused."""
+        return self[:3] == other[:3] and self.factors is other.factors
 
 
 class Reader:
@@ -80,15 +87,18 @@ class Rounds(NamedTuple):
     reader: Reader | None = None
 
     def of(self, x: Tensor) -> Tensor:
-        """Return `x`, the rows that the kernel has made, after noting that they are at hand in 8 bits."""
+        """Return `x`, the rows that the kernel has made, after noting that they are at hand in 8 bits.
+
+        If `x` is a view, the rows are those of its whole memory.
+        """
         if self.form is None:
             return x
         if self.reader is None:
-            _put(_at_hand.gradients, x, self.rows, self.form)
+            _put(_at_hand.gradients, _owner(x), self.rows, self.form)
         else:
             self.reader.unread += 1
             _at_hand.inputs.clear()
-            _put(_at_hand.inputs, x, self.rows, self.form, self.reader)
+            _put(_at_hand.inputs, _owner(x), self.rows, self.form, self.reader)
         return x
 
 
@@ -101,7 +111,7 @@ def for_reader(reader: Reader | None, kernels: ModuleType, like: Tensor) -> Roun
     Args:
         reader: The reader of the module that the kernel computes, if it has one.
         kernels: The kernel's module.
-        like: A tensor shaped like the result.
+        like: A tensor shaped like the result, `(..., n_cols)`.
     """
     if reader is None or reader.form is None:
         return _NOTHING
@@ -111,25 +121,36 @@ def for_reader(reader: Reader | None, kernels: ModuleType, like: Tensor) -> Roun
     return _rounds(reader.form, kernels, like, reader)
 
 
-def for_successor(ctx: Any, index: int, kernels: ModuleType, like: Tensor) -> Rounds:
+def for_successor(ctx: Any, index: int, kernels: ModuleType, like: Tensor, *, laid_out: bool = False) -> Rounds:
     """Return what a kernel writes in 8 bits for the layer that gets the gradient that it computes.
 
     Args:
         ctx: The context of the operation whose backward this is; None outside of plain eager mode.
         index: The number of the tensor whose gradient it is, among the tensors that the operation was given.
         kernels: The kernel's module.
-        like: A tensor shaped like the gradient.
+        like: A tensor shaped like the gradient, `(..., n_cols)`.
+        laid_out: Whether it is known that the gradient has the memory layout of the layer's result, so that the
+            operation may have got any view of that; else only a view with the same rows.
     """
-    form = None if ctx is None else getattr(ctx.next_functions[index][0], "takes", None)
+    if ctx is None:
+        return _NOTHING
+    node, _ = _behind(ctx.next_functions[index], _VIEWED if laid_out else _RESHAPED)
+    form = getattr(node, "takes", None)
     return _NOTHING if form is None else _rounds(form, kernels, like, None)
 
 
+def _behind(edge: tuple[Any, int], views: frozenset[str]) -> tuple[Any, int]:
+    """Follow an edge of autograd's graph through views, to the node that made the tensor and its output's number."""
+    while type(edge[0]).__name__ in views:
+        edge = edge[0].next_functions[0]
+    return edge
+
+
 def _rounds(form: Form, kernels: ModuleType, like: Tensor, reader: Reader | None) -> Rounds:
-    rounds_so = getattr(kernels, "ROUNDED_BY", None) is form.kernels
+    rounds_so = getattr(kernels, "ROUNDED_BY", None) is form.kernels and like.shape[-1:] == (form.n_cols,)
     if not _fuses or not rounds_so or not like.numel() or torch.is_inference_mode_enabled():
         return _NOTHING
-    n_cols = like.shape[-1]
-    rows, rounding = form.kernels.rounding(like.numel() // n_cols, n_cols, form.factors, turned=form.turned)
+    rows, rounding = form.kernels.rounding(like, form.factors, turned=form.turned)
     return Rounds((rounding,), rows, form, reader)
 
 
@@ -152,20 +173,22 @@ def gradient_rows(dy: Tensor, form: Form) -> Any:
     held = _get(_at_hand.gradients, dy, form)
     if held is None:
         return form.kernels.quantise(dy.reshape(-1, dy.shape[-1]), form.factors)
-    del _at_hand.gradients[id(dy)]
+    del _at_hand.gradients[id(held.of())]
     return held.rows
 
 
 def _teach(x: Tensor, form: Form) -> None:
     """Tell the module that made `x` who reads it."""
-    if x.output_nr == 0:
-        reader = getattr(getattr(x.grad_fn, "arguments", None), "reader", None)
-        if reader is not None and reader.form is None:
+    if x.is_contiguous():
+        node, output_nr = _behind((x.grad_fn, x.output_nr), _VIEWED)
+        reader = getattr(getattr(node, "arguments", None), "reader", None)
+        if reader is not None and reader.form is None and output_nr == 0:
             reader.form = form
 
 
 class _Held(NamedTuple):
     of: weakref.ref[Tensor]
+    memory: int
     version: int
     form: Form
     rows: Any
@@ -183,15 +206,26 @@ class _AtHand(threading.local):
 _at_hand = _AtHand()
 
 
+def _owner(x: Tensor) -> Tensor:
+    """Return the tensor that owns the memory of a view, and counts the writes to it; `x` if it is no view."""
+    return x if x._base is None else x._base
+
+
 def _put(held: dict[int, _Held], x: Tensor, rows: Any, form: Form, reader: Reader | None = None) -> None:
     if x.is_inference():  # nobody would notice that it was written to
         return
-    key = id(x)
-    held[key] = _Held(weakref.ref(x, lambda _: held.pop(key, None)), x._version, form, rows, reader)
+    owner = _owner(x)
+    of = owner if x.is_contiguous() and owner.is_contiguous() and owner.numel() == x.numel() else x
+    key = id(of)
+    held[key] = _Held(weakref.ref(of, lambda _: held.pop(key, None)), x.data_ptr(), x._version, form, rows, reader)
 
 
 def _get(held: dict[int, _Held], x: Tensor, form: Form) -> _Held | None:
-    found = held.get(id(x))
-    if found is None or found.of() is not x or found.version != x._version or found.form.key != form.key:
-        return None
-    return found
+    for of in (x, _owner(x)):
+        found = held.get(id(of))
+        if found is None or found.of() is not of or not found.form.is_like(form):
+            continue
+        is_whole = of is x or (x.is_contiguous() and x.numel() == of.numel() and x.dtype == of.dtype)
+        if is_whole and found.memory == x.data_ptr() and found.version == x._version:
+            return found
+    return None

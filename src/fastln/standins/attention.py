@@ -23,6 +23,7 @@ from transformers.utils import TransformersKwargs, is_flash_attn_2_available
 
 from fastln.ops import OpSettings
 from fastln.ops.attention import attention, has_own
+from fastln.ops.rounded import Reader
 from fastln.ops.settings import DEFAULT
 
 logger = logging.getLogger(__name__)
@@ -72,10 +73,18 @@ def fast_attention_forward(
         is_causal = getattr(module, "is_causal", True)
     n_queries = query.shape[2]
     causal = is_causal and attention_mask is None and n_queries > 1
-    if causal:  # an empty static cache has more keys than there are queries
+    if causal and key.shape[2] > n_queries:  # an empty static cache has more keys than there are queries
         key, value = key[:, :, :n_queries], value[:, :, :n_queries]
     out = attention(
-        query, key, value, scale=scaling, causal=causal, mask=attention_mask, dropout=dropout, settings=settings
+        query,
+        key,
+        value,
+        scale=scaling,
+        causal=causal,
+        mask=attention_mask,
+        dropout=dropout,
+        settings=settings,
+        reader=getattr(module.config, "_fastln_reader", None),
     )
     return out.transpose(1, 2).contiguous(), None
 
@@ -117,6 +126,7 @@ class _View:
     _fastln_original: PreTrainedConfig
     _fastln_spec: ViewSpec
     _fastln_settings: OpSettings
+    _fastln_reader: Reader
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         """Do nothing. The configuration classes would otherwise turn each subclass into a dataclass."""
@@ -150,6 +160,7 @@ def view_of(config: PreTrainedConfig, spec: ViewSpec, settings: OpSettings = DEF
         "_fastln_original": config,
         "_fastln_spec": spec,
         "_fastln_settings": settings,
+        "_fastln_reader": Reader(),
     }
     for key, inner in spec.inner:
         namespace[key] = _inner_view(key, view_of(vars(config)[key], inner, settings))

@@ -31,7 +31,16 @@ class BlipAttention(StandIn):
             return super().forward(hidden_states, **kwargs)
         qkv = self.qkv(hidden_states).unflatten(-1, (3, self.num_heads, self.head_dim))
         q, k, v = (x.transpose(1, 2) for x in qkv.unbind(2))
-        out = attention(q, k, v, scale=self.scale, dropout=_probability(self.dropout), settings=self._fastln.settings)
+        part = self._fastln
+        out = attention(
+            q,
+            k,
+            v,
+            scale=self.scale,
+            dropout=_probability(self.dropout),
+            settings=part.settings,
+            reader=part.reader,
+        )
         return self.projection(out.transpose(1, 2).flatten(2)), None
 
 
@@ -77,7 +86,10 @@ class BlipTextSelfAttention(StandIn):
             projection(x).unflatten(-1, (-1, self.attention_head_size)).transpose(1, 2)
             for projection, x in ((self.query, hidden_states), (self.key, seen), (self.value, seen))
         )
-        out = attention(q, k, v, mask=mask, dropout=_probability(self.dropout), settings=self._fastln.settings)
+        part = self._fastln
+        out = attention(
+            q, k, v, mask=mask, dropout=_probability(self.dropout), settings=part.settings, reader=part.reader
+        )
         return out.transpose(1, 2).flatten(2), None
 
 

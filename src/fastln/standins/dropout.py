@@ -10,6 +10,7 @@ from torch.overrides import TorchFunctionMode
 
 from fastln import ops
 from fastln.ops import OpSettings
+from fastln.ops.rounded import Reader
 from fastln.standins.part import StandIn, form
 
 
@@ -22,7 +23,8 @@ class Dropout(StandIn):
 
     def forward(self, input: Tensor) -> Tensor:
         """Apply dropout to `input`, of any shape, in training."""
-        return _dropout(input, self.p, self.training, self.inplace, settings=self._fastln.settings)
+        part = self._fastln
+        return _dropout(input, self.p, self.training, self.inplace, settings=part.settings, reader=part.reader)
 
 
 @form
@@ -55,9 +57,15 @@ class _WithoutMasks(TorchFunctionMode):
 
 
 def _dropout(
-    input: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False, *, settings: OpSettings
+    input: Tensor,
+    p: float = 0.5,
+    training: bool = True,
+    inplace: bool = False,
+    *,
+    settings: OpSettings,
+    reader: Reader | None = None,
 ) -> Tensor:
     """Apply dropout as `torch.nn.functional.dropout` does, but store no mask if it drops some elements and not all."""
     if not training or p in (0, 1) or inplace or not input.ndim:
         return F.dropout(input, p, training, inplace)
-    return ops.dropout(input, p, settings=settings)
+    return ops.dropout(input, p, settings=settings, reader=reader)

@@ -4,10 +4,19 @@ import pytest
 import torch
 
 from fastln_kernels import reference_int8
-from fastln_kernels.cpu import library, native_activation, native_int8, native_norm, products
+from fastln_kernels.cpu import (
+    library,
+    native_activation,
+    native_attention,
+    native_dropout,
+    native_int8,
+    native_norm,
+    products,
+)
 from fastln_kernels.reference import NormBackward, NormForward, NormKind
+from fastln_kernels.reference_attention import AttentionBackward, AttentionForward
 
-WHY_NOT = products.why_not("int8") or library.why_not("activation") or library.why_not("norm")
+WHY_NOT = products.why_not("int8") or next(filter(None, map(library.why_not, ("activation", "norm", "dropout"))), None)
 pytestmark = pytest.mark.skipif(WHY_NOT is not None, reason=f"{WHY_NOT}")
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -31,7 +40,7 @@ def weights(n_cols):
 
 
 def into(n_cols, factors=None, turned=False):
-    rows, rounding = native_int8.rounding(N_ROWS, n_cols, factors, turned=turned)
+    rows, rounding = native_int8.rounding(torch.empty(N_ROWS, n_cols), factors, turned=turned)
     rows.values.fill_(99)
     rows.scale.fill_(99)
     return rows, rounding
@@ -90,6 +99,91 @@ def test_norms_write_the_rows_that_a_pass_over_their_results_would(dtype, kind):
             dx = native_norm.norm_backward(back, rounding).dx
             assert_rounded(rows, dx, weight)
             assert_same(dx, native_norm.norm_backward(back).dx)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_dropout_writes_the_rows_that_a_pass_over_its_result_would(dtype):
+    seed = torch.tensor([5])
+    for n_cols in WIDTHS:
+        x, factors = rows_of(n_cols, dtype), weights(n_cols)
+        rows, rounding = into(n_cols, factors)
+        y = native_dropout.dropout(x, 0.3, seed, rounding)
+        assert_rounded(rows, y, factors)
+        assert_same(y, native_dropout.dropout(x, 0.3, seed))
+
+
+# Heads, heads of keys, queries, keys, columns of a head and of its values, causal, dropout.
+ATTENTIONS = {
+    "one of each": (1, 1, 1, 1, 1, 1, False, 0.0),
+    "self": (4, 4, 150, 150, 16, 16, False, 0.1),
+    "causal, groups": (6, 2, 70, 70, 32, 32, True, 0.0),
+    "cross": (2, 2, 5, 700, 33, 7, False, 0.0),  # more than one block of keys
+    "no keys": (2, 2, 5, 0, 32, 32, False, 0.0),
+}
+
+
+@pytest.fixture(params=[1, 2])
+def threads(request):
+    before = torch.get_num_threads()
+    torch.set_num_threads(request.param)
+    yield
+    torch.set_num_threads(before)
+
+
+def heads_of(n_batches, n_heads, n_tokens, dim, dtype, seed):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(n_batches, n_tokens, n_heads, dim, generator=generator).to(dtype).transpose(1, 2)
+
+
+def as_rows(x):
+    return x.transpose(1, 2).flatten(0, 1).flatten(1)
+
+
+def into_like(x_shape, factors=None, turned=False):
+    n_batches, n_heads, n_tokens, dim = x_shape
+    rows, rounding = native_int8.rounding(torch.empty(n_batches, n_tokens, n_heads * dim), factors, turned=turned)
+    rows.values.fill_(99)
+    rows.scale.fill_(99)
+    return rows, rounding
+
+
+def assert_heads_rounded(rows, x, factors=None, turned=False):
+    alone = native_int8.quantise(as_rows(x), factors, turned=turned)
+    assert torch.equal(rows.values[: len(rows.scale)], alone.values[: len(rows.scale)])
+    torch.testing.assert_close(rows.scale, alone.scale, rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("case", ATTENTIONS)
+def test_attention_writes_the_rows_that_a_pass_over_its_results_would(case, dtype, threads):
+    n_heads, kv_heads, n_queries, n_keys, dim, v_dim, causal, dropout = ATTENTIONS[case]
+    n_batches = 3
+    q = heads_of(n_batches, n_heads, n_queries, dim, dtype, 0)
+    k = heads_of(n_batches, kv_heads, n_keys, dim, dtype, 1)
+    v = heads_of(n_batches, kv_heads, n_keys, v_dim, dtype, 2)
+    dout = heads_of(n_batches, n_heads, n_queries, v_dim, dtype, 3)
+    if n_queries > 1:
+        q[0, -1, 3] = torch.nan  # in one head: the whole row becomes NaN in 8 bits
+        dout[1] = 0
+    request = AttentionForward(q, k, v, dim**-0.5, causal, None, dropout, torch.tensor([7]) if dropout else None)
+    width = n_heads * v_dim
+    for turned in turnings(width):
+        rows, rounding = into_like(dout.shape, turned=turned)
+        out, lse = native_attention.attention_forward(request, rounding)
+        assert_heads_rounded(rows, out, turned=turned)
+        assert_same(out, native_attention.attention_forward(request).out)
+    back = AttentionBackward(request, dout, out, lse, need_dq=True, need_dk=True, need_dv=True)
+    factors = [weights(x.shape[1] * x.shape[3]) for x in (q, k, v)]
+    made = [into_like(x.shape, by) for x, by in zip((q, k, v), factors, strict=True)]
+    told = {f"round_d{name}": rounding for name, (_, rounding) in zip("qkv", made, strict=True)}
+    gradients = native_attention.attention_backward(back, **told)
+    for (rows, _), gradient, by in zip(made, gradients, factors, strict=True):
+        assert_heads_rounded(rows, gradient, by)
+    for got, want in zip(gradients, native_attention.attention_backward(back), strict=True):
+        assert_same(got, want)
+    rows, rounding = into_like(v.shape)  # one alone, without factors
+    only = native_attention.attention_backward(back._replace(need_dq=False, need_dk=False), round_dv=rounding)
+    assert_heads_rounded(rows, only.dv)
 
 
 def assert_same(a, b):
