@@ -14,8 +14,8 @@ namespace fastln {
 namespace {
 
 constexpr int64_t COLS = 64;  // columns of the result per product: a block that is turned, too
-constexpr int64_t ROWS = 128;  // rows per product
-constexpr int64_t INNER = 768;  // most inner columns per product: 48 KB of weight, which nearly fit into the L1 cache
+constexpr int64_t ROWS = 64;  // rows per product: their sums, too, fit into the L1 cache
+constexpr int64_t INNER = 1536;  // most inner columns per product
 constexpr int64_t BLOCK_BYTES = 512 << 10;  // bytes of weight packed at once, in the L2 cache
 constexpr int64_t CHUNK = 1024;  // most rows per thread
 static_assert(COLS == TURNED);
@@ -82,7 +82,8 @@ class Multiply {
   explicit Multiply(const Product8Arguments& arguments) : a_(arguments) {}
 
   void run() const {
-    const int64_t panels = std::clamp<int64_t>(BLOCK_BYTES / (a_.n_padded * COLS), 1, blocks(n_cols_, COLS));
+    const int64_t all = blocks(n_cols_, COLS), most = std::clamp<int64_t>(BLOCK_BYTES / (a_.n_padded * COLS), 1, all);
+    const int64_t panels = blocks(all, blocks(all, most));  // equal blocks
     // Every thread gets some blocks.
     const int64_t wanted = a_.n_threads > 1 ? 3 * a_.n_threads : 1;
     const int64_t chunks = std::clamp<int64_t>(blocks(wanted, blocks(n_cols_, panels * COLS)), blocks(a_.n_rows, CHUNK),
