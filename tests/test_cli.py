@@ -332,7 +332,7 @@ def test_doctor_names_what_is_wrong_with_a_model(bert, tmp_path, monkeypatch, ca
         (tmp_path / "empty", "there is no config.json in this directory"),
         (tmp_path / "other", "names the class 'BertForPoetry', which transformers does not have"),
         ("BertForMaskedLN:8x128", "did you mean 'BertForMaskedLM'?"),
-        ("dual", "model 'dual': the size of its head depends on the data; give one of its encoders"),
+        ("dual", "model 'dual': the size of its head depends on the data, so there is no plan without: give one"),
     ):
         code, output = fastln("doctor", source, monkeypatch=monkeypatch, capsys=capsys)
         assert code == 2
