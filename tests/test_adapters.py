@@ -9,7 +9,7 @@ import family_models
 import peft
 import pytest
 import torch
-from launch import HERE, TORCHRUN, script
+from launch import HERE, TWO, script
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import distributed, nn
@@ -474,6 +474,6 @@ def test_of_several_processes_the_first_alone_writes(tmp_path, monkeypatch):
 @pytest.mark.slow(pool="processes")
 @pytest.mark.timeout(900)
 def test_two_processes_save_into_one_folder(tmp_path):
-    script(HERE / "saving_run.py", tmp_path, python=TORCHRUN)
+    script(HERE / "saving_run.py", tmp_path, python=TWO)
     assert {path.name for path in tmp_path.iterdir()} == {"adapter", "merged"}
     assert {path.name for path in (tmp_path / "adapter").iterdir()} == {WEIGHTS, CONFIG}

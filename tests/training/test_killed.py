@@ -1,11 +1,13 @@
 """A run killed at any moment and resumed ends with an undisturbed one's weights; two processes have one's losses."""
 
 import json
+import shutil
 
 import pytest
+import small_run
 import tiny
 import torch
-from launch import HERE, TORCHRUN, result, script
+from launch import HERE, TORCHRUN, TWO, result, script
 
 pytestmark = pytest.mark.timeout(900)  # many processes, which import everything: minutes on a busy machine
 MANY = pytest.mark.slow(take=0)  # dozens of runs, one after the other
@@ -36,17 +38,17 @@ def test_two_processes_have_the_losses_of_one(accumulate, tmp_path):
     one.mkdir()
     two.mkdir()
     shared = {"gradient_accumulation_steps": accumulate, "save_steps": 4}
-    script(HERE / "small_run.py", one, json.dumps(shared | {"per_device_train_batch_size": 4}))
+    small_run.main(one, shared | {"per_device_train_batch_size": 4})
     half = json.dumps(shared | {"per_device_train_batch_size": 2, "ddp_backend": "gloo"})
-    script(HERE / "small_run.py", two, half, python=TORCHRUN)
+    script(HERE / "small_run.py", two, half, python=TWO)
     torch.testing.assert_close(torch.tensor(result(two)["losses"]), torch.tensor(result(one)["losses"]))
     for name, values in result(one)["trained"].items():
         torch.testing.assert_close(torch.tensor(result(two)["trained"][name]), torch.tensor(values), msg=name)
     # And the run of two goes on from the checkpoint of two, bit for bit.
     whole = result(two)
     (two / "result.json").unlink()
-    script("-c", f"import shutil; shutil.rmtree({str(two / 'checkpoint-12')!r})")
-    script(HERE / "small_run.py", two, half, python=TORCHRUN)
+    shutil.rmtree(two / "checkpoint-12")
+    script(HERE / "small_run.py", two, half, python=TWO)
     assert result(two) == whole
 
 
