@@ -176,7 +176,7 @@ def test_of_several_processes_the_first_alone_writes(tmp_path, monkeypatch):
     assert (tmp_path / "merged" / "model.safetensors").exists()
 
 
-@pytest.mark.slow(pool="processes")
+@pytest.mark.slow(pool="processes", take=2)
 @pytest.mark.timeout(900)
 def test_two_processes_save_into_one_folder(tmp_path):
     script(HERE / "saving_run.py", tmp_path, python=TWO)

@@ -73,7 +73,7 @@ def test_the_doctor_says_what_auto_means(float32, bfloat16, line, machine):
     assert line in doctor.render(doctor.examine())
 
 
-@pytest.mark.slow(pool="processes")
+@pytest.mark.slow(pool="processes", take=2)
 def test_processes_that_train_together_take_one_dtype(tmp_path):
     """Each would measure another rate: the first process's counts."""
     script("dtype_run.py", tmp_path, python=TWO)

@@ -165,6 +165,7 @@ def test_cached_features_are_those_of_one_scale(base):
     assert len(found) == 2
 
 
+@pytest.mark.slow(pool="processes", take=2)
 @pytest.mark.timeout(900)
 def test_two_processes_have_the_gradients_of_one(tmp_path):
     """Rows are rounded one by one, so it does not matter which process has which."""

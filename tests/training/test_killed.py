@@ -32,7 +32,7 @@ def test_killed_and_resumed_it_ends_with_the_same_bits(how, first, last, tmp_pat
     assert left == {"result.json", *(f"checkpoint-{N_STEPS[how] - i}" for i in (1, 0))}
 
 
-@pytest.mark.slow(pool="processes")
+@pytest.mark.slow(pool="processes", take=2)
 @pytest.mark.parametrize("accumulate", [1, 2])
 def test_two_processes_have_the_losses_of_one(accumulate, tmp_path):
     one, two = tmp_path / "one", tmp_path / "two"
@@ -53,7 +53,7 @@ def test_two_processes_have_the_losses_of_one(accumulate, tmp_path):
     assert result(two) == whole
 
 
-@pytest.mark.slow(pool="processes")
+@pytest.mark.slow(pool="processes", take=2)
 def test_two_processes_of_the_command_line_take_the_whole_schedule_and_one_of_them_writes(tmp_path):
     tiny.blip_config().to_json_file(tmp_path / "tiny.json")
     out = tmp_path / "out"

@@ -39,6 +39,7 @@ def test_an_adapter_in_half_precision(tmp_path):
 
 
 @pytest.mark.usefixtures("few")
+@pytest.mark.slow(take=3)
 @pytest.mark.parametrize("method", ["layernorm", "lora", "head", "LN-F", "layernorm+lora", "adalora"])
 def test_train_then_eval(method, tmp_path, capsys):
     run = TrainRun(
@@ -108,6 +109,7 @@ def test_the_head_trains_on_the_features_that_the_model_computes(tmp_path):
 
 
 @pytest.mark.usefixtures("few")
+@pytest.mark.slow(take=3)
 @pytest.mark.parametrize(
     "method", ["layernorm/fastln", "layernorm/peft", "LN-F/fastln", "lora/peft", "lora/fastln", "ia3/peft"]
 )
@@ -132,6 +134,7 @@ def test_the_adapter_on_its_base_scores_as_the_whole_model_and_is_small(method, 
 
 
 @pytest.mark.usefixtures("few")
+@pytest.mark.slow(take=2)
 @pytest.mark.parametrize(
     ("method", "why"),
     [

@@ -24,7 +24,7 @@ from fastln.watch import PATIENCE, NormWatch, check_finite
 BOUNDS = {"float32": {}, "bfloat16": {"rtol": 1e-3, "atol": 1e-3}}
 
 
-@pytest.mark.slow(pool="processes")
+@pytest.mark.slow(pool="processes", take=2)
 @pytest.mark.timeout(900)  # two processes import everything: minutes on a busy machine
 @pytest.mark.parametrize(("dtype", "state"), [("float32", "SHARDED_STATE_DICT"), ("bfloat16", "FULL_STATE_DICT")])
 def test_two_processes_that_shard_have_the_losses_of_one(dtype, state, tmp_path):
@@ -66,7 +66,7 @@ STOPS = {
 }
 
 
-@pytest.mark.slow(pool="processes")
+@pytest.mark.slow(pool="processes", take=2)
 @pytest.mark.timeout(900)
 def test_what_stops_one_process_stops_both(tmp_path):
     runs = ["accumulating", "loaded by the first", *STOPS]
