@@ -1,7 +1,9 @@
 """fastln train into a folder that holds a run: what resumes, with which weights, and what is refused."""
 
+import copy
 import dataclasses
 import errno
+import functools
 import json
 import os
 import shutil
@@ -60,6 +62,7 @@ def test_a_stopped_run_resumes_to_the_same_weights(kind, tmp_path):
 
 
 @pytest.mark.usefixtures("few")
+@pytest.mark.slow(take=1)
 @pytest.mark.parametrize("folder", ["adapter", "model"])
 def test_a_disk_that_is_full_at_the_end_loses_nothing(folder, tmp_path, monkeypatch):
     run, out = TrainRun("phantom", tiny.dual_spec(tmp_path), None, CONFIG), tmp_path / "out"
@@ -144,17 +147,16 @@ def test_resuming_with_other_options_is_refused(tmp_path):
     assert run_training(TrainRun("phantom", source, None, CONFIG), tmp_path / "out", resume=True) is None
 
 
-@pytest.mark.parametrize(
-    ("change", "which"),
-    [
-        (lambda rows, images: rows["train"][3].update(answer="maybe"), "train"),
-        (lambda rows, images: rows["train"].reverse(), "train"),
-        (lambda rows, images: rows["test"].pop(), "test"),
-        (lambda rows, images: rows["test"][0].update(image="1.png"), "test"),
-        (lambda rows, images: Image.effect_noise((8, 8), 50).save(images / "0.png"), "test and train"),
-    ],
-)
-def test_resuming_on_data_that_changed_is_refused_and_a_copy_is_not(change, which, tmp_path):
+CHANGES = [
+    (lambda rows, images: rows["train"][3].update(answer="maybe"), "train"),
+    (lambda rows, images: rows["train"].reverse(), "train"),
+    (lambda rows, images: rows["test"].pop(), "test"),
+    (lambda rows, images: rows["test"][0].update(image="1.png"), "test"),
+    (lambda rows, images: Image.effect_noise((8, 8), 50).save(images / "0.png"), "test and train"),
+]
+
+
+def test_resuming_on_data_that_changed_is_refused_and_a_copy_is_not(tmp_path):
     data = tmp_path / "data"
     (data / "images").mkdir(parents=True)
     for name in ("0.png", "1.png"):
@@ -165,22 +167,27 @@ def test_resuming_on_data_that_changed_is_refused_and_a_copy_is_not(change, whic
         for split, q in (("train", "is it bright?"), ("test", "is it dark?"))
     }
 
-    def write():
+    def write(rows):
         for split, own in rows.items():
             (data / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in own))
 
-    write()
+    write(rows)
     run, out = TrainRun(str(data), tiny.dual_spec(tmp_path / "towers"), None, CONFIG), tmp_path / "out"
     run_training(run, out)
     record = (out / "run.json").read_text()
     data.rename(tmp_path / "before")
-    shutil.copytree(tmp_path / "before", data, copy_function=shutil.copyfile)  # new times
+    copy_data = functools.partial(shutil.copytree, tmp_path / "before", data, copy_function=shutil.copyfile)
+    copy_data()  # with new times
     run_training(run, out, resume=True)
     assert json.loads((out / "run.json").read_text())["digests"] == json.loads(record)["digests"]
-    change(rows, data / "images")
-    write()
-    with pytest.raises(FastLNError, match=rf"its {which} questions or images are not those that the run to resume"):
-        run_training(run, out, resume=True)
+    for change, which in CHANGES:
+        changed = copy.deepcopy(rows)
+        change(changed, data / "images")
+        write(changed)
+        with pytest.raises(FastLNError, match=rf"its {which} questions or images are not those that the run to resume"):
+            run_training(run, out, resume=True)
+        shutil.rmtree(data)
+        copy_data()
 
 
 @pytest.mark.usefixtures("few")
