@@ -28,10 +28,10 @@ bench-cpu: $(READY)  ## fastln beside peft on models of usual sizes: runs/cpu (t
 	.venv/bin/fastln bench --suite cpu --out runs/cpu --overwrite
 
 test: lint  ## lint, then the tests that run in CI, a sample of the exhaustive sweeps among them
-	$(PY) -m pytest -n 2 -q --slow sample
+	$(PY) -m pytest -n 2 --dist worksteal -q --slow sample
 
 test-all: lint  ## lint, then every test, the exhaustive sweeps included
-	$(PY) -m pytest -n 2 -q --slow all
+	$(PY) -m pytest -n 2 --dist worksteal -q --slow all
 
 # pyproject.toml's bounds exclude these versions; pip says so, and installs them all the same. NEWEST takes pip's
 # arguments, for a nightly build of torch, say.
@@ -40,7 +40,7 @@ test-newest:  ## the tests with the newest torch and transformers, in .venv-newe
 	test -x .venv-newest/bin/pip || $(PYTHON) -m venv --clear .venv-newest
 	.venv-newest/bin/pip install --quiet --disable-pip-version-check -e '.[dev]'
 	.venv-newest/bin/pip install --quiet --disable-pip-version-check --upgrade $(NEWEST)
-	FASTLN_UNTESTED_VERSIONS=1 .venv-newest/bin/python -m pytest -n 2 -q --slow sample
+	FASTLN_UNTESTED_VERSIONS=1 .venv-newest/bin/python -m pytest -n 2 --dist worksteal -q --slow sample
 
 lint: $(READY)  ## ruff (lint and format) and mypy
 	.venv/bin/ruff check .

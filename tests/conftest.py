@@ -4,6 +4,8 @@ import os
 
 # Before anything imports Triton, which looks at it when kernels are defined.
 os.environ.setdefault("TRITON_INTERPRET", "1")
+# Warnings of the C++ compiler are errors for all tests, so that kernels are compiled once and not again to see them.
+os.environ.setdefault("FASTLN_CPU_WARNINGS", "1")
 
 from pathlib import Path
 

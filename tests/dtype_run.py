@@ -1,4 +1,4 @@
-"""Two processes that measure different rates settle on one dtype: `torchrun dtype_run.py FOLDER`."""
+"""Two processes that measure different rates settle on one dtype: `forked.py dtype_run.py FOLDER`."""
 
 import json
 import os

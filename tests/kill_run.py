@@ -19,7 +19,9 @@ import torch
 
 from fastln.training import checkpoints, trained
 
-SETTINGS = {"max_steps": 40, "save_steps": 1, "logging_steps": 50}
+N_STEPS = {"random": 40, "saving": 12}
+"""A kill at a random time needs a run of some seconds."""
+SETTINGS = {"save_steps": 1, "logging_steps": 50}
 ON_THE_DISK = (
     (os, "fsync"),
     (os, "rename"),
@@ -31,7 +33,7 @@ ON_THE_DISK = (
 )
 
 
-def attempt(folder, die_at=None):
+def attempt(folder, n_steps, die_at=None):
     """Start an attempt in a fork, and return its process id."""
     pid = os.fork()
     if pid == 0:
@@ -40,7 +42,7 @@ def attempt(folder, die_at=None):
             os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
             if die_at is not None:
                 die_in_saving(die_at)
-            small_run.main(folder, SETTINGS, dropout=0.1)
+            small_run.main(folder, SETTINGS | {"max_steps": n_steps}, dropout=0.1)
             code = 0
         finally:
             os._exit(code)
@@ -81,11 +83,12 @@ def main(folder, how, first, last):
     straight, killed = folder / "straight", folder / "killed"
     straight.mkdir()
     killed.mkdir()
-    end(straight, attempt(straight))
+    n_steps = N_STEPS[how]
+    end(straight, attempt(straight, n_steps))
     generator = random.Random(last)
     n_killed = n_writing = 0
     for n in range(first if how == "random" else last - first + 1):
-        pid = attempt(killed, None if how == "random" else first + n)
+        pid = attempt(killed, n_steps, None if how == "random" else first + n)
         if how == "random":
             time.sleep(generator.uniform(0.05, 1.5))
             os.kill(pid, signal.SIGKILL)
@@ -95,7 +98,7 @@ def main(folder, how, first, last):
             # It came through before it was killed: begin anew.
             shutil.rmtree(killed)
             killed.mkdir()
-    if end(killed, attempt(killed)):
+    if end(killed, attempt(killed, n_steps)):
         sys.exit("the last attempt was killed by something else")
     print(f"killed {n_killed}, while writing {n_writing}")
 

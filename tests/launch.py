@@ -8,13 +8,15 @@ from pathlib import Path
 
 HERE = Path(__file__).parent
 TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2")
+TWO = (sys.executable, HERE / "forked.py")
+"""Two processes, at the price of importing everything once."""
 
 
 def script(*arguments, python=(sys.executable,)):
     """Run one of the scripts here with one thread, as many as everywhere, so that sums come in the same order."""
     environment = os.environ | {"OMP_NUM_THREADS": "1", "TRITON_INTERPRET": "1"}
     done = subprocess.run(
-        [*python, *map(str, arguments)], env=environment, cwd=HERE, capture_output=True, text=True, check=False
+        [*map(str, (*python, *arguments))], env=environment, cwd=HERE, capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout

@@ -1,7 +1,7 @@
 """Which of the tests that are marked `slow` a run takes: none, all, or a sample that rotates from run to run.
 
 `--slow sample` takes a few of each pool. A test function is a pool of its own, of which a run takes one case, unless
-the mark says otherwise: `slow(take=8)` takes eight, and all functions of `slow(pool="processes")` are one pool. What
+the mark says otherwise: `slow(take=8)` takes eight, and all functions of `slow(pool="large")` are one pool. What
 takes minutes is in none, by `slow(take=0)`. A number says which cases: the next number takes the next ones, until all
 have been taken. By default it is the days since 1970 plus the commits so far. So it moves on with every day and every
 commit, and a commit that is run again on the same day gets the same sample. FASTLN_SAMPLE gives another number. Where

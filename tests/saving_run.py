@@ -1,4 +1,4 @@
-"""Processes that save one model into the same folders again and again: `torchrun saving_run.py FOLDER`."""
+"""Processes that save one model into the same folders again and again: `forked.py saving_run.py FOLDER`."""
 
 import shutil
 import sys

@@ -1,4 +1,4 @@
-"""A small run of FastLNTrainer whose model FSDP2 shards: `torchrun sharded_run.py FOLDER DTYPE MAX_STEPS STATE`.
+"""A small run of FastLNTrainer whose model FSDP2 shards: `forked.py sharded_run.py FOLDER DTYPE MAX_STEPS STATE`.
 
 STATE is the `state_dict_type` of its checkpoints; it goes on from one where there is one. As a single process it trains
 without FSDP: the losses to compare with.

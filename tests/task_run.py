@@ -1,4 +1,4 @@
-"""Two processes train a task, and the loss of the second is NaN in its second step: `torchrun task_run.py FOLDER`.
+"""Two processes train a task, and the loss of the second is NaN in its second step: `forked.py task_run.py FOLDER`.
 
 Each process writes to FOLDER/RANK.json the error that it ended with.
 """

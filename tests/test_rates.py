@@ -5,7 +5,7 @@ import logging
 
 import pytest
 import torch
-from launch import TORCHRUN, script
+from launch import TWO, script
 
 from fastln import doctor, rates
 from fastln.errors import FastLNError
@@ -73,8 +73,8 @@ def test_the_doctor_says_what_auto_means(float32, bfloat16, line, machine):
     assert line in doctor.render(doctor.examine())
 
 
-@pytest.mark.slow(pool="processes")
+@pytest.mark.slow(pool="processes", take=2)
 def test_processes_that_train_together_take_one_dtype(tmp_path):
     """Each would measure another rate: the first process's counts."""
-    script("dtype_run.py", tmp_path, python=TORCHRUN)
+    script("dtype_run.py", tmp_path, python=TWO)
     assert [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in (0, 1)] == ["torch.bfloat16"] * 2

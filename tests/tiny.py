@@ -45,6 +45,12 @@ def towers(folder: Path, samples: list[Sample]) -> None:
     word_tokenizer((sample.question for sample in samples), 128).save_pretrained(text)
 
 
+def dual_spec(folder: Path) -> str:
+    """Write tiny encoders for the phantom to `folder`, and return what names them as a model."""
+    towers(folder, phantom().samples)
+    return f"dual:{folder / 'vision'},{folder / 'text'}"
+
+
 def dual(folder: Path, data: VQADataset, dtype: torch.dtype = torch.float32, seed: int = 0) -> VQATask:
     vision, text = folder / "vision", folder / "text"
     if not vision.exists():

@@ -1,4 +1,4 @@
-"""Runs of FastLNTrainer under FSDP2, some of which must stop: `torchrun watched_run.py FOLDER RUN...`.
+"""Runs of FastLNTrainer under FSDP2, some of which must stop: `forked.py watched_run.py FOLDER RUN...`.
 
 Each process writes to FOLDER/RANK.json what each run ended with: the error, or γ's shifts.
 """

@@ -367,7 +367,8 @@ def doctor(
         str | None,
         typer.Argument(
             help="Show the plan for this model: a directory, a hub name, a configuration's .json file, a folder that "
-            "`fastln train` wrote, blip, chat:SOURCE, or a shape such as BertForMaskedLM:8x128. No weights are read."
+            "`fastln train` wrote, blip, chat:SOURCE, or a shape such as BertForMaskedLM:8x128. No weights are read. "
+            "dual has no plan before its data: give VISION or TEXT alone."
         ),
     ] = None,
     products: Products = "exact",

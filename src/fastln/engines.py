@@ -8,9 +8,11 @@ import warnings
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import peft
 import torch
+from peft.tuners import lora
 from peft.utils import ModulesToSaveWrapper
 from safetensors import SafetensorError
 from safetensors.torch import save
@@ -366,7 +368,27 @@ def _with_lora(model: nn.Module, settings: MethodSettings, do: Callable[[Plan, n
     wrapped = peft.get_peft_model(model, config, autocast_adapter_dtype=False)
     for parameter in own:
         parameter.requires_grad_(True)
+    for module in wrapped.modules():
+        if type(module) is lora.Linear and not module.get_base_layer().weight.is_floating_point():
+            module.__class__ = LoraOn8Bits
     return wrapped
+
+
+class LoraOn8Bits(lora.Linear):
+    """peft's layer of LoRA on a layer in 8 bits. Once that has its own weight again it merges as peft's does."""
+
+    def merge(self, *args: Any, **kwargs: Any) -> None:
+        """Merge into the layer's weight.
+
+        Raises:
+            FastLNError: If the weight is in 8 bits.
+        """
+        if not self.get_base_layer().weight.is_floating_point():
+            raise FastLNError(
+                "LoRA cannot be merged into weights in 8 bits: save the adapter or a checkpoint, which fastln merge "
+                "merges into the base"
+            )
+        super().merge(*args, **kwargs)
 
 
 def _peft_config(model: nn.Module, settings: MethodSettings) -> peft.PeftConfig:

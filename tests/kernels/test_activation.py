@@ -232,8 +232,12 @@ def test_the_definition_is_what_autograd_makes_of_torchs_activations(kind):
 @pytest.mark.parametrize("kind", ACTIVATION_KINDS)
 @pytest.mark.parametrize("n_cols", [1, 2, 3, 17, 64, 1000, 1152, 3072, 11008])
 def test_every_kind_shape_and_layout(n_cols, kind, dtype):
+    layouts = ("row stride", "contiguous", "transposed")
+    pairs = list(itertools.product(layouts, repeat=2))
+    if n_cols > 64:  # interpreted, wide rows take long: each layout of the one with another of the other
+        pairs = list(zip(layouts, layouts[1:] + layouts[:1], strict=True))
     for n_rows in (0, 1, 7):
-        for one, other in itertools.product(("row stride", "contiguous", "transposed"), repeat=2):
+        for one, other in pairs:
             x, up, dy = (normal(n_rows, n_cols, dtype=dtype, seed=seed) for seed in range(3))
             check_plain(LAYOUTS[one](x), LAYOUTS[other](dy), kind)
             check_gated(LAYOUTS[one](x), LAYOUTS[other](up), dy, kind)

@@ -19,6 +19,7 @@ def test_every_subset_matches_the_definition(subset, dtype):
     check(inputs(7, 384, dtype), [subset])
 
 
+@pytest.mark.slow(take=8)
 @pytest.mark.parametrize("prologue", PROLOGUES)
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_kind_and_prologue_matches_the_definition(kind, prologue):

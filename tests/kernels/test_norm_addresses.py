@@ -24,6 +24,7 @@ def sparse(tmp_path):
     return empty
 
 
+@pytest.mark.slow(take=4)
 @pytest.mark.parametrize("either_width", [(16,), (300, "wide")], indirect=True, ids=str)
 @pytest.mark.parametrize("which", ["x", "residual", "dy", "dstream"])
 def test_row_strides_beyond_the_reach_of_32_bits(which, either_width, sparse):

@@ -7,21 +7,13 @@ import weakref
 
 import pytest
 import torch
+from late_logits import LABELS, LAZY_USES, N_CLASSES, parts, rows
 from tiny import Twice
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 from fastln.errors import FastLNError
 from fastln.late.logits import LazyLogits
-from fastln.standins.lm_head import LMHead
-from fastln.standins.part import stand_back, stand_in
-
-N_CLASSES = 7
-LABELS = torch.tensor([[3, -100, 0, 6, 2], [-100, 5, 5, 1, -100]])
-
-
-def rows(logits, labels=LABELS, **settings):
-    return F.cross_entropy(logits.view(-1, N_CLASSES), labels.reshape(-1), **settings)
 
 
 def overwritten_through_a_view(logits):
@@ -73,24 +65,6 @@ def view_used_by_compiled_code(logits):
     return first + rows(logits)
 
 
-LAZY_USES = {
-    "masked": lambda z: rows(z.float()),
-    "causal": lambda z: rows(z.float(), F.pad(LABELS, (0, 1), value=-100)[..., 1:].contiguous()),
-    "shifted": lambda z: rows(z[..., :-1, :].contiguous(), LABELS[..., 1:]),
-    "module": lambda z: nn.CrossEntropyLoss(label_smoothing=0.1)(
-        z[:, :-1].reshape(-1, z.size(-1)), LABELS[:, 1:].flatten()
-    ),
-    "the last": lambda z: F.cross_entropy(z[:, -3:, :].flatten(0, 1), LABELS[:, -3:].flatten(), reduction="sum"),
-    "one sequence": lambda z: F.cross_entropy(z[1], LABELS[1]),
-    "every other": lambda z: rows(z[:, ::2].contiguous().to(torch.float32), LABELS[:, ::2]),
-    "each": lambda z: rows(z, reduction="none", label_smoothing=0.1).view(2, -1).sum(1).pow(2).sum(),
-    "twice": lambda z: rows(z) + rows(z[:1], LABELS[:1].clamp_min(0), ignore_index=6),
-    "scaled": lambda z: rows((z * 0.3).float() / 2),
-    "scaled rows": lambda z: rows(0.3 * z[:, 1:], LABELS[:, 1:]),
-    "capped": lambda z: rows(3 * torch.tanh(z / 3)),
-    "capped rows": lambda z: rows(((z.float() / 3).tanh() * 3)[:, 1:].contiguous() * 0.5, LABELS[:, 1:]),
-    "same": lambda z: rows(z.to(z.dtype).to(z.device).contiguous()),
-}
 OTHER_USES = {
     "capped twice": lambda z: rows(torch.tanh(torch.tanh(z))),
     "scaled by a tensor": lambda z: rows(z * torch.tensor(0.3)),
@@ -128,11 +102,6 @@ OTHER_USES = {
 }
 
 
-def parts(dtype=torch.float32, d=4):
-    torch.manual_seed(0)
-    return [t.to(dtype).requires_grad_() for t in (torch.randn(2, 5, d), torch.randn(N_CLASSES, d), torch.randn(7))]
-
-
 def loss_and_gradients(make, use, tensors):
     hidden, weight, bias = tensors
     loss = use(make(hidden * 1, weight, bias))
@@ -160,103 +129,6 @@ def test_every_use(use, d, computed):
     for actual, expected in zip(got, want, strict=True):
         assert type(actual) is Tensor
         torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-6)
-
-
-@pytest.mark.parametrize("ask", ["retain_grad", "register_hook", "grad", "backward"])
-@pytest.mark.parametrize("use", LAZY_USES)
-def test_gradients_of_logits_whose_loss_was_computed_without_them(use, ask):
-    """They are there for who asks, and so are the gradients of what the logits are made of."""
-
-    def gradients(make):
-        tensors = parts()
-        logits = make(tensors[0] * 1, *tensors[1:])
-        loss = LAZY_USES[use](logits)
-        if ask == "grad":
-            return torch.autograd.grad(loss, [logits, *tensors])
-        if ask == "backward":
-            loss.backward(inputs=[logits, *tensors])
-            return [logits.grad, *(tensor.grad for tensor in tensors)]
-        if ask == "retain_grad":
-            logits.retain_grad()
-        else:
-            seen = []
-            logits.register_hook(lambda gradient: seen.append(gradient) or gradient * 2)
-        loss.backward()
-        return [logits.grad if ask == "retain_grad" else seen[0], *(tensor.grad for tensor in tensors)]
-
-    for got, want in zip(gradients(LazyLogits.of), gradients(F.linear), strict=True):
-        torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-6)
-
-
-def test_uses_after_a_gradient_was_asked_for_count_too():
-    def gradients(make):
-        tensors = parts()
-        logits = make(tensors[0] * 1, *tensors[1:])
-        loss = rows(logits.float())
-        logits.retain_grad()
-        (loss + logits.sin().sum() + Twice.apply(logits).cos().sum() + rows(logits)).backward()
-        return [logits.grad, *(tensor.grad for tensor in tensors)]
-
-    for got, want in zip(gradients(LazyLogits.of), gradients(F.linear), strict=True):
-        torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-6)
-
-
-@pytest.mark.parametrize("use", [rows, lambda z: z.sin().sum()], ids=["a loss", "another use"])
-def test_a_gradient_that_is_asked_for_before_any_use(use):
-    def gradients(make):
-        tensors = parts()
-        logits = make(tensors[0] * 1, *tensors[1:])
-        logits.retain_grad()
-        use(logits).backward()
-        return [logits.grad, *(tensor.grad for tensor in tensors)]
-
-    for got, want in zip(gradients(LazyLogits.of), gradients(F.linear), strict=True):
-        torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-6)
-
-
-def by_a_hook_on_the_node(logits, seen):
-    logits.grad_fn.register_prehook(lambda gradients: seen.append(gradients[0]))
-
-
-def by_a_hook_on_many(logits, seen):
-    torch.autograd.graph.register_multi_grad_hook((logits,), lambda gradients: seen.append(gradients[0]))
-
-
-@pytest.mark.parametrize("ask", [by_a_hook_on_the_node, by_a_hook_on_many])
-def test_hooks_on_the_node_of_logits_see_the_gradient(ask):
-    def gradients(make):
-        tensors, seen = parts(), []
-        logits = make(tensors[0] * 1, *tensors[1:])
-        loss = rows(logits)
-        ask(logits, seen)
-        loss.backward()
-        return [*seen, *(tensor.grad for tensor in tensors)]
-
-    got, want = gradients(LazyLogits.of), gradients(F.linear)
-    assert len(got) == len(want) == 4
-    for ours, stocks in zip(got, want, strict=True):
-        torch.testing.assert_close(ours, stocks, rtol=1e-5, atol=1e-6)
-
-
-def test_a_kept_gradient_is_one_like_any_other():
-    logits = LazyLogits.of(*parts())
-    loss = rows(logits)
-    assert not logits.retains_grad
-    logits.retain_grad()
-    assert logits.retains_grad
-    loss.backward()
-    assert logits.grad.shape == logits.shape
-    logits.grad = None
-    assert logits.grad is None
-
-
-def test_a_gradient_asked_for_too_late_is_an_error():
-    logits = LazyLogits.of(*parts())
-    loss = rows(logits)
-    logits.argmax(-1)
-    with pytest.raises(FastLNError, match="read before their gradient was asked for"):
-        logits.retain_grad()
-    loss.backward()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -411,75 +283,3 @@ def test_nothing_is_left_behind():
         assert gone() is None
     finally:
         gc.enable()
-
-
-def head(**settings):
-    linear = nn.Linear(4, N_CLASSES, **settings)
-    stand_in(linear, LMHead)
-    return linear
-
-
-def is_lazy(logits):
-    return isinstance(logits, LazyLogits)
-
-
-def test_when_the_head_is_lazy():
-    hidden, linear = torch.randn(2, 5, 4, requires_grad=True), head()
-    assert is_lazy(linear(hidden))
-    assert is_lazy(linear(hidden.detach()))  # the weight trains
-    linear.requires_grad_(False)
-    assert is_lazy(linear(hidden))
-    assert not is_lazy(linear(hidden.detach()))
-    assert not is_lazy(linear(hidden[0, 0]))
-    assert not is_lazy(torch.func.vmap(linear)(hidden))
-    with torch.no_grad():
-        assert not is_lazy(linear(hidden))
-    assert not is_lazy(linear.eval()(hidden))
-    for register in (
-        linear.register_forward_hook,
-        linear.register_forward_pre_hook,
-        linear.register_full_backward_hook,
-        linear.register_full_backward_pre_hook,
-    ):
-        hook = register(lambda *_: None)
-        assert not is_lazy(linear.train()(hidden))
-        hook.remove()
-    assert is_lazy(linear(hidden))
-    assert not is_lazy(copy.deepcopy(linear).to("meta")(hidden.to("meta")))
-    with pytest.raises(RuntimeError, match="dtype"):
-        linear(hidden.double())
-    with torch.autocast("cpu", torch.bfloat16):
-        assert is_lazy(linear(hidden.bfloat16()))
-        assert not is_lazy(copy.deepcopy(linear).double()(hidden.double()))
-
-
-def test_head_compiles_in_one_graph():
-    linear, hidden = head(), torch.randn(2, 5, 4, requires_grad=True)
-    compiled = torch.compile(lambda x: rows(linear(x)), fullgraph=True, backend="eager")
-    assert torch.equal(compiled(hidden), rows(F.linear(hidden, linear.weight, linear.bias)))
-
-
-def test_head_keeps_its_identity():
-    linear = nn.Linear(4, N_CLASSES)
-    weight, keys = linear.weight, list(linear.state_dict())
-    stand_in(linear, LMHead)
-    assert linear.weight is weight
-    assert list(linear.state_dict()) == keys
-    for twin in (copy.deepcopy(linear), pickle.loads(pickle.dumps(linear))):
-        assert is_lazy(twin(torch.randn(2, 5, 4)))
-    stand_back(linear)
-    assert type(linear) is nn.Linear
-    assert vars(linear).keys() == vars(nn.Linear(4, N_CLASSES)).keys()
-
-
-@pytest.mark.parametrize("use_reentrant", [False, True])
-def test_inside_a_checkpoint(use_reentrant):
-    linear = head()
-    hidden = torch.randn(2, 5, 4, requires_grad=True)
-    logits = torch.utils.checkpoint.checkpoint(linear, hidden, use_reentrant=use_reentrant)
-    got = torch.autograd.grad(rows(logits), hidden) if not use_reentrant else None
-    if use_reentrant:
-        rows(logits).backward()
-        got = (hidden.grad,)
-    want = torch.autograd.grad(rows(F.linear(hidden, linear.weight, linear.bias)), hidden)
-    torch.testing.assert_close(got, want)

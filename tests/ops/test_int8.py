@@ -10,6 +10,7 @@ from fastln.ops.settings import REFERENCE
 from fastln_kernels import reference_int8 as reference
 from fastln_kernels.cpu import native_int8, products
 
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 BACKENDS = ["reference", *(["cpu"] if products.why_not("int8") is None else [])]
 
 
@@ -67,6 +68,30 @@ def test_weights_and_biases_may_have_any_strides(backend):
     got = ops.int8_linear(x, apart, bias, settings=settings)
     assert torch.equal(got, want)
     assert torch.equal(*(torch.autograd.grad(y.sum(), x)[0] for y in (got, want)))
+
+
+@pytest.mark.parametrize("backend", [*BACKENDS, "triton"])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_biases_may_have_any_floating_dtype(dtype, backend):
+    """The bias's dtype; x has each of the others in turn."""
+    weight = reference.quantise_weight(torch.randn(8, 128, generator=torch.Generator().manual_seed(0)))
+    bias = (torch.arange(8) / 4).to(dtype)  # exact in all of them
+    for x_dtype in DTYPES if backend != "triton" else DTYPES[:1]:  # bfloat16 is wrong under the interpreter
+        x = torch.randn(3, 128, dtype=x_dtype)
+        y = ops.int8_linear(x, weight, bias, settings=ops.OpSettings(backend))
+        want = reference.linear(reference.quantise(x), weight, bias, x_dtype)
+        assert y.dtype == x_dtype
+        eps = torch.finfo(torch.float32 if x_dtype == torch.float64 else x_dtype).eps
+        torch.testing.assert_close(y, want, rtol=eps, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "bias", [torch.ones(1), torch.ones(70, 1), torch.ones(70, dtype=torch.int64), torch.ones(70, device="meta")]
+)
+def test_a_bias_that_does_not_fit_is_refused(bias):
+    x, weight, _ = inputs()
+    with pytest.raises(FastLNError, match=r"^the bias must be \(70,\), of a floating dtype and on cpu, as x is; it is"):
+        ops.int8_linear(x, weight, bias)
 
 
 def test_the_operator_is_the_function():

@@ -283,6 +283,16 @@ def test_checkpointing_accumulation_and_late_rows_change_no_bit():
     assert cosine(grads, want[1]) > 0.999999
 
 
+def test_under_autocast_norms_still_get_float32_gradients():
+    exact, rounded = fastln.prepare(bert()), fastln.prepare(bert(), products="int8")
+    with torch.autocast("cpu", torch.bfloat16):
+        loss, grads = step(rounded)
+    want = step(exact)
+    assert {grad.dtype for grad in grads.values()} == {torch.float32}
+    assert loss == pytest.approx(want[0], rel=0.02)
+    assert cosine(grads, want[1]) > 0.99
+
+
 def test_a_model_without_values_gets_them_rounded_as_they_load():
     with torch.device("meta"):
         model = bert()

@@ -64,6 +64,7 @@ def test_loss_and_gradients_of_every_norm_are_those_of_stock(name, caplog):
         assert errors[0] <= 2 * errors[1] + 1e-5 * exact[parameter].square().mean().sqrt() + 1e-7 * largest, parameter
 
 
+@pytest.mark.slow(take=3)
 @pytest.mark.parametrize("name", ["bert", "blip", "gpt2", "llama", "gemma", "clip", "dinov2"])
 def test_in_bfloat16_the_error_is_no_larger_than_stocks(name):
     """In the mean of the ratios' logarithms over models: of one tiny CLIP either is the luckier by a quarter.

@@ -1,12 +1,14 @@
 """The command line in this process, a few questions in files, and runs that are interrupted."""
 
+import dataclasses
 import json
 import sys
 
 import pytest
 
 from fastln import cli
-from fastln.data import load_dataset
+from fastln.data import DataOptions, Source, load_dataset, load_source
+from fastln.training import eval_run, run
 from fastln.training.resumable import ResumableTrainer
 
 
@@ -21,6 +23,18 @@ def command(monkeypatch):
         assert (end.value.code or 0) == status
 
     return run
+
+
+@pytest.fixture
+def few(monkeypatch) -> None:
+    """Make every split of the phantom small."""
+
+    def load(spec: str, options: DataOptions | None = None) -> Source:
+        source = load_source(spec, options)
+        return dataclasses.replace(source, splits={name: rows[:24] for name, rows in source.splits.items()})
+
+    for module in (run, eval_run):
+        monkeypatch.setattr(module, "load_source", load)
 
 
 @pytest.fixture

@@ -1,12 +1,16 @@
 """Training beside frozen weights in 8 bits: what is saved, what goes on, what is merged, and what is refused."""
 
+import copy
 import dataclasses
 import json
 import logging
 
+import int8_run
 import pytest
 import tiny
 import torch
+from launch import HERE as TESTS
+from launch import TWO, script
 from small_run import Sentences, arguments
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -119,25 +123,36 @@ def test_weights_that_were_kept_take_what_trained(method, base, tmp_path):
 
 
 def test_a_run_resumes_to_the_same_bits_and_the_model_goes_on(base, tmp_path, caplog):
-    whole = trainer(load(base), tmp_path / "a")
+    own = {"backend": int8_run.BACKEND}  # this machine's kernels, where it has them
+    whole = trainer(load(base), tmp_path / "a", **own)
     whole.train()
-    resumed = trainer(load(base), tmp_path / "a")
+    resumed = trainer(load(base), tmp_path / "a", **own)
     resumed.train(resume_from_checkpoint=str(tmp_path / "a" / "checkpoint-2"))
     values = {name: p.clone() for name, p in whole.model.named_parameters() if p.requires_grad}
     assert all(torch.equal(p, values[name]) for name, p in resumed.model.named_parameters() if p.requires_grad)
     with caplog.at_level(logging.INFO, "fastln"):
-        again = trainer(resumed.model, tmp_path / "b")
+        again = trainer(resumed.model, tmp_path / "b", **own)
     assert "the model has method layernorm already, and goes on from its tuned values" in caplog.text
     assert again.model is resumed.model
     for other in ({"products": "exact"}, {"method": "bitfit"}, {"keep_weights": True}, {"without": "dropout"}):
         with pytest.raises(FastLNError, match=r"had method layernorm, whose 8-bit weights replaced its own, so it can"):
-            trainer(resumed.model, tmp_path / "b", **other)
+            trainer(resumed.model, tmp_path / "b", **(own | other))
 
 
 def test_layers_of_peft_have_the_dtype_of_the_model(base):
     trained = put(load(base, torch.bfloat16), "lora")
     assert {p.dtype for p in trained.parameters() if p.requires_grad} == {torch.bfloat16}
     assert logits(trained).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("keep_weights", [False, True])
+def test_lora_is_not_merged_into_8_bits(keep_weights, base):
+    trained = put(load(base), "lora", keep_weights=keep_weights)
+    before = logits(trained)
+    for merge in (trained.merge_and_unload, trained.merge_adapter, lambda: trained.merge_and_unload(safe_merge=True)):
+        with pytest.raises(FastLNError, match="LoRA cannot be merged into weights in 8 bits: save the adapter or"):
+            merge()
+    assert torch.equal(logits(copy.deepcopy(trained)), before)
 
 
 def test_cached_features_are_those_of_one_scale(base):
@@ -148,6 +163,18 @@ def test_cached_features_are_those_of_one_scale(base):
             model.layers[0].mlp.down_proj.weight.mul_(factor)  # the same whole numbers, with another scale
         found.add(fingerprint(put(model, "layernorm")))
     assert len(found) == 2
+
+
+@pytest.mark.slow(pool="processes", take=2)
+@pytest.mark.timeout(900)
+def test_two_processes_have_the_gradients_of_one(tmp_path):
+    """Rows are rounded one by one, so it does not matter which process has which."""
+    script(TESTS / "int8_run.py", tmp_path, *int8_run.CASES, python=TWO)
+    both = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in (0, 1)]
+    for case in int8_run.CASES:
+        first, second = (found[case] for found in both)
+        assert (first["loss"] + second["loss"]) / 2 == pytest.approx(first["whole loss"], rel=1e-5), case
+        assert max(first["apart"], second["apart"]) < 1e-5, case
 
 
 @pytest.mark.skipif(not HERE, reason="frozen layers stay exact here")

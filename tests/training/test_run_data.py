@@ -60,6 +60,8 @@ def test_data_without_a_test_split_trains(model, tmp_path):
     data = PLAIN.make(tmp_path / "data", train=[PLAIN.row(n) for n in (0, 1, 2)])
     outcome = run_training(TrainRun(f"{data}/train.jsonl", model, None, CONFIG), tmp_path / "out")
     assert (outcome.test, outcome.validation) == (None, None)
+    with pytest.raises(FastLNError, match="has no test split, only train; --split names another"):
+        run_evaluation(EvalRun(str(tmp_path / "out"), f"{data}/train.jsonl"))
 
 
 @pytest.mark.parametrize(("name", "what"), [("iu-xray", "reports and several images"), ("llava-med", "conversations")])

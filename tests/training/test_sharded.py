@@ -5,8 +5,9 @@ import re
 import shutil
 
 import pytest
+import sharded_run
 import torch
-from launch import HERE, TORCHRUN, result, script
+from launch import HERE, TWO, result, script
 from safetensors import safe_open
 from small_run import Sentences, llama
 from torch import distributed, nn
@@ -23,15 +24,15 @@ from fastln.watch import PATIENCE, NormWatch, check_finite
 BOUNDS = {"float32": {}, "bfloat16": {"rtol": 1e-3, "atol": 1e-3}}
 
 
-@pytest.mark.slow(pool="processes")
-@pytest.mark.timeout(900)  # five processes import everything: minutes on a busy machine
+@pytest.mark.slow(pool="processes", take=2)
+@pytest.mark.timeout(900)  # two processes import everything: minutes on a busy machine
 @pytest.mark.parametrize(("dtype", "state"), [("float32", "SHARDED_STATE_DICT"), ("bfloat16", "FULL_STATE_DICT")])
 def test_two_processes_that_shard_have_the_losses_of_one(dtype, state, tmp_path):
     one, two = tmp_path / "one", tmp_path / "two"
     one.mkdir()
     two.mkdir()
-    script(HERE / "sharded_run.py", one, dtype, 6, state)
-    script(HERE / "sharded_run.py", two, dtype, 6, state, python=TORCHRUN)
+    sharded_run.main(one, getattr(torch, dtype), 6, state)
+    script(HERE / "sharded_run.py", two, dtype, 6, state, python=TWO)
     whole = result(two)
     assert whole["sharded"]
     assert not result(one)["sharded"]
@@ -49,7 +50,7 @@ def test_two_processes_that_shard_have_the_losses_of_one(dtype, state, tmp_path)
     # And it goes on from its checkpoint, bit for bit.
     (two / "result.json").unlink()
     shutil.rmtree(two / "checkpoint-6")
-    script(HERE / "sharded_run.py", two, dtype, 6, state, python=TORCHRUN)
+    script(HERE / "sharded_run.py", two, dtype, 6, state, python=TWO)
     assert result(two) == whole
 
 
@@ -65,11 +66,11 @@ STOPS = {
 }
 
 
-@pytest.mark.slow(pool="processes")
+@pytest.mark.slow(pool="processes", take=2)
 @pytest.mark.timeout(900)
 def test_what_stops_one_process_stops_both(tmp_path):
     runs = ["accumulating", "loaded by the first", *STOPS]
-    script(HERE / "watched_run.py", tmp_path, *runs, python=TORCHRUN)
+    script(HERE / "watched_run.py", tmp_path, *runs, python=TWO)
     found = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2)]
     for run, patterns in STOPS.items():
         for process, pattern in zip(found, patterns, strict=True):

@@ -6,7 +6,7 @@ import re
 import pytest
 import tiny
 import torch
-from launch import HERE, TORCHRUN, script
+from launch import HERE, TWO, script
 from small_run import Sentences, arguments, llama
 from transformers import TrainingArguments
 
@@ -54,7 +54,7 @@ def test_a_nan_loss_of_one_process_stops_every_trainer(make, where, tmp_path, mo
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_a_nan_loss_of_one_process_stops_both(tmp_path):
-    script(HERE / "task_run.py", tmp_path, python=TORCHRUN)
+    script(HERE / "task_run.py", tmp_path, python=TWO)
     patterns = [
         "the loss is not a number at step 2 in the batch of another process",
         r"the loss is not a number at step 2 in the batch of samples phantom-train-\S+, ",

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from fastln.errors import FastLNError
+from fastln.sizes import parse_bytes
 from fastln.training import TensorStore
 from fastln.training.tensor_store import INCOMING, LEDGER
 
@@ -159,6 +160,22 @@ def test_two_processes_write_at_once_within_the_bound(tmp_path):
     for path in files(tmp_path):
         number = int(path.name[:2], 16)
         assert torch.equal(store.get(key(number))["x"], tensors(number)["x"])
+
+
+@pytest.mark.parametrize(
+    ("text", "size"),
+    [
+        ("500B", 500),
+        ("500b", 500),
+        (500, 500),
+        ("2 kb", 2000),
+        ("1.5G", 15 * 10**8),
+        ("8gib", 8 << 30),
+        ("1Ti", 1 << 40),
+    ],
+)
+def test_sizes_have_units_in_any_case(text, size):
+    assert parse_bytes(text) == size
 
 
 def test_a_folder_that_cannot_be_had_is_named(tmp_path):

@@ -17,12 +17,12 @@ from fastln.errors import FastLNError
 from fastln.memory import SavedActivations, peak_bytes, reset_peak, synchronize
 from fastln.methods import count_parameters
 from fastln.models import Task, VQATask, load_task
-from fastln.models.dual_task import DualEncoderTask
 from fastln.models.shapes import ShapeTask, is_shape, make_shape
 from fastln.rates import floor_rate, int8_product_rate
 from fastln.training import TrainConfig, build_optimizer, evaluate, train_task
 from fastln.training.optimizer import rates_in_use
 from fastln.training.tasks import apply_method, apply_settings
+from fastln.training.train import epochs_of
 
 
 def work(job: Job) -> Checked | Steps | Quality:
@@ -152,7 +152,7 @@ def _config(job: Job) -> TrainConfig:
 
 def _quality(job: Job, task: VQATask, data: VQADataset) -> Quality:
     config = _config(job)
-    head_epochs, epochs = _epochs(task, config)
+    head_epochs, epochs = epochs_of(task, config)
     train_task(task, data, config, engine=job.engine, progress=False)
     accuracy = evaluate(task, _test_questions(job))
     return Quality(dataclasses.asdict(accuracy), head_epochs, epochs)
@@ -160,12 +160,3 @@ def _quality(job: Job, task: VQATask, data: VQADataset) -> Quality:
 
 def _test_questions(job: Job) -> VQADataset:
     return load_dataset(job.suite.data, "test", options=job.suite.options)
-
-
-def _epochs(task: VQATask, config: TrainConfig) -> tuple[int, int]:
-    """Return how many epochs `train_task` trains the head alone, then how many it trains all that the method trains."""
-    if not isinstance(task, DualEncoderTask):
-        return 0, config.epochs
-    if config.method == "head":
-        return config.head_epochs + config.epochs, 0
-    return config.head_epochs if task.random_head else 0, config.epochs

@@ -33,8 +33,8 @@ def outline(spec: str) -> PreTrainedModel:
     kind, _, rest = spec.partition(":")
     if kind == "dual":
         raise FastLNError(
-            f"model {spec!r}: the size of its head depends on the data; give one of its encoders, or a folder that "
-            "`fastln train` wrote"
+            f"model {spec!r}: the size of its head depends on the data, so there is no plan without: give one of its "
+            "encoders or a folder that `fastln train` wrote, or see fastln train --dry-run"
         )
     if spec == "blip":
         with torch.device("meta"):

@@ -60,15 +60,15 @@ def int8_linear(x: Tensor, weight: Weight8, bias: Tensor | None = None, *, setti
     Args:
         x: `(..., n_inner)`, of a floating dtype.
         weight: `(n_cols, n_inner)`.
-        bias: `(n_cols,)`, frozen, or None.
+        bias: `(n_cols,)`, frozen, of a floating dtype, that of `x` or not, or None. It is added in float32.
         settings: Which backend computes.
 
     Returns:
         `(..., n_cols)`.
 
     Raises:
-        FastLNError: If shape or dtype are not valid, the backend cannot run on the device of `x`, or torch.func's
-            transforms are active: the derivative of rounding is zero almost everywhere.
+        FastLNError: If shapes, dtypes or devices are not valid, the backend cannot run on the device of `x`, or
+            torch.func's transforms are active: the derivative of rounding is zero almost everywhere.
     """
     if x.dtype not in _DTYPES or not x.ndim or x.shape[-1] != weight.values.shape[1]:
         raise FastLNError(
@@ -77,13 +77,23 @@ def int8_linear(x: Tensor, weight: Weight8, bias: Tensor | None = None, *, setti
     if is_transformed():
         raise FastLNError("layers in 8 bits have no derivatives by torch.func; prepare the model with products='exact'")
     arguments = _Arguments(weight.turned, _result_dtype(x), settings)
-    bias = bias if bias is None else bias.contiguous()  # as kernels take it
+    bias = bias if bias is None else _checked_bias(bias, x, len(weight.values))
     tensors = (x, weight.values.contiguous(), weight.scale, weight.row_sums, weight.col_sums, bias)
     if needs_operator(*tensors):
         return _WAYS.operator(*tensors, *arguments.flat)
     if wants_gradient(x):
         return _WAYS.function.apply(*tensors, arguments)
     return _linear(*tensors, arguments)
+
+
+def _checked_bias(bias: Tensor, x: Tensor, n_cols: int) -> Tensor:
+    """Return a bias as kernels take it: contiguous, and at most as wide as float32, in which it is added."""
+    if bias.shape != (n_cols,) or bias.dtype not in _DTYPES or bias.device != x.device:
+        raise FastLNError(
+            f"the bias must be ({n_cols},), of a floating dtype and on {x.device}, as x is; "
+            f"it is {(*bias.shape,)}, {bias.dtype} and on {bias.device}"
+        )
+    return (bias.to(torch.float32) if bias.dtype == torch.float64 else bias).contiguous()
 
 
 def _result_dtype(x: Tensor) -> torch.dtype:

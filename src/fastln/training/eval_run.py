@@ -92,6 +92,8 @@ def run_evaluation(run: EvalRun, features: TensorStore | None = None) -> Accurac
     """
     device = settle_device(run.device)
     source = load_source(run.data, run.options)
+    if run.split == "test" and "test" not in source.splits:
+        raise FastLNError(f"{source.name} has no test split, only {', '.join(source.splits)}; --split names another")
     dataset = source.dataset(run.split, validation_fraction=run.validation)
     check_scorable(dataset.samples)
     model, adapter = run.model, run.adapter

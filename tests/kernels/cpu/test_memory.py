@@ -1,6 +1,7 @@
 """The arena of large tensors: whole, aligned, separate blocks; holes that merge; children; what release gives back."""
 
 import itertools
+import json
 import os
 import random
 import subprocess
@@ -165,19 +166,60 @@ assert (second == 1).all()
 """
 
 
-def run(program):
-    done = subprocess.run([sys.executable, "-c", START + program], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+ASKING_REPLACES_NOTHING = """
+assert memory.why_not() is None
+assert memory.users() == 0
+first = empty(MIB)
+assert abs(empty(MIB).data_ptr() - first.data_ptr()) != MIB  # glibc's blocks have a header between them
+"""
+
+# Where no addresses are to be had torch keeps its own.
+NO_ADDRESSES = """
+resource.setrlimit(resource.RLIMIT_AS, (8 * GIB, 8 * GIB))
+try:
+    memory.install(8 * GIB)
+except memory.KernelsUnavailableError as error:
+    assert "ulimit" in str(error), error
+else:
+    raise AssertionError("installed")
+assert memory.users() == 0
+assert (empty(MIB).fill_(1) == 1).all()
+assert memory.install(GIB) == GIB
+"""
+
+PROGRAMS = {
+    "holes": HOLES,
+    "small ones stay": SMALL_ONES_STAY,
+    "children": CHILDREN,
+    "release": RELEASE,
+    "freed late": FREED_LATE,
+    "full": FULL,
+    "asking replaces nothing": ASKING_REPLACES_NOTHING,
+    "no addresses": NO_ADDRESSES,
+}
+# Each program in a fork of one process that has imported torch; that has no arena and no threads.
+FORKS = """
+import json, sys, traceback
+for name, program in json.loads(sys.argv[1]).items():
+    child = os.fork()
+    if not child:
+        try:
+            exec(program, globals())
+        except BaseException:
+            print(f"{name}: {traceback.format_exc()}", file=sys.stderr, flush=True)
+            os._exit(1)
+        os._exit(0)
+    status = os.waitpid(child, 0)[1]
+    print(name, "fails" if status else "is right", flush=True)
+"""
 
 
 @needs_arena
-@pytest.mark.parametrize(
-    "program",
-    [HOLES, SMALL_ONES_STAY, CHILDREN, RELEASE, FREED_LATE, FULL],
-    ids=["holes", "small_ones_stay", "children", "release", "freed_late", "full"],
-)
-def test_in_a_process_of_its_own(program):
-    run(program)
+def test_in_processes_of_their_own():
+    memory.why_not()  # compiled, if it is not yet, by this process
+    command = [sys.executable, "-c", START + FORKS, json.dumps(PROGRAMS)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.stdout.splitlines() == [f"{name} is right" for name in PROGRAMS], done.stderr
 
 
 @pytest.fixture
@@ -238,16 +280,6 @@ def test_the_profiler_sees_large_tensors():
     assert max(event.self_cpu_memory_usage for event in profile.events()) == MIB
 
 
-@needs_arena
-def test_asking_whether_it_works_replaces_nothing():
-    run("""
-assert memory.why_not() is None
-assert memory.users() == 0
-first = empty(MIB)
-assert abs(empty(MIB).data_ptr() - first.data_ptr()) != MIB  # glibc's blocks have a header between them
-""")
-
-
 def test_without_compiled_kernels_the_error_says_why(monkeypatch):
     library.load.cache_clear()
     library.why_not.cache_clear()
@@ -260,19 +292,3 @@ def test_without_compiled_kernels_the_error_says_why(monkeypatch):
         assert memory.users() == 0
     finally:
         library.why_not.cache_clear()
-
-
-@needs_arena
-def test_where_no_addresses_are_to_be_had_torch_keeps_its_own():
-    run("""
-resource.setrlimit(resource.RLIMIT_AS, (8 * GIB, 8 * GIB))
-try:
-    memory.install(8 * GIB)
-except memory.KernelsUnavailableError as error:
-    assert "ulimit" in str(error), error
-else:
-    raise AssertionError("installed")
-assert memory.users() == 0
-assert (empty(MIB).fill_(1) == 1).all()
-assert memory.install(GIB) == GIB
-""")
