@@ -155,21 +155,24 @@ def measure(name: str, subject: Subject) -> Iterator[dict[str, Any]]:
 
 
 def layers(model: nn.Module) -> dict[str, int]:
-    """Count the layers in 8 bits, and those of them that are turned."""
+    """Count the layers in 8 bits, and those of them that are turned, and that are in two terms."""
     state = prepared(model)
     assert state is not None
     specs = [change.detail for change in state.plan.changes if change.stand_in in ("int8_linear", "int8_conv1d")]
-    return {"in_8_bits": len(specs), "turned": sum(spec.turned for spec in specs)}
+    return {"in_8_bits": len(specs)} | {
+        name: sum(getattr(spec, name) for spec in specs) for name in ("turned", "twice")
+    }
 
 
 def table(rows: Sequence[dict[str, Any]]) -> str:
     """Render the rows in Markdown."""
     lines = [
-        "| model | form | layers in 8 bits (turned) | all together | median | worst norm | loss (exact in float32) |",
+        "| model | form | layers in 8 bits (turned, in two terms) | together | median | worst norm "
+        "| loss (exact in float32) |",
         "|---|---|---:|---:|---:|---:|---:|",
     ]
     for row in rows:
-        n_layers = f"{row['in_8_bits']} ({row['turned']})" if row["in_8_bits"] else "–"
+        n_layers = f"{row['in_8_bits']} ({row['turned']}, {row['twice']})" if row["in_8_bits"] else "–"
         cosines = " | ".join(f"{row[name]:.4f}" for name in ("together", "median", "worst"))
         losses = f"{row['loss']:.4f} ({row['exact_loss']:.4f})"
         lines.append(f"| {NAMES[row['model']]} | {row['form']} | {n_layers} | {cosines} | {losses} |")
@@ -186,7 +189,7 @@ def main() -> None:
     options = parser.parse_args()
     for name in options.models:
         provenance = settle("cpu", "bfloat16")[2] | {"started": datetime.now(UTC).isoformat(timespec="seconds")}
-        provenance["argv"] = sys.argv
+        provenance["argv"] = ["python", *sys.argv]
         others = json.loads(options.out.read_text(encoding="utf-8")) if options.out.exists() else []
         rows = [row for row in others if row["model"] != name]
         rows += [row | {"provenance": provenance} for row in measure(name, SUBJECTS[name](options))]

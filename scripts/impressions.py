@@ -1,22 +1,26 @@
 """Train a small language model to write the impression of a radiology report from its findings, exact beside 8 bits.
 
-    python scripts/impressions.py --reports DIR --model chat:DIR
+    python scripts/impressions.py --reports DIR --model chat:DIR [--train N] [--test N]
 
 The reports are those of IU X-ray (`indiana_reports.csv`). Each products mode gets the same seeds, batches and learning
 rate. After the training the impressions of the test reports are scored: the mean loss of a token, and ROUGE-L of what
 the model writes. Two marks stand beside: the model before training, and the commonest impression of the training
-reports as the answer to everything. Rows go to benchmarks/results/impressions.json.
+reports as the answer to everything. Each row goes to benchmarks/results/impressions.json as it comes. A run that was
+stopped goes on where it was: rows that are there, with the same options, are not measured again.
+
+`--train N` and `--test N` take the first so many reports of a split, so that a run fits into its time.
 """
 
 from __future__ import annotations
 
 import argparse
 import csv
+import functools
 import json
 import sys
 import tempfile
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -38,6 +42,9 @@ QUESTION = "Write the impression of this radiology report. Findings: "
 SHORTEST = {"findings": 30, "impression": 5}
 SPLITS = ("test", "validation", *["train"] * 8)
 """The split of a report, by the last digit of its number."""
+
+BEFORE, COMMONEST = "before training", "the commonest impression"
+"""The marks beside the trained models, in place of their products."""
 
 Row = dict[str, Any]
 
@@ -78,9 +85,16 @@ def vars_of(scores: Any) -> Row:
     return {name: getattr(scores, name) for name in scores.__slots__}
 
 
+def splits(options: argparse.Namespace) -> tuple[VQADataset, VQADataset]:
+    """Return the reports to train on and those to score, as many as the options say."""
+    train, test = (reports(options.reports, split) for split in ("train", "test"))
+    train.samples, test.samples = train.samples[: options.train], test.samples[: options.test]
+    return train, test
+
+
 def run(options: argparse.Namespace, products: str, seed: int) -> Row:
     """Train once, and score."""
-    train, test = (reports(options.reports, split) for split in ("train", "test"))
+    train, test = splits(options)
     task = load_task(options.model, train, dtype=torch.bfloat16, seed=seed)
     config = TrainConfig(
         products=products,
@@ -91,20 +105,59 @@ def run(options: argparse.Namespace, products: str, seed: int) -> Row:
     )
     result = train_task(task, train, config, progress=False)
     row = {"products": products, "seed": seed, "steps": len(result.losses), "seconds": result.seconds}
-    row |= {"train_loss": mean(result.losses[-50:]), **scores(task, test, options.batch_size * 2)}
-    print(row, flush=True)
-    return row
+    return row | {"train_loss": mean(result.losses[-50:]), **scores(task, test, options.batch_size * 2)}
 
 
-def marks(options: argparse.Namespace) -> list[Row]:
-    """Return the scores of the model before training, and of the commonest impression."""
-    train, test = (reports(options.reports, split) for split in ("train", "test"))
+def before_training(options: argparse.Namespace) -> Row:
+    """Return the scores of the model before training."""
+    train, test = splits(options)
     task = load_task(options.model, train, dtype=torch.bfloat16)
+    return {"products": BEFORE, **scores(task, test, options.batch_size * 2)}
+
+
+def commonest_impression(options: argparse.Namespace) -> Row:
+    """Return the score of the commonest impression of the training reports as the answer to everything."""
+    train, test = splits(options)
     [(commonest, _)] = Counter(sample.answer for sample in train.samples).most_common(1)
-    return [
-        {"products": "before training", **scores(task, test, options.batch_size * 2)},
-        {"products": "the commonest impression", "rouge_l": rouge([commonest] * len(test), test)},
-    ]
+    return {"products": COMMONEST, "rouge_l": rouge([commonest] * len(test), test)}
+
+
+def measurements(options: argparse.Namespace) -> Iterator[tuple[str, int | None, Callable[[], Row]]]:
+    """Yield the products mode and the seed of every row, and what measures it, seed by seed."""
+    yield COMMONEST, None, lambda: commonest_impression(options)
+    yield BEFORE, None, lambda: before_training(options)
+    for seed in range(options.seeds):
+        for products in options.products:
+            yield products, seed, functools.partial(run, options, products, seed)
+
+
+def settings(options: argparse.Namespace) -> Row:
+    """Return what rows of one table have in common."""
+    names = ("epochs", "batch_size", "learning_rate", "train", "test")
+    return {"model": Path(options.model.partition(":")[2]).name} | {name: getattr(options, name) for name in names}
+
+
+def measure(options: argparse.Namespace) -> list[Row]:
+    """Measure the rows that are not there yet; write each as it comes.
+
+    Raises:
+        SystemExit: If the file has rows of other options.
+    """
+    rows: list[Row] = json.loads(options.out.read_text(encoding="utf-8")) if options.out.exists() else []
+    own = settings(options)
+    if any(row["settings"] != own for row in rows):
+        sys.exit(f"{options.out} has rows of other options: {rows[0]['settings']}, not {own}; name another --out")
+    there = {(row["products"], row.get("seed")) for row in rows}
+    for products, seed, take in measurements(options):
+        if (products, seed) in there:
+            continue
+        started = datetime.now(UTC).isoformat(timespec="seconds")
+        row = take()
+        print(row, flush=True)
+        provenance = settle("cpu", "bfloat16")[2] | {"started": started, "argv": ["python", *sys.argv]}
+        rows.append(row | {"settings": own, "provenance": provenance})
+        options.out.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
+    return rows
 
 
 def table(rows: Iterable[Row]) -> str:
@@ -138,15 +191,10 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, default=1)
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--learning-rate", type=float, help="the method's default if left out")
+    parser.add_argument("--train", type=int, help="the first N training reports; all by default")
+    parser.add_argument("--test", type=int, help="the first N test reports; all by default")
     parser.add_argument("--out", type=Path, default=RESULTS, help="JSON file for the rows")
-    options = parser.parse_args()
-    started = datetime.now(UTC).isoformat(timespec="seconds")
-    rows = marks(options)
-    rows += [run(options, products, seed) for seed in range(options.seeds) for products in options.products]
-    provenance = settle("cpu", "bfloat16")[2] | {"started": started, "argv": sys.argv}
-    rows = [row | {"provenance": provenance} for row in rows]
-    options.out.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
-    print(table(rows))
+    print(table(measure(parser.parse_args())))
 
 
 if __name__ == "__main__":

@@ -19,7 +19,10 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from statistics import median
+from typing import Any
 
+import gradient_cosines
+import impressions as impressions_runs
 import quality_table
 import report_rows
 import stored_table
@@ -63,7 +66,7 @@ def cpu() -> str:
                 ", ".join(_mib(row.saved_activation_bytes) for row in (ours, norms, lora)),
             )
         )
-    return f"{_measured(read_rows(RESULTS / 'cpu.json'))}\n\n" + "\n".join(lines)
+    return f"{_measured_rows(read_rows(RESULTS / 'cpu.json'))}\n\n" + "\n".join(lines)
 
 
 def cpu_summary() -> str:
@@ -80,7 +83,7 @@ def cpu_summary() -> str:
     rest = ""
     if others:
         rest = f"\n\nIn float32 norm tuning by peft takes {min(others):.2f} to {max(others):.2f} times as long."
-    return f"{_measured(read_rows(RESULTS / 'cpu.json'))}\n\n" + "\n".join(lines) + rest
+    return f"{_measured_rows(read_rows(RESULTS / 'cpu.json'))}\n\n" + "\n".join(lines) + rest
 
 
 def _triples() -> Iterator[tuple[Row, Row, Row]]:
@@ -100,15 +103,19 @@ def _name(row: Row) -> str:
     return MODELS.get(row.model, row.model) + ("" if row.products == "exact" else ", 8 bits")
 
 
-def _measured(rows: list[Row]) -> str:
-    """Say when, where and with which commands the rows were measured."""
+def _measured_rows(rows: list[Row]) -> str:
+    return _measured([row.provenance for row in rows])
+
+
+def _measured(provenances: list[dict[str, Any]]) -> str:
+    """Say when, where and with which commands rows were measured."""
     commands: dict[str, str] = {}
-    for row in rows:
-        commit = row.provenance["commit"]
+    for provenance in provenances:
+        commit = provenance["commit"]
         short = commit[:7] + ("-dirty" if commit.endswith("-dirty") else "")
-        commands[shlex.join(row.provenance["argv"])] = short
-    machine, versions = rows[0].provenance["machine"], rows[0].provenance["versions"]
-    date = rows[0].provenance["started"].partition("T")[0]
+        commands[shlex.join(provenance["argv"])] = short
+    machine, versions = provenances[0]["machine"], provenances[0]["versions"]
+    date = provenances[0]["started"].partition("T")[0]
     runs = "; ".join(f"`{command}` (commit {commit})" for command, commit in commands.items())
     return (
         f"*Measured* on {date}: {machine['cpu']}, {machine['cores']} cores, {machine['memory_bytes'] / 2**30:.0f} GiB; "
@@ -124,6 +131,23 @@ def _times(ours: Row, other: Row) -> str:
 
 def _mib(n_bytes: int | None) -> str:
     return "–" if n_bytes is None else f"{n_bytes / 2**20:,.0f}"
+
+
+def cosines() -> str:
+    """Return the cosines of norms' gradients in 8 bits and in bfloat16 with exact ones."""
+    return _rows_of("cosines", gradient_cosines.table)
+
+
+def impressions() -> str:
+    """Return the scores of trained language models, exact beside 8 bits."""
+    return _rows_of("impressions", impressions_runs.table)
+
+
+def _rows_of(name: str, table: Callable[[list[dict[str, Any]]], str]) -> str:
+    """Return a table of rows that hold their provenance, or that there are none."""
+    file = RESULTS / f"{name}.json"
+    rows = json.loads(file.read_text()) if file.exists() else []
+    return f"{_measured([row['provenance'] for row in rows])}\n\n{table(rows)}" if rows else "Not measured yet."
 
 
 def suite(name: str) -> Callable[[], str]:
@@ -238,6 +262,8 @@ def _row(*cells: str) -> str:
 BLOCKS: dict[str, Callable[[], str]] = {
     "cpu": cpu,
     "cpu-summary": cpu_summary,
+    "cosines": cosines,
+    "impressions": impressions,
     "quick": suite("quick"),
     "vqa-rad": suite("vqa-rad"),
     "quality": quality,

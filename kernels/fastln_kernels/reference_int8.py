@@ -15,6 +15,9 @@ matrix H (orthogonal, entries ±1/√64) spreads it over a block of 64 columns. 
 stored turned; then each row is turned before it is rounded, and dx is turned back after the product. See QuaRot
 (arXiv 2404.00456).
 
+*Two terms.* What the rounding of a weight leaves over may be rounded to a second weight in 8 bits. Its product with the
+same rows, added to y, takes the weight's error out of y. dx takes the first weight alone.
+
 A row that holds NaN or Inf becomes NaN as a whole. Rows without numbers above 1e-30 become zero.
 """
 
@@ -133,9 +136,24 @@ def quantise_weight(weight: Tensor, *, turned: bool = False) -> Weight8:
     return Weight8.of(values, scale, turned)
 
 
-def dequantise_weight(weight: Weight8) -> Tensor:
-    """Return the float32 weight that the 8-bit one stands for."""
+def left_over(weight: Tensor, rounded: Weight8) -> Tensor:
+    """Return what rounding left over of a weight, in float32, turned if the rounded weight is.
+
+    `quantise_weight` makes the second term of it, without turning it again. Both terms are equally `turned`.
+
+    Args:
+        weight: `(n_cols, n_inner)`, of a floating dtype.
+        rounded: What `quantise_weight` made of it.
+    """
+    values = weight.to(torch.float32)
+    return (turn(values) if rounded.turned else values) - rounded.values * rounded.scale[:, None]
+
+
+def dequantise_weight(weight: Weight8, rest: Weight8 | None = None) -> Tensor:
+    """Return the float32 weight that an 8-bit one stands for, with its second term if it has one."""
     values = weight.values.to(torch.float32) * weight.scale[:, None]
+    if rest is not None:
+        values += rest.values * rest.scale[:, None]
     return turn(values) if weight.turned else values
 
 

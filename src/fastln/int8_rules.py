@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Iterable
 from typing import Any
@@ -12,6 +13,7 @@ from transformers.pytorch_utils import Conv1D
 
 from fastln.decision import Change, Stay
 from fastln.families.norms import is_norm, norm_kind
+from fastln.families.parts import outermost_attention
 from fastln.families.readers import readers_of
 from fastln.ops import OpSettings
 from fastln.ops.attention import why_exact
@@ -28,6 +30,12 @@ SMALLEST = 128
 
 HEAD_GAIN = 2.5
 """A language-model head gains if 8-bit units are so many times as fast: its gradient is rounded twice."""
+
+TWICE = re.compile(
+    r"(^|\.)(q|k|v|kv|qkv|query|key|value|query_key_value|c_attn|Wqkv)(_[ab])?(_proj|_lin)?(_with_mqa)?$"
+)
+"""The families' names for layers that make queries, keys and values. In language models with outliers the weights of
+these get a second term: scores of attention are large there, so errors of queries and keys weigh more than others."""
 
 MOST = 2**16
 """Sums of more products could exceed 32 bits."""
@@ -47,6 +55,7 @@ class Int8Rules:
         self._model, self._settings, self._device = model, settings, device
         self._modules = dict(model.named_modules())
         self._keep = keep_weights
+        self._attention = tuple(f"{name}." for name in outermost_attention(model))
         self._holders = Counter(
             id(parameter) for module in model.modules() for parameter in module._parameters.values()
         )
@@ -82,7 +91,7 @@ class Int8Rules:
             return "another module shares its weight"
         if readers_of(self._model, name, ("weight",)):
             return "code outside it reads its weight"
-        return Int8Spec(self._turned(name), self._keep)
+        return Int8Spec(self._turned(name), self._keep, self._twice(name))
 
     def products(self, stand_in: str, name: str, detail: Any) -> tuple[str, str | None]:
         """Return in which form the products of a change run, and why they are exact if they are.
@@ -93,7 +102,7 @@ class Int8Rules:
             detail: The change's detail.
         """
         if isinstance(detail, Int8Spec):
-            return ("int8, turned" if detail.turned else "int8"), None
+            return "int8" + ", twice" * detail.twice + ", turned" * detail.turned, None
         if stand_in == "lm_head":
             spec = self.of(name, is_head=True)
             return "exact", spec if isinstance(spec, str) else "it trains"
@@ -114,6 +123,10 @@ class Int8Rules:
         """
         n_inner, n_cols = _sizes(self._modules[name])
         return n_inner % TURNED == 0 and (n_inner <= n_cols or self._has_large_outliers(name))
+
+    def _twice(self, name: str) -> bool:
+        """Whether a layer's weight has a second term: queries', keys' and values' where rows hold large numbers."""
+        return name.startswith(self._attention) and bool(TWICE.search(name)) and self._has_large_outliers(name)
 
     def _has_large_outliers(self, name: str) -> bool:
         """Whether the norms around a layer are RMSNorms, or in a causal language model."""

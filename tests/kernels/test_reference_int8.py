@@ -67,3 +67,17 @@ def test_a_turned_row_keeps_its_small_numbers_beside_an_outlier():
         y = reference.linear(reference.quantise(x, turned=turned), made, None, torch.float32)
         errors.append(((y - x @ weight.t()).norm() / (x @ weight.t()).norm()).item())
     assert errors[1] < errors[0] / 3
+
+
+def test_a_second_term_holds_what_the_first_leaves_over():
+    torch.manual_seed(0)
+    weight = torch.randn(20, 128)
+    for turned in (False, True):
+        made = reference.quantise_weight(weight, turned=turned)
+        rest = reference.quantise_weight(reference.left_over(weight, made))._replace(turned=turned)
+        off = [reference.dequantise_weight(made, more) - weight for more in (None, rest)]
+        # Each rounding is to 127 steps of at most half a step of the one before; turning back keeps a row's length.
+        most = [made.scale / 2, made.scale / 2 / 127 / 2]
+        for error, bound in zip(off, most, strict=True):
+            assert (error.norm(dim=1) <= 1.001 * bound * math.sqrt(128)).all()
+            assert (error.norm(dim=1) >= 0.1 * bound * math.sqrt(128)).all()

@@ -94,12 +94,37 @@ def test_a_bias_that_does_not_fit_is_refused(bias):
         ops.int8_linear(x, weight, bias)
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("turned", [False, True])
+def test_a_second_term_takes_the_weight_s_error_out_of_the_result_alone(turned, backend, rounded):
+    torch.manual_seed(0)
+    x, settings = torch.randn(18, 128).round(decimals=1).requires_grad_(), ops.OpSettings(backend)
+    with torch.no_grad():
+        x.mul_(10)  # whole numbers, which a row that is not turned holds exactly
+        x[:, 0] = 127
+    whole = torch.randn(70, 128)
+    weight = reference.quantise_weight(whole, turned=turned)
+    rest = reference.quantise_weight(reference.left_over(whole, weight))._replace(turned=turned)
+    plain = ops.int8_linear(x, weight, settings=settings)
+    y = ops.int8_linear(x, weight, rest=rest, settings=settings)
+    torch.testing.assert_close(y, plain + ops.int8_linear(x, rest, settings=settings))
+    errors = [(z - x @ whole.t()).norm() for z in (y, plain)]
+    assert errors[0] < errors[1] / (1.2 if turned else 100)
+    dy = torch.randn_like(y)
+    assert torch.equal(*(torch.autograd.grad(z, x, dy)[0] for z in (y, plain)))
+    if backend == "cpu":
+        assert rounded == [(18, 128), (18, 70), (18, 70)]  # all products read one rounding of x
+
+
 def test_the_operator_is_the_function():
     x, weight, bias = inputs(torch.bfloat16, turned=True)
     settings = ops.OpSettings()
-    want = ops.int8_linear(x, weight, bias, settings=settings)
+    rest = reference.quantise_weight(torch.randn(70, 128) / 300)._replace(turned=True)
+    want = ops.int8_linear(x, weight, bias, rest=rest, settings=settings)
     (dwant,) = torch.autograd.grad(want.sum(), x)
-    compiled = torch.compile(lambda x: ops.int8_linear(x, weight, bias, settings=settings), backend="aot_eager")
+    compiled = torch.compile(
+        lambda x: ops.int8_linear(x, weight, bias, rest=rest, settings=settings), backend="aot_eager", fullgraph=True
+    )
     y = compiled(x)
     (dx,) = torch.autograd.grad(y.sum(), x)
     assert torch.equal(y, want)

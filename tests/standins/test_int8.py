@@ -9,7 +9,16 @@ import torch
 from family_models import KINDS, of_kind
 from torch import nn
 from torch.nn import functional as F
-from transformers import BertConfig, BertForSequenceClassification, GPT2Config, GPT2LMHeadModel
+from transformers import (
+    BertConfig,
+    BertForSequenceClassification,
+    BlipConfig,
+    BlipForQuestionAnswering,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+)
 
 import fastln
 from fastln import int8_rules
@@ -36,6 +45,11 @@ def gpt2(n_words=99):
     sizes = {"n_embd": 128, "n_layer": 2, "n_head": 2, "vocab_size": n_words, "n_positions": 32}
     drops = dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), 0.0)
     return GPT2LMHeadModel(GPT2Config(**sizes, **drops))
+
+
+def llama(dtype=torch.float32):
+    torch.manual_seed(0)
+    return LlamaForCausalLM(LlamaConfig(**SIZES, vocab_size=99)).to(dtype)
 
 
 def batch():
@@ -74,7 +88,8 @@ def test_the_plan_says_what_is_rounded_and_why_others_are_not():
     plan = fastln.plan(gpt2(), products="int8")
     table = plan.table()
     assert "products int8" in table
-    assert [change.products for change in plan.changes if change.stand_in == "int8_conv1d"] == ["int8, turned"] * 8
+    layers = [change.products for change in plan.changes if change.stand_in == "int8_conv1d"]
+    assert layers == ["int8, twice, turned", *["int8, turned"] * 3] * 2  # c_attn first
     assert all(change.products != "int8" for change in plan.changes if change.kind == "attention" and WHY_NOT)
     model = bert()
     model.bert.encoder.layer[0].attention.self.key.weight = model.bert.encoder.layer[1].attention.self.key.weight
@@ -83,6 +98,18 @@ def test_the_plan_says_what_is_rounded_and_why_others_are_not():
     assert exact["bert.encoder.layer.0.attention.self.key"] == "another module shares its weight"
     assert "  2 linear layer: another module shares its weight" in plan.table()
     assert "classifier" not in {c.name for c in plan.changes if c.products == "int8"}  # it trains: it is random
+
+
+def test_queries_keys_and_values_of_language_models_have_two_terms_and_encoders_none():
+    def twice(model):
+        return {c.name for c in fastln.plan(model, products="int8").changes if getattr(c.detail, "twice", False)}
+
+    kinds = ("q_proj", "k_proj", "v_proj")
+    assert twice(llama()) == {f"model.layers.{n}.self_attn.{kind}" for n in range(2) for kind in kinds}
+    assert not twice(bert())
+    with torch.device("meta"):
+        blip = BlipForQuestionAnswering(BlipConfig())
+    assert not twice(blip)
 
 
 def test_what_has_no_effect_is_told(caplog, monkeypatch):
@@ -148,9 +175,11 @@ def test_copies_and_casts():
     want = step(model)
     assert same(step(copy.deepcopy(model)), want)
     assert same(step(pickle.loads(pickle.dumps(model))), want)
+    layer = model.bert.encoder.layer[0].intermediate.dense
+    scale = int8.weight_of(layer).scale
     narrow = step(model.to(torch.bfloat16))
     assert cosine(narrow[1], want[1]) > 0.99
-    layer = model.bert.encoder.layer[0].intermediate.dense
+    assert torch.equal(int8.weight_of(layer).scale, scale)  # no cast has rounded it
     assert int8.weight_of(layer).scale.dtype == torch.float32
     assert int8.dequantised(layer).dtype == torch.bfloat16
 
@@ -341,3 +370,54 @@ def test_heads_in_8_bits_follow_their_weight(monkeypatch):
     for model in (exact, rounded):
         model.lm_head.weight.data = model.lm_head.weight.data / 9  # no write that autograd counts
     assert step(rounded, **labelled)[0] == pytest.approx(step(exact, **labelled)[0], rel=0.02)
+
+
+def asked(model):
+    """Return a model's loss and gradients on words as labels."""
+    ids = batch()["input_ids"]
+    return step(model, input_ids=ids, labels=ids)
+
+
+def second_terms(model):
+    return {name: held.rest for name, m in model.named_modules() if (held := m.__dict__.get(int8.WEIGHT)) and held.rest}
+
+
+def test_second_terms_follow_their_layer_everywhere():
+    model, stock = fastln.prepare(llama(), products="int8"), llama()
+    want, terms = asked(model), second_terms(model)
+    assert len(terms) == 6
+    assert same(asked(copy.deepcopy(model)), want)
+    assert same(asked(pickle.loads(pickle.dumps(model))), want)
+    state = model.state_dict()
+    for name, value in stock.state_dict().items():
+        bound = 1e-4 if name.removesuffix(".weight") in terms else 0.01
+        assert (state[name] - value).norm() <= bound * value.norm() + 1e-9
+    model.load_state_dict(state)  # its own, which changes nothing
+    assert all(second_terms(model)[name] is rest for name, rest in terms.items())
+    other = fastln.prepare(llama().apply(_shuffled), products="int8")
+    other.load_state_dict(stock.state_dict())
+    assert same(asked(other), want)
+    with torch.device("meta"):
+        empty = llama()
+    fastln.prepare(empty, products="int8")
+    empty.load_state_dict(stock.state_dict(), strict=False, assign=True)
+    for name, rest in second_terms(empty).items():
+        torch.testing.assert_close(tuple(rest), tuple(terms[name]), rtol=0, atol=0)
+    model.to(torch.bfloat16)
+    for name, rest in second_terms(model).items():
+        torch.testing.assert_close(tuple(rest), tuple(terms[name]), rtol=0, atol=0)
+
+
+def test_second_terms_that_were_changed_are_noticed(tmp_path):
+    model = fastln.prepare(llama(), products="int8")
+    next(iter(second_terms(model).values())).values[0, 0] += 1
+    with pytest.raises(FastLNError, match="was changed after"):
+        fastln.save_adapter(model, tmp_path / "adapter")
+
+
+def test_models_with_second_terms_are_restored():
+    model = fastln.prepare(llama(), products="int8", keep_weights=True)
+    assert all(torch.equal(value, llama().state_dict()[name]) for name, value in model.state_dict().items())
+    fastln.restore(model)
+    assert all(torch.equal(value, llama().state_dict()[name]) for name, value in model.state_dict().items())
+    assert same(asked(fastln.prepare(model)), asked(fastln.prepare(llama())))

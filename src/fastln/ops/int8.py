@@ -52,7 +52,14 @@ class _Arguments(NamedTuple):
 
 
 @overridable
-def int8_linear(x: Tensor, weight: Weight8, bias: Tensor | None = None, *, settings: OpSettings = DEFAULT) -> Tensor:
+def int8_linear(
+    x: Tensor,
+    weight: Weight8,
+    bias: Tensor | None = None,
+    *,
+    rest: Weight8 | None = None,
+    settings: OpSettings = DEFAULT,
+) -> Tensor:
     """Compute `x Wᵀ + bias` with a frozen weight in 8 bits and `x` rounded to 8 bits, row by row; differentiable once.
 
     `fastln_kernels.reference_int8` defines it. Under autocast the result has the autocast dtype.
@@ -61,6 +68,8 @@ def int8_linear(x: Tensor, weight: Weight8, bias: Tensor | None = None, *, setti
         x: `(..., n_inner)`, of a floating dtype.
         weight: `(n_cols, n_inner)`.
         bias: `(n_cols,)`, frozen, of a floating dtype, that of `x` or not, or None. It is added in float32.
+        rest: The weight's second term: what rounding left over, in 8 bits. Its product with the same rows is added to
+            the result, which is then rounded once more. The gradient does without it.
         settings: Which backend computes.
 
     Returns:
@@ -76,6 +85,15 @@ def int8_linear(x: Tensor, weight: Weight8, bias: Tensor | None = None, *, setti
         )
     if is_transformed():
         raise FastLNError("layers in 8 bits have no derivatives by torch.func; prepare the model with products='exact'")
+    y = _one_product(x, weight, bias, settings)
+    if rest is None:
+        return y
+    with torch.no_grad():  # of the same tensor, whose rows are at hand
+        more = _one_product(x, rest, None, settings)
+    return y.add_(more)
+
+
+def _one_product(x: Tensor, weight: Weight8, bias: Tensor | None, settings: OpSettings) -> Tensor:
     arguments = _Arguments(weight.turned, _result_dtype(x), settings)
     bias = bias if bias is None else _checked_bias(bias, x, len(weight.values))
     tensors = (x, weight.values.contiguous(), weight.scale, weight.row_sums, weight.col_sums, bias)

@@ -34,10 +34,12 @@ class Int8Spec:
     Attributes:
         turned: Whether blocks of 64 inner columns are turned by a Hadamard matrix first.
         keep: Whether the original weight is kept, for `restore`.
+        twice: Whether what rounding leaves over is held in 8 bits more, for the forward product.
     """
 
     turned: bool
     keep: bool = False
+    twice: bool = False
 
 
 @dataclass
@@ -49,6 +51,7 @@ class _Held:
         transposed: Whether the module has its weight as `(n_inner, n_cols)`.
         dtype: The dtype of the original weight.
         kept: The original parameter, if it is kept.
+        rest: The weight's second term, if it has one. It is no parameter: nothing shards it; `state_dict` has the sum.
     """
 
     scale: Tensor
@@ -58,6 +61,7 @@ class _Held:
     transposed: bool
     dtype: torch.dtype
     kept: nn.Parameter | None = None
+    rest: Weight8 | None = None
 
 
 class _Int8(StandIn):
@@ -75,20 +79,26 @@ class _Int8(StandIn):
     def _compute(self, x: Tensor) -> Tensor:
         bias = self.bias
         trains = bias is not None and bias.requires_grad
-        y = ops.int8_linear(x, weight_of(self), None if trains else bias, settings=self._fastln.settings)
+        held: _Held = self.__dict__[WEIGHT]
+        given = None if trains else bias
+        y = ops.int8_linear(x, weight_of(self), given, rest=held.rest, settings=self._fastln.settings)
         return y if bias is None or not trains else y + bias.to(y.dtype)
 
     def check_originals(self) -> None:
         """Raise a `FastLNError` if the 8-bit weight is not the one that was made from the original."""
-        _check_sums(weight_of(self))
+        held: _Held = self.__dict__[WEIGHT]
+        for weight in filter(None, (weight_of(self), held.rest)):
+            _check_sums(weight)
 
     def _apply(self, fn: Any, recurse: bool = True) -> nn.Module:
         unchanged = _is_unchanged(self.weight)
         module = super()._apply(fn, recurse)
         held: _Held = self.__dict__[WEIGHT]
-        for name in ("scale", "row_sums", "col_sums"):  # they move with the weight, but stay float32 and int32
-            moved = fn(getattr(held, name))
-            setattr(held, name, moved.to(getattr(held, name).dtype))
+        for name in ("scale", "row_sums", "col_sums"):  # they move with the weight, but no cast reaches them
+            setattr(held, name, _moved(fn, getattr(held, name)))
+        if held.rest is not None:
+            values, scale, turned, *sums = held.rest
+            held.rest = Weight8(_moved(fn, values), _moved(fn, scale), turned, *(_moved(fn, part) for part in sums))
         held.dtype = fn(torch.empty(0, dtype=held.dtype)).dtype
         _note_state(self.weight, unchanged)
         return module
@@ -118,7 +128,8 @@ class _Int8(StandIn):
         held: _Held = self.__dict__[WEIGHT]
         if not self._stands_for(given):  # else it stays what it is: the base's, rounded once
             device = given.device if self.weight.is_meta else self.weight.device
-            put(self, given.detach().to(device, held.dtype), held.turned, keep=held.kept is not None)
+            spec = Int8Spec(held.turned, held.kept is not None, held.rest is not None)
+            put(self, given.detach().to(device, held.dtype), spec)
         others = {key: value for key, value in state_dict.items() if key != f"{prefix}weight"}
         others[f"{prefix}weight"] = self.weight.detach()
         return super()._load_from_state_dict(others, prefix, *args)
@@ -192,20 +203,25 @@ def dequantised(module: nn.Module) -> Tensor:
     return whole
 
 
+def _moved(fn: Any, tensor: Tensor) -> Tensor:
+    """Move a tensor as `Module.to` and the like do. Casts change floats alone, so it goes as whole numbers."""
+    moved: Tensor = fn(tensor.view(torch.int32) if tensor.is_floating_point() else tensor)
+    return moved.view(tensor.dtype)
+
+
 def _unrounded(given: Weight8, held: _Held) -> Tensor:
-    weight = reference_int8.dequantise_weight(given)
+    weight = reference_int8.dequantise_weight(given, held.rest)
     return (weight.t() if held.transposed else weight).contiguous().to(held.dtype)
 
 
 @torch.inference_mode(False)  # tensors that are made under it cannot be checked for changes
-def put(module: nn.Module, weight: Tensor, turned: bool, *, keep: bool, settings: OpSettings | None = None) -> None:
+def put(module: nn.Module, weight: Tensor, spec: Int8Spec, *, settings: OpSettings | None = None) -> None:
     """Round a weight and put it into a module, as a frozen parameter in 8 bits.
 
     Args:
         module: The module; it becomes a stand-in before or after this.
         weight: The original weight, in the module's own layout.
-        turned: Whether to turn it.
-        keep: Whether to keep the original: itself if it is a parameter, else a copy.
+        spec: How to round it, and whether to keep the original: itself if it is a parameter, else a copy.
         settings: Which backend rounds; the module's own by default.
     """
     transposed = isinstance(module, Conv1D)
@@ -215,12 +231,16 @@ def put(module: nn.Module, weight: Tensor, turned: bool, *, keep: bool, settings
     rounds = getattr(kernels, "quantise_weight", reference_int8.quantise_weight)
     if detached.is_meta:
         rounds = reference_int8.quantise_weight
-    made: Weight8 = rounds(laid_out, turned=turned)
+    made: Weight8 = rounds(laid_out, turned=spec.turned)
+    rest = None
+    if spec.twice:
+        rest = rounds(reference_int8.left_over(laid_out, made), turned=False)._replace(turned=spec.turned)
     values = nn.Parameter(made.values.t() if transposed else made.values, requires_grad=False)
     kept = None
-    if keep:
+    if spec.keep:
         kept = weight if isinstance(weight, nn.Parameter) else nn.Parameter(detached.clone(), requires_grad=False)
-    module.__dict__[WEIGHT] = _Held(made.scale, made.row_sums, made.col_sums, turned, transposed, weight.dtype, kept)
+    sums = made.row_sums, made.col_sums
+    module.__dict__[WEIGHT] = _Held(made.scale, *sums, spec.turned, transposed, weight.dtype, kept, rest)
     samples = sampled(detached.reshape(-1)).clone()
     module.__dict__[ATTRIBUTE] = {"weight": Original(samples, weight.dtype)}
     _note_state(values)
@@ -270,7 +290,7 @@ class Int8Weight:
     def put(self, spec: Int8Spec, form: type[StandIn], settings: OpSettings) -> None:
         """Round the weight, and make the module a stand-in."""
         assert self.original is not None
-        put(self.module, self.original, spec.turned, keep=spec.keep, settings=settings)
+        put(self.module, self.original, spec, settings=settings)
         stand_in(self.module, form, settings)
 
     def settle(self) -> None:
