@@ -27,7 +27,6 @@ from typing import Any
 import torch
 from impressions import reports
 from torch import Tensor, nn
-from torch.nn.functional import cosine_similarity
 
 import fastln
 from fastln.bench.provenance import settle
@@ -116,17 +115,23 @@ def gradients(model: nn.Module, batches: Sequence[Batch]) -> tuple[Gradients, fl
     )
 
 
+def cosine(a: Tensor, b: Tensor) -> float:
+    """Return the cosine of two vectors, however short they are; 0 if one is zero. torch's takes 1e-8 for less."""
+    lengths = a.norm() * b.norm()
+    return (a @ b / lengths).item() if lengths else 0.0
+
+
 def compare(found: Gradients, exact: Gradients) -> dict[str, Any]:
     """Return the cosine of all gradients together, and the median and the lowest of the parameters'.
 
     A parameter whose exact gradient is zero has no direction and is left out.
     """
     names = [name for name, grad in exact.items() if grad.any()]
-    each = {name: cosine_similarity(found[name], exact[name], dim=0).item() for name in names}
+    each = {name: cosine(found[name], exact[name]) for name in names}
     worst = min(each, key=each.__getitem__)
     got, want = (torch.cat([grads[name] for name in names]) for grads in (found, exact))
     return {
-        "together": cosine_similarity(got, want, dim=0).item(),
+        "together": cosine(got, want),
         "median": torch.tensor(list(each.values())).median().item(),
         "worst": each[worst],
         "worst_norm": worst,
