@@ -53,8 +53,9 @@ inline void butterflies(Float* x) {
   }
 }
 
-// Multiplies 64 numbers by the Hadamard matrix times 8, in the order of reference_int8.turn.
-[[gnu::always_inline]] inline void turn_times_8(Float* x) {
+// Multiplies 64 numbers by the Hadamard matrix times 8, in the order of reference_int8.turn. It is never inlined: compilers
+// would fuse a product before it with the first sums, which rounds otherwise.
+[[gnu::noinline]] inline void turn_times_8(Float* x) {
   butterflies<32>(x);
   butterflies<16>(x);
   butterflies<8>(x);
@@ -63,7 +64,7 @@ inline void butterflies(Float* x) {
   butterflies<1>(x);
 }
 
-[[gnu::always_inline]] inline void turn(Float* x) {
+inline void turn(Float* x) {
   turn_times_8(x);
 #pragma GCC unroll 16
   for (int i = 0; i < VECTORS; i++) x[i] *= 0.125f;

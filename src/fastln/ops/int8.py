@@ -88,9 +88,8 @@ def int8_linear(
     y = _one_product(x, weight, bias, settings)
     if rest is None:
         return y
-    with torch.no_grad():  # of the same tensor, whose rows are at hand
-        more = _one_product(x, rest, None, settings)
-    return y.add_(more)
+    with torch.no_grad():  # of the same tensor, whose rows are at hand; and y's node stays the product's
+        return y.add_(_one_product(x, rest, None, settings))
 
 
 def _one_product(x: Tensor, weight: Weight8, bias: Tensor | None, settings: OpSettings) -> Tensor:
