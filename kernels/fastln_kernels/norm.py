@@ -8,19 +8,18 @@ runs on one machine give the same bits.
 Rows may have any stride. Tensors with non-contiguous columns, and such weights and biases, are copied first.
 """
 
-# mypy: allow-untyped-defs
 import functools
 from collections.abc import Sequence
 from typing import Any, TypeVar
 
 import torch
 import triton
-import triton.language as tl
 from torch import Tensor
 
 from fastln_kernels import int8, launch
 from fastln_kernels.norm_rows import backward_kernel, forward_kernel
-from fastln_kernels.norm_wide import backward_parameters_kernel, backward_wide_kernel, forward_wide_kernel
+from fastln_kernels.norm_sums import backward_parameters_kernel, finish_kernel
+from fastln_kernels.norm_wide import backward_wide_kernel, forward_wide_kernel
 from fastln_kernels.reference import (
     NormBackward,
     NormForward,
@@ -31,38 +30,6 @@ from fastln_kernels.reference import (
 )
 
 TensorT = TypeVar("TensorT", Tensor, Tensor | None)
-
-
-@triton.jit(do_not_specialize=["n_partials"])
-def finish_kernel(
-    dweight_partial_ptr,
-    dbias_partial_ptr,
-    dweight_ptr,
-    dbias_ptr,
-    n_partials,
-    N_COLS: tl.constexpr,
-    ROWS: tl.constexpr,
-    COLS: tl.constexpr,
-):
-    """Add the programs' partial sums, always in the same order, and round to the gradients' dtype."""
-    cols = tl.program_id(0) * COLS + tl.arange(0, COLS)
-    in_cols = cols < N_COLS
-    dweight = tl.zeros((ROWS, COLS), tl.float32)
-    dbias = tl.zeros((ROWS, COLS), tl.float32)
-
-    for start in range(0, n_partials, ROWS):
-        rows = start + tl.arange(0, ROWS)
-        inside = (rows < n_partials)[:, None] & in_cols[None, :]
-        at = rows.to(tl.int64)[:, None] * N_COLS + cols[None, :]
-        if dweight_ptr is not None:
-            dweight += tl.load(dweight_partial_ptr + at, mask=inside, other=0.0)
-        if dbias_ptr is not None:
-            dbias += tl.load(dbias_partial_ptr + at, mask=inside, other=0.0)
-
-    if dweight_ptr is not None:
-        tl.store(dweight_ptr + cols, tl.sum(dweight, axis=0), mask=in_cols)
-    if dbias_ptr is not None:
-        tl.store(dbias_ptr + cols, tl.sum(dbias, axis=0), mask=in_cols)
 
 
 def norm_forward(request: NormForward) -> NormOutputs:
