@@ -82,7 +82,7 @@ def test_rounding(case, dtype):
     rows = native_int8.quantise(kernel(), factors, turned=turned)
 
     def where_made():
-        kernel(native_int8.rounding(N_ROWS, n_cols, factors, turned=turned)[1])
+        kernel(native_int8.rounding(torch.empty(N_ROWS, n_cols), factors, turned=turned)[1])
 
     calls = {
         "alone": kernel,

@@ -116,17 +116,15 @@ def _quantise(x: Tensor, factors: Tensor | None, turned: bool, rest: StoredRows 
     return rows
 
 
-def rounding(
-    n_rows: int, n_cols: int, factors: Tensor | None = None, *, turned: bool = False
-) -> tuple[StoredRows, Rounding]:
+def rounding(like: Tensor, factors: Tensor | None = None, *, turned: bool = False) -> tuple[StoredRows, Rounding]:
     """Return memory for rows in 8 bits, and what tells a kernel that makes the rows to write them there.
 
     Args:
-        n_rows: The number of rows.
-        n_cols: The number of columns.
+        like: A tensor shaped like the rows, `(..., n_cols)`.
         factors, turned: As for `quantise`, whose result the kernel writes bit for bit.
     """
-    rows = _empty(n_rows, n_cols)
+    n_cols = like.shape[-1]
+    rows = _empty(like.numel() // max(n_cols, 1), n_cols)
     pointers = (None if factors is None else factors.data_ptr(), rows.values.data_ptr(), rows.scale.data_ptr())
     made = Rounding(n_cols, rows.values.shape[1], turned, *pointers)
     made.tensors = (factors, rows)  # they live as long as the pointers

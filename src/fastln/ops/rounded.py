@@ -128,8 +128,7 @@ def _rounds(form: Form, kernels: ModuleType, like: Tensor, reader: Reader | None
     rounds_so = getattr(kernels, "ROUNDED_BY", None) is form.kernels
     if not _fuses or not rounds_so or not like.numel() or torch.is_inference_mode_enabled():
         return _NOTHING
-    n_cols = like.shape[-1]
-    rows, rounding = form.kernels.rounding(like.numel() // n_cols, n_cols, form.factors, turned=form.turned)
+    rows, rounding = form.kernels.rounding(like, form.factors, turned=form.turned)
     return Rounds((rounding,), rows, form, reader)
 
 

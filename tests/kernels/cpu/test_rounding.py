@@ -31,7 +31,7 @@ def weights(n_cols):
 
 
 def into(n_cols, factors=None, turned=False):
-    rows, rounding = native_int8.rounding(N_ROWS, n_cols, factors, turned=turned)
+    rows, rounding = native_int8.rounding(torch.empty(N_ROWS, n_cols), factors, turned=turned)
     rows.values.fill_(99)
     rows.scale.fill_(99)
     return rows, rounding
