@@ -7,15 +7,16 @@ as when a norm has rounded them. "torch int8" is `torch._int_mm` alone, on rows 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 import statistics
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from gpu_timing import CALLS, Bench, Replay, copies_for, interleave, summarise
-from norm_cases import DTYPES, Work
+from norm_cases import DTYPES, Results, Work
 from norm_checks import SEED
 from report_rows import Row, notes, source_digest
 from torch import Tensor
@@ -30,6 +31,7 @@ LARGEST_ERROR = 0.02
 
 BF16 = "torch"
 Make = Callable[["Layer"], Callable[[], Tensor]]
+Run = Callable[[], Results]
 
 
 @dataclass(frozen=True)
@@ -124,52 +126,85 @@ def error_of(got: Tensor, layer: Layer, result: str) -> float:
 
 
 def measure_linear(shape: tuple[int, int, int], dtype: str, turned: bool, bench: Bench) -> Iterator[Row]:
-    """Check and time both products of a layer. Yields a row for each product and library.
-
-    A row's `measured` has the figures of `gpu_timing.Timing` (share_of_copy is left out), `operations_per_second` and
-    `over_torch`: how many times as long torch's product in `dtype` takes, the median over rounds.
-    """
+    """Check and time both products of a layer. Yields a row for each product and library (`measure_beside_torch`)."""
     n_rows, n_inner, n_cols = shape
     n_bytes = (n_rows * (n_inner + n_cols) + n_inner * n_cols) * DTYPES[dtype].itemsize
     n_copies = copies_for(n_bytes, bench.l2_bytes)
-    n_cycles = math.ceil(CALLS / n_copies)
     layers = [make_layer(shape, DTYPES[dtype], bench.device, SEED + i, turned) for i in range(n_copies)]
     for result, makers in MAKERS.items():
         case = f"linear-{result}{'-turned' if turned else ''} ({n_inner} to {n_cols})"
-        rows: dict[str, Row] = {}
-        replays: dict[str, Replay] = {}
-        for name, make in makers.items():
-            row = Row(bench.machine, dtype, dtype, n_cols, n_rows, case, name, source_digest(), n_bytes, measured={})
-            rows[name] = row
-            # Any error, such as a shape that torch._int_mm does not take, goes into the row.
-            try:
-                runs = [make(layer) for layer in layers]
-                got = runs[0]()
-                if got.dtype != torch.int32:
-                    error = error_of(got, layers[0], result)
-                    row.measured = {"errors": {result: error}, "bounds": {result: LARGEST_ERROR}}
-                    if not error <= LARGEST_ERROR:
-                        row.error = f"relative error of {result}: {error:.2g}"
-                        continue
-                replays[name] = bench.record([_work(result, run) for run in runs], n_cycles)
-            except Exception as error:
-                row.error = notes(type(error).__name__, next(iter(str(error).splitlines()), ""))
-        n_calls = n_cycles * n_copies
-        seconds = {
-            name: [one / n_calls for one in own] for name, own in interleave(replays, bench.rounds, bench.clock).items()
-        }
-        for name, own in seconds.items():
-            timing = dataclasses.asdict(summarise(own, own, n_bytes))
-            del timing["share_of_copy"]
-            timing["operations_per_second"] = 2 * n_rows * n_inner * n_cols / timing["median"]
-            if BF16 in seconds:
-                timing["over_torch"] = statistics.median(t / o for t, o in zip(seconds[BF16], own, strict=True))
-            rows[name].measured = (rows[name].measured or {}) | {"n_copies": n_copies} | timing
-        yield from rows.values()
+
+        def new_row(name: str, case: str = case) -> Row:
+            return Row(bench.machine, dtype, dtype, n_cols, n_rows, case, name, source_digest(), n_bytes, measured={})
+
+        def runs(make: Make, result: str = result) -> list[Run]:
+            return [_named(result, make(layer)) for layer in layers]
+
+        def errors(results: Results, result: str = result) -> dict[str, float]:
+            got = results[result]
+            return {} if got.dtype == torch.int32 else {result: error_of(got, layers[0], result)}
+
+        makers_of_runs = {name: functools.partial(runs, make) for name, make in makers.items()}
+        operations = 2 * n_rows * n_inner * n_cols
+        yield from measure_beside_torch(new_row, makers_of_runs, errors, LARGEST_ERROR, operations, bench)
 
 
-def _work(result: str, run: Callable[[], Tensor]) -> Work:
-    return Work(lambda: {result: run()})
+def _named(result: str, run: Callable[[], Tensor]) -> Run:
+    return lambda: {result: run()}
+
+
+def measure_beside_torch(
+    new_row: Callable[[str], Row],
+    makers: Mapping[str, Callable[[], list[Run]]],
+    errors_of: Callable[[Results], dict[str, float]],
+    bound: float,
+    operations: int,
+    bench: Bench,
+) -> Iterable[Row]:
+    """Check and time what several libraries compute, on copies of the inputs. One that is wrong is not timed.
+
+    A row's `measured` has the figures of `gpu_timing.Timing` (share_of_copy is left out), `operations_per_second` and
+    `over_torch`: how many times as long torch takes, the median over rounds.
+
+    Args:
+        new_row: Makes a library's row.
+        makers: Make a library's runs, one for each copy of the inputs.
+        errors_of: The relative errors of the first copy's results; none if they cannot be compared.
+        bound: The largest error that is allowed.
+        operations: Of one run.
+        bench: The settings.
+    """
+    rows: dict[str, Row] = {}
+    replays: dict[str, Replay] = {}
+    n_copies, n_calls = {}, {}
+    for name, make in makers.items():
+        row = rows[name] = new_row(name)
+        # Any error, such as a shape that torch._int_mm does not take, goes into the row.
+        try:
+            runs = make()
+            errors = errors_of(runs[0]())
+            if errors:
+                row.measured = {"errors": errors, "bounds": dict.fromkeys(errors, bound)}
+            wrong = [f"relative error of {name}: {error:.2g}" for name, error in errors.items() if not error <= bound]
+            if wrong:
+                row.error = notes(*wrong)
+                continue
+            n_cycles = math.ceil(CALLS / len(runs))
+            replays[name] = bench.record([Work(run) for run in runs], n_cycles)
+            n_copies[name], n_calls[name] = len(runs), n_cycles * len(runs)
+        except Exception as error:
+            row.error = notes(type(error).__name__, next(iter(str(error).splitlines()), ""))
+    times = interleave(replays, bench.rounds, bench.clock)
+    seconds = {name: [one / n_calls[name] for one in own] for name, own in times.items()}
+    for name, own in seconds.items():
+        row = rows[name]
+        timing = dataclasses.asdict(summarise(own, own, row.useful_bytes))
+        del timing["share_of_copy"]
+        timing["operations_per_second"] = operations / timing["median"]
+        if BF16 in seconds:
+            timing["over_torch"] = statistics.median(t / o for t, o in zip(seconds[BF16], own, strict=True))
+        row.measured = (row.measured or {}) | {"n_copies": n_copies[name]} | timing
+    return rows.values()
 
 
 def linear_table(rows: Sequence[Row]) -> str:

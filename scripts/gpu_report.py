@@ -6,7 +6,8 @@ Every configuration is checked against the definition in float64 before it is ti
 its row says why. Times are of CUDA graphs, so they contain no host time. The inputs are copied until they exceed the L2
 cache several times, so every call reads its inputs from memory. All implementations of a configuration, and a plain
 copy that moves as many bytes, take turns in every round. Without a GPU, nothing is measured. `gpu_linears.py` says how
-linear layers are timed: in 8 bits, plain and turned, beside torch in the same dtype.
+linear layers are timed: in 8 bits, plain and turned, beside torch in the same dtype. `gpu_blocks.py` does the same for
+an MLP, with and without rounding where rows are made.
 """
 
 from __future__ import annotations
@@ -107,10 +108,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--rows", type=at_least(1), help="rows of a tensor; by default as many as fill 64 MiB")
     parser.add_argument("--rounds", type=at_least(2), default=20, help="turns for each implementation")
     parser.add_argument("--linears", type=at_least(0), default=len(SHAPES), help="how many shapes of linear layers")
+    parser.add_argument("--blocks", type=at_least(0), help="how many shapes of MLPs; all by default")
     options = parser.parse_args(arguments)
     if not torch.cuda.is_available():
         print("this machine has no CUDA GPU: nothing was measured")
         return 0
+    import gpu_blocks  # slow, as it imports fastln
+
     device = torch.device("cuda", torch.cuda.current_device())
     origin = describe(device, sys.argv if arguments is None else arguments)
     implementations, missing = load_all()
@@ -129,6 +133,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for dtype, shape, turned in itertools.product(options.dtypes, SHAPES[: options.linears], (False, True)):
             print(f"linear {' × '.join(map(str, shape))} {dtype}{' turned' * turned}", file=sys.stderr)
             linears += measure_linear(shape, dtype, turned, bench)
+            save(options.out, origin, rows + linears)
+        for dtype, shape in itertools.product(options.dtypes, gpu_blocks.SHAPES[: options.blocks]):
+            print(f"mlp {' × '.join(map(str, shape))} {dtype}", file=sys.stderr)
+            linears += gpu_blocks.measure_mlp(shape, dtype, bench)
             save(options.out, origin, rows + linears)
     print(table(rows))
     print(f"\n{linear_table(linears)}")

@@ -1,4 +1,4 @@
-"""The operations in 8 bits in both reports: rows rounded to 8 bits, alone or by a norm, and products with a weight."""
+"""Operations in 8 bits: rows rounded to 8 bits, alone, by a norm or by an activation, and products with a weight."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from norm_cases import LAYER_NORM, LLAMA_RMS_NORM
+from norm_cases import DROPOUT, LAYER_NORM, LLAMA_RMS_NORM
 from torch import Tensor
 
-from fastln_kernels import activation_rows, int8, norm
-from fastln_kernels.reference import NormForward, NormKind
+from fastln_kernels import activation, int8, norm
+from fastln_kernels.reference import NormBackward, NormForward, NormKind
 from fastln_kernels.reference_activation import ActivationKind
 from fastln_kernels.reference_int8 import Rows8, Weight8
 
@@ -63,14 +63,41 @@ def _quantise(name: str, *, turned: bool = False, factors: bool = False) -> Case
     return Case8(name, prepare, elements=1, rows8=1)
 
 
-def _norm(name: str, kind: NormKind, *, turned: bool) -> Case8:
-    def prepare(n_rows: int, n_cols: int, dtype: torch.dtype, draw: Draw) -> Callable[[], object]:
-        weight = draw((n_cols,), torch.float32)
-        bias = draw((n_cols,), torch.float32) if kind.centre else None
-        request = NormForward(draw((n_rows, n_cols), dtype), weight, bias, kind, want_rows8=True, turned=turned)
-        return lambda: norm.norm_forward(request)
+def _norm(name: str, kind: NormKind, *, turned: bool, post: bool = False) -> Case8:
+    """Return a norm's forward; `post`: after dropout and a residual, with x_hat kept."""
 
-    return Case8(name, prepare, elements=2, rows8=1, writes_rows=True)
+    def prepare(n_rows: int, n_cols: int, dtype: torch.dtype, draw: Draw) -> Callable[[], object]:
+        x, residual = (draw((n_rows, n_cols), dtype) for _ in range(2))
+        weight = draw((n_cols,), torch.float32)
+        request = NormForward(x, weight, draw((n_cols,), torch.float32) if kind.centre else None, kind)
+        if post:
+            seed = draw((1,), torch.int64)
+            request = request._replace(residual=residual, dropout=DROPOUT, seed=seed, want_normed=True)
+        return lambda: norm.norm_forward(request, int8.rounding(x, turned=turned)[1])
+
+    return Case8(name, prepare, elements=2 + 2 * post, rows8=1, writes_rows=True)
+
+
+def _norm_backward(name: str, *, post: bool, dropout: float = 0.0) -> Case8:
+    """Return dx of LayerNorm. `post`: with all other gradients, after a residual and perhaps dropout."""
+
+    def prepare(n_rows: int, n_cols: int, dtype: torch.dtype, draw: Draw) -> Callable[[], object]:
+        dy, saved = (draw((n_rows, n_cols), dtype) for _ in range(2))
+        weight, factors = (draw((n_cols,), torch.float32) for _ in range(2))
+        seed = draw((1,), torch.int64) if dropout else None
+        request = NormBackward(
+            *(dy, saved, weight, draw((n_rows,), torch.float32), LAYER_NORM),
+            saved_is_normed=post,
+            dropout=dropout,
+            seed=seed,
+            need_dx=True,
+            need_dresidual=dropout > 0,
+            need_dweight=post,
+            need_dbias=post,
+        )
+        return lambda: norm.norm_backward(request, int8.rounding(dy, factors)[1])
+
+    return Case8(name, prepare, elements=3 + (dropout > 0), rows8=1, writes_rows=True)
 
 
 def _activation(name: str, kind: ActivationKind, *, gated: bool, backward: bool) -> Case8:
@@ -79,11 +106,23 @@ def _activation(name: str, kind: ActivationKind, *, gated: bool, backward: bool)
     def prepare(n_rows: int, n_cols: int, dtype: torch.dtype, draw: Draw) -> Callable[[], object]:
         dy, x, up = (draw((n_rows, n_cols), dtype) for _ in range(3))
         by, up_by = (draw((n_cols,), torch.float32) for _ in range(2))
-        if backward:
-            return lambda: activation_rows.backward(dy, x, up if gated else None, kind, by, up_by if gated else None)
-        return lambda: activation_rows.forward(x, up if gated else None, kind, turned=True)
+        if not backward:
+            if gated:
+                return lambda: activation.gated_forward(x, up, kind, int8.rounding(x, turned=True)[1])
+            return lambda: activation.activation_forward(x, kind, int8.rounding(x, turned=True)[1])
+        if not gated:
+            return lambda: activation.activation_backward(dy, x, kind, int8.rounding(x, by)[1])
+        return lambda: activation.gated_backward(
+            *(dy, x, up, kind),
+            need_dgate=True,
+            need_dup=True,
+            round_dgate=int8.rounding(x, by)[1],
+            round_dup=int8.rounding(x, up_by)[1],
+        )
 
-    return Case8(name, prepare, elements=1 + gated + backward, rows8=1 + (gated and backward), widths=MLP_WIDTHS)
+    results = 1 + (gated and backward)
+    elements = 1 + gated + backward + results
+    return Case8(name, prepare, elements=elements, rows8=results, writes_rows=True, widths=MLP_WIDTHS)
 
 
 def _product(name: str, *, backward: bool, turned: bool = False) -> Case8:
@@ -112,6 +151,10 @@ CASES8 = {
         _norm("int8-layer_norm-forward", LAYER_NORM, turned=False),
         _norm("int8-layer_norm-forward-turned", LAYER_NORM, turned=True),
         _norm("int8-llama_rms_norm-forward-turned", LLAMA_RMS_NORM, turned=True),
+        _norm("int8-dropout_add_layer_norm_post-forward-turned", LAYER_NORM, turned=True, post=True),
+        _norm_backward("int8-layer_norm-dx", post=False),
+        _norm_backward("int8-add_layer_norm_post-backward", post=True),
+        _norm_backward("int8-dropout_add_layer_norm_post-backward", post=True, dropout=DROPOUT),
         _activation("int8-gelu-forward-turned", "gelu", gated=False, backward=False),
         _activation("int8-gelu-backward", "gelu", gated=False, backward=True),
         _activation("int8-swiglu-forward-turned", "silu", gated=True, backward=False),

@@ -12,7 +12,7 @@ from report_rows import Row
 RATCHET_WIDTH = 8192
 BY_ROWS = (
     *("forward_kernel", "backward_kernel", "forward_wide_kernel", "backward_wide_kernel"),
-    "product_kernel",
+    *("product_kernel", "forward_rows_kernel", "backward_rows_kernel"),
 )
 LOSSES: dict[str, Callable[[dict[str, Any]], int]] = {
     "registers": lambda kernel: kernel["registers"],

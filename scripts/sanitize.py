@@ -197,13 +197,28 @@ def check_int8(kernels: Kernels, tally: Tally, n_rows: int, n_cols: int, dtype: 
     for turned in (False, True) if n_cols % 64 == 0 else (False,):
         with kernels.sanitized(tally, f"int8, {n_rows} × {n_cols} {_name(dtype)}, {turned=}"):
             x8 = int8.quantise(rows, torch.empty(n_cols), turned=turned)
-            kind = reference.NormKind(1e-6)
-            request = reference.NormForward(rows, None, None, kind, want_rows8=True, turned=turned)
-            kernels.module("norm").norm_forward(request)
-            activation = kernels.module("activation_rows")
-            for up in (None, rows):
-                activation.forward(rows, up, "gelu", turned=turned, want_y=up is None)
-                activation.backward(rows, rows, up, "gelu", torch.empty(n_cols), torch.empty(n_cols))
+            kind, norm = reference.NormKind(1e-6), kernels.module("norm")
+
+            def rounding(factors: torch.Tensor | None = None, turned: bool = False) -> Any:
+                return int8.rounding(rows, factors, turned=turned)[1]
+
+            factors = torch.empty(n_cols)
+            norm.norm_forward(reference.NormForward(rows, None, None, kind), rounding(turned=turned))
+            request = reference.NormBackward(rows, rows, factors, torch.empty(n_rows), kind, need_dx=True)
+            norm.norm_backward(request, rounding(factors))
+            norm.norm_backward(request._replace(need_dweight=True, need_dbias=True), rounding(factors))
+            activation = kernels.module("activation")
+            activation.activation_forward(rows, "gelu", rounding(turned=turned))
+            activation.gated_forward(rows, rows, "silu", rounding(turned=turned))
+            activation.activation_backward(rows, rows, "gelu", rounding(factors))
+            for need_dgate, need_dup in ((True, True), (False, True)):
+                activation.gated_backward(
+                    *(rows, rows, rows, "silu"),
+                    need_dgate=need_dgate,
+                    need_dup=need_dup,
+                    round_dgate=rounding(factors) if need_dgate else None,
+                    round_dup=rounding(factors),
+                )
             if wide:
                 continue
             weight8 = int8.Weight8(weight, torch.empty(n_cols + 1), turned, torch.empty(0), torch.empty(0))

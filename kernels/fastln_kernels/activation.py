@@ -6,10 +6,11 @@ on which Triton does not specialise. At compile time only one thing is known abo
 vectors. If so, the mask is the same for a whole vector, and accesses stay 16 bytes wide. Each kernel has two versions.
 
 Rows may have any stride (gate and up may be two halves of one tensor). Tensors with non-contiguous columns are copied.
+
+Results that are written in 8 bits too have kernels of their own, which process whole rows (`activation_rows.py`).
 """
 
 # mypy: allow-untyped-defs, disable-error-code="assignment"
-import math
 from typing import Any
 
 import torch
@@ -17,82 +18,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastln_kernels import launch, reference_activation
+from fastln_kernels import int8, launch
+from fastln_kernels.activation_rows import backward_rows_kernel, forward_rows_kernel
+from fastln_kernels.activation_values import times_slope, value
+from fastln_kernels.int8 import Rounding
 from fastln_kernels.reference_activation import ActivationKind, GatedGradients
 
-RSQRT_TWO_PI = tl.constexpr(1 / math.sqrt(2 * math.pi))
-QUICK_GELU_SLOPE = tl.constexpr(reference_activation.QUICK_GELU_SLOPE)
-GELU_TANH_SLOPE = tl.constexpr(reference_activation.GELU_TANH_SLOPE)
-GELU_TANH_CUBIC = tl.constexpr(reference_activation.GELU_TANH_CUBIC)
-
-
-@triton.jit
-def bell(x):
-    """Return `exp(-x^2 / 2)`."""
-    return tl.exp(-0.5 * x * x)
-
-
-@triton.jit
-def normal_share(x, bell_of_x):
-    """Return the normal distribution function of `x`.
-
-    At -|x| it is `exp(-x^2 / 2) p(t)` with `t = 1 / (1 + 0.285 |x|)`. This is the form of Hastings' approximation
-    7.1.26 in Abramowitz and Stegun, with p fitted to an absolute error of at most 2.8e-8 (half a rounding of 1) and a
-    relative error of at most 2.8e-4. It reuses the exponential of the backward, so it is shorter than erf.
-    """
-    # A reciprocal square root is one instruction; a division is eight.
-    root = tl.rsqrt(1 + 0.285 * tl.abs(x))
-    t = root * root
-    p = 0.3285763208304476 - 0.0957163233615396 * t
-    p = -0.14884338820886783 + p * t
-    p = 0.21038475570167567 + p * t
-    p = 0.08983254610032954 + p * t
-    p = 0.11576610817632839 + p * t
-    below = bell_of_x * (p * t)
-    return tl.where(x < 0, below, 1 - below)
-
-
-@triton.jit
-def share(x, KIND: tl.constexpr):
-    """Return the factor on `x`, from 0 to 1. If the exponential overflows, the result is 0, which is correct."""
-    if KIND == "gelu":
-        return normal_share(x, bell(x))
-    elif KIND == "gelu_tanh":
-        return tl.sigmoid(x * GELU_TANH_SLOPE * (x * x * GELU_TANH_CUBIC + 1))
-    elif KIND == "quick_gelu":
-        return tl.sigmoid(x * QUICK_GELU_SLOPE)
-    else:
-        tl.static_assert(KIND == "silu")
-        return tl.sigmoid(x)
-
-
-@triton.jit
-def value(x, KIND: tl.constexpr):
-    """Return the activation of `x`."""
-    if KIND == "relu":
-        return tl.where(x <= 0, 0.0, x)  # keeps NaN
-    else:
-        return x * share(x, KIND)
-
-
-@triton.jit
-def times_slope(dy, x, KIND: tl.constexpr):
-    """Return `dy` times the derivative of the activation at `x`."""
-    if KIND == "relu":
-        return tl.where(x <= 0, 0.0, dy)
-    else:
-        if KIND == "gelu":
-            bell_of_x = bell(x)
-            return dy * (normal_share(x, bell_of_x) + x * bell_of_x * RSQRT_TWO_PI)
-        s = share(x, KIND)
-        left = x * s * (1 - s)
-        if KIND == "gelu_tanh":
-            # Clamp the square: infinity times the 0 of `left` would be NaN.
-            square = tl.minimum(x * x, 1e30, propagate_nan=tl.PropagateNan.ALL)
-            left *= (square * (3 * GELU_TANH_CUBIC) + 1) * GELU_TANH_SLOPE
-        elif KIND == "quick_gelu":
-            left *= QUICK_GELU_SLOPE
-        return dy * (s + left)
+ROUNDED_BY = int8
+"""The module whose `rounding` these functions take."""
 
 
 @triton.jit
@@ -164,25 +97,26 @@ def backward_kernel(
         tl.store(dup_ptr + row * dup_stride + cols, dy * value(x, KIND), mask=mask)
 
 
-def activation_forward(x: Tensor, kind: ActivationKind) -> Tensor:
+def activation_forward(x: Tensor, kind: ActivationKind, rounding: Rounding | None = None) -> Tensor:
     """Apply an activation.
 
     This and the other three functions have the arguments and results of those in
-    `fastln_kernels.reference_activation`, for float32, bfloat16 and float16.
+    `fastln_kernels.reference_activation`, for float32, bfloat16 and float16. `rounding` says where the result is also
+    written in 8 bits, if anywhere.
     """
-    return _forward(x, None, kind)
+    return _forward(x, None, kind, rounding)
 
 
-def activation_backward(dy: Tensor, saved: Tensor, kind: ActivationKind) -> Tensor:
+def activation_backward(dy: Tensor, saved: Tensor, kind: ActivationKind, rounding: Rounding | None = None) -> Tensor:
     """Compute dx."""
     dx = torch.empty(dy.shape, dtype=dy.dtype, device=dy.device)
-    _launch(backward_kernel, (dy, saved, None), (dx, None), kind)
+    _backward((dy, saved, None), (dx, None), kind, (rounding, None))
     return dx
 
 
-def gated_forward(gate: Tensor, up: Tensor, kind: ActivationKind) -> Tensor:
+def gated_forward(gate: Tensor, up: Tensor, kind: ActivationKind, rounding: Rounding | None = None) -> Tensor:
     """Compute `activation(gate) * up`."""
-    return _forward(gate, up, kind)
+    return _forward(gate, up, kind, rounding)
 
 
 def gated_backward(
@@ -194,23 +128,81 @@ def gated_backward(
     need_dgate: bool = False,
     need_dup: bool = False,
     out: GatedGradients | None = None,
+    round_dgate: Rounding | None = None,
+    round_dup: Rounding | None = None,
 ) -> GatedGradients:
-    """Compute only the requested gradients. The kernel loads and stores nothing for the others."""
+    """Compute only the requested gradients. The kernel loads and stores nothing for the others.
+
+    `round_dgate` and `round_dup` say where these are also written in 8 bits, if anywhere.
+    """
     wanted = (need_dgate, need_dup)
     if out is None:
         out = GatedGradients(
             *(torch.empty(dy.shape, dtype=dy.dtype, device=dy.device) if need else None for need in wanted)
         )
     if any(wanted):
-        results = tuple(t if need else None for t, need in zip(out, wanted, strict=True))
-        _launch(backward_kernel, (dy, gate, up if need_dgate else None), results, kind)
+        dgate, dup = (t if need else None for t, need in zip(out, wanted, strict=True))
+        _backward((dy, gate, up if need_dgate else None), (dgate, dup), kind, (round_dgate, round_dup))
     return out
 
 
-def _forward(x: Tensor, up: Tensor | None, kind: ActivationKind) -> Tensor:
+def _forward(x: Tensor, up: Tensor | None, kind: ActivationKind, rounding: Rounding | None) -> Tensor:
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    _launch(forward_kernel, (x, up), (y,), kind)
+    inputs = (x, up)
+    tile = _row_tile(inputs, (rounding,))
+    if tile is None or rounding is None:
+        _launch(forward_kernel, inputs, (y,), kind)
+        _round_after((y,), (rounding,))
+    else:
+        _launch_rows(forward_rows_kernel, tile, inputs, (y, *rounding.rows), KIND=kind, TURN=rounding.turned)
     return y
+
+
+def _backward(
+    inputs: tuple[Tensor | None, ...],
+    results: tuple[Tensor | None, ...],
+    kind: ActivationKind,
+    roundings: tuple[Rounding | None, ...],
+) -> None:
+    tile = _row_tile(inputs, roundings)
+    if tile is None:
+        _launch(backward_kernel, inputs, results, kind)
+        _round_after(results, roundings)
+    else:
+        in_8_bits = [t for by in roundings for t in ((by.factors, *by.rows) if by else (None,) * 3)]
+        _launch_rows(backward_rows_kernel, tile, inputs, (*results, *in_8_bits), KIND=kind)
+
+
+def _row_tile(inputs: tuple[Tensor | None, ...], roundings: tuple[Rounding | None, ...]) -> launch.RowTile | None:
+    """Return the tile of whole rows if anything is rounded to 8 bits and the registers can hold such rows."""
+    first = inputs[0]
+    if first is None or not any(roundings) or first.numel() == 0:
+        return None
+    n_inputs = sum(t is not None for t in inputs)
+    return launch.activation_tile(first.shape[-1], first.element_size(), first.device, n_inputs=n_inputs)
+
+
+def _round_after(results: tuple[Tensor | None, ...], roundings: tuple[Rounding | None, ...]) -> None:
+    for result, rounding in zip(results, roundings, strict=True):
+        if result is not None and rounding is not None:
+            rounding.after(result.view(rounding.rows.values.shape))
+
+
+def _launch_rows(
+    kernel: Any,
+    tile: launch.RowTile,
+    inputs: tuple[Tensor | None, ...],
+    results: tuple[Tensor | None, ...],
+    **constants: Any,
+) -> None:
+    """Launch a kernel of whole rows. The results that are not in 8 bits are contiguous."""
+    rows = [None if t is None else _unit_columns(t.reshape(-1, t.shape[-1])) for t in inputs]
+    first = rows[0]
+    assert first is not None
+    (n_rows, n_cols), strides = first.shape, (0 if t is None else t.stride(0) for t in rows)
+    constants |= {"N_COLS": n_cols, **launch.row_options(tile)}
+    with launch.on_device(first.device):
+        kernel[(triton.cdiv(n_rows, tile.rows),)](*rows, *results, n_rows, *strides, **constants)
 
 
 def _launch(

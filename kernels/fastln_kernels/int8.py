@@ -10,7 +10,7 @@ Otherwise loads are narrow.
 """
 
 # mypy: allow-untyped-defs, disable-error-code="assignment"
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -24,6 +24,24 @@ from fastln_kernels.tiles import load_tile
 
 MOST_INNER = 2**17
 """The most summands of a product: sums of more could exceed 32 bits."""
+
+
+class Rounding(NamedTuple):
+    """How a kernel writes the rows that it makes in 8 bits too.
+
+    Attributes:
+        rows: Where it writes them.
+        factors: `(n_cols,)`, float32, contiguous: what they are multiplied by first. None for ones.
+        turned: Whether they are turned.
+    """
+
+    rows: Rows8
+    factors: Tensor | None
+    turned: bool
+
+    def after(self, x: Tensor) -> None:
+        """Write rows `x` `(n_rows, n_cols)` in 8 bits, by a kernel of its own: for rows too wide for the registers."""
+        quantise(x, self.factors, turned=self.turned, out=self.rows)
 
 
 @triton.jit(do_not_specialize=["n_rows"])
@@ -181,6 +199,18 @@ def quantise(x: Tensor, factors: Tensor | None = None, *, turned: bool = False, 
             options = launch.wide_quantise_options(x.element_size())
             quantise_wide_kernel[(n_rows,)](*tensors, x.stride(0), n_cols, TURN=turned, **options)
     return result
+
+
+def rounding(like: Tensor, factors: Tensor | None = None, *, turned: bool = False) -> tuple[Rows8, Rounding]:
+    """Return memory for rows in 8 bits, and what tells a kernel that makes the rows to write them there.
+
+    Args:
+        like: A tensor shaped like the rows, `(..., n_cols)`, on their device.
+        factors, turned: As for `quantise`, whose result the kernel writes bit for bit.
+    """
+    n_cols = like.shape[-1]
+    rows = empty_rows(like.numel() // max(n_cols, 1), n_cols, like.device, turned=turned)
+    return rows, Rounding(rows, None if factors is None else factors.contiguous(), turned)
 
 
 def quantise_weight(weight: Tensor, *, turned: bool = False) -> Weight8:

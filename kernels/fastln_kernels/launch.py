@@ -42,8 +42,8 @@ Programs that keep sums: 8 warps per SM.
     An H100's SM needs 15 KB in flight: 8 warps x 2 inputs x 1.5 KB = 24 KB. More programs cost more rows of partial
     sums.
 
-Prefetch of the next tile: if sums, weight and two tiles of every input take at most 200 registers; 160 after a prologue
-or if warps share a row; 40 less on AMD and Blackwell.
+Prefetch of the next tile: if sums, weight, two tiles of every input and dx, where it is rounded to 8 bits, take at most
+200 registers; 160 after a prologue or if warps share a row; 40 less on AMD and Blackwell.
     Without it no load is in flight while 8 warps compute. The limits come from compiled code: with dropout's random
     numbers, or with warps that share a row, ptxas has too few registers for the rest beyond 160.
 
@@ -199,6 +199,7 @@ def backward_tile(
     n_sums: int,
     need_rows: bool,
     prologue: bool,
+    rounds: bool = False,
 ) -> BackwardTile | None:
     """Return the backward's tile of whole rows, or None if the registers cannot hold all that is requested.
 
@@ -210,6 +211,7 @@ def backward_tile(
         n_sums: How many sums over rows (dweight, dbias) the programs keep.
         need_rows: Whether to compute gradients of rows (dx, dresidual).
         prologue: Whether dropout or a residual came before the norm.
+        rounds: Whether dx is rounded to 8 bits too.
     """
     if not n_sums:
         tile = _row_tile(n_cols, itemsize, LANES, 4, 40, 40, 24 if prologue or LANES == 64 else 32)
@@ -223,7 +225,7 @@ def backward_tile(
     if tile is None:
         return None
     elements = tile.pieces * 16 // itemsize
-    registers = elements * (n_sums + need_rows) + 2 * n_inputs * elements * itemsize // 4
+    registers = elements * (n_sums + need_rows + rounds) + 2 * n_inputs * elements * itemsize // 4
     roomy = tile.warps < _MAX_WARPS
     budget = (200 if tile.rows >= tile.warps and not prologue else 160) - (40 if tight else 0)
     return BackwardTile(

@@ -8,19 +8,19 @@ runs on one machine give the same bits.
 Rows may have any stride. Tensors with non-contiguous columns, and such weights and biases, are copied first.
 """
 
-# mypy: allow-untyped-defs
 import functools
 from collections.abc import Sequence
 from typing import Any, TypeVar
 
 import torch
 import triton
-import triton.language as tl
 from torch import Tensor
 
 from fastln_kernels import int8, launch
+from fastln_kernels.int8 import Rounding
 from fastln_kernels.norm_rows import backward_kernel, forward_kernel
-from fastln_kernels.norm_wide import backward_parameters_kernel, backward_wide_kernel, forward_wide_kernel
+from fastln_kernels.norm_sums import backward_parameters_kernel, finish_kernel
+from fastln_kernels.norm_wide import backward_wide_kernel, forward_wide_kernel
 from fastln_kernels.reference import (
     NormBackward,
     NormForward,
@@ -32,44 +32,16 @@ from fastln_kernels.reference import (
 
 TensorT = TypeVar("TensorT", Tensor, Tensor | None)
 
-
-@triton.jit(do_not_specialize=["n_partials"])
-def finish_kernel(
-    dweight_partial_ptr,
-    dbias_partial_ptr,
-    dweight_ptr,
-    dbias_ptr,
-    n_partials,
-    N_COLS: tl.constexpr,
-    ROWS: tl.constexpr,
-    COLS: tl.constexpr,
-):
-    """Add the programs' partial sums, always in the same order, and round to the gradients' dtype."""
-    cols = tl.program_id(0) * COLS + tl.arange(0, COLS)
-    in_cols = cols < N_COLS
-    dweight = tl.zeros((ROWS, COLS), tl.float32)
-    dbias = tl.zeros((ROWS, COLS), tl.float32)
-
-    for start in range(0, n_partials, ROWS):
-        rows = start + tl.arange(0, ROWS)
-        inside = (rows < n_partials)[:, None] & in_cols[None, :]
-        at = rows.to(tl.int64)[:, None] * N_COLS + cols[None, :]
-        if dweight_ptr is not None:
-            dweight += tl.load(dweight_partial_ptr + at, mask=inside, other=0.0)
-        if dbias_ptr is not None:
-            dbias += tl.load(dbias_partial_ptr + at, mask=inside, other=0.0)
-
-    if dweight_ptr is not None:
-        tl.store(dweight_ptr + cols, tl.sum(dweight, axis=0), mask=in_cols)
-    if dbias_ptr is not None:
-        tl.store(dbias_ptr + cols, tl.sum(dbias, axis=0), mask=in_cols)
+ROUNDED_BY = int8
+"""The module whose `rounding` these functions take."""
 
 
-def norm_forward(request: NormForward) -> NormOutputs:
+def norm_forward(request: NormForward, rounding: Rounding | None = None) -> NormOutputs:
     """Normalise each row of `residual + dropout(x)`, then scale and shift it.
 
     Arguments and results are those of `fastln_kernels.reference.norm_forward`, for float32, bfloat16 and float16.
-    Weight and bias may have any of these dtypes.
+    Weight and bias may have any of these dtypes. `rounding` says where the result is written in 8 bits too, if
+    anywhere.
     """
     kind, seed = request.kind, request.seed
     x, residual = _unit_columns(request.x), _unit_columns(request.residual)
@@ -81,8 +53,7 @@ def norm_forward(request: NormForward) -> NormOutputs:
     )
     assert y is not None
     rstd = torch.empty((n_rows,), dtype=torch.float32, device=x.device)
-    rows8 = int8.empty_rows(n_rows, n_cols, x.device, turned=request.turned) if request.want_rows8 else None
-    outputs = NormOutputs(y, stream, normed, rstd, rows8)
+    outputs = NormOutputs(y, stream, normed, rstd)
     if n_rows == 0:
         return outputs
     tensors = (x, residual, weight, bias, seed, y, stream, normed, rstd)
@@ -91,25 +62,26 @@ def norm_forward(request: NormForward) -> NormOutputs:
     with launch.on_device(x.device):
         prologue = residual is not None or request.dropout > 0
         where = (n_cols, x.element_size(), x.device)
-        tile = launch.forward_tile(*where, prologue=prologue, rounds=request.want_rows8)
+        tile = launch.forward_tile(*where, prologue=prologue, rounds=rounding is not None)
         if tile:
             grid = (triton.cdiv(n_rows, tile.rows),)
-            in_8_bits = rows8 or (None, None)
-            options = launch.row_options(tile) | {"TURN": request.turned}
+            in_8_bits = rounding.rows if rounding else (None, None)
+            options = launch.row_options(tile) | {"TURN": rounding is not None and rounding.turned}
             forward_kernel[grid](*tensors, *in_8_bits, *numbers, **constants, **options)
         else:
             wide = launch.wide_tile(n_cols, x.element_size(), n_inputs=1 + prologue, n_sums=0, prologue=prologue)
             grid = (min(n_rows, launch.sm_count(x.device)),)
             forward_wide_kernel[grid](*tensors, *numbers, **constants, **_wide_options(wide))
-            if rows8:
-                int8.quantise(y, turned=request.turned, out=rows8)
+            if rounding:
+                rounding.after(y)
     return outputs
 
 
-def norm_backward(request: NormBackward) -> NormGradients:
+def norm_backward(request: NormBackward, rounding: Rounding | None = None) -> NormGradients:
     """Compute only the requested gradients. The kernels load and store nothing for the others.
 
-    Arguments and results are those of `fastln_kernels.reference.norm_backward`.
+    Arguments and results are those of `fastln_kernels.reference.norm_backward`. `rounding` says where dx is written in
+    8 bits too, if anywhere.
     """
     kind, rstd = request.kind, request.rstd
     dy, saved = _unit_columns(request.dy), _unit_columns(request.saved)
@@ -129,7 +101,14 @@ def norm_backward(request: NormBackward) -> NormGradients:
     where = (n_cols, dy.element_size(), dy.device)
     n_inputs, n_sums = sum(t is not None for t in (dy, saved, dstream)), sum(need)
     prologue = dstream is not None or request.dropout > 0
-    tile = launch.backward_tile(*where, n_inputs=n_inputs, n_sums=n_sums, need_rows=need_rows, prologue=prologue)
+    tile = launch.backward_tile(
+        *where,
+        n_inputs=n_inputs,
+        n_sums=n_sums,
+        need_rows=need_rows,
+        prologue=prologue,
+        rounds=rounding is not None,
+    )
     wide = launch.wide_tile(*where[:2], n_inputs=1 + need_rows, n_sums=n_sums, prologue=prologue)
     find_mean = request.need_dweight and kind.centre and not request.saved_is_normed
     by_rows = tile is not None or need_rows or find_mean
@@ -152,11 +131,15 @@ def norm_backward(request: NormBackward) -> NormGradients:
             partials = _partials(kept, n_programs, n_cols, dy.device)
             if tile:
                 options = {"PREFETCH": tile.prefetch, **launch.row_options(tile)}
-                backward_kernel[(n_programs,)](*rows, *partials, *numbers, **constants, **of_saved, **options)
+                in_8_bits = (rounding.factors, *rounding.rows) if rounding else (None, None, None)
+                tensors = (*rows, *partials, *in_8_bits)
+                backward_kernel[(n_programs,)](*tensors, *numbers, **constants, **of_saved, **options)
             else:
                 results = (*partials, means)
                 options = _wide_options(wide)
                 backward_wide_kernel[(n_programs,)](*rows, *results, *numbers, **constants, **of_saved, **options)
+                if rounding and dx is not None:
+                    rounding.after(dx)
             finish(partials, (dweight, dbias))
         if any(apart):
             n_col_blocks = triton.cdiv(n_cols, launch.COLUMN_TILE.cols)

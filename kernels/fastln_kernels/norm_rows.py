@@ -181,6 +181,9 @@ def backward_kernel(
     dresidual_ptr,
     dweight_ptr,
     dbias_ptr,
+    factors_ptr,
+    values_ptr,
+    scale_ptr,
     n_rows,
     dy_stride,
     saved_stride,
@@ -196,7 +199,9 @@ def backward_kernel(
     SAVED_IS_NORMED: tl.constexpr,
     PREFETCH: tl.constexpr,
 ):
-    """Compute dx and dresidual of tiles of rows and, from the same loads, partial sums of dweight and dbias."""
+    """Compute dx (also in 8 bits, times factors) and dresidual of tiles of rows and, from the same loads, partial sums
+    of dweight and dbias.
+    """
     program = tl.program_id(0)
     cols = tl.arange(0, PIECE)
     dtype: tl.constexpr = dy_ptr.dtype.element_ty
@@ -322,6 +327,8 @@ def backward_kernel(
             store_tile(dresidual_ptr, dresidual, rows, in_rows, cols, N_COLS, PIECES)
         if dx_ptr is not None:
             store_tile(dx_ptr, dx, rows, in_rows, cols, N_COLS, PIECES)
+        if values_ptr is not None:
+            store_rounded(values_ptr, scale_ptr, factors_ptr, dx, rows, in_rows, cols, N_COLS, PIECES, False, dtype)
         dweight = new_dweight
         if PREFETCH:
             dy, saved, rstd, dstream = loaded

@@ -154,7 +154,7 @@ def forward_wide_kernel(
         seed = tl.load(seed_ptr)
 
     for index in range(tl.program_id(0), n_rows, tl.num_programs(0)):
-        row = tl.to_tensor(index).to(tl.int64)
+        row = tl.cast(index, tl.int64)
         pivot = tl.zeros((LANES,), tl.float32)
         differences = tl.zeros((LANES,), tl.float32)
         squares = tl.zeros((LANES,), tl.float32)
@@ -320,7 +320,7 @@ def backward_wide_kernel(
             dbias += (tl.zeros((LANES, VECTOR), tl.float32),)
 
     for index in range(tl.program_id(0), n_rows, tl.num_programs(0)):
-        row = tl.to_tensor(index).to(tl.int64)
+        row = tl.cast(index, tl.int64)
         pivot = tl.zeros((LANES,), tl.float32)
         differences = tl.zeros((LANES,), tl.float32)
         with_differences = tl.zeros((LANES,), tl.float32)
@@ -438,58 +438,3 @@ def backward_wide_kernel(
             _store(dweight_ptr, program, start, cols, dweight[start // COLS], N_COLS, FULL)
         if dbias_ptr is not None:
             _store(dbias_ptr, program, start, cols, dbias[start // COLS], N_COLS, FULL)
-
-
-@triton.jit(do_not_specialize=["n_rows"])
-def backward_parameters_kernel(
-    dy_ptr,
-    saved_ptr,
-    rstd_ptr,
-    means_ptr,
-    dweight_ptr,
-    dbias_ptr,
-    n_rows,
-    dy_stride,
-    saved_stride,
-    N_COLS: tl.constexpr,
-    ROWS: tl.constexpr,
-    COLS: tl.constexpr,
-    ROUND_NORMED: tl.constexpr,
-    SAVED_IS_NORMED: tl.constexpr,
-):
-    """Compute partial sums of dweight and dbias over some rows of some columns.
-
-    The rows' means are already known, so no sum along a row is left, and any program can take any columns.
-    """
-    program = tl.program_id(1)
-    cols = tl.program_id(0) * COLS + tl.arange(0, COLS)
-    in_cols = cols < N_COLS
-    dtype: tl.constexpr = dy_ptr.dtype.element_ty
-    dweight = tl.zeros((ROWS, COLS), tl.float32)
-    dbias = tl.zeros((ROWS, COLS), tl.float32)
-
-    for tile in range(program, tl.cdiv(n_rows, ROWS), tl.num_programs(1)):
-        rows = (tile * ROWS + tl.arange(0, ROWS)).to(tl.int64)
-        in_rows = rows < n_rows
-        inside = in_rows[:, None] & in_cols[None, :]
-        dy = tl.load(dy_ptr + rows[:, None] * dy_stride + cols[None, :], mask=inside, other=0.0).to(tl.float32)
-        if dweight_ptr is not None:
-            at = rows[:, None] * saved_stride + cols[None, :]
-            normed = tl.load(saved_ptr + at, mask=inside, other=0.0).to(tl.float32)
-            if not SAVED_IS_NORMED:
-                if means_ptr is not None:
-                    mean = tl.load(means_ptr + rows, mask=in_rows, other=0.0)
-                    residual_mean = tl.load(means_ptr + n_rows + rows, mask=in_rows, other=0.0)
-                    normed = normed - mean[:, None] - residual_mean[:, None]
-                normed *= tl.load(rstd_ptr + rows, mask=in_rows, other=0.0)[:, None]
-            if ROUND_NORMED:
-                normed = normed.to(dtype).to(tl.float32)
-            dweight += dy * normed
-        if dbias_ptr is not None:
-            dbias += dy
-
-    at = program.to(tl.int64) * N_COLS + cols
-    if dweight_ptr is not None:
-        tl.store(dweight_ptr + at, tl.sum(dweight, axis=0), mask=in_cols)
-    if dbias_ptr is not None:
-        tl.store(dbias_ptr + at, tl.sum(dbias, axis=0), mask=in_cols)

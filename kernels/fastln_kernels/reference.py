@@ -10,8 +10,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fastln_kernels.reference_int8 import Rows8, quantise
-
 
 @dataclass(frozen=True, slots=True)
 class NormKind:
@@ -43,8 +41,6 @@ class NormForward(NamedTuple):
         seed: `(1,)`, int64, the seed of dropout's random numbers; may be None without dropout.
         want_stream: Whether to return `residual + dropout(x)`. It is then rounded to the dtype of `x` before the norm.
         want_normed: Whether to return x_hat.
-        want_rows8: Whether to return y in 8 bits too.
-        turned: Whether those are turned first.
     """
 
     x: Tensor
@@ -56,8 +52,6 @@ class NormForward(NamedTuple):
     seed: Tensor | None = None
     want_stream: bool = False
     want_normed: bool = False
-    want_rows8: bool = False
-    turned: bool = False
 
 
 class NormOutputs(NamedTuple):
@@ -68,14 +62,12 @@ class NormOutputs(NamedTuple):
         stream: `residual + dropout(x)`, likewise; None if not requested.
         normed: x_hat, likewise.
         rstd: `(n_rows,)`, `1 / sqrt(variance + eps)`, in the dtype of the arithmetic.
-        rows8: `quantise(y)`, of the rounded `y`; None if not requested.
     """
 
     y: Tensor
     stream: Tensor | None
     normed: Tensor | None
     rstd: Tensor
-    rows8: Rows8 | None = None
 
 
 class NormBackward(NamedTuple):
@@ -156,8 +148,7 @@ def norm_forward(request: NormForward) -> NormOutputs:
         y = y + request.bias
     # Copies: no two results may share their memory.
     kept = normed.to(x.dtype, copy=True).contiguous() if request.want_normed else None
-    y = y.to(x.dtype).contiguous()
-    return NormOutputs(y, rounded, kept, rstd, quantise(y, turned=request.turned) if request.want_rows8 else None)
+    return NormOutputs(y.to(x.dtype).contiguous(), rounded, kept, rstd)
 
 
 def norm_backward(request: NormBackward) -> NormGradients:

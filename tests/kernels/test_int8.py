@@ -11,9 +11,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from norm_bounds import DTYPES, LAYOUTS
 
-from fastln_kernels import activation, activation_rows, int8, launch, norm
+from fastln_kernels import activation, int8, launch, norm
 from fastln_kernels import reference_int8 as reference
-from fastln_kernels.reference import NormForward, NormKind
+from fastln_kernels.reference import NormBackward, NormForward, NormKind
 from fastln_kernels.reference_int8 import LARGEST, Rows8, Weight8
 
 pytestmark = pytest.mark.usefixtures("guarded_buffers")
@@ -143,52 +143,84 @@ def test_rows_beyond_the_reach_of_32_bits(tmp_path):
     check_quantise(far)
 
 
+def into(like, factors=None, turned=False):
+    rows, rounding = int8.rounding(like, factors, turned=turned)
+    assert rows is rounding.rows
+    return rows, rounding
+
+
 @pytest.mark.filterwarnings("ignore:invalid value encountered")  # Inf - Inf, in the interpreter's numpy
 @pytest.mark.slow(take=3)
 @pytest.mark.parametrize("wide", [False, True])
 @pytest.mark.parametrize(("n_cols", "turned"), [(64, True), (100, False), (1, False)])
 @pytest.mark.parametrize("kind", [NormKind(1e-5), NormKind(1e-6, centre=False, round_normed=True)])
-def test_a_norm_also_returns_its_rounded_result_in_8_bits(kind, n_cols, turned, wide, monkeypatch):
+def test_a_norm_also_writes_its_rounded_result_in_8_bits(kind, n_cols, turned, wide, monkeypatch):
     if wide:
         monkeypatch.setattr(launch, "forward_tile", lambda *_, **__: None)
     for n_rows, dtype, weight in ((0, torch.float32, None), (5, torch.bfloat16, normal(n_cols, seed=1))):
         x = awkward(n_rows, n_cols, dtype)
         request = NormForward(x, weight, weight, kind, residual=x, want_stream=True)
-        exact = norm.norm_forward(request)
-        got = norm.norm_forward(request._replace(want_rows8=True, turned=turned))
-        torch.testing.assert_close(got[:-1], exact[:-1], rtol=0, atol=0, equal_nan=True)
-        assert exact.rows8 is None
-        assert_same(got.rows8, reference.quantise(got.y, turned=turned))
+        rows, rounding = into(x, turned=turned)
+        got = norm.norm_forward(request, rounding)
+        torch.testing.assert_close(got, norm.norm_forward(request), rtol=0, atol=0, equal_nan=True)
+        assert_same(rows, reference.quantise(got.y, turned=turned))
+
+
+@pytest.mark.filterwarnings("ignore:invalid value encountered")
+@pytest.mark.slow(take=3)
+@pytest.mark.parametrize("wide", [False, True])
+@pytest.mark.parametrize("need", [(False, False), (True, False), (True, True)], ids=["dx", "dx dweight", "all"])
+@pytest.mark.parametrize(("dropout", "normed"), [(0.0, False), (0.0, True), (0.25, True)])
+def test_a_norm_also_writes_the_gradient_of_its_input_in_8_bits(dropout, normed, need, wide, monkeypatch):
+    if wide:
+        monkeypatch.setattr(launch, "backward_tile", lambda *_, **__: None)
+    for n_rows, n_cols, dtype in ((0, 8, torch.float32), (9, 100, torch.float16), (1, 1, torch.float32)):
+        dy, saved, weight = awkward(n_rows, n_cols, dtype), normal(n_rows, n_cols, dtype=dtype), normal(n_cols, seed=1)
+        need_dresidual = dropout > 0
+        request = NormBackward(
+            *(dy, saved, weight, normal(n_rows).abs(), NormKind(1e-5), normed, None, dropout, torch.tensor([5])),
+            *(True, need_dresidual, *need),
+        )
+        rows, rounding = into(dy, weight)
+        got = norm.norm_backward(request, rounding)
+        torch.testing.assert_close(got, norm.norm_backward(request), rtol=0, atol=0, equal_nan=True)
+        assert_same(rows, reference.quantise(got.dx, weight))
 
 
 @pytest.mark.filterwarnings("ignore:overflow encountered")  # in float16, in the interpreter's numpy
 @pytest.mark.slow(take=2)
 @pytest.mark.parametrize("wide", [False, True])
 @pytest.mark.parametrize(("shape", "kind"), [((0, 5), "gelu"), ((1, 1), "silu"), ((4, 100), "gelu"), ((3, 64), "silu")])
-def test_activations_return_their_rounded_results_in_8_bits(shape, kind, wide, monkeypatch):
+def test_activations_also_write_their_results_in_8_bits(shape, kind, wide, monkeypatch):
     if wide:
         monkeypatch.setattr(launch, "activation_tile", lambda *_, **__: None)
     x, up, dy = (awkward(*shape, torch.float16, seed)[:4] for seed in range(3))
-    factors, up_factors = (normal(shape[1], seed=seed).abs() for seed in (3, 4))
-    turned = shape[1] == 64
-    for gate in (None, up):
-        y, y8 = activation_rows.forward(x, gate, kind, turned=turned, want_y=True)
-        right = activation.activation_forward(x, kind) if gate is None else activation.gated_forward(x, gate, kind)
-        torch.testing.assert_close(y, right, rtol=0, atol=0)
-        assert_same(y8, reference.quantise(y, turned=turned))
-        without, same8 = activation_rows.forward(x, gate, kind, turned=turned)
-        assert without is None
-        assert_same(same8, y8)
-    dx8, none = activation_rows.backward(dy, x, None, kind, factors)
-    assert none is None
-    assert_same(dx8, reference.quantise(activation.activation_backward(dy, x, kind), factors))
-    for got, gradient, by in zip(
-        activation_rows.backward(dy, x, up, kind, factors, up_factors),
-        activation.gated_backward(dy, x, up, kind, need_dgate=True, need_dup=True),
-        (factors, up_factors),
-        strict=True,
-    ):
-        assert_same(got, reference.quantise(gradient, by))
+    factors, turned = normal(shape[1], seed=3).abs(), shape[1] == 64
+    for function, tensors in ((activation.activation_forward, (x,)), (activation.gated_forward, (x, up))):
+        rows, rounding = into(x, turned=turned)
+        y = function(*tensors, kind, rounding)
+        torch.testing.assert_close(y, function(*tensors, kind), rtol=0, atol=0)
+        assert_same(rows, reference.quantise(y, turned=turned))
+    rows, rounding = into(x, factors)
+    dx = activation.activation_backward(dy, x, kind, rounding)
+    torch.testing.assert_close(dx, activation.activation_backward(dy, x, kind), rtol=0, atol=0)
+    assert_same(rows, reference.quantise(dx, factors))
+
+
+@pytest.mark.parametrize("rounds", [(True, True), (True, False), (False, True)], ids=str)
+@pytest.mark.parametrize("need", [(True, True), (True, False), (False, True)], ids=str)
+def test_gradients_of_a_gated_activation_are_each_written_in_8_bits_or_not(need, rounds):
+    dy, gate, up = (awkward(4, 100, seed=seed) for seed in range(3))
+    wants = [wanted and rounded for wanted, rounded in zip(need, rounds, strict=True)]
+    made = [into(dy, normal(100, seed=3 + i).abs()) if want else (None, None) for i, want in enumerate(wants)]
+    tensors = (dy, gate, up if need[0] else None)
+    options = {"need_dgate": need[0], "need_dup": need[1]}
+    exact = activation.gated_backward(*tensors, "silu", **options)
+    got = activation.gated_backward(*tensors, "silu", **options, round_dgate=made[0][1], round_dup=made[1][1])
+    torch.testing.assert_close(got, exact, rtol=0, atol=0, equal_nan=True)
+    for gradient, (rows, rounding) in zip(got, made, strict=True):
+        if rows is not None:
+            assert_same(rows, reference.quantise(gradient, rounding.factors))
 
 
 @settings(max_examples=5, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
