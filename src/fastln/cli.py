@@ -116,7 +116,8 @@ def bench(
         ),
     ] = None,
     method: Annotated[
-        list[str] | None, typer.Option(help="METHOD/ENGINE: layernorm/peft, LN-F-T/fastln, ...; repeatable.")
+        list[str] | None,
+        typer.Option(help="METHOD/ENGINE or METHOD/ENGINE/DTYPE: layernorm/peft, LN-F-T/fastln, ...; repeatable."),
     ] = None,
     batch_size: Annotated[int | None, typer.Option(min=1, help="Questions per step.")] = None,
     rounds: Annotated[int | None, typer.Option(min=1, help="Rounds per method.")] = None,

@@ -70,7 +70,7 @@ def test_shapes_need_no_data_and_others_do(tmp_path):
 def test_a_file_of_ones_own(tmp_path):
     suite = load(tmp_path, GOOD + "rounds: 7\n", steps=9)
     assert (suite.name, suite.rounds, suite.steps) == ("mine", 7, 9)
-    assert suite.contenders == [("layernorm", "torch", "exact")]
+    assert suite.contenders("float32") == [("layernorm", "torch", "exact")]
 
 
 def test_data_is_read_and_methods_are_named_as_for_training(tmp_path):
@@ -81,16 +81,25 @@ def test_data_is_read_and_methods_are_named_as_for_training(tmp_path):
         assert load(tmp_path, f"{text}skip_bad_rows: {limit}\nkeep_repeats: true\n").options == DataOptions(
             "slake", skip_bad_rows=same, keep_repeats=True
         )
-    assert suite.contenders == [("LN-F", "fastln", "exact"), ("F-T", "torch", "exact")]
+    assert suite.contenders("float32") == [("LN-F", "fastln", "exact"), ("F-T", "torch", "exact")]
     assert load(tmp_path, GOOD).options == DataOptions()
+
+
+def test_a_method_may_run_in_one_dtype_alone(tmp_path):
+    text = GOOD.replace("layernorm/torch", "full/torch, layernorm/torch/float32")
+    suite = load(tmp_path, text, dtypes=["bfloat16", "float32"])
+    assert suite.contenders("bfloat16") == [("full", "torch", "exact")]
+    assert suite.contenders("float32") == [("full", "torch", "exact"), ("layernorm", "torch", "exact")]
+    with pytest.raises(FastLNError, match=r"layernorm/torch/float32 would never run: its dtype is not one of auto"):
+        load(tmp_path, text, dtypes=["auto"])
 
 
 def test_products_are_for_engine_fastln(tmp_path, caplog):
     text = GOOD.replace("layernorm/torch", "layernorm/fastln, layernorm/torch")
     suite = load(tmp_path, text + "products: [exact, int8]\n")
     ours = [("layernorm", "fastln", "exact"), ("layernorm", "fastln", "int8")]
-    assert suite.contenders == [*ours, ("layernorm", "torch", "exact")]
-    assert load(tmp_path, text, products=["int8"]).contenders == [ours[1], ("layernorm", "torch", "exact")]
+    assert suite.contenders("float32") == [*ours, ("layernorm", "torch", "exact")]
+    assert load(tmp_path, text, products=["int8"]).contenders("float32") == [ours[1], ("layernorm", "torch", "exact")]
     assert not caplog.text
     load(tmp_path, GOOD, products=["exact", "int8"])
     assert "products has no effect, as no method runs on engine fastln" in caplog.text

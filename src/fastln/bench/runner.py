@@ -54,8 +54,9 @@ def run_suite(
     out = user_path(out)
     _refuse(out, overwrite)
     started = _now()
-    runs = len(suite.models) * len(suite.dtypes)
-    with Progress(total=runs + runs * len(suite.contenders) * suite.rounds) as progress:
+    looks = len(suite.models) * len(suite.dtypes)
+    runs = len(suite.models) * sum(len(suite.contenders(dtype)) for dtype in suite.dtypes) * suite.rounds
+    with Progress(total=looks + runs) as progress:
         settled = isolate.call(settle, suite.device, *suite.dtypes, timeout_seconds=suite.timeout_seconds)
         if isinstance(settled, Failure):
             raise FastLNError(settled.text) if settled.user_error else RuntimeError(settled.text)
@@ -127,9 +128,8 @@ class _Table:
     def __init__(self, suite: Suite, origin: dict[str, Any], path: Path):
         self.entries = [
             _Entry(Job(suite, "speed", model, dtype, method, engine, products=products))
-            for model, dtype, (method, engine, products) in itertools.product(
-                suite.models, suite.dtypes, suite.contenders
-            )
+            for model, dtype in itertools.product(suite.models, suite.dtypes)
+            for method, engine, products in suite.contenders(dtype)
         ]
         self._checked: dict[tuple[str, str], Checked] = {}
         self._origin = origin

@@ -42,7 +42,7 @@ class Suite:
 
     name: str
     models: tuple[str, ...]  # specs that `fastln.models.load_task` takes, or shapes (`fastln.models.shapes`)
-    methods: tuple[str, ...]  # "method/engine"; the method may have one code per sub-model, as in LN-F-T
+    methods: tuple[str, ...]  # "method/engine" or "method/engine/dtype"; LN-F-T has one code per sub-model
     data: str = ""  # "phantom" or a folder; shapes have random batches and need no data
     layout: str | None = None  # this and the next three: see `fastln.data.DataOptions`
     language: str | None = None
@@ -67,15 +67,20 @@ class Suite:
         """The options for reading the data."""
         return DataOptions(self.layout, self.language, self.skip_bad_rows, self.keep_repeats)
 
-    @property
-    def contenders(self) -> list[tuple[str, str, str]]:
-        """The rows of one model and dtype, as (method, engine, products)."""
-        pairs = [(method, engine) for method, _, engine in (name.partition("/") for name in self.methods)]
+    def contenders(self, dtype: str) -> list[tuple[str, str, str]]:
+        """Return the rows of one model in a dtype, as (method, engine, products)."""
         return [
             (method, engine, products)
-            for method, engine in pairs
+            for method, engine, only in map(parts_of_method, self.methods)
+            if only in ("", dtype)
             for products in (self.products if engine == "fastln" else ("exact",))
         ]
+
+
+def parts_of_method(name: str) -> tuple[str, str, str]:
+    """Split METHOD/ENGINE/DTYPE; the dtype is empty if the method runs in each."""
+    method, engine, dtype, *_ = (*name.split("/", 2), "", "")
+    return method, engine, dtype
 
 
 def load_suite(name: str | Path, overrides: Mapping[str, Any] | None = None) -> Suite:
@@ -113,7 +118,7 @@ def _tell_unused(suite: Suite, given: Mapping[str, Any], where: str) -> None:
     """Log which keys that the user gave have no effect on any model of the suite."""
     usual = Suite("", (), ())
     changed = [key for key in given if getattr(suite, key) != getattr(usual, key)]
-    if "products" in changed and not any(name.endswith("/fastln") for name in suite.methods):
+    if "products" in changed and not any(parts_of_method(name)[1] == "fastln" for name in suite.methods):
         logger.warning("%s: products has no effect, as no method runs on engine fastln", where)
     if all(is_shape(model) for model in suite.models):
         if unused := [key for key in changed if key in _OF_DATA]:
@@ -229,8 +234,9 @@ def _checked(values: dict[str, Any], where: str) -> Suite:
             parse_shape(model)
         except FastLNError as error:
             raise FastLNError(f"{where}: {error}") from None
-    _check_methods(values["methods"], where)
-    return Suite(**values)
+    suite = Suite(**values)
+    _check_methods(suite, where)
+    return suite
 
 
 _SMALLEST = {
@@ -245,15 +251,17 @@ _SMALLEST = {
 }
 
 
-def _check_methods(names: tuple[str, ...], where: str) -> None:
+def _check_methods(suite: Suite, where: str) -> None:
     from fastln.methods import METHODS, get_method, is_notation  # not at the top: it imports torch and transformers
 
     pairs = [f"{method.name}/{engine}" for method in METHODS.values() for engine in method.engines]
-    for name in names:
-        method, _, engine = name.partition("/")
+    for name in suite.methods:
+        method, engine, dtype = parts_of_method(name)
+        if dtype and dtype not in suite.dtypes:
+            raise FastLNError(f"{where}: {name} would never run: its dtype is not one of {', '.join(suite.dtypes)}")
         if is_notation(method) and engine in get_method(method)[0].engines:
             continue
-        if name not in pairs:
+        if f"{method}/{engine}" not in pairs:
             near = _nearest(name, pairs)
             raise FastLNError(
                 f"{where}: unknown method/engine {name!r}{near}: choose from {', '.join(pairs)}, or give one code per "
