@@ -65,6 +65,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--lora", action="store_true", help="also time LoRA")
     given = parser.parse_args()
+    torch.set_flush_denormal(True)  # as fastln bench does
     limits = [
         f"{name}={os.environ[name]}" for name in ("ONEDNN_MAX_CPU_ISA", "MKL_ENABLE_INSTRUCTIONS") if name in os.environ
     ]

@@ -37,6 +37,9 @@ TWICE = re.compile(
 """The families' names for layers that make queries, keys and values. In language models with outliers the weights of
 these get a second term: scores of attention are large there, so errors of queries and keys weigh more than others."""
 
+GAIN = 2.0
+"""With 8-bit units less than so many times as fast as float ones, rounding rows may cost more than products save."""
+
 MOST = 2**16
 """Sums of more products could exceed 32 bits."""
 
@@ -149,6 +152,18 @@ def _why_no_head(dtype: torch.dtype) -> str | None:
     return f"three products in 8 bits replace two, and units in 8 bits are not {HEAD_GAIN} times as fast as {name} here"
 
 
+def _describe_slow_units(model: nn.Module) -> str | None:
+    rates = units.rates()
+    dtype = next((p.dtype for p in model.parameters() if p.dtype in (torch.bfloat16, torch.float32)), torch.float32)
+    name = str(units.compute_dtype(dtype)).removeprefix("torch.")
+    if not {"int8", name} <= rates.keys() or rates["int8"] >= GAIN * rates[name]:
+        return None
+    return (
+        f"products='int8' may make steps slower here: 8-bit units reach {rates['int8'] / 1e9:.0f} GFLOP/s a thread, "
+        f"{name} ones {rates[name] / 1e9:.0f}, and rounding rows takes time; weights take a byte a parameter all the same"
+    )
+
+
 def _sizes(module: nn.Module) -> tuple[int, int]:
     """Return how many inputs and outputs a linear layer has."""
     n_cols, n_inner = module.get_parameter("weight").shape
@@ -158,13 +173,19 @@ def _sizes(module: nn.Module) -> tuple[int, int]:
 _NOT = "not in 8 bits: "
 
 
-def describe_int8(decided: Iterable[Change | Stay], settings: OpSettings, keep_weights: bool) -> str | None:
-    """Describe a setting of 8-bit products that has no effect; None if there is none."""
+def describe_int8(
+    decided: Iterable[Change | Stay],
+    settings: OpSettings,
+    keep_weights: bool,
+    model: nn.Module,
+    device: torch.device,
+) -> str | None:
+    """Describe a setting of 8-bit products that has no effect, or may make steps slower; None if there is none."""
     if settings.products != "int8":
         return "keep_weights has no effect with exact products, which replace no weight" if keep_weights else None
     decided = list(decided)
     if any(isinstance(entry, Change) and entry.stand_in in INT8_STAND_INS.values() for entry in decided):
-        return None
+        return _describe_slow_units(model) if device.type == "cpu" else None
     reasons = Counter(
         entry.why_exact if isinstance(entry, Change) else entry.reason.partition(";")[0].removeprefix(_NOT)
         for entry in decided

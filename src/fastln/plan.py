@@ -94,7 +94,7 @@ def plan(
         describe_other_norms(model, trained, scope),
         random.note,
         _describe_unused(left_out, decided),
-        describe_int8(decided, settings, keep_weights),
+        describe_int8(decided, settings, keep_weights, model, place),
     )
     parameters = dict(model.named_parameters())
     return Plan(

@@ -26,7 +26,7 @@ from fastln.errors import FastLNError
 from fastln.fingerprint import fingerprint
 from fastln.standins import int8
 from fastln.standins.part import is_stand_in
-from fastln_kernels.cpu import products
+from fastln_kernels.cpu import products, units
 
 WHY_NOT = products.why_not("int8")
 pytestmark = pytest.mark.skipif(WHY_NOT is not None, reason=str(WHY_NOT))
@@ -50,6 +50,18 @@ def gpt2(n_words=99):
 def llama(dtype=torch.float32):
     torch.manual_seed(0)
     return LlamaForCausalLM(LlamaConfig(**SIZES, vocab_size=99)).to(dtype)
+
+
+def test_units_that_are_little_faster_are_told(monkeypatch):
+    monkeypatch.setattr(units, "rates", lambda: {"float32": 1.1e12, "bfloat16": 1.4e12, "int8": 1.8e12})
+    (note,) = fastln.plan(bert(), products="int8").notes
+    assert note.startswith("products='int8' may make steps slower here: 8-bit units reach 1800 GFLOP/s a thread, ")
+    assert "float32 ones 1100, and" in note
+    monkeypatch.setattr(units, "rates", lambda: {"float32": 0.9e12, "bfloat16": 1.4e12, "int8": 1.8e12})
+    assert fastln.plan(bert(), products="int8").notes == ()
+    monkeypatch.setenv(units.VARIABLE, "bfloat16")
+    (note,) = fastln.plan(bert(torch.bfloat16), products="int8").notes
+    assert "bfloat16 ones 1400" in note
 
 
 def batch():
