@@ -160,7 +160,7 @@ def _describe_slow_units(model: nn.Module) -> str | None:
         return None
     return (
         f"products='int8' may make steps slower here: 8-bit units reach {rates['int8'] / 1e9:.0f} GFLOP/s a thread, "
-        f"{name} ones {rates[name] / 1e9:.0f}, and rounding rows takes time; weights take a byte a parameter all the same"
+        f"{name} ones {rates[name] / 1e9:.0f}, and rounding rows takes time; weights take a byte each"
     )
 
 
