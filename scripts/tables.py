@@ -76,8 +76,9 @@ def cpu_summary() -> str:
     lines = [_row(*columns, "peak MiB: fastln, peft's norms, LoRA"), "|---|---|" + "---:|" * 4]
     for ours, norms, lora in _triples("cpu"):
         peaks = ", ".join(_mib(row.peak_memory_bytes) for row in (ours, norms, lora))
-        cells = (MODELS.get(ours.model, ours.model), PRODUCTS[ours.products], f"{ours.step_seconds:#.3g}")
-        lines.append(_row(*cells, _times(ours, norms), _times(ours, lora), peaks))
+        cells = (MODELS.get(ours.model, ours.model), PRODUCTS[ours.products])
+        seconds = f"{ours.step_seconds:#.3g}, {DTYPES[ours.dtype]}"
+        lines.append(_row(*cells, seconds, _times(ours, norms), _times(ours, lora), peaks))
     return f"{_measured_rows(read_rows(RESULTS / 'cpu.json'))}\n\n" + "\n".join(lines)
 
 
