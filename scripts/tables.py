@@ -71,14 +71,21 @@ def cpu(file: str = "cpu") -> str:
 
 
 def cpu_summary() -> str:
-    """Return the suite `cpu` for README."""
-    columns = ("model", "products", "step s of fastln", "norm tuning by peft takes", "LoRA by peft takes")
-    lines = [_row(*columns, "peak MiB: fastln, peft's norms, LoRA"), "|---|---|" + "---:|" * 4]
+    """Return the suite `cpu` for README: a line for each model."""
+    takes = ("norm tuning by peft takes", "LoRA by peft takes")
+    lines = [
+        _row("model", "exact step s", takes[0], "8-bit step s", *takes, "peak MiB: exact, 8 bits, peft's norms, LoRA"),
+        "|---|" + "---:|" * 6,
+    ]
+    of_model: dict[str, dict[str, tuple[Row, Row, Row]]] = defaultdict(dict)
     for ours, norms, lora in _triples("cpu"):
-        peaks = ", ".join(_mib(row.peak_memory_bytes) for row in (ours, norms, lora))
-        cells = (MODELS.get(ours.model, ours.model), PRODUCTS[ours.products])
-        seconds = f"{ours.step_seconds:#.3g}, {DTYPES[ours.dtype]}"
-        lines.append(_row(*cells, seconds, _times(ours, norms), _times(ours, lora), peaks))
+        of_model[ours.model][ours.products] = (ours, norms, lora)
+    for model, found in of_model.items():
+        (exact, norms, lora), (int8, *_) = found["exact"], found["int8"]
+        steps = [f"{row.step_seconds:#.3g}, {DTYPES[row.dtype]}" for row in (exact, int8)]
+        peaks = ", ".join(_mib(row.peak_memory_bytes) for row in (exact, int8, norms, lora))
+        ratios = (_times(int8, norms), _times(int8, lora))
+        lines.append(_row(MODELS.get(model, model), steps[0], _times(exact, norms), steps[1], *ratios, peaks))
     return f"{_measured_rows(read_rows(RESULTS / 'cpu.json'))}\n\n" + "\n".join(lines)
 
 

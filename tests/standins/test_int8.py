@@ -57,7 +57,7 @@ def test_units_that_are_little_faster_are_told(monkeypatch):
     (note,) = fastln.plan(bert(), products="int8").notes
     assert note.startswith("products='int8' may make steps slower here: 8-bit units reach 1800 GFLOP/s a thread, ")
     assert "float32 ones 1100, and" in note
-    monkeypatch.setattr(units, "rates", lambda: {"float32": 0.9e12, "bfloat16": 1.4e12, "int8": 1.8e12})
+    monkeypatch.setattr(units, "rates", lambda: {"float32": 0.7e12, "bfloat16": 1.4e12, "int8": 1.8e12})
     assert fastln.plan(bert(), products="int8").notes == ()
     monkeypatch.setenv(units.VARIABLE, "bfloat16")
     (note,) = fastln.plan(bert(torch.bfloat16), products="int8").notes
@@ -102,7 +102,6 @@ def test_the_plan_says_what_is_rounded_and_why_others_are_not():
     assert "products int8" in table
     layers = [change.products for change in plan.changes if change.stand_in == "int8_conv1d"]
     assert layers == ["int8, twice, turned", *["int8, turned"] * 3] * 2  # c_attn first
-    assert all(change.products != "int8" for change in plan.changes if change.kind == "attention" and WHY_NOT)
     model = bert()
     model.bert.encoder.layer[0].attention.self.key.weight = model.bert.encoder.layer[1].attention.self.key.weight
     plan = fastln.plan(model, products="int8")

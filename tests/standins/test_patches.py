@@ -72,19 +72,36 @@ def test_pixels_get_their_gradient_too(float32_units):
 
 
 @compiled
-def test_other_dtypes_run_stock_code_and_autocast_does_not(float32_units, monkeypatch):
+def test_float32_and_autocast_run_as_linear_layers_too(float32_units, monkeypatch):
     model = Model(conv(), torch.float32)
     x = torch.randn(2, 3, 16, 16)
     want = model.patches(x)
     put(model)
-    assert torch.equal(model.patches(x), want)
-    calls = []
-    monkeypatch.setattr(nn.Conv2d, "forward", lambda *_: calls.append(1))
+    monkeypatch.setattr(nn.Conv2d, "forward", None)
+    torch.testing.assert_close(model.patches(x), want, rtol=1e-5, atol=1e-5)
     with torch.autocast("cpu", torch.bfloat16):
         got = model.patches(x)
-    assert not calls
     assert got.dtype == torch.bfloat16
     torch.testing.assert_close(got.float(), want, rtol=0.05, atol=0.05)
+
+
+@compiled
+def test_an_image_smaller_than_a_patch_is_stock_s_error(float32_units):
+    model = Model(conv())
+    put(model)
+    with pytest.raises(RuntimeError, match="Kernel size can't be greater than actual input size"):
+        model.patches(torch.randn(1, 3, 3, 16).bfloat16())
+
+
+@compiled
+def test_patches_of_14_pixels_run_in_the_kernel(float32_units, monkeypatch):
+    model = Model(conv(kernel=14))
+    x = torch.randn(8, 3, 28, 28).bfloat16()
+    want = model.patches.double()(x.double())
+    model.patches.bfloat16()
+    put(model)
+    monkeypatch.setattr(torch.nn.functional, "linear", None)  # torch's own
+    torch.testing.assert_close(model.patches(x).double(), want, rtol=0.05, atol=0.05)
 
 
 @compiled
@@ -117,7 +134,7 @@ def test_plain_pytorch_has_no_patches(monkeypatch):
 
 @pytest.mark.parametrize(
     "given",
-    [{"stride": 2}, {"padding": 1}, {"dilation": 2}, {"groups": 2, "channels": 4}, {"kernel": 1}],
+    [{"stride": 2}, {"padding": 1}, {"dilation": 2}, {"groups": 2, "channels": 4}, {"kernel": 1}, {"channels": 64}],
     ids=lambda given: next(iter(given)),
 )
 def test_other_convolutions_are_no_patch_embeddings(given):

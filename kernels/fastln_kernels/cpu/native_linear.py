@@ -11,7 +11,9 @@ from torch import Tensor
 from fastln_kernels.cpu import products, units
 from fastln_kernels.cpu.library import DTYPES
 
-_MULTIPLE = 16  # the length of a weight's rows must be a multiple of this
+MULTIPLE = 16
+"""The kernel takes weights whose rows are a multiple of this long."""
+
 _ROW_DTYPES = (torch.float32, torch.bfloat16)
 _ROWS = 32  # with fewer rows, packing the weight does not pay
 
@@ -44,9 +46,9 @@ def has_own(x: Tensor, weight: Tensor, bias: Tensor | None, *, transpose: bool =
     n_cols, n_inner = weight.shape if transpose else reversed(weight.shape)
     return (
         x.shape[-1] == n_inner
-        and min(n_inner, n_cols) >= _MULTIPLE
-        and weight.shape[1] % _MULTIPLE == 0
-        and (weight.shape[0] % _MULTIPLE == 0 or units.compute_dtype(x.dtype) != x.dtype)  # else torch is as fast
+        and min(n_inner, n_cols) >= MULTIPLE
+        and weight.shape[1] % MULTIPLE == 0
+        and (weight.shape[0] % MULTIPLE == 0 or units.compute_dtype(x.dtype) != x.dtype)  # else torch is as fast
         and x.numel() >= _ROWS * n_inner
         and weight.dtype in (x.dtype, torch.float32)
         and weight.is_contiguous()

@@ -10,6 +10,8 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, TypeVar
 
+import torch
+
 from fastln.bench.results import Failure
 from fastln.errors import FastLNError
 
@@ -62,6 +64,8 @@ def _child(sender: Connection, log: Path, function: Callable[..., Any], argument
     with log.open("w", encoding="utf-8") as stream:
         os.dup2(stream.fileno(), 1)
         os.dup2(stream.fileno(), 2)
+    # Gradients of random weights vanish in some models, and subnormal numbers take processors a hundred times as long.
+    torch.set_flush_denormal(True)
     try:
         answer = function(*arguments)
     except FastLNError as error:

@@ -32,8 +32,6 @@ def work(job: Job) -> Checked | Steps | Quality:
         FastLNError: If the data, the model or the method cannot be loaded, there are too few questions for a batch, or
             an image cannot be read.
     """
-    # Gradients of random weights vanish in some models, and subnormal numbers take processors a hundred times as long.
-    torch.set_flush_denormal(True)
     options: dict[str, Any] = {
         "dtype": getattr(torch, job.dtype),
         "seed": job.suite.seed,

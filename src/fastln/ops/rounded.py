@@ -182,7 +182,9 @@ def _teach(x: Tensor, form: Form) -> None:
     if x.is_contiguous():
         node, output_nr = _behind((x.grad_fn, x.output_nr), _VIEWED)
         reader = getattr(getattr(node, "arguments", None), "reader", None)
-        if reader is not None and reader.form is None and output_nr == 0:
+        if reader is None or output_nr != 0:
+            return
+        if reader.form is None or reader.form.kernels is not form.kernels:  # those of another dtype or device
             reader.form = form
 
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
+from torch.nn import functional
 
 from fastln import ops
 from fastln.standins.part import StandIn, form
+from fastln_kernels.cpu.native_linear import MULTIPLE
 
 
 @form
@@ -38,7 +39,7 @@ class Patches(StandIn):
     """A convolution whose patches do not overlap, with a frozen weight: a linear layer of the patches.
 
     Where bfloat16 numbers are multiplied in units for float32, `fastln.ops.linear` does so, and torch's convolutions do
-    not. In other dtypes the stock code runs.
+    not.
     """
 
     weight: Tensor
@@ -47,18 +48,16 @@ class Patches(StandIn):
 
     def forward(self, input: Tensor) -> Tensor:
         """Return what the stock module returns for `input` (batch, channels, *sizes)."""
-        n = len(self.kernel_size)
-        if self._dtype_of(input) != torch.bfloat16 or input.ndim != n + 2:
+        n, widths = len(self.kernel_size), self.kernel_size
+        counts = [size // width for size, width in zip(input.shape[2:], widths, strict=False)]
+        if input.ndim != n + 2 or not all(counts):
             return super().forward(input)
-        counts = [size // width for size, width in zip(input.shape[2:], self.kernel_size, strict=True)]
         inside = input
-        for dim, (count, width) in enumerate(zip(counts, self.kernel_size, strict=True), start=2):
+        for dim, (count, width) in enumerate(zip(counts, widths, strict=True), start=2):
             inside = inside.narrow(dim, 0, count * width)  # without the rest, as convolutions leave it out
-        split = [size for pair in zip(counts, self.kernel_size, strict=True) for size in pair]
+        split = [size for pair in zip(counts, widths, strict=True) for size in pair]
         places, pixels = range(2, 2 + 2 * n, 2), range(3, 3 + 2 * n, 2)
         patches = inside.reshape(*input.shape[:2], *split).permute(0, *places, 1, *pixels).flatten(n + 1)
-        return ops.linear(patches, self.weight.flatten(1), self.bias, settings=self._fastln.settings).movedim(-1, 1)
-
-    def _dtype_of(self, input: Tensor) -> torch.dtype:
-        autocasts = torch.is_autocast_enabled(input.device.type)
-        return torch.get_autocast_dtype(input.device.type) if autocasts else input.dtype
+        rest = (0, -patches.shape[-1] % MULTIPLE)  # zeros: patches of 14 pixels have 588 columns
+        weight = functional.pad(self.weight.flatten(1), rest)
+        return ops.linear(functional.pad(patches, rest), weight, self.bias, settings=self._fastln.settings).movedim(-1, 1)
