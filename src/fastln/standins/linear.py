@@ -59,5 +59,5 @@ class Patches(StandIn):
         places, pixels = range(2, 2 + 2 * n, 2), range(3, 3 + 2 * n, 2)
         patches = inside.reshape(*input.shape[:2], *split).permute(0, *places, 1, *pixels).flatten(n + 1)
         rest = (0, -patches.shape[-1] % MULTIPLE)  # zeros: patches of 14 pixels have 588 columns
-        weight = functional.pad(self.weight.flatten(1), rest)
-        return ops.linear(functional.pad(patches, rest), weight, self.bias, settings=self._fastln.settings).movedim(-1, 1)
+        patches, weight = functional.pad(patches, rest), functional.pad(self.weight.flatten(1), rest)
+        return ops.linear(patches, weight, self.bias, settings=self._fastln.settings).movedim(-1, 1)
