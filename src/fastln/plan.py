@@ -212,6 +212,8 @@ class _Decider:
                 return self._norm(entry)
             case "attention":
                 return self._attention(entry)
+            case "rotary":
+                return self._on_cpus("rotary", entry)
             case "linear" | "conv1d":
                 return self._linear(entry)
             case "patches":
@@ -288,10 +290,14 @@ class _Decider:
         return "late_logits" not in self._without and self._settings.backend != "reference"
 
     def _attention(self, entry: Found) -> Change | Stay:
-        choice = resolve("attention", self._device, self._settings)
+        return self._on_cpus("attention", entry, ViewSpec(NAME))
+
+    def _on_cpus(self, op: str, entry: Found, detail: Any = None) -> Change | Stay:
+        """Change a module whose operation has kernels for CPUs alone."""
+        choice = resolve(op, self._device, self._settings)
         if choice.backend != "cpu":
             return Stay(entry.name, entry.label, entry.obstacle or choice.reason)
-        return self._known(entry, ViewSpec(NAME))
+        return self._known(entry, detail)
 
     def _flash_attention(self, found: list[Found]) -> list[Change | Stay]:
         if self._device.type != "cuda" or self._settings.backend == "reference":

@@ -28,6 +28,7 @@ from fastln.standins.model_dtype import OwnDtype
 from fastln.standins.norm import Float32Parameters, LayerNorm, Norm, StockNorm, in_own_dtype
 from fastln.standins.part import ClassChange, StandIn, Undo, stand_in
 from fastln.standins.post_norm import DenseDropoutAddNorm
+from fastln.standins.rotary import Rotary
 from fastln.standins.training_steps import NoCache, NoReentry
 
 
@@ -230,6 +231,7 @@ STAND_INS: dict[str, Row] = {
     "attention": Row("attention", "fastln", _ATTENTION, True, _FASTER, _attention),
     "blip_attention": Row("attention", "fastln", _ATTENTION, True, _FASTER, _swap(BlipAttention)),
     "blip_text_attention": Row("attention", "fastln", _ATTENTION, True, _FASTER, _swap(BlipTextSelfAttention)),
+    "rotary": Row("rotary", "fastln", "cosines and sines", False, "one pass in place of five", _swap(Rotary)),
     "lm_head": Row(
         "late_logits", "computed late", "rows with a label", True, "most logits are never read", _swap(LMHead)
     ),
