@@ -7,7 +7,7 @@ from collections.abc import Callable
 from types import FunctionType
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from fastln import ops
 from fastln.ops import OpSettings
@@ -26,16 +26,15 @@ class Rotary(StandIn):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Return what the stock module returns."""
         part = self._fastln
-        return _forward_of(part.stock, part.kind, part.settings)(self, *args, **kwargs)
+        return _forward_of(part.stock.forward, part.kind, part.settings)(self, *args, **kwargs)
 
 
 @functools.cache
-def _forward_of(stock: type[nn.Module], name: str, settings: OpSettings) -> Callable[..., Any]:
-    """Return the forward of a class as a copy that finds another function under one global name.
+def _forward_of(forward: Callable[..., Any], name: str, settings: OpSettings) -> Callable[..., Any]:
+    """Return a copy of a class's forward that finds another function under one global name.
 
     The module that defines the class does not change: other models use it, too.
     """
-    forward = stock.forward
     assert isinstance(forward, FunctionType)
     names = dict(forward.__globals__)
     names[name] = _turning(names[name], settings)
