@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from transformers import (
     BertConfig,
     BertForSequenceClassification,
+    BertLMHeadModel,
     BlipConfig,
     BlipForQuestionAnswering,
     GPT2Config,
@@ -303,6 +304,17 @@ def test_biases_may_train_and_matrices_that_do_stay_exact():
     kinds = {change.name: change.products for change in plan.changes}
     assert kinds["bert.encoder.layer.1.output.dense"] == "int8"
     assert "bert.encoder.layer.0.output.dense" not in kinds
+
+
+def test_a_head_whose_bias_trains_stays_exact_in_the_plan_too(monkeypatch):
+    monkeypatch.setattr(int8_rules, "HEAD_GAIN", 0)
+    torch.manual_seed(0)
+    model = BertLMHeadModel(BertConfig(**SIZES, vocab_size=200, is_decoder=True))
+    found = []
+    for method in ("LN", "bitfit"):
+        (head,) = (c for c in fastln.plan(model, method, products="int8").changes if c.kind == "lm_head")
+        found.append((head.products, head.why_exact))
+    assert found == [("int8, turned", None), ("exact", "it trains")]
 
 
 def test_checkpointing_accumulation_and_late_rows_change_no_bit():

@@ -77,12 +77,8 @@ class _Int8(StandIn):
         return held.dtype
 
     def _compute(self, x: Tensor) -> Tensor:
-        bias = self.bias
-        trains = bias is not None and bias.requires_grad
         held: _Held = self.__dict__[WEIGHT]
-        given = None if trains else bias
-        y = ops.int8_linear(x, weight_of(self), given, rest=held.rest, settings=self._fastln.settings)
-        return y if bias is None or not trains else y + bias.to(y.dtype)
+        return ops.int8_linear(x, weight_of(self), self.bias, rest=held.rest, settings=self._fastln.settings)
 
     def check_originals(self) -> None:
         """Raise a `FastLNError` if the 8-bit weight is not the one that was made from the original."""
