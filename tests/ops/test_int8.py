@@ -114,7 +114,7 @@ def test_a_bias_that_does_not_fit_is_refused(bias):
         ops.int8_linear(x, weight, bias)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", [*BACKENDS, "triton"])
 @pytest.mark.parametrize("turned", [False, True])
 def test_a_second_term_takes_the_weight_s_error_out_of_the_result_alone(turned, backend, rounded):
     torch.manual_seed(0)
