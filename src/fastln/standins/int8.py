@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -73,6 +75,7 @@ class _Int8(StandIn):
     @property
     def compute_dtype(self) -> torch.dtype:
         """The dtype of the original weight, in which peft makes the layers that it puts beside this one."""
+        _warn_unmergeable()
         held: _Held = self.__dict__[WEIGHT]
         return held.dtype
 
@@ -276,6 +279,28 @@ def _warn_rounded() -> None:
             "state_dict() of a model with products='int8' has weights that were rounded to 8 bits: they are close to "
             "the original ones, not equal (fastln.save_adapter() stores only what trains; keep_weights=True keeps them)"
         )
+
+
+def _warn_unmergeable() -> None:
+    if "peft" not in _told:
+        _told.add("peft")
+        logger.warning(
+            "layers that peft puts beside weights in 8 bits cannot become part of these: merge_and_unload() and "
+            "merge_adapter() of peft fail, or round away what was learned (safe_merge=True); save the adapter, and "
+            "merge it into the base"
+        )
+
+
+@contextmanager
+def merges_are_refused() -> Iterator[None]:
+    """While peft puts layers into a model that refuse to be merged, say nothing about that beforehand."""
+    was_told = "peft" in _told
+    _told.add("peft")
+    try:
+        yield
+    finally:
+        if not was_told:
+            _told.remove("peft")
 
 
 @dataclass
