@@ -328,9 +328,9 @@ class _Decider:
     def _head(self, entry: Found) -> Change | Stay:
         if self._settings.backend == "reference":
             return Stay(entry.name, entry.label, entry.obstacle or "backend 'reference' is plain PyTorch")
-        weight = getattr(self._modules[entry.name], "weight", None)
+        own = self._modules[entry.name].parameters(recurse=False)
         spec = None
-        if self._int8 is not None and entry.obstacle is None and id(weight) not in self._trained:
+        if self._int8 is not None and entry.obstacle is None and not any(id(p) in self._trained for p in own):
             spec = self._int8.of(entry.name, is_head=True)
         return self._known(entry, spec if isinstance(spec, Int8Spec) else None)
 

@@ -1,8 +1,9 @@
 """Frozen linear layers in 8 bits: the operators and the autograd formula.
 
 Nothing is kept for backward but the weight, which exists anyway. The gradient of `x` is a product with the same 8-bit
-weight. Rows may be at hand in 8 bits (`fastln.ops.rounded`): because another layer has rounded them, as queries, keys
-and values come from the same rows, or because the kernel that made them did.
+weight, and that of a bias that trains is the sum of the rows of `dy`, before they are rounded. Rows may be at hand in 8
+bits (`fastln.ops.rounded`): because another layer has rounded them, as queries, keys and values come from the same
+rows, or because the kernel that made them did.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from torch import Tensor
 from fastln.errors import FastLNError
 from fastln.ops.backends import implementation
 from fastln.ops.dispatch import Ways, define, is_transformed, needs_operator, overridable, wants_gradient
+from fastln.ops.linear import bias_gradient
 from fastln.ops.rounded import Form, gradient_rows, input_rows
 from fastln.ops.settings import DEFAULT, SCHEMA, OpSettings
 from fastln_kernels.reference_int8 import Weight8
@@ -67,7 +69,7 @@ def int8_linear(
     Args:
         x: `(..., n_inner)`, of a floating dtype.
         weight: `(n_cols, n_inner)`.
-        bias: `(n_cols,)`, frozen, of a floating dtype, that of `x` or not, or None. It is added in float32.
+        bias: `(n_cols,)`, frozen or trained, of a floating dtype, that of `x` or not, or None. It is added in float32.
         rest: The weight's second term: what rounding left over, in 8 bits. Its product with the same rows is added to
             the result, which is then rounded once more. The gradient does without it.
         settings: Which backend computes.
@@ -98,7 +100,7 @@ def _one_product(x: Tensor, weight: Weight8, bias: Tensor | None, settings: OpSe
     tensors = (x, weight.values.contiguous(), weight.scale, weight.row_sums, weight.col_sums, bias)
     if needs_operator(*tensors):
         return _WAYS.operator(*tensors, *arguments.flat)
-    if wants_gradient(x):
+    if wants_gradient(x, bias):
         return _WAYS.function.apply(*tensors, arguments)
     return _linear(*tensors, arguments)
 
@@ -171,7 +173,8 @@ def _fake_linear_backward(
     return dy.new_empty((*dy.shape[:-1], values.shape[1]), dtype=arguments.dtype)
 
 
-def _keep(ctx: Any, x: Tensor, weight: tuple[Tensor, ...], arguments: _Arguments) -> None:
+def _keep(ctx: Any, x: Tensor, weight: tuple[Tensor, ...], bias: Tensor | None, arguments: _Arguments) -> None:
+    ctx.bias_dtype = None if bias is None else bias.dtype
     ctx.save_for_backward(*weight)
     ctx.arguments = arguments._replace(dtype=x.dtype)
     ctx.set_materialize_grads(False)
@@ -185,11 +188,12 @@ def _refuse_second_derivative() -> None:
 class _EagerInt8Linear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *inputs: Any) -> Tensor:
-        x, *weight, _, arguments = inputs
-        _keep(ctx, x, tuple(weight), arguments)
-        # The scale is the layer's own, which lives anyway.
-        kernels, scale = implementation("int8_linear", x, arguments.settings), weight[1]
-        ctx.takes = Form(kernels, len(scale), factors=scale)
+        x, *weight, bias, arguments = inputs
+        _keep(ctx, x, tuple(weight), bias, arguments)
+        if ctx.needs_input_grad[0]:
+            # The scale is the layer's own, which lives anyway.
+            kernels, scale = implementation("int8_linear", x, arguments.settings), weight[1]
+            ctx.takes = Form(kernels, len(scale), factors=scale)
         return _linear(*inputs)
 
     @staticmethod
@@ -198,14 +202,20 @@ class _EagerInt8Linear(torch.autograd.Function):
         if dy is None:
             return (None,) * 7
         _refuse_second_derivative()
-        values, scale, row_sums, col_sums = ctx.saved_tensors
-        dx = _linear_backward(dy, values, scale, row_sums, col_sums, ctx.arguments, ctx.takes)
-        return dx, *(None,) * 6
+        dx = None
+        if ctx.needs_input_grad[0]:
+            values, scale, row_sums, col_sums = ctx.saved_tensors
+            dx = _linear_backward(dy, values, scale, row_sums, col_sums, ctx.arguments, ctx.takes)
+        return dx, *(None,) * 4, _dbias(ctx, dy), None
+
+
+def _dbias(ctx: Any, dy: Tensor) -> Tensor | None:
+    return bias_gradient(dy, ctx.bias_dtype) if ctx.needs_input_grad[5] else None
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x, values, scale, row_sums, col_sums, _, *flat = inputs
-    _keep(ctx, x, (values, scale, row_sums, col_sums), _Arguments.of(*flat))
+    x, values, scale, row_sums, col_sums, bias, *flat = inputs
+    _keep(ctx, x, (values, scale, row_sums, col_sums), bias, _Arguments.of(*flat))
 
 
 def _operator_gradients(ctx: Any, dy: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -213,8 +223,10 @@ def _operator_gradients(ctx: Any, dy: Tensor | None) -> tuple[Tensor | None, ...
     if dy is None:
         return (None,) * (6 + len(flat))
     _refuse_second_derivative()
-    dx = torch.ops.fastln.int8_linear_backward(dy, *ctx.saved_tensors, *flat)
-    return dx, *(None,) * (5 + len(flat))
+    dx = None
+    if ctx.needs_input_grad[0]:
+        dx = torch.ops.fastln.int8_linear_backward(dy, *ctx.saved_tensors, *flat)
+    return dx, *(None,) * 4, _dbias(ctx, dy), *(None,) * len(flat)
 
 
 _WEIGHT = "Tensor values, Tensor scale, Tensor row_sums, Tensor col_sums"
