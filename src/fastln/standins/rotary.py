@@ -19,6 +19,9 @@ from fastln.standins.part import StandIn, form
 
 logger = logging.getLogger(__name__)
 
+_BY_DEFAULT = {"unsqueeze_dim": 1}
+"""What some models (ModernBERT) pass though it is the default of all these functions: heads come before tokens."""
+
 
 @form
 class Rotary(StandIn):
@@ -85,7 +88,8 @@ def _turning(stock: Callable[..., Any], owner: str, settings: OpSettings) -> Cal
     """Return a function that turns queries and keys as `stock` does, and leaves to it what fastln's does not take."""
 
     def turn(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *args: Any, **kwargs: Any) -> Any:
-        reason = "it passes other arguments, too" if args or kwargs else why_not(q, cos, sin) or why_not(k, cos, sin)
+        known = not args and kwargs in ({}, _BY_DEFAULT)
+        reason = why_not(q, cos, sin) or why_not(k, cos, sin) if known else "it passes other arguments, too"
         if reason is not None:
             if not torch.compiler.is_compiling():
                 _tell(owner, reason)
