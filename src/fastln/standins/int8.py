@@ -234,7 +234,7 @@ def put(module: nn.Module, weight: Tensor, spec: Int8Spec, *, settings: OpSettin
     made: Weight8 = rounds(laid_out, turned=spec.turned)
     rest = None
     if spec.twice:
-        rest = rounds(reference_int8.left_over(laid_out, made), turned=False)._replace(turned=spec.turned)
+        rest = reference_int8.second_term(laid_out, made, rounds)
     values = nn.Parameter(made.values.t() if transposed else made.values, requires_grad=False)
     kept = None
     if spec.keep:
@@ -252,9 +252,9 @@ def _check_sums(weight: Weight8) -> None:
     values = gathered(weight.values)
     if values.is_meta:
         return
-    for dim, sums in ((1, weight.row_sums), (0, weight.col_sums)):
-        if not torch.equal(values.sum(dim, dtype=torch.int32), sums):
-            raise FastLNError(_CHANGED)
+    row_sums, col_sums = reference_int8.sums_of(values)
+    if not (torch.equal(row_sums, weight.row_sums) and torch.equal(col_sums, weight.col_sums)):
+        raise FastLNError(_CHANGED)
 
 
 _CHANGED = (
