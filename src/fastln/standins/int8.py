@@ -84,6 +84,13 @@ class _Int8(StandIn):
         y = ops.int8_linear(x, weight_of(self), given, rest=held.rest, settings=self._fastln.settings)
         return y if bias is None or not trains else y + bias.to(y.dtype)
 
+    def tensors_beside(self) -> list[Tensor]:
+        """Return the scales and sums, the second term, what is remembered of the original, and itself if it is kept."""
+        held: _Held = self.__dict__[WEIGHT]
+        parts = [held.scale, held.row_sums, held.col_sums, held.kept, *(held.rest or ())]
+        parts += [original.samples for original in self.__dict__[ATTRIBUTE].values()]
+        return [part for part in parts if isinstance(part, Tensor)]
+
     def check_originals(self) -> None:
         """Raise a `FastLNError` if the 8-bit weight is not the one that was made from the original."""
         held: _Held = self.__dict__[WEIGHT]
