@@ -36,6 +36,7 @@ from fastln.standins.int8 import Int8Spec, Int8Weight
 from fastln.standins.part import is_stand_in
 from fastln.standins.table import STAND_INS, Place
 from fastln.standins.tricks import TRICKS
+from fastln.standins.values import add_checks
 from fastln.state import STATE, Prepared, prepared
 from fastln_kernels.cpu import units
 
@@ -148,6 +149,7 @@ def _carry_out(plan: Plan, model: nn.Module) -> None:
                 state.dtypes[name] = dtype
             place = Place(model, change.name, change.detail, plan.settings, dtypes, state.undo)
             STAND_INS[change.stand_in].put(place)
+        add_checks(model)
         state.others = state._others(model)
         rounded = [undo for undo in state.undo if isinstance(undo, Int8Weight)]
         for undo in rounded:

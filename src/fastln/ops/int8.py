@@ -117,7 +117,7 @@ def _checked_bias(bias: Tensor, x: Tensor, n_cols: int) -> Tensor:
 
 def _result_dtype(x: Tensor) -> torch.dtype:
     device = x.device.type
-    if torch.is_autocast_enabled(device) and x.dtype != torch.float64:
+    if not x.is_meta and torch.is_autocast_enabled(device) and x.dtype != torch.float64:
         return torch.get_autocast_dtype(device)
     return x.dtype
 

@@ -193,6 +193,18 @@ def gradient_rows(dy: Tensor, form: Form) -> Any:
     return held.rows
 
 
+def forget_rows() -> None:
+    """Forget the rows that are at hand in this thread; who wants them rounds them again."""
+    _at_hand.inputs.clear()
+    _at_hand.gradients.clear()
+
+
+def bytes_at_hand() -> int:
+    """Return the memory of the rows that are at hand in this thread."""
+    held = [*_at_hand.inputs.values(), *_at_hand.gradients.values()]
+    return sum(part.nbytes for entry in held for part in entry.rows if isinstance(part, Tensor))
+
+
 def _teach(x: Tensor, form: Form) -> None:
     """Tell the module that made `x` who reads it."""
     if x.is_contiguous():

@@ -83,6 +83,13 @@ class _Int8(StandIn):
         held: _Held = self.__dict__[WEIGHT]
         return ops.int8_linear(x, weight_of(self), self.bias, rest=held.rest, settings=self._fastln.settings)
 
+    def tensors_beside(self) -> list[Tensor]:
+        """Return the scales and sums, the second term, what is remembered of the original, and itself if it is kept."""
+        held: _Held = self.__dict__[WEIGHT]
+        parts = [held.scale, held.row_sums, held.col_sums, held.kept, *(held.rest or ())]
+        parts += [original.samples for original in self.__dict__[ATTRIBUTE].values()]
+        return [part for part in parts if isinstance(part, Tensor)]
+
     def check_originals(self) -> None:
         """Raise a `FastLNError` if the 8-bit weight is not the one that was made from the original."""
         held: _Held = self.__dict__[WEIGHT]
@@ -240,7 +247,7 @@ def put(module: nn.Module, weight: Tensor, spec: Int8Spec, *, settings: OpSettin
     made: Weight8 = rounds(laid_out, turned=spec.turned)
     rest = None
     if spec.twice:
-        rest = rounds(reference_int8.left_over(laid_out, made), turned=False)._replace(turned=spec.turned)
+        rest = reference_int8.second_term(laid_out, made, rounds)
     values = nn.Parameter(made.values.t() if transposed else made.values, requires_grad=False)
     kept = None
     if spec.keep:
@@ -258,9 +265,9 @@ def _check_sums(weight: Weight8) -> None:
     values = gathered(weight.values)
     if values.is_meta:
         return
-    for dim, sums in ((1, weight.row_sums), (0, weight.col_sums)):
-        if not torch.equal(values.sum(dim, dtype=torch.int32), sums):
-            raise FastLNError(_CHANGED)
+    row_sums, col_sums = reference_int8.sums_of(values)
+    if not (torch.equal(row_sums, weight.row_sums) and torch.equal(col_sums, weight.col_sums)):
+        raise FastLNError(_CHANGED)
 
 
 _CHANGED = (

@@ -174,3 +174,19 @@ def test_rows_rounded_twice_have_16_bits():
     assert off[[0, 1, *range(4, 21)]].max() < 1 / (2 * 127 * 250)
     assert both[2].eq(0).all()
     assert both[3].isnan().all()
+
+
+@pytest.mark.parametrize("twice", [False, True])
+def test_rounding_a_weight_makes_no_wide_copy_of_it(twice):
+    """torch sums int8 by way of a copy four times as large: of a head's weight, more than a step takes."""
+    weight = torch.randn(2050, 1024, dtype=torch.bfloat16)
+    made = native.quantise_weight(weight)
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    with torch.profiler.profile(activities=activities, profile_memory=True) as profile:
+        if twice:
+            reference.second_term(weight, made, native.quantise_weight)
+        else:
+            native.quantise_weight(weight)
+    largest = max(event.self_cpu_memory_usage for event in profile.events())
+    block = 4 * reference.BLOCK  # in 32 bits
+    assert weight.numel() <= largest <= max(1.01 * weight.numel(), 1.01 * block)
