@@ -125,6 +125,19 @@ def test_queries_keys_and_values_of_language_models_have_two_terms_and_encoders_
     assert not twice(blip)
 
 
+def test_a_layer_that_torch_s_encoder_reads_stays_exact():
+    """In evaluation torch's encoder passes the weights of its layers to one operator, which knows no 8 bits."""
+    torch.manual_seed(0)
+    layer = nn.TransformerEncoderLayer(128, 2, 256, batch_first=True)
+    model = nn.Sequential(nn.TransformerEncoder(layer, 2), nn.Linear(128, 128)).eval()
+    x = torch.randn(2, 5, 128)
+    with torch.no_grad():
+        want = model(x)
+        fastln.prepare(model, products="int8")
+        assert model[1].weight.dtype == torch.int8
+        torch.testing.assert_close(model.eval()(x), want, rtol=0, atol=0.05)
+
+
 def test_what_has_no_effect_is_told(caplog, monkeypatch):
     tiny = bert()
     assert "too small to gain" in "".join(fastln.plan(of_kind("pre-norm encoder")[0], products="int8").notes)

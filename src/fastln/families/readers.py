@@ -1,6 +1,7 @@
-"""Find code outside a norm that reads the norm's parameters, such as `x.to(self.norm.weight.dtype)`.
+"""Find code outside a norm or layer that reads its parameters, such as `x.to(self.norm.weight.dtype)`.
 
-A trained norm has float32 parameters in a model of lower precision. Such code must still see the model's own dtype.
+A trained norm has float32 parameters in a model of lower precision. Such code must still see the model's own dtype. A
+linear layer in 8 bits has no weight that such code could use, so it stays exact.
 """
 
 from __future__ import annotations
@@ -15,6 +16,8 @@ from typing import Any, NamedTuple
 from torch import nn
 
 _OF_INITIALISATION = ("__init__", "_init_weights", "reset_parameters")
+_NOT_OF_MODELS = ("torch.", "fastln.standins.", "builtins")  # modules whose code reads no other module's parameters
+_TORCH_S_ENCODER = "torch.nn.modules.transformer"  # but this one does: in evaluation it runs as one operator of torch
 
 
 class _Read(NamedTuple):
@@ -26,12 +29,12 @@ class _Read(NamedTuple):
 
 
 def readers_of(model: nn.Module, name: str, parameters: Collection[str]) -> tuple[type, ...]:
-    """Return the classes of modules around a norm whose code reads the norm's parameters.
+    """Return the classes of modules around a norm or layer whose code reads its parameters.
 
     Args:
         model: The model.
-        name: The norm's name in it.
-        parameters: The names of the parameters inside the norm.
+        name: The module's name in it.
+        parameters: The names of the parameters inside the module.
     """
     parts = name.split(".")
     around = (model.get_submodule(".".join(parts[:n])) for n in range(len(parts)))
@@ -52,7 +55,8 @@ def code_that_reads(classes: tuple[type, ...]) -> frozenset[CodeType]:
 @functools.cache
 def _reads(cls: Any) -> tuple[_Read, ...]:
     """Return the reads in the code that a class itself defines."""
-    if cls.__module__.startswith(("torch.", "fastln.standins.", "builtins")) or cls.__name__ == "PreTrainedModel":
+    is_of_model = cls.__module__ == _TORCH_S_ENCODER or not cls.__module__.startswith(_NOT_OF_MODELS)
+    if not is_of_model or cls.__name__ == "PreTrainedModel":
         return ()
     found = []
     for name, value in vars(cls).items():
