@@ -271,21 +271,22 @@ class _Decider:
         return dataclasses.replace(self._change(entry, "slow_norm", None, dtypes), reason=reason)
 
     def _model_dtypes(self, decided: list[Change | Stay]) -> list[Change | Stay]:
-        """Keep the `dtype` of models whose first parameter becomes float32."""
+        """Keep the `dtype` of models: it is that of the first float, which may become float32, or be in 8 bits."""
+        changes = [entry for entry in decided if isinstance(entry, Change)]
         changed = {
-            id(self._modules[entry.name].get_parameter(own)): dtype
-            for entry in decided
-            if isinstance(entry, Change)
+            id(self._modules[entry.name].get_parameter(own))
+            for entry in changes
             for own, dtype in entry.dtypes
             if dtype.itemsize == 2
         }
+        rounded = {id(self._modules[c.name].weight) for c in changes if c.stand_in in INT8_STAND_INS.values()}
         found: list[Change | Stay] = []
         for name, part in pretrained_models(self._model):
-            first = next((id(parameter) for parameter in part.parameters() if parameter.is_floating_point()), None)
+            floats = [parameter for parameter in part.parameters() if parameter.is_floating_point()]
+            first = next((id(parameter) for parameter in floats if id(parameter) not in rounded), None)
             if first in changed:
-                found.append(
-                    self._change(Found(name, "model_dtype", "dtype of a model"), "model_dtype", changed[first])
-                )
+                entry = Found(name, "model_dtype", "dtype of a model")
+                found.append(self._change(entry, "model_dtype", floats[0].dtype))
         return found
 
     def _waits(self) -> bool:

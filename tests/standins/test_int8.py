@@ -19,6 +19,7 @@ from transformers import (
     GPT2LMHeadModel,
     LlamaConfig,
     LlamaForCausalLM,
+    PreTrainedModel,
 )
 from transformers.pytorch_utils import Conv1D
 
@@ -136,6 +137,25 @@ def test_a_layer_that_torch_s_encoder_reads_stays_exact():
         fastln.prepare(model, products="int8")
         assert model[1].weight.dtype == torch.int8
         torch.testing.assert_close(model.eval()(x), want, rtol=0, atol=0.05)
+
+
+class _StartsWithALayer(PreTrainedModel):
+    config_class = BertConfig
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.first, self.norm = nn.Linear(128, 128, bias=False), nn.LayerNorm(128)
+        self.post_init()
+
+    def forward(self, x):
+        return self.norm(self.first(x.to(self.dtype)))
+
+
+def test_a_model_whose_first_parameter_is_rounded_keeps_its_dtype():
+    model = fastln.prepare(_StartsWithALayer(BertConfig()).to(torch.bfloat16), products="int8")
+    assert [p.dtype for p in model.parameters()] == [torch.int8, torch.float32, torch.float32]
+    assert model.dtype == torch.bfloat16
+    assert model(torch.randn(2, 128)).dtype == torch.bfloat16
 
 
 def test_what_has_no_effect_is_told(caplog, monkeypatch):

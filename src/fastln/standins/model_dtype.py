@@ -1,4 +1,7 @@
-"""A model's `dtype` where its first parameter is a trained norm's, which is float32 now."""
+"""A model's `dtype` where its first float is a trained norm's, which is float32 now.
+
+The norm comes first, or only layers that are in 8 bits come before it.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +12,7 @@ from fastln.standins.part import StandIn, form
 
 @form
 class OwnDtype(StandIn):
-    """A transformers model. Its `dtype` is that of its first parameter, and stays what it was before `prepare`."""
+    """A transformers model. Its `dtype` is that of its first float, and stays what it was before `prepare`."""
 
     @property
     def dtype(self) -> torch.dtype:
