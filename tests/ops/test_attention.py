@@ -5,7 +5,7 @@ from torch.utils.checkpoint import checkpoint
 
 from fastln.errors import FastLNError
 from fastln.ops import attention
-from fastln.ops.attention import SWITCH, _tokens_to_gain, _why_exact_here, has_own, why_exact
+from fastln.ops.attention import SWITCH, _why_exact_here, has_own, why_exact
 from fastln.ops.backends import resolve
 from fastln.ops.settings import DEFAULT, REFERENCE, OpSettings
 from fastln_kernels import reference_attention
@@ -19,12 +19,12 @@ needs_kernels = pytest.mark.skipif(WHY_NOT is not None, reason=str(WHY_NOT))
 @pytest.fixture(params=[pytest.param("native", marks=needs_kernels), "reference"], autouse=True)
 def implementation(request, monkeypatch):
     """Both ways that `attention` has of its own."""
-    for cached in (resolve, _why_exact_here, _tokens_to_gain):
+    for cached in (resolve, _why_exact_here):
         cached.cache_clear()
     if request.param == "reference":
         monkeypatch.setattr(products, "why_not", lambda name: "for a test")
     yield request.param
-    for cached in (resolve, _why_exact_here, _tokens_to_gain):
+    for cached in (resolve, _why_exact_here):
         cached.cache_clear()
 
 
@@ -303,10 +303,8 @@ def test_why_attention_stays_exact(implementation, monkeypatch):
     assert "under 44" in why(dim=64, n_queries=43)
     assert "under 44" in why(dim=64, n_queries=44, n_keys=43)
     assert "under 98" in why(dim=16, n_keys=97)
-    _tokens_to_gain.cache_clear()
     monkeypatch.setattr(units, "rates", lambda: {"float32": 1e11, "bfloat16": 1.5e12, "int8": 3e12})
     assert why() is None
-    _tokens_to_gain.cache_clear()
     monkeypatch.setenv(units.VARIABLE, "bfloat16")
     assert (
         "heads of 64 columns, units in 8 bits are too little faster here: 3000 GFLOP/s a thread, bfloat16 1500" in why()

@@ -219,7 +219,6 @@ def why_exact(
     return None
 
 
-@functools.cache
 def _tokens_to_gain(dim: int, dtype: torch.dtype) -> int | str:
     """Return from how many tokens on 8 bits are faster by the rates of this machine's units, or why they never are."""
     measured, name = units.rates(), str(units.compute_dtype(dtype)).removeprefix("torch.")
