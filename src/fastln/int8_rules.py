@@ -80,8 +80,10 @@ class Int8Rules:
             return self._obstacle
         module = self._modules[name]
         weight = module.weight
-        if type(weight) is not nn.Parameter or weight.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        if type(weight) is not nn.Parameter:
             return "its weight is not a plain parameter"
+        if weight.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+            return f"its weight is {str(weight.dtype).removeprefix('torch.')}, which is not rounded to 8 bits"
         if min(weight.shape) < SMALLEST:
             return f"too small to gain (under {SMALLEST} inputs or outputs)"
         if max(weight.shape) > MOST:
@@ -147,6 +149,8 @@ def _why_no_head(dtype: torch.dtype) -> str | None:
     """Say why a head gains nothing from 8 bits, which need three products where exact ones are two."""
     rates = units.rates()
     name = str(units.compute_dtype(dtype)).removeprefix("torch.")
+    if not {"int8", name} <= rates.keys():  # as where Triton's interpreter stands for a GPU
+        return "this processor has no units for products in 8 bits"
     if rates["int8"] >= HEAD_GAIN * rates[name]:
         return None
     return f"three products in 8 bits replace two, and units in 8 bits are not {HEAD_GAIN} times as fast as {name} here"
@@ -193,4 +197,8 @@ def describe_int8(
         or entry.reason.startswith(_NOT)
     )
     why = "; ".join(filter(None, reasons)) or "no frozen linear layer may change"
+    others = {entry.kind for entry in decided if isinstance(entry, Change) and "int8" in (entry.products or "")}
+    if others:
+        names = " and ".join(sorted(others))
+        return f"products='int8' rounds no weight of this model here: {why}; only {names} may use it"
     return f"products='int8' has no effect on this model here, so its products are exact: {why}"

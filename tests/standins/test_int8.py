@@ -27,6 +27,7 @@ import fastln
 from fastln import int8_rules
 from fastln.errors import FastLNError
 from fastln.fingerprint import fingerprint
+from fastln.ops.attention import SWITCH
 from fastln.standins import int8
 from fastln.standins.part import is_stand_in
 from fastln_kernels.cpu import products, units
@@ -161,13 +162,29 @@ def test_a_model_whose_first_parameter_is_rounded_keeps_its_dtype():
 def test_what_has_no_effect_is_told(caplog, monkeypatch):
     tiny = bert()
     assert "too small to gain" in "".join(fastln.plan(of_kind("pre-norm encoder")[0], products="int8").notes)
+    assert "its weight is float64" in "".join(fastln.plan(bert(torch.float64), products="int8").notes)
     assert "keep_weights has no effect" in "".join(fastln.plan(tiny, keep_weights=True).notes)
     monkeypatch.setattr(int8_rules, "resolve", lambda *_: _no_kernels())
+    monkeypatch.setenv(SWITCH, "0")
     plan = fastln.plan(tiny, products="int8")
     assert not any(change.products == "int8" for change in plan.changes)
     with caplog.at_level(logging.WARNING):
         fastln.prepare(tiny, products="int8")
     assert "products='int8' has no effect on this model here, so its products are exact: no VNNI" in caplog.text
+
+
+def test_attention_in_8_bits_alone_is_not_called_no_effect(monkeypatch):
+    monkeypatch.setenv(SWITCH, "1")  # whatever this machine gains
+    (note,) = fastln.plan(bert(), products="int8", without="linears").notes
+    assert note.endswith("no weight of this model here: no frozen linear layer may change; only attention may use it")
+    (note,) = fastln.plan(bert(), products="int8", without=("linears", "attention")).notes
+    assert "has no effect on this model here" in note
+
+
+@pytest.mark.parametrize("rates", [{}, {"float32": 2e11, "bfloat16": 1e11}])
+def test_heads_stay_exact_where_no_unit_was_measured(rates, monkeypatch):
+    monkeypatch.setattr(units, "rates", lambda: rates)
+    assert int8_rules._why_no_head(torch.bfloat16) == "this processor has no units for products in 8 bits"
 
 
 def _no_kernels():
