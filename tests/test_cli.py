@@ -244,7 +244,7 @@ def test_doctor_says_where_torch_lacks_the_products_of_blocks(monkeypatch):
             [
                 "115 GFLOP/s float32 rows",
                 "219 GFLOP/s bfloat16 rows (the faster)",
-                "none no 8-bit products: they need VNNI or AMX",
+                "none no 8-bit products: they need AVX-512 VNNI or AMX",
             ],
         ),
         (
@@ -253,7 +253,7 @@ def test_doctor_says_where_torch_lacks_the_products_of_blocks(monkeypatch):
             [
                 "60 GFLOP/s float32 rows, bfloat16 rows (there are no others)",
                 "none -",
-                "none no 8-bit products: they need VNNI or AMX",
+                "none no 8-bit products: they need AVX-512 VNNI or AMX",
             ],
         ),
     ],

@@ -102,7 +102,7 @@ def _units() -> dict[str, dict[str, Any]] | None:
     served = {
         "float32": ["float32 rows"],
         "bfloat16": [],
-        "int8": ["8-bit products"] if "int8" in rates else ["no 8-bit products: they need VNNI or AMX"],
+        "int8": ["8-bit products"] if "int8" in rates else ["no 8-bit products: they need AVX-512 VNNI or AMX"],
     }
     served[chosen].append(f"bfloat16 rows ({why})")
     return {name: {"rate": rates.get(name), "serves": ", ".join(words)} for name, words in served.items()}

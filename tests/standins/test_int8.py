@@ -181,6 +181,15 @@ def test_attention_in_8_bits_alone_is_not_called_no_effect(monkeypatch):
     assert "has no effect on this model here" in note
 
 
+def test_gpus_that_gain_nothing_stay_exact(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    for capability, is_exact in (((9, 0), False), ((10, 3), True), ((12, 0), False)):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_, it=capability: it)
+        plan = fastln.plan(bert(), products="int8", device="cuda")
+        assert any("GPUs of compute capability 10" in note for note in plan.notes) == is_exact
+        assert any("int8" in (change.products or "") for change in plan.changes) != is_exact
+
+
 @pytest.mark.parametrize("rates", [{}, {"float32": 2e11, "bfloat16": 1e11}])
 def test_heads_stay_exact_where_no_unit_was_measured(rates, monkeypatch):
     monkeypatch.setattr(units, "rates", lambda: rates)

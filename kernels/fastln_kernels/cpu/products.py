@@ -50,7 +50,7 @@ def why_not(name: str) -> str | None:
     except KernelsUnavailableError as error:
         return str(error)
     if name == "int8" and not in_8_bits(name):
-        return "this processor has no 8-bit products with 32-bit sums (VNNI or AMX)"
+        return "this processor has no 8-bit products with 32-bit sums (AVX-512 VNNI or AMX)"
     return None
 
 
@@ -76,7 +76,8 @@ def usable(name: str) -> frozenset[torch.dtype]:
 def in_8_bits(name: str) -> bool:
     """Whether products in 8 bits work on this processor, for the library of `name`.cpp.
 
-    They need units that add the products of four numbers in 32 bits: VNNI or AMX.
+    They need units that add the products of four numbers in 32 bits: AMX, or AVX-512's VNNI. torch's
+    products do not use AVX-VNNI, which laptops without AVX-512 have.
 
     Raises:
         KernelsUnavailableError: As for `function`.

@@ -241,7 +241,7 @@ def _why_exact_here(settings: OpSettings, device: torch.device, dtype: torch.dty
     if choice.module != "cpu.native_attention" or dtype not in DTYPES:
         return "only fastln's compiled kernels for CPUs compute attention in 8 bits"
     if not products.in_8_bits("attention"):
-        return "this processor has no units for products in 8 bits (VNNI or AMX)"
+        return "this processor has no units for products in 8 bits (AVX-512 VNNI or AMX)"
     return f"{SWITCH}=0 turns it off" if switch == "0" else None
 
 
