@@ -30,6 +30,7 @@ from fastln.fingerprint import fingerprint
 from fastln.ops.attention import SWITCH
 from fastln.standins import int8
 from fastln.standins.part import is_stand_in
+from fastln_kernels import reference_int8
 from fastln_kernels.cpu import products, units
 
 WHY_NOT = products.why_not("int8")
@@ -375,6 +376,18 @@ def test_a_head_whose_bias_trains_stays_exact_in_the_plan_too(monkeypatch):
         (head,) = (c for c in fastln.plan(model, method, products="int8").changes if c.kind == "lm_head")
         found.append((head.products, head.why_exact))
     assert found == [("int8, turned", None), ("exact", "it trains")]
+
+
+def test_a_head_is_rounded_again_after_its_weight_was_changed_in_any_way(monkeypatch):
+    monkeypatch.setattr(int8_rules, "HEAD_GAIN", 0)
+    head = fastln.prepare(gpt2(200), products="int8").lm_head
+    held = head._rounded()
+    assert head._rounded() is held
+    for change in (lambda w: w.data.mul_(2), lambda w: w.mul_(0.25), lambda w: setattr(w, "data", w * 3)):
+        with torch.no_grad():
+            change(head.weight)
+        now = reference_int8.dequantise_weight(head._rounded())
+        assert (now - head.weight).abs().max() < head.weight.abs().max() / 100
 
 
 def test_checkpointing_accumulation_and_late_rows_change_no_bit():

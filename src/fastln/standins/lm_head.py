@@ -8,11 +8,12 @@ from torch import Tensor, nn
 from fastln.late.logits import LazyLogits
 from fastln.late.when import may_be_late
 from fastln.ops.backends import implementation
+from fastln.originals import sampled
 from fastln.standins.int8 import Int8Spec
 from fastln.standins.part import StandIn, form, unwatched
 from fastln_kernels.reference_int8 import Weight8
 
-_HELD = "_fastln_rounded"  # the weight, its version and memory, and its 8-bit form
+_HELD = "_fastln_rounded"  # the weight, its version and memory, some of its values, and its 8-bit form
 
 
 @form
@@ -40,11 +41,13 @@ class LMHead(StandIn):
         if not self._is_rounded() or not weight.is_cpu:
             return None
         held, state = self.__dict__.get(_HELD), (weight._version, weight.data_ptr())
-        if held is None or held[0] is not weight or held[1] != state:
+        samples = sampled(weight.detach().reshape(-1))  # writes to `weight.data` change no version
+        if held is None or held[0] is not weight or held[1] != state or not torch.equal(held[2], samples):
             kernels = implementation("int8_linear", weight, part.settings)
-            held = (weight, state, kernels.quantise_weight(weight.detach(), turned=part.kind.turned))
+            made = kernels.quantise_weight(weight.detach(), turned=part.kind.turned)
+            held = (weight, state, samples.clone(), made)
             self.__dict__[_HELD] = held
-        return held[2]
+        return held[3]
 
     def _is_rounded(self) -> bool:
         trains = any(p is not None and p.requires_grad for p in (self.weight, self.bias))
@@ -54,7 +57,7 @@ class LMHead(StandIn):
         """Return the parts of the weight in 8 bits, which the first late logits make."""
         held = self.__dict__.get(_HELD)
         if held is not None and held[0] is self.weight:
-            return [part for part in held[2] if isinstance(part, Tensor)]
+            return [part for part in held[3] if isinstance(part, Tensor)]
         if not self._is_rounded() or self.weight.is_cuda:
             return []
         values = torch.empty(self.weight.shape, dtype=torch.int8, device="meta")
