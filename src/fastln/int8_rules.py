@@ -180,7 +180,7 @@ def describe_int8(
     model: nn.Module,
     device: torch.device,
 ) -> str | None:
-    """Describe a setting of 8-bit products that has no effect, or may make steps slower; None if there is none."""
+    """Describe a setting of 8-bit products that reaches no layer, or may make steps slower; None if there is none."""
     if settings.products != "int8":
         return "keep_weights has no effect with exact products, which replace no weight" if keep_weights else None
     decided = list(decided)
@@ -192,5 +192,11 @@ def describe_int8(
         if (isinstance(entry, Change) and entry.stand_in in INT8_STAND_INS and entry.why_exact)
         or entry.reason.startswith(_NOT)
     )
-    why = "; ".join(filter(None, reasons)) or "no frozen linear layer may change"
+    stays = dict.fromkeys(entry.reason for entry in decided if entry.kind == "linear layer")
+    why = "; ".join(filter(None, reasons)) or "; ".join(stays) or "it has no linear layers"
+    others = dict.fromkeys(
+        entry.kind for entry in decided if isinstance(entry, Change) and "int8" in (entry.products or "")
+    )
+    if others:  # attention multiplies in 8 bits whether weights train or not
+        return f"products='int8' reaches no linear layer of this model here, only {' and '.join(others)}: {why}"
     return f"products='int8' has no effect on this model here, so its products are exact: {why}"

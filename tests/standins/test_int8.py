@@ -128,8 +128,15 @@ def test_queries_keys_and_values_of_language_models_have_two_terms_and_encoders_
 def test_what_has_no_effect_is_told(caplog, monkeypatch):
     tiny = bert()
     assert "too small to gain" in "".join(fastln.plan(of_kind("pre-norm encoder")[0], products="int8").notes)
+    monkeypatch.setattr(int8_rules, "why_exact", lambda *_: None)
+    # Attention still multiplies in 8 bits, so that "no effect" would be false.
+    (note,) = fastln.plan(tiny, method="full", products="int8").notes
+    assert note.endswith("reaches no linear layer of this model here, only attention: the weight trains")
+    (note,) = fastln.plan(tiny, products="int8", without="linears").notes
+    assert note.endswith("only attention: left out: without='linears'")
     assert "keep_weights has no effect" in "".join(fastln.plan(tiny, keep_weights=True).notes)
     monkeypatch.setattr(int8_rules, "resolve", lambda *_: _no_kernels())
+    monkeypatch.setattr(int8_rules, "why_exact", lambda *_: "no VNNI")
     plan = fastln.plan(tiny, products="int8")
     assert not any(change.products == "int8" for change in plan.changes)
     with caplog.at_level(logging.WARNING):
