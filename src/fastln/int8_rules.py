@@ -89,12 +89,12 @@ class Int8Rules:
         if is_head:
             on_cpu = self._device.type == "cpu"
             reason = _why_no_head(weight.dtype) if on_cpu else "heads run in 8 bits on CPUs only"
-            return Int8Spec(self._turned(name)) if reason is None else reason
+            return Int8Spec(self._turned(name), name=name) if reason is None else reason
         if self._holders[id(weight)] > 1:
             return "another module shares its weight"
         if readers_of(self._model, name, ("weight",)):
             return "code outside it reads its weight"
-        return Int8Spec(self._turned(name), self._keep, self._twice(name))
+        return Int8Spec(self._turned(name), self._keep, self._twice(name), name)
 
     def products(self, stand_in: str, name: str, detail: Any) -> tuple[str, str | None]:
         """Return in which form the products of a change run, and why they are exact if they are.
