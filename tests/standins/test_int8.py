@@ -169,6 +169,8 @@ def test_restore_says_that_it_cannot_before_it_starts():
     want = step(model)
     with pytest.raises(FastLNError, match="replaced 13 weights by their 8-bit form and did not keep them"):
         fastln.restore(model)
+    with pytest.raises(FastLNError, match=r"already prepared, with products='int8', .* load the model anew"):
+        fastln.prepare(model)
     assert same(step(model), want)
 
 
