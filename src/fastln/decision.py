@@ -146,6 +146,11 @@ class Plan:
         settings = (
             f"backend {self.settings.backend}, activations {self.settings.storage}, products {self.settings.products}"
         )
+        lost = sum(getattr(change.detail, "keep", True) is False for change in self.changes)
+        if lost:
+            settings += (
+                f" (the original weights of {lost} layers are not kept: restore() will refuse; keep_weights keeps them)"
+            )
         return (
             f"{self.model}, method {self.method}: {self.n_trained:,} of {self.n_total:,} parameters train "
             f"({share:.4g}%); device {self.device}, {settings}"

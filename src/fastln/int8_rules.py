@@ -91,12 +91,12 @@ class Int8Rules:
         if is_head:
             on_cpu = self._device.type == "cpu"
             reason = _why_no_head(weight.dtype) if on_cpu else "heads run in 8 bits on CPUs only"
-            return Int8Spec(self._turned(name)) if reason is None else reason
+            return Int8Spec(self._turned(name), name=name) if reason is None else reason
         if self._holders[id(weight)] > 1:
             return "another module shares its weight"
         if readers_of(self._model, name, ("weight",)):
             return "code outside it reads its weight"
-        return Int8Spec(self._turned(name), self._keep, self._twice(name))
+        return Int8Spec(self._turned(name), self._keep, self._twice(name), name)
 
     def products(self, stand_in: str, name: str, detail: Any) -> tuple[str, str | None]:
         """Return in which form the products of a change run, and why they are exact if they are.
@@ -184,7 +184,7 @@ def describe_int8(
     model: nn.Module,
     device: torch.device,
 ) -> str | None:
-    """Describe a setting of 8-bit products that has no effect, or may make steps slower; None if there is none."""
+    """Describe a setting of 8-bit products that reaches no layer, or may make steps slower; None if there is none."""
     if settings.products != "int8":
         return "keep_weights has no effect with exact products, which replace no weight" if keep_weights else None
     decided = list(decided)
@@ -196,9 +196,11 @@ def describe_int8(
         if (isinstance(entry, Change) and entry.stand_in in INT8_STAND_INS and entry.why_exact)
         or entry.reason.startswith(_NOT)
     )
-    why = "; ".join(filter(None, reasons)) or "no frozen linear layer may change"
-    others = {entry.kind for entry in decided if isinstance(entry, Change) and "int8" in (entry.products or "")}
-    if others:
-        names = " and ".join(sorted(others))
-        return f"products='int8' rounds no weight of this model here: {why}; only {names} may use it"
+    stays = dict.fromkeys(entry.reason for entry in decided if entry.kind == "linear layer")
+    why = "; ".join(filter(None, reasons)) or "; ".join(stays) or "it has no linear layers"
+    others = dict.fromkeys(
+        entry.kind for entry in decided if isinstance(entry, Change) and "int8" in (entry.products or "")
+    )
+    if others:  # attention multiplies in 8 bits whether weights train or not
+        return f"products='int8' reaches no linear layer of this model here, only {' and '.join(others)}: {why}"
     return f"products='int8' has no effect on this model here, so its products are exact: {why}"

@@ -401,7 +401,12 @@ def _settle_place(model: nn.Module, device: torch.device | str | None) -> torch.
 def _check_stock(model: nn.Module) -> None:
     if not isinstance(model, nn.Module):
         raise FastLNError(f"the model must be a torch.nn.Module, such as a transformers model; it is {model!r}")
-    if prepared(model) is not None:
+    if (state := prepared(model)) is not None:
+        if state.n_lost:  # `restore` would refuse
+            raise FastLNError(
+                "this model is already prepared, with products='int8', and the weights which that replaced are gone: "
+                "load the model anew to prepare it otherwise (keep_weights=True lets you restore it)"
+            )
         raise FastLNError("this model is already prepared; call fastln.restore(model) first")
     inside = next(
         (name for name, module in model.named_modules() if prepared(module) is not None or is_stand_in(module)), None

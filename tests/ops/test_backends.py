@@ -79,6 +79,13 @@ def test_a_backend_that_the_operation_lacks_is_as_good_as_auto():
     assert "attention has no triton backend" in choice.reason
 
 
+def test_cpu_kernels_that_cannot_run_are_the_reason_also_if_asked_for(monkeypatch):
+    monkeypatch.setattr(backends, "_no_library", lambda kernels: "no C++ compiler")
+    choice = resolve("int8_linear", CPU, OpSettings("cpu"))
+    assert choice.backend == "reference"
+    assert choice.reason.endswith("; no compiled CPU kernels: no C++ compiler")
+
+
 def test_cpu_backend_on_a_gpu_fails():
     with pytest.raises(FastLNError, match="CPU tensors only"):
         resolve("layer_norm", CUDA, OpSettings("cpu"))

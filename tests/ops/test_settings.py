@@ -17,6 +17,7 @@ from fastln.ops.settings import DEFAULT, REFERENCE, SCHEMA, OpSettings
         ),
         ({"backend": None}, "unknown backend None; valid: auto"),
         ({"storage": "exakt"}, r"unknown activations 'exakt' \(did you mean 'exact'\?\); valid: exact"),
+        ({"products": "INT8"}, r"unknown products 'INT8' \(did you mean 'int8'\?\); valid: exact, int8"),
         ({"products": "int4"}, r"unknown products 'int4' \(did you mean 'int8'\?\); valid: exact, int8"),
     ],
 )

@@ -164,22 +164,22 @@ def test_what_has_no_effect_is_told(caplog, monkeypatch):
     tiny = bert()
     assert "too small to gain" in "".join(fastln.plan(of_kind("pre-norm encoder")[0], products="int8").notes)
     assert "its weight is float64" in "".join(fastln.plan(bert(torch.float64), products="int8").notes)
+    monkeypatch.setattr(int8_rules, "why_exact", lambda *_: None)
+    # Attention still multiplies in 8 bits, so that "no effect" would be false.
+    (note,) = fastln.plan(tiny, method="full", products="int8").notes
+    assert note.endswith("reaches no linear layer of this model here, only attention: the weight trains")
+    (note,) = fastln.plan(tiny, products="int8", without="linears").notes
+    assert note.endswith("only attention: left out: without='linears'")
+    (note,) = fastln.plan(tiny, products="int8", without=("linears", "attention")).notes
+    assert "has no effect on this model here" in note
     assert "keep_weights has no effect" in "".join(fastln.plan(tiny, keep_weights=True).notes)
     monkeypatch.setattr(int8_rules, "resolve", lambda *_: _no_kernels())
-    monkeypatch.setenv(SWITCH, "0")
+    monkeypatch.setattr(int8_rules, "why_exact", lambda *_: "no VNNI")
     plan = fastln.plan(tiny, products="int8")
     assert not any(change.products == "int8" for change in plan.changes)
     with caplog.at_level(logging.WARNING):
         fastln.prepare(tiny, products="int8")
     assert "products='int8' has no effect on this model here, so its products are exact: no VNNI" in caplog.text
-
-
-def test_attention_in_8_bits_alone_is_not_called_no_effect(monkeypatch):
-    monkeypatch.setenv(SWITCH, "1")  # whatever this machine gains
-    (note,) = fastln.plan(bert(), products="int8", without="linears").notes
-    assert note.endswith("no weight of this model here: no frozen linear layer may change; only attention may use it")
-    (note,) = fastln.plan(bert(), products="int8", without=("linears", "attention")).notes
-    assert "has no effect on this model here" in note
 
 
 def test_gpus_that_gain_nothing_stay_exact(monkeypatch):
@@ -222,6 +222,8 @@ def test_restore_says_that_it_cannot_before_it_starts():
     want = step(model)
     with pytest.raises(FastLNError, match="replaced 13 weights by their 8-bit form and did not keep them"):
         fastln.restore(model)
+    with pytest.raises(FastLNError, match=r"already prepared, with products='int8', .* load the model anew"):
+        fastln.prepare(model)
     assert same(step(model), want)
 
 
@@ -309,7 +311,7 @@ def test_a_weight_that_was_replaced_is_noticed(act):
             layer.weight.zero_()
     if act == "moved since":
         model.to("cpu")
-    with pytest.raises(FastLNError, match="was changed after"):
+    with pytest.raises(FastLNError, match=r"layer 'bert.encoder.layer.0.output.dense' was changed after"):
         step(model)
 
 

@@ -22,6 +22,12 @@ def train(folder, model=None, data=None, resume=None, **settings):
     return trainer
 
 
+def test_an_optimizer_of_other_groups_is_refused_in_a_sentence(tmp_path):
+    train(tmp_path, save_steps=1, max_steps=1, norm_learning_rate=1e-3)
+    with pytest.raises(FastLNError, match=r"checkpoint-1: its optimizer does not fit this .* norm_learning_rate"):
+        train(tmp_path, save_steps=1, max_steps=2, resume=True)
+
+
 def weights(trainer):
     return {name: parameter.detach().clone() for name, parameter in trainer.model.named_parameters()}
 

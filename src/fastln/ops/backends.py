@@ -150,7 +150,7 @@ def resolve(op: str, device: torch.device, settings: OpSettings) -> Choice:
         if obstacle:
             raise FastLNError(f"backend {asked!r} cannot run {op} on device {device.type!r}: {obstacle}")
         return Choice(asked, f"{available[asked].words}, as asked for", available[asked].module)
-    if asked != "auto":
+    if asked != "auto" and asked not in _TABLE[op]:
         passed_over.append(f"{op} has no {asked} backend")
     for backend, kernels in available.items():
         if device.type not in _DEVICES.get(backend, (device.type,)):

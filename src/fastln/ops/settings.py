@@ -41,7 +41,7 @@ class OpSettings:
         for name, valid in (("backend", BACKENDS), ("storage", STORAGES), ("products", PRODUCTS)):
             value = getattr(self, name)
             if value not in valid:
-                near = get_close_matches(str(value), valid, n=1)
+                near = get_close_matches(str(value).lower(), valid, n=1)
                 hint = f" (did you mean {near[0]!r}?)" if near else ""
                 option = "activations" if name == "storage" else name  # the user-facing name
                 raise FastLNError(f"unknown {option} {value!r}{hint}; valid: {', '.join(valid)}")

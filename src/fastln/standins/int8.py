@@ -37,11 +37,13 @@ class Int8Spec:
         turned: Whether blocks of 64 inner columns are turned by a Hadamard matrix first.
         keep: Whether the original weight is kept, for `restore`.
         twice: Whether what rounding leaves over is held in 8 bits more, for the forward product.
+        name: The layer's name in the model, for errors.
     """
 
     turned: bool
     keep: bool = False
     twice: bool = False
+    name: str = ""
 
 
 @dataclass
@@ -54,6 +56,7 @@ class _Held:
         dtype: The dtype of the original weight.
         kept: The original parameter, if it is kept.
         rest: The weight's second term, if it has one. It is no parameter: nothing shards it; `state_dict` has the sum.
+        name: The layer's name in the model, for errors.
     """
 
     scale: Tensor
@@ -64,6 +67,7 @@ class _Held:
     dtype: torch.dtype
     kept: nn.Parameter | None = None
     rest: Weight8 | None = None
+    name: str = ""
 
 
 class _Int8(StandIn):
@@ -94,7 +98,7 @@ class _Int8(StandIn):
         """Raise a `FastLNError` if the 8-bit weight is not the one that was made from the original."""
         held: _Held = self.__dict__[WEIGHT]
         for weight in filter(None, (weight_of(self), held.rest)):
-            _check_sums(weight)
+            _check_sums(weight, held.name)
 
     def _apply(self, fn: Any, recurse: bool = True) -> nn.Module:
         unchanged = _is_unchanged(self.weight)
@@ -134,7 +138,7 @@ class _Int8(StandIn):
         whole = gathered(given)  # FSDP's are rounded whole, as all that is held beside the whole numbers is
         if not self._stands_for(whole):  # else it stays what it is: the base's, rounded once
             device = whole.device if self.weight.is_meta else self.weight.device
-            spec = Int8Spec(held.turned, held.kept is not None, held.rest is not None)
+            spec = Int8Spec(held.turned, held.kept is not None, held.rest is not None, held.name)
             like = given if self.weight.is_meta else self.weight
             put(self, whole.to(device, held.dtype), spec)
             if isinstance(like, DTensor):
@@ -173,7 +177,7 @@ def weight_of(module: nn.Module) -> Weight8:
     made, values = _as_it_is(module), module.weight
     assert isinstance(values, Tensor)
     if not torch.compiler.is_compiling() and not _is_unchanged(values):
-        _check_sums(made)
+        _check_sums(made, module.__dict__[WEIGHT].name)
         _note_state(values)
     return made
 
@@ -184,7 +188,7 @@ def _as_it_is(module: nn.Module) -> Weight8:
     assert isinstance(values, Tensor)
     values = values.t() if held.transposed else values
     if values.dtype != torch.int8 or values.shape != (len(held.row_sums), len(held.col_sums)):
-        raise FastLNError(_CHANGED)
+        raise FastLNError(_changed(held.name))
     return Weight8(values, held.scale, held.turned, held.row_sums, held.col_sums)
 
 
@@ -253,27 +257,29 @@ def put(module: nn.Module, weight: Tensor, spec: Int8Spec, *, settings: OpSettin
     if spec.keep:
         kept = weight if isinstance(weight, nn.Parameter) else nn.Parameter(detached.clone(), requires_grad=False)
     sums = made.row_sums, made.col_sums
-    module.__dict__[WEIGHT] = _Held(made.scale, *sums, spec.turned, transposed, weight.dtype, kept, rest)
+    module.__dict__[WEIGHT] = _Held(made.scale, *sums, spec.turned, transposed, weight.dtype, kept, rest, spec.name)
     samples = sampled(detached.reshape(-1)).clone()
     module.__dict__[ATTRIBUTE] = {"weight": Original(samples, weight.dtype)}
     _note_state(values)
     module._parameters["weight"] = values
 
 
-def _check_sums(weight: Weight8) -> None:
+def _check_sums(weight: Weight8, name: str) -> None:
     """Raise a `FastLNError` if the whole numbers of a weight do not have the sums that they had when it was made."""
     values = gathered(weight.values)
     if values.is_meta:
         return
     row_sums, col_sums = reference_int8.sums_of(values)
     if not (torch.equal(row_sums, weight.row_sums) and torch.equal(col_sums, weight.col_sums)):
-        raise FastLNError(_CHANGED)
+        raise FastLNError(_changed(name))
 
 
-_CHANGED = (
-    "the 8-bit weight of a frozen layer was changed after fastln.prepare(), so it is no longer the base's: change "
-    "weights before you prepare a model, or load them with load_state_dict(); layers of LoRA cannot be merged into it"
-)
+def _changed(name: str) -> str:
+    return (
+        f"the 8-bit weight of the frozen layer {name!r} was changed after fastln.prepare(), so it is no longer the "
+        "base's: change weights before you prepare a model, or load them with load_state_dict(); layers of LoRA cannot "
+        "be merged into it"
+    )
 
 
 _told: set[str] = set()

@@ -104,7 +104,15 @@ class ResumableTrainer(Trainer):
             )
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        super()._load_optimizer_and_scheduler(checkpoint)
+        try:
+            super()._load_optimizer_and_scheduler(checkpoint)
+        except ValueError as error:  # torch's, of parameter groups
+            if checkpoint is None:
+                raise
+            raise FastLNError(
+                f"{checkpoint}: its optimizer does not fit this training ({error}): resume with the arguments of the "
+                "run that wrote it, such as method, also, scope and norm_learning_rate"
+            ) from error
         if checkpoint is not None and not self._sharded and not (Path(checkpoint) / SCHEDULER_NAME).is_file():
             if not isinstance(self.lr_scheduler, LambdaLR):
                 name = type(self.lr_scheduler).__name__
