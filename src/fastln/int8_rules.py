@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections import Counter
 from collections.abc import Iterable
@@ -16,7 +17,7 @@ from fastln.families.norms import is_norm, norm_kind
 from fastln.families.parts import outermost_attention
 from fastln.families.readers import readers_of
 from fastln.ops import OpSettings
-from fastln.ops.attention import why_exact
+from fastln.ops.attention import SWITCH, why_exact
 from fastln.ops.backends import resolve
 from fastln.standins.int8 import Int8Spec
 from fastln_kernels.cpu import units
@@ -114,7 +115,7 @@ class Int8Rules:
         if "attention" not in stand_in:
             return "exact", None
         floats = (p.dtype for p in self._modules[name].parameters() if p.is_floating_point())
-        reason = why_exact(self._settings, self._device, next(floats, torch.float32))
+        reason = why_exact(self._settings, self._device, next(floats, torch.float32)) or self._why_exact_scores(name)
         return ("exact", reason) if reason else ("int8 where it pays", None)
 
     def _turned(self, name: str) -> bool:
@@ -130,6 +131,12 @@ class Int8Rules:
     def _twice(self, name: str) -> bool:
         """Whether a layer's weight has a second term: queries', keys' and values' where rows hold large numbers."""
         return name.startswith(self._attention) and bool(TWICE.search(name)) and self._has_large_outliers(name)
+
+    def _why_exact_scores(self, name: str) -> str | None:
+        """Say why an attention's products are exact where units would gain; None if they run in 8 bits."""
+        if os.environ.get(SWITCH) == "1" or not self._has_large_outliers(name):
+            return None
+        return "where norms are RMSNorms or attention is causal, scores are too large for 8 bits"
 
     def _has_large_outliers(self, name: str) -> bool:
         """Whether the norms around a layer are RMSNorms, or in a causal language model."""

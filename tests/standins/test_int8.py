@@ -123,6 +123,23 @@ def test_queries_keys_and_values_of_language_models_have_two_terms_and_encoders_
     assert not twice(blip)
 
 
+def test_scores_of_language_models_are_exact(monkeypatch):
+    monkeypatch.setattr(int8_rules, "why_exact", lambda *given: None)  # as if this machine's units gained
+
+    def products(model):
+        changes = [c for c in fastln.plan(model, products="int8").changes if c.stand_in == "attention"]
+        return {(c.products, c.why_exact) for c in changes}
+
+    ((how, why),) = products(llama())
+    assert how == "exact"
+    assert why.startswith("where norms are RMSNorms")
+    assert products(bert()) == {("int8 where it pays", None)}
+    attention = fastln.prepare(llama(), products="int8").model.layers[0].self_attn
+    assert attention.config._fastln_settings.products == "exact"
+    monkeypatch.setenv("FASTLN_CPU_INT8_ATTENTION", "1")
+    assert products(llama()) == {("int8 where it pays", None)}
+
+
 def test_what_has_no_effect_is_told(caplog, monkeypatch):
     tiny = bert()
     assert "too small to gain" in "".join(fastln.plan(of_kind("pre-norm encoder")[0], products="int8").notes)
