@@ -256,6 +256,27 @@ def compiled_rounding() -> str:
     return "\n".join(lines)
 
 
+def compiled_passes() -> str:
+    """Return how many times as long as a norm that rounds one and a pass take, as predicted: in bfloat16, float32."""
+    rows = [row for row in report_rows.load(RESULTS / "compile.json") if row.library == "fastln"]
+    seconds = {(row.case, row.machine, row.dtype, row.width): row.predicted["seconds"] for row in rows if row.predicted}
+
+    def ratio(name: str, machine: str, dtype: str, width: int) -> str:
+        rounding = "-factors" if name.endswith(("-dx", "-backward")) else "-turned" * name.endswith("-turned")
+        alone = name.removeprefix("int8-").removesuffix("-turned")
+        apart, fused = (alone, f"int8-quantise{rounding}"), (name,)
+        times = (sum(seconds[case, machine, dtype, width] for case in cases) for cases in (apart, fused))
+        return f"{next(times) / next(times):.2f}"
+
+    norms = {row.case.removeprefix("int8-").removesuffix("-turned") for row in rows if not row.case.startswith("int8-")}
+    lines = [_row("kernel", "columns", *MACHINES), "|---|---:|" + "---:|" * len(MACHINES)]
+    for name, width in itertools.product(CASES8, CASES8["int8-quantise"].widths[:-1]):  # the last has a pass anyway
+        if name.removeprefix("int8-").removesuffix("-turned") in norms:
+            cells = (", ".join(ratio(name, each, dtype, width) for dtype in ("bf16", "fp32")) for each in MACHINES)
+            lines.append(_row(name.removeprefix("int8-"), f"{width:,}", *cells))
+    return "\n".join(lines)
+
+
 def predicted_losses() -> str:
     """Return where Liger-Kernel's norms are predicted to be faster: how many cases, and by how many points of peak."""
     shares: dict[tuple[str, int], dict[tuple[str, str], dict[str, float]]] = defaultdict(lambda: defaultdict(dict))
@@ -297,6 +318,7 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "stored": stored,
     "compiled-backward": compiled_backward,
     "compiled-products": compiled_products,
+    "compiled-passes": compiled_passes,
     "compiled-rounding": compiled_rounding,
     "predicted-losses": predicted_losses,
 }

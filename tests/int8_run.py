@@ -24,8 +24,8 @@ SIZES = {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2, "
 BACKEND = "auto" if resolve("int8_linear", torch.device("cpu"), OpSettings()).backend == "cpu" else "reference"
 
 
-def prepared(dtype=torch.float32, **settings):
-    torch.manual_seed(0)
+def prepared(dtype=torch.float32, seed=0, **settings):
+    torch.manual_seed(seed)
     model = LlamaForCausalLM(LlamaConfig(**SIZES, vocab_size=64)).to(dtype)
     return fastln.prepare(model, products="int8", backend=BACKEND, **settings)
 
@@ -76,7 +76,33 @@ def sharded(rank, model):
     return step(fully_shard(model), part(rank, 2))
 
 
-CASES = {function.__name__: function for function in (ddp, ddp_that_accumulates, ddp_that_checkpoints, sharded)}
+def sharded_and_loaded(rank, model):
+    """Load the values of other shards, which are rounded again; then a model's own, which change nothing."""
+    other = prepared(seed=1)
+    state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    want = sharded(rank, model)
+    shards, loss = model.state_dict(), sharded(rank, other)
+    assert all(torch.equal(shard.full_tensor(), state[name]) for name, shard in shards.items())
+    assert loss != want
+    for _ in range(2):
+        other.load_state_dict(shards)
+        other.zero_grad()
+        assert abs(step(other, part(rank, 2)) / want - 1) < 1e-3  # the weights were rounded twice, to 8 and 8 bits
+    before = other.state_dict()
+    model.load_state_dict(shards)
+    model.zero_grad()
+    assert step(model, part(rank, 2)) == want
+    other.load_state_dict(before)
+    assert all(
+        torch.equal(shard.full_tensor(), before[name].full_tensor()) for name, shard in other.state_dict().items()
+    )
+    return want
+
+
+CASES = {
+    function.__name__: function
+    for function in (ddp, ddp_that_accumulates, ddp_that_checkpoints, sharded, sharded_and_loaded)
+}
 
 
 def main(folder, names):

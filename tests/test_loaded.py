@@ -1,5 +1,7 @@
 """Models whose parameters cannot train as they are: refused in one line, and left alone."""
 
+import copy
+
 import accelerate
 import pytest
 import torch
@@ -7,8 +9,11 @@ from family_models import batch, make
 from torch import nn
 
 import fastln
+from fastln import int8_rules
 from fastln.errors import FastLNError
 from fastln.fingerprint import fingerprint
+from fastln.memory import SavedActivations
+from fastln.standins import values
 from fastln.standins.part import is_stand_in
 
 
@@ -116,3 +121,53 @@ def test_modules_whose_forward_is_replaced_keep_it(dtype):
     torch.testing.assert_close(loss, want, rtol=1e-5 if dtype == torch.float32 else 2e-3, atol=0)
     loss.backward()
     assert all(p.grad is not None and p.grad.dtype == torch.float32 for p in model.parameters() if p.requires_grad)
+
+
+def checked(model):
+    """The modules that check at their next call whether they have values."""
+    hooks = {name: module._forward_pre_hooks.values() for name, module in model.named_modules()}
+    return [name for name, all_of_it in hooks.items() if any(isinstance(hook, values._Check) for hook in all_of_it)]
+
+
+@pytest.mark.parametrize("call", ["model", "forward"])
+@pytest.mark.parametrize("products", ["exact", "int8"])
+@pytest.mark.parametrize(("name", "lacks"), [("llama", "rotary_emb.inv_freq"), ("bert", "embeddings.position_ids")])
+def test_buffers_without_values_are_an_error_at_the_first_forward(name, lacks, products, call, monkeypatch):
+    monkeypatch.setattr(int8_rules, "SMALLEST", 1)
+    stock, inputs = make(name), batch(name)
+    want = fastln.prepare(copy.deepcopy(stock), products=products)(**inputs).loss.item()
+    with torch.device("meta"):
+        model = make(name)
+    fastln.prepare(model, products=products)
+    with SavedActivations(model):  # real inputs alone are refused
+        model(**{key: value.to("meta") for key, value in inputs.items()})
+    with pytest.raises(FastLNError, match=r"buffers .* and \d+ parameters"):
+        model(**inputs)
+    model.load_state_dict(stock.state_dict(), strict=False, assign=True)
+    model = copy.deepcopy(model)
+    with pytest.raises(FastLNError, match=rf"{lacks}.*still on the meta device.*init_empty_weights"):
+        (model if call == "model" else model.forward)(**inputs)
+    for path, buffer in stock.named_buffers():
+        owner, _, own = path.rpartition(".")
+        model.get_submodule(owner).register_buffer(own, buffer, persistent=False)
+    assert (model if call == "model" else model.forward)(**inputs).loss.item() == pytest.approx(want, rel=1e-5)
+    model(**inputs)
+    assert not checked(model)
+
+
+def test_a_model_made_under_init_empty_weights_needs_its_weights_alone(monkeypatch):
+    monkeypatch.setattr(int8_rules, "SMALLEST", 1)
+    stock, inputs = make("llama"), batch("llama")
+    with accelerate.init_empty_weights():
+        model = make("llama")
+    fastln.prepare(model, products="int8")
+    model.load_state_dict(stock.state_dict(), strict=False, assign=True)
+    want = fastln.prepare(stock, products="int8")(**inputs).loss.item()
+    assert model(**inputs).loss.item() == pytest.approx(want, rel=1e-5)
+
+
+def test_restore_takes_the_checks_for_values_away():
+    with torch.device("meta"):
+        model = make("bert")
+    assert checked(fastln.prepare(model)) == ["", "bert.embeddings"]
+    assert not checked(fastln.restore(model))

@@ -24,6 +24,7 @@ A row that holds NaN or Inf becomes NaN as a whole. Rows without numbers above 1
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import torch
@@ -37,6 +38,10 @@ TURNED = 64
 
 SMALLEST = 1e-30
 """A row whose largest number is smaller counts as zero."""
+
+
+BLOCK = 2**20
+"""A weight is rounded and summed in blocks of so many numbers where that takes wider copies of them."""
 
 
 class Rows8(NamedTuple):
@@ -71,7 +76,28 @@ class Weight8(NamedTuple):
     @classmethod
     def of(cls, values: Tensor, scale: Tensor, turned: bool) -> Weight8:
         """Return the weight with its sums."""
-        return cls(values, scale, turned, *(values.sum(dim, dtype=torch.int32) for dim in (1, 0)))
+        return cls(values, scale, turned, *sums_of(values))
+
+
+def sums_of(values: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the sums of whole numbers `(n_rows, n_cols)`, int8, over each row and over each column, int32.
+
+    torch sums int8 by way of a copy in int32, four times as large. So this takes blocks of rows.
+    """
+    n_rows, n_cols = values.shape
+    row_sums = values.new_empty(n_rows, dtype=torch.int32)
+    col_sums = values.new_zeros(n_cols, dtype=torch.int32)
+    for rows in _blocks(values):
+        wide = values[rows].to(torch.int32)
+        row_sums[rows] = wide.sum(1, dtype=torch.int32)
+        col_sums += wide.sum(0, dtype=torch.int32)
+    return row_sums, col_sums
+
+
+def _blocks(x: Tensor) -> Iterator[slice]:
+    """Yield the rows of a matrix in blocks of about `BLOCK` numbers; a tensor without values is one block."""
+    n_rows = max(1, len(x) if x.is_meta else BLOCK // max(1, x.shape[1]))
+    return (slice(start, start + n_rows) for start in range(0, len(x), n_rows))
 
 
 def turn(x: Tensor) -> Tensor:
@@ -147,6 +173,22 @@ def left_over(weight: Tensor, rounded: Weight8) -> Tensor:
     """
     values = weight.to(torch.float32)
     return (turn(values) if rounded.turned else values) - rounded.values * rounded.scale[:, None]
+
+
+def second_term(weight: Tensor, rounded: Weight8, rounds: Callable[..., Weight8] | None = None) -> Weight8:
+    """Return what rounding left over of a weight in 8 bits more, turned if the rounded weight is.
+
+    Args:
+        weight, rounded: As for `left_over`.
+        rounds: The function that rounds the blocks; `quantise_weight` by default.
+    """
+    rounds = rounds or quantise_weight
+    values, scale = torch.empty_like(rounded.values), torch.empty_like(rounded.scale)
+    for rows in _blocks(weight):
+        block = Weight8(rounded.values[rows], rounded.scale[rows], rounded.turned, *rounded[3:])
+        made = rounds(left_over(weight[rows], block), turned=False)
+        values[rows], scale[rows] = made.values, made.scale
+    return Weight8.of(values, scale, rounded.turned)
 
 
 def dequantise_weight(weight: Weight8, rest: Weight8 | None = None) -> Tensor:

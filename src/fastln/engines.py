@@ -56,7 +56,7 @@ from fastln.origin import ORIGIN, Origin, origin_bytes
 from fastln.plan import apply, plan
 from fastln.prepare import carry_out, restore
 from fastln.settings import MethodSettings
-from fastln.standins.int8 import Int8Weight
+from fastln.standins.int8 import Int8Weight, merges_are_refused
 from fastln.state import prepared
 
 logger = logging.getLogger(__name__)
@@ -365,7 +365,8 @@ def _with_lora(model: nn.Module, settings: MethodSettings, do: Callable[[Plan, n
     config = _peft_config(model, replace(settings, method="lora"))
     do(plan(model, **replace(settings, method=_BESIDE_LORA[settings.method]).of_plan), model)
     own = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    wrapped = peft.get_peft_model(model, config, autocast_adapter_dtype=False)
+    with merges_are_refused():  # by LoraOn8Bits
+        wrapped = peft.get_peft_model(model, config, autocast_adapter_dtype=False)
     for parameter in own:
         parameter.requires_grad_(True)
     for module in wrapped.modules():

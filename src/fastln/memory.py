@@ -1,14 +1,16 @@
 """The memory of a training step: counted while a model runs (on a CPU, a GPU or the meta device), or measured.
 
-All reports use the same terms. *Weights* are a model's parameters and buffers. *Gradients* are those of the trained
-parameters. *Optimizer* is what the optimizer keeps for them. *Saved* is what autograd keeps from forward to backward.
+All reports use the same terms. *Weights* are a model's parameters and buffers, and what stand-ins hold beside them:
+with 8-bit products scales and sums, second terms, originals that are kept, and the head's 8-bit copy. *Gradients*
+are those of the trained parameters. *Optimizer* is what the optimizer keeps for them. *Saved* is what autograd keeps
+from forward to backward.
 """
 
 from __future__ import annotations
 
 import resource
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +22,9 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
+from fastln.ops.rounded import bytes_at_hand, forget_rows
+from fastln.standins.part import StandIn
+
 MOMENTS = 8  # bytes for each trained number: AdamW's two moments, in float32
 MASTER = 4  # bytes for each trained number of lower precision: its float32 copy
 
@@ -29,7 +34,7 @@ class Footprint:
     """The memory of a training step, in bytes, without libraries and intermediate results.
 
     Attributes:
-        weights: Parameters and buffers.
+        weights: Parameters and buffers, and what stand-ins hold beside them.
         gradients: Gradients of the trained parameters.
         optimizer: What the optimizer keeps for them.
         saved: What autograd keeps for backward.
@@ -65,7 +70,7 @@ def footprint(model: nn.Module, saved: int) -> Footprint:
     """
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     return Footprint(
-        weights=sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers())),
+        weights=sum(tensor.nbytes for tensor in _held(model)),
         gradients=sum(parameter.nbytes for parameter in trained),
         optimizer=sum(
             parameter.numel() * (MOMENTS + MASTER * (parameter.dtype != torch.float32)) for parameter in trained
@@ -74,12 +79,22 @@ def footprint(model: nn.Module, saved: int) -> Footprint:
     )
 
 
+def _held(model: nn.Module) -> Iterator[Tensor]:
+    """Yield the tensors that a model holds from step to step."""
+    yield from model.parameters()
+    yield from model.buffers()
+    for module in model.modules():
+        if isinstance(module, StandIn):
+            yield from module.tensors_beside()
+
+
 class SavedActivations:
     """Counts the bytes that autograd keeps for backward while the context is open.
 
     Open it only around the forward pass: what a recomputing layer saves again during backward is not kept between the
     two. Each storage counts once and in full, however many views of it are saved, because any view keeps all of it
-    alive. The storages of the model's own parameters and buffers do not count, because they exist anyway.
+    alive. The storages of the model's own parameters and buffers, and of what lies beside them, do not count, because
+    they exist anyway. Rows in 8 bits that the last layer left at hand count: they live until its input is freed.
 
         with SavedActivations(model) as saved:
             loss = model(**batch).loss
@@ -93,6 +108,7 @@ class SavedActivations:
       So a prepared model counts them in full, as with `without=("late_logits", "late_rows")` on a CPU.
     - torch's own LayerNorm in 16 bits counts its statistics in float32, as on a GPU. A CPU keeps them in 16 bits.
     - No token counts as padding, so the count lacks the mask that a CPU would keep for a padded batch.
+    - Rows in 8 bits at hand do not count: at most the input of one layer, at a byte a number.
     - A model whose shapes depend on values, such as Qwen2.5-VL, cannot run on meta: torch raises its own error.
 
     Args:
@@ -100,10 +116,11 @@ class SavedActivations:
     """
 
     def __init__(self, model: nn.Module) -> None:
-        own = [*model.parameters(), *model.buffers()]
+        own = list(_held(model))
         self._excluded = {_storage(tensor) for tensor in own}
         self._sizes: dict[StorageWeakRef, int] = {}
-        self._is_meta = any(tensor.is_meta for tensor in own)
+        self._at_hand = 0
+        self._is_meta = any(tensor.is_meta for tensor in (*model.parameters(), *model.buffers()))
         # The unpack hook outlives the context: backward calls it.
         self._hooks = torch.autograd.graph.saved_tensors_hooks(self._pack, lambda tensor: tensor)
         self._open = ExitStack()
@@ -111,7 +128,7 @@ class SavedActivations:
     @property
     def bytes(self) -> int:
         """The bytes saved so far."""
-        return sum(self._sizes.values())
+        return sum(self._sizes.values()) + self._at_hand
 
     def _pack(self, tensor: Tensor) -> Tensor:
         storage = _storage(tensor)
@@ -120,12 +137,14 @@ class SavedActivations:
         return tensor.detach()  # an undetached result would form a cycle with its own node, and never be freed
 
     def __enter__(self) -> SavedActivations:
+        forget_rows()  # other models'
         if self._is_meta:
             self._open.enter_context(AsOnCPU())
         self._open.enter_context(self._hooks)
         return self
 
     def __exit__(self, *exception: object) -> None:
+        self._at_hand = bytes_at_hand()
         self._open.close()
 
 

@@ -36,6 +36,7 @@ from fastln.standins.int8 import Int8Spec, Int8Weight
 from fastln.standins.part import is_stand_in
 from fastln.standins.table import STAND_INS, Place
 from fastln.standins.tricks import TRICKS
+from fastln.standins.values import add_checks
 from fastln.state import STATE, Prepared, prepared
 from fastln_kernels.cpu import units
 
@@ -151,6 +152,7 @@ def _carry_out(plan: Plan, model: nn.Module) -> None:
             settings = dataclasses.replace(plan.settings, products="exact") if exact else plan.settings
             place = Place(model, change.name, change.detail, settings, dtypes, state.undo)
             STAND_INS[change.stand_in].put(place)
+        add_checks(model)
         state.others = state._others(model)
         rounded = [undo for undo in state.undo if isinstance(undo, Int8Weight)]
         for undo in rounded:
@@ -215,6 +217,8 @@ class _Decider:
                 return self._norm(entry)
             case "attention":
                 return self._attention(entry)
+            case "rotary":
+                return self._on_cpus("rotary", entry)
             case "linear" | "conv1d":
                 return self._linear(entry)
             case "patches":
@@ -291,10 +295,14 @@ class _Decider:
         return "late_logits" not in self._without and self._settings.backend != "reference"
 
     def _attention(self, entry: Found) -> Change | Stay:
-        choice = resolve("attention", self._device, self._settings)
+        return self._on_cpus("attention", entry, ViewSpec(NAME))
+
+    def _on_cpus(self, op: str, entry: Found, detail: Any = None) -> Change | Stay:
+        """Change a module whose operation has kernels for CPUs alone."""
+        choice = resolve(op, self._device, self._settings)
         if choice.backend != "cpu":
             return Stay(entry.name, entry.label, entry.obstacle or choice.reason)
-        return self._known(entry, ViewSpec(NAME))
+        return self._known(entry, detail)
 
     def _flash_attention(self, found: list[Found]) -> list[Change | Stay]:
         if self._device.type != "cuda" or self._settings.backend == "reference":
@@ -325,9 +333,9 @@ class _Decider:
     def _head(self, entry: Found) -> Change | Stay:
         if self._settings.backend == "reference":
             return Stay(entry.name, entry.label, entry.obstacle or "backend 'reference' is plain PyTorch")
-        weight = getattr(self._modules[entry.name], "weight", None)
+        own = self._modules[entry.name].parameters(recurse=False)
         spec = None
-        if self._int8 is not None and entry.obstacle is None and id(weight) not in self._trained:
+        if self._int8 is not None and entry.obstacle is None and not any(id(p) in self._trained for p in own):
             spec = self._int8.of(entry.name, is_head=True)
         return self._known(entry, spec if isinstance(spec, Int8Spec) else None)
 

@@ -14,6 +14,7 @@ from fastln.decision import Plan
 from fastln.standins.int8 import Int8Weight
 from fastln.standins.norm import Float32Parameters
 from fastln.standins.part import Undo
+from fastln.standins.values import remove_checks
 
 STATE = "_fastln_state"
 
@@ -48,7 +49,7 @@ class Prepared:
         if prepared(model) is not None:
             delattr(model, STATE)
         steps: list[Callable[[], object]] = [change.remove for change in reversed(self.undo)]
-        steps.append(functools.partial(self._reset_flags, model))
+        steps += [functools.partial(remove_checks, model), functools.partial(self._reset_flags, model)]
         for step in steps:
             try:
                 step()

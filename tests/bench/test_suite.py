@@ -92,6 +92,10 @@ def test_a_method_may_run_in_one_dtype_alone(tmp_path):
     assert suite.contenders("float32") == [("full", "torch", "exact"), ("layernorm", "torch", "exact")]
     with pytest.raises(FastLNError, match=r"layernorm/torch/float32 would never run: its dtype is not one of auto"):
         load(tmp_path, text, dtypes=["auto"])
+    both = load(tmp_path, GOOD.replace("torch", "torch, layernorm/torch/float32"), dtypes=["bfloat16", "float32"])
+    assert both.contenders("float32") == both.contenders("bfloat16") == [("layernorm", "torch", "exact")]
+    with pytest.raises(FastLNError, match=r"layernorm/torch/auto names no dtype: auto becomes float32 or bfloat16"):
+        load(tmp_path, GOOD.replace("torch", "torch/auto"))
 
 
 def test_products_are_for_engine_fastln(tmp_path, caplog):

@@ -81,3 +81,23 @@ def test_a_second_term_holds_what_the_first_leaves_over():
         for error, bound in zip(off, most, strict=True):
             assert (error.norm(dim=1) <= 1.001 * bound * math.sqrt(128)).all()
             assert (error.norm(dim=1) >= 0.1 * bound * math.sqrt(128)).all()
+
+
+def test_blocks_of_a_second_term_are_the_whole(monkeypatch):
+    torch.manual_seed(0)
+    weight = torch.randn(21, 128).bfloat16()
+    for turned in (False, True):
+        made = reference.quantise_weight(weight, turned=turned)
+        want = reference.quantise_weight(reference.left_over(weight, made))._replace(turned=turned)
+        monkeypatch.setattr(reference, "BLOCK", 5 * 128)
+        torch.testing.assert_close(tuple(reference.second_term(weight, made)), tuple(want), rtol=0, atol=0)
+        monkeypatch.undo()
+
+
+def test_sums_of_blocks(monkeypatch):
+    monkeypatch.setattr(reference, "BLOCK", 100)
+    for shape in ((0, 3), (3, 0), (1, 300), (70, 30)):
+        values = torch.randint(-127, 128, shape, dtype=torch.int8)
+        want = tuple(values.sum(dim, dtype=torch.int32) for dim in (1, 0))
+        torch.testing.assert_close(reference.sums_of(values), want, rtol=0, atol=0)
+        assert [part.shape for part in reference.sums_of(values.to("meta"))] == [part.shape for part in want]

@@ -23,7 +23,7 @@ from fastln import ops
 from fastln.ops import ACTIVATION_KINDS, NormKind, OpSettings
 from fastln.ops.backends import OPERATIONS, resolve
 from fastln.ops.settings import BACKENDS, REFERENCE
-from fastln_kernels import reference, reference_activation, reference_attention, reference_int8
+from fastln_kernels import reference, reference_activation, reference_attention, reference_int8, reference_rotary
 from fastln_kernels.cpu import library, products
 from fastln_kernels.reference import NormForward
 from fastln_kernels.reference_attention import AttentionForward
@@ -174,6 +174,23 @@ def define_attention(options, q, k, v):
     return reference_attention.attention_forward(AttentionForward(q, k, v, 0.25, seed=seed, **options)).out
 
 
+def rotary_cases():
+    angles = torch.randn(2, 20, 16)
+    cos, sin = angles.cos().half(), angles.sin().half()
+    for kind, n in (("positions of each sequence", 2), ("shared positions", 1)):
+        yield Case(
+            "rotary",
+            kind,
+            (HEADS,),
+            functools.partial(run_rotary, cos[:n], sin[:n]),
+            lambda x, n=n: reference_rotary.rotary(x, cos[:n], sin[:n]),
+        )
+
+
+def run_rotary(cos, sin, settings, x):
+    return ops.rotary(x, cos.to(x.dtype), sin.to(x.dtype), settings=settings)
+
+
 def linear_cases():
     weight, bias = torch.randn(48, N_COLS), torch.randn(48)
     for transpose in (True, False):
@@ -203,7 +220,10 @@ def run_int8(weight, bias, settings, x):
     return ops.int8_linear(x, weight, bias.half().to(x.dtype), settings=settings)
 
 
-CASES = [*norm_cases(), *activation_cases(), *dropout_cases(), *attention_cases(), *linear_cases(), *int8_cases()]
+CASES = [
+    *(*norm_cases(), *activation_cases(), *dropout_cases()),
+    *(*attention_cases(), *rotary_cases(), *linear_cases(), *int8_cases()),
+]
 
 
 @pytest.fixture(params=[*BACKENDS, WITHOUT_COMPILER])

@@ -85,6 +85,26 @@ def test_biases_may_have_any_floating_dtype(dtype, backend):
         torch.testing.assert_close(y, want, rtol=eps, atol=1e-5)
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("of_bias", DTYPES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_bias_that_trains_has_the_sum_of_the_rows(dtype, of_bias, backend, rounded):
+    x, weight, bias = inputs(dtype)
+    settings, bias = ops.OpSettings(backend), bias.to(of_bias)
+    y = ops.int8_linear(x, weight, bias.requires_grad_(), settings=settings)
+    assert torch.equal(y, ops.int8_linear(x, weight, bias.detach(), settings=settings))
+    dy = torch.randn_like(y)
+    dx, dbias = torch.autograd.grad(y, (x, bias), dy)
+    assert torch.equal(dx, torch.autograd.grad(ops.int8_linear(x, weight, settings=settings), x, dy)[0])
+    assert dbias.dtype == of_bias
+    want = dy.double().sum((0, 1))
+    eps = torch.finfo(torch.float32 if of_bias == torch.float64 else of_bias).eps
+    assert (dbias - want).norm() <= eps * want.norm()  # summed in float32, rounded once
+    rounded.clear()
+    torch.autograd.grad(ops.int8_linear(x.detach(), weight, bias, settings=settings), bias, dy)
+    assert (18, 70) not in rounded  # nobody asked for dx
+
+
 @pytest.mark.parametrize(
     "bias", [torch.ones(1), torch.ones(70, 1), torch.ones(70, dtype=torch.int64), torch.ones(70, device="meta")]
 )
@@ -94,7 +114,7 @@ def test_a_bias_that_does_not_fit_is_refused(bias):
         ops.int8_linear(x, weight, bias)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", [*BACKENDS, "triton"])
 @pytest.mark.parametrize("turned", [False, True])
 def test_a_second_term_takes_the_weight_s_error_out_of_the_result_alone(turned, backend, rounded):
     torch.manual_seed(0)
@@ -142,12 +162,16 @@ def test_the_operator_is_the_function():
     want = ops.int8_linear(x, weight, bias, rest=rest, settings=settings)
     (dwant,) = torch.autograd.grad(want.sum(), x)
     compiled = torch.compile(
-        lambda x: ops.int8_linear(x, weight, bias, rest=rest, settings=settings), backend="aot_eager", fullgraph=True
+        lambda x, bias: ops.int8_linear(x, weight, bias, rest=rest, settings=settings),
+        backend="aot_eager",
+        fullgraph=True,
     )
-    y = compiled(x)
-    (dx,) = torch.autograd.grad(y.sum(), x)
+    y = compiled(x, bias.requires_grad_())
+    dx, dbias = torch.autograd.grad(y.sum(), (x, bias))
     assert torch.equal(y, want)
     assert torch.equal(dx, dwant)
+    assert torch.equal(dbias, torch.full_like(bias, 18))
+    bias = bias.detach()
     parts = [(given.values, given.scale, given.row_sums, given.col_sums) for given in (weight, rest)]
     arguments = (x.detach(), *parts[0], bias, *parts[1], True, torch.bfloat16, *settings.flat)
     torch.library.opcheck(

@@ -1,5 +1,7 @@
 """The linear layer with a frozen weight: torch's own results, and torch itself wherever there is no kernel."""
 
+import math
+
 import pytest
 import torch
 from torch import nn
@@ -49,6 +51,32 @@ def test_values_and_gradients_are_torch_s(transpose, calls):
 
 
 @needs_kernels
+@pytest.mark.parametrize("transpose", [True, False])
+@pytest.mark.parametrize(
+    ("dtype", "of_bias"), [(torch.float32,) * 2, (torch.bfloat16,) * 2, (torch.bfloat16, torch.float32)]
+)
+def test_a_bias_that_trains_has_the_sum_of_the_rows(dtype, of_bias, transpose, calls):
+    x, weight, bias = inputs(3, 500, 64)
+    stored = (weight if transpose else weight.t().contiguous()).to(of_bias)
+    bias = bias.to(of_bias).requires_grad_()
+    with torch.autocast("cpu", torch.bfloat16, enabled=dtype != of_bias):
+        y = ops.linear(x.to(dtype), stored, bias, transpose=transpose)
+    dy = torch.randn_like(y)
+    dx, dbias = torch.autograd.grad(y, (x, bias), dy)
+    assert dbias.dtype == of_bias
+    want = dy.double().sum((0, 1))
+    # Summed in float32, by halves (a rounding for each of log2 levels), and rounded once.
+    bound = torch.finfo(torch.float32).eps * math.log2(1500) ** 0.5 + torch.finfo(of_bias).eps / 2
+    assert (dbias - want).norm() <= bound * want.norm()
+    plain = ops.linear(x.to(y.dtype), stored.to(y.dtype), transpose=transpose)
+    assert torch.equal(dx, torch.autograd.grad(plain, x, dy)[0])
+    assert len(calls) == 4
+    alone = ops.linear(x.detach().to(dtype), stored.to(dtype), bias.to(dtype), transpose=transpose)
+    assert torch.autograd.grad(alone, bias, dy)[0].norm() > 0
+    assert len(calls) == 5  # nobody asked for dx
+
+
+@needs_kernels
 def test_second_derivatives(calls):
     x, weight, bias = inputs(40, 64)
     (dx,) = torch.autograd.grad(ops.linear(x, weight, bias).square().sum(), x, create_graph=True)
@@ -86,7 +114,6 @@ def test_what_has_no_kernel_is_torch_s(calls):
     trained = weight.clone().requires_grad_()
     ops.linear(x, trained, bias).sum().backward()
     assert trained.grad is not None
-    ops.linear(x, weight, bias.clone().requires_grad_())
     ops.linear(x, weight, settings=OpSettings("reference"))
     ops.linear(x.double(), weight.double())
     ops.linear(x[0], weight)
@@ -143,8 +170,29 @@ def test_gradcheck_of_the_formula(monkeypatch):
     x, weight, bias = inputs(5, 4, n_cols=3, dtype=torch.float64)
     for stored, transpose in ((weight, True), (weight.t().contiguous(), False)):
         torch.autograd.gradcheck(
-            lambda x, stored=stored, transpose=transpose: ops.linear(x, stored, bias, transpose=transpose), (x,)
+            lambda x, bias, stored=stored, transpose=transpose: ops.linear(x, stored, bias, transpose=transpose),
+            (x, bias.requires_grad_()),
         )
+
+
+@needs_kernels
+def test_layers_whose_bias_trains_run_as_the_plan_says(calls):
+    def model():
+        torch.manual_seed(0)
+        return nn.Sequential(nn.Linear(64, 64), nn.LayerNorm(64), Conv1D(96, 64), nn.Linear(96, 32))
+
+    plan = fastln.plan(model(), "bitfit")
+    assert sum(change.stand_in in ("linear", "conv1d") for change in plan.changes) == 3
+    ours, stock = fastln.prepare(model(), "bitfit"), model()
+    x, losses = torch.randn(33, 64), []
+    for each in (ours, stock):
+        losses.append(each(x).square().mean())
+        losses[-1].backward()
+    torch.testing.assert_close(*losses)
+    assert len(calls) == 5  # no layer but the last two has an input with a gradient
+    for name, parameter in ours.named_parameters():
+        if parameter.requires_grad:
+            torch.testing.assert_close(parameter.grad, stock.get_parameter(name).grad, rtol=1e-4, atol=1e-6)
 
 
 @needs_kernels

@@ -3,8 +3,10 @@
 import pytest
 import torch
 from family_models import batch, make
+from transformers import LlamaConfig, LlamaForCausalLM
 
 import fastln
+from fastln_kernels.cpu import products
 
 
 def step(model, inputs, forward):
@@ -22,7 +24,7 @@ def _compiled_anew():
     torch.compiler.reset()
 
 
-CASES = [  # without inductor, of the last three one in each run
+CASES = [  # without inductor, each run takes one of the last three or the test in 8 bits
     pytest.param("bert", "aot_eager"),
     *(pytest.param(name, "aot_eager", marks=pytest.mark.slow(pool="aot_eager")) for name in ("vit", "llama", "opt")),
     *(
@@ -40,6 +42,25 @@ def test_a_step_is_that_of_eager_mode(name, backend):
     torch.testing.assert_close(compiled_loss, loss, rtol=1e-6, atol=0)
     errors = torch.stack([(got[name] - gradient).norm() for name, gradient in gradients.items()])
     assert errors.norm() <= 1e-5 * torch.stack([gradient.norm() for gradient in gradients.values()]).norm()
+
+
+@pytest.mark.slow(pool="aot_eager")
+def test_a_step_in_8_bits_is_that_of_eager_mode():
+    """Two terms, turned weights and biases that train, which operators take too."""
+    sizes = {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 1, "num_attention_heads": 2}
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(LlamaConfig(**sizes, vocab_size=64, attention_bias=True))
+    backend = "reference" if products.why_not("int8") else "auto"
+    fastln.prepare(model, "layernorm+bias", products="int8", backend=backend, without=("late_logits", "late_rows"))
+    assert sum(p.dtype == torch.int8 for p in model.parameters()) == 7
+    ids = torch.randint(3, 60, (2, 12), generator=torch.Generator().manual_seed(1))
+    inputs = {"input_ids": ids, "labels": ids}
+    loss, gradients = step(model, inputs, model)
+    compiled_loss, got = step(model, inputs, torch.compile(model, backend="aot_eager", fullgraph=True))
+    torch.testing.assert_close(compiled_loss, loss, rtol=1e-6, atol=0)
+    assert sum(name.endswith("bias") for name in gradients) == 4
+    for name, gradient in gradients.items():
+        assert (got[name] - gradient).norm() <= 1e-5 * gradient.norm(), name
 
 
 @pytest.mark.parametrize("name", ["bert", "opt"])

@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from transformers import (
     BertConfig,
     BertForSequenceClassification,
+    BertLMHeadModel,
     BlipConfig,
     BlipForQuestionAnswering,
     GPT2Config,
@@ -19,6 +20,7 @@ from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
 )
+from transformers.pytorch_utils import Conv1D
 
 import fastln
 from fastln import int8_rules
@@ -309,7 +311,7 @@ def test_state_dicts_hold_floats_and_are_rounded_again(caplog):
 
 
 def _shuffled(module):
-    if isinstance(module, nn.Linear):
+    if isinstance(module, (nn.Linear, Conv1D)):
         nn.init.normal_(module.weight, std=0.05)
 
 
@@ -320,6 +322,17 @@ def test_biases_may_train_and_matrices_that_do_stay_exact():
     kinds = {change.name: change.products for change in plan.changes}
     assert kinds["bert.encoder.layer.1.output.dense"] == "int8"
     assert "bert.encoder.layer.0.output.dense" not in kinds
+
+
+def test_a_head_whose_bias_trains_stays_exact_in_the_plan_too(monkeypatch):
+    monkeypatch.setattr(int8_rules, "HEAD_GAIN", 0)
+    torch.manual_seed(0)
+    model = BertLMHeadModel(BertConfig(**SIZES, vocab_size=200, is_decoder=True))
+    found = []
+    for method in ("LN", "bitfit"):
+        (head,) = (c for c in fastln.plan(model, method, products="int8").changes if c.kind == "lm_head")
+        found.append((head.products, head.why_exact))
+    assert found == [("int8, turned", None), ("exact", "it trains")]
 
 
 def test_checkpointing_accumulation_and_late_rows_change_no_bit():
@@ -410,10 +423,11 @@ def second_terms(model):
     return {name: held.rest for name, m in model.named_modules() if (held := m.__dict__.get(int8.WEIGHT)) and held.rest}
 
 
-def test_second_terms_follow_their_layer_everywhere():
-    model, stock = fastln.prepare(llama(), products="int8"), llama()
+@pytest.mark.parametrize(("make", "n_terms"), [(llama, 6), (gpt2, 2)])
+def test_second_terms_follow_their_layer_everywhere(make, n_terms):
+    model, stock = fastln.prepare(make(), products="int8"), make()
     want, terms = asked(model), second_terms(model)
-    assert len(terms) == 6
+    assert len(terms) == n_terms
     assert same(asked(copy.deepcopy(model)), want)
     assert same(asked(pickle.loads(pickle.dumps(model))), want)
     state = model.state_dict()
@@ -422,11 +436,11 @@ def test_second_terms_follow_their_layer_everywhere():
         assert (state[name] - value).norm() <= bound * value.norm() + 1e-9
     model.load_state_dict(state)  # its own, which changes nothing
     assert all(second_terms(model)[name] is rest for name, rest in terms.items())
-    other = fastln.prepare(llama().apply(_shuffled), products="int8")
+    other = fastln.prepare(make().apply(_shuffled), products="int8")
     other.load_state_dict(stock.state_dict())
     assert same(asked(other), want)
     with torch.device("meta"):
-        empty = llama()
+        empty = make()
     fastln.prepare(empty, products="int8")
     empty.load_state_dict(stock.state_dict(), strict=False, assign=True)
     for name, rest in second_terms(empty).items():
@@ -443,9 +457,20 @@ def test_second_terms_that_were_changed_are_noticed(tmp_path):
         fastln.save_adapter(model, tmp_path / "adapter")
 
 
-def test_models_with_second_terms_are_restored():
-    model = fastln.prepare(llama(), products="int8", keep_weights=True)
-    assert all(torch.equal(value, llama().state_dict()[name]) for name, value in model.state_dict().items())
+@pytest.mark.parametrize("make", [llama, gpt2])
+def test_models_with_second_terms_are_merged_and_restored(make, tmp_path):
+    model, stock = fastln.prepare(make(), products="int8", keep_weights=True), make().state_dict()
+    assert second_terms(model)
+    assert all(torch.equal(value, stock[name]) for name, value in model.state_dict().items())
+    norms = [name for name, p in model.named_parameters() if p.requires_grad]
+    with torch.no_grad():
+        model.get_parameter(norms[0]).add_(0.5)
+    fastln.merge_adapter(model, tmp_path / "merged")
+    merged = type(model).from_pretrained(tmp_path / "merged").state_dict()
+    assert torch.equal(merged[norms[0]], stock[norms[0]] + 0.5)
+    assert all(torch.equal(value, stock[name]) for name, value in merged.items() if name != norms[0])
     fastln.restore(model)
-    assert all(torch.equal(value, llama().state_dict()[name]) for name, value in model.state_dict().items())
-    assert same(asked(fastln.prepare(model)), asked(fastln.prepare(llama())))
+    assert all(torch.equal(value, stock[name]) for name, value in model.state_dict().items() if name != norms[0])
+    with torch.no_grad():
+        model.get_parameter(norms[0]).sub_(0.5)
+    assert same(asked(fastln.prepare(model)), asked(fastln.prepare(make())))

@@ -6,6 +6,8 @@ import gc
 import pytest
 import torch
 from transformers import (
+    BartConfig,
+    BartModel,
     BertConfig,
     BertModel,
     LlamaConfig,
@@ -24,6 +26,11 @@ WHY_NOT = products.why_not("int8") or library.why_not("activation") or library.w
 pytestmark = pytest.mark.skipif(WHY_NOT is not None, reason=f"{WHY_NOT}")
 
 SIZES = {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2, "num_attention_heads": 2}
+BART = {  # its layers call dropout as a function
+    **dict.fromkeys(("encoder_layers", "decoder_layers", "encoder_attention_heads", "decoder_attention_heads"), 1),
+    **dict.fromkeys(("dropout", "activation_dropout"), 0.1),
+    **{"d_model": 128, "encoder_ffn_dim": 256, "decoder_ffn_dim": 256, "vocab_size": 64},
+}
 LLAMA = {**SIZES, "vocab_size": 64, "num_key_value_heads": 2}
 IDS = torch.arange(24).view(2, 12)
 IMAGES = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0)).bfloat16()
@@ -34,13 +41,16 @@ MODELS = {
         {"pixel_values": IMAGES},
     ),
     "llama": (lambda: LlamaForCausalLM(LlamaConfig(**LLAMA)), {"input_ids": IDS, "labels": IDS}),
+    "bart": (lambda: BartModel(BartConfig(**BART)), {"input_ids": IDS}),
 }
 # Passes that round the rows of one forward and one backward: where the layers do it all, and where the kernels help.
-# The rest are sums with the residual, and queries and keys that rotary positions turned.
+# The rest are sums with the residual, embeddings behind stock dropout, and the encoder's rows where the decoder reads
+# them. Rotary positions round the gradients of queries and keys.
 PASSES = {
     "bert": ((8, 12), (0, 0)),
     "vit": ((8, 12), (0, 4)),
-    "llama": ((8, 14), (0, 8)),
+    "llama": ((8, 14), (0, 4)),
+    "bart": ((11, 16), (3, 0)),
 }
 
 

@@ -24,8 +24,8 @@ MODELS = {
     ),
 }
 # Passes over inputs and over gradients in one step: in the first, whose backward already knows who takes its gradients,
-# from the second on, and where the layers do it all. What is left is the same as on a CPU: results of attention and its
-# gradients, sums with the residual, and embeddings with dropout.
+# from the second on, and where the layers do it all. What is left: results of attention and its gradients, also
+# past rotary positions, sums with the residual, and embeddings with dropout.
 PASSES = {
     "bert": ((4, 3), (2, 3), (4, 6)),
     "vit": ((4, 5), (1, 5), (4, 6)),

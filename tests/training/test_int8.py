@@ -6,6 +6,7 @@ import json
 import logging
 
 import int8_run
+import peft
 import pytest
 import tiny
 import torch
@@ -20,6 +21,7 @@ from fastln.data import load_source
 from fastln.engines import can_restore, put_method, to_stock
 from fastln.ops import OpSettings
 from fastln.ops.backends import resolve
+from fastln.standins import int8
 from fastln.state import prepared
 from fastln.training import TrainConfig, eval_run, run
 from fastln.training.features import fingerprint
@@ -153,6 +155,16 @@ def test_lora_is_not_merged_into_8_bits(keep_weights, base):
         with pytest.raises(FastLNError, match="LoRA cannot be merged into weights in 8 bits: save the adapter or"):
             merge()
     assert torch.equal(logits(copy.deepcopy(trained)), before)
+
+
+def test_peft_s_own_layers_on_8_bits_are_told_not_to_be_merged(base, monkeypatch, caplog):
+    monkeypatch.setattr(int8, "_told", set())
+    put(load(base), "lora")  # which refuses by itself
+    assert "peft" not in caplog.text
+    for _ in range(2):
+        prepared_one = fastln.prepare(load(base), **INT8)
+        peft.get_peft_model(prepared_one, peft.LoraConfig(target_modules=["q_proj"]))
+    assert caplog.text.count("merge_and_unload() and merge_adapter() of peft fail, or round away what was learned") == 1
 
 
 def test_cached_features_are_those_of_one_scale(base):

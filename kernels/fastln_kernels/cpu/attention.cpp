@@ -254,11 +254,11 @@ class Gradients {
     thread_local Buffer<C> row_buffer, pair_buffer, q_buffer, dout_buffer;
     thread_local Buffer<float> dq_buffer, delta_buffer, shift_buffer;
     const int64_t n_rows = group_ * padded_queries_, widest = std::max(dim_, v_dim_);
-    C *rows = row_buffer.at_least(QUERIES * widest), *pairs = pair_buffer.at_least(QUERIES * widest);
+    C *rows = row_buffer.at_least(QUERIES * widest), *pairs = PAIRED<C> ? pair_buffer.at_least(QUERIES * widest) : rows;
     const auto transpose = [&](const T* from, int64_t stride, int64_t n_queries, int64_t n_cols, int64_t ld, C* to) {
       copy_rows(from, stride, n_queries, n_cols, rows, ld);
-      transpose_to_pairs(rows, n_queries, ld, pairs, QUERIES);
-      split_pairs(pairs, QUERIES, ld, padded(n_queries), to);
+      transpose_to_pairs(rows, n_queries, ld, PAIRED<C> ? pairs : to, QUERIES);
+      if constexpr (PAIRED<C>) split_pairs(pairs, QUERIES, ld, padded(n_queries), to);
     };
     q_t_ = q_buffer.at_least(n_rows * dim_);
     dout_t_ = dout_buffer.at_least(n_rows * v_dim_);

@@ -127,24 +127,17 @@ class Dots<T, int8_t> {
   }
 
   void put_right(const T* rows, int64_t stride, int64_t n_rows, int64_t at) {
-    uint8_t* copy = copy_buffer_.at_least(block_rows_ * width_);
+    int8_t* copy = copy_buffer_.at_least(block_rows_ * width_);
     std::memset(copy + n_rows * width_, 0, (padded(n_rows) - n_rows) * width_);
     std::fill_n(right_scale_ + at, padded(n_rows), 0.0f);
     std::fill_n(excess_ + at, padded(n_rows), 0);
     for (int64_t row = 0; row < n_rows; row++) {
-      uint8_t* to = copy + row * width_;
       prefetch_row(rows + (row + AHEAD) * stride, n_cols_);
       move(rows + row * stride, row_);
-      right_scale_[at + row] = quantise_row(row_, nullptr, false, n_cols_, width_, row_, to);
-      Sum sum;
-      sum_columns(width_, [&](int64_t column, auto, int part) {
-        sum.parts[part] += signed_numbers(to + column);
-        Bytes bytes;
-        std::memcpy(&bytes, to + column, sizeof(bytes));
-        bytes ^= static_cast<uint8_t>(ZERO);  // the second operand has signs
-        std::memcpy(to + column, &bytes, sizeof(bytes));
-      });
-      excess_[at + row] = static_cast<int32_t>(ZERO * sum.total());  // exact in float32
+      const Scale scale(largest(row_, n_cols_));
+      right_scale_[at + row] = scale.scale;
+      // What is added to left rows, times the sum of the right one.
+      excess_[at + row] = static_cast<int32_t>(ZERO) * store_signed_row(scale.inverse, copy + row * width_);
     }
     // Four neighbouring numbers of a row are one word.
     transpose_words(reinterpret_cast<const uint32_t*>(copy), width_ / 4, padded(n_rows), width_ / 4,
@@ -197,6 +190,28 @@ class Dots<T, int8_t> {
 #endif
   }
 
+  // Rounds the numbers in `row_`, with their signs; returns the sum.
+  int32_t store_signed_row(float inverse, int8_t* to) const {
+    if (inverse == 0) {
+      std::memset(to, 0, width_);
+      return 0;
+    }
+    int32_t sum = 0;
+    for (int64_t column = 0; column < width_; column += TURNED) {
+      Float block[VECTORS];
+      if (column + TURNED <= n_cols_) {
+        load_block(row_ + column, block);
+        sum += store_signed(block, inverse, to + column);
+      } else {
+        int8_t whole[TURNED];
+        load_block(row_ + column, block, n_cols_ - column);
+        sum += store_signed(block, inverse, whole);
+        std::memcpy(to + column, whole, std::min(TURNED, width_ - column));
+      }
+    }
+    return sum;
+  }
+
   // Takes the mean off a right row.
   void move(const T* row, float* to) const {
     for_columns(n_cols_, [&](int64_t column, auto lanes) {
@@ -204,8 +219,8 @@ class Dots<T, int8_t> {
     });
   }
 
-  Buffer<uint8_t> left_buffer_, copy_buffer_;
-  Buffer<int8_t> right_buffer_;
+  Buffer<uint8_t> left_buffer_;
+  Buffer<int8_t> right_buffer_, copy_buffer_;
   Buffer<float> left_scale_buffer_, right_scale_buffer_, mean_buffer_, row_buffer_, moved_buffer_;
   Buffer<int32_t> excess_buffer_;
   Buffer<double> sum_buffer_;

@@ -85,15 +85,14 @@ class Multiply {
   void run() const {
     const int64_t all = blocks(n_cols_, COLS), most = std::clamp<int64_t>(BLOCK_BYTES / (a_.n_padded * COLS), 1, all);
     const int64_t panels = blocks(all, blocks(all, most));  // equal blocks
-    // Every thread gets some blocks.
-    const int64_t wanted = a_.n_threads > 1 ? 3 * a_.n_threads : 1;
-    const int64_t chunks = std::clamp<int64_t>(blocks(wanted, blocks(n_cols_, panels * COLS)), blocks(a_.n_rows, CHUNK),
-                                               std::max<int64_t>(blocks(a_.n_rows, 2 * ROWS), blocks(a_.n_rows, CHUNK)));
-    const int64_t chunk = blocks(blocks(a_.n_rows, chunks), ROWS) * ROWS, row_blocks = blocks(a_.n_rows, chunk);
-    const int64_t cols = panels * COLS, col_blocks = blocks(n_cols_, cols);
-    for_blocks(col_blocks * row_blocks, static_cast<int>(a_.n_threads), [&](int64_t block) {
-      const int64_t row = block % row_blocks * chunk, col = block / row_blocks * cols;
-      block_of(row, std::min(chunk, a_.n_rows - row), col, std::min(cols, n_cols_ - col));
+    const int64_t cols = panels * COLS, col_blocks = blocks(n_cols_, cols), row_blocks = blocks(a_.n_rows, ROWS);
+    // Every thread gets some chunks of rows, of about equal size.
+    const int64_t wanted = a_.n_threads > 1 ? blocks(3 * a_.n_threads, col_blocks) : 1;
+    const int64_t least = blocks(a_.n_rows, CHUNK), chunks = std::clamp(wanted, least, std::max(row_blocks / 2, least));
+    for_blocks(col_blocks * chunks, static_cast<int>(a_.n_threads), [&](int64_t block) {
+      const int64_t chunk = block % chunks, col = block / chunks * cols;
+      const int64_t row = chunk * row_blocks / chunks * ROWS, end = (chunk + 1) * row_blocks / chunks * ROWS;
+      block_of(row, std::min(end, a_.n_rows) - row, col, std::min(cols, n_cols_ - col));
     });
   }
 

@@ -33,7 +33,7 @@ inline Float partner(Float x) {
 
 // One step of `turn`: sums and differences of numbers `APART` columns apart.
 template <int APART>
-inline void butterflies(Float* x) {
+inline __attribute__((always_inline)) void butterflies(Float* x) {
   if constexpr (APART >= LANES) {
     constexpr int STEP = APART / LANES;
 #pragma GCC unroll 16
@@ -53,9 +53,19 @@ inline void butterflies(Float* x) {
   }
 }
 
-// Multiplies 64 numbers by the Hadamard matrix times 8, in the order of reference_int8.turn. It is never inlined: compilers
-// would fuse a product before it with the first sums, which rounds otherwise.
-[[gnu::noinline]] inline void turn_times_8(Float* x) {
+// Keeps compilers from fusing the product that made a number with a sum that follows, which would round otherwise.
+inline void settle(Float& x) {
+#if defined(__x86_64__)
+  asm("" : "+v"(x));
+#else
+  asm("" : "+m"(x));
+#endif
+}
+
+// Multiplies 64 numbers by the Hadamard matrix times 8, in the order of reference_int8.turn.
+inline __attribute__((always_inline)) void turn_times_8(Float* x) {
+#pragma GCC unroll 16
+  for (int i = 0; i < VECTORS; i++) settle(x[i]);
   butterflies<32>(x);
   butterflies<16>(x);
   butterflies<8>(x);
@@ -64,7 +74,7 @@ inline void butterflies(Float* x) {
   butterflies<1>(x);
 }
 
-inline void turn(Float* x) {
+inline __attribute__((always_inline)) void turn(Float* x) {
   turn_times_8(x);
 #pragma GCC unroll 16
   for (int i = 0; i < VECTORS; i++) x[i] *= 0.125f;
@@ -156,18 +166,24 @@ void load_block(const T* from, Float* block, int64_t count) {
   }
 }
 
+#if defined(FASTLN_AVX512)
+// Packs 64 whole numbers into bytes.
+inline __m512i pack(const __m512i* whole) {
+  // Each 16 bytes of `bytes` hold four numbers from each vector.
+  const __m512i bytes =
+      _mm512_packs_epi16(_mm512_packs_epi32(whole[0], whole[1]), _mm512_packs_epi32(whole[2], whole[3]));
+  const __m512i places = _mm512_set_epi32(15, 11, 7, 3, 14, 10, 6, 2, 13, 9, 5, 1, 12, 8, 4, 0);
+  return _mm512_permutexvar_epi32(places, bytes);
+}
+#endif
+
 // Rounds 64 numbers to nearest even, and stores them with ZERO added.
 inline void store_rounded(const Float* block, float inverse, uint8_t* to) {
 #if defined(FASTLN_AVX512)
   __m512i whole[VECTORS];
 #pragma GCC unroll 16
   for (int i = 0; i < VECTORS; i++) whole[i] = _mm512_cvtps_epi32(bits_as<__m512>(block[i] * inverse));
-  // Each 16 bytes of `bytes` hold four numbers from each vector.
-  const __m512i bytes =
-      _mm512_packs_epi16(_mm512_packs_epi32(whole[0], whole[1]), _mm512_packs_epi32(whole[2], whole[3]));
-  const __m512i places = _mm512_set_epi32(15, 11, 7, 3, 14, 10, 6, 2, 13, 9, 5, 1, 12, 8, 4, 0);
-  const __m512i ordered = _mm512_permutexvar_epi32(places, bytes);
-  _mm512_storeu_si512(to, _mm512_xor_si512(ordered, _mm512_set1_epi8(static_cast<char>(ZERO))));
+  _mm512_storeu_si512(to, _mm512_xor_si512(pack(whole), _mm512_set1_epi8(static_cast<char>(ZERO))));
 #else
 #pragma GCC unroll 16
   for (int i = 0; i < VECTORS; i++) {
@@ -175,6 +191,28 @@ inline void store_rounded(const Float* block, float inverse, uint8_t* to) {
     for (int lane = 0; lane < LANES; lane++)
       to[i * LANES + lane] = static_cast<uint8_t>(__builtin_lrintf(value[lane]) + ZERO);
   }
+#endif
+}
+
+// The same, stored with their signs; returns their sum.
+inline int32_t store_signed(const Float* block, float inverse, int8_t* to) {
+#if defined(FASTLN_AVX512)
+  __m512i whole[VECTORS];
+#pragma GCC unroll 16
+  for (int i = 0; i < VECTORS; i++) whole[i] = _mm512_cvtps_epi32(bits_as<__m512>(block[i] * inverse));
+  _mm512_storeu_si512(to, pack(whole));
+  const __m512i low = _mm512_add_epi32(whole[0], whole[1]), high = _mm512_add_epi32(whole[2], whole[3]);
+  return _mm512_reduce_add_epi32(_mm512_add_epi32(low, high));
+#else
+  int32_t sum = 0;
+  for (int i = 0; i < VECTORS; i++) {
+    const Float value = block[i] * inverse;
+    for (int lane = 0; lane < LANES; lane++) {
+      to[i * LANES + lane] = static_cast<int8_t>(__builtin_lrintf(value[lane]));
+      sum += to[i * LANES + lane];
+    }
+  }
+  return sum;
 #endif
 }
 

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from fastln_kernels.cpu import native_int8, products, units
+from fastln_kernels.cpu.heads import Rows
 from fastln_kernels.cpu.library import DTYPES, KernelsUnavailableError
 from fastln_kernels.cpu.native_int8 import Rounding
 from fastln_kernels.reference import dropout_threshold
@@ -31,16 +32,6 @@ ROUNDED_BY = native_int8
 """The module whose `rounding` these functions take."""
 
 
-class _Rows(ctypes.Structure):
-    """A four-dimensional tensor whose last dimension is contiguous."""
-
-    _fields_ = (("data", c_void_p), ("batch", c_int64), ("head", c_int64), ("row", c_int64))
-
-    @classmethod
-    def of(cls, tensor: Tensor) -> "_Rows":
-        return cls(tensor.data_ptr(), *tensor.stride()[:3])
-
-
 class _Arguments(ctypes.Structure):
     """The struct `Arguments` in `attention.cpp`."""
 
@@ -50,7 +41,7 @@ class _Arguments(ctypes.Structure):
         *((name, c_int64) for name in ("causal", "mask_dtype", "threshold")),
         ("seed", c_void_p),
         ("scale", c_double),
-        *((name, _Rows) for name in ("q", "k", "v", "mask", "out", "dout", "dq", "dk", "dv")),
+        *((name, Rows) for name in ("q", "k", "v", "mask", "out", "dout", "dq", "dk", "dv")),
         ("lse", c_void_p),
         *((f"{name}_rounding", ctypes.POINTER(Rounding)) for name in ("out", "dq", "dk", "dv")),
     )
@@ -151,12 +142,12 @@ def _call(
         seed=None if request.seed is None else request.seed.data_ptr(),
         scale=request.scale,
         lse=lse.data_ptr(),
-        **{name: _Rows.of(x) for name, x in tensors.items()},
+        **{name: Rows.of(x) for name, x in tensors.items()},
         **{f"{name}_rounding": ctypes.pointer(one) for name, one in roundings.items() if one is not None},
     )
     if request.mask is not None:
         mask = _mask(request.mask, q, k)
-        arguments.mask = _Rows.of(mask)
+        arguments.mask = Rows.of(mask)
         arguments.mask_dtype = _BOOLEAN_MASK if mask.dtype == torch.bool else DTYPES[mask.dtype]
     _kernel(symbol)(ctypes.byref(arguments))
 

@@ -165,7 +165,7 @@ def quantise_weight(weight: Tensor, *, turned: bool = False) -> Weight8:
     """
     rows = quantise(weight, turned=turned)
     # 128 less, which flips the top bit.
-    values = (rows.values[: len(weight), : rows.n_cols] ^ (LARGEST + 1)).view(torch.int8).contiguous()
+    values = rows.values.bitwise_xor_(LARGEST + 1).view(torch.int8)[: len(weight), : rows.n_cols].contiguous()
     return Weight8.of(values, rows.scale, turned)
 
 

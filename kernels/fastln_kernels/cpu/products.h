@@ -213,9 +213,6 @@ inline void split_pairs(const bfloat16* pairs, int64_t ld, int64_t n_rows, int64
     }
   }
 }
-inline void split_pairs(const float* rows, int64_t ld, int64_t n_rows, int64_t, float* to) {
-  std::copy_n(rows, n_rows * ld, to);
-}
 
 }  // namespace fastln
 

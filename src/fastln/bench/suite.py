@@ -68,13 +68,14 @@ class Suite:
         return DataOptions(self.layout, self.language, self.skip_bad_rows, self.keep_repeats)
 
     def contenders(self, dtype: str) -> list[tuple[str, str, str]]:
-        """Return the rows of one model in a dtype, as (method, engine, products)."""
-        return [
+        """Return the rows of one model in a dtype, as (method, engine, products): each once, also if named twice."""
+        rows = (
             (method, engine, products)
             for method, engine, only in map(parts_of_method, self.methods)
             if only in ("", dtype)
             for products in (self.products if engine == "fastln" else ("exact",))
-        ]
+        )
+        return list(dict.fromkeys(rows))
 
 
 def parts_of_method(name: str) -> tuple[str, str, str]:
@@ -257,6 +258,8 @@ def _check_methods(suite: Suite, where: str) -> None:
     pairs = [f"{method.name}/{engine}" for method in METHODS.values() for engine in method.engines]
     for name in suite.methods:
         method, engine, dtype = parts_of_method(name)
+        if dtype == "auto":  # there is no row of it: it becomes one of the others
+            raise FastLNError(f"{where}: {name} names no dtype: auto becomes float32 or bfloat16, so name one of these")
         if dtype and dtype not in suite.dtypes:
             raise FastLNError(f"{where}: {name} would never run: its dtype is not one of {', '.join(suite.dtypes)}")
         if is_notation(method) and engine in get_method(method)[0].engines:

@@ -18,6 +18,7 @@ from fastln.families.last_block import last_blocks
 from fastln.families.norms import find_other_norms, is_norm, is_stock_layer_norm, norm_kind
 from fastln.families.parts import arguments_before_cache, needs_cache, output_embeddings, pretrained_models
 from fastln.families.patches import is_patch_embedding
+from fastln.families.rotary import rotary_function
 from fastln.ops import ActivationKind
 
 
@@ -92,6 +93,8 @@ def _of(name: str, module: nn.Module) -> Iterator[Found]:
         yield Found(name, "gated_mlp", "gated MLP", kind)
     elif calls_dropout(module):
         yield Found(name, "calls_dropout", "dropout called as a function")
+    elif (function := rotary_function(module)) is not None:
+        yield Found(name, "rotary", "rotary positions", function)
 
 
 def _norm(name: str, module: nn.Module) -> Found:

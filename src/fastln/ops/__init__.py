@@ -7,6 +7,7 @@ from fastln.ops.int8 import int8_linear
 from fastln.ops.linear import linear
 from fastln.ops.linear_cross_entropy import linear_cross_entropy
 from fastln.ops.norm import dropout_add_norm, layer_norm, rms_norm
+from fastln.ops.rotary import rotary
 from fastln.ops.settings import OpSettings
 from fastln_kernels.reference import NormKind
 from fastln_kernels.reference_activation import ACTIVATION_KINDS, ActivationKind
@@ -27,4 +28,5 @@ __all__ = [
     "linear_cross_entropy",
     "packed_gated_activation",
     "rms_norm",
+    "rotary",
 ]

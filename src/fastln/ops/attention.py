@@ -35,7 +35,7 @@ from torch.nn import functional as F
 from fastln.errors import FastLNError
 from fastln.ops.backends import resolve
 from fastln.ops.dispatch import Ways, call, define, is_transformed, wants_gradient
-from fastln.ops.rounded import Reader, for_reader, for_successor
+from fastln.ops.rounded import Reader, for_reader, for_successor, has_rows, rows_of
 from fastln.ops.settings import DEFAULT, SCHEMA, OpSettings
 from fastln_kernels import reference_attention
 from fastln_kernels.cpu import native_attention, products, units
@@ -288,7 +288,7 @@ def _forward(
     scale, causal, dropout, settings, reader = arguments
     request = AttentionForward(q, k, v, scale, causal, mask, dropout, seed, _in_8_bits(q, k, settings))
     kernels = _kernels_for(q, settings)
-    rounds = for_reader(reader, kernels, _rows(q, v.shape[-1]))
+    rounds = for_reader(reader, kernels, rows_of(q, v.shape[-1]))
     out, lse = kernels.attention_forward(request, *rounds.told)
     return rounds.of(out), lse
 
@@ -300,7 +300,7 @@ def _backward(request: AttentionBackward, arguments: _Arguments, ctx: Any = None
     needed = (request.need_dq, request.need_dk, request.need_dv)
     rounds = [
         # A layer's result has heads side by side in a row, and so have the gradients in memory.
-        for_successor(ctx if need and _has_rows(x) else None, index, kernels, _rows(x, x.shape[-1]), laid_out=True)
+        for_successor(ctx if need and has_rows(x) else None, index, kernels, rows_of(x), laid_out=True)
         for index, (x, need) in enumerate(zip(forward[:3], needed, strict=True))
     ]
     names = ("round_dq", "round_dk", "round_dv")
@@ -308,17 +308,6 @@ def _backward(request: AttentionBackward, arguments: _Arguments, ctx: Any = None
     gradients = kernels.attention_backward(request, **told)
     made = zip(rounds, gradients, strict=True)
     return AttentionGradients(*(None if gradient is None else one.of(gradient) for one, gradient in made))
-
-
-def _rows(x: Tensor, dim: int) -> Tensor:
-    """Return a tensor without memory of its own that is shaped like rows with all heads of a token."""
-    n_batches, n_heads, n_tokens, _ = x.shape
-    return x.new_empty(()).expand(n_batches * n_tokens, n_heads * dim)
-
-
-def _has_rows(x: Tensor) -> bool:
-    """Whether queries, keys or values are in memory as such rows. Only shapes are known of values that are not kept."""
-    return x.transpose(1, 2).is_contiguous() or not any(x.stride())
 
 
 def _keep(ctx: Any, tensors: tuple[Any, ...], arguments: _Arguments, out: Tensor, lse: Tensor) -> None:

@@ -79,6 +79,10 @@ _TABLE: dict[str, dict[str, _Kernels]] = {
         ),
         "reference": _Kernels("reference_attention", "torch's scaled_dot_product_attention"),
     },
+    "rotary": {
+        "cpu": _Kernels("cpu.native_rotary", _CPU, "rotary"),
+        "reference": _Kernels("reference_rotary", _PLAIN),
+    },
     "int8_linear": {
         "triton": _Kernels("int8", _TRITON),
         "cpu": _Kernels("cpu.native_int8", "fastln's compiled CPU kernels, 8-bit products with 32-bit sums", "int8"),

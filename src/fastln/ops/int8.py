@@ -1,8 +1,9 @@
 """Frozen linear layers in 8 bits: the operators and the autograd formula.
 
 Nothing is kept for backward but the weight, which exists anyway. The gradient of `x` is a product with the same 8-bit
-weight. Rows may be at hand in 8 bits (`fastln.ops.rounded`): because another layer has rounded them, as queries, keys
-and values come from the same rows, or because the kernel that made them did.
+weight, and that of a bias that trains is the sum of the rows of `dy`, before they are rounded. Rows may be at hand in 8
+bits (`fastln.ops.rounded`): because another layer has rounded them, as queries, keys and values come from the same
+rows, or because the kernel that made them did.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from torch import Tensor
 from fastln.errors import FastLNError
 from fastln.ops.backends import implementation
 from fastln.ops.dispatch import Ways, define, is_transformed, needs_operator, overridable, wants_gradient
+from fastln.ops.linear import bias_gradient
 from fastln.ops.rounded import Form, gradient_rows, input_rows
 from fastln.ops.settings import DEFAULT, SCHEMA, OpSettings
 from fastln_kernels.reference_int8 import Weight8
@@ -68,7 +70,7 @@ def int8_linear(
     Args:
         x: `(..., n_inner)`, of a floating dtype.
         weight: `(n_cols, n_inner)`.
-        bias: `(n_cols,)`, frozen, of a floating dtype, that of `x` or not, or None. It is added in float32.
+        bias: `(n_cols,)`, frozen or trained, of a floating dtype, that of `x` or not, or None. It is added in float32.
         rest: The weight's second term: what rounding left over, in 8 bits. Its product with the same rows is added to
             the result before that is rounded to its dtype. The gradient does without it.
         settings: Which backend computes.
@@ -93,7 +95,7 @@ def int8_linear(
     tensors = (x, *_parts(weight), bias, *((None,) * 4 if rest is None else _parts(rest)))
     if needs_operator(*tensors):
         return _WAYS.operator(*tensors, *arguments.flat)
-    if wants_gradient(x):
+    if wants_gradient(x, bias):
         return _WAYS.function.apply(*tensors, arguments)
     return _linear(*tensors, arguments)
 
@@ -114,7 +116,7 @@ def _checked_bias(bias: Tensor, x: Tensor, n_cols: int) -> Tensor:
 
 def _result_dtype(x: Tensor) -> torch.dtype:
     device = x.device.type
-    if torch.is_autocast_enabled(device) and x.dtype != torch.float64:
+    if not x.is_meta and torch.is_autocast_enabled(device) and x.dtype != torch.float64:
         return torch.get_autocast_dtype(device)
     return x.dtype
 
@@ -173,7 +175,8 @@ def _fake_linear_backward(
     return dy.new_empty((*dy.shape[:-1], values.shape[1]), dtype=arguments.dtype)
 
 
-def _keep(ctx: Any, x: Tensor, weight: tuple[Tensor, ...], arguments: _Arguments) -> None:
+def _keep(ctx: Any, x: Tensor, weight: tuple[Tensor, ...], bias: Tensor | None, arguments: _Arguments) -> None:
+    ctx.bias_dtype = None if bias is None else bias.dtype
     ctx.save_for_backward(*weight)
     ctx.arguments = arguments._replace(dtype=x.dtype)
     ctx.set_materialize_grads(False)
@@ -188,11 +191,12 @@ class _EagerInt8Linear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *inputs: Any) -> Tensor:
         x, *weight = inputs[:5]
-        arguments = inputs[-1]
-        _keep(ctx, x, tuple(weight), arguments)
-        # The scale is the layer's own, which lives anyway.
-        kernels, scale = implementation("int8_linear", x, arguments.settings), weight[1]
-        ctx.takes = Form(kernels, len(scale), factors=scale)
+        bias, arguments = inputs[5], inputs[-1]
+        _keep(ctx, x, tuple(weight), bias, arguments)
+        if ctx.needs_input_grad[0]:
+            # The scale is the layer's own, which lives anyway.
+            kernels, scale = implementation("int8_linear", x, arguments.settings), weight[1]
+            ctx.takes = Form(kernels, len(scale), factors=scale)
         return _linear(*inputs)
 
     @staticmethod
@@ -201,14 +205,20 @@ class _EagerInt8Linear(torch.autograd.Function):
         if dy is None:
             return (None,) * (_N_TENSORS + 1)
         _refuse_second_derivative()
-        values, scale, row_sums, col_sums = ctx.saved_tensors
-        dx = _linear_backward(dy, values, scale, row_sums, col_sums, ctx.arguments, ctx.takes)
-        return dx, *(None,) * _N_TENSORS
+        dx = None
+        if ctx.needs_input_grad[0]:
+            values, scale, row_sums, col_sums = ctx.saved_tensors
+            dx = _linear_backward(dy, values, scale, row_sums, col_sums, ctx.arguments, ctx.takes)
+        return dx, *(None,) * 4, _dbias(ctx, dy), *(None,) * (_N_TENSORS - 5)
+
+
+def _dbias(ctx: Any, dy: Tensor) -> Tensor | None:
+    return bias_gradient(dy, ctx.bias_dtype) if ctx.needs_input_grad[5] else None
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     x, *weight = inputs[:5]
-    _keep(ctx, x, tuple(weight), _Arguments.of(*inputs[_N_TENSORS:]))
+    _keep(ctx, x, tuple(weight), inputs[5], _Arguments.of(*inputs[_N_TENSORS:]))
 
 
 def _operator_gradients(ctx: Any, dy: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -216,8 +226,10 @@ def _operator_gradients(ctx: Any, dy: Tensor | None) -> tuple[Tensor | None, ...
     if dy is None:
         return (None,) * (_N_TENSORS + len(flat))
     _refuse_second_derivative()
-    dx = torch.ops.fastln.int8_linear_backward(dy, *ctx.saved_tensors, *flat)
-    return dx, *(None,) * (_N_TENSORS - 1 + len(flat))
+    dx = None
+    if ctx.needs_input_grad[0]:
+        dx = torch.ops.fastln.int8_linear_backward(dy, *ctx.saved_tensors, *flat)
+    return dx, *(None,) * 4, _dbias(ctx, dy), *(None,) * (_N_TENSORS - 6 + len(flat))
 
 
 _WEIGHT = "Tensor values, Tensor scale, Tensor row_sums, Tensor col_sums"

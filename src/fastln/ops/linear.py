@@ -1,7 +1,8 @@
 """Linear layers with a frozen weight: the autograd formula, and when fastln's kernel is used.
 
 The weight is kept for backward, which costs nothing: it exists anyway. The gradient of `x` is also a linear layer, with
-the weight transposed. torch computes the cases without a kernel here: trained weights, GPUs, compilers, float16.
+the weight transposed. The bias may train: its gradient is the sum of `dy` over rows. torch computes the cases without a
+kernel here: trained weights, GPUs, compilers, float16.
 
 Under autocast, torch makes a rounded copy of a frozen float32 weight in every call. Here the weight is rounded while it
 is packed for the kernel, and the bias is not changed.
@@ -57,7 +58,7 @@ def _is_ours(x: Tensor, weight: Tensor, bias: Tensor | None, settings: OpSetting
         and all(t is None or (t.is_cpu and t.layout is torch.strided) for t in (x, weight, bias))
         and not x.is_nested
         and (x.dtype == weight.dtype or torch.is_autocast_enabled("cpu"))
-        and not wants_gradient(weight, bias)
+        and not wants_gradient(weight)
         and resolve("linear", x.device, settings).backend == "cpu"
     )
 
@@ -70,7 +71,7 @@ def _compute_dtype(x: Tensor) -> torch.dtype:
 
 
 def _linear(x: Tensor, weight: Tensor, bias: Tensor | None, transpose: bool) -> Tensor:
-    if wants_gradient(x):
+    if wants_gradient(x, bias):
         return _FrozenLinear.apply(x, weight, bias, transpose)
     y = native_linear.linear(x.reshape(-1, x.shape[-1]), weight, bias, transpose=transpose)
     # Autograd must not see a view, which could not be written to in place.
@@ -81,10 +82,27 @@ class _FrozenLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, transpose: bool) -> Tensor:
         ctx.save_for_backward(weight)
-        ctx.transpose = transpose
+        ctx.transpose, ctx.bias_dtype = transpose, None if bias is None else bias.dtype
         return _linear(x, weight, bias, transpose)
 
     @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None, None, None]:
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, None, Tensor | None, None]:
         (weight,) = ctx.saved_tensors
-        return _linear(dy, weight, None, not ctx.transpose), None, None, None
+        dx = _linear(dy, weight, None, not ctx.transpose) if ctx.needs_input_grad[0] else None
+        return dx, None, bias_gradient(dy, ctx.bias_dtype) if ctx.needs_input_grad[2] else None, None
+
+
+def bias_gradient(dy: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return the gradient of a linear layer's bias: the sum of `dy` over rows, in float32 and in a fixed order.
+
+    Args:
+        dy: `(..., n_cols)`.
+        dtype: The dtype of the bias.
+
+    Returns:
+        `(n_cols,)`, rounded once.
+    """
+    rows = dy.reshape(-1, dy.shape[-1])
+    if dtype == dy.dtype:  # torch sums 16-bit numbers in float32; asked for float32, it would make a copy of them first
+        return rows.sum(0)
+    return rows.sum(0, dtype=torch.promote_types(dy.dtype, torch.float32)).to(dtype)

@@ -139,6 +139,22 @@ def for_successor(ctx: Any, index: int, kernels: ModuleType, like: Tensor, *, la
     return _NOTHING if form is None else _rounds(form, kernels, like, None)
 
 
+def rows_of(x: Tensor, dim: int | None = None) -> Tensor:
+    """Return a tensor without memory of its own that is shaped like rows with all heads of a token.
+
+    Args:
+        x: `(B, H, S, D)`.
+        dim: The columns of a head of these rows; D by default.
+    """
+    n_batches, n_heads, n_tokens, n_cols = x.shape
+    return x.new_empty(()).expand(n_batches * n_tokens, n_heads * (n_cols if dim is None else dim))
+
+
+def has_rows(x: Tensor) -> bool:
+    """Whether heads `(B, H, S, D)` are in memory as such rows. Only shapes are known of tensors that are not kept."""
+    return x.transpose(1, 2).is_contiguous() or not any(x.stride())
+
+
 def _behind(edge: tuple[Any, int], views: frozenset[str]) -> tuple[Any, int]:
     """Follow an edge of autograd's graph through views, to the node that made the tensor and its output's number."""
     while type(edge[0]).__name__ in views:
@@ -175,6 +191,18 @@ def gradient_rows(dy: Tensor, form: Form) -> Any:
         return form.kernels.quantise(dy.reshape(-1, dy.shape[-1]), form.factors)
     del _at_hand.gradients[id(held.of())]
     return held.rows
+
+
+def forget_rows() -> None:
+    """Forget the rows that are at hand in this thread; who wants them rounds them again."""
+    _at_hand.inputs.clear()
+    _at_hand.gradients.clear()
+
+
+def bytes_at_hand() -> int:
+    """Return the memory of the rows that are at hand in this thread."""
+    held = [*_at_hand.inputs.values(), *_at_hand.gradients.values()]
+    return sum(part.nbytes for entry in held for part in entry.rows if isinstance(part, Tensor))
 
 
 def _teach(x: Tensor, form: Form) -> None:

@@ -37,22 +37,26 @@ class CallsDropout(StandIn):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Return what the stock module returns."""
-        with _WithoutMasks(self._fastln.settings):
+        with _WithoutMasks(self._fastln.settings, self._fastln.reader):
             return super().forward(*args, **kwargs)
 
 
 class _WithoutMasks(TorchFunctionMode):
-    """A mode that replaces `torch.nn.functional.dropout` by `fastln.ops.dropout`."""
+    """A mode that replaces `torch.nn.functional.dropout` by `fastln.ops.dropout`.
 
-    def __init__(self, settings: OpSettings):
+    All calls share a reader. Most are summed with the residual; what a linear layer reads is often of another width,
+    and only calls of the width that the reader knows are rounded.
+    """
+
+    def __init__(self, settings: OpSettings, reader: Reader):
         super().__init__()
-        self.settings = settings
+        self.settings, self.reader = settings, reader
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         if func is F.dropout:
-            return _dropout(*args, **(kwargs or {}), settings=self.settings)
+            return _dropout(*args, **(kwargs or {}), settings=self.settings, reader=self.reader)
         return func(*args, **(kwargs or {}))
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -73,16 +75,20 @@ class _Int8(StandIn):
     @property
     def compute_dtype(self) -> torch.dtype:
         """The dtype of the original weight, in which peft makes the layers that it puts beside this one."""
+        _warn_unmergeable()
         held: _Held = self.__dict__[WEIGHT]
         return held.dtype
 
     def _compute(self, x: Tensor) -> Tensor:
-        bias = self.bias
-        trains = bias is not None and bias.requires_grad
         held: _Held = self.__dict__[WEIGHT]
-        given = None if trains else bias
-        y = ops.int8_linear(x, weight_of(self), given, rest=held.rest, settings=self._fastln.settings)
-        return y if bias is None or not trains else y + bias.to(y.dtype)
+        return ops.int8_linear(x, weight_of(self), self.bias, rest=held.rest, settings=self._fastln.settings)
+
+    def tensors_beside(self) -> list[Tensor]:
+        """Return the scales and sums, the second term, what is remembered of the original, and itself if it is kept."""
+        held: _Held = self.__dict__[WEIGHT]
+        parts = [held.scale, held.row_sums, held.col_sums, held.kept, *(held.rest or ())]
+        parts += [original.samples for original in self.__dict__[ATTRIBUTE].values()]
+        return [part for part in parts if isinstance(part, Tensor)]
 
     def check_originals(self) -> None:
         """Raise a `FastLNError` if the 8-bit weight is not the one that was made from the original."""
@@ -115,10 +121,9 @@ class _Int8(StandIn):
     def _stands_for(self, given: Tensor) -> bool:
         """Whether a weight is the one that this module's own `state_dict` has in place of the original."""
         held: _Held = self.__dict__[WEIGHT]
-        weight = self.weight
-        if held.kept is not None or weight.is_meta or isinstance(weight, DTensor) or isinstance(given, DTensor):
+        if held.kept is not None or self.weight.is_meta:
             return False
-        own = _unrounded(_as_it_is(self), held)
+        own = _whole(_as_it_is(self), held)
         return given.dtype == own.dtype and torch.equal(given.to(own.device), own)
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
@@ -126,10 +131,16 @@ class _Int8(StandIn):
         if given is None or given.shape != self.weight.shape or not given.is_floating_point():
             return super()._load_from_state_dict(state_dict, prefix, *args)
         held: _Held = self.__dict__[WEIGHT]
-        if not self._stands_for(given):  # else it stays what it is: the base's, rounded once
-            device = given.device if self.weight.is_meta else self.weight.device
+        whole = gathered(given)  # FSDP's are rounded whole, as all that is held beside the whole numbers is
+        if not self._stands_for(whole):  # else it stays what it is: the base's, rounded once
+            device = whole.device if self.weight.is_meta else self.weight.device
             spec = Int8Spec(held.turned, held.kept is not None, held.rest is not None)
-            put(self, given.detach().to(device, held.dtype), spec)
+            like = given if self.weight.is_meta else self.weight
+            put(self, whole.to(device, held.dtype), spec)
+            if isinstance(like, DTensor):
+                values = nn.Parameter(_laid_out_like(like, self.weight.detach()), requires_grad=False)
+                _note_state(values)
+                self._parameters["weight"] = values
         others = {key: value for key, value in state_dict.items() if key != f"{prefix}weight"}
         others[f"{prefix}weight"] = self.weight.detach()
         return super()._load_from_state_dict(others, prefix, *args)
@@ -196,11 +207,12 @@ def _state(values: Tensor) -> tuple[int, int] | None:
 
 def dequantised(module: nn.Module) -> Tensor:
     """Return the weight that a stand-in's 8-bit weight stands for, in the original's shape and dtype."""
-    given = weight_of(module)
-    whole = _unrounded(given._replace(values=gathered(given.values)), module.__dict__[WEIGHT])
-    if isinstance(module.weight, DTensor):
-        return distribute_tensor(whole, module.weight.device_mesh, module.weight.placements)
-    return whole
+    whole = _whole(weight_of(module), module.__dict__[WEIGHT])
+    return _laid_out_like(module.weight, whole) if isinstance(module.weight, DTensor) else whole
+
+
+def _laid_out_like(other: DTensor, whole: Tensor) -> DTensor:
+    return distribute_tensor(whole, other.device_mesh, other.placements)
 
 
 def _moved(fn: Any, tensor: Tensor) -> Tensor:
@@ -209,8 +221,9 @@ def _moved(fn: Any, tensor: Tensor) -> Tensor:
     return moved.view(tensor.dtype)
 
 
-def _unrounded(given: Weight8, held: _Held) -> Tensor:
-    weight = reference_int8.dequantise_weight(given, held.rest)
+def _whole(given: Weight8, held: _Held) -> Tensor:
+    """Return what an 8-bit weight stands for, whole. If it is distributed, all processes must call this."""
+    weight = reference_int8.dequantise_weight(given._replace(values=gathered(given.values)), held.rest)
     return (weight.t() if held.transposed else weight).contiguous().to(held.dtype)
 
 
@@ -234,7 +247,7 @@ def put(module: nn.Module, weight: Tensor, spec: Int8Spec, *, settings: OpSettin
     made: Weight8 = rounds(laid_out, turned=spec.turned)
     rest = None
     if spec.twice:
-        rest = rounds(reference_int8.left_over(laid_out, made), turned=False)._replace(turned=spec.turned)
+        rest = reference_int8.second_term(laid_out, made, rounds)
     values = nn.Parameter(made.values.t() if transposed else made.values, requires_grad=False)
     kept = None
     if spec.keep:
@@ -252,9 +265,9 @@ def _check_sums(weight: Weight8) -> None:
     values = gathered(weight.values)
     if values.is_meta:
         return
-    for dim, sums in ((1, weight.row_sums), (0, weight.col_sums)):
-        if not torch.equal(values.sum(dim, dtype=torch.int32), sums):
-            raise FastLNError(_CHANGED)
+    row_sums, col_sums = reference_int8.sums_of(values)
+    if not (torch.equal(row_sums, weight.row_sums) and torch.equal(col_sums, weight.col_sums)):
+        raise FastLNError(_CHANGED)
 
 
 _CHANGED = (
@@ -273,6 +286,28 @@ def _warn_rounded() -> None:
             "state_dict() of a model with products='int8' has weights that were rounded to 8 bits: they are close to "
             "the original ones, not equal (fastln.save_adapter() stores only what trains; keep_weights=True keeps them)"
         )
+
+
+def _warn_unmergeable() -> None:
+    if "peft" not in _told:
+        _told.add("peft")
+        logger.warning(
+            "layers that peft puts beside weights in 8 bits cannot become part of these: merge_and_unload() and "
+            "merge_adapter() of peft fail, or round away what was learned (safe_merge=True); save the adapter, and "
+            "merge it into the base"
+        )
+
+
+@contextmanager
+def merges_are_refused() -> Iterator[None]:
+    """While peft puts layers into a model that refuse to be merged, say nothing about that beforehand."""
+    was_told = "peft" in _told
+    _told.add("peft")
+    try:
+        yield
+    finally:
+        if not was_told:
+            _told.remove("peft")
 
 
 @dataclass

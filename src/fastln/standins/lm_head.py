@@ -37,8 +37,7 @@ class LMHead(StandIn):
     def _rounded(self) -> Weight8 | None:
         """Return the weight in 8 bits, beside the weight, which embeddings may share; None for exact products."""
         part, weight = self._fastln, self.weight
-        trains = any(p is not None and p.requires_grad for p in (weight, self.bias))
-        if not isinstance(part.kind, Int8Spec) or trains or not weight.is_cpu:
+        if not self._is_rounded() or not weight.is_cpu:
             return None
         held, state = self.__dict__.get(_HELD), (weight._version, weight.data_ptr())
         if held is None or held[0] is not weight or held[1] != state:
@@ -46,6 +45,21 @@ class LMHead(StandIn):
             held = (weight, state, kernels.quantise_weight(weight.detach(), turned=part.kind.turned))
             self.__dict__[_HELD] = held
         return held[2]
+
+    def _is_rounded(self) -> bool:
+        trains = any(p is not None and p.requires_grad for p in (self.weight, self.bias))
+        return isinstance(self._fastln.kind, Int8Spec) and not trains
+
+    def tensors_beside(self) -> list[Tensor]:
+        """Return the parts of the weight in 8 bits, which the first late logits make."""
+        held = self.__dict__.get(_HELD)
+        if held is not None and held[0] is self.weight:
+            return [part for part in held[2] if isinstance(part, Tensor)]
+        if not self._is_rounded() or self.weight.is_cuda:
+            return []
+        values = torch.empty(self.weight.shape, dtype=torch.int8, device="meta")
+        made = Weight8.of(values, values.new_empty(len(values), dtype=torch.float32), False)
+        return [part for part in made if isinstance(part, Tensor)]
 
     def _may_wait(self, input: Tensor) -> bool:
         parameters = [self.weight] if self.bias is None else [self.weight, self.bias]

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar, Protocol, TypeVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from fastln.ops import OpSettings
 from fastln.ops.rounded import Reader
@@ -79,6 +79,13 @@ class StandIn(nn.Module):
             dtype, of_float32 = (_in_16_bits(dtype, fn) for dtype in (part.dtype, part.of_float32))
             self._fastln = dataclasses.replace(part, dtype=dtype, of_float32=of_float32)
         return module
+
+    def tensors_beside(self) -> list[Tensor]:
+        """Return the tensors that a form holds and that are neither parameters nor buffers.
+
+        Those that it makes in its first call are on meta until then: they only say how large they will be.
+        """
+        return []
 
     def _has_stock_children(self) -> bool:
         """Whether the children that the form computes are the same kinds as before, with no hooks on them."""

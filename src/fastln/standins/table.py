@@ -28,6 +28,7 @@ from fastln.standins.model_dtype import OwnDtype
 from fastln.standins.norm import Float32Parameters, LayerNorm, Norm, StockNorm, in_own_dtype
 from fastln.standins.part import ClassChange, StandIn, Undo, stand_in
 from fastln.standins.post_norm import DenseDropoutAddNorm
+from fastln.standins.rotary import Rotary, Turning
 from fastln.standins.training_steps import NoCache, NoReentry
 
 
@@ -174,6 +175,11 @@ def _attention(place: Place) -> None:
     switch.put(place.detail, place.settings)
 
 
+def _rotary(place: Place) -> None:
+    place.undo.append(ClassChange(place.module))
+    stand_in(place.module, Rotary, place.settings, Turning(type(place.module), place.detail, place.settings))
+
+
 def _last_block(place: Place) -> None:
     parts = place.detail.split(".")
     around = tuple(place.model.get_submodule(".".join(parts[:n])) for n in range(len(parts)))
@@ -230,6 +236,7 @@ STAND_INS: dict[str, Row] = {
     "attention": Row("attention", "fastln", _ATTENTION, True, _FASTER, _attention),
     "blip_attention": Row("attention", "fastln", _ATTENTION, True, _FASTER, _swap(BlipAttention)),
     "blip_text_attention": Row("attention", "fastln", _ATTENTION, True, _FASTER, _swap(BlipTextSelfAttention)),
+    "rotary": Row("rotary", "fastln", "cosines and sines", False, "one pass in place of five", _rotary),
     "lm_head": Row(
         "late_logits", "computed late", "rows with a label", True, "most logits are never read", _swap(LMHead)
     ),

@@ -38,6 +38,11 @@ TRICKS: dict[str, Trick] = {
             "sums in a different order than sdpa; draws different random numbers for dropout",
         ),
         Trick(
+            "rotary",
+            "on a CPU, rotary positions turn queries and keys in one pass",
+            "rounds 16-bit results once, where stock code rounds three times",
+        ),
+        Trick(
             "linears",
             "on a CPU, frozen linear layers pack their weight block by block, without a second copy",
             "none known",

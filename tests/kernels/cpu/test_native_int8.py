@@ -4,6 +4,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.nn import functional
 
 from fastln_kernels import reference_int8 as reference
 from fastln_kernels.cpu import native_int8 as native
@@ -68,22 +69,68 @@ def test_the_bits_of_the_definition(size, dtype):
         )
 
 
-@settings(max_examples=40, deadline=None)
-@given(st.data())
-def test_any_size_stride_and_offset(data):
-    n_rows, n_inner, n_cols = (data.draw(st.integers(1, most)) for most in (40, 150, 150))
-    generator = torch.Generator().manual_seed(data.draw(st.integers(0, 9)))
-    wide = torch.randn(n_rows, n_inner + data.draw(st.integers(0, 5)), generator=generator)
-    x = wide[:, :n_inner] if data.draw(st.booleans()) else torch.randn(n_inner, n_rows, generator=generator).t()
-    made = native.quantise_weight(torch.randn(n_cols, n_inner, generator=generator))
-    rows = native.quantise(x)
-    check_rows(rows, reference.quantise(x))
-    torch.testing.assert_close(
-        native.linear(rows, made, None, torch.float32),
-        reference.linear(reference.quantise(x), made, None, torch.float32),
-        rtol=0,
-        atol=0,
-    )
+@st.composite
+def rows_of(draw, n_rows, n_cols, dtype):
+    """Rows of any layout in memory, some of them odd: zeros, Inf, NaN, an outlier, all at their ends, subnormal."""
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 9)))
+    wide = torch.randn(n_rows, n_cols, generator=generator)
+    for row, kind in enumerate(draw(st.lists(st.sampled_from(ODD), max_size=n_rows))):
+        at = (row, draw(st.integers(0, n_cols - 1)))
+        match kind:
+            case "zeros" | "ends":
+                wide[row] = wide[row].sign() * (kind == "ends")
+            case "subnormal":
+                wide[row] *= 1e-39
+            case float():
+                wide[at] = kind
+    wide = wide.to(dtype)
+    match draw(st.sampled_from(["plain", "cut", "every other", "turned over", "apart"])):
+        case "cut":
+            left, right = draw(st.integers(0, 3)), draw(st.integers(0, 5))
+            return functional.pad(wide, (left, right), value=7.0)[:, left : left + n_cols]
+        case "every other":
+            return torch.stack((wide, wide + 1), 1)[:, 0]
+        case "turned over":
+            return wide.t().contiguous().t()
+        case "apart":
+            return torch.stack((wide, wide + 1), 2)[..., 0]
+    return wide
+
+
+ODD = ("plain", "zeros", "ends", "subnormal", 1e4, -1e4, float("inf"), float("-inf"), float("nan"))
+LENGTHS = st.integers(1, 150) | st.sampled_from([64, 128, 192])
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.data(), st.sampled_from(DTYPES), st.integers(0, 40), LENGTHS, LENGTHS)
+def test_any_rows_size_stride_and_dtype(data, dtype, n_rows, n_inner, n_cols):
+    """Both directions, every part of them: the definition's bits, and with a bias one rounding of the product more."""
+    turned = n_inner % 64 == 0 and data.draw(st.booleans())
+    of_weight = data.draw(st.sampled_from(DTYPES))
+    whole = data.draw(rows_of(n_cols, n_inner, of_weight))
+    made = native.quantise_weight(whole, turned=turned)
+    exactly = {"rtol": 0, "atol": 0, "equal_nan": True}
+    torch.testing.assert_close(tuple(made), tuple(reference.quantise_weight(whole, turned=turned)), **exactly)
+
+    x = data.draw(rows_of(n_rows, n_inner, dtype))
+    rows, want = native.quantise(x, turned=turned), reference.quantise(x, turned=turned)
+    check_rows(rows, want)
+    plain = reference.linear(want, made, None, torch.float32)
+    torch.testing.assert_close(native.linear(rows, made, None, dtype), plain.to(dtype), **exactly)
+    bias = torch.randn(n_cols, generator=torch.Generator().manual_seed(0)).to(data.draw(st.sampled_from(DTYPES)))
+    y, with_bias = native.linear(rows, made, bias, dtype), reference.linear(want, made, bias, dtype)
+    assert torch.equal(y.isfinite(), with_bias.isfinite())
+    limits = torch.finfo(dtype)
+    bound = torch.finfo(torch.float32).eps * plain.abs() + limits.eps * with_bias.float().abs()
+    bound += limits.eps * limits.smallest_normal
+    finite = y.isfinite()  # the product and the bias may be one instruction
+    assert (y.float() - with_bias.float()).abs()[finite].le(bound[finite]).all()
+
+    dy = data.draw(rows_of(n_rows, n_cols, dtype))
+    rows, want = native.quantise(dy, made.scale), reference.quantise(dy, made.scale)
+    check_rows(rows, want)
+    dx = reference.linear_backward(want, made, dtype)
+    torch.testing.assert_close(native.linear_backward(rows, made, dtype), dx, **exactly)
 
 
 def test_the_largest_sums():
@@ -127,3 +174,19 @@ def test_rows_rounded_twice_have_16_bits():
     assert off[[0, 1, *range(4, 21)]].max() < 1 / (2 * 127 * 250)
     assert both[2].eq(0).all()
     assert both[3].isnan().all()
+
+
+@pytest.mark.parametrize("twice", [False, True])
+def test_rounding_a_weight_makes_no_wide_copy_of_it(twice):
+    """torch sums int8 by way of a copy four times as large: of a head's weight, more than a step takes."""
+    weight = torch.randn(2050, 1024, dtype=torch.bfloat16)
+    made = native.quantise_weight(weight)
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    with torch.profiler.profile(activities=activities, profile_memory=True) as profile:
+        if twice:
+            reference.second_term(weight, made, native.quantise_weight)
+        else:
+            native.quantise_weight(weight)
+    largest = max(event.self_cpu_memory_usage for event in profile.events())
+    block = 4 * reference.BLOCK  # in 32 bits
+    assert weight.numel() <= largest <= max(1.01 * weight.numel(), 1.01 * block)
