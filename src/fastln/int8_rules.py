@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import re
 from collections import Counter
@@ -129,8 +130,23 @@ class Int8Rules:
         return n_inner % TURNED == 0 and (n_inner <= n_cols or self._has_large_outliers(name))
 
     def _twice(self, name: str) -> bool:
-        """Whether a layer's weight has a second term: queries', keys' and values' where rows hold large numbers."""
-        return name.startswith(self._attention) and bool(TWICE.search(name)) and self._has_large_outliers(name)
+        """Whether a layer's weight has a second term: where rows hold large numbers, and its errors count most.
+
+        Those are queries, keys and values, and the last layers that narrow an MLP's hidden rows: they take the large
+        numbers out of the residual stream again (Massive Activations, arXiv 2402.17762).
+        """
+        makes_scores = name.startswith(self._attention) and bool(TWICE.search(name))
+        return (makes_scores or self._ends_outliers(name)) and self._has_large_outliers(name)
+
+    def _ends_outliers(self, name: str) -> bool:
+        """Whether a layer has more inputs than outputs, in the last tenth of a model's blocks."""
+        n_inner, n_cols = _sizes(self._modules[name])
+        parts = name.split(".")
+        at = next((n for n in range(len(parts) - 1, 0, -1) if parts[n].isdigit()), None)
+        blocks = None if at is None else self._modules[".".join(parts[:at])]
+        if n_inner <= n_cols or at is None or not isinstance(blocks, nn.ModuleList):
+            return False
+        return int(parts[at]) >= len(blocks) - math.ceil(len(blocks) / 10)
 
     def _why_exact_scores(self, name: str) -> str | None:
         """Say why an attention's products are exact where units would gain; None if they run in 8 bits."""
