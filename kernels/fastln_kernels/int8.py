@@ -125,6 +125,7 @@ def product_kernel(
     w_ptr,
     w_scale_ptr,
     bias_ptr,
+    addend_ptr,
     result_ptr,
     n_rows,
     n_cols,
@@ -162,7 +163,10 @@ def product_kernel(
         result += tl.load(bias_ptr + cols, mask=in_cols, other=0.0).to(tl.float32)[None, :]
     if TURN:
         result = turn(result)
-    tl.store(result_ptr + rows[:, None] * n_cols + cols[None, :], result, mask=in_rows[:, None] & in_cols[None, :])
+    result_at, inside = rows[:, None] * n_cols + cols[None, :], in_rows[:, None] & in_cols[None, :]
+    if addend_ptr is not None:
+        result += tl.load(addend_ptr + result_at, mask=inside, other=0.0)
+    tl.store(result_ptr + result_at, result, mask=inside)
 
 
 def empty_rows(n_rows: int, n_cols: int, device: torch.device, *, turned: bool) -> Rows8:
@@ -218,17 +222,21 @@ def quantise_weight(weight: Tensor, *, turned: bool = False) -> Weight8:
     return Weight8.of(*quantise(weight, turned=turned), turned)
 
 
-def linear(rows: Rows8, weight: Weight8, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
+def linear(
+    rows: Rows8, weight: Weight8, bias: Tensor | None, dtype: torch.dtype, rest: Weight8 | None = None
+) -> Tensor:
     """Multiply rows by the transpose of a weight; arguments and results are those of `reference_int8.linear`."""
     n_cols, n_inner = weight.values.shape
     bias = bias if bias is None else bias.contiguous()
-    return _multiply(rows, (weight.values, weight.scale, bias), n_cols, n_inner, dtype, backward=False, turned=False)
+    addend = None if rest is None else linear(rows, rest, None, torch.float32)
+    tensors = (weight.values, weight.scale, bias, addend)
+    return _multiply(rows, tensors, n_cols, n_inner, dtype, backward=False, turned=False)
 
 
 def linear_backward(rows: Rows8, weight: Weight8, dtype: torch.dtype) -> Tensor:
     """Return the gradient of the input; arguments and results are those of `reference_int8.linear_backward`."""
     n_inner, n_cols = weight.values.shape
-    tensors = (weight.values, None, None)
+    tensors = (weight.values, None, None, None)
     return _multiply(rows, tensors, n_cols, n_inner, dtype, backward=True, turned=weight.turned)
 
 

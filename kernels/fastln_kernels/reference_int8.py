@@ -199,7 +199,9 @@ def dequantise_weight(weight: Weight8, rest: Weight8 | None = None) -> Tensor:
     return turn(values) if weight.turned else values
 
 
-def linear(rows: Rows8, weight: Weight8, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
+def linear(
+    rows: Rows8, weight: Weight8, bias: Tensor | None, dtype: torch.dtype, rest: Weight8 | None = None
+) -> Tensor:
     """Multiply rows by the transpose of a weight: `(n_rows, n_cols)`.
 
     Args:
@@ -207,9 +209,11 @@ def linear(rows: Rows8, weight: Weight8, bias: Tensor | None, dtype: torch.dtype
         weight: `(n_cols, n_inner)`.
         bias: `(n_cols,)`, of any floating dtype, or None.
         dtype: The dtype of the result, rounded once.
+        rest: The weight's second term, or None. Its product is added in float32: the sum is rounded, not the terms.
     """
     y = _product(rows.values, weight.values.t()) * rows.scale[:, None] * weight.scale
-    return (y if bias is None else y + bias.to(torch.float32)).to(dtype)
+    y = y if bias is None else y + bias.to(torch.float32)
+    return (y if rest is None else y + linear(rows, rest, None, torch.float32)).to(dtype)
 
 
 def linear_backward(rows: Rows8, weight: Weight8, dtype: torch.dtype) -> Tensor:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import os
 import re
 from collections import Counter
 from collections.abc import Iterable
@@ -16,7 +18,7 @@ from fastln.families.norms import is_norm, norm_kind
 from fastln.families.parts import outermost_attention
 from fastln.families.readers import readers_of
 from fastln.ops import OpSettings
-from fastln.ops.attention import why_exact
+from fastln.ops.attention import SWITCH, why_exact
 from fastln.ops.backends import resolve
 from fastln.standins.int8 import Int8Spec
 from fastln_kernels.cpu import units
@@ -116,7 +118,7 @@ class Int8Rules:
         if "attention" not in stand_in:
             return "exact", None
         floats = (p.dtype for p in self._modules[name].parameters() if p.is_floating_point())
-        reason = why_exact(self._settings, self._device, next(floats, torch.float32))
+        reason = why_exact(self._settings, self._device, next(floats, torch.float32)) or self._why_exact_scores(name)
         return ("exact", reason) if reason else ("int8 where it pays", None)
 
     def _turned(self, name: str) -> bool:
@@ -130,8 +132,29 @@ class Int8Rules:
         return n_inner % TURNED == 0 and (n_inner <= n_cols or self._has_large_outliers(name))
 
     def _twice(self, name: str) -> bool:
-        """Whether a layer's weight has a second term: queries', keys' and values' where rows hold large numbers."""
-        return name.startswith(self._attention) and bool(TWICE.search(name)) and self._has_large_outliers(name)
+        """Whether a layer's weight has a second term: where rows hold large numbers, and its errors count most.
+
+        Those are queries, keys and values, and the last layers that narrow an MLP's hidden rows: they take the large
+        numbers out of the residual stream again (Massive Activations, arXiv 2402.17762).
+        """
+        makes_scores = name.startswith(self._attention) and bool(TWICE.search(name))
+        return (makes_scores or self._ends_outliers(name)) and self._has_large_outliers(name)
+
+    def _ends_outliers(self, name: str) -> bool:
+        """Whether a layer has more inputs than outputs, in the last tenth of a model's blocks."""
+        n_inner, n_cols = _sizes(self._modules[name])
+        parts = name.split(".")
+        at = next((n for n in range(len(parts) - 1, 0, -1) if parts[n].isdigit()), None)
+        blocks = None if at is None else self._modules[".".join(parts[:at])]
+        if n_inner <= n_cols or at is None or not isinstance(blocks, nn.ModuleList):
+            return False
+        return int(parts[at]) >= len(blocks) - math.ceil(len(blocks) / 10)
+
+    def _why_exact_scores(self, name: str) -> str | None:
+        """Say why an attention's products are exact where units would gain; None if they run in 8 bits."""
+        if os.environ.get(SWITCH) == "1" or not self._has_large_outliers(name):
+            return None
+        return "where norms are RMSNorms or attention is causal, scores are too large for 8 bits"
 
     def _has_large_outliers(self, name: str) -> bool:
         """Whether the norms around a layer are RMSNorms, or in a causal language model."""

@@ -147,7 +147,10 @@ def _carry_out(plan: Plan, model: nn.Module) -> None:
                 name = joined(change.name, own)
                 before[name] = model.get_parameter(name).data
                 state.dtypes[name] = dtype
-            place = Place(model, change.name, change.detail, plan.settings, dtypes, state.undo)
+            # The operations of a change whose products the plan calls exact must not decide again.
+            exact = change.products == "exact"
+            settings = dataclasses.replace(plan.settings, products="exact") if exact else plan.settings
+            place = Place(model, change.name, change.detail, settings, dtypes, state.undo)
             STAND_INS[change.stand_in].put(place)
         add_checks(model)
         state.others = state._others(model)

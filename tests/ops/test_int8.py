@@ -136,6 +136,25 @@ def test_a_second_term_takes_the_weight_s_error_out_of_the_result_alone(turned, 
         assert rounded == [(18, 128), (18, 70), (18, 70)]  # all products read one rounding of x
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_the_sum_of_two_terms_is_rounded_once(backend):
+    torch.manual_seed(0)
+    x, whole, bias = torch.randn(18, 128, dtype=torch.bfloat16), torch.randn(70, 128), torch.randn(70)
+    weight = reference.quantise_weight(whole)
+    rest = reference.quantise_weight(reference.left_over(whole, weight))
+    settings = ops.OpSettings(backend)
+    y, wide = (ops.int8_linear(given, weight, bias, rest=rest, settings=settings) for given in (x, x.float()))
+    assert y.dtype == torch.bfloat16
+    assert torch.equal(y, wide.bfloat16())
+
+
+@pytest.mark.parametrize("second", [torch.randn(71, 128), torch.randn(70, 64)])
+def test_a_second_term_that_does_not_fit_is_refused(second):
+    x, weight, _ = inputs()
+    with pytest.raises(FastLNError, match=r"^the second term of a weight must have the first's shape"):
+        ops.int8_linear(x, weight, rest=reference.quantise_weight(second))
+
+
 def test_the_operator_is_the_function():
     x, weight, bias = inputs(torch.bfloat16, turned=True)
     settings = ops.OpSettings()
@@ -153,7 +172,8 @@ def test_the_operator_is_the_function():
     assert torch.equal(dx, dwant)
     assert torch.equal(dbias, torch.full_like(bias, 18))
     bias = bias.detach()
-    arguments = (x.detach(), *weight[:2], weight.row_sums, weight.col_sums, bias, True, torch.bfloat16, *settings.flat)
+    parts = [(given.values, given.scale, given.row_sums, given.col_sums) for given in (weight, rest)]
+    arguments = (x.detach(), *parts[0], bias, *parts[1], True, torch.bfloat16, *settings.flat)
     torch.library.opcheck(
         torch.ops.fastln.int8_linear.default, arguments, test_utils=("test_schema", "test_faketensor")
     )

@@ -27,7 +27,6 @@ import fastln
 from fastln import int8_rules
 from fastln.errors import FastLNError
 from fastln.fingerprint import fingerprint
-from fastln.ops.attention import SWITCH
 from fastln.standins import int8
 from fastln.standins.part import is_stand_in
 from fastln_kernels import reference_int8
@@ -158,6 +157,23 @@ def test_a_model_whose_first_parameter_is_rounded_keeps_its_dtype():
     assert [p.dtype for p in model.parameters()] == [torch.int8, torch.float32, torch.float32]
     assert model.dtype == torch.bfloat16
     assert model(torch.randn(2, 128)).dtype == torch.bfloat16
+
+
+def test_scores_of_language_models_are_exact(monkeypatch):
+    monkeypatch.setattr(int8_rules, "why_exact", lambda *given: None)  # as if this machine's units gained
+
+    def products(model):
+        changes = [c for c in fastln.plan(model, products="int8").changes if c.stand_in == "attention"]
+        return {(c.products, c.why_exact) for c in changes}
+
+    ((how, why),) = products(llama())
+    assert how == "exact"
+    assert why.startswith("where norms are RMSNorms")
+    assert products(bert()) == {("int8 where it pays", None)}
+    attention = fastln.prepare(llama(), products="int8").model.layers[0].self_attn
+    assert attention.config._fastln_settings.products == "exact"
+    monkeypatch.setenv("FASTLN_CPU_INT8_ATTENTION", "1")
+    assert products(llama()) == {("int8 where it pays", None)}
 
 
 def test_what_has_no_effect_is_told(caplog, monkeypatch):

@@ -45,6 +45,7 @@ struct Product8Arguments {
   const int32_t* sums;
   const float* col_scale;
   const void* bias;
+  const float* addend;  // (n_rows, n_weight_rows), of the forward product, or null
   void* y;
 };
 
@@ -172,6 +173,7 @@ class Multiply {
   void finish(const int32_t* sums, int64_t row, int64_t n_rows, int64_t col, const float* bias,
               const LanesOf& lanes_of) const {
     T* y = static_cast<T*>(a_.y) + row * n_cols_ + col;
+    const float* addend = FORM >= SCALED && a_.addend ? a_.addend + row * n_cols_ + col : nullptr;
     Int excess[VECTORS];
     Float scale[VECTORS], shift[VECTORS];
 #pragma GCC unroll 16
@@ -191,6 +193,7 @@ class Multiply {
         values[i] = __builtin_convertvector(whole - excess[i], Float) * row_scale;
         if (FORM >= SCALED) values[i] *= scale[i];
         if (FORM == SHIFTED) values[i] += shift[i];
+        if (addend) values[i] += load(addend + r * n_cols_ + i * LANES, lanes_of(i));
       }
       if (FORM == TURNED_BACK) turn(values);
 #pragma GCC unroll 16

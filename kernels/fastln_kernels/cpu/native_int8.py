@@ -59,7 +59,7 @@ class _Product(ctypes.Structure):
     _fields_ = (
         *((name, c_int64) for name in ("dtype", "n_threads", "n_rows", "n_padded", "n_weight_rows", "n_weight_cols")),
         *((name, c_int64) for name in ("backward", "turned", "bias_dtype")),
-        *((name, c_void_p) for name in ("rows", "row_scale", "weight", "sums", "col_scale", "bias", "y")),
+        *((name, c_void_p) for name in ("rows", "row_scale", "weight", "sums", "col_scale", "bias", "addend", "y")),
     )
 
 
@@ -169,7 +169,9 @@ def quantise_weight(weight: Tensor, *, turned: bool = False) -> Weight8:
     return Weight8.of(values, rows.scale, turned)
 
 
-def linear(rows: StoredRows, weight: Weight8, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
+def linear(
+    rows: StoredRows, weight: Weight8, bias: Tensor | None, dtype: torch.dtype, rest: Weight8 | None = None
+) -> Tensor:
     """Compute `reference_int8.linear`.
 
     Args:
@@ -177,11 +179,13 @@ def linear(rows: StoredRows, weight: Weight8, bias: Tensor | None, dtype: torch.
         weight: `(n_cols, n_inner)`, contiguous, of at most `MOST_INNER` inner columns.
         bias: `(n_cols,)`, float32, bfloat16 or float16, contiguous, or None.
         dtype: float32, bfloat16 or float16.
+        rest: The weight's second term, like `weight`, or None.
 
     Raises:
         KernelsUnavailableError: If there are no compiled kernels.
     """
-    return _product(rows, weight, dtype, bias=bias)
+    addend = None if rest is None else _product(rows, rest, torch.float32)
+    return _product(rows, weight, dtype, bias=bias, addend=addend)
 
 
 def linear_backward(rows: StoredRows, weight: Weight8, dtype: torch.dtype) -> Tensor:
@@ -199,7 +203,13 @@ def linear_backward(rows: StoredRows, weight: Weight8, dtype: torch.dtype) -> Te
 
 
 def _product(
-    rows: StoredRows, weight: Weight8, dtype: torch.dtype, *, bias: Tensor | None = None, backward: bool = False
+    rows: StoredRows,
+    weight: Weight8,
+    dtype: torch.dtype,
+    *,
+    bias: Tensor | None = None,
+    addend: Tensor | None = None,
+    backward: bool = False,
 ) -> Tensor:
     n_rows, (n_weight_rows, n_weight_cols) = len(rows.scale), weight.values.shape
     y = torch.empty(n_rows, n_weight_cols if backward else n_weight_rows, dtype=dtype)
@@ -221,6 +231,7 @@ def _product(
         sums=(weight.col_sums if backward else weight.row_sums).data_ptr(),
         col_scale=None if backward else weight.scale.data_ptr(),
         bias=None if bias is None else bias.data_ptr(),
+        addend=None if addend is None else addend.data_ptr(),
         y=y.data_ptr(),
     )
     _kernel("fastln_int8_product", _Product)(ctypes.byref(arguments))

@@ -22,6 +22,7 @@ from fastln.ops.settings import DEFAULT, SCHEMA, OpSettings
 from fastln_kernels.reference_int8 import Weight8
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+_N_TENSORS = 10  # that the operator takes: x, the weight's four, the bias, the second term's four
 
 
 class _Arguments(NamedTuple):
@@ -71,7 +72,7 @@ def int8_linear(
         weight: `(n_cols, n_inner)`.
         bias: `(n_cols,)`, frozen or trained, of a floating dtype, that of `x` or not, or None. It is added in float32.
         rest: The weight's second term: what rounding left over, in 8 bits. Its product with the same rows is added to
-            the result, which is then rounded once more. The gradient does without it.
+            the result before that is rounded to its dtype. The gradient does without it.
         settings: Which backend computes.
 
     Returns:
@@ -87,22 +88,20 @@ def int8_linear(
         )
     if is_transformed():
         raise FastLNError("layers in 8 bits have no derivatives by torch.func; prepare the model with products='exact'")
-    y = _one_product(x, weight, bias, settings)
-    if rest is None:
-        return y
-    with torch.no_grad():  # of the same tensor, whose rows are at hand; and y's node stays the product's
-        return y.add_(_one_product(x, rest, None, settings))
-
-
-def _one_product(x: Tensor, weight: Weight8, bias: Tensor | None, settings: OpSettings) -> Tensor:
+    if rest is not None and (rest.values.shape, rest.turned) != (weight.values.shape, weight.turned):
+        raise FastLNError("the second term of a weight must have the first's shape, and be turned if the first is")
     arguments = _Arguments(weight.turned, _result_dtype(x), settings)
     bias = bias if bias is None else _checked_bias(bias, x, len(weight.values))
-    tensors = (x, weight.values.contiguous(), weight.scale, weight.row_sums, weight.col_sums, bias)
+    tensors = (x, *_parts(weight), bias, *((None,) * 4 if rest is None else _parts(rest)))
     if needs_operator(*tensors):
         return _WAYS.operator(*tensors, *arguments.flat)
     if wants_gradient(x, bias):
         return _WAYS.function.apply(*tensors, arguments)
     return _linear(*tensors, arguments)
+
+
+def _parts(weight: Weight8) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return weight.values.contiguous(), weight.scale, weight.row_sums, weight.col_sums
 
 
 def _checked_bias(bias: Tensor, x: Tensor, n_cols: int) -> Tensor:
@@ -129,12 +128,14 @@ def _linear(
     row_sums: Tensor,
     col_sums: Tensor,
     bias: Tensor | None,
-    arguments: _Arguments,
+    *others: Any,
 ) -> Tensor:
+    *parts, arguments = others
     kernels = implementation("int8_linear", x, arguments.settings)
     weight = Weight8(values, scale, arguments.turned, row_sums, col_sums)
     rows = input_rows(x, Form(kernels, x.shape[-1], arguments.turned))
-    y: Tensor = kernels.linear(rows, weight, bias, arguments.dtype)
+    rest = None if parts[0] is None else Weight8(parts[0], parts[1], arguments.turned, parts[2], parts[3])
+    y: Tensor = kernels.linear(rows, weight, bias, arguments.dtype, rest)
     # Autograd must not see a view, which could not be written to in place.
     return torch.ops.aten._unsafe_view.default(y, (*x.shape[:-1], y.shape[-1]))
 
@@ -162,8 +163,9 @@ def _fake_linear(
     row_sums: Tensor,
     col_sums: Tensor,
     bias: Tensor | None,
-    arguments: _Arguments,
+    *others: Any,
 ) -> Tensor:
+    *_, arguments = others
     return x.new_empty((*x.shape[:-1], values.shape[0]), dtype=arguments.dtype)
 
 
@@ -188,7 +190,8 @@ def _refuse_second_derivative() -> None:
 class _EagerInt8Linear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *inputs: Any) -> Tensor:
-        x, *weight, bias, arguments = inputs
+        x, *weight = inputs[:5]
+        bias, arguments = inputs[5], inputs[-1]
         _keep(ctx, x, tuple(weight), bias, arguments)
         if ctx.needs_input_grad[0]:
             # The scale is the layer's own, which lives anyway.
@@ -200,13 +203,13 @@ class _EagerInt8Linear(torch.autograd.Function):
     def backward(ctx: Any, *dys: Tensor | None) -> tuple[Tensor | None, ...]:
         (dy,) = dys
         if dy is None:
-            return (None,) * 7
+            return (None,) * (_N_TENSORS + 1)
         _refuse_second_derivative()
         dx = None
         if ctx.needs_input_grad[0]:
             values, scale, row_sums, col_sums = ctx.saved_tensors
             dx = _linear_backward(dy, values, scale, row_sums, col_sums, ctx.arguments, ctx.takes)
-        return dx, *(None,) * 4, _dbias(ctx, dy), None
+        return dx, *(None,) * 4, _dbias(ctx, dy), *(None,) * (_N_TENSORS - 5)
 
 
 def _dbias(ctx: Any, dy: Tensor) -> Tensor | None:
@@ -214,25 +217,26 @@ def _dbias(ctx: Any, dy: Tensor) -> Tensor | None:
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x, values, scale, row_sums, col_sums, bias, *flat = inputs
-    _keep(ctx, x, (values, scale, row_sums, col_sums), bias, _Arguments.of(*flat))
+    x, *weight = inputs[:5]
+    _keep(ctx, x, tuple(weight), inputs[5], _Arguments.of(*inputs[_N_TENSORS:]))
 
 
 def _operator_gradients(ctx: Any, dy: Tensor | None) -> tuple[Tensor | None, ...]:
     flat = ctx.arguments.flat
     if dy is None:
-        return (None,) * (6 + len(flat))
+        return (None,) * (_N_TENSORS + len(flat))
     _refuse_second_derivative()
     dx = None
     if ctx.needs_input_grad[0]:
         dx = torch.ops.fastln.int8_linear_backward(dy, *ctx.saved_tensors, *flat)
-    return dx, *(None,) * 4, _dbias(ctx, dy), *(None,) * len(flat)
+    return dx, *(None,) * 4, _dbias(ctx, dy), *(None,) * (_N_TENSORS - 6 + len(flat))
 
 
 _WEIGHT = "Tensor values, Tensor scale, Tensor row_sums, Tensor col_sums"
+_REST = "Tensor? rest_values, Tensor? rest_scale, Tensor? rest_row_sums, Tensor? rest_col_sums"
 define(
     "fastln::int8_linear",
-    f"(Tensor x, {_WEIGHT}, Tensor? bias, {_Arguments.schema()}) -> Tensor",
+    f"(Tensor x, {_WEIGHT}, Tensor? bias, {_REST}, {_Arguments.schema()}) -> Tensor",
     _Arguments,
     _linear,
     _fake_linear,
