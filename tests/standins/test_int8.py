@@ -105,7 +105,9 @@ def test_the_plan_says_what_is_rounded_and_why_others_are_not():
     table = plan.table()
     assert "products int8" in table
     layers = [change.products for change in plan.changes if change.stand_in == "int8_conv1d"]
-    assert layers == ["int8, twice, turned", *["int8, turned"] * 3] * 2  # c_attn first
+    twice, once = "int8, twice, turned", "int8, turned"
+    # c_attn comes first, c_proj of the MLP last; the last block's has two terms.
+    assert layers == [twice, once, once, once, twice, once, once, twice]
     model = bert()
     model.bert.encoder.layer[0].attention.self.key.weight = model.bert.encoder.layer[1].attention.self.key.weight
     plan = fastln.plan(model, products="int8")
@@ -115,14 +117,18 @@ def test_the_plan_says_what_is_rounded_and_why_others_are_not():
     assert "classifier" not in {c.name for c in plan.changes if c.products == "int8"}  # it trains: it is random
 
 
-def test_queries_keys_and_values_of_language_models_have_two_terms_and_encoders_none():
+def test_where_language_models_have_two_terms_and_encoders_none():
     def twice(model):
         return {c.name for c in fastln.plan(model, products="int8").changes if getattr(c.detail, "twice", False)}
 
     kinds = ("q_proj", "k_proj", "v_proj")
-    assert twice(llama()) == {f"model.layers.{n}.self_attn.{kind}" for n in range(2) for kind in kinds}
+    scores = {f"model.layers.{n}.self_attn.{kind}" for n in range(2) for kind in kinds}
+    assert twice(llama()) == scores | {"model.layers.1.mlp.down_proj"}
     assert not twice(bert())
     with torch.device("meta"):
+        deep = LlamaForCausalLM(LlamaConfig(**(SIZES | {"num_hidden_layers": 11}), vocab_size=64))
+        ends = {name for name in twice(deep) if name.endswith("down_proj")}
+        assert ends == {f"model.layers.{n}.mlp.down_proj" for n in (9, 10)}  # a tenth, rounded up
         blip = BlipForQuestionAnswering(BlipConfig())
     assert not twice(blip)
 
@@ -496,7 +502,7 @@ def second_terms(model):
     return {name: held.rest for name, m in model.named_modules() if (held := m.__dict__.get(int8.WEIGHT)) and held.rest}
 
 
-@pytest.mark.parametrize(("make", "n_terms"), [(llama, 6), (gpt2, 2)])
+@pytest.mark.parametrize(("make", "n_terms"), [(llama, 7), (gpt2, 3)])
 def test_second_terms_follow_their_layer_everywhere(make, n_terms):
     model, stock = fastln.prepare(make(), products="int8"), make()
     want, terms = asked(model), second_terms(model)
