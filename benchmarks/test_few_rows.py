@@ -1,4 +1,4 @@
-"""A frozen linear layer on a CPU with few rows, in 8 bits beside exact: `.venv/bin/python -m pytest benchmarks/test_few_rows.py`.
+"""A frozen linear layer with few rows on a CPU, in 8 bits beside exact: `python -m pytest benchmarks/test_few_rows.py`.
 
 Generation has a row per sequence, a pooler a row per example. The time includes the rounding of the rows, as no kernel
 has made them here.
