@@ -97,7 +97,7 @@ def _units() -> dict[str, dict[str, Any]] | None:
     if products.why_not("linear"):  # then the backends of the operations say why
         return None
     rates, forced = units.rates(), units.forced()
-    chosen = str(units.compute_dtype(torch.bfloat16)).removeprefix("torch.")
+    chosen = str(units.compute_dtype(torch.bfloat16, quietly=True)).removeprefix("torch.")
     why = f"by {units.VARIABLE}" if forced else "the faster" if "bfloat16" in rates else "there are no others"
     served = {
         "float32": ["float32 rows"],

@@ -342,7 +342,10 @@ class _Decider:
 
     def _patches(self, entry: Found) -> Change | Stay:
         exact = self._exact_linear(entry)
-        if isinstance(exact, Change) and units.compute_dtype(torch.bfloat16) == torch.bfloat16:
+        if not isinstance(exact, Change):
+            return exact
+        has_such_rows = self._modules[entry.name].weight.dtype == torch.bfloat16
+        if units.compute_dtype(torch.bfloat16, quietly=not has_such_rows) == torch.bfloat16:
             return Stay(entry.name, entry.label, "torch's convolutions use the fastest units here")
         return exact
 
