@@ -66,8 +66,8 @@ class Int8Rules:
         )
         choice = resolve("int8_linear", device, settings)
         fits = choice.backend != "reference" or settings.backend == "reference"
-        # The cause alone: what serves in 8 bits' stead is not "plain PyTorch" but the exact layer.
-        self._obstacle = None if fits else choice.reason.rpartition("; ")[2].removeprefix("no compiled CPU kernels: ")
+        # What serves in 8 bits' stead is not "plain PyTorch" but the exact layer.
+        self._obstacle = None if fits else choice.lacks or f"no kernels multiply in 8 bits on device {device.type!r}"
         if device.type == "cuda" and torch.cuda.is_available() and torch.cuda.get_device_capability(device)[0] == 10:
             self._obstacle = "GPUs of compute capability 10 multiply 8-bit whole numbers no faster than bfloat16"
 

@@ -328,7 +328,8 @@ class _Decider:
         if isinstance(spec, Int8Spec):
             return self._change(entry, INT8_STAND_INS[entry.what], spec)
         if isinstance(exact, Stay):
-            return dataclasses.replace(exact, reason=f"not in 8 bits: {spec}; {exact.reason}")
+            other = exact.reason.removesuffix(f"; {spec}")  # the same cause keeps it from the exact kernels
+            return dataclasses.replace(exact, reason=f"not in 8 bits: {spec}; {other}")
         return dataclasses.replace(exact, why_exact=spec)
 
     def _head(self, entry: Found) -> Change | Stay:

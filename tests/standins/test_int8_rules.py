@@ -17,7 +17,8 @@ from transformers import (
 
 import fastln
 from fastln import int8_rules
-from fastln.ops.backends import Choice
+from fastln.ops import backends
+from fastln.ops.backends import Choice, resolve
 from fastln_kernels.cpu import products, units
 
 WHY_NOT = products.why_not("int8")
@@ -124,7 +125,26 @@ def test_heads_stay_exact_where_no_unit_was_measured(rates, monkeypatch):
 
 
 def _no_kernels():
-    return Choice("reference", "no VNNI", "reference_int8")
+    return Choice("reference", "plain PyTorch; no VNNI", "reference_int8", "no VNNI")
+
+
+def test_a_cause_that_keeps_layers_from_exact_kernels_too_is_told_once(monkeypatch):
+    monkeypatch.setattr(backends, "_no_library", lambda kernels: "/nonexistent --version: no such file")
+    monkeypatch.setattr(int8_rules, "why_exact", lambda *_: "no kernels")
+    resolve.cache_clear()
+    try:
+        plan = fastln.plan(bert(), products="int8")
+    finally:
+        resolve.cache_clear()
+    cause = "no compiled CPU kernels: /nonexistent --version: no such file"
+    reasons = {stay.reason for stay in plan.stays if stay.kind == "linear layer"}
+    assert reasons == {f"not in 8 bits: {cause}; torch's linear, all that runs here"}
+    assert plan.notes == (f"products='int8' has no effect on this model here, so its products are exact: {cause}",)
+
+
+def test_a_device_without_kernels_is_the_reason():
+    (note,) = fastln.plan(bert(), products="int8", device="mps").notes
+    assert note.endswith("so its products are exact: no kernels multiply in 8 bits on device 'mps'")
 
 
 def test_a_head_whose_bias_trains_stays_exact_in_the_plan_too(monkeypatch):
