@@ -222,12 +222,13 @@ def test_doctor_says_where_torch_lacks_the_products_of_blocks(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("rates", "forced", "lines"),
+    ("rates", "forced", "lines", "verdict"),
     [
         (
             {"float32": 187e9, "bfloat16": 106e9, "int8": 700e9},
             "",
             ["187 GFLOP/s float32 rows, bfloat16 rows (the faster)", "106 GFLOP/s -", "700 GFLOP/s 8-bit products"],
+            "pays here: 8-bit units are 3.7 times as fast as float32's",
         ),
         (
             {"float32": 187e9, "bfloat16": 1400e9, "int8": 1600e9},
@@ -237,6 +238,21 @@ def test_doctor_says_where_torch_lacks_the_products_of_blocks(monkeypatch):
                 "1,400 GFLOP/s -",
                 "1,600 GFLOP/s 8-bit products",
             ],
+            "pays here: 8-bit units are 8.6 times as fast as float32's",
+        ),
+        (
+            {"float32": 115e9, "bfloat16": 219e9, "int8": 400e9},
+            "",
+            ["115 GFLOP/s float32 rows", "219 GFLOP/s bfloat16 rows (the faster)", "400 GFLOP/s 8-bit products"],
+            "pays here for rows in float32: 8-bit units are 3.5 times as fast as theirs; it may not for bfloat16 "
+            "(1.8 times)",
+        ),
+        (
+            {"float32": 200e9, "bfloat16": 230e9, "int8": 400e9},
+            "",
+            ["200 GFLOP/s float32 rows", "230 GFLOP/s bfloat16 rows (the faster)", "400 GFLOP/s 8-bit products"],
+            "may not pay here, but for a byte a weight: 8-bit units are only 2.0 times as fast as float32's and 1.7 "
+            "times as fast as bfloat16's, not 2.5 times",
         ),
         (
             {"float32": 115e9, "bfloat16": 219e9},
@@ -246,6 +262,7 @@ def test_doctor_says_where_torch_lacks_the_products_of_blocks(monkeypatch):
                 "219 GFLOP/s bfloat16 rows (the faster)",
                 "none no 8-bit products: they need AVX-512 VNNI or AMX",
             ],
+            None,
         ),
         (
             {"float32": 60e9},
@@ -255,11 +272,12 @@ def test_doctor_says_where_torch_lacks_the_products_of_blocks(monkeypatch):
                 "none -",
                 "none no 8-bit products: they need AVX-512 VNNI or AMX",
             ],
+            None,
         ),
     ],
 )
 @pytest.mark.skipif(products.why_not("linear") is not None, reason=f"{products.why_not('linear')}")
-def test_doctor_says_which_unit_serves_what(rates, forced, lines, monkeypatch):
+def test_doctor_says_which_unit_serves_what_and_whether_8_bits_pay(rates, forced, lines, verdict, monkeypatch):
     monkeypatch.setattr(units, "rates", lambda: rates)
     monkeypatch.setenv(units.VARIABLE, forced)
     units._for_bfloat16.cache_clear()
@@ -270,6 +288,13 @@ def test_doctor_says_which_unit_serves_what(rates, forced, lines, monkeypatch):
     start = told.index("units that multiply blocks on this CPU, measured on one thread")
     want = [f"{name} {line}" for name, line in zip(("float32", "bfloat16", "int8"), lines, strict=True)]
     assert [" ".join(line.split()) for line in told[start + 1 : start + 4]] == want
+    verdicts = [line for line in told if line.startswith("  products='int8' ")]
+    assert verdicts == ([] if verdict is None else [f"  products='int8' {verdict}"])
+
+
+def test_doctor_lists_the_vectors_that_8_bits_need(monkeypatch):
+    monkeypatch.setattr(doctor, "cpu_flags", lambda: {"avx2", "avx512_vnni", "amx_int8", "fpu"})
+    assert "\n  vectors          avx2 avx512_vnni amx_int8\n" in doctor.render(doctor.examine())
 
 
 def test_doctor_says_what_becomes_of_freed_memory(monkeypatch):

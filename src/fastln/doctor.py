@@ -25,7 +25,7 @@ from fastln.versions import package_version
 from fastln_kernels.cpu import library, products, units
 
 PACKAGES = ("fastln", "torch", "triton", "transformers", "peft", "accelerate", "flash-attn", "liger-kernel")
-VECTORS = ("avx2", "avx512f", "avx512_bf16", "amx_bf16", "asimd", "sve", "bf16")
+VECTORS = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "amx_int8", "amx_bf16", "asimd", "sve", "bf16")
 WIDER_THAN_128_BITS = {"avx2", "avx512f", "sve"}
 
 
@@ -38,13 +38,15 @@ def examine(model: str | None = None, products: str = "exact") -> dict[str, Any]
 
     Returns:
         `packages` (version or None), `machine`, `units` (the rates of products of blocks on this CPU and what they
-        serve; None if they do not work or the device is another), `operations` (for each the backend that "auto" gives
-        on the default device, and why), `tricks` (what `prepare` may change, with the gain and risk of each) and `plan`
-        (the lines of its table; None without a model).
+        serve; None if they do not work or the device is another), `int8` (whether 8-bit products pay by these rates;
+        None without such units), `operations` (for each the backend that "auto" gives on the default device, and why),
+        `tricks` (what `prepare` may change, with the gain and risk of each) and `plan` (the lines of its table; None
+        without a model).
 
     Raises:
         FastLNError: If there is no such model, or no such products, or products without a model.
     """
+    from fastln.int8_rules import describe_gain
     from fastln.standins.tricks import TRICKS
 
     if model is None and products != "exact":
@@ -55,6 +57,7 @@ def examine(model: str | None = None, products: str = "exact") -> dict[str, Any]
     flags = cpu_flags()
     choices = {operation: resolve(operation, device, DEFAULT) for operation in OPERATIONS}
     limit = memory_limit()
+    served = _units() if device.type == "cpu" else None
     return {
         "packages": {package: package_version(package) for package in PACKAGES},
         "machine": {
@@ -74,7 +77,8 @@ def examine(model: str | None = None, products: str = "exact") -> dict[str, Any]
             "device": str(device),
             "slower": _slower(flags) if device.type == "cpu" else None,
         },
-        "units": _units() if device.type == "cpu" else None,
+        "units": served,
+        "int8": describe_gain() if served is not None else None,
         "operations": {
             operation: {"backend": choice.backend, "reason": choice.reason} for operation, choice in choices.items()
         },
@@ -97,7 +101,7 @@ def _units() -> dict[str, dict[str, Any]] | None:
     if products.why_not("linear"):  # then the backends of the operations say why
         return None
     rates, forced = units.rates(), units.forced()
-    chosen = str(units.compute_dtype(torch.bfloat16)).removeprefix("torch.")
+    chosen = str(units.compute_dtype(torch.bfloat16, quietly=True)).removeprefix("torch.")
     why = f"by {units.VARIABLE}" if forced else "the faster" if "bfloat16" in rates else "there are no others"
     served = {
         "float32": ["float32 rows"],
@@ -166,6 +170,8 @@ def render(findings: dict[str, Any]) -> str:
         for name, unit in findings["units"].items():
             rate = f"{unit['rate'] / 1e9:,.0f} GFLOP/s" if unit["rate"] else "none"
             lines.append(f"  {name:16} {rate:16} {unit['serves'] or '-'}")
+        if findings["int8"]:
+            lines.append(f"  products='int8' {findings['int8']}")
     lines.append(f"operations on {machine['device']}")
     lines += [
         f"  {operation:16} {choice['backend']}: {choice['reason']}"

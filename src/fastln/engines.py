@@ -129,7 +129,7 @@ def put(model: nn.Module, settings: MethodSettings, *, quietly: bool = False) ->
     Args:
         model: the model.
         settings: what `put_method` would be called with.
-        quietly: whether to leave the plan out of the log, for a model that only takes values.
+        quietly: whether to leave the plan out of the log: where its table is shown, or the model only takes values.
     """
     trained = _put(model, settings, apply if quietly else carry_out)
     if isinstance(trained, peft.PeftModel):

@@ -66,8 +66,8 @@ class Int8Rules:
         )
         choice = resolve("int8_linear", device, settings)
         fits = choice.backend != "reference" or settings.backend == "reference"
-        # The cause alone: what serves in 8 bits' stead is not "plain PyTorch" but the exact layer.
-        self._obstacle = None if fits else choice.reason.rpartition("; ")[2].removeprefix("no compiled CPU kernels: ")
+        # What serves in 8 bits' stead is not "plain PyTorch" but the exact layer.
+        self._obstacle = None if fits else choice.lacks or f"no kernels multiply in 8 bits on device {device.type!r}"
         if device.type == "cuda" and torch.cuda.is_available() and torch.cuda.get_device_capability(device)[0] == 10:
             self._obstacle = "GPUs of compute capability 10 multiply 8-bit whole numbers no faster than bfloat16"
 
@@ -177,6 +177,28 @@ def _why_no_head(dtype: torch.dtype) -> str | None:
     if rates["int8"] >= HEAD_GAIN * rates[name]:
         return None
     return f"three products in 8 bits replace two, and units in 8 bits are not {HEAD_GAIN} times as fast as {name} here"
+
+
+def describe_gain() -> str | None:
+    """Say whether products in 8 bits pay on this CPU, by the rates of its units; None if it has none in 8 bits."""
+    rates = units.rates()
+    bfloat16 = str(units.compute_dtype(torch.bfloat16, quietly=True)).removeprefix("torch.")
+    serving = {"float32": "float32", "bfloat16": bfloat16}  # by the rows' dtype
+    if not {"int8", *serving.values()} <= rates.keys():
+        return None
+    gains = {rows: rates["int8"] / rates[unit] for rows, unit in serving.items()}
+    pays = {rows: gain >= GAIN for rows, gain in gains.items()}
+    if pays["float32"] != pays["bfloat16"]:
+        does, does_not = sorted(pays, key=lambda rows: not pays[rows])
+        return (
+            f"pays here for rows in {does}: 8-bit units are {gains[does]:.1f} times as fast as theirs; it may not for "
+            f"{does_not} ({gains[does_not]:.1f} times)"
+        )
+    told = {f"{serving[rows]}'s": gain for rows, gain in gains.items()}
+    fast = " and ".join(f"{gain:.1f} times as fast as {name}" for name, gain in told.items())
+    if pays["float32"]:
+        return f"pays here: 8-bit units are {fast}"
+    return f"may not pay here, but for a byte a weight: 8-bit units are only {fast}, not {GAIN} times"
 
 
 def _describe_slow_units(model: nn.Module) -> str | None:

@@ -328,7 +328,8 @@ class _Decider:
         if isinstance(spec, Int8Spec):
             return self._change(entry, INT8_STAND_INS[entry.what], spec)
         if isinstance(exact, Stay):
-            return dataclasses.replace(exact, reason=f"not in 8 bits: {spec}; {exact.reason}")
+            other = exact.reason.removesuffix(f"; {spec}")  # the same cause keeps it from the exact kernels
+            return dataclasses.replace(exact, reason=f"not in 8 bits: {spec}; {other}")
         return dataclasses.replace(exact, why_exact=spec)
 
     def _head(self, entry: Found) -> Change | Stay:
@@ -342,7 +343,10 @@ class _Decider:
 
     def _patches(self, entry: Found) -> Change | Stay:
         exact = self._exact_linear(entry)
-        if isinstance(exact, Change) and units.compute_dtype(torch.bfloat16) == torch.bfloat16:
+        if not isinstance(exact, Change):
+            return exact
+        has_such_rows = self._modules[entry.name].weight.dtype == torch.bfloat16
+        if units.compute_dtype(torch.bfloat16, quietly=not has_such_rows) == torch.bfloat16:
             return Stay(entry.name, entry.label, "torch's convolutions use the fastest units here")
         return exact
 

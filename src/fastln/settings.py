@@ -65,7 +65,8 @@ class MethodSettings:
         left_out = settle_without(without)
         OpSettings(backend, activations, products)  # raises for an unknown name
         if engine != "fastln":
-            hint = ", which runs this method too" if "fastln" in chosen.engines else ""
+            runs_it = "fastln" in chosen.engines
+            hint = ", which runs this method too: say so (engine='fastln', or --engine fastln)" if runs_it else ""
             if names := [name for name in left_out if name != RANDOM_HEADS]:
                 raise FastLNError(
                     f"engine {engine!r} runs stock code, so there is nothing to leave out: without {', '.join(names)} "

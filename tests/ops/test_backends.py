@@ -83,7 +83,26 @@ def test_cpu_kernels_that_cannot_run_are_the_reason_also_if_asked_for(monkeypatc
     monkeypatch.setattr(backends, "_no_library", lambda kernels: "no C++ compiler")
     choice = resolve("int8_linear", CPU, OpSettings("cpu"))
     assert choice.backend == "reference"
-    assert choice.reason.endswith("; no compiled CPU kernels: no C++ compiler")
+    assert choice.reason == (
+        "plain PyTorch, slowly, so prepare() keeps products exact in its place; no compiled CPU kernels: "
+        "no C++ compiler"
+    )
+    assert choice.lacks == "no compiled CPU kernels: no C++ compiler"
+
+
+def test_what_is_left_is_not_called_the_fastest(monkeypatch):
+    assert resolve("linear", CUDA, DEFAULT).reason == "torch's linear, the fastest for device 'cuda'"
+    monkeypatch.setattr(backends, "_no_library", lambda kernels: "no C++ compiler")
+    choices = {op: resolve(op, CPU, DEFAULT) for op in OPERATIONS}
+    left = {op for op, choice in choices.items() if choice.backend == "reference"}
+    assert {"linear", "rms_norm", "int8_linear"} <= left
+    assert {op for op, choice in choices.items() if "the fastest" not in choice.reason} == left
+    assert choices["linear"].reason == "torch's linear, all that runs here; no compiled CPU kernels: no C++ compiler"
+
+
+def test_a_processor_without_units_for_8_bits_is_not_said_to_lack_kernels(monkeypatch):
+    monkeypatch.setattr(backends, "_no_library", lambda kernels: products.NO_INT8)
+    assert resolve("int8_linear", CPU, DEFAULT).lacks == products.NO_INT8
 
 
 def test_cpu_backend_on_a_gpu_fails():

@@ -119,11 +119,29 @@ def test_restore_gives_the_convolution_back(float32_units):
 
 @compiled
 def test_torchs_convolutions_stay_where_their_units_are_the_fastest(monkeypatch):
-    monkeypatch.setattr(units, "compute_dtype", lambda dtype: dtype)
+    monkeypatch.setattr(units, "compute_dtype", lambda dtype, **_: dtype)
     plan = fastln.plan(Model(conv()))
     assert [stay.reason for stay in plan.stays if stay.kind == "patch embedding"] == [
         "torch's convolutions use the fastest units here"
     ]
+
+
+@compiled
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_only_a_model_in_bfloat16_is_told_how_such_rows_are_multiplied(dtype, monkeypatch, caplog):
+    monkeypatch.setattr(units, "rates", lambda: {"float32": 187e9})
+    monkeypatch.delenv(units.VARIABLE, raising=False)
+    caches = (units._for_bfloat16, units._tell_float32)
+    for cached in caches:
+        cached.cache_clear()
+    try:
+        with caplog.at_level("INFO", "fastln"):
+            plan = fastln.plan(Model(conv(), dtype))
+    finally:
+        for cached in caches:
+            cached.cache_clear()
+    assert any(change.stand_in == "patches" for change in plan.changes)
+    assert ("bfloat16 rows are multiplied" in caplog.text) == (dtype == torch.bfloat16)
 
 
 def test_plain_pytorch_has_no_patches(monkeypatch):

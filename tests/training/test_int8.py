@@ -132,6 +132,7 @@ def test_a_run_resumes_to_the_same_bits_and_the_model_goes_on(base, tmp_path, ca
     resumed.train(resume_from_checkpoint=str(tmp_path / "a" / "checkpoint-2"))
     values = {name: p.clone() for name, p in whole.model.named_parameters() if p.requires_grad}
     assert all(torch.equal(p, values[name]) for name, p in resumed.model.named_parameters() if p.requires_grad)
+    assert "was trained with products" not in caplog.text
     with caplog.at_level(logging.INFO, "fastln"):
         again = trainer(resumed.model, tmp_path / "b", **own)
     assert "the model has method layernorm already, and goes on from its tuned values" in caplog.text
@@ -139,6 +140,17 @@ def test_a_run_resumes_to_the_same_bits_and_the_model_goes_on(base, tmp_path, ca
     for other in ({"products": "exact"}, {"method": "bitfit"}, {"keep_weights": True}, {"without": "dropout"}):
         with pytest.raises(FastLNError, match=r"had method layernorm, whose 8-bit weights replaced its own, so it can"):
             trainer(resumed.model, tmp_path / "b", **(own | other))
+
+
+@pytest.mark.parametrize(("before", "now"), [("int8", "exact"), ("exact", "int8")])
+def test_a_run_that_resumes_with_other_products_says_so(before, now, base, tmp_path, caplog):
+    trainer(load(base), tmp_path, products=before).train()
+    trainer(load(base), tmp_path, products=now).train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    told = [message for message in caplog.messages if "was trained with products" in message]
+    assert told == [
+        f"{tmp_path / 'checkpoint-2'} was trained with products '{before}', and this training goes on with products "
+        f"'{now}': its losses and gradients are those of other arithmetic"
+    ]
 
 
 def test_layers_of_peft_have_the_dtype_of_the_model(base):

@@ -1,5 +1,6 @@
 """fastln train and fastln eval: what lands in the folder, and what bad options get."""
 
+import dataclasses
 import json
 
 import pytest
@@ -233,17 +234,21 @@ def test_a_head_learning_rate_without_effect_is_an_error(kind, method, message, 
         run_training(TrainRun("phantom", model, None, config), tmp_path / "out", dry_run=True)
 
 
-def test_settings_without_effect_on_the_model_are_told(tmp_path, caplog):
+def test_settings_without_effect_on_the_model_are_told(tmp_path, caplog, capsys):
     data = tiny.phantom(24)
     config = TrainConfig(epochs=1, head_epochs=2, questions_per_image=4)
+    keeping = dataclasses.replace(config, keep_weights=True)
     model = f"blip:{tmp_path / 'tiny.json'}"  # whose name is blip:tiny
     with caplog.at_level("WARNING", "fastln"):
-        train_task(tiny.blip(tmp_path, data), data, config, progress=False)
-        run_training(TrainRun("phantom", model, None, config), tmp_path / "out", dry_run=True)
+        train_task(tiny.blip(tmp_path, data), data, keeping, progress=False)
+        run_training(TrainRun("phantom", model, None, keeping), tmp_path / "out", dry_run=True)
         for name, what in (("head_epochs 2", "no head of blip:tiny"), ("questions_per_image 4", "blip:tiny")):
             (in_training, in_a_dry_run) = (message for message in caplog.messages if name in message)
             assert in_training == in_a_dry_run
             assert in_training.startswith(f"{name} has no effect: {what}")
+        # The training logs it with the plan's other notes; the dry run shows it below the plan.
+        assert sum("keep_weights has no effect" in message for message in caplog.messages) == 1
+        assert capsys.readouterr().out.count("keep_weights has no effect") == 1
         caplog.clear()
         train_task(tiny.dual(tmp_path, data), data, config, progress=False)
         train_task(tiny.blip(tmp_path, data), data, TrainConfig(epochs=1), progress=False)

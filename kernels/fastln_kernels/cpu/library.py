@@ -54,15 +54,28 @@ def load(name: str) -> ctypes.CDLL:
 
     Raises:
         KernelsUnavailableError: If the kernels are turned off, there is no compiler, or the compiler fails. In the last
-            two cases a warning is logged.
+            two cases a warning is logged, once for each cause: without a compiler all libraries have the same one.
     """
     if os.environ.get("FASTLN_CPU_KERNELS", "1") == "0":
         raise KernelsUnavailableError("FASTLN_CPU_KERNELS=0 turns the compiled kernels off")
     try:
         return ctypes.CDLL(str(_build(name)))
     except (KernelsUnavailableError, OSError) as error:
-        logger.warning("%s on CPUs runs without compiled kernels, so steps are slower: %s", name, error)
+        _warn(name, str(error))
         raise KernelsUnavailableError(str(error)) from error
+
+
+_told: set[str] = set()  # the causes
+
+
+def _warn(name: str, cause: str) -> None:
+    if cause not in _told:
+        _told.add(cause)
+        logger.warning(
+            "%s on CPUs, and all else that fails alike, runs without compiled kernels, so steps are slower: %s",
+            name,
+            cause,
+        )
 
 
 @functools.cache

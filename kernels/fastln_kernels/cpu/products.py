@@ -23,6 +23,9 @@ logger = logging.getLogger("fastln")
 LIBRARIES = {"attention": "attention", "linear": "frozen linear layers", "int8": "frozen linear layers in 8 bits"}
 """The libraries that use these products, and what they compute."""
 
+NO_INT8 = "this processor has no 8-bit products with 32-bit sums (AVX-512 VNNI or AMX)"
+"""Why the kernels of layers in 8 bits are not available where they compile, and torch has its products."""
+
 # The mangled names of the C++ functions in torch's library.
 _BRGEMM_BFLOAT16 = "_ZN2at6native7cpublas6brgemmEllllllbPKN3c108BFloat16ES5_Pfb"
 _BRGEMM_FLOAT32 = "_ZN2at6native7cpublas6brgemmEllllllbPKfS3_Pfb"
@@ -50,7 +53,7 @@ def why_not(name: str) -> str | None:
     except KernelsUnavailableError as error:
         return str(error)
     if name == "int8" and not in_8_bits(name):
-        return "this processor has no 8-bit products with 32-bit sums (AVX-512 VNNI or AMX)"
+        return NO_INT8
     return None
 
 

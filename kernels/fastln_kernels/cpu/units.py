@@ -31,16 +31,24 @@ _NAMES = ("float32", "bfloat16", "float16", "int8")  # in the order of dispatch.
 _GAIN = 1.15  # float32 must be so many times as fast, because rows and weights are converted
 
 
-def compute_dtype(dtype: torch.dtype) -> torch.dtype:
+def compute_dtype(dtype: torch.dtype, *, quietly: bool = False) -> torch.dtype:
     """Return the dtype in which blocks of this dtype are multiplied fastest on this machine.
 
     Args:
         dtype: float32, bfloat16 or float16. For bfloat16 it is bfloat16 or float32; for the others float32.
+        quietly: Whether to log nothing, for who asks without having rows in bfloat16. Otherwise one line per process
+            tells that float32 units multiply them.
 
     Raises:
         ValueError: If FASTLN_CPU_UNIT is neither empty, bfloat16 nor float32, or names products that do not work here.
     """
-    return _for_bfloat16(forced()) if dtype == torch.bfloat16 else torch.float32
+    if dtype != torch.bfloat16:
+        return torch.float32
+    wanted = forced()
+    chosen = _for_bfloat16(wanted)
+    if chosen == torch.float32 and not wanted and not quietly:
+        _tell_float32()
+    return chosen
 
 
 def forced() -> str | None:
@@ -63,19 +71,22 @@ def _for_bfloat16(wanted: str | None) -> torch.dtype:
             raise ValueError(f"{VARIABLE} is {wanted}, but {wanted} products do not work on this processor")
         return UNITS[wanted]
     float32, bfloat16 = (measured.get(name, 0.0) for name in ("float32", "bfloat16"))
-    if float32 <= _GAIN * bfloat16:
-        return torch.bfloat16
-    if bfloat16:
-        logger.info(
-            "bfloat16 rows are multiplied as float32: measured at %.0f GFLOP/s a thread here; bfloat16 reaches %.0f "
-            "(%s=bfloat16 would take it)",
-            float32 / 1e9,
-            bfloat16 / 1e9,
-            VARIABLE,
-        )
-    else:
+    return torch.bfloat16 if float32 <= _GAIN * bfloat16 else torch.float32
+
+
+@functools.cache
+def _tell_float32() -> None:
+    measured = rates()
+    if "bfloat16" not in measured:
         logger.info("bfloat16 rows are multiplied as float32: this processor has no bfloat16 products")
-    return torch.float32
+        return
+    logger.info(
+        "bfloat16 rows are multiplied as float32: measured at %.0f GFLOP/s a thread here; bfloat16 reaches %.0f "
+        "(%s=bfloat16 would take it)",
+        measured["float32"] / 1e9,
+        measured["bfloat16"] / 1e9,
+        VARIABLE,
+    )
 
 
 @functools.cache

@@ -26,12 +26,14 @@ class _Kernels(NamedTuple):
         words: A description for users.
         library: The compiled library (`fastln_kernels.cpu.library`) that it needs, if any.
         without: The fallback if that library is missing. None: the next backend.
+        unasked: What is said of the reference where it is chosen for want of a better backend.
     """
 
     module: str
     words: str
     library: str | None = None
     without: tuple[str, str] | None = None
+    unasked: str | None = None
 
 
 _TRITON, _CPU, _PLAIN = "fastln's Triton kernels", "fastln's compiled CPU kernels", "plain PyTorch"
@@ -86,7 +88,9 @@ _TABLE: dict[str, dict[str, _Kernels]] = {
     "int8_linear": {
         "triton": _Kernels("int8", _TRITON),
         "cpu": _Kernels("cpu.native_int8", "fastln's compiled CPU kernels, 8-bit products with 32-bit sums", "int8"),
-        "reference": _Kernels("reference_int8", "plain PyTorch, slowly"),
+        "reference": _Kernels(
+            "reference_int8", "plain PyTorch, slowly", unasked="so prepare() keeps products exact in its place"
+        ),
     },
     "linear": {
         "cpu": _Kernels(
@@ -110,11 +114,13 @@ class Choice:
         backend: A name from `BACKENDS`, never `auto`.
         reason: Why this one, in words for users.
         module: The module whose functions compute, inside `fastln_kernels`.
+        lacks: Why better backends were passed over, as it stands in the reason; None if none was.
     """
 
     backend: str
     reason: str
     module: str
+    lacks: str | None = None
 
 
 @functools.cache
@@ -139,7 +145,7 @@ def resolve(op: str, device: torch.device, settings: OpSettings) -> Choice:
         without = available["cpu"].without
         if without is None:
             del available["cpu"]
-            passed_over.append(f"no compiled CPU kernels: {reason}")
+            passed_over.append(reason if reason == products.NO_INT8 else f"no compiled CPU kernels: {reason}")
         else:
             module, words = without
             available["cpu"] = _Kernels(
@@ -157,10 +163,18 @@ def resolve(op: str, device: torch.device, settings: OpSettings) -> Choice:
             continue
         obstacle = _obstacle(backend, device)
         if obstacle is None:
-            words = "; ".join((f"{kernels.words}, the fastest for device {device.type!r}", *passed_over))
-            return Choice(backend, words, kernels.module)
+            words = f"{kernels.words}, {_praise(backend, kernels, device, passed_over)}"
+            return Choice(backend, "; ".join((words, *passed_over)), kernels.module, "; ".join(passed_over) or None)
         passed_over.append(f"not {backend}: {obstacle}")
     raise AssertionError(f"{op} has no backend that runs everywhere")
+
+
+def _praise(backend: str, kernels: _Kernels, device: torch.device, passed_over: list[str]) -> str:
+    """Say why kernels are chosen that nobody asked for: not as the fastest where they are all that is left."""
+    if kernels.unasked is not None:
+        return kernels.unasked
+    is_left = backend == "reference" and passed_over
+    return "all that runs here" if is_left else f"the fastest for device {device.type!r}"
 
 
 def implementation(op: str, x: Tensor, settings: OpSettings) -> ModuleType:

@@ -42,7 +42,7 @@ def preview(task: VQATask, data: VQADataset, config: TrainConfig, engine: str | 
     first, *others = ([data[index] for index in batch] for batch in batches)
     largest = max((first, *others), key=lambda samples: _extent(task, data, samples))
     settings = config.settings(engine)
-    model = apply_settings(task, settings).train()
+    model = apply_settings(task, settings, quietly=True).train()  # its table is shown below
     with SavedActivations(model) as saved:
         output = model(**task.collate(largest, data))
     del output

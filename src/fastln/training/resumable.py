@@ -21,10 +21,10 @@ from fastln.changes import Marks, frozen, mark_buffers, marks
 from fastln.engines import can_restore, is_on_prepared
 from fastln.errors import FastLNError
 from fastln.files import expanded
-from fastln.origin import ORIGIN, Origin
+from fastln.origin import ORIGIN, Origin, read_origin
 from fastln.training import adalora, checkpoints
 from fastln.training.internals import check_internals
-from fastln.training.trained import load_trained, save_trained, trained_parameters
+from fastln.training.trained import load_trained, products_of, save_trained, trained_parameters
 from fastln.watch import check_finite
 
 logger = logging.getLogger(__name__)
@@ -101,6 +101,18 @@ class ResumableTrainer(Trainer):
                 checkpoint,
                 ", ".join(missing),
                 "; ".join(states[name] for name in missing),
+            )
+
+    def _tell_products(self, checkpoint: Path) -> None:
+        """Warn if the products of this training are others than those that a checkpoint was trained with."""
+        before, now = read_origin(checkpoint)[1].get("products"), products_of(self.model)
+        if before not in (None, now):  # earlier versions do not say it
+            logger.warning(
+                "%s was trained with products %r, and this training goes on with products %r: its losses and gradients "
+                "are those of other arithmetic",
+                checkpoint,
+                before,
+                now,
             )
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
@@ -225,6 +237,7 @@ class ResumableTrainer(Trainer):
             return
         self._mark_start()
         load_trained(self.model, Path(resume_from_checkpoint))
+        self._tell_products(Path(resume_from_checkpoint))
         adalora.load_importance(self.model, Path(resume_from_checkpoint))
 
     def _load_best_model(self) -> None:

@@ -162,8 +162,6 @@ def tell_unused(task: VQATask, data: VQADataset, config: TrainConfig, adapter_dt
     for name in ("activations", "products"):
         if not epochs and (value := getattr(config, name)) != EXACT:
             logger.warning("%s %s has no effect: the head trains on features that exact towers computed", name, value)
-    if config.keep_weights and config.products == EXACT:
-        logger.warning("keep_weights has no effect: products exact drops no weights")
     if config.weight_decay not in (0, WEIGHT_DECAY) and not decays(task.model, head):
         logger.warning(
             "weight_decay %g has no effect: method %s trains only norms, biases and other vectors in %s, which never "

@@ -35,6 +35,8 @@ from fastln.errors import FastLNError
 from fastln.fingerprint import FINGERPRINT, difference, fingerprint, vocabulary_differs
 from fastln.origin import ORIGIN, Origin, origin_bytes, read_origin
 from fastln.processes import own_class
+from fastln.settings import EXACT
+from fastln.state import prepared
 
 
 def trained_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
@@ -74,7 +76,19 @@ def save_trained(model: nn.Module, folder: Path, before: Marks, origin: Origin, 
     if (states := extra_states(model)) is not None:
         (folder / EXTRA).write_bytes(states)
     further = {"method": method, "trains": list(trains), "changed": list(others), "fingerprint": found}
+    further["products"] = products_of(model)
     (folder / ORIGIN).write_bytes(origin_bytes(origin, **further))
+
+
+def products_of(model: nn.Module) -> str:
+    """Return the form in which a model's matrix products run: `int8` if any do in 8 bits, else `exact`.
+
+    Args:
+        model: a model, or peft's wrapper of it.
+    """
+    state = prepared(model.get_base_model() if isinstance(model, PeftModel) else model)
+    changes = () if state is None else state.plan.changes
+    return "int8" if any("int8" in (change.products or "") for change in changes) else EXACT
 
 
 def load_trained(model: nn.Module, folder: Path) -> None:

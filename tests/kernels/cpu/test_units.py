@@ -16,7 +16,7 @@ RATES = {"float32": 187e9, "bfloat16": 106e9, "int8": 700e9}
 
 
 def forget():
-    for cached in (units.rates, units._for_bfloat16, resolve):
+    for cached in (units.rates, units._for_bfloat16, units._tell_float32, resolve):
         cached.cache_clear()
 
 
@@ -115,6 +115,17 @@ def test_the_faster_units_serve_and_float32_for_bfloat16_is_told_once(bfloat16, 
     assert len(told) == (words is not None)
     assert words is None or words in told[0]
     assert units.compute_dtype(torch.float32) == units.compute_dtype(torch.float16) == torch.float32
+
+
+def test_who_asks_without_such_rows_is_told_nothing_and_who_has_them_is(measured, caplog):
+    measured += [{"float32": 187e9}]
+    with caplog.at_level(logging.INFO, logger="fastln"):
+        assert units.compute_dtype(torch.bfloat16, quietly=True) == torch.float32
+        assert not caplog.records
+        assert units.compute_dtype(torch.bfloat16) == torch.float32
+    assert [record.message for record in caplog.records] == [
+        "bfloat16 rows are multiplied as float32: this processor has no bfloat16 products"
+    ]
 
 
 def test_the_user_chooses_in_silence(measured, monkeypatch, caplog):
