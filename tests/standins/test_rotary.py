@@ -228,7 +228,7 @@ def cosines_first(cos, sin, q, k):
         (None, False),
         ("a string", False),
     ],
-    ids=str,
+    ids=["turning", "back", "queries alone", "failing", "cosines first", "none", "a string"],
 )
 def test_a_function_is_known_by_what_it_returns(function, is_known):
     names = {"my_rotary": function}
