@@ -71,7 +71,7 @@ POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12
         (b"\0\0\0\x18ftypheic\0\0\0\0mif1heic", "it is a HEIC picture; save it as PNG or JPEG"),
         (b"\0\0\0\x18ftypmp42\0\0\0\0", "it is a film"),
         (b"PK\x03\x04" + bytes(9), "it is a ZIP archive; unpack it"),
-        (gzip.compress(b"volume"), "it is compressed by gzip"),
+        (gzip.compress(b"volume", mtime=0), "it is compressed by gzip"),
         (bytes(4).ljust(344, b"\1") + b"n+1\0" + bytes(9), "it is a NIfTI volume; save its slices as PNG"),
         (b"\x93NUMPY\x01\0", "it is an array of NumPy"),
         (b"\0\0\1\0\1\0", "it is an icon or cursor"),
