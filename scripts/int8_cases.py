@@ -125,13 +125,16 @@ def _activation(name: str, kind: ActivationKind, *, gated: bool, backward: bool)
     return Case8(name, prepare, elements=elements, rows8=results, writes_rows=True, widths=MLP_WIDTHS)
 
 
-def _product(name: str, *, backward: bool, turned: bool = False) -> Case8:
+def _product(name: str, *, backward: bool, turned: bool = False, twice: bool = False) -> Case8:
     def prepare(n_rows: int, n_cols: int, dtype: torch.dtype, draw: Draw) -> Callable[[], object]:
         rows, weight = product_inputs(n_rows, n_cols, draw, turned=turned)
         if backward:
             return lambda: int8.linear_backward(rows, weight, dtype)
         bias = draw((n_cols,), dtype)
-        return lambda: int8.linear(rows, weight, bias, dtype)
+        if not twice:
+            return lambda: int8.linear(rows, weight, bias, dtype)
+        others = (weight.values, weight.scale, bias, draw((n_rows, n_cols), torch.float32))
+        return lambda: int8.multiply(rows, others, n_cols, n_cols, dtype, backward=False, turned=False)
 
     return Case8(name, prepare, elements=1, rows8=1, writes_rows=True, product=True, widths=PRODUCT_WIDTHS)
 
@@ -160,6 +163,7 @@ CASES8 = {
         _activation("int8-swiglu-forward-turned", "silu", gated=True, backward=False),
         _activation("int8-swiglu-backward", "silu", gated=True, backward=True),
         _product("int8-linear", backward=False),
+        _product("int8-linear-twice", backward=False, twice=True),
         _product("int8-linear-dx", backward=True),
         _product("int8-linear-dx-turned", backward=True, turned=True),
     )

@@ -230,17 +230,17 @@ def linear(
     bias = bias if bias is None else bias.contiguous()
     addend = None if rest is None else linear(rows, rest, None, torch.float32)
     tensors = (weight.values, weight.scale, bias, addend)
-    return _multiply(rows, tensors, n_cols, n_inner, dtype, backward=False, turned=False)
+    return multiply(rows, tensors, n_cols, n_inner, dtype, backward=False, turned=False)
 
 
 def linear_backward(rows: Rows8, weight: Weight8, dtype: torch.dtype) -> Tensor:
     """Return the gradient of the input; arguments and results are those of `reference_int8.linear_backward`."""
     n_inner, n_cols = weight.values.shape
     tensors = (weight.values, None, None, None)
-    return _multiply(rows, tensors, n_cols, n_inner, dtype, backward=True, turned=weight.turned)
+    return multiply(rows, tensors, n_cols, n_inner, dtype, backward=True, turned=weight.turned)
 
 
-def _multiply(
+def multiply(
     rows: Rows8,
     others: tuple[Tensor | None, ...],
     n_cols: int,
@@ -250,6 +250,18 @@ def _multiply(
     backward: bool,
     turned: bool,
 ) -> Tensor:
+    """Launch the kernel of products.
+
+    Args:
+        rows: `(n_rows, n_inner)`.
+        others: The weight's whole numbers; its scale and a bias, both `(n_cols,)`, and what is added to the result,
+            `(n_rows, n_cols)` in float32, each of which may be None.
+        n_cols: The columns of the result.
+        n_inner: The length of its sums.
+        dtype: The dtype of the result.
+        backward: Whether sums go over the weight's rows.
+        turned: Whether the result is turned back.
+    """
     if n_inner > MOST_INNER:
         raise ValueError(f"sums of {n_inner:,} products may not fit into 32 bits; at most {MOST_INNER:,} do")
     n_rows, device = len(rows.values), rows.values.device
@@ -257,7 +269,8 @@ def _multiply(
     if result.numel() == 0:
         return result
     with launch.on_device(device):
-        tile = launch.product_tile(n_rows, n_cols, dtype.itemsize, device, backward=backward, turned=turned)
+        adds = others[3] is not None
+        tile = launch.product_tile(n_rows, n_cols, dtype.itemsize, device, backward=backward, turned=turned, adds=adds)
         grid = (triton.cdiv(n_rows, tile.rows) * triton.cdiv(n_cols, tile.cols),)
         options: dict[str, Any] = {
             "ROWS": tile.rows,

@@ -377,7 +377,7 @@ def wide_quantise_options(itemsize: int) -> dict[str, int | bool]:
 
 
 def product_tile(
-    n_rows: int, n_cols: int, itemsize: int, device: torch.device, *, backward: bool, turned: bool
+    n_rows: int, n_cols: int, itemsize: int, device: torch.device, *, backward: bool, turned: bool, adds: bool = False
 ) -> ProductTile:
     """Return the tile of a product of 8-bit rows and weights: the largest of which every SM has one.
 
@@ -388,13 +388,14 @@ def product_tile(
         device: Where the kernel will run.
         backward: Whether the sum runs along the weight's columns.
         turned: Whether the result is turned back.
+        adds: Whether a tensor in float32 is added, which takes as many registers as the sums.
     """
     if LANES == 64:
         large = ProductTile(128, 256, 64, 8, 8, 3) if backward else ProductTile(128, 128, 64, 8, 4, 3)
         tiles = (large, ProductTile(64, 128, 128, 8, 4, 3))[turned:]
     else:
         tiles = (ProductTile(128, 128, 128, 8, 8, 3), ProductTile(64, 128, 128, 8, 4, 3))
-        if is_hopper(device) and (backward or itemsize < 4):
+        if is_hopper(device) and (backward or (itemsize < 4 and not adds)):
             tiles = (ProductTile(*((256, 128) if backward else (128, 256)), 128, 8, 8, 3), *tiles)
     sms = sm_count(device)
     enough = (tile for tile in tiles if -(-n_rows // tile.rows) * -(-n_cols // tile.cols) >= sms)
