@@ -154,7 +154,7 @@ class Int8Rules:
         """Say why an attention's products are exact where units would gain; None if they run in 8 bits."""
         if os.environ.get(SWITCH) == "1" or not self._has_large_outliers(name):
             return None
-        return "where norms are RMSNorms or attention is causal, scores are too large for 8 bits"
+        return "where norms are RMSNorms or attention is causal, rounded scores cost too much accuracy"
 
     def _has_large_outliers(self, name: str) -> bool:
         """Whether the norms around a layer are RMSNorms, or in a causal language model."""
