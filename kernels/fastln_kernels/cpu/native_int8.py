@@ -211,28 +211,30 @@ def _product(
     addend: Tensor | None = None,
     backward: bool = False,
 ) -> Tensor:
-    n_rows, (n_weight_rows, n_weight_cols) = len(rows.scale), weight.values.shape
+    values, scale, turned, row_sums, col_sums = weight
+    stored, row_scale, _ = rows
+    n_rows, (n_weight_rows, n_weight_cols) = row_scale.shape[0], values.shape
     y = torch.empty(n_rows, n_weight_cols if backward else n_weight_rows, dtype=dtype)
     if not y.numel():
         return y
-    arguments = _Product(
-        dtype=DTYPES[dtype],
-        n_threads=torch.get_num_threads(),
-        n_rows=n_rows,
-        n_padded=rows.values.shape[1],
-        n_weight_rows=n_weight_rows,
-        n_weight_cols=n_weight_cols,
-        backward=backward,
-        turned=backward and weight.turned,
-        bias_dtype=0 if bias is None else DTYPES[bias.dtype],
-        rows=rows.values.data_ptr(),
-        row_scale=rows.scale.data_ptr(),
-        weight=weight.values.data_ptr(),
-        sums=(weight.col_sums if backward else weight.row_sums).data_ptr(),
-        col_scale=None if backward else weight.scale.data_ptr(),
-        bias=None if bias is None else bias.data_ptr(),
-        addend=None if addend is None else addend.data_ptr(),
-        y=y.data_ptr(),
+    arguments = _Product(  # in the order of the fields; keywords cost as much time again
+        DTYPES[dtype],
+        torch.get_num_threads(),
+        n_rows,
+        stored.shape[1],
+        n_weight_rows,
+        n_weight_cols,
+        backward,
+        backward and turned,
+        0 if bias is None else DTYPES[bias.dtype],
+        stored.data_ptr(),
+        row_scale.data_ptr(),
+        values.data_ptr(),
+        (col_sums if backward else row_sums).data_ptr(),
+        None if backward else scale.data_ptr(),
+        None if bias is None else bias.data_ptr(),
+        None if addend is None else addend.data_ptr(),
+        y.data_ptr(),
     )
     _kernel("fastln_int8_product", _Product)(ctypes.byref(arguments))
     return y

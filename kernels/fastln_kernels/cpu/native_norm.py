@@ -43,10 +43,10 @@ def norm_forward(request: NormForward, rounding: Rounding | None = None) -> Norm
     x, residual = _unit_columns(request.x), _unit_columns(request.residual)
     weight, bias = _parameter(request.weight), _parameter(request.bias)
     n_rows, n_cols = x.shape
-    y = x.new_empty((n_rows, n_cols))
-    stream = x.new_empty((n_rows, n_cols)) if request.want_stream else None
-    normed = x.new_empty((n_rows, n_cols)) if request.want_normed else None
-    rstd = x.new_empty((n_rows,), dtype=torch.float32)
+    y = _rows_like(x)
+    stream = _rows_like(x) if request.want_stream else None
+    normed = _rows_like(x) if request.want_normed else None
+    rstd = torch.empty(n_rows, dtype=torch.float32)
     _forward()(
         DTYPES[x.dtype],
         torch.get_num_threads(),
@@ -84,11 +84,11 @@ def norm_backward(request: NormBackward, rounding: Rounding | None = None) -> No
     dy, saved, dstream = _unit_columns(request.dy), _unit_columns(request.saved), _unit_columns(request.dstream)
     weight = _parameter(request.weight)
     n_rows, n_cols = dy.shape
-    dx = dy.new_empty((n_rows, n_cols)) if request.need_dx else None
-    dresidual = dy.new_empty((n_rows, n_cols)) if request.need_dresidual else None
+    dx = _rows_like(dy) if request.need_dx else None
+    dresidual = _rows_like(dy) if request.need_dresidual else None
     sums_dtype = grad_dtype if grad_dtype in DTYPES else torch.float32
-    dweight = dy.new_empty((n_cols,), dtype=sums_dtype) if request.need_dweight else None
-    dbias = dy.new_empty((n_cols,), dtype=sums_dtype) if request.need_dbias else None
+    dweight = torch.empty(n_cols, dtype=sums_dtype) if request.need_dweight else None
+    dbias = torch.empty(n_cols, dtype=sums_dtype) if request.need_dbias else None
     _backward()(
         DTYPES[dy.dtype],
         torch.get_num_threads(),
@@ -142,6 +142,10 @@ def _rows(tensor: Tensor | None) -> tuple[int | None, int]:
 
 def _vector(tensor: Tensor | None) -> tuple[int | None, int]:
     return (None, 0) if tensor is None else (tensor.data_ptr(), DTYPES[tensor.dtype])
+
+
+def _rows_like(x: Tensor) -> Tensor:
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
 def _unit_columns(x: TensorT) -> TensorT:

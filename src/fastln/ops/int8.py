@@ -15,13 +15,14 @@ from torch import Tensor
 
 from fastln.errors import FastLNError
 from fastln.ops.backends import implementation
-from fastln.ops.dispatch import Ways, define, is_transformed, needs_operator, overridable, wants_gradient
+from fastln.ops.dispatch import define, is_transformed, needs_operator, overridable, wants_gradient
 from fastln.ops.linear import bias_gradient
 from fastln.ops.rounded import Form, gradient_rows, input_rows
 from fastln.ops.settings import DEFAULT, SCHEMA, OpSettings
 from fastln_kernels.reference_int8 import Weight8
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+_unsafe_view = torch.ops.aten._unsafe_view.default
 _N_TENSORS = 10  # that the operator takes: x, the weight's four, the bias, the second term's four
 
 
@@ -54,6 +55,22 @@ class _Arguments(NamedTuple):
         return cls(turned, dtype, OpSettings.of(*flat))
 
 
+class _Layer(NamedTuple):
+    """What eager mode's function is told about a layer in one argument, because each costs time.
+
+    Attributes:
+        weight: The weight.
+        rest: Its second term, or None.
+        dtype: The dtype of the result.
+        settings: Which backend computes, and in which form.
+    """
+
+    weight: Weight8
+    rest: Weight8 | None
+    dtype: torch.dtype
+    settings: OpSettings
+
+
 @overridable
 def int8_linear(
     x: Tensor,
@@ -82,25 +99,35 @@ def int8_linear(
         FastLNError: If shapes, dtypes or devices are not valid, the backend cannot run on the device of `x`, or
             torch.func's transforms are active: the derivative of rounding is zero almost everywhere.
     """
-    if x.dtype not in _DTYPES or not x.ndim or x.shape[-1] != weight.values.shape[1]:
-        raise FastLNError(
-            f"x must be (..., {weight.values.shape[1]}), of a floating dtype; it is {(*x.shape,)} and {x.dtype}"
-        )
+    values = weight.values
+    shape = values.shape
+    if x.dtype not in _DTYPES or not x.ndim or x.shape[-1] != shape[1]:
+        raise FastLNError(f"x must be (..., {shape[1]}), of a floating dtype; it is {(*x.shape,)} and {x.dtype}")
     if is_transformed():
         raise FastLNError("layers in 8 bits have no derivatives by torch.func; prepare the model with products='exact'")
-    if rest is not None and (rest.values.shape, rest.turned) != (weight.values.shape, weight.turned):
+    if rest is not None and (rest.values.shape, rest.turned) != (shape, weight.turned):
         raise FastLNError("the second term of a weight must have the first's shape, and be turned if the first is")
-    arguments = _Arguments(weight.turned, _result_dtype(x), settings)
-    bias = bias if bias is None else _checked_bias(bias, x, len(weight.values))
-    tensors = (x, *_parts(weight), bias, *((None,) * 4 if rest is None else _parts(rest)))
-    if needs_operator(*tensors):
-        return _WAYS.operator(*tensors, *arguments.flat)
+    bias = bias if bias is None else _checked_bias(bias, x, shape[0])
+    dtype = _result_dtype(x)
+    if needs_operator(x, values, bias):
+        arguments = _Arguments(weight.turned, dtype, settings)
+        return _operator(x, *_parts(weight), bias, *_parts(rest), *arguments.flat)
+    layer = _Layer(_contiguous(weight), None if rest is None else _contiguous(rest), dtype, settings)
     if wants_gradient(x, bias):
-        return _WAYS.function.apply(*tensors, arguments)
-    return _linear(*tensors, arguments)
+        return _EagerInt8Linear.apply(x, bias, layer)
+    return _linear(x, bias, layer)
 
 
-def _parts(weight: Weight8) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _contiguous(weight: Weight8) -> Weight8:
+    """Return a weight as kernels take it."""
+    values = weight.values
+    return weight if values.is_contiguous() else weight._replace(values=values.contiguous())
+
+
+def _parts(weight: Weight8 | None) -> tuple[Tensor | None, ...]:
+    """Return the tensors of a weight as the operator takes them."""
+    if weight is None:
+        return (None,) * 4
     return weight.values.contiguous(), weight.scale, weight.row_sums, weight.col_sums
 
 
@@ -115,45 +142,47 @@ def _checked_bias(bias: Tensor, x: Tensor, n_cols: int) -> Tensor:
 
 
 def _result_dtype(x: Tensor) -> torch.dtype:
+    if x.is_meta or x.dtype == torch.float64:
+        return x.dtype
     device = x.device.type
-    if not x.is_meta and torch.is_autocast_enabled(device) and x.dtype != torch.float64:
-        return torch.get_autocast_dtype(device)
-    return x.dtype
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
 
 
-def _linear(
-    x: Tensor,
-    values: Tensor,
-    scale: Tensor,
-    row_sums: Tensor,
-    col_sums: Tensor,
-    bias: Tensor | None,
-    *others: Any,
+def _linear(x: Tensor, bias: Tensor | None, layer: _Layer) -> Tensor:
+    weight, rest, dtype, settings = layer
+    kernels = implementation("int8_linear", x, settings)
+    rows = input_rows(x, Form(kernels, x.shape[-1], weight.turned))
+    y: Tensor = kernels.linear(rows, weight, bias, dtype, rest)
+    # Autograd must not see a view, which could not be written to in place.
+    return y if x.ndim == 2 else _unsafe_view(y, (*x.shape[:-1], y.shape[-1]))
+
+
+def _linear_backward(dy: Tensor, weight: Weight8, dtype: torch.dtype, form: Form) -> Tensor:
+    dx: Tensor = form.kernels.linear_backward(gradient_rows(dy, form), weight, dtype)
+    return dx if dy.ndim == 2 else dx.view(*dy.shape[:-1], dx.shape[-1])
+
+
+def _form_of_gradients(dy: Tensor, scale: Tensor, settings: OpSettings) -> Form:
+    """Return how a layer takes the gradient of its result. The scale is the layer's own, which lives anyway."""
+    return Form(implementation("int8_linear", dy, settings), scale.shape[0], factors=scale)
+
+
+def _operator_linear(
+    x: Tensor, values: Tensor, scale: Tensor, row_sums: Tensor, col_sums: Tensor, bias: Tensor | None, *others: Any
 ) -> Tensor:
     *parts, arguments = others
-    kernels = implementation("int8_linear", x, arguments.settings)
-    weight = Weight8(values, scale, arguments.turned, row_sums, col_sums)
-    rows = input_rows(x, Form(kernels, x.shape[-1], arguments.turned))
-    rest = None if parts[0] is None else Weight8(parts[0], parts[1], arguments.turned, parts[2], parts[3])
-    y: Tensor = kernels.linear(rows, weight, bias, arguments.dtype, rest)
-    # Autograd must not see a view, which could not be written to in place.
-    return torch.ops.aten._unsafe_view.default(y, (*x.shape[:-1], y.shape[-1]))
+    turned, dtype, settings = arguments
+    weight = Weight8(values, scale, turned, row_sums, col_sums)
+    rest = None if parts[0] is None else Weight8(parts[0], parts[1], turned, parts[2], parts[3])
+    return _linear(x, bias, _Layer(weight, rest, dtype, settings))
 
 
-def _linear_backward(
-    dy: Tensor,
-    values: Tensor,
-    scale: Tensor,
-    row_sums: Tensor,
-    col_sums: Tensor,
-    arguments: _Arguments,
-    form: Form | None = None,
+def _operator_linear_backward(
+    dy: Tensor, values: Tensor, scale: Tensor, row_sums: Tensor, col_sums: Tensor, arguments: _Arguments
 ) -> Tensor:
-    kernels = implementation("int8_linear", dy, arguments.settings)
-    weight = Weight8(values, scale, arguments.turned, row_sums, col_sums)
-    form = Form(kernels, len(scale), factors=scale) if form is None else form
-    dx: Tensor = kernels.linear_backward(gradient_rows(dy, form), weight, arguments.dtype)
-    return dx.view(*dy.shape[:-1], dx.shape[-1])
+    turned, dtype, settings = arguments
+    weight = Weight8(values, scale, turned, row_sums, col_sums)
+    return _linear_backward(dy, weight, dtype, _form_of_gradients(dy, scale, settings))
 
 
 def _fake_linear(
@@ -175,13 +204,6 @@ def _fake_linear_backward(
     return dy.new_empty((*dy.shape[:-1], values.shape[1]), dtype=arguments.dtype)
 
 
-def _keep(ctx: Any, x: Tensor, weight: tuple[Tensor, ...], bias: Tensor | None, arguments: _Arguments) -> None:
-    ctx.bias_dtype = None if bias is None else bias.dtype
-    ctx.save_for_backward(*weight)
-    ctx.arguments = arguments._replace(dtype=x.dtype)
-    ctx.set_materialize_grads(False)
-
-
 def _refuse_second_derivative() -> None:
     if torch.is_grad_enabled():
         raise FastLNError("int8_linear is differentiable once: its backward cannot run with create_graph=True")
@@ -189,36 +211,36 @@ def _refuse_second_derivative() -> None:
 
 class _EagerInt8Linear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, *inputs: Any) -> Tensor:
-        x, *weight = inputs[:5]
-        bias, arguments = inputs[5], inputs[-1]
-        _keep(ctx, x, tuple(weight), bias, arguments)
+    def forward(ctx: Any, x: Tensor, bias: Tensor | None, layer: _Layer) -> Tensor:
+        values, scale, turned, row_sums, col_sums = layer.weight
+        ctx.save_for_backward(values, scale, row_sums, col_sums)
+        ctx.of = turned, x.dtype, None if bias is None else bias.dtype
+        ctx.set_materialize_grads(False)
         if ctx.needs_input_grad[0]:
-            # The scale is the layer's own, which lives anyway.
-            kernels, scale = implementation("int8_linear", x, arguments.settings), weight[1]
-            ctx.takes = Form(kernels, len(scale), factors=scale)
-        return _linear(*inputs)
+            ctx.takes = _form_of_gradients(x, scale, layer.settings)
+        return _linear(x, bias, layer)
 
     @staticmethod
     def backward(ctx: Any, *dys: Tensor | None) -> tuple[Tensor | None, ...]:
         (dy,) = dys
         if dy is None:
-            return (None,) * (_N_TENSORS + 1)
+            return None, None, None
         _refuse_second_derivative()
+        turned, dtype, bias_dtype = ctx.of
+        need_dx, need_dbias, _ = ctx.needs_input_grad
         dx = None
-        if ctx.needs_input_grad[0]:
+        if need_dx:
             values, scale, row_sums, col_sums = ctx.saved_tensors
-            dx = _linear_backward(dy, values, scale, row_sums, col_sums, ctx.arguments, ctx.takes)
-        return dx, *(None,) * 4, _dbias(ctx, dy), *(None,) * (_N_TENSORS - 5)
-
-
-def _dbias(ctx: Any, dy: Tensor) -> Tensor | None:
-    return bias_gradient(dy, ctx.bias_dtype) if ctx.needs_input_grad[5] else None
+            dx = _linear_backward(dy, Weight8(values, scale, turned, row_sums, col_sums), dtype, ctx.takes)
+        return dx, bias_gradient(dy, bias_dtype) if need_dbias else None, None
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x, *weight = inputs[:5]
-    _keep(ctx, x, tuple(weight), inputs[5], _Arguments.of(*inputs[_N_TENSORS:]))
+    x, values, scale, row_sums, col_sums, bias = inputs[:6]
+    ctx.save_for_backward(values, scale, row_sums, col_sums)
+    ctx.arguments = _Arguments.of(*inputs[_N_TENSORS:])._replace(dtype=x.dtype)
+    ctx.bias_dtype = None if bias is None else bias.dtype
+    ctx.set_materialize_grads(False)
 
 
 def _operator_gradients(ctx: Any, dy: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -229,7 +251,8 @@ def _operator_gradients(ctx: Any, dy: Tensor | None) -> tuple[Tensor | None, ...
     dx = None
     if ctx.needs_input_grad[0]:
         dx = torch.ops.fastln.int8_linear_backward(dy, *ctx.saved_tensors, *flat)
-    return dx, *(None,) * 4, _dbias(ctx, dy), *(None,) * (_N_TENSORS - 6 + len(flat))
+    dbias = bias_gradient(dy, ctx.bias_dtype) if ctx.needs_input_grad[5] else None
+    return dx, *(None,) * 4, dbias, *(None,) * (_N_TENSORS - 6 + len(flat))
 
 
 _WEIGHT = "Tensor values, Tensor scale, Tensor row_sums, Tensor col_sums"
@@ -238,15 +261,15 @@ define(
     "fastln::int8_linear",
     f"(Tensor x, {_WEIGHT}, Tensor? bias, {_REST}, {_Arguments.schema()}) -> Tensor",
     _Arguments,
-    _linear,
+    _operator_linear,
     _fake_linear,
 )
 define(
     "fastln::int8_linear_backward",
     f"(Tensor dy, {_WEIGHT}, {_Arguments.schema()}) -> Tensor",
     _Arguments,
-    _linear_backward,
+    _operator_linear_backward,
     _fake_linear_backward,
 )
 torch.library.register_autograd("fastln::int8_linear", _operator_gradients, setup_context=_setup)
-_WAYS = Ways(torch.ops.fastln.int8_linear.default, _EagerInt8Linear, _linear)
+_operator = torch.ops.fastln.int8_linear.default

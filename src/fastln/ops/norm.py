@@ -28,7 +28,7 @@ from fastln.ops.rounded import Reader, for_reader, for_successor
 from fastln.ops.settings import DEFAULT, SCHEMA, OpSettings
 from fastln_kernels.reference import NormBackward, NormForward, NormGradients, NormKind, arithmetic_dtype
 
-_aten = torch.ops.aten
+_unsafe_view = torch.ops.aten._unsafe_view.default
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
@@ -217,17 +217,17 @@ def _norm(
 
 
 def _check(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> None:
-    _check_input("x", x, x)
-    n_cols = x.shape[-1] if x.ndim else 0
-    if n_cols == 0:
+    shape, device = x.shape[-1:], x.device
+    if not shape or not shape[0] or x.dtype not in _DTYPES:
+        _check_input("x", x, x)
         raise FastLNError(f"a norm needs a last dimension of one column or more; x is {(*x.shape,)}")
     for name, parameter in (("weight", weight), ("bias", bias)):
-        if parameter is not None:
-            _check_input(name, parameter, x)
-            if parameter.shape != (n_cols,):
-                raise FastLNError(
-                    f"the {name} of a norm must be ({n_cols},), as wide as x; it is {(*parameter.shape,)}"
-                )
+        if parameter is None or (
+            parameter.shape == shape and parameter.device == device and parameter.dtype in _DTYPES
+        ):
+            continue
+        _check_input(name, parameter, x)
+        raise FastLNError(f"the {name} of a norm must be {(*shape,)}, as wide as x; it is {(*parameter.shape,)}")
 
 
 def _check_input(name: str, tensor: Tensor, x: Tensor) -> None:
@@ -251,14 +251,23 @@ def _forward(
 ) -> tuple[Tensor, Tensor | None, Tensor]:
     """Return `y`, the rows that are kept (None, the stream, or x_hat as rows) and the statistics."""
     kind, dropout, keep, *_ = arguments
-    rows = x.reshape(-1, x.shape[-1])
-    request = NormForward(rows, weight, bias, kind, _rows(residual), dropout, seed, keep == "stream", keep == "normed")
+    request = NormForward(
+        x.reshape(-1, x.shape[-1]),
+        weight,
+        bias,
+        kind,
+        _rows(residual),
+        dropout,
+        seed,
+        keep == "stream",
+        keep == "normed",
+    )
     kernels = arguments.kernels_for(x)
     rounds = for_reader(arguments.reader, kernels, x)
     outputs = kernels.norm_forward(request, *rounds.told)
     # Autograd must not see views, which could not be written to in place.
-    kept = outputs.normed if outputs.stream is None else _aten._unsafe_view.default(outputs.stream, x.shape)
-    return rounds.of(_aten._unsafe_view.default(outputs.y, x.shape)), kept, outputs.rstd
+    kept = outputs.normed if outputs.stream is None else _unsafe_view(outputs.stream, x.shape)
+    return rounds.of(_unsafe_view(outputs.y, x.shape)), kept, outputs.rstd
 
 
 def _backward(request: NormBackward, arguments: _Arguments, ctx: Any = None) -> NormGradients:
@@ -372,7 +381,7 @@ def _fake_forward(
 
 def _operator_forward(x: Tensor, *others: Any) -> tuple[Tensor, Tensor, Tensor]:
     y, kept, stats = _forward(x, *others)
-    return y, x.new_empty(0) if kept is None else _aten._unsafe_view.default(kept, x.shape), stats
+    return y, x.new_empty(0) if kept is None else _unsafe_view(kept, x.shape), stats
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:

@@ -19,7 +19,7 @@ from fastln.ops import OpSettings
 from fastln.ops.backends import implementation
 from fastln.originals import ATTRIBUTE, Original, sampled
 from fastln.processes import gathered
-from fastln.standins.part import ClassChange, StandIn, form, stand_in
+from fastln.standins.part import ClassChange, StandIn, form, own_parameter, stand_in
 from fastln_kernels import reference_int8
 from fastln_kernels.reference_int8 import Weight8
 
@@ -69,6 +69,18 @@ class _Held:
     rest: Weight8 | None = None
     name: str = ""
 
+    def of(self, values: Tensor) -> Weight8:
+        """Return the 8-bit weight of a module that has these whole numbers.
+
+        Raises:
+            FastLNError: If they cannot be the ones that were made for it.
+        """
+        if self.transposed:
+            values = values.t()
+        if values.dtype != torch.int8 or values.shape != self.row_sums.shape + self.col_sums.shape:
+            raise FastLNError(_changed(self.name))
+        return Weight8(values, self.scale, self.turned, self.row_sums, self.col_sums)
+
 
 class _Int8(StandIn):
     """A linear layer with its weight in 8 bits. The parameter `weight` keeps its name and shape."""
@@ -84,8 +96,10 @@ class _Int8(StandIn):
         return held.dtype
 
     def _compute(self, x: Tensor) -> Tensor:
-        held: _Held = self.__dict__[WEIGHT]
-        return ops.int8_linear(x, weight_of(self), self.bias, rest=held.rest, settings=self._fastln.settings)
+        attributes = self.__dict__
+        held: _Held = attributes[WEIGHT]
+        bias = own_parameter(self, "bias")
+        return ops.int8_linear(x, weight_of(self), bias, rest=held.rest, settings=attributes["_fastln"].settings)
 
     def tensors_beside(self) -> list[Tensor]:
         """Return the scales and sums, the second term, what is remembered of the original, and itself if it is kept."""
@@ -174,22 +188,20 @@ def weight_of(module: nn.Module) -> Weight8:
     Raises:
         FastLNError: If someone has written to it since it was rounded, or put another in its place.
     """
-    made, values = _as_it_is(module), module.weight
-    assert isinstance(values, Tensor)
+    held: _Held = module.__dict__[WEIGHT]
+    values = own_parameter(module, "weight")
+    made = held.of(values)
     if not torch.compiler.is_compiling() and not _is_unchanged(values):
-        _check_sums(made, module.__dict__[WEIGHT].name)
+        _check_sums(made, held.name)
         _note_state(values)
     return made
 
 
 def _as_it_is(module: nn.Module) -> Weight8:
-    held: _Held = module.__dict__[WEIGHT]
     values = module.weight
     assert isinstance(values, Tensor)
-    values = values.t() if held.transposed else values
-    if values.dtype != torch.int8 or values.shape != (len(held.row_sums), len(held.col_sums)):
-        raise FastLNError(_changed(held.name))
-    return Weight8(values, held.scale, held.turned, held.row_sums, held.col_sums)
+    held: _Held = module.__dict__[WEIGHT]
+    return held.of(values)
 
 
 def _is_unchanged(values: Tensor) -> bool:

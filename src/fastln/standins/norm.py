@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_map_only
 from fastln import ops
 from fastln.families.readers import code_that_reads
 from fastln.ops import NormKind
-from fastln.standins.part import Part, StandIn, form
+from fastln.standins.part import Part, StandIn, form, own_parameter
 
 
 class _Shown:
@@ -36,12 +36,6 @@ class _Shown:
         # A compiler knows no frames. There, only code outside gets here.
         is_outside = torch.compiler.is_compiling() or sys._getframe(1).f_code in code_that_reads(part.readers)
         return value.to(part.dtype) if is_outside else value
-
-
-def own_parameter(norm: nn.Module, name: str) -> Any:
-    """Return a norm's own parameter, or what a parametrization puts in its place; None if it has none."""
-    parameters = norm._parameters
-    return parameters[name] if name in parameters else getattr(norm, name, None)
 
 
 class _WithOwnDtype(StandIn):

@@ -159,6 +159,12 @@ def code_of(module: nn.Module) -> tuple[object, ...]:
     return cls.__module__, cls.__qualname__, form, settings, attention
 
 
+def own_parameter(module: nn.Module, name: str) -> Any:
+    """Return a module's own parameter, or what a parametrization puts in its place; None if it has none."""
+    parameters = module._parameters
+    return parameters[name] if name in parameters else getattr(module, name, None)
+
+
 def stand_back(model: nn.Module) -> None:
     """Give every stand-in of `model` its own class back, in place."""
     for module in model.modules():

@@ -6,8 +6,8 @@ from torch import Tensor, nn
 
 from fastln import ops
 from fastln.ops import NormKind
-from fastln.standins.norm import own_parameter, warn_if_rounded
-from fastln.standins.part import StandIn, form
+from fastln.standins.norm import warn_if_rounded
+from fastln.standins.part import StandIn, form, own_parameter
 
 
 @form
