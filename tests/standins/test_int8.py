@@ -285,6 +285,23 @@ def test_checkpointing_accumulation_and_late_rows_change_no_bit():
     assert cosine(grads, want[1]) > 0.999999
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("make", [bert, llama])
+def test_steps_on_one_and_two_threads_give_the_same_bits(make, dtype):
+    ids = torch.randint(9, 90, (8, 40), generator=torch.Generator().manual_seed(2))  # enough rows for two threads
+    given = {"input_ids": ids, "labels": torch.arange(8) % 2 if make is bert else ids}
+    before, found = torch.get_num_threads(), []
+    try:
+        for threads in (1, 2):
+            torch.set_num_threads(threads)
+            model = fastln.prepare(make(dtype), products="int8")
+            step(model, **given)  # from now on kernels round the rows of the layers that follow
+            found.append(step(model, **given))
+    finally:
+        torch.set_num_threads(before)
+    assert same(*found)
+
+
 def test_under_autocast_norms_still_get_float32_gradients():
     exact, rounded = fastln.prepare(bert()), fastln.prepare(bert(), products="int8")
     with torch.autocast("cpu", torch.bfloat16):

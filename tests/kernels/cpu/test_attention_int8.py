@@ -11,6 +11,8 @@ import math
 import pytest
 import torch
 from attention_on_paper import ALL, SEED, TOLERANCE, make, on_paper, relative_error
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from fastln_kernels import reference_attention
 from fastln_kernels.cpu import native_attention, products, units
@@ -63,6 +65,31 @@ def test_bfloat16():
 @pytest.mark.parametrize(("dim", "v_dim"), [(1, 1), (3, 5), (16, 40), (33, 31), (64, 64), (72, 72), (128, 80)])
 def test_head_dimensions(dim, v_dim):
     check(make(torch.float32, 1, 2, n_queries=70, dim=dim, v_dim=v_dim), dropout=0.1)
+
+
+@settings(max_examples=15, deadline=None)
+@given(
+    data=st.data(),
+    dtype=st.sampled_from([torch.float32, torch.float16, torch.bfloat16]),
+    lengths=st.tuples(st.integers(1, 140), st.integers(1, 340)),
+    dims=st.tuples(st.integers(1, 72), st.integers(1, 72)),
+    kv_heads=st.integers(1, 2),
+    group=st.integers(1, 3),
+)
+def test_any_lengths_heads_masks_and_memory(data, dtype, lengths, dims, kv_heads, group):
+    (n_queries, n_keys), (dim, v_dim) = lengths, dims
+    sizes = {"n_queries": n_queries, "n_keys": n_keys, "dim": dim, "v_dim": v_dim}
+    tensors = make(dtype, 1, h=kv_heads * group, kv_heads=kv_heads, **sizes)
+    match data.draw(st.sampled_from(["plain", "tokens first", "cut"])):
+        case "tokens first":
+            tensors = [x.transpose(1, 2).contiguous().transpose(1, 2) for x in tensors]
+        case "cut":
+            tensors = [torch.nn.functional.pad(x, (1, 2), value=7.0)[..., 1 : 1 + x.shape[-1]] for x in tensors]
+    options = {"dropout": data.draw(st.sampled_from([0.0, 0.3])), "causal": data.draw(st.booleans())}
+    if not options["causal"] and data.draw(st.booleans()):
+        seen = torch.rand((1, 1, n_queries, n_keys), generator=torch.Generator().manual_seed(5)) < 0.7
+        options["mask"] = seen if data.draw(st.booleans()) else torch.zeros(seen.shape).masked_fill(~seen, -math.inf)
+    check(tensors, **options)
 
 
 def test_grouped_queries_and_different_lengths():
