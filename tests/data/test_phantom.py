@@ -48,6 +48,26 @@ def test_the_questions_of_this_version():
     assert hashlib.sha256(repr(rows).encode()).hexdigest()[:16] == "cc48be0a682e8b22"
 
 
+class WholeCanvasPen(phantom._Pen):
+    """Adds every shape on a layer as large as the canvas, one after the other: the definition of the pictures."""
+
+    def specks(self, x, y, rx, ry, count, grey):
+        for _ in range(count):
+            dot = self.random.randint(1, 3)
+            self.glow(x + self.random.randint(-rx, rx), y + self.random.randint(-ry, ry), dot, dot, grey)
+
+    def _add(self, box, shape, grey):
+        super()._add((0, 0, *self.image.size), shape, grey)
+
+
+def test_shapes_are_added_inside_their_boxes_as_on_the_whole_canvas(monkeypatch):
+    some = list(scenes().values())[::4]
+    assert {(scene.modality, scene.organ) for scene in some} == {*phantom._VIEWS}
+    pictures = [phantom.draw(scene).tobytes() for scene in some]
+    monkeypatch.setattr(phantom, "_Pen", WholeCanvasPen)
+    assert [phantom.draw(scene).tobytes() for scene in some] == pictures
+
+
 def test_sizes_and_images():
     train, test = (load_dataset("phantom", split) for split in ("train", "test"))
     assert (len(train), len(test)) == (160 * 6, 40 * 6)

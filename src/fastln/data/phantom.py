@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import functools
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -106,36 +106,67 @@ class _Pen:
     def __init__(self, scene: Scene) -> None:
         self.image = Image.new("L", (_CANVAS, _CANVAS), 0)
         self.random = random.Random(f"{scene.seed}")
+        self._draw = ImageDraw.Draw(self.image)
         self._zoom = scene.zoom
         self._shift = scene.shift
 
     def ellipse(self, x: int, y: int, rx: int, ry: int, grey: int) -> None:
         """Fill an ellipse with a grey."""
-        ImageDraw.Draw(self.image).ellipse(self._box(x, y, rx, ry), fill=grey)
+        self._draw.ellipse(self._box(x, y, rx, ry), fill=grey)
 
     def glow(self, x: int, y: int, rx: int, ry: int, grey: int) -> None:
         """Add a grey, which may be negative, on an ellipse: in a projection, what lies behind shows through."""
-        self._add(lambda d, amount: d.ellipse(self._box(x, y, rx, ry), fill=amount), grey)
+        box = self._box(x, y, rx, ry)
+        self._add(box, lambda d, left, top: d.ellipse(_moved(box, left, top), fill=abs(grey)), grey)
 
     def bar(self, points: list[tuple[int, int]], width: int, grey: int) -> None:
         """Add a grey along a line."""
-        placed = [(self._place(x, 0), self._place(y, 1)) for x, y in points]
-        self._add(lambda d, amount: d.line(placed, fill=amount, width=width, joint="curve"), grey)
+        placed = [number for x, y in points for number in (self._place(x, 0), self._place(y, 1))]
+        xs, ys = placed[::2], placed[1::2]
+        box = (min(xs) - width, min(ys) - width, max(xs) + width, max(ys) + width)
+        self._add(
+            box,
+            lambda d, left, top: d.line(_moved(placed, left, top), fill=abs(grey), width=width, joint="curve"),
+            grey,
+        )
 
     def arc(self, x: int, y: int, rx: int, ry: int, angles: tuple[int, int], width: int, grey: int) -> None:
         """Add a grey along an arc of an ellipse; angles in degrees, clockwise from the right."""
-        self._add(lambda d, amount: d.arc(self._box(x, y, rx, ry), *angles, fill=amount, width=width), grey)
+        box = self._box(x, y, rx, ry)
+        self._add(box, lambda d, left, top: d.arc(_moved(box, left, top), *angles, fill=abs(grey), width=width), grey)
 
     def specks(self, x: int, y: int, rx: int, ry: int, count: int, grey: int) -> None:
         """Add a grey on small dots strewn over a rectangle: vessels, folds."""
+        # All greys have one sign, so the dots may be summed first: cutting the sum at black and white, once, is the
+        # same as cutting it after each dot.
+        sums = np.zeros((_CANVAS, _CANVAS), np.int32)
         for _ in range(count):
             dot = self.random.randint(1, 3)
-            self.glow(x + self.random.randint(-rx, rx), y + self.random.randint(-ry, ry), dot, dot, grey)
+            box = self._box(x + self.random.randint(-rx, rx), y + self.random.randint(-ry, ry), dot, dot)
+            left, top, right, bottom = box
+            sums[top : bottom + 1, left : right + 1] += _dot(right - left, bottom - top)
+        self._blend(Image.fromarray((sums * abs(grey)).clip(0, 255).astype(np.uint8)), 0, 0, grey)
 
-    def _add(self, shape: Callable[[ImageDraw.ImageDraw, int], None], grey: int) -> None:
-        layer = Image.new("L", self.image.size, 0)
-        shape(ImageDraw.Draw(layer), abs(grey))
-        self.image = (ImageChops.add if grey > 0 else ImageChops.subtract)(self.image, layer)
+    def _add(
+        self, box: tuple[int, int, int, int], shape: Callable[[ImageDraw.ImageDraw, int, int], None], grey: int
+    ) -> None:
+        """Add a shape's grey inside a box that holds it: most are small, and the rest of the canvas stays.
+
+        Args:
+            box: The first and last column and row, as (left, top, right, bottom); may leave the canvas.
+            shape: Draws `abs(grey)` on a layer whose first pixel is the canvas's at the given column and row.
+            grey: The grey; its sign says whether it is added or taken away.
+        """
+        left, top = max(box[0], 0), max(box[1], 0)
+        width, height = min(box[2] + 1, _CANVAS) - left, min(box[3] + 1, _CANVAS) - top
+        if width > 0 and height > 0:
+            layer = Image.new("L", (width, height), 0)
+            shape(ImageDraw.Draw(layer), left, top)
+            self._blend(layer, left, top, grey)
+
+    def _blend(self, layer: Image.Image, left: int, top: int, grey: int) -> None:
+        below = self.image.crop((left, top, left + layer.width, top + layer.height))
+        self.image.paste((ImageChops.add if grey > 0 else ImageChops.subtract)(below, layer), (left, top))
 
     def _place(self, position: int, axis: int) -> int:
         return _CENTRE + (position - _CENTRE) * self._zoom // 64 + self._shift[axis]
@@ -147,6 +178,19 @@ class _Pen:
             self._place(x + rx, 0),
             self._place(y + ry, 1),
         )
+
+
+def _moved(points: Sequence[int], left: int, top: int) -> list[int]:
+    """Return points x, y, x, y and so on as a layer that begins at (left, top) has them."""
+    return [number - (top if index % 2 else left) for index, number in enumerate(points)]
+
+
+@functools.cache
+def _dot(width: int, height: int) -> np.ndarray:
+    """Return an ellipse as ones among zeros, (height + 1, width + 1), as Pillow draws it in a box from 0 to these."""
+    image = Image.new("L", (width + 1, height + 1), 0)
+    ImageDraw.Draw(image).ellipse((0, 0, width, height), fill=1)
+    return np.array(image)
 
 
 def _mirrored(x: int) -> int:
