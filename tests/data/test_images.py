@@ -1,5 +1,9 @@
 """Image files of every kind to RGB, and those that cannot be read."""
 
+import threading
+import time
+import warnings
+
 import numpy as np
 import pytest
 from PIL import Image
@@ -160,6 +164,29 @@ def test_a_jpeg_is_decoded_by_the_check_only_without_its_end(tmp_path, monkeypat
     assert not decoded
     images.check_image(content + b"and more", "bytes")  # some cameras and scanners write more
     assert len(decoded) == 1
+
+
+def test_threads_that_read_at_once_leave_the_filters_of_warnings_as_they_were(tmp_path, monkeypatch):
+    """Each sets a filter while it opens a file. The second to begin must not put back the first one's."""
+    Image.new("L", (4, 3), 40).save(tmp_path / "a.png")
+    opened, waits, together = Image.open, iter((0.05, 0.15)), threading.Barrier(2)
+
+    def slow(*args, **kwargs):
+        time.sleep(next(waits))
+        return opened(*args, **kwargs)
+
+    def work():
+        together.wait()
+        images.read_image(tmp_path / "a.png")
+
+    monkeypatch.setattr(Image, "open", slow)
+    before = list(warnings.filters)
+    both = [threading.Thread(target=work) for _ in range(2)]
+    for thread in both:
+        thread.start()
+    for thread in both:
+        thread.join()
+    assert warnings.filters == before
 
 
 @pytest.mark.parametrize("side", [8193, 20000])  # beyond our limit, and beyond the one at which Pillow raises

@@ -2,13 +2,16 @@
 
 import io
 import sys
+import time
 import tracemalloc
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from layouts import LAYOUTS, jpeg
 from PIL import Image
 
 from fastln.data import DataOptions, load_source
+from fastln.data import parquet as reader
 from fastln.data.images import read_image
 from fastln.errors import FastLNError
 
@@ -36,6 +39,23 @@ def test_equal_bytes_are_one_image_wherever_they_stand(tmp_path):
     data = source.dataset("train")
     for sample, number in zip(train, (0, 1, 0, 2, 1), strict=True):
         assert data.image(sample.image) == read_image(jpeg(number))
+
+
+def test_threads_that_need_one_row_group_read_it_once(tmp_path, monkeypatch):
+    source = load_source(HUB.make(tmp_path, train=[HUB.row(number) for number in range(4)]))  # in two files
+    data, read = source.dataset("train"), []
+    opened = reader._opened
+
+    def slow(file):
+        read.append(file)
+        time.sleep(0.05)
+        return opened(file)
+
+    monkeypatch.setattr(reader, "_opened", slow)
+    with ThreadPoolExecutor(2) as pool:
+        pictures = list(pool.map(data.image, [sample.image for sample in data.samples[:2]]))
+    assert pictures == [read_image(jpeg(number)) for number in (0, 1)]
+    assert len(read) == 1
 
 
 def test_images_are_not_held(tmp_path):

@@ -103,7 +103,8 @@ class Source:
         name: The data's name, for messages.
         synthetic: Whether a program draws the images.
         splits: The samples by split, in the order of the data; splits that the data lacks are missing.
-        image: Takes a key, gives the image in mode RGB; can be pickled, for worker processes.
+        image: Takes a key, gives the image in mode RGB; can be pickled, for worker processes, and called from several
+            threads at once.
         stats: What is known about each image without decoding it, by key.
         copies: For each image that is byte for byte an earlier one: the key of that.
     """

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import struct
+import threading
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -35,6 +36,7 @@ _JPEG_END = b"\xff\xd9"
 _PNG_START = b"\x89PNG\r\n\x1a\n"
 _PNG_TEXTS = (b"tEXt", b"zTXt", b"iTXt", b"iCCP")
 _ORIENTATION = 0x0112
+_WARNING_FILTERS = threading.Lock()
 
 
 class ImageStat(NamedTuple):
@@ -56,7 +58,8 @@ def read_image(source: Path | bytes, name: object = None, frame: int | None = No
 
     Transparent pixels become black, the background of radiology. An orientation stored with the image is applied, and
     so is the gamma that a PNG states, unless it is the usual one. Colour profiles are ignored. Values of more than 8
-    bits get the limits of `fastln.data.grey`. DICOM is windowed; see `fastln.data.dicom`.
+    bits get the limits of `fastln.data.grey`. DICOM is windowed; see `fastln.data.dicom`. Several threads may call this
+    at once.
 
     Args:
         source: The file, or its content.
@@ -151,13 +154,15 @@ def _decode(source: Path | bytes, frame: int) -> tuple[Image.Image, deep.Decoded
 
 
 def _to_rgb(image: Image.Image, power: float) -> Image.Image:
-    image = image.convert("RGBA" if image.has_transparency_data else "RGB")
+    """Return an image in mode RGB: the same object if it is that already, because Pillow would copy it."""
+    mode = "RGBA" if image.has_transparency_data else "RGB"
+    image = image if image.mode == mode else image.convert(mode)
     if power != 1:
         curve = [round(255 * (level / 255) ** power) for level in range(256)]
         image = image.point(curve * 3 + (list(range(256)) if image.mode == "RGBA" else []))
     if image.mode == "RGBA":
         image = Image.alpha_composite(Image.new("RGBA", image.size, "black"), image)
-    return image.convert("RGB")
+    return image if image.mode == "RGB" else image.convert("RGB")
 
 
 @contextmanager
@@ -186,7 +191,9 @@ def _not_identified(source: Path | bytes) -> str:
 
 @contextmanager
 def _opened(source: Path | bytes, frame: int = 0) -> Iterator[Image.Image]:
-    with warnings.catch_warnings():  # Pillow warns of some sizes beyond our limit, and raises for others
+    # Pillow warns of some sizes beyond our limit, and raises for others. Threads share the filters of warnings: if two
+    # changed them at a time, one would put back those of the other.
+    with _WARNING_FILTERS, warnings.catch_warnings():
         warnings.simplefilter("error", Image.DecompressionBombWarning)
         try:
             image = Image.open(BytesIO(source) if isinstance(source, bytes) else source, formats=FORMATS)

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -40,6 +41,9 @@ _ROWS_AT_A_TIME = 32
 
 _BUFFER = 1 << 20
 """The bytes to read ahead; without it, pyarrow reads a whole row group's column at once."""
+
+_READING = threading.Lock()
+"""Held while a row group is read: other threads that need the same one wait for it, and do not read it, too."""
 
 
 def recognises(path: Path) -> bool:
@@ -159,7 +163,9 @@ def _image(places: dict[str, _Place], key: str) -> Image.Image:
     if key not in places:
         raise FastLNError(f"no question of this data is about an image named {key!r}")
     place = places[key]
-    return read_image(_image_column(place.file, place.group)[place.row].as_py()["bytes"], key)
+    with _READING:
+        column = _image_column(place.file, place.group)
+    return read_image(column[place.row].as_py()["bytes"], key)
 
 
 @functools.lru_cache(maxsize=1)
