@@ -120,6 +120,13 @@ def release_arena() -> None:
     memory.release()
 
 
+def usable_cpus() -> int:
+    """Return how many CPUs this process may use."""
+    if hasattr(os, "sched_getaffinity"):  # Linux
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
 def cpu_flags() -> set[str]:
     """Return the instruction sets that the kernel reports; empty if it reports none."""
     return set((_cpu_info("flags") or _cpu_info("Features") or "").split())

@@ -74,7 +74,7 @@ def test_the_tokens_of_a_conversation_written_by_hand(kind, tmp_path):
     batch = task.collate(data.samples, data)
     image = task.model.config.image_token_id
     for row, sample in enumerate(data.samples):
-        shapes = [task.images.inputs(data, key)["pixel_values"].shape for key in sample.images]
+        shapes = [one["pixel_values"].shape for one in task.images.inputs(data, sample.images)]
         ids, labels = expected(task, kind, sample, [task._n_tokens(shape) for shape in shapes])
         length = int(batch["attention_mask"][row].sum())
         assert batch["input_ids"][row, :length].tolist() == ids

@@ -37,7 +37,7 @@ class BlipTask(VQATask):
 
         If images differ in size from the model's own, an argument asks for interpolated positions.
         """
-        pixels = torch.stack([self.images(dataset, sample.image) for sample in samples])
+        pixels = self.images(dataset, [sample.image for sample in samples])
         config = self.model.config.text_config
         # The decoder reads its start token, the answer, the end token and padding; the labels are shifted by one token.
         answers = self.tokenizer([sample.answer for sample in samples], add_special_tokens=False)["input_ids"]

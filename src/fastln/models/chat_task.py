@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -137,11 +138,10 @@ class ChatTask(VQATask):
 
     def collate(self, samples: list[Sample], dataset: VQADataset) -> dict[str, Tensor]:
         """Return input_ids, attention_mask and labels (batch, longest), and the model's arguments for all images."""
-        rows, images = [], []
-        for sample in samples:
-            inputs = [self.images.inputs(dataset, key) for key in sample.images] if self.images else []
-            rows.append(self.encode(sample, [self._n_tokens(one["pixel_values"].shape) for one in inputs]))
-            images += inputs
+        keys = [key for sample in samples for key in sample.images]
+        images = self.images.inputs(dataset, keys) if self.images else []
+        lengths = iter([self._n_tokens(one["pixel_values"].shape) for one in images])
+        rows = [self.encode(sample, list(islice(lengths, len(sample.images)))) for sample in samples]
         ids, labels = [row[0] for row in rows], [row[1] for row in rows]
         padded = nn.utils.rnn.pad_sequence
         batch = {

@@ -44,7 +44,7 @@ class DualEncoderTask(VQATask):
         rows = {key: row for row, key in enumerate(dict.fromkeys(sample.image for sample in samples))}
         vocabulary = self.vocabulary
         return {
-            "pixel_values": torch.stack([self.images(dataset, key) for key in rows]).to(self.device),
+            "pixel_values": self.images(dataset, [*rows]).to(self.device),
             "image_index": torch.tensor([rows[sample.image] for sample in samples], device=self.device),
             **self.tokenize([sample.question for sample in samples]),
             "labels": torch.tensor([vocabulary.index(sample.answer) for sample in samples], device=self.device),

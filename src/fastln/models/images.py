@@ -2,21 +2,30 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 from transformers import AutoImageProcessor, PreTrainedConfig, ViTImageProcessorPil
+from transformers.image_processing_backends import PilBackend
 
 from fastln.errors import FastLNError, loading
 from fastln.models.image_size import check_size_for
+from fastln.models.threads import in_threads
 
 if TYPE_CHECKING:
+    from PIL import Image
+
     from fastln.data import VQADataset
     from fastln.data.images import ImageStat
 
 CACHE_BYTES = 1 << 30
+
+_PIPELINE = ("__call__", "preprocess", "_preprocess_image_like_inputs", "process_image", "_preprocess", "resize")
+"""The methods of transformers' processors on Pillow that an image passes before and while it is resized."""
 
 
 class ImageInputs:
@@ -34,18 +43,43 @@ class ImageInputs:
         self._room = cache_bytes
         self._kept: dict[tuple[str, str], dict[str, Tensor]] = {}
 
-    def inputs(self, dataset: VQADataset, key: str) -> dict[str, Tensor]:
-        """Return one image as the model's keyword arguments; their rows are concatenated with those of other images."""
-        name = (dataset.name, key)
-        made = self._kept.get(name)
-        if made is None:
-            made = dict(self.processor(dataset.image(key), return_tensors="pt"))
-            made["pixel_values"] = made["pixel_values"].to(self.dtype)
-            size = sum(tensor.nbytes for tensor in made.values())
+    def inputs(self, dataset: VQADataset, keys: Sequence[str]) -> list[dict[str, Tensor]]:
+        """Return each image as the model's keyword arguments; their rows are concatenated with those of other images.
+
+        Images that are not cached are decoded and processed on several threads; see `in_threads`. Those that a program
+        draws are not, since Python's lock lets one thread draw at a time; nor those for processors that are not
+        transformers' own for Pillow: torchvision's use torch's threads.
+
+        Args:
+            dataset: has the images.
+            keys: an image each, repeated ones too.
+
+        Raises:
+            FastLNError: if an image cannot be read; of several, the first is named.
+        """
+        made = {key: self._kept[dataset.name, key] for key in keys if (dataset.name, key) in self._kept}
+        missing = [key for key in dict.fromkeys(keys) if key not in made]
+        process = functools.partial(self._process, dataset)
+        if isinstance(self.processor, PilBackend) and not dataset.synthetic:
+            processed = in_threads(process, missing)
+        else:
+            processed = [process(key) for key in missing]
+        for key, one in zip(missing, processed, strict=True):
+            # Not on those threads, because each would start a team of torch's threads.
+            one["pixel_values"] = one["pixel_values"].to(self.dtype)
+            made[key] = one
+            size = sum(tensor.nbytes for tensor in one.values())
             if size <= self._room:
                 self._room -= size
-                self._kept[name] = made
-        return made
+                self._kept[dataset.name, key] = one
+        return [made[key] for key in keys]
+
+    def _process(self, dataset: VQADataset, key: str) -> dict[str, Tensor]:
+        """Decode and process one image; on any thread."""
+        return dict(self.processor(self._image(dataset, key), return_tensors="pt"))
+
+    def _image(self, dataset: VQADataset, key: str) -> Image.Image:
+        return dataset.image(key)
 
     def shape(self, stat: ImageStat) -> torch.Size:
         """Return the shape of an image's `pixel_values`, without decoding it; here (n_patches, values per patch).
@@ -117,9 +151,16 @@ class ImagePixels(ImageInputs):
         """Resize to `image_size` and map [0, 255] to [-1, 1]."""
         return cls(ViTImageProcessorPil(), image_size, dtype)
 
-    def __call__(self, dataset: VQADataset, key: str) -> Tensor:
-        """Return one image's pixel values, (3, image_size, image_size)."""
-        return self.inputs(dataset, key)["pixel_values"][0]
+    def __call__(self, dataset: VQADataset, keys: Sequence[str]) -> Tensor:
+        """Return the pixel values of images, (n_images, 3, image_size, image_size)."""
+        return torch.stack([one["pixel_values"][0] for one in self.inputs(dataset, keys)])
+
+    def _image(self, dataset: VQADataset, key: str) -> Image.Image:
+        image = dataset.image(key)
+        if _resizes_first(self.processor) and image.mode == "RGB" and not image.has_transparency_data:
+            # The processor would turn the whole image into an array and back, and then call the same function.
+            image = image.resize((self.image_size, self.image_size), self.processor.resample)
+        return image
 
     def shape(self, stat: ImageStat | None = None) -> torch.Size:
         """Return the shape of an image's `pixel_values`; all images have the same."""
@@ -128,6 +169,12 @@ class ImagePixels(ImageInputs):
     def __str__(self) -> str:
         """The size of the images that the model gets."""
         return f"{self.image_size} x {self.image_size} pixels"
+
+
+def _resizes_first(processor: Any) -> bool:
+    """Whether a processor begins with Pillow's resizing of the whole image, as transformers' code for Pillow does."""
+    own = all(getattr(type(processor), name, None) is getattr(PilBackend, name) for name in _PIPELINE)
+    return own and processor.do_resize and isinstance(processor.resample, int)
 
 
 def _edge(processor: Any) -> int:

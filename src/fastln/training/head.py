@@ -72,7 +72,7 @@ def _features(task: DualEncoderTask, data: VQADataset, batch_size: int = 64) -> 
     vision, text = [], []
     with torch.no_grad(), evaluating(task.model):
         for start in range(0, len(keys), batch_size):
-            pixels = torch.stack([task.images(data, key) for key in keys[start : start + batch_size]])
+            pixels = task.images(data, keys[start : start + batch_size])
             vision.append(task.model.vision_features(pixels.to(task.device), **task.positions))
         for start in range(0, len(data), batch_size):
             questions = [sample.question for sample in data.samples[start : start + batch_size]]
