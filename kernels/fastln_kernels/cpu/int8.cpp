@@ -1,6 +1,7 @@
 // Frozen linear layers in 8 bits, for CPUs: y = x Wᵀ + bias and dx = dy W, from one copy of the weight;
 // fastln_kernels.reference_int8 defines them. A thread packs a block of the weight in its cache, in the layout that the
-// processor's products need, and multiplies all rows by it. Sums are whole numbers, so their order does not matter.
+// processor's products need, and multiplies rows by it, chunk after chunk. Sums are whole numbers, so their order does
+// not matter.
 
 #include <algorithm>
 #include <type_traits>
@@ -17,7 +18,7 @@ constexpr int64_t COLS = 64;  // columns of the result per product: a block that
 constexpr int64_t ROWS = 64;  // rows per product: their sums, too, fit into the L1 cache
 constexpr int64_t INNER = 1536;  // most inner columns per product
 constexpr int64_t BLOCK_BYTES = 512 << 10;  // bytes of weight packed at once, in the L2 cache
-constexpr int64_t CHUNK = 1024;  // most rows per thread
+constexpr int64_t LARGE = 2 << 20;  // bytes of a result that the L2 cache does not hold
 static_assert(COLS == TURNED);
 
 int64_t blocks(int64_t size, int64_t block) { return (size + block - 1) / block; }
@@ -83,28 +84,35 @@ class Multiply {
   explicit Multiply(const Product8Arguments& arguments) : a_(arguments) {}
 
   void run() const {
-    const int64_t all = blocks(n_cols_, COLS), most = std::clamp<int64_t>(BLOCK_BYTES / (a_.n_padded * COLS), 1, all);
-    const int64_t panels = blocks(all, blocks(all, most));  // equal blocks
-    const int64_t cols = panels * COLS, col_blocks = blocks(n_cols_, cols), row_blocks = blocks(a_.n_rows, ROWS);
-    // Every thread gets some chunks of rows, of about equal size.
-    const int64_t wanted = a_.n_threads > 1 ? blocks(3 * a_.n_threads, col_blocks) : 1;
-    const int64_t least = blocks(a_.n_rows, CHUNK), chunks = std::clamp(wanted, least, std::max(row_blocks / 2, least));
-    for_blocks(col_blocks * chunks, static_cast<int>(a_.n_threads), [&](int64_t block) {
-      const int64_t chunk = block % chunks, col = block / chunks * cols;
-      const int64_t row = chunk * row_blocks / chunks * ROWS, end = (chunk + 1) * row_blocks / chunks * ROWS;
-      block_of(row, std::min(end, a_.n_rows) - row, col, std::min(cols, n_cols_ - col));
+    const int64_t all = blocks(n_cols_, COLS), row_blocks = blocks(a_.n_rows, ROWS), threads = a_.n_threads;
+    // Each thread gets panels of its own, as far as there are enough. Then no two threads pack the same.
+    const int64_t most = std::clamp<int64_t>(std::min(BLOCK_BYTES / (a_.n_padded * COLS), all / threads), 1, all);
+    const int64_t least = blocks(all, most);
+    // Several items a thread, so that who ends early can take over: chunks of rows, or fewer panels if rows are few.
+    const int64_t wanted = threads > 1 ? 4 * threads : 1;
+    const int64_t chunks = std::clamp<int64_t>(blocks(wanted, least), 1, std::max<int64_t>(row_blocks / 2, 1));
+    const int64_t parts = std::clamp(blocks(wanted, chunks), least, all);
+    for_ranges(chunks * parts, static_cast<int>(threads), [&] {
+      return [&, packed = int64_t{-1}](int64_t item) mutable {
+        const int64_t chunk = item % chunks, part = item / chunks;
+        const int64_t row = chunk * row_blocks / chunks * ROWS, last = (chunk + 1) * row_blocks / chunks * ROWS;
+        const int64_t col = part * all / parts * COLS, last_col = (part + 1) * all / parts * COLS;
+        block_of(row, std::min(last, a_.n_rows) - row, col, std::min(last_col, n_cols_) - col, packed != part);
+        packed = part;
+      };
     });
   }
 
  private:
-  void block_of(int64_t first_row, int64_t n_rows, int64_t first_col, int64_t n_cols) const {
+  // Multiplies rows by a block of the weight. If not `pack`, the thread's buffer holds it.
+  void block_of(int64_t first_row, int64_t n_rows, int64_t first_col, int64_t n_cols, bool pack) const {
     thread_local Buffer<int8_t> operand_buffer;
     thread_local Buffer<int32_t> sum_buffer;
     thread_local Buffer<float> bias_buffer;
     int8_t* operand = operand_buffer.at_least(blocks(n_cols, COLS) * COLS * a_.n_padded);
     int32_t* sums = sum_buffer.at_least(ROWS * COLS);
     float* bias = bias_buffer.at_least(blocks(n_cols, COLS) * COLS);
-    for (int64_t col = 0; col < n_cols; col += COLS)
+    for (int64_t col = 0; col < (pack ? n_cols : 0); col += COLS)
       lay_out(first_col + col, std::min(COLS, n_cols - col), operand + col * a_.n_padded);
     if (a_.bias) {
       with_dtype(a_.bias_dtype, [&](auto type) {
@@ -116,6 +124,9 @@ class Multiply {
       const int64_t row = first_row + done, count = std::min(ROWS, n_rows - done);
       for (int64_t col = 0; col < n_cols; col += COLS) {
         const int64_t width = std::min(COLS, n_cols - col);
+        if (large_)  // stores would wait for each cache line
+          for (int64_t r = row; r < row + count; r++)
+            prefetch_row<T, true>(static_cast<const T*>(a_.y) + r * n_cols_ + first_col + col, width);
         for (int64_t inner = 0; inner < a_.n_padded; inner += most_inner_) {
           products.int8(padded(count), padded(width), std::min(most_inner_, a_.n_padded - inner), a_.n_padded, COLS, COLS,
                         inner > 0, a_.rows + row * a_.n_padded + inner, operand + (col * a_.n_padded + inner * COLS), sums,
@@ -140,8 +151,8 @@ class Multiply {
       }
     } else if (width == COLS && stride % 4 == 0) {
       done = n_inner_;
-      transpose_words(reinterpret_cast<const uint32_t*>(a_.weight + col * stride), stride / 4, COLS, n_inner_ / 4,
-                      reinterpret_cast<uint32_t*>(to), COLS);
+      transpose_words<true>(reinterpret_cast<const uint32_t*>(a_.weight + col * stride), stride / 4, COLS, n_inner_ / 4,
+                          reinterpret_cast<uint32_t*>(to), COLS);
     }
     std::memset(to + done * COLS, 0, (a_.n_padded - done) * COLS);
     const int64_t by_inner = a_.backward ? stride : 1, by_col = a_.backward ? 1 : stride;
@@ -203,6 +214,7 @@ class Multiply {
 
   const Product8Arguments& a_;
   const int64_t n_cols_ = a_.backward ? a_.n_weight_cols : a_.n_weight_rows;
+  const bool large_ = a_.n_rows * n_cols_ * static_cast<int64_t>(sizeof(T)) > LARGE;
   // Equal parts of a row, whole cache lines each.
   const int64_t most_inner_ = blocks(a_.n_padded / COLS, blocks(a_.n_padded, INNER)) * COLS;
   const int64_t n_inner_ = a_.backward ? a_.n_weight_rows : a_.n_weight_cols;

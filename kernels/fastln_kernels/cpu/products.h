@@ -161,7 +161,8 @@ void pair_rows(const T* rows, int64_t stride, int64_t n_rows, int64_t n_cols, C*
   }
 }
 
-// Transposes (n_rows, n_cols) 32-bit words. `n_rows` is a multiple of PAD.
+// Transposes (n_rows, n_cols) 32-bit words. `n_rows` is a multiple of PAD. If COLD, the rows are not in a cache.
+template <bool COLD = false>
 inline void transpose_words(const uint32_t* from, int64_t from_ld, int64_t n_rows, int64_t n_cols, uint32_t* to,
                             int64_t to_ld) {
   int64_t done = 0;
@@ -175,6 +176,8 @@ inline void transpose_words(const uint32_t* from, int64_t from_ld, int64_t n_row
       __m512i a[16], b[16];
 #pragma GCC unroll 16
       for (int i = 0; i < 16; i++) a[i] = _mm512_loadu_si512(from + (row + i) * from_ld + column);
+      if (COLD)
+        for (int i = 0; i < 16; i++) __builtin_prefetch(from + (row + 16 + i) * from_ld + column);
       const auto shuffle = [&](const __m512i* x, __m512i* y) {
 #pragma GCC unroll 8
         for (int i = 0; i < 8; i++) {

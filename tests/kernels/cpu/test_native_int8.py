@@ -144,21 +144,29 @@ def test_the_largest_sums():
         torch.testing.assert_close(dx, torch.full((17, 4096), sign * 4096 * 33), rtol=1e-6, atol=0)
 
 
-def test_threads_change_no_bit():
+# Threads share panels of 64 columns and chunks of at least 128 rows: more of them than threads, fewer, and one.
+SHARED = [(300, 320, 450), (16, 128, 320), (129, 64, 64), (400, 64, 130), (700, 64, 833), (260, 4160, 200)]
+
+
+@pytest.mark.parametrize("size", SHARED, ids=str)
+def test_threads_change_no_bit(size):
+    n_rows, n_inner, n_cols = size
     torch.manual_seed(0)
-    x, dy = torch.randn(300, 320).bfloat16(), torch.randn(300, 450).bfloat16()
-    found = []
+    x, dy, weight = torch.randn(n_rows, n_inner), torch.randn(n_rows, n_cols), torch.randn(n_cols, n_inner)
+    made = native.quantise_weight(weight, turned=True)
+    want = reference.linear(reference.quantise(x, turned=True), made, None, torch.float32)
+    dx = reference.linear_backward(reference.quantise(dy, made.scale), made, torch.float32)
     before = torch.get_num_threads()
     try:
-        for n_threads in (1, 2, 3):
+        for n_threads in (1, 2, 3, 7):
             torch.set_num_threads(n_threads)
-            made = native.quantise_weight(torch.ones(450, 320).tril_(), turned=True)
-            rows = native.quantise(x, turned=True)
-            y = native.linear(rows, made, None, torch.bfloat16)
-            found.append((y, native.linear_backward(native.quantise(dy, made.scale), made, torch.bfloat16)))
+            rows, gradients = native.quantise(x, turned=True), native.quantise(dy, made.scale)
+            assert torch.equal(native.linear(rows, made, None, torch.float32), want)
+            assert torch.equal(native.linear_backward(gradients, made, torch.float32), dx)
+            in_16_bits = native.linear(rows, made, None, torch.bfloat16)
+            assert torch.equal(in_16_bits, want.bfloat16())
     finally:
         torch.set_num_threads(before)
-    assert all(torch.equal(*pair) for other in found[1:] for pair in zip(found[0], other, strict=True))
 
 
 def test_rows_rounded_twice_have_16_bits():
