@@ -1,5 +1,6 @@
 """Frozen linear layers on a CPU, fastln beside torch: `.venv/bin/python -m pytest benchmarks/test_linear.py`.
 
+`kernel` also takes float32 rows that `fastln` leaves to torch, where its product is measured as faster.
 Shapes are tokens of a batch x argument's width x result's width. The backward is that of the argument alone.
 """
 
@@ -8,6 +9,7 @@ import torch
 from torch.nn import functional
 
 from fastln import ops
+from fastln_kernels.cpu import units
 
 SHAPES = {
     "bert 8x128": (1024, 768, 768),
@@ -18,14 +20,16 @@ SHAPES = {
     "blip 2x901": (1802, 768, 2304),
     "dinov2 small 32x257": (8224, 384, 1536),
 }
-ENGINES = {"fastln": ops.linear, "torch": functional.linear}
+ENGINES = {"fastln": ops.linear, "kernel": ops.linear, "torch": functional.linear}
 
 
 @pytest.mark.parametrize("engine", ENGINES)
 @pytest.mark.parametrize("way", ["forward", "backward"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("shape", SHAPES)
-def test_linear(benchmark, shape, dtype, way, engine):
+def test_linear(benchmark, shape, dtype, way, engine, monkeypatch):
+    if engine == "kernel":
+        monkeypatch.setattr(units, "float32_pays", lambda: True)
     benchmark.group = f"{way}, {shape}, {dtype}"
     n_rows, n_inner, n_cols = SHAPES[shape]
     torch.manual_seed(0)

@@ -103,8 +103,12 @@ def _units() -> dict[str, dict[str, Any]] | None:
     rates, forced = units.rates(), units.forced()
     chosen = str(units.compute_dtype(torch.bfloat16, quietly=True)).removeprefix("torch.")
     why = f"by {units.VARIABLE}" if forced else "the faster" if "bfloat16" in rates else "there are no others"
+    exact = "float32 rows"
+    if not units.float32_pays(quietly=True):
+        by = {name: f"{rate / 1e9:,.0f}" for name, rate in units.linear_rates().items()}
+        exact += f" of attention (linear layers run on torch's own products: {by['torch']} GFLOP/s, not {by['fastln']})"
     served = {
-        "float32": ["float32 rows"],
+        "float32": [exact],
         "bfloat16": [],
         "int8": ["8-bit products"] if "int8" in rates else ["no 8-bit products: they need AVX-512 VNNI or AMX"],
     }

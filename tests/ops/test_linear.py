@@ -13,7 +13,7 @@ from fastln import ops
 from fastln.ops import OpSettings
 from fastln.standins.linear import Linear
 from fastln_kernels import reference
-from fastln_kernels.cpu import native_linear, products
+from fastln_kernels.cpu import native_linear, products, units
 
 WHY_NOT = products.why_not("linear")
 needs_kernels = pytest.mark.skipif(WHY_NOT is not None, reason=str(WHY_NOT))
@@ -21,7 +21,8 @@ needs_kernels = pytest.mark.skipif(WHY_NOT is not None, reason=str(WHY_NOT))
 
 @pytest.fixture
 def calls(monkeypatch):
-    """How often the kernel ran."""
+    """How often the kernel ran, which takes float32 rows here as if torch were slower."""
+    monkeypatch.setattr(units, "linear_rates", lambda: {"fastln": 2e11, "torch": 1e11})
     made = []
     stock = native_linear.linear
     monkeypatch.setattr(native_linear, "linear", lambda *args, **kwargs: made.append(1) or stock(*args, **kwargs))

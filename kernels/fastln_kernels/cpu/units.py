@@ -4,7 +4,10 @@ Vector units that multiply bfloat16 can be slower than the same processor's floa
 matrix units. Rows in bfloat16 are then converted in the cache and multiplied as float32. With AMX, or on Zen 4,
 bfloat16 is faster.
 
-The rates are kept in a file beside the compiled libraries, so that every process on a machine chooses alike and its
+Float32 rows of linear layers run in fastln's kernel only where torch's own product is slower, which depends on the
+library that torch was built with and on the processor. So both are timed, too, when there are such rows.
+
+The rates are kept in files beside the compiled libraries, so that every process on a machine chooses alike and its
 results have the same bits. FASTLN_CPU_UNIT=bfloat16 or float32 chooses without regard to the rates.
 """
 
@@ -15,10 +18,13 @@ import json
 import logging
 import os
 import tempfile
+import time
+from collections.abc import Callable
 from ctypes import c_double
 from pathlib import Path
 
 import torch
+from torch.nn import functional
 
 from fastln_kernels.cpu import library, products
 from fastln_kernels.cpu.library import KernelsUnavailableError
@@ -29,6 +35,9 @@ VARIABLE = "FASTLN_CPU_UNIT"
 UNITS = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 _NAMES = ("float32", "bfloat16", "float16", "int8")  # in the order of dispatch.h
 _GAIN = 1.15  # float32 must be so many times as fast, because rows and weights are converted
+_LINEAR_GAIN = 1.1  # fastln's kernel must be so many times as fast as torch's product: its calls take longer
+_SHAPE = (128, 768, 768)  # rows and widths of the products that decide: so short that some are not interrupted
+_ROUNDS = 32
 
 
 def compute_dtype(dtype: torch.dtype, *, quietly: bool = False) -> torch.dtype:
@@ -49,6 +58,22 @@ def compute_dtype(dtype: torch.dtype, *, quietly: bool = False) -> torch.dtype:
     if chosen == torch.float32 and not wanted and not quietly:
         _tell_float32()
     return chosen
+
+
+def float32_pays(*, quietly: bool = False) -> bool:
+    """Whether fastln's kernel multiplies float32 rows of linear layers faster on this machine than torch does.
+
+    Args:
+        quietly: Whether to log nothing. Otherwise one line per process tells that torch multiplies them.
+
+    Raises:
+        KernelsUnavailableError: If there are no compiled kernels.
+    """
+    measured = linear_rates()
+    pays = measured["fastln"] >= _LINEAR_GAIN * measured["torch"]
+    if not pays and not quietly:
+        _tell_torch()
+    return pays
 
 
 def forced() -> str | None:
@@ -90,20 +115,45 @@ def _tell_float32() -> None:
 
 
 @functools.cache
+def _tell_torch() -> None:
+    measured = linear_rates()
+    logger.info(
+        "float32 rows of frozen linear layers run on torch's own products: measured at %.0f GFLOP/s a thread here; "
+        "fastln's kernel reaches %.0f",
+        measured["torch"] / 1e9,
+        measured["fastln"] / 1e9,
+    )
+
+
+@functools.cache
 def rates() -> dict[str, float]:
     """Return the operations per second that one thread reaches in products of blocks, by the name of the dtype.
 
     The names are float32, bfloat16 and int8, without those whose products do not work here; none if no products work.
     They are measured, in a tenth of a second, unless this machine has a file of them.
     """
-    path = _file()
-    if (kept := _read(path)) is not None:
-        return kept
     try:
-        measured = _measure()
+        return _kept_or(_measure, _file())
     except KernelsUnavailableError:  # a warning has told why
         return {}
-    return _keep(path, measured)
+
+
+@functools.cache
+def linear_rates() -> dict[str, float]:
+    """Return the operations per second that one thread reaches in a float32 linear layer, by "fastln" and by "torch".
+
+    It has 128 rows and 768 columns, and runs forward and backward. The rates are measured, in less than a second,
+    unless this machine has a file of them.
+
+    Raises:
+        KernelsUnavailableError: If there are no compiled kernels.
+    """
+    return _kept_or(_measure_linear, _file("linear-rates"))
+
+
+def _kept_or(measure: Callable[[], dict[str, float]], path: Path) -> dict[str, float]:
+    kept = _read(path)
+    return _keep(path, measure()) if kept is None else kept
 
 
 def _measure() -> dict[str, float]:
@@ -113,19 +163,53 @@ def _measure() -> dict[str, float]:
     return {name: rate for name, rate in zip(_NAMES, found, strict=True) if rate}
 
 
-def _file() -> Path:
+def _measure_linear() -> dict[str, float]:
+    from fastln_kernels.cpu import native_linear  # which asks this module for its units
+
+    n_rows, n_inner, n_cols = _SHAPE
+    n_threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        with torch.no_grad(), torch.autocast("cpu", enabled=False):
+            x, dy, weight = (
+                torch.ones(size, device="cpu", dtype=torch.float32)
+                for size in ((n_rows, n_inner), (n_rows, n_cols), (n_cols, n_inner))
+            )
+            runs: dict[tuple[str, str], Callable[[], object]] = {
+                ("fastln", "y"): lambda: native_linear.linear(x, weight),
+                ("torch", "y"): lambda: functional.linear(x, weight),
+                ("fastln", "dx"): lambda: native_linear.linear(dy, weight, transpose=False),
+                ("torch", "dx"): lambda: dy @ weight,
+            }
+            seconds: dict[tuple[str, str], list[float]] = {run: [] for run in runs}
+            for _ in range(1 + _ROUNDS):  # the first is a warm-up
+                for run, multiply in runs.items():
+                    start = time.perf_counter()
+                    multiply()
+                    seconds[run].append(time.perf_counter() - start)
+    finally:
+        torch.set_num_threads(n_threads)
+    best = {run: min(taken[1:]) for run, taken in seconds.items()}
+    return {of: 4 * n_rows * n_inner * n_cols / (best[of, "y"] + best[of, "dx"]) for of in ("fastln", "torch")}
+
+
+def _file(kind: str = "units") -> Path:
     """Return the path of this machine's rates. Its name has a hash of all that they depend on."""
-    limits = sorted(f"{name}={value}" for name, value in os.environ.items() if "_CPU_ISA" in name)  # oneDNN's
+    limits = sorted(f"{name}={value}" for name, value in os.environ.items() if _limits_instructions(name))
     depends = "\0".join((library.processor(), torch.__version__, *limits))
-    return library.cache_directory() / f"units-{hashlib.sha256(depends.encode()).hexdigest()[:32]}.json"
+    return library.cache_directory() / f"{kind}-{hashlib.sha256(depends.encode()).hexdigest()[:32]}.json"
+
+
+def _limits_instructions(variable: str) -> bool:
+    return "_CPU_ISA" in variable or variable == "MKL_ENABLE_INSTRUCTIONS"  # oneDNN's, MKL's
 
 
 def _read(path: Path) -> dict[str, float] | None:
     """Return the rates in a file; None if there is none, or if its content is damaged."""
     try:
-        kept = json.loads(path.read_text(encoding="utf-8"))
-        return {name: float(kept[name]) for name in _NAMES if name in kept} if kept["float32"] > 0 else None
-    except (OSError, ValueError, TypeError, KeyError):
+        kept = {name: float(rate) for name, rate in json.loads(path.read_text(encoding="utf-8")).items()}
+        return kept if kept and min(kept.values()) > 0 else None
+    except (OSError, ValueError, TypeError, AttributeError):
         return None
 
 

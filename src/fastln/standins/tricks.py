@@ -44,7 +44,7 @@ TRICKS: dict[str, Trick] = {
         ),
         Trick(
             "linears",
-            "on a CPU, frozen linear layers pack their weight block by block, without a second copy",
+            "on a CPU, frozen linear layers pack their weight block by block, where faster, without a second copy",
             "none known",
         ),
         Trick(

@@ -16,7 +16,8 @@ RATES = {"float32": 187e9, "bfloat16": 106e9, "int8": 700e9}
 
 
 def forget():
-    for cached in (units.rates, units._for_bfloat16, units._tell_float32, resolve):
+    told = (units._tell_float32, units._tell_torch)
+    for cached in (units.rates, units.linear_rates, units._for_bfloat16, *told, resolve):
         cached.cache_clear()
 
 
@@ -56,6 +57,37 @@ def test_the_first_process_measures_and_the_next_one_reads(measured, cache):
     assert len(measured) == 1
 
 
+@pytest.mark.skipif(WHY_NOT is not None, reason=str(WHY_NOT))
+def test_a_float32_layer_is_timed_on_one_thread_and_exactly(monkeypatch):
+    monkeypatch.delenv("FASTLN_CACHE")
+    n_threads = torch.get_num_threads()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        rates = units._measure_linear()
+    assert set(rates) == {"fastln", "torch"}
+    assert all(1e8 < rate < 1e15 for rate in rates.values())
+    assert torch.get_num_threads() == n_threads
+
+
+@pytest.mark.parametrize(
+    ("fastln", "words"), [(109e9, "100 GFLOP/s a thread here; fastln's kernel reaches 109"), (111e9, None)]
+)
+def test_float32_rows_have_the_kernel_only_where_it_is_faster_and_torch_is_told_once(
+    fastln, words, monkeypatch, cache, caplog
+):
+    results = [{"fastln": fastln, "torch": 100e9}, {"fastln": 9e9, "torch": 100e9}]
+    monkeypatch.setattr(units, "_measure_linear", lambda: results.pop(0))
+    with caplog.at_level(logging.INFO, logger="fastln"):
+        assert units.float32_pays(quietly=True) == (words is None)
+        assert not caplog.records
+        units.linear_rates.cache_clear()
+        assert [units.float32_pays() for _ in range(3)] == [words is None] * 3  # from the file
+    told = [record.message for record in caplog.records]
+    assert len(told) == (words is not None)
+    assert words is None or words in told[0]
+    (file,) = cache.iterdir()
+    assert file.name.startswith("linear-rates-")
+
+
 def test_the_first_of_two_that_measure_at_once_counts(measured, monkeypatch):
     path, other = units._file(), {"float32": 2e9}
     assert units._keep(path, RATES) == RATES
@@ -80,7 +112,7 @@ def test_without_a_place_for_the_file_it_says_so(measured, cache, caplog):
     assert "measured again in each process" in caplog.text
 
 
-@pytest.mark.parametrize("variable", ["ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA"])
+@pytest.mark.parametrize("variable", ["ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA", "MKL_ENABLE_INSTRUCTIONS"])
 def test_other_instructions_have_another_file(variable, monkeypatch):
     monkeypatch.delenv(variable, raising=False)
     paths = {units._file()}
