@@ -130,6 +130,9 @@ class Head {
         const int64_t n_cols = padded(visible(first_query, n_queries, first));
         if (!n_cols) break;
         dots.multiply(padded(n_queries), n_cols, 0, first, scores);
+        // The products skip no row. What another call left there may be numbers that are slow to multiply.
+        for (int64_t row = n_queries; row < padded(n_queries); row++)
+          std::memset(static_cast<void*>(p + row * block_keys_), 0, n_cols * sizeof(C));
         for (int64_t row = 0; row < n_queries; row++) {
           float* row_scores = scores + row * block_keys_;
           float new_top = finish_row(row_scores, dots, row, first, first_query + row, first, n_cols);

@@ -18,7 +18,12 @@ inline Float power_of_two(Float n) { return bits_as<Float>((__builtin_convertvec
 // e^x = 2^n e^r with |r| <= log(2) / 2, and e^r = 1 + r + r^2 p(r). Accurate to one unit in the last place. Results
 // that are 0, subnormal or infinite are correct too, and NaN gives NaN.
 inline Float exponential(Float x) {
+#if defined(FASTLN_AVX512)
+  // Lanes that give 0 are left out of the last instruction, which is slow where a result underflows.
+  const __mmask16 some = _mm512_cmp_ps_mask(bits_as<__m512>(x), _mm512_set1_ps(-104), _CMP_NLT_UQ);
+#else
   x = select(x < -104.0f, broadcast(-104.0f), x);
+#endif
   x = select(x > 89.0f, broadcast(89.0f), x);
   const Float n = nearest(x * 1.44269504f);
   // log(2) in two parts. The first has so few digits that its product with n is exact.
@@ -29,7 +34,7 @@ inline Float exponential(Float x) {
   p = p * r + 0.49999994f;
   p = p * (r * r) + r + 1.0f;
 #if defined(FASTLN_AVX512)
-  return bits_as<Float>(_mm512_scalef_ps(bits_as<__m512>(p), bits_as<__m512>(n)));
+  return bits_as<Float>(_mm512_maskz_scalef_ps(some, bits_as<__m512>(p), bits_as<__m512>(n)));
 #else
   const Float half = nearest(n * 0.5f);
   return p * power_of_two(half) * power_of_two(n - half);
