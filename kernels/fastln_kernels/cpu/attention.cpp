@@ -233,14 +233,20 @@ class Gradients {
       scores_.put_right(rows(a_.k, first), a_.k.row, n_keys, 0);
       // The rows of dS sum to 0, so that dq does not depend on the keys' mean; without it, rounding counts less.
       if (a_.dq.data) scores_.pair_right(rows(a_.k, first), a_.k.row, n_keys, keys);
-      std::fill_n(dk, block_keys_ * dim_, 0.0f);
-      std::fill_n(dv, block_keys_ * v_dim_, 0.0f);
+      // The first block of queries writes all columns, unless the mask is causal.
+      if (a_.causal) {
+        std::fill_n(dk, block_keys_ * dim_, 0.0f);
+        std::fill_n(dv, block_keys_ * v_dim_, 0.0f);
+      }
       for (int64_t g = 0; g < group_; g++) {
         for (int64_t query = a_.causal ? first / QUERIES * QUERIES : 0; query < a_.queries; query += QUERIES)
           block(g, query, first, keys, dk, dv);
       }
-      if (a_.dk.data) write_transposed(dk, n_keys, dim_, a_.dim, static_cast<float>(a_.scale), a_.dk, first);
-      if (a_.dv.data) write_transposed(dv, n_keys, v_dim_, a_.v_dim, dropout_.scale(), a_.dv, first);
+      const auto write = [&](const float* sum, int64_t n_cols, float factor, const Rows& to) {
+        store_transposed(sum, block_keys_, n_keys, n_cols, factor, to.at<T>(batch_, kv_head_, first), to.row);
+      };
+      if (a_.dk.data) write(dk, a_.dim, static_cast<float>(a_.scale), a_.dk);
+      if (a_.dv.data) write(dv, a_.v_dim, dropout_.scale(), a_.dv);
       roundings.dk.wrote<T>(batch_, first);
       roundings.dv.wrote<T>(batch_, first);
     }
@@ -259,9 +265,13 @@ class Gradients {
     const int64_t n_rows = group_ * padded_queries_, widest = std::max(dim_, v_dim_);
     C *rows = row_buffer.at_least(QUERIES * widest), *pairs = PAIRED<C> ? pair_buffer.at_least(QUERIES * widest) : rows;
     const auto transpose = [&](const T* from, int64_t stride, int64_t n_queries, int64_t n_cols, int64_t ld, C* to) {
-      copy_rows(from, stride, n_queries, n_cols, rows, ld);
-      transpose_to_pairs(rows, n_queries, ld, PAIRED<C> ? pairs : to, QUERIES);
-      if constexpr (PAIRED<C>) split_pairs(pairs, QUERIES, ld, padded(n_queries), to);
+      if constexpr (PAIRED<C>) {
+        copy_rows(from, stride, n_queries, n_cols, rows, ld);
+        transpose_to_pairs(rows, n_queries, ld, pairs, QUERIES);
+        split_pairs(pairs, QUERIES, ld, padded(n_queries), to);
+      } else {
+        transpose_rows(from, stride, n_queries, n_cols, ld, rows, to, QUERIES);
+      }
     };
     q_t_ = q_buffer.at_least(n_rows * dim_);
     dout_t_ = dout_buffer.at_least(n_rows * v_dim_);
@@ -301,7 +311,7 @@ class Gradients {
     const int64_t n_queries = std::min(QUERIES, a_.queries - query), n_rows = padded(n_queries);
     const int64_t n_cols = padded(head.visible(query, n_queries, first)), row = g * padded_queries_ + query;
     if (!n_cols) return;
-    const bool need_ds = a_.dq.data || a_.dk.data;
+    const bool need_ds = a_.dq.data || a_.dk.data, add = a_.causal || row;  // to the sums over queries
     scores_.multiply(n_rows, n_cols, row, 0, scores);
     if (need_ds) slopes_.multiply(n_rows, n_cols, row, 0, dp);
     const float* lse = a_.lse + (batch_ * a_.heads + kv_head_ * group_ + g) * a_.queries;
@@ -334,10 +344,10 @@ class Gradients {
     }
     if (a_.dv.data)
       multiply(padded(a_.v_dim), n_cols, n_rows, dout_t_ + row * v_dim_, QUERIES, p, block_keys_, dv, block_keys_,
-               true);
+               add);
     if (a_.dk.data)
       multiply(padded(a_.dim), n_cols, n_rows, q_t_ + row * dim_, QUERIES, ds_pairs, block_keys_, dk, block_keys_,
-               true);
+               add);
     if (a_.dq.data)
       multiply(n_rows, padded(a_.dim), n_cols, ds, block_keys_, keys, dim_, dq_ + row * dim_, dim_, first > 0);
   }
@@ -360,22 +370,6 @@ class Gradients {
       const float* from = dq_ + (g * padded_queries_ + query) * dim_;
       for_columns(a_.dim, [&](int64_t column, auto lanes) {
         store(to + column, load(from + column, lanes) * scale, lanes);
-      });
-    }
-  }
-
-  // Writes the transpose of a sum (ld, block_keys_), times `factor`, to the rows of `to` starting at `first`.
-  void write_transposed(const float* sum, int64_t n_keys, int64_t ld, int64_t n_cols, float factor, const Rows& to,
-                        int64_t first) const {
-    thread_local Buffer<float> buffer;
-    float* rows = buffer.at_least(block_keys_ * ld);
-    transpose_words(reinterpret_cast<const uint32_t*>(sum), block_keys_, ld, padded(n_keys),
-                    reinterpret_cast<uint32_t*>(rows), ld);
-    for (int64_t row = 0; row < n_keys; row++) {
-      T* result = to.at<T>(batch_, kv_head_, first + row);
-      prefetch_row<T, true>(result + AHEAD * to.row, n_cols);
-      for_columns(n_cols, [&](int64_t column, auto lanes) {
-        store(result + column, load(rows + row * ld + column, lanes) * factor, lanes);
       });
     }
   }

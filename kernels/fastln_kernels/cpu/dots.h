@@ -47,9 +47,14 @@ class Dots {
 
   // `at` is the first row of a block.
   void put_right(const T* rows, int64_t stride, int64_t n_rows, int64_t at) {
-    C* copy = copy_buffer_.at_least(block_rows_ * width_);
-    copy_rows(rows, stride, n_rows, n_cols_, copy, width_);
-    transpose_to_pairs(copy, n_rows, width_, right_ + at * width_, block_rows_);
+    C* to = right_ + at * width_;
+    if constexpr (PAIRED<C>) {
+      C* copy = copy_buffer_.at_least(block_rows_ * width_);
+      copy_rows(rows, stride, n_rows, n_cols_, copy, width_);
+      transpose_to_pairs(copy, n_rows, width_, to, block_rows_);
+    } else {
+      transpose_rows(rows, stride, n_rows, n_cols_, width_, copy_buffer_.at_least(PAD * width_), to, block_rows_);
+    }
   }
 
   // Lays right rows out as a second operand (n_rows, width) of other products.

@@ -6,13 +6,9 @@
 #include <algorithm>
 
 #include "dispatch.h"
-#include "vector.h"
+#include "transpose.h"
 
 namespace fastln {
-
-constexpr int64_t PAD = 16;  // block sizes are multiples of this, because every distinct shape needs its own kernel
-
-inline int64_t padded(int64_t size) { return (size + PAD - 1) / PAD * PAD; }
 
 // at::native::cpublas::brgemm and brgemm_release.
 using Product = void (*)(int64_t m, int64_t n, int64_t k, int64_t lda, int64_t ldb, int64_t ldc, bool add,
@@ -101,32 +97,6 @@ inline C* pair_at(C* operand, int64_t ld, int64_t i, int64_t column) {
   return operand + 2 * i * ld + (PAIRED<C> ? 2 * column : column);
 }
 
-constexpr int64_t AHEAD = 16;  // rows are too far apart for the processor's own prefetchers
-
-template <class T, bool TO_WRITE = false>
-inline void prefetch_row(const T* row, int64_t n_cols) {
-  for (int64_t column = 0; column < n_cols; column += 64 / static_cast<int64_t>(sizeof(T)))
-    __builtin_prefetch(row + column, TO_WRITE);
-}
-
-// Copies `n_rows` rows of `n_cols` into a first operand (padded, ld) and fills the rest with zeros. `ld` is a multiple
-// of PAD.
-template <class T, class C>
-void copy_rows(const T* rows, int64_t stride, int64_t n_rows, int64_t n_cols, C* to, int64_t ld) {
-  for (int64_t row = 0; row < padded(n_rows); row++, to += ld) {
-    std::memset(to, 0, row < n_rows && n_cols == ld ? 0 : ld * sizeof(C));
-    if (row >= n_rows) continue;
-    prefetch_row(rows + (row + AHEAD) * stride, n_cols);
-    if constexpr (std::is_same_v<T, C>) {
-      std::copy_n(rows + row * stride, n_cols, to);
-    } else {
-      for_columns(n_cols, [&](int64_t column, auto lanes) {
-        store(to + column, load(rows + row * stride + column, lanes), AllLanes{});
-      });
-    }
-  }
-}
-
 // Interleaves the numbers of two rows of `LANES` columns.
 template <class T, class C>
 inline void pair_columns(const T* even, const T* odd, C* to, int64_t ld) {
@@ -159,41 +129,6 @@ void pair_rows(const T* rows, int64_t stride, int64_t n_rows, int64_t n_cols, C*
       }
     }
   }
-}
-
-// Transposes (n_rows, n_cols) 32-bit words. `n_rows` is a multiple of PAD. If COLD, the rows are not in a cache.
-template <bool COLD = false>
-inline void transpose_words(const uint32_t* from, int64_t from_ld, int64_t n_rows, int64_t n_cols, uint32_t* to,
-                            int64_t to_ld) {
-  int64_t done = 0;
-#if defined(FASTLN_AVX512)
-  done = n_cols / 16 * 16;
-  // Four rounds that interleave rows i and i + 8 into rows 2i and 2i + 1 transpose 16 x 16 words.
-  const __m512i low = _mm512_set_epi32(23, 7, 22, 6, 21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
-  const __m512i high = _mm512_add_epi32(low, _mm512_set1_epi32(8));
-  for (int64_t row = 0; row < n_rows; row += 16) {
-    for (int64_t column = 0; column < done; column += 16) {
-      __m512i a[16], b[16];
-#pragma GCC unroll 16
-      for (int i = 0; i < 16; i++) a[i] = _mm512_loadu_si512(from + (row + i) * from_ld + column);
-      if (COLD)
-        for (int i = 0; i < 16; i++) __builtin_prefetch(from + (row + 16 + i) * from_ld + column);
-      const auto shuffle = [&](const __m512i* x, __m512i* y) {
-#pragma GCC unroll 8
-        for (int i = 0; i < 8; i++) {
-          y[2 * i] = _mm512_permutex2var_epi32(x[i], low, x[i + 8]);
-          y[2 * i + 1] = _mm512_permutex2var_epi32(x[i], high, x[i + 8]);
-        }
-      };
-      shuffle(a, b), shuffle(b, a), shuffle(a, b), shuffle(b, a);
-#pragma GCC unroll 16
-      for (int i = 0; i < 16; i++) _mm512_storeu_si512(to + (column + i) * to_ld + row, a[i]);
-    }
-  }
-#endif
-  for (int64_t row = 0; row < n_rows; row++)
-    for (int64_t column = done; column < n_cols; column++)  // a pair of 16-bit numbers may not be aligned like a word
-      std::memcpy(to + column * to_ld + row, from + row * from_ld + column, sizeof(uint32_t));
 }
 
 // Transposes the first operand (n_rows, n_cols) of `copy_rows` into a second operand. `n_cols` is a multiple of 2 PAD.
