@@ -11,7 +11,14 @@
 
 namespace fastln {
 
-inline Float maximum(Float a, Float b) { return select(a > b, a, b); }
+// b where one is NaN.
+inline Float maximum(Float a, Float b) {
+#if defined(FASTLN_AVX512)
+  return bits_as<Float>(_mm512_max_ps(bits_as<__m512>(a), bits_as<__m512>(b)));
+#else
+  return select(a > b, a, b);
+#endif
+}
 
 inline float largest(Float values) {
 #if defined(FASTLN_AVX512)
@@ -69,9 +76,17 @@ class Dots {
                      block_rows_, false);
   }
 
-  // The factor of a left row, and what `multiply` wrote for it and the right rows from `right` on.
+  // The factor of a left row.
   float factor(int64_t) const { return 1; }
-  Float value(const float* product, int64_t, float) const { return load(product, AllLanes{}); }
+
+  // Reads what `multiply` wrote for a left row and the right rows from `right` on, and multiplies by the row's factor and
+  // more. It is a copy, which compilers know that no store changes.
+  struct Values {
+    Float operator()(const float* product, int64_t column, float factor) const {
+      return load(product + column, AllLanes{}) * factor;
+    }
+  };
+  Values values(int64_t) const { return {}; }
 
   // The product of a left row with any row, and with what all right rows were moved by.
   LeftProducts products_with(int64_t left, const T* row) const {
@@ -162,12 +177,19 @@ class Dots<T, int8_t> {
   }
 
   float factor(int64_t left) const { return left_scale_[left]; }
-  Float value(const float* product, int64_t right, float factor) const {
-    Int sum, excess;
-    std::memcpy(&sum, product, sizeof(sum));
-    std::memcpy(&excess, excess_ + right, sizeof(excess));
-    return __builtin_convertvector(sum - excess, Float) * load(right_scale_ + right, AllLanes{}) * factor;
-  }
+
+  struct Values {
+    const int32_t* excesses;
+    const float* scales;
+
+    Float operator()(const float* product, int64_t column, float factor) const {
+      Int sum, excess;
+      std::memcpy(&sum, product + column, sizeof(sum));
+      std::memcpy(&excess, excesses + column, sizeof(excess));
+      return __builtin_convertvector(sum - excess, Float) * load(scales + column, AllLanes{}) * factor;
+    }
+  };
+  Values values(int64_t right) const { return {excess_ + right, right_scale_ + right}; }
 
   LeftProducts products_with(int64_t left, const T* row) const {
     Sum sum, moved;

@@ -57,6 +57,42 @@ def test_awkward_lengths(implementation, dtype, causal, dropout):
 
 @needs_kernels
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_few_tokens(dtype):
+    """Blocks have multiples of 16 rows and columns; heads of 64 columns are transposed as they lie in memory."""
+    for i, n_tokens in enumerate((1, 2, 15, 16, 17, 31, 32, 33)):
+        for dim in (64, 20):
+            tensors = make(dtype, 2, 4, kv_heads=2, n_queries=n_tokens, dim=dim)
+            check(native_attention, *tensors, scale=dim**-0.5, causal=(i + dim // 64) % 2 == 0, dropout=0.1)
+        mask = torch.zeros(2, 1, 1, n_tokens, dtype=torch.bool)  # one for all queries of a sequence
+        mask[0, ..., : n_tokens // 2 + 1] = mask[1, ..., 0] = True
+        check(native_attention, *make(dtype, 2, 2, n_queries=n_tokens, dim=32), mask=mask, scale=32**-0.5)
+
+
+@needs_kernels
+@pytest.mark.parametrize("int8", [False, True])
+@pytest.mark.parametrize("causal", [False, True])
+def test_what_an_earlier_call_left_in_the_buffers_does_not_matter(causal, int8):
+    if int8 and not products.in_8_bits("attention"):
+        pytest.skip("no products in 8 bits")
+
+    def run(q, k, v, dout):
+        request = AttentionForward(q, k, v, scale=0.125, causal=causal, int8=int8)
+        out, lse = native_attention.attention_forward(request)
+        return out, lse, *native_attention.attention_backward(AttentionBackward(request, dout, out, lse, **ALL))
+
+    tensors, others = (make(torch.float32, 1, 1, n_queries=n, dim=64) for n in (23, 130))
+    before, threads = run(*tensors), torch.get_num_threads()
+    torch.set_num_threads(1)  # one thread, one set of buffers
+    try:
+        run(*(x.fill_(math.nan) for x in others))
+        after = run(*tensors)
+    finally:
+        torch.set_num_threads(threads)
+    assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
+
+
+@needs_kernels
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("causal", [False, True])
 def test_many_blocks(dtype, causal):
     check(native_attention, *make(dtype, 1, 1, n_queries=901, dim=64), causal=causal, dropout=0.1)
