@@ -19,16 +19,19 @@ constexpr float QUICK_GELU_SLOPE = 1.702f;
 constexpr float GELU_TANH_SLOPE = 1.59576912f;  // 2 sqrt(2 / pi)
 constexpr float GELU_TANH_CUBIC = 0.044715f;
 
+// The functions of a vector are part of the loops that call them: their constants stay in registers.
+#define FASTLN_INLINE inline __attribute__((always_inline))
+
 // z(x), where the activation is x logistic(z(x)).
 template <Kind KIND>
-Float argument(Float x) {
+FASTLN_INLINE Float argument(Float x) {
   if constexpr (KIND == GELU_TANH) return GELU_TANH_SLOPE * x * (1.0f + GELU_TANH_CUBIC * (x * x));
   return KIND == QUICK_GELU ? QUICK_GELU_SLOPE * x : x;
 }
 
 // For results in T.
 template <Kind KIND, class T>
-Float value(Float x, T type) {
+FASTLN_INLINE Float value(Float x, T type) {
   if constexpr (KIND == RELU) return select(x <= 0.0f, Float{}, x);  // keeps NaN
   if constexpr (KIND == GELU) return x * normal_share_for(x, exponential_for(x * x * -0.5f, type), type);
   const Float e = exponential_for(-argument<KIND>(x), type);
@@ -42,7 +45,7 @@ struct ValueAndSlope {
 
 // The derivative of x s(z(x)), s the logistic function, is s + x s (1 - s) z'(x).
 template <Kind KIND, class T>
-ValueAndSlope value_and_slope(Float x, T type) {
+FASTLN_INLINE ValueAndSlope value_and_slope(Float x, T type) {
   if constexpr (KIND == RELU) return {value<RELU>(x, type), select(x <= 0.0f, Float{}, broadcast(1.0f))};
   if constexpr (KIND == GELU) {
     const Float bell = exponential_for(x * x * -0.5f, type), part = normal_share_for(x, bell, type);
