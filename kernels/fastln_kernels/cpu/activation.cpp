@@ -33,7 +33,7 @@ FASTLN_INLINE Float argument(Float x) {
 template <Kind KIND, class T>
 FASTLN_INLINE Float value(Float x, T type) {
   if constexpr (KIND == RELU) return select(x <= 0.0f, Float{}, x);  // keeps NaN
-  if constexpr (KIND == GELU) return x * normal_share_for(x, exponential_for(x * x * -0.5f, type), type);
+  if constexpr (KIND == GELU) return x * normal_share_for(x, bell_for(x, type), type);
   const Float e = exponential_for(-argument<KIND>(x), type);
   if constexpr (std::is_same_v<T, float>) return x / (1.0f + e);
   return x * inverse_for(1.0f + e, type);
@@ -48,7 +48,7 @@ template <Kind KIND, class T>
 FASTLN_INLINE ValueAndSlope value_and_slope(Float x, T type) {
   if constexpr (KIND == RELU) return {value<RELU>(x, type), select(x <= 0.0f, Float{}, broadcast(1.0f))};
   if constexpr (KIND == GELU) {
-    const Float bell = exponential_for(x * x * -0.5f, type), part = normal_share_for(x, bell, type);
+    const Float bell = bell_for(x, type), part = normal_share_for(x, bell, type);
     return {x * part, part + x * bell * RSQRT_TWO_PI};
   }
   const auto [part, rest] = logistic_for(argument<KIND>(x), type);

@@ -41,20 +41,36 @@ inline Float exponential(Float x) {
 #endif
 }
 
-// The polynomial approximates 2^f for 0 <= f < 1 with relative error 2.7e-6.
-inline Float exponential_for(Float x, float) { return exponential(x); }
-template <class T>
-Float exponential_for(Float x, T) {
 #if defined(FASTLN_AVX512)
-  x *= 1.44269504f;
+// 2^x for 16 bits. The polynomial approximates 2^f for 0 <= f < 1 with relative error 2.7e-6.
+inline Float power_for_16_bits(Float x) {
   const Float f = bits_as<Float>(_mm512_reduce_ps(bits_as<__m512>(x), _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC));
   Float p = f * 0.013534165f + 0.0520114675f;
   p = p * f + 0.241442755f;
   p = p * f + 0.693003833f;
   p = p * f + 1.00000262f;
   return bits_as<Float>(_mm512_scalef_ps(bits_as<__m512>(p), bits_as<__m512>(x)));  // by 2^floor(x)
+}
+#endif
+
+inline Float exponential_for(Float x, float) { return exponential(x); }
+template <class T>
+Float exponential_for(Float x, T) {
+#if defined(FASTLN_AVX512)
+  return power_for_16_bits(x * 1.44269504f);
 #else
   return exponential(x);
+#endif
+}
+
+// e^(-x^2 / 2).
+inline Float bell_for(Float x, float) { return exponential(x * x * -0.5f); }
+template <class T>
+Float bell_for(Float x, T) {
+#if defined(FASTLN_AVX512)
+  return power_for_16_bits(x * x * -0.721347520f);
+#else
+  return bell_for(x, float{});
 #endif
 }
 
