@@ -149,8 +149,8 @@ def rounding(like: Tensor, factors: Tensor | None = None, *, turned: bool = Fals
 
 def _empty(n_rows: int, n_cols: int) -> StoredRows:
     n_padded = max(-(-n_cols // TURNED), 1) * TURNED
-    values = torch.empty(-(-n_rows // _ROWS) * _ROWS, n_padded, dtype=torch.uint8)
-    return StoredRows(values, torch.empty(n_rows, dtype=torch.float32), n_cols)
+    values = torch.empty(-(-n_rows // _ROWS) * _ROWS, n_padded, dtype=torch.uint8, device="cpu")
+    return StoredRows(values, torch.empty(n_rows, dtype=torch.float32, device="cpu"), n_cols)
 
 
 def quantise_weight(weight: Tensor, *, turned: bool = False) -> Weight8:
@@ -214,7 +214,7 @@ def _product(
     values, scale, turned, row_sums, col_sums = weight
     stored, row_scale, _ = rows
     n_rows, (n_weight_rows, n_weight_cols) = row_scale.shape[0], values.shape
-    y = torch.empty(n_rows, n_weight_cols if backward else n_weight_rows, dtype=dtype)
+    y = torch.empty(n_rows, n_weight_cols if backward else n_weight_rows, dtype=dtype, device="cpu")
     if not y.numel():
         return y
     arguments = _Product(  # in the order of the fields; keywords cost as much time again

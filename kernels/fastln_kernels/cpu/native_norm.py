@@ -46,7 +46,7 @@ def norm_forward(request: NormForward, rounding: Rounding | None = None) -> Norm
     y = _rows_like(x)
     stream = _rows_like(x) if request.want_stream else None
     normed = _rows_like(x) if request.want_normed else None
-    rstd = torch.empty(n_rows, dtype=torch.float32)
+    rstd = torch.empty(n_rows, dtype=torch.float32, device="cpu")
     _forward()(
         DTYPES[x.dtype],
         torch.get_num_threads(),
@@ -87,8 +87,8 @@ def norm_backward(request: NormBackward, rounding: Rounding | None = None) -> No
     dx = _rows_like(dy) if request.need_dx else None
     dresidual = _rows_like(dy) if request.need_dresidual else None
     sums_dtype = grad_dtype if grad_dtype in DTYPES else torch.float32
-    dweight = torch.empty(n_cols, dtype=sums_dtype) if request.need_dweight else None
-    dbias = torch.empty(n_cols, dtype=sums_dtype) if request.need_dbias else None
+    dweight = torch.empty(n_cols, dtype=sums_dtype, device="cpu") if request.need_dweight else None
+    dbias = torch.empty(n_cols, dtype=sums_dtype, device="cpu") if request.need_dbias else None
     _backward()(
         DTYPES[dy.dtype],
         torch.get_num_threads(),

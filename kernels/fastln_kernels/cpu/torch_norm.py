@@ -87,4 +87,4 @@ def _cast(tensor: Tensor | None, dtype: torch.dtype) -> Tensor | None:
 
 @functools.cache
 def _ones(n_cols: int, dtype: torch.dtype) -> Tensor:
-    return torch.ones(n_cols, dtype=dtype)
+    return torch.ones(n_cols, dtype=dtype, device="cpu")

@@ -198,3 +198,12 @@ def test_rounding_a_weight_makes_no_wide_copy_of_it(twice):
     largest = max(event.self_cpu_memory_usage for event in profile.events())
     block = 4 * reference.BLOCK  # in 32 bits
     assert weight.numel() <= largest <= max(1.01 * weight.numel(), 1.01 * block)
+
+
+def test_results_lie_on_the_cpu_whatever_the_default_device():
+    x, weight = torch.randn(5, 64), torch.randn(32, 64)
+    made = native.quantise_weight(weight)
+    want = native.linear(native.quantise(x), made, None, torch.float32)
+    with torch.device("meta"):
+        got = native.linear(native.quantise(x), native.quantise_weight(weight), None, torch.float32)
+    assert torch.equal(got, want)

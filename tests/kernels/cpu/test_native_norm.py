@@ -312,3 +312,16 @@ def test_every_16_bit_number_widens_and_rounds_as_torch_does(dtype):
         torch.where(want.abs() < torch.finfo(dtype).tiny, 0, got).nan_to_num(1.0),
         torch.where(want.abs() < torch.finfo(dtype).tiny, 0, want).nan_to_num(1.0),
     )
+
+
+def test_results_lie_on_the_cpu_whatever_the_default_device():
+    x, weight = torch.randn(5, 64), torch.randn(64)
+    forward = NormForward(x, weight, None, LAYER_NORM)
+    made = native_norm.norm_forward(forward)
+    backward = NormBackward(x, x, weight, made.rstd, LAYER_NORM, need_dx=True, need_dweight=True, need_dbias=True)
+    want = [made.y, made.rstd, *native_norm.norm_backward(backward)]
+    with torch.device("meta"):
+        made = native_norm.norm_forward(forward)
+        got = [made.y, made.rstd, *native_norm.norm_backward(backward)]
+    for tensor, right in zip(got, want, strict=True):
+        assert tensor is right is None or torch.equal(tensor, right)
