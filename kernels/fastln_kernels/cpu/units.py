@@ -1,4 +1,4 @@
-"""Which of the processor's units multiply blocks fastest, measured once per machine.
+"""Which of the processor's units, and whose products, are fastest, measured once per machine.
 
 Vector units that multiply bfloat16 can be slower than the same processor's float32: by half on Intel's servers without
 matrix units. Rows in bfloat16 are then converted in the cache and multiplied as float32. With AMX, or on Zen 4,
@@ -8,7 +8,8 @@ Float32 rows of linear layers run in fastln's kernel only where torch's own prod
 library that torch was built with and on the processor. So both are timed, too, when there are such rows.
 
 The rates are kept in files beside the compiled libraries, so that every process on a machine chooses alike and its
-results have the same bits. FASTLN_CPU_UNIT=bfloat16 or float32 chooses without regard to the rates.
+results have the same bits. For bfloat16 rows, FASTLN_CPU_UNIT=bfloat16 or float32 chooses without regard to the
+rates.
 """
 
 import ctypes
@@ -133,7 +134,7 @@ def rates() -> dict[str, float]:
     They are measured, in a tenth of a second, unless this machine has a file of them.
     """
     try:
-        return _kept_or(_measure, _file())
+        return _kept_or(_measure, _file(), {"float32"})
     except KernelsUnavailableError:  # a warning has told why
         return {}
 
@@ -148,12 +149,14 @@ def linear_rates() -> dict[str, float]:
     Raises:
         KernelsUnavailableError: If there are no compiled kernels.
     """
-    return _kept_or(_measure_linear, _file("linear-rates"))
+    kernel = Path(library.load("linear")._name).name  # another one for other sources, compilers and flags
+    path = _file("linear-rates", kernel, torch.get_float32_matmul_precision())
+    return _kept_or(_measure_linear, path, {"fastln", "torch"})
 
 
-def _kept_or(measure: Callable[[], dict[str, float]], path: Path) -> dict[str, float]:
-    kept = _read(path)
-    return _keep(path, measure()) if kept is None else kept
+def _kept_or(measure: Callable[[], dict[str, float]], path: Path, needed: set[str]) -> dict[str, float]:
+    kept = _read(path, needed)
+    return _keep(path, measure(), needed) if kept is None else kept
 
 
 def _measure() -> dict[str, float]:
@@ -193,10 +196,10 @@ def _measure_linear() -> dict[str, float]:
     return {of: 4 * n_rows * n_inner * n_cols / (best[of, "y"] + best[of, "dx"]) for of in ("fastln", "torch")}
 
 
-def _file(kind: str = "units") -> Path:
-    """Return the path of this machine's rates. Its name has a hash of all that they depend on."""
+def _file(kind: str = "units", *more: str) -> Path:
+    """Return the path of this machine's rates. Its name has a hash of all that they depend on, `more` too."""
     limits = sorted(f"{name}={value}" for name, value in os.environ.items() if _limits_instructions(name))
-    depends = "\0".join((library.processor(), torch.__version__, *limits))
+    depends = "\0".join((library.processor(), torch.__version__, *limits, *more))
     return library.cache_directory() / f"{kind}-{hashlib.sha256(depends.encode()).hexdigest()[:32]}.json"
 
 
@@ -204,16 +207,16 @@ def _limits_instructions(variable: str) -> bool:
     return "_CPU_ISA" in variable or variable == "MKL_ENABLE_INSTRUCTIONS"  # oneDNN's, MKL's
 
 
-def _read(path: Path) -> dict[str, float] | None:
-    """Return the rates in a file; None if there is none, or if its content is damaged."""
+def _read(path: Path, needed: set[str]) -> dict[str, float] | None:
+    """Return the rates in a file; None if there is none, its content is damaged, or a rate that is needed is missing."""
     try:
         kept = {name: float(rate) for name, rate in json.loads(path.read_text(encoding="utf-8")).items()}
-        return kept if kept and min(kept.values()) > 0 else None
+        return kept if needed <= kept.keys() and min(kept.values()) > 0 else None
     except (OSError, ValueError, TypeError, AttributeError):
         return None
 
 
-def _keep(path: Path, measured: dict[str, float]) -> dict[str, float]:
+def _keep(path: Path, measured: dict[str, float], needed: set[str]) -> dict[str, float]:
     """Write rates into a file, and return what is in it: the rates of the first process that wrote."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -223,7 +226,7 @@ def _keep(path: Path, measured: dict[str, float]) -> dict[str, float]:
             try:
                 os.link(made, path)  # atomic, and fails if the file exists
             except OSError:
-                if (kept := _read(path)) is not None:
+                if (kept := _read(path, needed)) is not None:
                     return kept
                 made.replace(path)  # a damaged file, or a file system without links
     except OSError as error:

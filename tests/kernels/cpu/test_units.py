@@ -90,12 +90,15 @@ def test_float32_rows_have_the_kernel_only_where_it_is_faster_and_torch_is_told_
 
 def test_the_first_of_two_that_measure_at_once_counts(measured, monkeypatch):
     path, other = units._file(), {"float32": 2e9}
-    assert units._keep(path, RATES) == RATES
-    assert units._keep(path, other) == RATES
+    assert units._keep(path, RATES, {"float32"}) == RATES
+    assert units._keep(path, other, {"float32"}) == RATES
     assert [file.name for file in path.parent.iterdir()] == [path.name]
 
 
-@pytest.mark.parametrize("content", ["", "{", "[]", "{}", '{"float32": "fast"}', '{"float32": 0}', '{"float32": [1]}'])
+DAMAGED = ("", "{", "[]", "{}", '{"float32": "fast"}', '{"float32": 0}', '{"float32": [1]}', '{"bfloat16": 1e9}')
+
+
+@pytest.mark.parametrize("content", DAMAGED)
 def test_a_damaged_file_is_measured_again(content, measured, cache):
     cache.mkdir()
     units._file().write_text(content)
