@@ -163,9 +163,9 @@ def _image(places: dict[str, _Place], key: str) -> Image.Image:
     if key not in places:
         raise FastLNError(f"no question of this data is about an image named {key!r}")
     place = places[key]
-    with _READING:
-        column = _image_column(place.file, place.group)
-    return read_image(column[place.row].as_py()["bytes"], key)
+    with _READING:  # nothing outside holds the row group, so that only one is in memory
+        content = _image_column(place.file, place.group)[place.row].as_py()["bytes"]
+    return read_image(content, key)
 
 
 @functools.lru_cache(maxsize=1)
