@@ -62,11 +62,12 @@ def dataset(folder, read=read_image, synthetic=False):
     ],
 )
 def test_the_bits_of_the_processor_called_for_one_image_after_the_other(tmp_path, kind, dtype):
-    used = Counter()
+    used, together = Counter(), threading.Barrier(3)
 
     def read(path):
         used[threading.current_thread()] += 1
-        time.sleep(0.01)
+        if used[threading.current_thread()] == 1:
+            together.wait(timeout=30)  # so that no thread is done before three have begun
         return read_image(path)
 
     data = dataset(tmp_path, read)

@@ -79,8 +79,8 @@ class Dots {
   // The factor of a left row.
   float factor(int64_t) const { return 1; }
 
-  // Reads what `multiply` wrote for a left row and the right rows from `right` on, and multiplies by the row's factor and
-  // more. It is a copy, which compilers know that no store changes.
+  // Reads what `multiply` wrote for a left row and the right rows from `right` on, and multiplies by `factor`, the
+  // row's times the scale. It is a copy, which compilers know that no store changes.
   struct Values {
     Float operator()(const float* product, int64_t column, float factor) const {
       return load(product + column, AllLanes{}) * factor;

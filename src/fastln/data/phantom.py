@@ -137,8 +137,8 @@ class _Pen:
 
     def specks(self, x: int, y: int, rx: int, ry: int, count: int, grey: int) -> None:
         """Add a grey on small dots strewn over a rectangle: vessels, folds."""
-        # All greys have one sign, so the dots may be summed first: cutting the sum at black and white, once, is the
-        # same as cutting it after each dot.
+        # All dots of a call have one grey, so they may be summed first: cutting the sum at black and white, once, is
+        # the same as cutting it after each dot. No dot may leave the canvas.
         sums = np.zeros((_CANVAS, _CANVAS), np.int32)
         for _ in range(count):
             dot = self.random.randint(1, 3)

@@ -162,9 +162,9 @@ def _linear_backward(dy: Tensor, weight: Weight8, dtype: torch.dtype, form: Form
     return dx if dy.ndim == 2 else dx.view(*dy.shape[:-1], dx.shape[-1])
 
 
-def _form_of_gradients(dy: Tensor, scale: Tensor, settings: OpSettings) -> Form:
+def _form_of_gradients(like: Tensor, scale: Tensor, settings: OpSettings) -> Form:
     """Return how a layer takes the gradient of its result. The scale is the layer's own, which lives anyway."""
-    return Form(implementation("int8_linear", dy, settings), scale.shape[0], factors=scale)
+    return Form(implementation("int8_linear", like, settings), scale.shape[0], factors=scale)
 
 
 def _operator_linear(
