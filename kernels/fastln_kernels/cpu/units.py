@@ -208,7 +208,7 @@ def _limits_instructions(variable: str) -> bool:
 
 
 def _read(path: Path, needed: set[str]) -> dict[str, float] | None:
-    """Return the rates in a file; None if there is none, its content is damaged, or a rate that is needed is missing."""
+    """Return the rates in a file; None if there is none, its content is damaged, or one that is needed is missing."""
     try:
         kept = {name: float(rate) for name, rate in json.loads(path.read_text(encoding="utf-8")).items()}
         return kept if needed <= kept.keys() and min(kept.values()) > 0 else None
