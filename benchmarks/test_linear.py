@@ -29,7 +29,7 @@ ENGINES = {"fastln": ops.linear, "kernel": ops.linear, "torch": functional.linea
 @pytest.mark.parametrize("shape", SHAPES)
 def test_linear(benchmark, shape, dtype, way, engine, monkeypatch):
     if engine == "kernel":
-        monkeypatch.setattr(units, "float32_pays", lambda: True)
+        monkeypatch.setattr(units, "float32_pays", lambda _: True)
     benchmark.group = f"{way}, {shape}, {dtype}"
     n_rows, n_inner, n_cols = SHAPES[shape]
     torch.manual_seed(0)

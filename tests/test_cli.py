@@ -279,7 +279,7 @@ def test_doctor_says_where_torch_lacks_the_products_of_blocks(monkeypatch):
 @pytest.mark.skipif(products.why_not("linear") is not None, reason=f"{products.why_not('linear')}")
 def test_doctor_says_which_unit_serves_what_and_whether_8_bits_pay(rates, forced, lines, verdict, monkeypatch):
     monkeypatch.setattr(units, "rates", lambda: rates)
-    monkeypatch.setattr(units, "linear_rates", lambda: {"fastln": 110.1e9, "torch": 100e9})
+    monkeypatch.setattr(units, "linear_rates", lambda _: {"fastln": 110.1e9, "torch": 100e9})
     monkeypatch.setenv(units.VARIABLE, forced)
     units._for_bfloat16.cache_clear()
     try:
@@ -296,7 +296,7 @@ def test_doctor_says_which_unit_serves_what_and_whether_8_bits_pay(rates, forced
 @pytest.mark.skipif(products.why_not("linear") is not None, reason=f"{products.why_not('linear')}")
 def test_doctor_says_where_torch_multiplies_float32_rows(monkeypatch):
     monkeypatch.setattr(units, "rates", lambda: {"float32": 187e9, "bfloat16": 300e9})
-    monkeypatch.setattr(units, "linear_rates", lambda: {"fastln": 148e9, "torch": 163e9})
+    monkeypatch.setattr(units, "linear_rates", lambda _: {"fastln": 148e9, "torch": 163e9})
     monkeypatch.setattr(units, "compute_dtype", lambda dtype, **_: dtype)
     told = doctor.examine()["units"]
     assert told["float32"]["serves"] == (

@@ -22,7 +22,7 @@ from fastln.ops.backends import OPERATIONS, resolve
 from fastln.ops.settings import DEFAULT, OpSettings
 from fastln.rates import has_bfloat16_units, product_rates
 from fastln.versions import package_version
-from fastln_kernels.cpu import library, products, units
+from fastln_kernels.cpu import library, native_linear, products, units
 
 PACKAGES = ("fastln", "torch", "triton", "transformers", "peft", "accelerate", "flash-attn", "liger-kernel")
 VECTORS = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "amx_int8", "amx_bf16", "asimd", "sve", "bf16")
@@ -104,8 +104,8 @@ def _units() -> dict[str, dict[str, Any]] | None:
     chosen = str(units.compute_dtype(torch.bfloat16, quietly=True)).removeprefix("torch.")
     why = f"by {units.VARIABLE}" if forced else "the faster" if "bfloat16" in rates else "there are no others"
     exact = "float32 rows"
-    if not units.float32_pays(quietly=True):
-        by = {name: f"{rate / 1e9:,.0f}" for name, rate in units.linear_rates().items()}
+    if not units.float32_pays(native_linear.linear, quietly=True):
+        by = {name: f"{rate / 1e9:,.0f}" for name, rate in units.linear_rates(native_linear.linear).items()}
         exact += f" of attention (linear layers run on torch's own products: {by['torch']} GFLOP/s, not {by['fastln']})"
     served = {
         "float32": [exact],

@@ -22,7 +22,7 @@ needs_kernels = pytest.mark.skipif(WHY_NOT is not None, reason=str(WHY_NOT))
 @pytest.fixture
 def calls(monkeypatch):
     """How often the kernel ran, which takes float32 rows here as if torch were slower."""
-    monkeypatch.setattr(units, "linear_rates", lambda: {"fastln": 2e11, "torch": 1e11})
+    monkeypatch.setattr(units, "linear_rates", lambda _: {"fastln": 2e11, "torch": 1e11})
     made = []
     stock = native_linear.linear
     monkeypatch.setattr(native_linear, "linear", lambda *args, **kwargs: made.append(1) or stock(*args, **kwargs))

@@ -56,7 +56,7 @@ def has_own(x: Tensor, weight: Tensor, bias: Tensor | None, *, transpose: bool =
         and x.dtype in _ROW_DTYPES
         and bool(torch.backends.mkldnn.enabled)  # otherwise torch refuses the products
         and units.compute_dtype(x.dtype) in products.usable("linear")
-        and (x.dtype != torch.float32 or units.float32_pays())
+        and (x.dtype != torch.float32 or units.float32_pays(linear))
     )
 
 

@@ -32,6 +32,7 @@ from fastln_kernels.cpu.library import KernelsUnavailableError
 
 logger = logging.getLogger("fastln")
 
+Linear = Callable[..., torch.Tensor]
 VARIABLE = "FASTLN_CPU_UNIT"
 UNITS = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 _NAMES = ("float32", "bfloat16", "float16", "int8")  # in the order of dispatch.h
@@ -61,19 +62,20 @@ def compute_dtype(dtype: torch.dtype, *, quietly: bool = False) -> torch.dtype:
     return chosen
 
 
-def float32_pays(*, quietly: bool = False) -> bool:
+def float32_pays(linear: Linear, *, quietly: bool = False) -> bool:
     """Whether fastln's kernel multiplies float32 rows of linear layers faster on this machine than torch does.
 
     Args:
+        linear: The kernel: `native_linear.linear`.
         quietly: Whether to log nothing. Otherwise one line per process tells that torch multiplies them.
 
     Raises:
         KernelsUnavailableError: If there are no compiled kernels.
     """
-    measured = linear_rates()
+    measured = linear_rates(linear)
     pays = measured["fastln"] >= _LINEAR_GAIN * measured["torch"]
     if not pays and not quietly:
-        _tell_torch()
+        _tell_torch(linear)
     return pays
 
 
@@ -116,8 +118,8 @@ def _tell_float32() -> None:
 
 
 @functools.cache
-def _tell_torch() -> None:
-    measured = linear_rates()
+def _tell_torch(linear: Linear) -> None:
+    measured = linear_rates(linear)
     logger.info(
         "float32 rows of frozen linear layers run on torch's own products: measured at %.0f GFLOP/s a thread here; "
         "fastln's kernel reaches %.0f",
@@ -140,18 +142,21 @@ def rates() -> dict[str, float]:
 
 
 @functools.cache
-def linear_rates() -> dict[str, float]:
+def linear_rates(linear: Linear) -> dict[str, float]:
     """Return the operations per second that one thread reaches in a float32 linear layer, by "fastln" and by "torch".
 
     It has 128 rows and 768 columns, and runs forward and backward. The rates are measured, in less than a second,
     unless this machine has a file of them.
+
+    Args:
+        linear: As for `float32_pays`.
 
     Raises:
         KernelsUnavailableError: If there are no compiled kernels.
     """
     kernel = Path(library.load("linear")._name).name  # another one for other sources, compilers and flags
     path = _file("linear-rates", kernel, torch.get_float32_matmul_precision())
-    return _kept_or(_measure_linear, path, {"fastln", "torch"})
+    return _kept_or(functools.partial(_measure_linear, linear), path, {"fastln", "torch"})
 
 
 def _kept_or(measure: Callable[[], dict[str, float]], path: Path, needed: set[str]) -> dict[str, float]:
@@ -166,9 +171,7 @@ def _measure() -> dict[str, float]:
     return {name: rate for name, rate in zip(_NAMES, found, strict=True) if rate}
 
 
-def _measure_linear() -> dict[str, float]:
-    from fastln_kernels.cpu import native_linear  # which asks this module for its units
-
+def _measure_linear(linear: Linear) -> dict[str, float]:
     n_rows, n_inner, n_cols = _SHAPE
     n_threads = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -179,9 +182,9 @@ def _measure_linear() -> dict[str, float]:
                 for size in ((n_rows, n_inner), (n_rows, n_cols), (n_cols, n_inner))
             )
             runs: dict[tuple[str, str], Callable[[], object]] = {
-                ("fastln", "y"): lambda: native_linear.linear(x, weight),
+                ("fastln", "y"): lambda: linear(x, weight),
                 ("torch", "y"): lambda: functional.linear(x, weight),
-                ("fastln", "dx"): lambda: native_linear.linear(dy, weight, transpose=False),
+                ("fastln", "dx"): lambda: linear(dy, weight, transpose=False),
                 ("torch", "dx"): lambda: dy @ weight,
             }
             seconds: dict[tuple[str, str], list[float]] = {run: [] for run in runs}

@@ -36,7 +36,7 @@ def dtype(request, monkeypatch):
 @pytest.fixture(autouse=True)
 def float32_pays(monkeypatch):
     """Take the kernel for float32 rows, whichever is faster here."""
-    monkeypatch.setattr(units, "linear_rates", lambda: {"fastln": 2e11, "torch": 1e11})
+    monkeypatch.setattr(units, "linear_rates", lambda _: {"fastln": 2e11, "torch": 1e11})
 
 
 def normal(*shape, dtype=torch.float32, seed=0):
@@ -171,7 +171,7 @@ def test_bfloat16_rows_need_no_bfloat16_units(monkeypatch):
 def test_torch_multiplies_float32_rows_where_it_is_faster(monkeypatch):
     x, weight = normal(64, 64), normal(32, 64)
     assert native_linear.has_own(x, weight, None)
-    monkeypatch.setattr(units, "linear_rates", lambda: {"fastln": 1.05e11, "torch": 1e11})
+    monkeypatch.setattr(units, "linear_rates", lambda _: {"fastln": 1.05e11, "torch": 1e11})
     assert not native_linear.has_own(x, weight, None)
     assert not native_linear.has_own(normal(64, 32), weight, None, transpose=False)
     if units.compute_dtype(torch.bfloat16) in products.usable("linear"):

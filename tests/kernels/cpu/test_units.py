@@ -9,7 +9,7 @@ import torch
 from fastln.errors import FastLNError
 from fastln.ops.backends import resolve
 from fastln.ops.settings import DEFAULT
-from fastln_kernels.cpu import products, units
+from fastln_kernels.cpu import native_linear, products, units
 
 WHY_NOT = products.why_not("linear")
 RATES = {"float32": 187e9, "bfloat16": 106e9, "int8": 700e9}
@@ -62,7 +62,7 @@ def test_a_float32_layer_is_timed_on_one_thread_and_exactly(monkeypatch):
     monkeypatch.delenv("FASTLN_CACHE")
     n_threads = torch.get_num_threads()
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        rates = units._measure_linear()
+        rates = units._measure_linear(native_linear.linear)
     assert set(rates) == {"fastln", "torch"}
     assert all(1e8 < rate < 1e15 for rate in rates.values())
     assert torch.get_num_threads() == n_threads
@@ -75,12 +75,12 @@ def test_float32_rows_have_the_kernel_only_where_it_is_faster_and_torch_is_told_
     fastln, words, monkeypatch, cache, caplog
 ):
     results = [{"fastln": fastln, "torch": 100e9}, {"fastln": 9e9, "torch": 100e9}]
-    monkeypatch.setattr(units, "_measure_linear", lambda: results.pop(0))
+    monkeypatch.setattr(units, "_measure_linear", lambda _: results.pop(0))
     with caplog.at_level(logging.INFO, logger="fastln"):
-        assert units.float32_pays(quietly=True) == (words is None)
+        assert units.float32_pays(native_linear.linear, quietly=True) == (words is None)
         assert not caplog.records
         units.linear_rates.cache_clear()
-        assert [units.float32_pays() for _ in range(3)] == [words is None] * 3  # from the file
+        assert [units.float32_pays(native_linear.linear) for _ in range(3)] == [words is None] * 3  # from the file
     told = [record.message for record in caplog.records]
     assert len(told) == (words is not None)
     assert words is None or words in told[0]
