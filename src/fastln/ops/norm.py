@@ -251,17 +251,8 @@ def _forward(
 ) -> tuple[Tensor, Tensor | None, Tensor]:
     """Return `y`, the rows that are kept (None, the stream, or x_hat as rows) and the statistics."""
     kind, dropout, keep, *_ = arguments
-    request = NormForward(
-        x.reshape(-1, x.shape[-1]),
-        weight,
-        bias,
-        kind,
-        _rows(residual),
-        dropout,
-        seed,
-        keep == "stream",
-        keep == "normed",
-    )
+    rows = x.reshape(-1, x.shape[-1])
+    request = NormForward(rows, weight, bias, kind, _rows(residual), dropout, seed, keep == "stream", keep == "normed")
     kernels = arguments.kernels_for(x)
     rounds = for_reader(arguments.reader, kernels, x)
     outputs = kernels.norm_forward(request, *rounds.told)
