@@ -1,13 +1,23 @@
 """The generated blocks of README and docs/ are what the committed results give."""
 
+import re
+
 import pytest
 import tables
+
+ABSOLUTE = re.compile(r'["\s:,=]/(?:home|mnt|opt|root|tmp|Users|work)/')
 
 
 @pytest.mark.parametrize("page", tables.pages(), ids=lambda page: str(page.relative_to(tables.ROOT)))
 def test_the_blocks_are_up_to_date(page):
     text = page.read_text()
     assert tables.filled(text) == text, "run `make readme-tables`"
+
+
+@pytest.mark.parametrize("path", sorted(tables.RESULTS.glob("*.json")), ids=lambda path: path.name)
+def test_committed_rows_name_no_folder_of_the_machine_that_measured_them(path):
+    found = ABSOLUTE.search(path.read_text())
+    assert found is None, f"{found}: write the path as it is seen from the checkout"
 
 
 def test_every_block_has_a_place_and_every_place_a_block():
