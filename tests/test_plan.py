@@ -190,7 +190,7 @@ def test_the_reference_is_plain_pytorch_throughout():
     [
         ({"without": "late_logit"}, "did you mean 'late_logits'"),
         ({"without": ("norms", "nothing")}, r"unknown name 'nothing' in `without` \(valid: norms, "),
-        ({"activations": "recompute"}, "unknown"),
+        ({"activations": "recalculate"}, "unknown activations 'recalculate'.*valid: exact, again, recompute"),
         ({"products": "int4"}, "unknown"),
     ],
 )

@@ -249,7 +249,7 @@ class _Decider:
             stand_in=stand_in,
             becomes=_becomes(row.becomes, detail, dtypes),
             trick=row.trick,
-            keeps=row.keeps,
+            keeps=row.keeps(self._settings.keeps) if callable(row.keeps) else row.keeps,
             products=products,
             reason=row.reason,
             stock=class_name(self._modules[entry.name]),
@@ -296,6 +296,8 @@ class _Decider:
         return "late_logits" not in self._without and self._settings.backend != "reference"
 
     def _attention(self, entry: Found) -> Change | Stay:
+        if self._settings.keeps.again:  # torch's own attention, where fastln has no kernels, must not keep its inputs
+            return self._known(entry, ViewSpec(NAME))
         return self._on_cpus("attention", entry, ViewSpec(NAME))
 
     def _on_cpus(self, op: str, entry: Found, detail: Any = None) -> Change | Stay:
@@ -306,7 +308,7 @@ class _Decider:
         return self._known(entry, detail)
 
     def _flash_attention(self, found: list[Found]) -> list[Change | Stay]:
-        if self._device.type != "cuda" or self._settings.backend == "reference":
+        if self._device.type != "cuda" or self._settings.backend == "reference" or self._settings.keeps.again:
             return []
         kept = [entry.name for entry in found if entry.what == "attention" and entry.obstacle is not None]
         views = flash_views(self._model, kept)
@@ -352,7 +354,7 @@ class _Decider:
 
     def _exact_linear(self, entry: Found) -> Change | Stay:
         choice = resolve("linear", self._device, self._settings)
-        if choice.backend != "cpu":
+        if choice.backend != "cpu" and not (self._settings.keeps.again and entry.what != "patches"):
             return Stay(entry.name, entry.label, choice.reason)
         if id(self._modules[entry.name].weight) in self._trained:
             return Stay(entry.name, entry.label, "the weight trains")

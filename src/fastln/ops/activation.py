@@ -10,6 +10,8 @@ Only this file decides which gradients are computed (those that the inputs need)
 |                                 | only of up       | gate                                       |
 | gated, of one tensor's halves   | of that tensor   | that tensor                                |
 
+Where storage asks for it, none of these is kept if it can be made again (`fastln.ops.again`).
+
 The backward recomputes the activation of the gate. ReLU keeps its result instead of its argument, because the sign of
 either suffices. So the argument is freed before the next layer runs, and a trained next layer keeps the same tensor.
 """
@@ -21,6 +23,7 @@ import torch
 from torch import Tensor
 
 from fastln.errors import FastLNError
+from fastln.ops.again import Source, make, source_of
 from fastln.ops.backends import implementation
 from fastln.ops.dispatch import Ways, call, define, overridable
 from fastln.ops.rounded import Reader, for_reader, for_successor
@@ -198,8 +201,14 @@ def _gated_backward(
     return [one.of(gradient) for one, gradient in zip(rounds, gradients, strict=True) if gradient is not None]
 
 
+def _source(x: Tensor | None, arguments: _Arguments) -> Source | None:
+    return source_of(x) if arguments.settings.keeps.hidden == "again" else None
+
+
 def _keep_activation(ctx: Any, y: Tensor, x: Tensor, arguments: _Arguments) -> None:
-    ctx.save_for_backward(y if arguments.kind == "relu" else x)
+    ctx.sources = [_source(x, arguments)]
+    saved = y if arguments.kind == "relu" else x
+    ctx.save_for_backward(saved if ctx.sources == [None] else None)
     ctx.arguments = arguments
     ctx.set_materialize_grads(False)
 
@@ -208,12 +217,14 @@ def _activation_gradient(ctx: Any, dy: Tensor | None, backward: Callable[..., Te
     if dy is None:
         return None
     _refuse_second_derivative()
-    return backward(dy, *ctx.saved_tensors, *told)
+    return backward(dy, *make(ctx.saved_tensors, ctx.sources), *told)
 
 
 def _keep_gated(ctx: Any, gate: Tensor, up: Tensor | None, arguments: _Arguments) -> None:
     need_dgate, need_dup = ctx.needs_input_grad[:2]
-    ctx.save_for_backward(gate if need_dgate or need_dup else None, up if need_dgate else None)
+    saved = (gate if need_dgate or need_dup else None, up if need_dgate else None)
+    ctx.sources = [_source(x, arguments) for x in saved]
+    ctx.save_for_backward(*(x if source is None else None for x, source in zip(saved, ctx.sources, strict=True)))
     ctx.packed = up is None
     ctx.arguments = arguments
     ctx.set_materialize_grads(False)
@@ -226,7 +237,7 @@ def _gated_gradients(
         return None, None
     _refuse_second_derivative()
     wanted = ctx.needs_input_grad[:2]
-    gradients = iter(backward(dy, *ctx.saved_tensors, ctx.packed, *wanted, *told))
+    gradients = iter(backward(dy, *make(ctx.saved_tensors, ctx.sources), ctx.packed, *wanted, *told))
     dgate, dup = (next(gradients) if want else None for want in wanted)
     return dgate, dup
 

@@ -8,6 +8,8 @@ Only this file decides which gradients are computed (those that the inputs need)
 | only dv              | q, k, one number per query and head, the mask, the seed   |
 | dq or dk (+ any)     | the same, plus v and the output                           |
 
+Where storage asks for it, q, k and v are not kept if they can be made again (`fastln.ops.again`).
+
 The mask is kept in the form in which it was passed. Dropout keeps no mask, only its seed (eight bytes), from which the
 backward draws the same numbers again.
 
@@ -25,6 +27,7 @@ import logging
 import math
 import os
 from collections.abc import Callable
+from contextlib import nullcontext
 from types import ModuleType
 from typing import Any, NamedTuple
 
@@ -33,6 +36,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fastln.errors import FastLNError
+from fastln.ops.again import Source, make, source_of, without
 from fastln.ops.backends import resolve
 from fastln.ops.dispatch import Ways, call, define, is_transformed, wants_gradient
 from fastln.ops.rounded import Reader, for_reader, for_successor, has_rows, rows_of
@@ -133,7 +137,8 @@ def attention(
         q, k, v = (_autocast(x) for x in (q, k, v))
     if not has_own(q, k, v, mask=mask, dropout=dropout, settings=settings):
         groups = q.ndim == 4 and q.shape[1] != k.shape[1]
-        return F.scaled_dot_product_attention(q, k, v, mask, dropout, causal, scale=scale, enable_gqa=groups)
+        with without(q, k, v) if settings.keeps.again else nullcontext():
+            return F.scaled_dot_product_attention(q, k, v, mask, dropout, causal, scale=scale, enable_gqa=groups)
     seed = torch.randint(2**63 - 1, (1,), dtype=torch.int64) if dropout else None
     arguments = _Arguments(q.shape[-1] ** -0.5 if scale is None else scale, causal, dropout, settings, reader)
     out: Tensor = call(_WAYS, (q, k, v, mask, seed), arguments)[0]
@@ -311,11 +316,20 @@ def _backward(request: AttentionBackward, arguments: _Arguments, ctx: Any = None
     return AttentionGradients(*(None if gradient is None else one.of(gradient) for one, gradient in made))
 
 
+def _sources(
+    tensors: tuple[Tensor | None, ...], settings: OpSettings
+) -> tuple[list[Source | None], list[Tensor | None]]:
+    """Return how queries, keys and values are made again, and those that must be kept."""
+    sources = [source_of(x) if settings.keeps.again else None for x in tensors]
+    return sources, [x if source is None else None for x, source in zip(tensors, sources, strict=True)]
+
+
 def _keep(ctx: Any, tensors: tuple[Any, ...], arguments: _Arguments, out: Tensor, lse: Tensor) -> None:
     q, k, v, mask, seed = tensors
     need_scores = ctx.needs_input_grad[0] or ctx.needs_input_grad[1]
     # dv needs only the shape of v, which follows from the shapes of k and dout.
-    ctx.save_for_backward(q, k, v if need_scores else None, out if need_scores else None, lse, mask, seed)
+    ctx.sources, (q, k, v) = _sources((q, k, v if need_scores else None), arguments.settings)
+    ctx.save_for_backward(q, k, v, out if need_scores else None, lse, mask, seed)
     ctx.arguments = arguments
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(lse)
@@ -329,6 +343,9 @@ def _gradients(
     if torch.is_grad_enabled():
         raise FastLNError("attention is differentiable once: its backward cannot run with create_graph=True")
     q, k, v, out, lse, mask, seed = ctx.saved_tensors
+    q, k, v = make((q, k, v), ctx.sources)
+    assert q is not None
+    assert k is not None
     if v is None:
         v = k.new_empty(()).expand(*k.shape[:3], dout.shape[-1])
     scale, causal, dropout, *_ = ctx.arguments

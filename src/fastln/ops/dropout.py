@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from fastln.errors import FastLNError
+from fastln.ops.again import Memo, makes_again, source_of
 from fastln.ops.backends import implementation
 from fastln.ops.dispatch import Ways, call, define, is_transformed, needs_operator, overridable, wants_gradient
 from fastln.ops.rounded import Reader, for_reader, for_successor
@@ -109,9 +110,17 @@ def _fake(x: Tensor, seed: Tensor, arguments: _Arguments) -> Tensor:
     return x.new_empty(x.shape)
 
 
-def _keep(ctx: Any, seed: Tensor, arguments: _Arguments) -> None:
+def _keep(ctx: Any, x: Tensor, seed: Tensor, arguments: _Arguments) -> None:
     ctx.save_for_backward(seed)
     ctx.arguments = arguments  # its reader is that of the result, not of the gradient
+    source = source_of(x) if arguments.settings.keeps.again else None
+    if source is not None:
+
+        def run(node: Any, memo: Memo) -> Tensor:
+            (seed,) = node.saved_tensors
+            return _by_seed(source.make(memo), seed, arguments._replace(reader=None))
+
+        makes_again(ctx, run, source)
 
 
 def _gradient(ctx: Any, dy: Tensor) -> Tensor:
@@ -122,7 +131,7 @@ def _gradient(ctx: Any, dy: Tensor) -> Tensor:
 class _EagerDropout(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, seed: Tensor, arguments: _Arguments) -> Tensor:
-        _keep(ctx, seed, arguments)
+        _keep(ctx, x, seed, arguments)
         return _dropout(x, seed, arguments)
 
     @staticmethod
@@ -135,8 +144,8 @@ class _EagerDropout(torch.autograd.Function):
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    _, seed, *flat = inputs
-    _keep(ctx, seed, _Arguments.of(*flat))
+    x, seed, *flat = inputs
+    _keep(ctx, x, seed, _Arguments.of(*flat))
 
 
 def _operator_gradients(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:

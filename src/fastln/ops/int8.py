@@ -1,6 +1,7 @@
 """Frozen linear layers in 8 bits: the operators and the autograd formula.
 
-Nothing is kept for backward but the weight, which exists anyway. The gradient of `x` is a product with the same 8-bit
+Nothing is kept for backward but the weight, which exists anyway. Where storage asks for it, a layer can make its result
+again for the backward of what reads it (`fastln.ops.again`). The gradient of `x` is a product with the same 8-bit
 weight, and that of a bias that trains is the sum of the rows of `dy`, before they are rounded. Rows may be at hand in 8
 bits (`fastln.ops.rounded`): because another layer has rounded them, as queries, keys and values come from the same
 rows, or because the kernel that made them did.
@@ -8,12 +9,14 @@ rows, or because the kernel that made them did.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from fastln.errors import FastLNError
+from fastln.ops.again import MOST_PRODUCTS, Memo, check_weight, makes_again, source_of
 from fastln.ops.backends import implementation
 from fastln.ops.dispatch import define, is_transformed, needs_operator, overridable, wants_gradient
 from fastln.ops.linear import bias_gradient
@@ -218,6 +221,7 @@ class _EagerInt8Linear(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         if ctx.needs_input_grad[0]:
             ctx.takes = _form_of_gradients(x, scale, layer.settings)
+        _note_how(ctx, x, layer.settings, values, lambda x: _linear(x, bias, layer))
         return _linear(x, bias, layer)
 
     @staticmethod
@@ -235,10 +239,25 @@ class _EagerInt8Linear(torch.autograd.Function):
         return dx, bias_gradient(dy, bias_dtype) if need_dbias else None, None
 
 
+def _note_how(ctx: Any, x: Tensor, settings: OpSettings, values: Tensor, layer: Callable[[Tensor], Tensor]) -> None:
+    """Note in a node how the layer makes its result again, if what it was given can be made again."""
+    source = source_of(x, MOST_PRODUCTS - 1) if settings.keeps.again else None
+    if source is None:
+        return
+
+    def run(_: Any, memo: Memo) -> Tensor:
+        check_weight(values)
+        return layer(source.make(memo))
+
+    makes_again(ctx, run, source, n_products=1)
+
+
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     x, values, scale, row_sums, col_sums, bias = inputs[:6]
     ctx.save_for_backward(values, scale, row_sums, col_sums)
-    ctx.arguments = _Arguments.of(*inputs[_N_TENSORS:])._replace(dtype=x.dtype)
+    arguments = _Arguments.of(*inputs[_N_TENSORS:])
+    ctx.arguments = arguments._replace(dtype=x.dtype)
+    _note_how(ctx, x, arguments.settings, values, lambda x: _operator(x, *inputs[1:]))
     ctx.bias_dtype = None if bias is None else bias.dtype
     ctx.set_materialize_grads(False)
 

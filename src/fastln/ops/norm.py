@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from fastln.errors import FastLNError
+from fastln.ops.again import Memo, make, makes_again, source_of
 from fastln.ops.backends import implementation
 from fastln.ops.dispatch import Ways, call, define, overridable, wants_gradient
 from fastln.ops.rounded import Reader, for_reader, for_successor
@@ -282,19 +283,38 @@ def _keep(
     need_dx, need_dweight, need_dbias, need_dresidual = ctx.needs_input_grad[:4]
     need_input = need_dx or need_dresidual
     need_rows = need_input or need_dweight
+    again = need_rows and arguments.settings.keeps.again
     saved = x if arguments.keep == "x" else kept
+    ctx.source = source_of(x) if again and arguments.keep == "x" else None
     ctx.save_for_backward(
-        saved if need_rows else None,
-        weight if need_input else None,
+        saved if need_rows and ctx.source is None else None,
+        weight if need_input or again else None,
         seed if need_dx else None,
         stats if need_rows else None,
+        bias if again else None,
     )
+    if again:
+        makes_again(ctx, _make_again, *(() if ctx.source is None else (ctx.source,)))
     dtypes = [t.dtype for t, wanted in ((weight, need_dweight), (bias, need_dbias)) if t is not None and wanted]
     # If the two differ, autograd casts the other one.
     ctx.grad_dtype = dtypes[0] if dtypes and dtypes[0] == dtypes[-1] else torch.float32
     ctx.arguments = arguments
     ctx.set_materialize_grads(False)
     ctx.stream_is_differentiable = arguments.keep == "stream" and need_input
+
+
+def _make_again(node: Any, memo: Memo) -> Tensor:
+    """Return `y` again, from what the node keeps."""
+    saved, weight, _, _, bias = node.saved_tensors
+    if node.source is not None:
+        saved = node.source.make(memo)
+    arguments: _Arguments = node.arguments
+    if arguments.keep != "normed":
+        alone = arguments._replace(dropout=0.0, keep="x", reader=None)
+        return _norm(saved, weight, bias, None, None, alone)[0]
+    wide = saved.to(arithmetic_dtype(saved))
+    wide = wide if weight is None else wide * (weight + arguments.kind.offset)
+    return (wide if bias is None else wide + bias).to(saved.dtype)
 
 
 def _gradients(
@@ -316,7 +336,8 @@ def _gradients(
         dy = torch.zeros_like(dstream)
     if torch.is_grad_enabled():
         raise FastLNError("a norm is differentiable once: its backward cannot run with create_graph=True")
-    saved, weight, seed, stats = ctx.saved_tensors
+    saved, weight, seed, stats, _ = ctx.saved_tensors
+    (saved,) = make((saved,), (ctx.source,))
     request = NormBackward(
         dy,
         saved,

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from fastln.errors import FastLNError
+from fastln.ops.again import Memo, makes_again, source_of
 from fastln.ops.backends import implementation
 from fastln.ops.dispatch import Ways, call, define, is_transformed, needs_operator, overridable, wants_gradient
 from fastln.ops.rounded import for_successor, has_rows, rows_of
@@ -103,6 +104,14 @@ def _keep(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor, arguments: _Arguments) 
     ctx.save_for_backward(cos, sin)
     ctx.arguments = arguments
     ctx.has_rows = has_rows(x)
+    source = source_of(x) if arguments.settings.keeps.again else None
+    if source is not None:
+
+        def run(node: Any, memo: Memo) -> Tensor:
+            cos, sin = node.saved_tensors
+            return _turned(source.make(memo), cos, sin, arguments)
+
+        makes_again(ctx, run, source)
 
 
 def _gradient(ctx: Any, dy: Tensor) -> Tensor:

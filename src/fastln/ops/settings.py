@@ -11,8 +11,35 @@ from fastln.errors import FastLNError
 BACKENDS = ("auto", "triton", "cpu", "reference")
 """Which kernels compute; `auto` takes the fastest for the device."""
 
-STORAGES = ("exact",)
-"""What an operation may keep for backward; `exact`: all that its gradients need, in full."""
+
+@dataclass(frozen=True, slots=True)
+class Storage:
+    """What operations keep for backward.
+
+    Attributes:
+        x_hat_bits: The bits of each number of x_hat that norms keep; None for their input, or x_hat, in full.
+        again: Whether what frozen linear layers make of a norm's result is made again in the backward where attention
+            or a norm of heads needs it: queries, keys and values.
+        hidden: What activations keep: "kept" for their input, "again" to have a frozen layer make it again, or the bits
+            of each number of their derivative.
+    """
+
+    x_hat_bits: int | None = None
+    again: bool = False
+    hidden: str | int = "kept"
+
+    @property
+    def code_bits(self) -> int | None:
+        """The bits of each number of an activation's derivative; None if it is not kept as codes."""
+        return self.hidden if isinstance(self.hidden, int) else None
+
+
+STORAGES = {
+    "exact": Storage(),
+    "again": Storage(again=True),
+    "recompute": Storage(again=True, hidden="again"),
+}
+"""What operations may keep for backward, by the name for `activations`."""
 
 PRODUCTS = ("exact", "int8")
 """How matrix products are computed; `exact`: in the model's own dtype; `int8`: frozen linear layers in 8 bits."""
@@ -45,6 +72,11 @@ class OpSettings:
                 hint = f" (did you mean {near[0]!r}?)" if near else ""
                 option = "activations" if name == "storage" else name  # the user-facing name
                 raise FastLNError(f"unknown {option} {value!r}{hint}; valid: {', '.join(valid)}")
+
+    @property
+    def keeps(self) -> Storage:
+        """What operations keep for backward."""
+        return STORAGES[self.storage]
 
     @property
     def flat(self) -> tuple[str, ...]:

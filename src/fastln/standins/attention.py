@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,6 +23,7 @@ from transformers.masking_utils import sdpa_mask
 from transformers.utils import TransformersKwargs, is_flash_attn_2_available
 
 from fastln.ops import OpSettings
+from fastln.ops.again import without
 from fastln.ops.attention import attention, has_own
 from fastln.ops.rounded import Reader
 from fastln.ops.settings import DEFAULT
@@ -68,7 +70,10 @@ def fast_attention_forward(
     if _uses_more_than(kwargs) or not has_own(
         query, key, value, mask=attention_mask, dropout=dropout, settings=settings
     ):
-        return sdpa_attention_forward(module, query, key, value, attention_mask, dropout, scaling, is_causal, **kwargs)
+        with without(query, key, value) if settings.keeps.again else nullcontext():
+            return sdpa_attention_forward(
+                module, query, key, value, attention_mask, dropout, scaling, is_causal, **kwargs
+            )
     if is_causal is None:
         is_causal = getattr(module, "is_causal", True)
     n_queries = query.shape[2]

@@ -14,6 +14,7 @@ from fastln.families.activations import is_shared
 from fastln.families.norms import returned_dtype
 from fastln.families.readers import readers_of
 from fastln.ops import OpSettings
+from fastln.ops.settings import Storage
 from fastln.standins.activation import Activation
 from fastln.standins.arena import Arena
 from fastln.standins.attention import AttentionSwitch
@@ -65,7 +66,7 @@ class Row:
     Attributes:
         trick: Its name in `fastln.standins.tricks.TRICKS`; None if it cannot be left out.
         becomes: What replaces the part, in words for the user.
-        keeps: What it keeps for backward.
+        keeps: What it keeps for backward; a function if that depends on the storage.
         has_products: Whether it multiplies matrices.
         reason: Why the part changes.
         put: The function that makes the change.
@@ -73,7 +74,7 @@ class Row:
 
     trick: str | None
     becomes: str
-    keeps: str
+    keeps: str | Callable[[Storage], str]
     has_products: bool
     reason: str
     put: Callable[[Place], None]
@@ -211,7 +212,21 @@ def _arena(place: Place) -> None:
 
 
 _INPUT = "its input, a float32 per row"
-_ATTENTION = "q, k, v, the result, a float32 per query and head"
+
+
+def _attention_keeps(storage: Storage) -> str:
+    rest = "the result, a float32 per query and head"
+    return f"{rest}; q, k, v are made again" if storage.again else f"q, k, v, {rest}"
+
+
+def _activation_keeps(storage: Storage) -> str:
+    return "its input is made again" if storage.hidden == "again" else "its input (ReLU: its output)"
+
+
+def _gated_keeps(storage: Storage) -> str:
+    return "gate and up are made again" if storage.hidden == "again" else "gate and up"
+
+
 _SEED = "an 8-byte seed"
 _FASTER = "fastln's kernels store and compute only what is needed"
 _FROZEN = "its weight is frozen"
@@ -223,7 +238,7 @@ STAND_INS: dict[str, Row] = {
     "model_dtype": Row(None, "stays as it is", "-", False, "its first parameter is a norm's, now float32", _own_dtype),
     "dropout": Row("dropout", "fastln", _SEED, False, "no mask is stored", _swap(Dropout)),
     "calls_dropout": Row("dropout", "fastln", _SEED, False, "no mask is stored", _swap(CallsDropout)),
-    "activation": Row("activations", "fastln", "its input (ReLU: its output)", False, _FASTER, _activation),
+    "activation": Row("activations", "fastln", _activation_keeps, False, _FASTER, _activation),
     "post_norm": Row(
         trick="post_norms",
         becomes="fastln",
@@ -232,10 +247,10 @@ STAND_INS: dict[str, Row] = {
         reason="no sum is stored",
         put=_swap(DenseDropoutAddNorm),
     ),
-    "gated_mlp": Row("gated_mlps", "fastln", "gate and up", False, "no product is stored", _swap(GatedMLP)),
-    "attention": Row("attention", "fastln", _ATTENTION, True, _FASTER, _attention),
-    "blip_attention": Row("attention", "fastln", _ATTENTION, True, _FASTER, _swap(BlipAttention)),
-    "blip_text_attention": Row("attention", "fastln", _ATTENTION, True, _FASTER, _swap(BlipTextSelfAttention)),
+    "gated_mlp": Row("gated_mlps", "fastln", _gated_keeps, False, "no product is stored", _swap(GatedMLP)),
+    "attention": Row("attention", "fastln", _attention_keeps, True, _FASTER, _attention),
+    "blip_attention": Row("attention", "fastln", _attention_keeps, True, _FASTER, _swap(BlipAttention)),
+    "blip_text_attention": Row("attention", "fastln", _attention_keeps, True, _FASTER, _swap(BlipTextSelfAttention)),
     "rotary": Row("rotary", "fastln", "cosines and sines", False, "one pass in place of five", _rotary),
     "lm_head": Row(
         "late_logits", "computed late", "rows with a label", True, "most logits are never read", _swap(LMHead)

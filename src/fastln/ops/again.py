@@ -1,0 +1,166 @@
+"""Tensors that the backward makes again instead of keeping them.
+
+Queries, keys, values and the hidden rows of an MLP are products of a norm's result with frozen weights. The norm keeps
+its rows for its own backward, and the weights exist anyway. So an operation that needs such a tensor may drop it, and
+have it made again in the backward, with the same code: the norm's result from its rows, and the product of that.
+
+The operation finds out in its forward, from autograd's graph: the node that made the tensor's memory must be one that
+says how it makes its result again (`makes_again`), and so must be the nodes before it, down to a norm that keeps its
+rows. A tensor of another origin is kept. Nodes come before the operation's own in the graph, so what they keep still
+exists when its backward runs, and no tensor is kept twice.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from fastln.errors import FastLNError
+
+MOST_PRODUCTS = 1
+"""How many products one after another may be made again for one tensor. With more, their cost would have no bound."""
+
+Memo = dict[int, Tensor]
+"""The results that were made again in one call, by the `id` of their nodes."""
+
+_PARTS_OF_CHECKPOINTS = ("_checkpoint_hook", "_recomputation_hook")
+
+
+class _Recipe(NamedTuple):
+    """How a node makes its result again.
+
+    Attributes:
+        run: Takes the node and the memo; returns the result.
+        n_products: The products that it takes, one after another.
+    """
+
+    run: Callable[[Any, Memo], Tensor]
+    n_products: int
+
+
+class Source(NamedTuple):
+    """How a tensor is made again: as a view of the result of a node.
+
+    Attributes:
+        node: The node.
+        size: The shape of the tensor.
+        stride: Its strides.
+        offset: Its offset in the memory of the result.
+        n_bytes: The size of that memory.
+        n_products: The products that it takes, one after another.
+    """
+
+    node: Any
+    size: torch.Size
+    stride: tuple[int, ...]
+    offset: int | torch.SymInt
+    n_bytes: int | torch.SymInt
+    n_products: int
+
+    def make(self, memo: Memo) -> Tensor:
+        """Return the tensor."""
+        whole = memo.get(id(self.node))
+        if whole is None:
+            whole = memo[id(self.node)] = self.node.recipe.run(self.node, memo)
+        assert whole.untyped_storage().nbytes() == self.n_bytes, "a result was made again with another layout"
+        return whole.as_strided(self.size, self.stride, self.offset)
+
+
+def source_of(x: Tensor | None, most_products: int = MOST_PRODUCTS) -> Source | None:
+    """Return how the backward can make a tensor again; None if it must be kept.
+
+    Inside checkpoints all tensors are kept, because these make everything again anyway.
+
+    Args:
+        x: The tensor.
+        most_products: How many products one after another that may take.
+    """
+    if x is None or type(x) not in (Tensor, nn.Parameter) or torch.compiler.is_compiling():
+        return None
+    made = x if x._base is None or hasattr(x.grad_fn, "recipe") else x._base
+    recipe: _Recipe | None = getattr(made.grad_fn, "recipe", None)
+    if recipe is None or recipe.n_products > most_products or made.output_nr or made._version or x.dtype != made.dtype:
+        return None
+    if _is_checkpointed():
+        return None
+    n_bytes = x.untyped_storage().nbytes()
+    return Source(made.grad_fn, x.size(), x.stride(), x.storage_offset(), n_bytes, recipe.n_products)
+
+
+def makes_again(ctx: Any, run: Callable[[Any, Memo], Tensor], *sources: Source, n_products: int = 0) -> None:
+    """Note in a node that it can make its first result again.
+
+    Args:
+        ctx: The context of the operation, which is its node.
+        run: Makes the result: takes the node and the memo.
+        sources: What it makes again first.
+        n_products: The products that it takes besides.
+    """
+    ctx.recipe = _Recipe(run, n_products + max((source.n_products for source in sources), default=0))
+
+
+def make(tensors: Sequence[Tensor | None], sources: Sequence[Source | None]) -> list[Tensor | None]:
+    """Return the tensors of an operation, those with a source made again. What two of them share is made once."""
+    memo: Memo = {}
+    with torch.no_grad():
+        return [x if source is None else source.make(memo) for x, source in zip(tensors, sources, strict=True)]
+
+
+def without(*tensors: Tensor) -> AbstractContextManager[object]:
+    """Keep none of these for the backward of torch's own operations, where they can be made again.
+
+    Args:
+        tensors: What the operations inside take. Autograd drops whatever it would keep of their memory.
+    """
+    sources = [source_of(x) for x in tensors]
+    wanted = {_place(x): source for x, source in zip(tensors, sources, strict=True) if source is not None}
+    if not wanted:
+        return nullcontext()
+    memo: Memo = {}
+    n_dropped = n_made = 0
+
+    def pack(x: Tensor) -> Tensor | Source:
+        nonlocal n_dropped
+        source = wanted.get(_place(x))
+        n_dropped += source is not None
+        return x.detach() if source is None else source
+
+    def unpack(kept: Tensor | Source) -> Tensor:
+        nonlocal n_made
+        if isinstance(kept, Tensor):
+            return kept
+        n_made += 1
+        with torch.no_grad():
+            made = kept.make(memo)
+        if n_made % n_dropped == 0:
+            memo.clear()
+        return made
+
+    return torch.autograd.graph.saved_tensors_hooks(pack, unpack)
+
+
+def _place(x: Tensor) -> tuple[Any, ...]:
+    """Return what tells a tensor from others that are alive: its memory, on any device, and its place in it."""
+    return x.untyped_storage()._cdata, x.storage_offset(), x.size(), x.stride()
+
+
+def check_weight(weight: Tensor) -> None:
+    """Check that a weight is there.
+
+    Raises:
+        FastLNError: If it is not: FSDP has freed it since the forward.
+    """
+    if weight.numel() and not weight.is_meta and not weight.untyped_storage().nbytes():
+        raise FastLNError(
+            "a frozen weight, with which the backward wants to make a layer's result again, was freed after the "
+            "forward: shard whole blocks (fully_shard(block)), not single layers, or use activations='exact'"
+        )
+
+
+def _is_checkpointed() -> bool:
+    hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
+    return hooks is not None and getattr(hooks[0], "__qualname__", "").startswith(_PARTS_OF_CHECKPOINTS)
