@@ -1,11 +1,14 @@
 """Models with every storage mode against the same models with exact storage: losses, gradients, and what is stored."""
 
 import copy
+import functools
 
 import pytest
 import torch
 from any_models import NAMES, any_model, check, step
 from family_models import MODELS, VISION_MODELS, batch, make
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 import fastln
 from fastln.memory import SavedActivations
@@ -44,3 +47,28 @@ def test_any_class_gets_the_gradients_of_exact_storage(name, mode):
     model = copy.deepcopy(exact)
     want = step(fastln.prepare(exact), inputs)
     check(step(fastln.prepare(model, activations=mode), inputs), want)
+
+
+SAVED = (torch.ops.fastln.norm.default, torch.ops.fastln.attention.default, torch.ops.aten.addmm.default)
+
+
+def save_some(ctx, operation, *args, **kwargs):
+    return CheckpointPolicy.MUST_SAVE if operation in SAVED else CheckpointPolicy.PREFER_RECOMPUTE
+
+
+@pytest.mark.slow(take=4)
+@pytest.mark.parametrize("mode", ["exact", "recompute"])
+@pytest.mark.parametrize("name", [*MODELS, *VISION_MODELS])
+def test_selective_checkpoints_of_prepared_models(name, mode):
+    exact, inputs = make(name), batch(name)
+    model = copy.deepcopy(exact)
+    want = gradients(fastln.prepare(exact), inputs)
+    fastln.prepare(model, activations=mode)
+    contexts = functools.partial(create_selective_checkpoint_contexts, save_some)
+    layers = [layer for layer in model.modules() if isinstance(layer, GradientCheckpointingLayer)]
+    for layer in layers:
+        layer.gradient_checkpointing = True
+        layer._gradient_checkpointing_func = functools.partial(checkpoint, use_reentrant=False, context_fn=contexts)
+    got = gradients(model, inputs)
+    check(got, want)
+    assert got[2] < want[2] or not layers
