@@ -23,7 +23,7 @@ LAYERS = """
     int8_rules state
     plan watch
     memory
-    prepare rates settings
+    peak prepare rates settings
     cost
     adapters
     engines

@@ -70,7 +70,7 @@ def footprint(model: nn.Module, saved: int) -> Footprint:
     """
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     return Footprint(
-        weights=sum(tensor.nbytes for tensor in _held(model)),
+        weights=sum(tensor.nbytes for tensor in held_by(model)),
         gradients=sum(parameter.nbytes for parameter in trained),
         optimizer=sum(
             parameter.numel() * (MOMENTS + MASTER * (parameter.dtype != torch.float32)) for parameter in trained
@@ -79,7 +79,7 @@ def footprint(model: nn.Module, saved: int) -> Footprint:
     )
 
 
-def _held(model: nn.Module) -> Iterator[Tensor]:
+def held_by(model: nn.Module) -> Iterator[Tensor]:
     """Yield the tensors that a model holds from step to step."""
     yield from model.parameters()
     yield from model.buffers()
@@ -116,7 +116,7 @@ class SavedActivations:
     """
 
     def __init__(self, model: nn.Module) -> None:
-        own = list(_held(model))
+        own = list(held_by(model))
         self._excluded = {_storage(tensor) for tensor in own}
         self._sizes: dict[StorageWeakRef, int] = {}
         self._at_hand = 0
