@@ -202,6 +202,6 @@ def test_the_settings_have_the_arguments_of_every_door():
     assert own <= inspect.signature(fastln.FastLNTrainer.__init__).parameters.keys()
     of_plan = MethodSettings("layernorm", "fastln").of_plan.keys()
     assert of_plan == own - {"engine"}
-    assert of_plan == inspect.signature(fastln.plan).parameters.keys() - {"model", "device"}
-    assert of_plan == inspect.signature(fastln.prepare).parameters.keys() - {"model"}
+    assert of_plan == inspect.signature(fastln.plan).parameters.keys() - {"model", "device", "batch"}
+    assert of_plan == inspect.signature(fastln.prepare).parameters.keys() - {"model", "batch"}
     assert own - {"engine", "also", "backend"} <= {field.name for field in fields(TrainConfig)}

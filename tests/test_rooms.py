@@ -20,10 +20,11 @@ LAYERS = """
     fingerprint ops
     decision families late
     fits methods standins
-    int8_rules state
+    int8_rules memory state
+    decider peak
+    budget
     plan watch
-    memory
-    peak prepare rates settings
+    prepare rates settings
     cost
     adapters
     engines

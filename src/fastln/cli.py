@@ -55,7 +55,17 @@ FeatureCacheSize = Annotated[
     str | None, typer.Option(help="Maximum size of the cache, 10GiB by default; the least recently used goes first.")
 ]
 Device = Annotated[str, typer.Option(help="cpu, cuda or auto.")]
-Activations = Annotated[str, typer.Option(help="What fastln's operations keep for backward: exact.", metavar="STORAGE")]
+Activations = Annotated[
+    str,
+    typer.Option(
+        help="What is kept for backward: exact, again, recompute, checkpoint, ... (see docs/memory.md).",
+        metavar="STORAGE",
+    ),
+]
+MemoryBudget = Annotated[
+    str | None,
+    typer.Option(help="Memory that a step may take (8GiB): each block keeps what fits. A share such as 0.9, too."),
+]
 Products = Annotated[
     str,
     typer.Option(
@@ -191,6 +201,7 @@ def train(
         list[str] | None, typer.Option(help="Leave out one of fastln's changes; repeatable; fastln doctor lists them.")
     ] = None,
     activations: Activations = "exact",
+    memory_budget: MemoryBudget = None,
     products: Products = "exact",
     keep_weights: Annotated[
         bool,
@@ -255,6 +266,7 @@ def train(
         scope=tuple(scope) if scope else None,
         without=tuple(without) if without else None,
         activations=activations,
+        memory_budget=memory_budget,
         products=products,
         keep_weights=keep_weights,
         epochs=epochs,

@@ -24,6 +24,7 @@ class Change:
         trick: The name for `without` that leaves this change out; None if it cannot be left out.
         keeps: What it keeps for backward.
         products: The form in which its matrix products run; None if it has none.
+        storage: The storage mode of its operations.
         why_exact: Why its products are exact although 8 bits were asked for; None if they are not, or were not.
         reason: Why it changes.
         stock: The module's stock class.
@@ -43,6 +44,7 @@ class Change:
     detail: Any = None
     dtypes: tuple[tuple[str, torch.dtype], ...] = ()
     why_exact: str | None = None
+    storage: str = "exact"
 
 
 @dataclass(frozen=True)
@@ -78,6 +80,9 @@ class Plan:
         changes: The changes, in the order in which they are made.
         stays: What stays stock, with the reasons.
         notes: Other things the user should know, one sentence each.
+        storages: The blocks whose storage mode is not that of the settings, each with its mode.
+        keep_weights: Whether the weights that 8-bit ones replace stay in memory.
+        n_bytes: A memory budget, if the first batch is to decide what each block keeps.
     """
 
     model: str
@@ -93,6 +98,9 @@ class Plan:
     changes: tuple[Change, ...]
     stays: tuple[Stay, ...]
     notes: tuple[str, ...] = ()
+    storages: tuple[tuple[str, str], ...] = ()
+    keep_weights: bool = False
+    n_bytes: int | None = None
 
     def __str__(self) -> str:
         return self.table()
@@ -143,9 +151,8 @@ class Plan:
 
     def _headline(self) -> str:
         share = 100 * self.n_trained / max(self.n_total, 1)
-        settings = (
-            f"backend {self.settings.backend}, activations {self.settings.storage}, products {self.settings.products}"
-        )
+        settings = f"backend {self.settings.backend}, activations {self._activations()}, "
+        settings += f"products {self.settings.products}"
         lost = sum(getattr(change.detail, "keep", True) is False for change in self.changes)
         if lost:
             settings += (
@@ -155,6 +162,11 @@ class Plan:
             f"{self.model}, method {self.method}: {self.n_trained:,} of {self.n_total:,} parameters train "
             f"({share:.4g}%); device {self.device}, {settings}"
         )
+
+    def _activations(self) -> str:
+        blocks = Counter(mode for _, mode in self.storages)
+        parts = (f"{mode} in {_counted(count, 'block')}" for mode, count in blocks.items())
+        return " and ".join((self.settings.storage, *parts))
 
     def _groups(self) -> Counter[tuple[str, str, str, str | None, str | None]]:
         return Counter(

@@ -83,6 +83,7 @@ def put_method(
     without: str | Iterable[str] = (),
     backend: str = "auto",
     activations: str = "exact",
+    memory_budget: float | str | None = None,
     products: str = "exact",
     keep_weights: bool = False,
 ) -> nn.Module:
@@ -97,8 +98,9 @@ def put_method(
         scope: as `fastln.prepare` takes it.
         also: names of further modules that train in full.
         without: names of what `fastln.prepare` leaves out, for engine `fastln`; `random_heads` for every engine.
-        backend: the backend of fastln's operations; this and the next three for engine `fastln` only.
+        backend: the backend of fastln's operations; this and the next four for engine `fastln` only.
         activations: as `fastln.prepare` takes it.
+        memory_budget: as `fastln.prepare` takes it; the first batch decides.
         products: as `fastln.prepare` takes it.
         keep_weights: as `fastln.prepare` takes it.
 
@@ -117,6 +119,7 @@ def put_method(
         without=without,
         backend=backend,
         activations=activations,
+        memory_budget=memory_budget,
         products=products,
         keep_weights=keep_weights,
     )

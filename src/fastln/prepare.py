@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable
-from typing import TypeVar
+from collections.abc import Iterable, Mapping
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
@@ -26,10 +26,12 @@ def prepare(
     scope: str | Iterable[str] | None = None,
     also: str | Iterable[str] = (),
     activations: str = "exact",
+    memory_budget: float | str | None = None,
     products: str = "exact",
     without: str | Iterable[str] = (),
     keep_weights: bool = False,
     backend: str = "auto",
+    batch: Mapping[str, Any] | None = None,
 ) -> ModelT:
     """Choose which parameters train, and replace modules by versions that store and compute less, in place.
 
@@ -49,12 +51,16 @@ def prepare(
         also: Names of further modules that train in full. A head that was not in the checkpoint trains without being
             named, unless `without` has `random_heads`.
         activations: What is kept for backward: a name from `fastln.ops.settings.STORAGES`.
+        memory_budget: How much memory a training step may take: bytes, a size such as "8GiB", or a share of the
+            device's memory (0.9). Each block then gets the storage mode that costs least time, so that the step fits.
         products: The form in which matrix products run. `exact`: in the model's own dtype. `int8`: frozen linear layers
             hold their weight in 8 bits and multiply in 8 bits, forward and backward. The plan says which, and why
             others do not.
         without: Names of changes to leave out: keys of `fastln.standins.tricks.TRICKS`.
         keep_weights: Whether `products="int8"` keeps the original weights too, so that `restore` can put them back.
         backend: `auto`, `triton`, `cpu`, or `reference` for plain PyTorch throughout.
+        batch: For a memory budget: the model's arguments in training, with labels; only shapes and dtypes count.
+            Without it, the first batch decides, and a larger one decides again.
 
     Returns:
         The same model.
@@ -69,10 +75,12 @@ def prepare(
         scope=scope,
         also=also,
         activations=activations,
+        memory_budget=memory_budget,
         products=products,
         without=without,
         keep_weights=keep_weights,
         backend=backend,
+        batch=batch,
     )
     carry_out(decided, model)
     warn_of_precision(model)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 from fastln.errors import FastLNError
@@ -26,6 +26,7 @@ class MethodSettings:
         without: Names of what `prepare` leaves out.
         backend: The backend of fastln's operations.
         activations: What they keep for backward.
+        memory_budget: How much memory a step may take; None for as much as it takes.
         products: The form in which matrix products run.
         keep_weights: Whether the weights that 8-bit ones replace stay in memory.
     """
@@ -39,6 +40,7 @@ class MethodSettings:
     activations: str = EXACT
     products: str = EXACT
     keep_weights: bool = False
+    memory_budget: float | str | None = None
 
     @classmethod
     def of(
@@ -51,6 +53,7 @@ class MethodSettings:
         without: str | Iterable[str] = (),
         backend: str = "auto",
         activations: str = EXACT,
+        memory_budget: float | str | None = None,
         products: str = EXACT,
         keep_weights: bool = False,
     ) -> MethodSettings:
@@ -75,6 +78,7 @@ class MethodSettings:
             given: dict[str, tuple[Any, Any]] = {
                 "backend": (backend, "auto"),
                 "activations": (activations, EXACT),
+                "memory_budget": (memory_budget, None),
                 "products": (products, EXACT),
                 "keep_weights": (keep_weights, False),
             }
@@ -84,10 +88,10 @@ class MethodSettings:
                         f"engine {engine!r} runs stock code: {name} {value!r} is for engine 'fastln'{hint}"
                     )
         also = (also,) if isinstance(also, str) else tuple(also)
-        return cls(method, engine, scope, also, left_out, backend, activations, products, keep_weights)
+        return cls(method, engine, scope, also, left_out, backend, activations, products, keep_weights, memory_budget)
 
     @property
     def of_plan(self) -> dict[str, Any]:
         """The arguments of `fastln.plan` after the model."""
-        names = ("method", "scope", "also", "without", "backend", "activations", "products", "keep_weights")
+        names = [field.name for field in fields(self) if field.name != "engine"]
         return {name: getattr(self, name) for name in names}

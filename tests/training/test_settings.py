@@ -43,7 +43,7 @@ def test_the_same_settings_give_the_same_losses(usual, tmp_path):
 
 
 def test_no_setting_is_left_out():
-    assert CHANGES.keys() | {"without", "activations", "products", "keep_weights"} == {
+    assert CHANGES.keys() | {"without", "activations", "memory_budget", "products", "keep_weights"} == {
         field.name for field in fields(TrainConfig)
     }
 

@@ -24,6 +24,7 @@ from typing import Any
 
 from torch import nn
 from transformers import PreTrainedModel
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 CACHE = ("use_cache", "past_key_values")
 """The arguments of a forward that decide about a key-value cache."""
@@ -95,6 +96,29 @@ def outermost_attention(model: nn.Module) -> list[str]:
         if name and type(module).__name__.endswith("Attention") and not name.startswith(tuple(f"{n}." for n in found)):
             found.append(name)
     return found
+
+
+def blocks_of(model: nn.Module) -> dict[str, tuple[str, ...]]:
+    """Return the blocks of a model, each with the layers in it that transformers can checkpoint, in the model's order.
+
+    A block is an entry of a list of modules (the outermost one around it) that holds attention or such a layer.
+    """
+    layers = [name for name, module in model.named_modules() if isinstance(module, GradientCheckpointingLayer)]
+    outermost = [name for name in layers if not _inside(name, layers)]
+    blocks = {name: block for name in (*outermost, *outermost_attention(model)) if (block := block_name(name))}
+    order = [name for name, _ in model.named_modules() if name in blocks.values()]
+    return {block: tuple(name for name in outermost if blocks.get(name) == block) for block in order}
+
+
+def block_name(module: str) -> str:
+    """Return the name of the block that a module is in, by its name: that up to the first number; "" if it has none."""
+    parts = module.split(".")
+    number = next((index for index, part in enumerate(parts) if part.isdecimal()), None)
+    return "" if number is None else ".".join(parts[: number + 1])
+
+
+def _inside(name: str, others: list[str]) -> bool:
+    return any(name.startswith(f"{other}.") for other in others)
 
 
 def _is_linear_map(module: nn.Module) -> bool:

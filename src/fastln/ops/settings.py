@@ -22,11 +22,14 @@ class Storage:
             or a norm of heads needs it: queries, keys and values.
         hidden: What activations keep: "kept" for their input, "again" to have a frozen layer make it again, or the bits
             of each number of their derivative.
+        block: What happens to a whole block: "checkpoint" keeps its input alone and computes all of it again, "offload"
+            moves what its operations keep to the host's memory until the backward; None for neither.
     """
 
     x_hat_bits: int | None = None
     again: bool = False
     hidden: str | int = "kept"
+    block: str | None = None
 
     @property
     def code_bits(self) -> int | None:
@@ -38,6 +41,8 @@ STORAGES = {
     "exact": Storage(),
     "again": Storage(again=True),
     "recompute": Storage(again=True, hidden="again"),
+    "checkpoint": Storage(block="checkpoint"),
+    "offload": Storage(block="offload"),
 }
 """What operations may keep for backward, by the name for `activations`."""
 

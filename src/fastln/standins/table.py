@@ -31,6 +31,7 @@ from fastln.standins.part import ClassChange, StandIn, Undo, stand_in
 from fastln.standins.post_norm import DenseDropoutAddNorm
 from fastln.standins.rotary import Rotary, Turning
 from fastln.standins.training_steps import NoCache, NoReentry
+from fastln.standins.whole_block import WholeBlock
 
 
 @dataclass(frozen=True)
@@ -201,6 +202,13 @@ def _no_reentry(place: Place) -> None:
     made.put()
 
 
+def _block(place: Place) -> None:
+    how, layers = place.detail
+    made = WholeBlock([place.model.get_submodule(name) for name in layers], how)
+    place.undo.append(made)
+    made.put()
+
+
 def _nothing(place: Place) -> None:
     """Change nothing: that it trains is all."""
 
@@ -221,6 +229,10 @@ def _attention_keeps(storage: Storage) -> str:
 
 def _activation_keeps(storage: Storage) -> str:
     return "its input is made again" if storage.hidden == "again" else "its input (ReLU: its output)"
+
+
+def _block_keeps(storage: Storage) -> str:
+    return "its input; all else is computed again" if storage.block == "checkpoint" else "all of it, in host memory"
 
 
 def _gated_keeps(storage: Storage) -> str:
@@ -277,6 +289,7 @@ STAND_INS: dict[str, Row] = {
         reason="reentrant checkpoints send no gradient to layers behind frozen ones",
         put=_no_reentry,
     ),
+    "block": Row(None, "fastln", _block_keeps, False, "the storage mode asks for it", _block),
     "random_head": Row(
         "random_heads", "trains whole", "what stock keeps", False, "it was not in the checkpoint", _nothing
     ),

@@ -78,6 +78,9 @@ def _is_same(model: nn.Module, settings: MethodSettings) -> bool:
         and (was.method, was.scope, was.without) == (settings.method, settings.scope, settings.without)
         and tuple(name for name in was.also if name not in random) == settings.also
         and was.settings == OpSettings(settings.backend, settings.activations, settings.products)
+        and settings.memory_budget is None
+        and was.n_bytes is None
+        and not was.storages
         and was.device == str(next(model.parameters()).device)
     )
 

@@ -24,6 +24,7 @@ class TrainConfig:
         without: names of what `fastln.prepare` leaves out; None for nothing. This and the next three are for engine
             `fastln` only.
         activations: as `fastln.prepare` takes it.
+        memory_budget: as `fastln.prepare` takes it; the first batch decides.
         products: as `fastln.prepare` takes it.
         keep_weights: as `fastln.prepare` takes it. Otherwise the base is loaded again at the end, to be scored and
             saved.
@@ -47,6 +48,7 @@ class TrainConfig:
     scope: tuple[str, ...] | None = None
     without: tuple[str, ...] | None = None
     activations: str = EXACT
+    memory_budget: float | str | None = None
     products: str = EXACT
     keep_weights: bool = False
     epochs: int = 15
@@ -91,6 +93,7 @@ class TrainConfig:
             scope=self.scope,
             without=self.without or (),
             activations=self.activations,
+            memory_budget=self.memory_budget,
             products=self.products,
             keep_weights=self.keep_weights,
         )

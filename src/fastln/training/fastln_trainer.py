@@ -46,6 +46,7 @@ class FastLNTrainer(MethodTrainer):
         backend: The backend of fastln's operations.
         without: What `fastln.prepare` leaves out; `random_heads` for every engine.
         activations: As for `fastln.prepare`.
+        memory_budget: As for `fastln.prepare`; the first batch decides.
         products: As for `fastln.prepare`.
         keep_weights: As for `fastln.prepare`. Without the model's own weights, `save_model` writes what it writes into
             checkpoints, which `fastln merge` joins with the base.
@@ -71,6 +72,7 @@ class FastLNTrainer(MethodTrainer):
         backend: str = "auto",
         without: str | Iterable[str] = (),
         activations: str = "exact",
+        memory_budget: float | str | None = None,
         products: str = "exact",
         keep_weights: bool = False,
         norm_learning_rate: float | None = None,
@@ -88,6 +90,7 @@ class FastLNTrainer(MethodTrainer):
             without=without,
             backend=backend,
             activations=activations,
+            memory_budget=memory_budget,
             products=products,
             keep_weights=keep_weights,
         )

@@ -17,7 +17,7 @@ def write_json(path: Path, values: dict[str, object]) -> None:
     beside.replace(path)
 
 
-_LATER = {"activations": "exact", "products": "exact", "keep_weights": False}
+_LATER = {"activations": "exact", "memory_budget": None, "products": "exact", "keep_weights": False}
 """The values, in records of earlier versions, of options that these did not have."""
 
 

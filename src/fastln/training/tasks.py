@@ -167,7 +167,7 @@ def reload(task: VQATask, trained: nn.Module, settings: MethodSettings) -> nn.Mo
         origin.model, None, dtype=dtype, seed=origin.seed, device=device, image_size=origin.image_size, kept=kept
     ).model
     plain = tuple(name for name in TRICKS if name != RANDOM_HEADS)
-    exact = replace(settings, without=plain, backend="reference", activations=EXACT, products=EXACT)
+    exact = replace(settings, without=plain, backend="reference", activations=EXACT, memory_budget=None, products=EXACT)
     again = apply_settings(task, exact, quietly=True)
     if (differs := difference(base, again, values.keys() | out_of_use(again))) is not None:
         raise FastLNError(

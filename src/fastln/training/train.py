@@ -159,8 +159,8 @@ def tell_unused(task: VQATask, data: VQADataset, config: TrainConfig, adapter_dt
             why = f"each image of {data.name} has one question"
         if why:
             logger.warning("questions_per_image %d has no effect: %s", config.questions_per_image, why)
-    for name in ("activations", "products"):
-        if not epochs and (value := getattr(config, name)) != EXACT:
+    for name in ("activations", "memory_budget", "products"):
+        if not epochs and (value := getattr(config, name)) not in (EXACT, None):
             logger.warning("%s %s has no effect: the head trains on features that exact towers computed", name, value)
     if config.weight_decay not in (0, WEIGHT_DECAY) and not decays(task.model, head):
         logger.warning(
