@@ -22,8 +22,11 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
+from fastln.errors import FastLNError
 from fastln.ops.rounded import bytes_at_hand, forget_rows
 from fastln.standins.part import StandIn
+from fastln_kernels.cpu import memory as allocator
+from fastln_kernels.cpu.library import KernelsUnavailableError
 
 MOMENTS = 8  # bytes for each trained number: AdamW's two moments, in float32
 MASTER = 4  # bytes for each trained number of lower precision: its float32 copy
@@ -236,3 +239,48 @@ def peak_bytes(device: torch.device) -> int:
     except (OSError, StopIteration):
         unit = 1 if sys.platform == "darwin" else 1024
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+class AllocatorPeak:
+    """Measures the most memory that torch's CPU allocator had handed out at once, in the whole process.
+
+    It measures tensors and torch's own buffers, to the byte (rounded up by at most a page each), where `peak_bytes`
+    measures all that is resident. Tensors that exist before the context do not count, so it opens before the model is
+    made; nor do files that are mapped into memory.
+
+        with AllocatorPeak() as allocated:
+            model, batch = ...
+            model(**batch).loss.backward()
+        print(allocated.bytes)
+    """
+
+    kind = "CPU allocator peak"
+    """What is measured, in the words of `reset_peak`."""
+
+    def __init__(self) -> None:
+        self._bytes: int | None = None
+
+    def __enter__(self) -> AllocatorPeak:
+        try:
+            allocator.start_counting()
+        except KernelsUnavailableError as error:
+            raise FastLNError(f"what torch allocates on the CPU cannot be counted: {error}") from None
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._bytes = self.bytes
+        allocator.stop_counting()
+
+    def reset(self) -> None:
+        """Begin again with what is allocated now."""
+        allocator.reset_peak()
+
+    @property
+    def live(self) -> int:
+        """Bytes that are allocated now."""
+        return allocator.live_bytes()
+
+    @property
+    def bytes(self) -> int:
+        """The most since the context opened or since `reset`; after the context, as it was at its end."""
+        return allocator.peak_bytes() if self._bytes is None else self._bytes

@@ -5,12 +5,17 @@
 // between small blocks that outlive the step. There a freed block does not merge with its neighbours, and the next
 // large tensor finds no gap that fits. The arena holds no small blocks, and free neighbours always merge. So it grows
 // little beyond the largest total size of live tensors.
+//
+// The same allocator can count: the bytes that live of all that torch allocates on the CPU, and their peak. It counts
+// with the arena and without it.
 #include <c10/core/CPUAllocator.h>
+#include <malloc.h>
 #include <pthread.h>
 #include <sys/mman.h>
 #include <unistd.h>
 
 #include <algorithm>
+#include <atomic>
 #include <cstddef>
 #include <cstdint>
 #include <iterator>
@@ -51,16 +56,22 @@ class Arena {
   bool holds(const char* address) const { return begin_ <= address && address < begin_ + size_; }
 
   // Returns null if the arena or the system has no more memory.
-  void* take(size_t n) {
+  void* take(size_t n, bool is_counted) {
     n = round_up(n, ALIGNMENT);
     const auto fit = free_.lower_bound({n, nullptr});
     if (fit == free_.end()) return nullptr;
     const auto [size, block] = *fit;
     if (!open_up_to(block + n)) return nullptr;
     free_.erase(fit);
-    blocks_[block] = {n, false};
+    blocks_[block] = {n, false, is_counted};
     if (size > n) add_free(block + n, size - n);
     return block;
+  }
+
+  // Returns a taken block's size if it is counted, else 0.
+  size_t counted_size(char* address) const {
+    const Block& block = blocks_.at(address);
+    return block.is_counted ? block.size : 0;
   }
 
   // Returns the start of the free block that now contains the freed block.
@@ -95,11 +106,12 @@ class Arena {
   struct Block {
     size_t size;
     bool is_free;
+    bool is_counted;
   };
   using Blocks = std::map<char*, Block>;
 
   void add_free(char* address, size_t size) {
-    blocks_[address] = {size, true};
+    blocks_[address] = {size, true, false};
     free_.insert({size, address});
   }
 
@@ -127,11 +139,30 @@ class Arena {
 };
 
 // These are never destroyed, because tensors may be freed at the end of the process, after everything else.
-std::mutex mutex;                    // guards the next four
-size_t n_users = 0;                  // while it is not 0, torch uses our allocator
+std::mutex mutex;                    // guards the next five
+size_t n_users = 0;                  // of the arena; while this or the next is not 0, torch uses our allocator
+size_t n_counters = 0;               // who wants allocations counted
 Arena* arena = nullptr;              // exists while it has users, or blocks that outlive the last user
 c10::Allocator* standard = nullptr;  // torch's own, set at the first install
 c10::Allocator* ours = nullptr;
+
+// What is counted. No other memory depends on it, so the order in which other threads see it does not matter.
+std::atomic<bool> counts{false};
+std::atomic<int64_t> live{0}, peak{0};
+
+void count(int64_t n) {
+  const int64_t now = live.fetch_add(n, std::memory_order_relaxed) + n;
+  int64_t before = peak.load(std::memory_order_relaxed);
+  while (now > before && !peak.compare_exchange_weak(before, now, std::memory_order_relaxed)) continue;
+}
+
+// A block of torch's own allocator, whose size only the C library knows: what was asked for, rounded up by it.
+int64_t size_of(void* address) { return static_cast<int64_t>(malloc_usable_size(address)); }
+
+void give_back_counted(void* address) {
+  count(-size_of(address));
+  standard->raw_deallocate(address);
+}
 
 // Call while nobody uses the arena.
 void retire() {
@@ -146,9 +177,13 @@ bool is_in_arena(void* address) {
 }
 
 void give_back(void* address) {
-  if (!is_in_arena(address)) return standard->raw_deallocate(address);
+  if (!is_in_arena(address)) {  // a raw pointer, which does not say whether it is counted
+    if (counts.load(std::memory_order_relaxed)) count(-size_of(address));
+    return standard->raw_deallocate(address);
+  }
   c10::profiledCPUMemoryReporter().Delete(address);
   const std::lock_guard<std::mutex> guard(mutex);
+  count(-static_cast<int64_t>(arena->counted_size(static_cast<char*>(address))));
   char* const block = arena->give_back(static_cast<char*>(address));
   if (n_users > 0) return;
   if (arena->is_unused())
@@ -161,8 +196,9 @@ void give_back(void* address) {
 class Allocator final : public c10::Allocator {
  public:
   c10::DataPtr allocate(size_t n) override {
-    void* const address = n < LARGE ? nullptr : take(n);
-    if (!address) return standard->allocate(n);
+    const bool is_counted = counts.load(std::memory_order_relaxed);
+    void* const address = n < LARGE ? nullptr : take(n, is_counted);
+    if (!address) return is_counted ? counted(standard->allocate(n)) : standard->allocate(n);
     c10::profiledCPUMemoryReporter().New(address, n);
     return {address, address, give_back, c10::Device(c10::DeviceType::CPU)};
   }
@@ -170,15 +206,24 @@ class Allocator final : public c10::Allocator {
   void copy_data(void* to, const void* from, size_t n) const override { default_copy_data(to, from, n); }
 
  private:
-  static void* take(size_t n) {
+  static void* take(size_t n, bool is_counted) {
     const std::lock_guard<std::mutex> guard(mutex);
-    return n_users > 0 ? arena->take(n) : nullptr;
+    void* const block = n_users > 0 ? arena->take(n, is_counted) : nullptr;
+    if (block) count(static_cast<int64_t>(arena->counted_size(static_cast<char*>(block))));
+    return block;
+  }
+
+  static c10::DataPtr counted(c10::DataPtr made) {
+    if (!made.get() || made.get_context() != made.get()) return made;
+    void* const address = made.release_context();
+    count(size_of(address));
+    return {address, address, give_back_counted, c10::Device(c10::DeviceType::CPU)};
   }
 };
 
 // Returns why torch's allocator cannot be replaced now, or null.
 const char* obstacle() {
-  if (n_users > 0) return nullptr;
+  if (n_users + n_counters > 0) return nullptr;
   c10::Allocator* const now = c10::GetCPUAllocator();
   if (standard && now != standard) return "torch's allocator was replaced by another one meanwhile";
   if (!now->raw_deleter()) return "torch has an allocator whose blocks no other can free";
@@ -198,6 +243,20 @@ const char* prepare() {
   // have this effect.
   standard->raw_deallocate(standard->raw_allocate(31 << 20));
   return nullptr;
+}
+
+// Makes our allocator torch's, if it is not yet. Returns why it failed, or null.
+const char* take_over() {
+  if (n_users + n_counters > 0) return nullptr;
+  if (const char* const why = obstacle()) return why;
+  if (const char* const why = prepare()) return why;
+  c10::SetCPUAllocator(ours);
+  return c10::GetCPUAllocator() == ours ? nullptr : "torch has an allocator of higher priority";
+}
+
+// Gives torch its own allocator back, if nobody wants ours.
+void hand_over() {
+  if (n_users + n_counters == 0 && c10::GetCPUAllocator() == ours) c10::SetCPUAllocator(standard);
 }
 
 }  // namespace
@@ -223,18 +282,13 @@ extern "C" const char* fastln_install_arena(size_t size, size_t* reserved) {
     ++n_users;
     return nullptr;
   }
-  if (const char* const why = obstacle()) return why;
-  if (const char* const why = prepare()) return why;
+  if (const char* const why = take_over()) return why;
   if (!arena) arena = new Arena(size);
   if (!arena->exists()) {
     delete arena;
     arena = nullptr;
+    hand_over();
     return "the system does not reserve that many addresses (see ulimit -v)";
-  }
-  c10::SetCPUAllocator(ours);
-  if (c10::GetCPUAllocator() != ours) {
-    retire();
-    return "torch has an allocator of higher priority";
   }
   n_users = 1;
   *reserved = arena->size();
@@ -246,6 +300,28 @@ extern "C" const char* fastln_install_arena(size_t size, size_t* reserved) {
 extern "C" void fastln_release_arena() {
   const std::lock_guard<std::mutex> guard(mutex);
   if (n_users == 0 || --n_users > 0) return;
-  if (c10::GetCPUAllocator() == ours) c10::SetCPUAllocator(standard);
+  hand_over();
   retire();
 }
+
+// Adds someone who wants allocations counted, from now on. Returns why it failed, or null.
+extern "C" const char* fastln_start_counting() {
+  const std::lock_guard<std::mutex> guard(mutex);
+  if (const char* const why = take_over()) return why;
+  if (n_counters++ > 0) return nullptr;
+  peak = live.load();  // of blocks that an earlier counter saw begin
+  counts = true;
+  return nullptr;
+}
+
+// Removes one of them.
+extern "C" void fastln_stop_counting() {
+  const std::lock_guard<std::mutex> guard(mutex);
+  if (n_counters == 0 || --n_counters > 0) return;
+  counts = false;
+  hand_over();
+}
+
+extern "C" int64_t fastln_live_bytes() { return live; }
+extern "C" int64_t fastln_peak_bytes() { return peak; }
+extern "C" void fastln_reset_peak() { peak = live.load(); }

@@ -1,7 +1,8 @@
-"""An arena for large CPU tensors that keeps its pages (`memory.cpp`).
+"""An arena for large CPU tensors that keeps its pages, and a count of all that torch allocates (`memory.cpp`).
 
 A user of the arena calls `install`, and `release` when done. The first user replaces torch's CPU allocator in the whole
-process. The last one puts it back.
+process. The last one puts it back. `start_counting` and `stop_counting` do the same for the count, with the arena or
+without it.
 """
 
 import ctypes
@@ -71,6 +72,44 @@ def users() -> int:
     return count
 
 
+def start_counting() -> None:
+    """Count from now on what torch allocates on the CPU, in the whole process, until `stop_counting`.
+
+    A tensor that exists already does not count. Sizes are rounded up as the arena or the C library does: to 64 bytes,
+    and large tensors without the arena to whole pages.
+
+    Raises:
+        KernelsUnavailableError: As for `install`.
+    """
+    if reason := why_not():
+        raise KernelsUnavailableError(reason)
+    refusal = _library().fastln_start_counting()
+    if refusal:
+        raise KernelsUnavailableError(refusal.decode())
+
+
+def stop_counting() -> None:
+    """Undo one `start_counting`. What was counted still is when it is freed."""
+    _library().fastln_stop_counting()
+
+
+def live_bytes() -> int:
+    """Return how much of what was counted is not freed."""
+    n_bytes: int = _library().fastln_live_bytes()
+    return n_bytes
+
+
+def peak_bytes() -> int:
+    """Return the most that `live_bytes` was since `reset_peak`, or since counting began."""
+    n_bytes: int = _library().fastln_peak_bytes()
+    return n_bytes
+
+
+def reset_peak() -> None:
+    """Let the peak be what lives now."""
+    _library().fastln_reset_peak()
+
+
 @functools.cache
 def _library() -> ctypes.CDLL:
     found = library.load("memory")
@@ -79,6 +118,11 @@ def _library() -> ctypes.CDLL:
         "fastln_arena_users": ([], ctypes.c_size_t),
         "fastln_install_arena": ([ctypes.c_size_t, ctypes.c_void_p], ctypes.c_char_p),
         "fastln_release_arena": ([], None),
+        "fastln_start_counting": ([], ctypes.c_char_p),
+        "fastln_stop_counting": ([], None),
+        "fastln_live_bytes": ([], ctypes.c_int64),
+        "fastln_peak_bytes": ([], ctypes.c_int64),
+        "fastln_reset_peak": ([], None),
     }
     for name, (arguments, result) in signatures.items():
         function = getattr(found, name)

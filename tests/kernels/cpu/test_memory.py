@@ -187,11 +187,61 @@ assert (empty(MIB).fill_(1) == 1).all()
 assert memory.install(GIB) == GIB
 """
 
+# Both kinds of blocks count, and those that are freed after the count or after the arena.
+COUNTED = """
+def near(n_bytes, expected):
+    assert expected <= n_bytes <= expected + 16 * KIB, (n_bytes, expected)
+before = empty(8 * MIB)
+memory.start_counting()
+assert memory.live_bytes() == memory.peak_bytes() == 0
+del before  # it began uncounted
+assert memory.live_bytes() == 0
+small, large = empty(KIB), empty(MIB)
+near(memory.live_bytes(), MIB + KIB)
+assert memory.install(GIB) == GIB
+in_arena = empty(4 * MIB)
+near(memory.live_bytes(), 5 * MIB + KIB)
+del large, in_arena
+near(memory.live_bytes(), KIB)
+near(memory.peak_bytes(), 5 * MIB + KIB)
+memory.reset_peak()
+near(memory.peak_bytes(), KIB)
+grows = torch.empty(0)
+grows.resize_(MIB)  # 4 MiB
+near(memory.peak_bytes(), 4 * MIB + KIB)
+memory.start_counting()
+memory.stop_counting()
+held = empty(MIB)
+near(memory.live_bytes(), 5 * MIB + KIB)
+memory.stop_counting()
+uncounted = empty(2 * MIB)
+memory.release()
+outside = empty(2 * MIB)
+del small, held, grows, uncounted, outside
+assert memory.live_bytes() == 0
+memory.install(GIB)  # the arena first
+memory.start_counting()
+held = empty(2 * MIB)
+memory.release()
+later = empty(MIB)
+near(memory.live_bytes(), 3 * MIB)
+del held
+near(memory.live_bytes(), MIB)
+threads = [threading.Thread(target=lambda: [empty(size) for size in (10, MIB) * 500]) for _ in range(4)]
+for thread in threads:
+    thread.start()
+for thread in threads:
+    thread.join()
+near(memory.live_bytes(), MIB)
+memory.stop_counting()
+assert memory.users() == 0
+"""
 PROGRAMS = {
     "holes": HOLES,
     "small ones stay": SMALL_ONES_STAY,
     "children": CHILDREN,
     "release": RELEASE,
+    "counted": COUNTED,
     "freed late": FREED_LATE,
     "full": FULL,
     "asking replaces nothing": ASKING_REPLACES_NOTHING,
