@@ -10,7 +10,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.modeling_outputs import ModelOutput
 
 from fastln.errors import FastLNError
-from fastln.memory import SavedActivations
+from fastln.memory import Footprint, SavedActivations
 from fastln.methods import norm_parameters
 from fastln.peak import StepMemory, by_kind, by_layer, step_memory
 from fastln.plan import apply, plan
@@ -71,12 +71,12 @@ def test_the_optimizer_copies_gradients_of_lower_precision():
             self.inner = model
 
         def forward(self, x):
-            return ModelOutput(loss=self.inner(x).sum())
+            return ModelOutput(loss=(self.inner[0].weight * x).sum())
 
     inputs = {"x": torch.ones(1, 1000, dtype=torch.bfloat16)}
     got = step_memory(Wrapped(), inputs)
     assert (got.phase, got.weights, got.gradients, got.optimizer) == ("optimizer", 2 * 10**6, 2 * 10**6, 12 * 10**6)
-    assert got.workspace == 4 * 10**6 + 2  # the loss
+    assert 0 <= got.workspace - 4 * 10**6 <= 4  # the loss and its gradient
     without = step_memory(Wrapped(), inputs, optimizer=False)
     assert (without.phase, without.optimizer) == ("backward", 0)
 
@@ -150,7 +150,7 @@ def test_errors_say_what_is_missing():
 
 
 def test_a_step_in_words():
-    got = StepMemory(2**30, 2**20, 2**21, 0, (), 2**22, "backward", ())
+    got = StepMemory(2**30, 2**20, 2**21, 0, (), 2**22, "backward", (), Footprint(2**30, 2**20, 2**21, 0))
     assert got.describe() == (
         "peak 1,031.0 MiB in the backward, predicted: weights 1,024.0, gradients 1.0, optimizer 2.0, batch 0.0, "
         "saved for backward 0.0, workspace 4.0"

@@ -20,8 +20,9 @@ LAYERS = """
     fingerprint ops
     decision families late
     fits methods standins
-    int8_rules memory state
-    decider peak
+    int8_rules memory state workspace
+    decider lifetimes
+    peak
     budget
     plan watch
     prepare rates settings
