@@ -10,6 +10,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from fastln_kernels.reference_codes import decode_rows, encode_rows
+
 
 @dataclass(frozen=True, slots=True)
 class NormKind:
@@ -41,6 +43,7 @@ class NormForward(NamedTuple):
         seed: `(1,)`, int64, the seed of dropout's random numbers; may be None without dropout.
         want_stream: Whether to return `residual + dropout(x)`. It is then rounded to the dtype of `x` before the norm.
         want_normed: Whether to return x_hat.
+        want_codes: Whether to return x_hat in 8 bits instead, see `fastln_kernels.reference_codes`.
     """
 
     x: Tensor
@@ -52,6 +55,7 @@ class NormForward(NamedTuple):
     seed: Tensor | None = None
     want_stream: bool = False
     want_normed: bool = False
+    want_codes: bool = False
 
 
 class NormOutputs(NamedTuple):
@@ -60,14 +64,16 @@ class NormOutputs(NamedTuple):
     Attributes:
         y: `(n_rows, n_cols)`, contiguous, in the dtype of `x`.
         stream: `residual + dropout(x)`, likewise; None if not requested.
-        normed: x_hat, likewise.
+        normed: x_hat, likewise; or its codes, int8.
         rstd: `(n_rows,)`, `1 / sqrt(variance + eps)`, in the dtype of the arithmetic.
+        scale: `(n_rows,)`, float32, what the codes of a row are multiplied by; None without codes.
     """
 
     y: Tensor
     stream: Tensor | None
     normed: Tensor | None
     rstd: Tensor
+    scale: Tensor | None = None
 
 
 class NormBackward(NamedTuple):
@@ -75,11 +81,11 @@ class NormBackward(NamedTuple):
 
     Attributes:
         dy: `(n_rows, n_cols)`, the gradient of `y`.
-        saved: The norm's input, or x_hat; may be None if only `dbias` is requested.
+        saved: The norm's input, or x_hat, or its codes; may be None if only `dbias` is requested.
         weight: As in the forward; used only for `dx` and `dresidual`.
         rstd: From the forward; may be None if `saved` may be None.
         kind: As in the forward.
-        saved_is_normed: Whether `saved` is x_hat.
+        saved_is_normed: Whether `saved` is x_hat, in full or in codes.
         dstream: `(n_rows, n_cols)`, the gradient of the returned `stream` from its other uses, or None if it has none.
         dropout: As in the forward.
         seed: As in the forward; used only for `dx`.
@@ -88,6 +94,7 @@ class NormBackward(NamedTuple):
         need_dweight: Whether to compute the gradient of the weight.
         need_dbias: Whether to compute the gradient of the bias.
         grad_dtype: The dtype of the parameters' gradients. They are summed in the dtype of the arithmetic.
+        scale: From the forward, if `saved` holds codes.
     """
 
     dy: Tensor
@@ -104,6 +111,31 @@ class NormBackward(NamedTuple):
     need_dweight: bool = False
     need_dbias: bool = False
     grad_dtype: torch.dtype = torch.float32
+    scale: Tensor | None = None
+
+
+class NormAgain(NamedTuple):
+    """The inputs of `norm_again`.
+
+    Attributes:
+        saved: `(n_rows, n_cols)`, what was kept: the norm's input (the stream, if there is one), x_hat, or its codes.
+        weight: As in the forward.
+        bias: As in the forward.
+        rstd: From the forward; used only if `saved` is the input.
+        kind: As in the forward.
+        saved_is_normed: Whether `saved` is x_hat, in full or in codes.
+        scale: From the forward, if `saved` holds codes.
+        dtype: The dtype of the forward's result.
+    """
+
+    saved: Tensor
+    weight: Tensor | None
+    bias: Tensor | None
+    rstd: Tensor | None
+    kind: NormKind
+    saved_is_normed: bool
+    scale: Tensor | None
+    dtype: torch.dtype
 
 
 class NormGradients(NamedTuple):
@@ -141,14 +173,28 @@ def norm_forward(request: NormForward) -> NormOutputs:
         stream = _centred(stream)
     rstd = (stream.square().mean(-1) + kind.eps).rsqrt()
     normed = stream * rstd[:, None]
-    y = _rounded_if(kind, normed, x.dtype)
-    if request.weight is not None:
-        y = y * (request.weight.to(y.dtype) + kind.offset)
-    if request.bias is not None:
-        y = y + request.bias
+    y = _scaled(normed, request.weight, request.bias, kind, x.dtype)
     # Copies: no two results may share their memory.
     kept = normed.to(x.dtype, copy=True).contiguous() if request.want_normed else None
-    return NormOutputs(y.to(x.dtype).contiguous(), rounded, kept, rstd)
+    scale = None
+    if request.want_codes:
+        assert kept is None
+        kept, scale = encode_rows(normed)
+    return NormOutputs(y, rounded, kept, rstd, scale)
+
+
+def norm_again(request: NormAgain) -> Tensor:
+    """Return the forward's y, `(n_rows, n_cols)`, from what was kept of it.
+
+    From the input it is the same; from x_hat or its codes it has their rounding errors, times the weight.
+    """
+    saved, kind, dtype = request.saved, request.kind, request.dtype
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    normed = saved.to(wide) if request.scale is None else decode_rows(saved, request.scale, wide)
+    if not request.saved_is_normed:
+        assert request.rstd is not None
+        normed = (_centred(normed) if kind.centre else normed) * request.rstd[:, None]
+    return _scaled(normed, request.weight, request.bias, kind, dtype)
 
 
 def norm_backward(request: NormBackward) -> NormGradients:
@@ -161,7 +207,10 @@ def norm_backward(request: NormBackward) -> NormGradients:
         assert request.saved is not None
         assert request.rstd is not None
         rstd = request.rstd[:, None]
-        normed = request.saved.to(dy_wide.dtype)
+        if request.scale is None:
+            normed = request.saved.to(dy_wide.dtype)
+        else:
+            normed = decode_rows(request.saved, request.scale, dy_wide.dtype)
         if not request.saved_is_normed:
             normed = (_centred(normed) if kind.centre else normed) * rstd
         if need_rows:
@@ -274,6 +323,15 @@ def _product(factor: int, number: Tensor) -> tuple[Tensor, Tensor]:
 def _centred(x: Tensor) -> Tensor:
     centred = x - x.mean(-1, keepdim=True)
     return centred - centred.mean(-1, keepdim=True)
+
+
+def _scaled(normed: Tensor, weight: Tensor | None, bias: Tensor | None, kind: NormKind, dtype: torch.dtype) -> Tensor:
+    y = _rounded_if(kind, normed, dtype)
+    if weight is not None:
+        y = y * (weight.to(y.dtype) + kind.offset)
+    if bias is not None:
+        y = y + bias
+    return y.to(dtype).contiguous()
 
 
 def _rounded_if(kind: NormKind, normed: Tensor, dtype: torch.dtype) -> Tensor:

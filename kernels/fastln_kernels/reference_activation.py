@@ -14,12 +14,20 @@ Four of the five are `x * s(x)`, where s is a distribution function, written to 
 """
 
 import math
-from typing import Literal, NamedTuple, get_args
+from typing import Literal, NamedTuple, get_args, overload
 
 import torch
 from torch import Tensor
 
 from fastln_kernels.reference import arithmetic_dtype
+from fastln_kernels.reference_codes import (
+    Bits,
+    GatedCodes,
+    decode_groups,
+    decode_slopes,
+    encode_groups,
+    encode_slopes,
+)
 
 ActivationKind = Literal["gelu", "gelu_tanh", "quick_gelu", "silu", "relu"]
 """The kinds of activation. With a gate, "gelu" is GEGLU and "silu" is SwiGLU (Shazeer, arXiv 2002.05202)."""
@@ -43,36 +51,75 @@ class GatedGradients(NamedTuple):
     dup: Tensor | None
 
 
-def activation_forward(x: Tensor, kind: ActivationKind) -> Tensor:
-    """Apply an activation. The result is contiguous, with the shape and dtype of `x` (any floating dtype)."""
-    return _value(_wide(x), kind).to(x.dtype).contiguous()
+@overload
+def activation_forward(x: Tensor, kind: ActivationKind, *, bits: None = None) -> Tensor: ...
+@overload
+def activation_forward(x: Tensor, kind: ActivationKind, *, bits: Bits) -> tuple[Tensor, Tensor]: ...
+def activation_forward(x: Tensor, kind: ActivationKind, *, bits: Bits | None = None) -> Tensor | tuple[Tensor, Tensor]:
+    """Apply an activation. The result is contiguous, with the shape and dtype of `x` (any floating dtype).
+
+    Args:
+        x: `(..., n_cols)`.
+        kind: The kind of activation.
+        bits: If given, the codes of the derivative, with so many bits, are returned too: `(..., ceil(n_cols * bits /
+            8))`, uint8, contiguous. See `fastln_kernels.reference_codes`.
+    """
+    wide = _wide(x)
+    y = _value(wide, kind).to(x.dtype).contiguous()
+    if bits is None:
+        return y
+    return y, encode_slopes(_times_slope(torch.ones_like(wide), wide, kind), kind, bits)
 
 
-def activation_backward(dy: Tensor, saved: Tensor, kind: ActivationKind) -> Tensor:
+def activation_backward(dy: Tensor, saved: Tensor, kind: ActivationKind, *, bits: Bits | None = None) -> Tensor:
     """Compute dx, contiguous, with the shape and dtype of `dy`.
 
     Args:
         dy: The gradient of the result.
-        saved: The activation's input. For "relu" its output works too, because only the sign matters.
+        saved: The activation's input, or the codes of its derivative. For "relu" its output works too, because only the
+            sign matters.
         kind: The kind of activation.
+        bits: If given, `saved` holds codes of so many bits.
     """
-    return _times_slope(_wide(dy), _wide(saved), kind).to(dy.dtype).contiguous()
+    wide = _wide(dy)
+    if bits is None:
+        dx = _times_slope(wide, _wide(saved), kind)
+    else:
+        slope = decode_slopes(saved, kind, bits, dy.shape[-1], wide.dtype)
+        dx = torch.where(slope == 0, 0.0, wide) if kind == "relu" else wide * slope
+    return dx.to(dy.dtype).contiguous()
 
 
-def gated_forward(gate: Tensor, up: Tensor, kind: ActivationKind) -> Tensor:
+@overload
+def gated_forward(gate: Tensor, up: Tensor, kind: ActivationKind, *, bits: None = None) -> Tensor: ...
+@overload
+def gated_forward(
+    gate: Tensor, up: Tensor, kind: ActivationKind, *, bits: Literal[8, 4]
+) -> tuple[Tensor, GatedCodes]: ...
+def gated_forward(
+    gate: Tensor, up: Tensor, kind: ActivationKind, *, bits: Literal[8, 4] | None = None
+) -> Tensor | tuple[Tensor, GatedCodes]:
     """Compute `activation(gate) * up`, contiguous, with the shape and dtype of `gate`.
 
     Args:
         gate: The activation's input.
         up: Same shape and dtype as `gate`.
         kind: The kind of activation.
+        bits: If given, codes of the factors of the gradients, with so many bits, are returned too.
     """
-    return (_value(_wide(gate), kind) * up).to(gate.dtype).contiguous()
+    wide = _wide(gate)
+    value = _value(wide, kind)
+    y = (value * up).to(gate.dtype).contiguous()
+    if bits is None:
+        return y
+    codes, value_scale = encode_groups(value, bits)
+    slopes, slope_scale = encode_groups(_times_slope(_wide(up), wide, kind), bits)
+    return y, GatedCodes(codes, slopes, value_scale, slope_scale)
 
 
 def gated_backward(
     dy: Tensor,
-    gate: Tensor,
+    gate: Tensor | GatedCodes,
     up: Tensor | None,
     kind: ActivationKind,
     *,
@@ -84,21 +131,29 @@ def gated_backward(
 
     Args:
         dy: The gradient of the result.
-        gate: As in the forward.
-        up: As in the forward; may be None if only `dup` is requested.
+        gate: As in the forward; or the codes that the forward returned.
+        up: As in the forward; may be None if only `dup` is requested, or if there are codes.
         kind: As in the forward.
         need_dgate: Whether to compute the gradient of `gate`.
         need_dup: Whether to compute the gradient of `up`.
         out: Tensors that receive the gradients and are returned. Their columns must be contiguous (two halves of one
             tensor work). By default, new contiguous tensors.
     """
-    dy_wide, gate = _wide(dy), _wide(gate)
+    dy_wide = _wide(dy)
     dgate = dup = None
     if need_dgate:
-        assert up is not None
-        dgate = _times_slope(dy_wide * up, gate, kind).to(dy.dtype).contiguous()
+        if isinstance(gate, GatedCodes):
+            dgate = dy_wide * decode_groups(gate.slope, gate.slope_scale, dy.shape[-1], dy_wide.dtype)
+        else:
+            assert up is not None
+            dgate = _times_slope(dy_wide * up, _wide(gate), kind)
+        dgate = dgate.to(dy.dtype).contiguous()
     if need_dup:
-        dup = (dy_wide * _value(gate, kind)).to(dy.dtype).contiguous()
+        if isinstance(gate, GatedCodes):
+            value = decode_groups(gate.value, gate.value_scale, dy.shape[-1], dy_wide.dtype)
+        else:
+            value = _value(_wide(gate), kind)
+        dup = (dy_wide * value).to(dy.dtype).contiguous()
     if out is None:
         return GatedGradients(dgate, dup)
     for buffer, gradient in zip(out, (dgate, dup), strict=True):
