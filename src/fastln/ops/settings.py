@@ -41,6 +41,13 @@ STORAGES = {
     "exact": Storage(),
     "again": Storage(again=True),
     "recompute": Storage(again=True, hidden="again"),
+    "compressed": Storage(x_hat_bits=8, hidden=8),
+    "compressed-4": Storage(x_hat_bits=8, hidden=4),
+    "compressed-2": Storage(x_hat_bits=8, hidden=2),
+    "compressed-again": Storage(x_hat_bits=8, again=True, hidden=8),
+    "compressed-4-again": Storage(x_hat_bits=8, again=True, hidden=4),
+    "compressed-2-again": Storage(x_hat_bits=8, again=True, hidden=2),
+    "compressed-recompute": Storage(x_hat_bits=8, again=True, hidden="again"),
     "checkpoint": Storage(block="checkpoint"),
     "offload": Storage(block="offload"),
 }

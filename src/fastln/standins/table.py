@@ -219,7 +219,12 @@ def _arena(place: Place) -> None:
     arena.put()
 
 
-_INPUT = "its input, a float32 per row"
+def _norm_keeps(storage: Storage) -> str:
+    return "x_hat in 8 bits, two float32 per row" if storage.x_hat_bits else "its input, a float32 per row"
+
+
+def _post_norm_keeps(storage: Storage) -> str:
+    return _norm_keeps(storage) if storage.x_hat_bits else "x_hat, a float32 per row"
 
 
 def _attention_keeps(storage: Storage) -> str:
@@ -228,6 +233,8 @@ def _attention_keeps(storage: Storage) -> str:
 
 
 def _activation_keeps(storage: Storage) -> str:
+    if storage.code_bits:
+        return f"its derivative in {storage.code_bits} bits"
     return "its input is made again" if storage.hidden == "again" else "its input (ReLU: its output)"
 
 
@@ -236,6 +243,8 @@ def _block_keeps(storage: Storage) -> str:
 
 
 def _gated_keeps(storage: Storage) -> str:
+    if storage.code_bits:  # codes of 2 bits would say too little of these
+        return f"the factors of its gradients in {max(storage.code_bits, 4)} bits"
     return "gate and up are made again" if storage.hidden == "again" else "gate and up"
 
 
@@ -244,8 +253,8 @@ _FASTER = "fastln's kernels store and compute only what is needed"
 _FROZEN = "its weight is frozen"
 
 STAND_INS: dict[str, Row] = {
-    "layer_norm": Row("norms", "fastln", _INPUT, False, _FASTER, _norm(LayerNorm)),
-    "norm": Row("norms", "fastln", _INPUT, False, _FASTER, _norm(Norm)),
+    "layer_norm": Row("norms", "fastln", _norm_keeps, False, _FASTER, _norm(LayerNorm)),
+    "norm": Row("norms", "fastln", _norm_keeps, False, _FASTER, _norm(Norm)),
     "slow_norm": Row(None, "stock code", "what stock keeps", False, "fastln has no fast form of it", _norm(StockNorm)),
     "model_dtype": Row(None, "stays as it is", "-", False, "its first parameter is a norm's, now float32", _own_dtype),
     "dropout": Row("dropout", "fastln", _SEED, False, "no mask is stored", _swap(Dropout)),
@@ -254,7 +263,7 @@ STAND_INS: dict[str, Row] = {
     "post_norm": Row(
         trick="post_norms",
         becomes="fastln",
-        keeps="x_hat, a float32 per row",
+        keeps=_post_norm_keeps,
         has_products=False,
         reason="no sum is stored",
         put=_swap(DenseDropoutAddNorm),
