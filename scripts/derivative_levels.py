@@ -65,7 +65,7 @@ def lloyd_max(slopes: Tensor, shares: Tensor, n_levels: int, *, steps: int = 300
 def errors(kind: ActivationKind, bits: int) -> tuple[float, float]:
     """Return the root mean square error and the mean error of the committed levels, relative to the derivatives'."""
     slopes, shares = derivatives(kind, 1 << 16)
-    off = decode_slopes(encode_slopes(slopes, kind, bits), kind, bits, len(slopes), slopes.dtype) - slopes
+    off = decode_slopes(encode_slopes(slopes, kind, bits), kind, bits, slopes.shape, slopes.dtype) - slopes
     size = (shares * slopes.square()).sum().sqrt()
     return ((shares * off.square()).sum().sqrt() / size).item(), ((shares * off).sum() / size).item()
 

@@ -22,6 +22,7 @@ from torch import Tensor
 from fastln_kernels.reference import arithmetic_dtype
 from fastln_kernels.reference_codes import (
     Bits,
+    GatedBits,
     GatedCodes,
     decode_groups,
     decode_slopes,
@@ -85,7 +86,7 @@ def activation_backward(dy: Tensor, saved: Tensor, kind: ActivationKind, *, bits
     if bits is None:
         dx = _times_slope(wide, _wide(saved), kind)
     else:
-        slope = decode_slopes(saved, kind, bits, dy.shape[-1], wide.dtype)
+        slope = decode_slopes(saved, kind, bits, dy.shape, wide.dtype)
         dx = torch.where(slope == 0, 0.0, wide) if kind == "relu" else wide * slope
     return dx.to(dy.dtype).contiguous()
 
@@ -93,11 +94,9 @@ def activation_backward(dy: Tensor, saved: Tensor, kind: ActivationKind, *, bits
 @overload
 def gated_forward(gate: Tensor, up: Tensor, kind: ActivationKind, *, bits: None = None) -> Tensor: ...
 @overload
+def gated_forward(gate: Tensor, up: Tensor, kind: ActivationKind, *, bits: GatedBits) -> tuple[Tensor, GatedCodes]: ...
 def gated_forward(
-    gate: Tensor, up: Tensor, kind: ActivationKind, *, bits: Literal[8, 4]
-) -> tuple[Tensor, GatedCodes]: ...
-def gated_forward(
-    gate: Tensor, up: Tensor, kind: ActivationKind, *, bits: Literal[8, 4] | None = None
+    gate: Tensor, up: Tensor, kind: ActivationKind, *, bits: GatedBits | None = None
 ) -> Tensor | tuple[Tensor, GatedCodes]:
     """Compute `activation(gate) * up`, contiguous, with the shape and dtype of `gate`.
 
@@ -143,14 +142,14 @@ def gated_backward(
     dgate = dup = None
     if need_dgate:
         if isinstance(gate, GatedCodes):
-            dgate = dy_wide * decode_groups(gate.slope, gate.slope_scale, dy.shape[-1], dy_wide.dtype)
+            dgate = dy_wide * decode_groups(gate.slope, gate.slope_scale, dy.shape, dy_wide.dtype)
         else:
             assert up is not None
             dgate = _times_slope(dy_wide * up, _wide(gate), kind)
         dgate = dgate.to(dy.dtype).contiguous()
     if need_dup:
         if isinstance(gate, GatedCodes):
-            value = decode_groups(gate.value, gate.value_scale, dy.shape[-1], dy_wide.dtype)
+            value = decode_groups(gate.value, gate.value_scale, dy.shape, dy_wide.dtype)
         else:
             value = _value(_wide(gate), kind)
         dup = (dy_wide * value).to(dy.dtype).contiguous()

@@ -29,7 +29,10 @@ if TYPE_CHECKING:
     from fastln_kernels.reference_activation import ActivationKind
 
 Bits = Literal[8, 4, 2]
-"""The widths of a code."""
+"""The widths of a derivative's code."""
+
+GatedBits = Literal[8, 4]
+"""The widths of the codes of a gated activation."""
 
 GROUPS = {8: 64, 4: 32}
 """How many neighbouring columns share a scale in the codes of a gated activation, by the width of a code."""
@@ -183,6 +186,7 @@ def decode_rows(codes: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
 
 def encode_groups(x: Tensor, bits: int) -> tuple[Tensor, Tensor]:
     """Return the symmetric codes of `(..., n_cols)` and a scale per group; shapes as in `GatedCodes`."""
+    x = torch.atleast_1d(x)
     n_cols, group = x.shape[-1], GROUPS[bits]
     n_groups = -(-n_cols // group)
     padded = torch.nn.functional.pad(x.to(torch.float32), (0, n_groups * group - n_cols))
@@ -191,15 +195,16 @@ def encode_groups(x: Tensor, bits: int) -> tuple[Tensor, Tensor]:
     return codes.contiguous() if bits == 8 else pack((codes + ZERO).to(torch.uint8), bits), scale
 
 
-def decode_groups(codes: Tensor, scale: Tensor, n_cols: int, dtype: torch.dtype) -> Tensor:
-    """Return the `(..., n_cols)` that codes of groups stand for, in the dtype of the arithmetic."""
-    bits = 8 if codes.dtype == torch.int8 else 4
+def decode_groups(codes: Tensor, scale: Tensor, shape: torch.Size, dtype: torch.dtype) -> Tensor:
+    """Return the tensor of a shape that codes of groups stand for, in the dtype of the arithmetic."""
+    bits, n_cols = 8 if codes.dtype == torch.int8 else 4, shape[-1] if shape else 1
     whole = codes.to(dtype) if bits == 8 else unpack(codes, bits, n_cols).to(dtype) - ZERO
-    return whole * scale.to(dtype).repeat_interleave(GROUPS[bits], -1)[..., :n_cols]
+    return (whole * scale.to(dtype).repeat_interleave(GROUPS[bits], -1)[..., :n_cols]).view(shape)
 
 
 def encode_slopes(slopes: Tensor, kind: ActivationKind, bits: int) -> Tensor:
     """Return the codes of derivatives `(..., n_cols)`: `(..., ceil(n_cols * bits / 8))`, uint8."""
+    slopes = torch.atleast_1d(slopes)
     if bits == 8:
         zero, steps = SLOPE_STEPS[kind]
         codes = (slopes * steps + zero).round().clamp(0, NAN_CODES[8] - 1)
@@ -209,10 +214,10 @@ def encode_slopes(slopes: Tensor, kind: ActivationKind, bits: int) -> Tensor:
     return pack(codes.masked_fill(slopes.isnan(), NAN_CODES.get(bits, 0)).to(torch.uint8), bits)
 
 
-def decode_slopes(codes: Tensor, kind: ActivationKind, bits: int, n_cols: int, dtype: torch.dtype) -> Tensor:
-    """Return the `(..., n_cols)` derivatives that codes stand for, in the dtype of the arithmetic."""
+def decode_slopes(codes: Tensor, kind: ActivationKind, bits: int, shape: torch.Size, dtype: torch.dtype) -> Tensor:
+    """Return the derivatives of a shape that codes stand for, in the dtype of the arithmetic."""
     table = slope_table(kind, bits).to(codes.device, dtype)
-    return table[unpack(codes, bits, n_cols).long()]
+    return table[unpack(codes, bits, shape[-1] if shape else 1).long()].view(shape)
 
 
 def slope_table(kind: ActivationKind, bits: int) -> Tensor:
@@ -231,8 +236,15 @@ def thresholds(kind: ActivationKind, bits: int) -> tuple[float, ...]:
 
 
 def code_shape(shape: torch.Size, bits: int) -> tuple[int, ...]:
-    """Return the shape of the codes of a tensor: each row has whole bytes."""
-    return (*shape[:-1], -(-shape[-1] * bits // 8))
+    """Return the shape of the codes of a tensor: each row has whole bytes. A tensor `()` is one row of one number."""
+    *rows, n_cols = shape or (1,)
+    return (*rows, -(-n_cols * bits // 8))
+
+
+def scale_shape(shape: torch.Size, bits: int) -> tuple[int, ...]:
+    """Return the shape of the scales of a gated activation's codes of so many bits."""
+    *rows, n_cols = shape or (1,)
+    return (*rows, -(-n_cols // GROUPS[bits]))
 
 
 def pack(codes: Tensor, bits: int) -> Tensor:

@@ -2,21 +2,22 @@
 
 `fastln_kernels.reference_activation` defines them. They take float32, bfloat16 and float16 and compute in float32. If
 all tensors are contiguous, they are treated as one row. Otherwise rows may have any stride (gate and up may be two
-halves of one tensor), and tensors with non-contiguous columns are copied.
+halves of one tensor), and tensors with non-contiguous columns are copied. Codes come from `native_codes`.
 """
 
 import ctypes
 import functools
 from ctypes import c_int64, c_void_p
-from typing import Any
+from typing import Any, overload
 
 import torch
 from torch import Tensor
 
-from fastln_kernels.cpu import native_int8
+from fastln_kernels.cpu import native_codes, native_int8
 from fastln_kernels.cpu.library import DTYPES, function
 from fastln_kernels.cpu.native_int8 import Rounding
 from fastln_kernels.reference_activation import ACTIVATION_KINDS, ActivationKind, GatedGradients
+from fastln_kernels.reference_codes import Bits, GatedBits, GatedCodes
 
 _KINDS = {kind: number for number, kind in enumerate(ACTIVATION_KINDS)}
 _SIZES = (c_int64, c_int64, c_int64, c_int64, c_int64)  # dtype, threads, rows, columns, kind
@@ -27,7 +28,17 @@ ROUNDED_BY = native_int8
 """The module whose `rounding` these functions take."""
 
 
-def activation_forward(x: Tensor, kind: ActivationKind, rounding: Rounding | None = None) -> Tensor:
+@overload
+def activation_forward(
+    x: Tensor, kind: ActivationKind, rounding: Rounding | None = None, *, bits: None = None
+) -> Tensor: ...
+@overload
+def activation_forward(
+    x: Tensor, kind: ActivationKind, rounding: Rounding | None = None, *, bits: Bits
+) -> tuple[Tensor, Tensor]: ...
+def activation_forward(
+    x: Tensor, kind: ActivationKind, rounding: Rounding | None = None, *, bits: Bits | None = None
+) -> Tensor | tuple[Tensor, Tensor]:
     """Apply an activation.
 
     This and the other three functions have the arguments and results of those in
@@ -37,20 +48,38 @@ def activation_forward(x: Tensor, kind: ActivationKind, rounding: Rounding | Non
     Raises:
         KernelsUnavailableError: If there are no compiled kernels. The other three functions raise it too.
     """
+    if bits is not None:
+        return native_codes.activation_forward(x, kind, bits, rounding)
     y = x.new_empty(x.shape)
     _call(_forward(), kind, (x, None), (y,), (rounding,))
     return y
 
 
-def activation_backward(dy: Tensor, saved: Tensor, kind: ActivationKind, rounding: Rounding | None = None) -> Tensor:
+def activation_backward(
+    dy: Tensor, saved: Tensor, kind: ActivationKind, rounding: Rounding | None = None, *, bits: Bits | None = None
+) -> Tensor:
     """Compute dx."""
+    if bits is not None:
+        return native_codes.activation_backward(dy, saved, kind, bits, rounding)
     dx = dy.new_empty(dy.shape)
     _call(_backward(), kind, (dy, saved, None), (dx, None), (rounding, None))
     return dx
 
 
-def gated_forward(gate: Tensor, up: Tensor, kind: ActivationKind, rounding: Rounding | None = None) -> Tensor:
+@overload
+def gated_forward(
+    gate: Tensor, up: Tensor, kind: ActivationKind, rounding: Rounding | None = None, *, bits: None = None
+) -> Tensor: ...
+@overload
+def gated_forward(
+    gate: Tensor, up: Tensor, kind: ActivationKind, rounding: Rounding | None = None, *, bits: GatedBits
+) -> tuple[Tensor, GatedCodes]: ...
+def gated_forward(
+    gate: Tensor, up: Tensor, kind: ActivationKind, rounding: Rounding | None = None, *, bits: GatedBits | None = None
+) -> Tensor | tuple[Tensor, GatedCodes]:
     """Compute `activation(gate) * up`."""
+    if bits is not None:
+        return native_codes.gated_forward(gate, up, kind, bits, rounding)
     y = gate.new_empty(gate.shape)
     _call(_forward(), kind, (gate, up), (y,), (rounding,))
     return y
@@ -58,7 +87,7 @@ def gated_forward(gate: Tensor, up: Tensor, kind: ActivationKind, rounding: Roun
 
 def gated_backward(
     dy: Tensor,
-    gate: Tensor,
+    gate: Tensor | GatedCodes,
     up: Tensor | None,
     kind: ActivationKind,
     *,
@@ -77,7 +106,10 @@ def gated_backward(
             dy.new_empty(dy.shape) if need_dgate else None, dy.new_empty(dy.shape) if need_dup else None
         )
     results = (out.dgate if need_dgate else None, out.dup if need_dup else None)
-    _call(_backward(), kind, (dy, gate, up if need_dgate else None), results, (round_dgate, round_dup))
+    if isinstance(gate, GatedCodes):
+        native_codes.gated_backward(dy, gate, results, (round_dgate, round_dup))
+    else:
+        _call(_backward(), kind, (dy, gate, up if need_dgate else None), results, (round_dgate, round_dup))
     return out
 
 

@@ -182,7 +182,9 @@ def test_kernels_for_narrower_vectors(architecture):
     flags = (Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else "").split()
     if {"haswell": "avx2", "skylake-avx512": "avx512bw"}.get(architecture, "fpu") not in flags:
         pytest.skip(f"this processor cannot run code for {architecture}")
-    files = [str(Path(__file__).with_name(f"test_native_{name}.py")) for name in ("norm", "activation", "dropout")]
+    files = [
+        str(Path(__file__).with_name(f"test_native_{name}.py")) for name in ("norm", "activation", "codes", "dropout")
+    ]
     left_out = ("-k", "not step_of_rows and not every_16_bit_number")  # which take longest
     command = [sys.executable, "-m", "pytest", "-n", "0", "-q", "-p", "no:cacheprovider", *left_out, *files]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "FASTLN_CPU_ARCH": architecture}

@@ -16,7 +16,9 @@ from fastln_kernels.cpu import (
 from fastln_kernels.reference import NormBackward, NormForward, NormKind
 from fastln_kernels.reference_attention import AttentionBackward, AttentionForward
 
-WHY_NOT = products.why_not("int8") or next(filter(None, map(library.why_not, ("activation", "norm", "dropout"))), None)
+WHY_NOT = products.why_not("int8") or next(
+    filter(None, map(library.why_not, ("activation", "activation_codes", "norm", "dropout"))), None
+)
 pytestmark = pytest.mark.skipif(WHY_NOT is not None, reason=f"{WHY_NOT}")
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -77,6 +79,29 @@ def test_activations_write_the_rows_that_a_pass_over_their_results_would(dtype):
         )
         assert_rounded(dgate_rows, dgate, factors)
         assert_rounded(dup_rows, dup, 2 * factors)
+
+
+def test_activations_that_write_codes_write_these_rows_too():
+    dtype = torch.bfloat16
+    for n_cols in (17, 192):
+        x, up, dy, factors = *(rows_of(n_cols, dtype, seed) for seed in range(3)), weights(n_cols)
+        for bits in (8, 4, 2):
+            rows, rounding = into(n_cols)
+            y, codes = native_activation.activation_forward(x, "gelu", rounding, bits=bits)
+            assert_rounded(rows, y)
+            assert_same(codes, native_activation.activation_forward(x, "gelu", bits=bits)[1])
+            rows, rounding = into(n_cols, factors)
+            assert_rounded(rows, native_activation.activation_backward(dy, codes, "gelu", rounding, bits=bits), factors)
+        for bits in (8, 4):
+            rows, rounding = into(n_cols)
+            y, gated = native_activation.gated_forward(x, up, "silu", rounding, bits=bits)
+            assert_rounded(rows, y)
+            (dgate_rows, first), (dup_rows, second) = into(n_cols, factors), into(n_cols, 2 * factors)
+            dgate, dup = native_activation.gated_backward(
+                dy, gated, None, "silu", need_dgate=True, need_dup=True, round_dgate=first, round_dup=second
+            )
+            assert_rounded(dgate_rows, dgate, factors)
+            assert_rounded(dup_rows, dup, 2 * factors)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
