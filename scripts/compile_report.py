@@ -33,6 +33,7 @@ from unittest import mock
 
 import machine_code
 import torch
+from code_cases import CODE_CASES
 from int8_cases import CASES8, Case8
 from machine_code import Launch
 from machines import MACHINES, Machine
@@ -53,7 +54,7 @@ READ_TWICE = {
 }
 """Tensors that a kernel reads a second time. A forward that writes the stream rereads only the stream."""
 
-ALL = (*CASES, *CASES8)
+ALL: dict[str, Case | Case8] = {**CASES, **CASES8, **CODE_CASES}
 
 Kernel = dict[str, Any]
 Group = tuple[str, str, int]
@@ -188,7 +189,7 @@ def compile_group(group: Group, cases: Sequence[str], with_liger: bool, source: 
     implementations = [load_fastln()[0], load_liger()[0] if with_liger else None]
     rows = []
     for name, implementation in itertools.product(cases, implementations):
-        case = CASES8.get(name) or CASES[name]
+        case = ALL[name]
         if implementation is None or not has(implementation.name, case, dtype, n_cols):
             continue
         useful = case.useful_bytes(N_ROWS, n_cols, DTYPES[dtype].itemsize)
@@ -211,7 +212,7 @@ def compile_group(group: Group, cases: Sequence[str], with_liger: bool, source: 
 
 
 def _wanted(cases: Sequence[str], group: Group) -> list[str]:
-    return [name for name in cases if has("fastln", CASES8.get(name) or CASES[name], *group[1:])]
+    return [name for name in cases if has("fastln", ALL[name], *group[1:])]
 
 
 HEAD = f"""# What the kernels compile to
@@ -285,7 +286,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--machines", nargs="+", choices=MACHINES, default=list(MACHINES))
     parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=list(DTYPES))
     parser.add_argument("--widths", nargs="+", type=int, default=list(WIDTHS))
-    parser.add_argument("--cases", nargs="+", choices=ALL, default=ALL, metavar="CASE")
+    parser.add_argument("--cases", nargs="+", choices=ALL, default=list(ALL), metavar="CASE")
     parser.add_argument("--no-liger", action="store_true", help="skip Liger")
     parser.add_argument("--jobs", type=int, default=2, help="processes")
     parser.add_argument("--dry-run", action="store_true", help="compare and print the table, but write nothing")
@@ -298,7 +299,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.resume:
         done = collections.defaultdict(set)
         for row in before:
-            case = CASES8.get(row.case) or CASES[row.case]
+            case = ALL[row.case]
             if row.source == source and (
                 options.no_liger or row.library == "liger" or not has("liger", case, row.dtype, row.width)
             ):

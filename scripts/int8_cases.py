@@ -40,7 +40,7 @@ class Case8:
     name: str
     prepare: Callable[[int, int, torch.dtype, Draw], Callable[[], object]]
     elements: int
-    rows8: int
+    rows8: float
     writes_rows: bool = False
     product: bool = False
     widths: tuple[int, ...] = WIDTHS
@@ -48,7 +48,7 @@ class Case8:
     def useful_bytes(self, n_rows: int, n_cols: int, itemsize: int) -> int:
         """Return the bytes that any implementation must move, the weight of a product among them."""
         weight = n_cols * n_cols if self.product else 0
-        return n_rows * n_cols * (self.elements * itemsize + self.rows8) + weight
+        return int(n_rows * n_cols * (self.elements * itemsize + self.rows8)) + weight
 
     def operations(self, n_rows: int, n_cols: int) -> int:
         """Return the multiplications and additions of a product."""

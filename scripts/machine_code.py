@@ -27,7 +27,8 @@ from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
-DTYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.int64: "i64", torch.int8: "i8"}
+DTYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.int64: "i64"}
+DTYPES |= {torch.int8: "i8", torch.uint8: "u8"}
 
 
 @dataclass(frozen=True, slots=True)

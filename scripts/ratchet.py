@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+from code_cases import CODE_CASES
 from int8_cases import CASES8
 from norm_cases import CASES
 from report_rows import Row
@@ -12,7 +13,7 @@ from report_rows import Row
 RATCHET_WIDTH = 8192
 BY_ROWS = (
     *("forward_kernel", "backward_kernel", "forward_wide_kernel", "backward_wide_kernel"),
-    *("product_kernel", "forward_rows_kernel", "backward_rows_kernel"),
+    *("product_kernel", "forward_rows_kernel", "backward_rows_kernel", "again_kernel"),
 )
 LOSSES: dict[str, Callable[[dict[str, Any]], int]] = {
     "registers": lambda kernel: kernel["registers"],
@@ -52,7 +53,7 @@ def _faults(row: Row, kernel: dict[str, Any]) -> Iterator[str]:
         yield "no 128-bit loads"
     # Sums are written as single rows, so they are exempt. AMD's compiler writes 16-bit results 8 bytes at a time, which
     # also fills whole lines. So do 8-bit results, of which a lane has 8 beside each other.
-    writes_rows = kernel["kernel"] in BY_ROWS and (CASES8.get(row.case) or CASES[row.case]).writes_rows
+    writes_rows = kernel["kernel"] in BY_ROWS and (CASES | CASES8 | CODE_CASES)[row.case].writes_rows
     if writes_rows and row.machine != "gfx942" and not kernel["stores_128"]:
         yield "no 128-bit stores"
     if row.case in CASES8 and CASES8[row.case].product and not kernel["matrix"]:

@@ -11,7 +11,8 @@ Results that are written in 8 bits too have kernels of their own, which process 
 """
 
 # mypy: allow-untyped-defs, disable-error-code="assignment"
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, Literal, overload
 
 import torch
 import triton
@@ -19,10 +20,18 @@ import triton.language as tl
 from torch import Tensor
 
 from fastln_kernels import int8, launch
+from fastln_kernels.activation_codes import (
+    backward_codes_kernel,
+    backward_gated_codes_kernel,
+    forward_codes_kernel,
+    forward_gated_codes_kernel,
+)
 from fastln_kernels.activation_rows import backward_rows_kernel, forward_rows_kernel
 from fastln_kernels.activation_values import times_slope, value
+from fastln_kernels.code_values import slope_constants
 from fastln_kernels.int8 import Rounding
 from fastln_kernels.reference_activation import ActivationKind, GatedGradients
+from fastln_kernels.reference_codes import GROUPS, Bits, GatedCodes, code_shape
 
 ROUNDED_BY = int8
 """The module whose `rounding` these functions take."""
@@ -97,31 +106,79 @@ def backward_kernel(
         tl.store(dup_ptr + row * dup_stride + cols, dy * value(x, KIND), mask=mask)
 
 
-def activation_forward(x: Tensor, kind: ActivationKind, rounding: Rounding | None = None) -> Tensor:
+@overload
+def activation_forward(
+    x: Tensor, kind: ActivationKind, rounding: Rounding | None = None, *, bits: None = None
+) -> Tensor: ...
+@overload
+def activation_forward(
+    x: Tensor, kind: ActivationKind, rounding: Rounding | None = None, *, bits: Bits
+) -> tuple[Tensor, Tensor]: ...
+def activation_forward(
+    x: Tensor, kind: ActivationKind, rounding: Rounding | None = None, *, bits: Bits | None = None
+) -> Tensor | tuple[Tensor, Tensor]:
     """Apply an activation.
 
     This and the other three functions have the arguments and results of those in
     `fastln_kernels.reference_activation`, for float32, bfloat16 and float16. `rounding` says where the result is also
     written in 8 bits, if anywhere.
     """
-    return _forward(x, None, kind, rounding)
+    if bits is None:
+        return _forward(x, None, kind, rounding)
+    y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    codes = torch.empty(code_shape(x.shape, bits), dtype=torch.uint8, device=x.device)
+    bounds = slope_constants(kind, bits)["BOUNDS"]
+    _launch_codes(forward_codes_kernel, (x,), (y,), (codes,), (), bits, KIND=kind, BOUNDS=bounds)
+    _round_after((y,), (rounding,))
+    return y, codes
 
 
-def activation_backward(dy: Tensor, saved: Tensor, kind: ActivationKind, rounding: Rounding | None = None) -> Tensor:
+def activation_backward(
+    dy: Tensor, saved: Tensor, kind: ActivationKind, rounding: Rounding | None = None, *, bits: Bits | None = None
+) -> Tensor:
     """Compute dx."""
     dx = torch.empty(dy.shape, dtype=dy.dtype, device=dy.device)
-    _backward((dy, saved, None), (dx, None), kind, (rounding, None))
+    if bits is None:
+        _backward((dy, saved, None), (dx, None), kind, (rounding, None))
+    else:
+        levels = slope_constants(kind, bits)["LEVELS"]
+        _launch_codes(backward_codes_kernel, (dy,), (dx,), (saved,), (), bits, KIND=kind, LEVELS=levels)
+        _round_after((dx,), (rounding,))
     return dx
 
 
-def gated_forward(gate: Tensor, up: Tensor, kind: ActivationKind, rounding: Rounding | None = None) -> Tensor:
+@overload
+def gated_forward(
+    gate: Tensor, up: Tensor, kind: ActivationKind, rounding: Rounding | None = None, *, bits: None = None
+) -> Tensor: ...
+@overload
+def gated_forward(
+    gate: Tensor, up: Tensor, kind: ActivationKind, rounding: Rounding | None = None, *, bits: Literal[8, 4]
+) -> tuple[Tensor, GatedCodes]: ...
+def gated_forward(
+    gate: Tensor,
+    up: Tensor,
+    kind: ActivationKind,
+    rounding: Rounding | None = None,
+    *,
+    bits: Literal[8, 4] | None = None,
+) -> Tensor | tuple[Tensor, GatedCodes]:
     """Compute `activation(gate) * up`."""
-    return _forward(gate, up, kind, rounding)
+    if bits is None:
+        return _forward(gate, up, kind, rounding)
+    y = torch.empty(gate.shape, dtype=gate.dtype, device=gate.device)
+    dtype, shape = torch.int8 if bits == 8 else torch.uint8, code_shape(gate.shape, bits)
+    n_groups = triton.cdiv(gate.shape[-1], GROUPS[bits])
+    value, slope = (torch.empty(shape, dtype=dtype, device=gate.device) for _ in range(2))
+    scales = tuple(torch.empty((*gate.shape[:-1], n_groups), dtype=torch.float32, device=gate.device) for _ in range(2))
+    _launch_codes(forward_gated_codes_kernel, (gate, up), (y,), (value, slope), scales, bits, KIND=kind)
+    _round_after((y,), (rounding,))
+    return y, GatedCodes(value, slope, *scales)
 
 
 def gated_backward(
     dy: Tensor,
-    gate: Tensor,
+    gate: Tensor | GatedCodes,
     up: Tensor | None,
     kind: ActivationKind,
     *,
@@ -142,7 +199,14 @@ def gated_backward(
         )
     if any(wanted):
         dgate, dup = (t if need else None for t, need in zip(out, wanted, strict=True))
-        _backward((dy, gate, up if need_dgate else None), (dgate, dup), kind, (round_dgate, round_dup))
+        if isinstance(gate, GatedCodes):
+            value, slope = gate.value if need_dup else None, gate.slope if need_dgate else None
+            scales = (gate.value_scale if need_dup else None, gate.slope_scale if need_dgate else None)
+            bits: Bits = 8 if gate.bits == 8 else 4
+            _launch_codes(backward_gated_codes_kernel, (dy,), (dgate, dup), (value, slope), scales, bits)
+            _round_after((dgate, dup), (round_dgate, round_dup))
+        else:
+            _backward((dy, gate, up if need_dgate else None), (dgate, dup), kind, (round_dgate, round_dup))
     return out
 
 
@@ -231,6 +295,48 @@ def _launch(
     }
     with launch.on_device(given[0].device):
         kernel[(n_rows * blocks_a_row,)](*rows, n_cols, blocks_a_row, *strides, **options)
+
+
+def _launch_codes(
+    kernel: Any,
+    inputs: Sequence[Tensor],
+    results: Sequence[Tensor | None],
+    codes: Sequence[Tensor | None],
+    scales: Sequence[Tensor | None],
+    bits: Bits,
+    **constants: Any,
+) -> None:
+    """Launch a kernel that writes or reads codes, of groups that share a scale if there are scales."""
+    first = inputs[0]
+    if first.numel() == 0:
+        return
+    group, n_cols = GROUPS[bits] if scales else GROUPS[8], first.shape[-1]
+    given = [t for t in (*inputs, *results, *codes, *scales) if t is not None]
+    # One row, if no group or byte crosses the end of a row.
+    whole_rows = n_cols % (group if scales else 8 // bits) == 0
+    flat = all(t.is_contiguous() for t in given) and (whole_rows or first.numel() == n_cols)
+    n_cols = first.numel() if flat else n_cols
+    rows: list[Tensor | None] = [_unit_columns(t.reshape(-1, n_cols)) for t in inputs]
+    rows += [None if t is None else t.view(-1, n_cols) for t in results]
+    kept = [None if t is None else t.contiguous() for t in (*codes, *scales)]
+    block = launch.elementwise_block(first.element_size())
+    vector, codes_a_row = 16 // first.element_size(), triton.cdiv(n_cols * bits, 8)
+    sizes = [n_cols, triton.cdiv(n_cols, block.cols), codes_a_row, *([triton.cdiv(n_cols, group)] if scales else [])]
+    # A single row needs no stride. Triton treats 0 as a multiple of 16, so pass 0.
+    strides = [0 if t is None or flat else t.stride(0) for t in rows] + [0 if flat else codes_a_row]
+    pieces = 2
+    options = {
+        "BITS": bits,
+        "GROUPS": block.cols // pieces // group,
+        "GROUP": group,
+        "PIECES": pieces,
+        "VECTOR": 1 if n_cols % vector else vector,
+        "num_warps": block.warps,
+        "enable_fp_fusion": True,
+    }
+    n_rows = first.numel() // n_cols
+    with launch.on_device(first.device):
+        kernel[(n_rows * sizes[1],)](*rows, *kept, *sizes, *strides, **constants, **options)
 
 
 def _unit_columns(rows: Tensor) -> Tensor:

@@ -24,7 +24,7 @@ Blocks of columns: 8 warps, one program per SM, 255 registers per lane.
     registers as with 16, but it holds the addresses only once. That leaves more registers for sums.
 
 Blocks requested at once: 8 of each of two tensors, or 16 of one: 64 KB. 4 of each of two tensors if there are sums (on
-AMD always) and the elements have 16 bits or there is a prologue.
+AMD always) and the elements have 16 bits or there is a prologue. 8 of one whose x_hat is written in 8 bits: 16 spill.
     A Blackwell SM needs 32 KB in flight, and more if it reads twice: 54 KB for dx. In 16 bits, a float32 weight takes
     as many registers as both tensors. AMD's blocks are twice as wide.
 
@@ -63,6 +63,9 @@ SMs, and to turn on AMD.
     The backward's weight must be transposed on its way into the matrix units, byte by byte: its tile is higher, so that
     more rows share that work. These are the largest at which nothing spills on sm_100, and on AMD those whose results
     fit into the 64 KB of shared memory through which turned blocks go.
+
+A norm made again: tiles of 128 columns and as many rows as leave each lane 16 bytes of the result, 4 below each other.
+    A tile's loads of codes are 8 bytes per lane; four are in flight at once, and share the weight.
 
 Column tile: 16 rows x 128 columns, 4 warps; 32 warps per SM.
     128 divides the usual widths. Each row's piece is whole 128-byte lines. Each program's sums cover only 128 columns.
@@ -159,6 +162,21 @@ FINISH_TILE = ColumnTile(rows=512, cols=8, warps=4)
 """For the last sum, which adds the programs' partial sums."""
 
 
+AGAIN_REPEATS = 4
+"""Tiles below each other of a program that makes a norm's result again; they share the loads of weight and bias."""
+
+
+def again_tile(n_cols: int, itemsize: int) -> ColumnTile:
+    """Return the tile of a program that makes a norm's result again.
+
+    Args:
+        n_cols: Columns in a row.
+        itemsize: Bytes per element of the result.
+    """
+    cols, warps = min(_power_of_two(n_cols), 128), 4
+    return ColumnTile(rows=16 // itemsize * LANES * warps // cols, cols=cols, warps=warps)
+
+
 def elementwise_block(itemsize: int) -> ColumnTile:
     """Return the block of neighbouring elements for one program of an operation without sums.
 
@@ -238,7 +256,9 @@ def backward_tile(
     )
 
 
-def wide_tile(n_cols: int, itemsize: int, *, n_inputs: int, n_sums: int, prologue: bool) -> WideTile:
+def wide_tile(
+    n_cols: int, itemsize: int, *, n_inputs: int, n_sums: int, prologue: bool, codes: bool = False
+) -> WideTile:
     """Return how a program processes rows that no `RowTile` can hold.
 
     Args:
@@ -247,13 +267,14 @@ def wide_tile(n_cols: int, itemsize: int, *, n_inputs: int, n_sums: int, prologu
         n_inputs: How many tensors of rows are read for a row's sums.
         n_sums: How many sums over rows (dweight, dbias) are requested.
         prologue: Whether dropout or a residual comes before the norm.
+        codes: Whether x_hat is written in 8 bits.
     """
     cols = 16 // itemsize * LANES * _WIDE_WARPS
     blocks = -(-n_cols // cols)
     elements = blocks * 16 // itemsize
     sums = min((128 >> (prologue + (LANES == 64))) // elements, n_sums)
     crowded = (sums or LANES == 64) and (prologue or itemsize == 2)
-    group = 16 if n_inputs == 1 else 4 if crowded else 8
+    group = 16 if n_inputs == 1 and not codes else 4 if crowded else 8
     return WideTile(cols, min(group, blocks), sums, _WIDE_WARPS, _capped(255))
 
 

@@ -18,10 +18,12 @@ from torch import Tensor
 
 from fastln_kernels import int8, launch
 from fastln_kernels.int8 import Rounding
+from fastln_kernels.norm_again import again_kernel
 from fastln_kernels.norm_rows import backward_kernel, forward_kernel
 from fastln_kernels.norm_sums import backward_parameters_kernel, finish_kernel
 from fastln_kernels.norm_wide import backward_wide_kernel, forward_wide_kernel
 from fastln_kernels.reference import (
+    NormAgain,
     NormBackward,
     NormForward,
     NormGradients,
@@ -47,29 +49,46 @@ def norm_forward(request: NormForward, rounding: Rounding | None = None) -> Norm
     x, residual = _unit_columns(request.x), _unit_columns(request.residual)
     weight, bias = _unit_columns(request.weight), _unit_columns(request.bias)
     n_rows, n_cols = x.shape
-    y, stream, normed = (
-        torch.empty((n_rows, n_cols), dtype=x.dtype, device=x.device) if wanted else None
-        for wanted in (True, request.want_stream, request.want_normed)
+    y, stream, normed, codes = (
+        torch.empty((n_rows, n_cols), dtype=dtype, device=x.device) if wanted else None
+        for wanted, dtype in (
+            (True, x.dtype),
+            (request.want_stream, x.dtype),
+            (request.want_normed, x.dtype),
+            (request.want_codes, torch.int8),
+        )
     )
     assert y is not None
-    rstd = torch.empty((n_rows,), dtype=torch.float32, device=x.device)
-    outputs = NormOutputs(y, stream, normed, rstd)
+    assert normed is None or codes is None
+    rstd, scale = (
+        torch.empty((n_rows,), dtype=torch.float32, device=x.device) if wanted else None
+        for wanted in (True, request.want_codes)
+    )
+    assert rstd is not None
+    normed = normed if codes is None else codes
+    outputs = NormOutputs(y, stream, normed, rstd, scale)
     if n_rows == 0:
         return outputs
-    tensors = (x, residual, weight, bias, seed, y, stream, normed, rstd)
+    tensors = (x, residual, weight, bias, seed, y, stream, normed, rstd, scale)
     numbers = (n_rows, _row_stride(x), _row_stride(residual), kind.eps)
     constants = _constants(n_cols, kind, request.dropout) | {"ROUND_NORMED": kind.round_normed}
     with launch.on_device(x.device):
         prologue = residual is not None or request.dropout > 0
         where = (n_cols, x.element_size(), x.device)
-        tile = launch.forward_tile(*where, prologue=prologue, rounds=rounding is not None)
+        tile = launch.forward_tile(*where, prologue=prologue, rounds=rounding is not None or request.want_codes)
         if tile:
             grid = (triton.cdiv(n_rows, tile.rows),)
             in_8_bits = rounding.rows if rounding else (None, None)
             options = launch.row_options(tile) | {"TURN": rounding is not None and rounding.turned}
             forward_kernel[grid](*tensors, *in_8_bits, *numbers, **constants, **options)
         else:
-            wide = launch.wide_tile(n_cols, x.element_size(), n_inputs=1 + prologue, n_sums=0, prologue=prologue)
+            wide = launch.wide_tile(
+                *(n_cols, x.element_size()),
+                n_inputs=1 + prologue,
+                n_sums=0,
+                prologue=prologue,
+                codes=request.want_codes,
+            )
             grid = (min(n_rows, launch.sm_count(x.device)),)
             forward_wide_kernel[grid](*tensors, *numbers, **constants, **_wide_options(wide))
             if rounding:
@@ -121,7 +140,7 @@ def norm_backward(request: NormBackward, rounding: Rounding | None = None) -> No
     constants = _constants(n_cols, kind, request.dropout)
     of_saved = {"ROUND_NORMED": kind.round_normed, "SAVED_IS_NORMED": request.saved_is_normed}
     strides = (_row_stride(dy), _row_stride(saved))
-    rows = (dy, saved, weight, rstd, dstream, request.seed, dx, dresidual)
+    rows = (dy, saved, weight, rstd, request.scale, dstream, request.seed, dx, dresidual)
     numbers = (n_rows, *strides, _row_stride(dstream))
     with launch.on_device(dy.device):
         if by_rows:
@@ -146,12 +165,37 @@ def norm_backward(request: NormBackward, rounding: Rounding | None = None) -> No
             n_programs = triton.cdiv(launch.summing_programs(dy.device, launch.COLUMN_TILE), n_col_blocks)
             n_programs = min(triton.cdiv(n_rows, launch.COLUMN_TILE.rows), n_programs)
             partials = _partials(apart, n_programs, n_cols, dy.device)
-            tensors = (dy, saved if apart[0] else None, rstd, means, *partials)
+            tensors = (dy, saved if apart[0] else None, rstd, request.scale, means, *partials)
             sizes = {"N_COLS": n_cols, "ROWS": launch.COLUMN_TILE.rows, **_block_options(launch.COLUMN_TILE)}
             grid = (n_col_blocks, n_programs)
             backward_parameters_kernel[grid](*tensors, n_rows, *strides, **of_saved, **sizes)
             finish(partials, (dweight, dbias))
     return gradients
+
+
+def norm_again(request: NormAgain) -> Tensor:
+    """Return the forward's y again, from what it kept.
+
+    Arguments and result are those of `fastln_kernels.reference.norm_again`. From the norm's input it is the forward's
+    y bit for bit, since the same kernel makes it.
+    """
+    kind = request.kind
+    if not request.saved_is_normed:
+        assert request.dtype == request.saved.dtype
+        return norm_forward(NormForward(request.saved, request.weight, request.bias, kind)).y
+    saved, weight, bias = (_unit_columns(t) for t in (request.saved, request.weight, request.bias))
+    assert saved is not None
+    n_rows, n_cols = saved.shape
+    y = torch.empty((n_rows, n_cols), dtype=request.dtype, device=saved.device)
+    if y.numel() == 0:
+        return y
+    tile = launch.again_tile(n_cols, y.element_size())
+    sizes = {"N_COLS": n_cols, "ROWS": tile.rows, "REPEATS": launch.AGAIN_REPEATS, **_block_options(tile)}
+    n_programs = triton.cdiv(n_rows, launch.AGAIN_REPEATS * tile.rows) * triton.cdiv(n_cols, tile.cols)
+    tensors = (saved, request.scale, weight, bias, y, n_rows, _row_stride(saved))
+    with launch.on_device(saved.device):
+        again_kernel[(n_programs,)](*tensors, **sizes, OFFSET=kind.offset, ROUND_NORMED=kind.round_normed)
+    return y
 
 
 def _partials(wanted: tuple[bool, ...], n_partials: int, n_cols: int, device: torch.device) -> list[Tensor | None]:

@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 
 from fastln_kernels.dropout import dropped_out
-from fastln_kernels.int8_rows import store_rounded
+from fastln_kernels.int8_rows import store_normed_codes, store_rounded
 from fastln_kernels.tiles import about_the_mean, centred, load_tile, load_vector, store_tile, two_means
 
 
@@ -45,6 +45,7 @@ def forward_kernel(
     stream_ptr,
     normed_ptr,
     rstd_ptr,
+    codes_scale_ptr,
     values_ptr,
     scale_ptr,
     n_rows,
@@ -61,7 +62,10 @@ def forward_kernel(
     THRESHOLD: tl.constexpr,
     TURN: tl.constexpr = False,
 ):
-    """Normalise one tile of rows: read it once, normalise it in registers, write it once (and once in 8 bits)."""
+    """Normalise one tile of rows: read it once, normalise it in registers, write it once (and once in 8 bits).
+
+    x_hat is written as codes of 8 bits if there is room for their scale.
+    """
     rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     in_rows = rows < n_rows
     cols = tl.arange(0, PIECE)
@@ -108,11 +112,12 @@ def forward_kernel(
         weight = load_vector(weight_ptr, in_rows, cols, N_COLS, PIECES)
     if bias_ptr is not None:
         bias = load_vector(bias_ptr, in_rows, cols, N_COLS, PIECES)
+    KEEP_NORMED: tl.constexpr = normed_ptr is not None and codes_scale_ptr is None
     y = ()
     normed = ()
     for k in tl.static_range(PIECES):
         piece = (x[k].to(tl.float32) - mean[:, None] - residual_mean[:, None]) * rstd[:, None]
-        if normed_ptr is not None:
+        if KEEP_NORMED:
             normed += (piece,)
         if ROUND_NORMED:
             piece = piece.to(dtype).to(tl.float32)
@@ -122,8 +127,11 @@ def forward_kernel(
             piece += bias[k].to(tl.float32)
         y += (piece,)
     store_tile(y_ptr, y, rows, in_rows, cols, N_COLS, PIECES)
-    if normed_ptr is not None:
+    if KEEP_NORMED:
         store_tile(normed_ptr, normed, rows, in_rows, cols, N_COLS, PIECES)
+    if codes_scale_ptr is not None:
+        statistics = (mean, residual_mean, rstd)
+        store_normed_codes(normed_ptr, codes_scale_ptr, x, statistics, rows, in_rows, cols, N_COLS, PIECES)
     if values_ptr is not None:
         store_rounded(values_ptr, scale_ptr, None, y, rows, in_rows, cols, N_COLS, PIECES, TURN, dtype)
 
@@ -142,6 +150,7 @@ def _load_inputs(
     dy_ptr,
     saved_ptr,
     rstd_ptr,
+    codes_scale_ptr,
     dstream_ptr,
     tile,
     n_rows,
@@ -153,20 +162,26 @@ def _load_inputs(
     N_COLS: tl.constexpr,
     PIECES: tl.constexpr,
 ):
-    """Return the inputs for a tile of rows: dy, the saved tensor, rstd and dstream. Missing ones are empty."""
+    """Return the inputs for a tile of rows: dy, the saved tensor, rstd, the codes' scale and dstream.
+
+    Missing ones are empty.
+    """
     rows = (tile * ROWS + tl.arange(0, ROWS)).to(tl.int64)
     in_rows = rows < n_rows
     saved = ()
     rstd = tl.zeros((ROWS,), tl.float32)
+    codes_scale = tl.full((ROWS,), 1.0, tl.float32)
     dstream = ()
     # Zeros in dy beyond the width keep those columns out of every sum.
     dy = load_tile(dy_ptr, rows, dy_stride, in_rows, cols, N_COLS, PIECES)
     if saved_ptr is not None:
         saved = load_tile(saved_ptr, rows, saved_stride, in_rows, cols, N_COLS, PIECES)
         rstd = tl.load(rstd_ptr + rows, mask=in_rows, other=0.0)
+        if codes_scale_ptr is not None:
+            codes_scale = tl.load(codes_scale_ptr + rows, mask=in_rows, other=0.0)
     if dstream_ptr is not None:
         dstream = load_tile(dstream_ptr, rows, dstream_stride, in_rows, cols, N_COLS, PIECES)
-    return dy, saved, rstd, dstream
+    return dy, saved, rstd, codes_scale, dstream
 
 
 @triton.jit(do_not_specialize=["n_rows"])
@@ -175,6 +190,7 @@ def backward_kernel(
     saved_ptr,
     weight_ptr,
     rstd_ptr,
+    codes_scale_ptr,
     dstream_ptr,
     seed_ptr,
     dx_ptr,
@@ -201,6 +217,8 @@ def backward_kernel(
 ):
     """Compute dx (also in 8 bits, times factors) and dresidual of tiles of rows and, from the same loads, partial sums
     of dweight and dbias.
+
+    `saved` is codes of x_hat if these have a scale, which then is the factor between `saved` and x_hat.
     """
     program = tl.program_id(0)
     cols = tl.arange(0, PIECE)
@@ -224,10 +242,11 @@ def backward_kernel(
 
     step = tl.num_programs(0)
     if PREFETCH:
-        dy, saved, rstd, dstream = _load_inputs(
+        dy, saved, rstd, codes_scale, dstream = _load_inputs(
             dy_ptr,
             saved_ptr,
             rstd_ptr,
+            codes_scale_ptr,
             dstream_ptr,
             program,
             n_rows,
@@ -246,6 +265,7 @@ def backward_kernel(
             dy_ptr,
             saved_ptr,
             rstd_ptr,
+            codes_scale_ptr,
             dstream_ptr,
             tile + step if PREFETCH else tile,
             n_rows,
@@ -258,13 +278,13 @@ def backward_kernel(
             PIECES,
         )
         if not PREFETCH:
-            dy, saved, rstd, dstream = loaded
+            dy, saved, rstd, codes_scale, dstream = loaded
         mean = tl.zeros((ROWS,), tl.float32)
         residual_mean = tl.zeros((ROWS,), tl.float32)
         along_ones = tl.zeros((ROWS,), tl.float32)
         scale = rstd
         if SAVED_IS_NORMED:
-            scale = tl.full((ROWS,), 1.0, tl.float32)
+            scale = codes_scale
 
         # First do what needs no mean, so that both inputs are requested before anything waits.
         if dbias_ptr is not None:
@@ -331,7 +351,7 @@ def backward_kernel(
             store_rounded(values_ptr, scale_ptr, factors_ptr, dx, rows, in_rows, cols, N_COLS, PIECES, False, dtype)
         dweight = new_dweight
         if PREFETCH:
-            dy, saved, rstd, dstream = loaded
+            dy, saved, rstd, codes_scale, dstream = loaded
 
     at = program.to(tl.int64) * N_COLS + cols
     for k in tl.static_range(PIECES):

@@ -14,6 +14,7 @@ def backward_parameters_kernel(
     dy_ptr,
     saved_ptr,
     rstd_ptr,
+    codes_scale_ptr,
     means_ptr,
     dweight_ptr,
     dbias_ptr,
@@ -51,6 +52,8 @@ def backward_parameters_kernel(
                     residual_mean = tl.load(means_ptr + n_rows + rows, mask=in_rows, other=0.0)
                     normed = normed - mean[:, None] - residual_mean[:, None]
                 normed *= tl.load(rstd_ptr + rows, mask=in_rows, other=0.0)[:, None]
+            if codes_scale_ptr is not None:
+                normed *= tl.load(codes_scale_ptr + rows, mask=in_rows, other=0.0)[:, None]
             if ROUND_NORMED:
                 normed = normed.to(dtype).to(tl.float32)
             dweight += dy * normed

@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 
 from fastln_kernels.dropout import dropped_out
+from fastln_kernels.int8_rows import at_place, magnitude, place, scales, whole
 from fastln_kernels.tiles import about_the_mean
 
 
@@ -128,6 +129,7 @@ def forward_wide_kernel(
     stream_ptr,
     normed_ptr,
     rstd_ptr,
+    codes_scale_ptr,
     n_rows,
     x_stride,
     residual_stride,
@@ -140,7 +142,11 @@ def forward_wide_kernel(
     ROUND_NORMED: tl.constexpr,
     THRESHOLD: tl.constexpr,
 ):
-    """Normalise rows: one pass over a row's blocks for its statistics, a second pass for the results."""
+    """Normalise rows: one pass over a row's blocks for its statistics, a second pass for the results.
+
+    x_hat is written as codes of 8 bits if there is room for their scale. Its largest magnitude is that of the row's
+    largest or smallest number, which the first pass finds.
+    """
     dtype: tl.constexpr = y_ptr.dtype.element_ty
     # Normalise the rounded sum, because that is what the next layers see.
     stream_dtype: tl.constexpr = tl.float32 if stream_ptr is None else dtype
@@ -158,6 +164,9 @@ def forward_wide_kernel(
         pivot = tl.zeros((LANES,), tl.float32)
         differences = tl.zeros((LANES,), tl.float32)
         squares = tl.zeros((LANES,), tl.float32)
+        if codes_scale_ptr is not None:
+            lowest = tl.full((LANES,), 0x7FFFFFFF, tl.int32)
+            highest = tl.full((LANES,), -0x7FFFFFFF, tl.int32)
         for start in range(0, N_COLS, GROUP * COLS):
             blocks = _stream_group(
                 x_ptr,
@@ -183,6 +192,11 @@ def forward_wide_kernel(
                 difference = _difference(blocks[k], pivot, start + k * COLS + cols, N_COLS, FULL)
                 differences += tl.sum(difference, axis=1)
                 squares += tl.sum(difference * difference, axis=1)
+                if codes_scale_ptr is not None:
+                    inside = start + k * COLS + cols < N_COLS
+                    placed = place(blocks[k])
+                    lowest = tl.minimum(lowest, tl.min(tl.where(inside, placed, 0x7FFFFFFF), axis=1))
+                    highest = tl.maximum(highest, tl.max(tl.where(inside, placed, -0x7FFFFFFF), axis=1))
         mean = 0.0
         residual_mean = 0.0
         if CENTRE:
@@ -195,6 +209,12 @@ def forward_wide_kernel(
             variance = about_the_mean(variance, residual_mean)
         rstd = tl.rsqrt(variance + eps)
         tl.store(rstd_ptr + row, rstd)
+        if codes_scale_ptr is not None:
+            ends = at_place(tl.join(tl.min(lowest, axis=0), tl.max(highest, axis=0)))
+            top = tl.max(magnitude((ends - mean - residual_mean) * rstd), axis=0)
+            inverse, codes_scale = scales(top)
+            tl.store(codes_scale_ptr + row, codes_scale)
+            inverse = tl.full((LANES,), 0.0, tl.float32) + inverse
 
         for start in range(0, N_COLS, GROUP * COLS):
             if stream_ptr is not None:
@@ -219,7 +239,9 @@ def forward_wide_kernel(
             for k in tl.static_range(GROUP):
                 here = start + k * COLS
                 y = (blocks[k].to(tl.float32) - mean - residual_mean) * rstd
-                if normed_ptr is not None:
+                if codes_scale_ptr is not None:
+                    _store(normed_ptr, row, here, cols, whole(y, inverse), N_COLS, FULL)
+                elif normed_ptr is not None:
                     _store(normed_ptr, row, here, cols, y, N_COLS, FULL)
                 if ROUND_NORMED:
                     y = y.to(dtype).to(tl.float32)
@@ -274,6 +296,7 @@ def backward_wide_kernel(
     saved_ptr,
     weight_ptr,
     rstd_ptr,
+    codes_scale_ptr,
     dstream_ptr,
     seed_ptr,
     dx_ptr,
@@ -346,7 +369,9 @@ def backward_wide_kernel(
                         with_ones += tl.sum(dnormed, axis=1)
         rstd = tl.load(rstd_ptr + row)
         scale = rstd
-        if SAVED_IS_NORMED:
+        if codes_scale_ptr is not None:
+            scale = tl.load(codes_scale_ptr + row)
+        elif SAVED_IS_NORMED:
             scale = 1.0
         mean = 0.0
         residual_mean = 0.0

@@ -15,20 +15,21 @@ GUARD = 64
 def guarded_buffers(monkeypatch):
     """Every tensor the launching functions allocate starts as NaN and lies between NaN bands that must survive.
 
-    In 8 bits, which have no NaN, -128 serves, which no kernel writes.
+    In 8 bits, which have no NaN, -128 serves, which no kernel writes; in bytes of codes one of their many values.
     """
     bands = []
+    others = {torch.int8: -128, torch.uint8: 0xA5}
 
     def empty(shape, *, dtype, device):
         n = math.prod(shape)
-        around = torch.full((n + 2 * GUARD,), -128 if dtype == torch.int8 else math.nan, dtype=dtype, device=device)
+        around = torch.full((n + 2 * GUARD,), others.get(dtype, math.nan), dtype=dtype, device=device)
         bands.extend((around[:GUARD], around[GUARD + n :]))
         return around[GUARD : GUARD + n].view(shape)
 
     with monkeypatch.context() as patch:
         patch.setattr(norm.torch, "empty", empty)
         yield
-    untouched = ((band == -128) if band.dtype == torch.int8 else band.isnan() for band in bands)
+    untouched = ((band == others[band.dtype]) if band.dtype in others else band.isnan() for band in bands)
     assert all(band.all() for band in untouched), "written outside of a buffer"
 
 
