@@ -12,10 +12,12 @@ import torch
 import transformers
 
 from fastln.engines import put_method
+from fastln.errors import FastLNError
 from fastln.memory import AllocatorPeak
 from fastln.peak import step_memory
 from fastln.training import MasterAdamW
 from fastln_kernels.cpu import library
+from fastln_kernels.cpu import memory as allocator
 
 needs_counts = pytest.mark.skipif(
     sys.platform != "linux" or not library.compiler() or os.environ.get("FASTLN_CPU_KERNELS") == "0",
@@ -96,6 +98,30 @@ COMBINATIONS = [
     ("blip", "layernorm", "fastln", "bfloat16", "int8"),
     ("blip", "full", "torch", "float32", "exact"),
 ]
+
+
+@needs_counts
+def test_the_allocator_s_peak_is_that_of_tensors_and_forgets_what_was_before():
+    with AllocatorPeak() as allocated:
+        held = torch.ones(2**20)
+        torch.ones(2**21)  # gone at once
+        assert 12 * 2**20 <= allocated.bytes <= 12.1 * 2**20
+        assert 4 * 2**20 <= allocated.live <= 4.1 * 2**20
+        allocated.reset()
+        torch.ones(2**18)
+    torch.ones(2**22)
+    assert 5 * 2**20 <= allocated.bytes <= 5.1 * 2**20
+    assert allocated.kind == "CPU allocator peak"
+    del held
+    with allocated:  # again
+        torch.ones(2**18)
+    assert 2**20 <= allocated.bytes <= 1.1 * 2**20
+
+
+def test_without_compiled_kernels_the_error_says_why(monkeypatch):
+    monkeypatch.setattr(allocator, "why_not", lambda: "there is no compiler")
+    with pytest.raises(FastLNError, match="cannot be counted: there is no compiler"), AllocatorPeak():
+        pass
 
 
 @needs_counts

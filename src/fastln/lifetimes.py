@@ -180,11 +180,14 @@ class Record(TorchDispatchMode):
         storage = tensor.untyped_storage()
         key, size = storage._cdata, storage.nbytes()
         block = self._live.get(key)
+        before = block
         if block is not None and block.size != size:  # it was resized
             self._end(key, block)
             block = None
         if block is None:
             self._live[key] = block = Block(size)
+            if before is not None:
+                block.kind, block.saved, block.node = before.kind, before.saved, before.node
             block.watch = weakref.ref(storage, partial(self._end, key, block))
             block.begin, block.made_by = len(self.events), made_by
             self.events.append((block, +1))

@@ -246,7 +246,7 @@ class AllocatorPeak:
 
     It measures tensors and torch's own buffers, to the byte (rounded up by at most a page each), where `peak_bytes`
     measures all that is resident. Tensors that exist before the context do not count, so it opens before the model is
-    made; nor do files that are mapped into memory.
+    made; nor do files that are mapped into memory. There is one peak in a process: open one context at a time.
 
         with AllocatorPeak() as allocated:
             model, batch = ...
@@ -265,6 +265,8 @@ class AllocatorPeak:
             allocator.start_counting()
         except KernelsUnavailableError as error:
             raise FastLNError(f"what torch allocates on the CPU cannot be counted: {error}") from None
+        self._bytes = None
+        self.reset()
         return self
 
     def __exit__(self, *exception: object) -> None:
