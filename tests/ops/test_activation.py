@@ -164,7 +164,7 @@ def kept(function):
 def test_an_activation_keeps_exactly_one_tensor(kind, backend, through_operator):
     def run(x):
         return (
-            OPERATOR(x, kind, *OpSettings(backend).flat)
+            OPERATOR(x, kind, 0, *OpSettings(backend).flat)[0]
             if through_operator
             else ops.activation(x, kind, settings=OpSettings(backend))
         )
@@ -185,7 +185,7 @@ def test_an_activation_keeps_exactly_one_tensor(kind, backend, through_operator)
 def test_a_gated_activation_keeps_gate_and_up_and_no_more(kind, subset, backend, through_operator):
     gate, up = leaves(subset, torch.bfloat16)
     if through_operator:
-        tensors, _ = kept(lambda: GATED(gate, up, kind, *OpSettings(backend).flat))
+        tensors, _ = kept(lambda: GATED(gate, up, kind, 0, *OpSettings(backend).flat))
     else:
         tensors, _ = kept(lambda: ops.gated_activation(gate, up, kind, settings=OpSettings(backend)))
     want = {(True, True): [gate, up], (True, False): [gate, up], (False, True): [gate], (False, False): []}[subset]
@@ -217,20 +217,26 @@ def test_only_the_wanted_gradients_are_computed(subset, backend, monkeypatch):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("bits", [0, 8, 4, 2])
 @pytest.mark.parametrize("kind", ["gelu", "relu"])
-def test_operators_pass_opcheck(kind, backend):
+def test_operators_pass_opcheck(kind, bits, backend):
     x, up = leaves()
-    told = (kind, *OpSettings(backend).flat)
+    told = (kind, bits, *OpSettings(backend).flat)
     torch.library.opcheck(OPERATOR, (x, *told))
-    torch.library.opcheck(BACKWARD, (up.detach(), x.detach(), *told))
+    _, codes = OPERATOR(x, *told)
+    torch.library.opcheck(BACKWARD, (up.detach(), codes.detach() if bits else x.detach(), *told))
     for subset in SUBSETS:
         torch.library.opcheck(GATED, (*leaves(subset), *told))
-        arguments = (up.detach(), x.detach(), up.detach() if subset[0] else None, False, *subset, *told)
+        _, *codes = GATED(*leaves(subset), *told)
+        kept = (None, None, codes) if bits else (x.detach(), up.detach() if subset[0] else None, [])
+        arguments = (up.detach(), *kept, False, *subset, *told)
         assert len(GATED_BACKWARD(*arguments)) == sum(subset)
         torch.library.opcheck(GATED_BACKWARD, arguments)
     gate_up = packed_leaf()
     torch.library.opcheck(GATED, (gate_up, None, *told))
-    torch.library.opcheck(GATED_BACKWARD, (x.detach(), gate_up.detach(), None, True, True, False, *told))
+    _, *codes = GATED(gate_up.detach(), None, *told)
+    kept = (None, None, codes) if bits else (gate_up.detach(), None, [])
+    torch.library.opcheck(GATED_BACKWARD, (x.detach(), *kept, True, True, False, *told))
 
 
 @pytest.mark.parametrize("kind", ACTIVATION_KINDS)
@@ -277,7 +283,7 @@ def test_a_second_derivative_is_refused():
     for y in (
         ops.activation(x, "gelu"),
         ops.gated_activation(x, up, "gelu"),
-        OPERATOR(x, "silu", *OpSettings("auto").flat),
+        OPERATOR(x, "silu", 0, *OpSettings("auto").flat)[0],
     ):
         with pytest.raises(FastLNError, match="create_graph"):
             torch.autograd.grad(y.sum(), x, create_graph=True)

@@ -15,6 +15,7 @@ from fastln.standins.part import stand_in
 
 OPERATOR = torch.ops.fastln.norm.default
 BACKWARD = torch.ops.fastln.norm_backward.default
+AGAIN = torch.ops.fastln.norm_again.default
 TELLING = [(True, True, True), (True, False, False), (False, True, False), (False, False, True)]
 
 
@@ -29,7 +30,7 @@ def test_operator_passes_opcheck(subset, backend):
     torch.library.opcheck(OPERATOR, (*leaves(subset), None, None, *settings(backend)))
 
 
-@pytest.mark.parametrize("keep", ["stream", "normed", "nothing"])
+@pytest.mark.parametrize("keep", ["stream", "normed", "nothing", "codes", "stream, codes"])
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("dropout", [0.0, 0.25])
 def test_operator_with_a_prologue_passes_opcheck(dropout, backend, keep):
@@ -40,7 +41,7 @@ def test_operator_with_a_prologue_passes_opcheck(dropout, backend, keep):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("keep", ["stream", "normed"])
+@pytest.mark.parametrize("keep", ["stream", "normed", "codes", "stream, codes"])
 def test_results_share_no_memory(keep, backend):
     x = leaves()[0]
     torch.library.opcheck(OPERATOR, (x, None, None, None, None, *settings(backend, LAYER_NORM, 0.0, keep)))
@@ -50,25 +51,39 @@ def test_results_share_no_memory(keep, backend):
 @pytest.mark.parametrize("subset", TELLING, ids=str)
 def test_backward_operator_passes_opcheck(subset, backend):
     x, weight, bias = leaves((False, False, False), dtype=torch.bfloat16)
-    y, _, stats = OPERATOR(x, weight, bias, None, None, *settings(backend))
+    y, _, _, stats, _ = OPERATOR(x, weight, bias, None, None, *settings(backend))
     need_dx, need_dweight, need_dbias = subset
     need_x = need_dx or need_dweight
-    tensors = (y, None, x if need_x else None, weight if need_dx else None, None, stats if need_x else None)
+    tensors = (y, None, x if need_x else None, weight if need_dx else None, None, stats if need_x else None, None)
     args = (*tensors, need_dx, False, need_dweight, need_dbias, torch.float32, *settings(backend))
     assert len(BACKWARD(*args)) == sum(subset)
     torch.library.opcheck(BACKWARD, args)
 
 
+@pytest.mark.parametrize("keep", ["stream", "stream, codes"])
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("dropout", [0.0, 0.25])
-def test_backward_operator_with_a_prologue_passes_opcheck(dropout, backend):
+def test_backward_operator_with_a_prologue_passes_opcheck(dropout, backend, keep):
     x, weight, bias = leaves((False, False, False), dtype=torch.bfloat16)
     seed = torch.tensor([5]) if dropout else None
-    options = settings(backend, LLAMA, dropout, "stream")
-    y, stream, stats = OPERATOR(x, weight, bias, x, seed, *options)
-    args = (y, y, stream, weight, seed, stats, True, dropout > 0, True, True, torch.float32, *options)
+    options = settings(backend, LLAMA, dropout, keep)
+    y, stream, codes, stats, scale = OPERATOR(x, weight, bias, x, seed, *options)
+    kept = (stream, weight, seed, stats, None) if keep == "stream" else (codes, weight, seed, stats, scale)
+    args = (y, y, *kept, True, dropout > 0, True, True, torch.float32, *options)
     assert len(BACKWARD(*args)) == (4 if dropout else 3)
     torch.library.opcheck(BACKWARD, args)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("keep", ["normed", "codes"])
+def test_what_makes_a_result_again_passes_opcheck(keep, backend):
+    x, weight, bias = leaves((False, False, False), dtype=torch.bfloat16)
+    options = settings(backend, LLAMA, 0.0, keep)
+    y, _, rows, stats, scale = OPERATOR(x, weight, bias, x, None, *options)
+    args = (rows, weight, bias, stats, scale if keep == "codes" else None, torch.bfloat16, *options)
+    torch.library.opcheck(AGAIN, args)
+    # x_hat is kept to a bit in 2^8, or to a half in 127 of the largest.
+    torch.testing.assert_close(AGAIN(*args), y.flatten(0, -2), rtol=0.03, atol=0.05)
 
 
 @pytest.mark.parametrize("subset", SUBSETS, ids=str)

@@ -110,7 +110,7 @@ inline Float load_signed(const int8_t* from, Lanes lanes) {
 #else
   int8_t bytes[LANES] = {};
   std::memcpy(bytes, from, lanes.count);
-  Int codes;
+  Int codes{};
   for (int lane = 0; lane < LANES; lane++) codes[lane] = bytes[lane];
   return __builtin_convertvector(codes, Float);
 #endif

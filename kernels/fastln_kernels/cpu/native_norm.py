@@ -16,7 +16,14 @@ from torch import Tensor
 from fastln_kernels.cpu import native_int8
 from fastln_kernels.cpu.library import DTYPES, function
 from fastln_kernels.cpu.native_int8 import Rounding
-from fastln_kernels.reference import NormBackward, NormForward, NormGradients, NormOutputs, dropout_threshold
+from fastln_kernels.reference import (
+    NormAgain,
+    NormBackward,
+    NormForward,
+    NormGradients,
+    NormOutputs,
+    dropout_threshold,
+)
 
 TensorT = TypeVar("TensorT", Tensor, Tensor | None)
 
@@ -46,6 +53,11 @@ def norm_forward(request: NormForward, rounding: Rounding | None = None) -> Norm
     y = _rows_like(x)
     stream = _rows_like(x) if request.want_stream else None
     normed = _rows_like(x) if request.want_normed else None
+    codes = scale = None
+    if request.want_codes:
+        assert normed is None
+        codes = torch.empty(n_rows, n_cols, dtype=torch.int8, device="cpu")
+        scale = torch.empty(n_rows, dtype=torch.float32, device="cpu")
     rstd = torch.empty(n_rows, dtype=torch.float32, device="cpu")
     _forward()(
         DTYPES[x.dtype],
@@ -65,10 +77,44 @@ def norm_forward(request: NormForward, rounding: Rounding | None = None) -> Norm
         y.data_ptr(),
         _pointer(stream),
         _pointer(normed),
+        _pointer(codes),
         rstd.data_ptr(),
+        _pointer(scale),
         rounding,
     )
-    return NormOutputs(y, stream, normed, rstd)
+    return NormOutputs(y, stream, normed if codes is None else codes, rstd, scale)
+
+
+def norm_again(request: NormAgain, rounding: Rounding | None = None) -> Tensor:
+    """Return the forward's y from what was kept of it.
+
+    Arguments and results are those of `fastln_kernels.reference.norm_again`. From the input, y has the forward's bits.
+    `rounding` says where it is written in 8 bits too, if anywhere.
+
+    Raises:
+        KernelsUnavailableError: If there are no compiled kernels.
+    """
+    saved, kind = request.saved, request.kind
+    if not request.saved_is_normed:
+        assert request.dtype == saved.dtype
+        return norm_forward(NormForward(saved, request.weight, request.bias, kind), rounding).y
+    assert saved.dtype == (request.dtype if request.scale is None else torch.int8)
+    saved, weight, bias = _unit_columns(saved), _parameter(request.weight), _parameter(request.bias)
+    y = torch.empty(saved.shape, dtype=request.dtype, device="cpu")
+    _again()(
+        DTYPES[request.dtype],
+        torch.get_num_threads(),
+        *saved.shape,
+        *_rows(saved),
+        _pointer(request.scale),
+        *_vector(weight),
+        *_vector(bias),
+        kind.offset,
+        kind.round_normed,
+        y.data_ptr(),
+        rounding,
+    )
+    return y
 
 
 def norm_backward(request: NormBackward, rounding: Rounding | None = None) -> NormGradients:
@@ -82,7 +128,8 @@ def norm_backward(request: NormBackward, rounding: Rounding | None = None) -> No
     """
     kind, grad_dtype = request.kind, request.grad_dtype
     dy, saved, dstream = _unit_columns(request.dy), _unit_columns(request.saved), _unit_columns(request.dstream)
-    weight = _parameter(request.weight)
+    weight, scale = _parameter(request.weight), request.scale if saved is not None else None
+    assert scale is None or request.saved_is_normed
     n_rows, n_cols = dy.shape
     dx = _rows_like(dy) if request.need_dx else None
     dresidual = _rows_like(dy) if request.need_dresidual else None
@@ -99,6 +146,7 @@ def norm_backward(request: NormBackward, rounding: Rounding | None = None) -> No
         *_rows(dstream),
         *_vector(weight),
         _pointer(request.rstd),
+        _pointer(scale),
         kind.centre,
         kind.offset,
         kind.round_normed,
@@ -120,7 +168,7 @@ def norm_backward(request: NormBackward, rounding: Rounding | None = None) -> No
 @functools.cache
 def _forward() -> Any:
     kind = (c_double, c_bool, c_double, c_bool)
-    arguments = (*_SIZES, *_ROWS, *_ROWS, *_PARAMETER, *_PARAMETER, *kind, *_DROPOUT, *(c_void_p,) * 4, _ROUNDING)
+    arguments = (*_SIZES, *_ROWS, *_ROWS, *_PARAMETER, *_PARAMETER, *kind, *_DROPOUT, *(c_void_p,) * 6, _ROUNDING)
     return function("norm", "fastln_norm_forward", arguments)
 
 
@@ -128,8 +176,25 @@ def _forward() -> Any:
 def _backward() -> Any:
     kind = (c_bool, c_double, c_bool, c_bool)
     rows = _ROWS * 3
-    arguments = (*_SIZES, *rows, *_PARAMETER, c_void_p, *kind, *_DROPOUT, *(c_void_p,) * 4, c_int64, _ROUNDING)
+    arguments = (
+        *_SIZES,
+        *rows,
+        *_PARAMETER,
+        c_void_p,
+        c_void_p,
+        *kind,
+        *_DROPOUT,
+        *(c_void_p,) * 4,
+        c_int64,
+        _ROUNDING,
+    )
     return function("norm", "fastln_norm_backward", arguments)
+
+
+@functools.cache
+def _again() -> Any:
+    arguments = (*_SIZES, *_ROWS, c_void_p, *_PARAMETER, *_PARAMETER, c_double, c_bool, c_void_p, _ROUNDING)
+    return function("norm", "fastln_norm_again", arguments)
 
 
 def _pointer(tensor: Tensor | None) -> int | None:

@@ -6,6 +6,7 @@
 #include <algorithm>
 #include <cmath>
 
+#include "codes.h"
 #include "dispatch.h"
 #include "dropout.h"
 #include "int8.h"
@@ -102,7 +103,8 @@ struct Forward {
   bool round_normed;
   Dropout dropout;
   T *y, *stream, *normed;
-  float* rstd;
+  int8_t* codes;
+  float *rstd, *code_scale;
   const Rounding* rounding;
 
   // Normalises `R` rows.
@@ -137,6 +139,22 @@ struct Forward {
     });
   }
 
+  // Writes the codes of x_hat.
+  template <class S>
+  void encode(int64_t row, const S* values, float near, float factor, float shifted) const {
+    const auto x_hat = [&](int64_t column, auto lanes) __attribute__((always_inline)) {
+      return (load(values + column, lanes) - near) * factor + shifted;
+    };
+    Top top;
+    sum_columns(n_cols, [&](int64_t column, auto lanes, int part) { top.take(inside(x_hat(column, lanes), lanes), part); });
+    const Scale code(top.largest());
+    code_scale[row] = code.scale;
+    auto* to = reinterpret_cast<uint8_t*>(at(codes, row, n_cols));
+    for_columns(n_cols, [&](int64_t column, auto lanes) {
+      store_codes<8>(to + column, symmetric<8>(x_hat(column, lanes), code.inverse), lanes);
+    });
+  }
+
   template <int R, bool CENTRE, class S>
   void finish(int64_t first, const S* values, int64_t stride) const {
     float near[R], factor[R], shifted[R];  // x_hat = (x - near) * factor + shifted
@@ -158,15 +176,21 @@ struct Forward {
         store(out + r * n_cols + column, x_hat * scales + shifts, lanes);
       }
     });
+    for (int r = 0; r < R && codes; r++) encode(first + r, values + r * stride, near[r], factor[r], shifted[r]);
     for (int r = 0; r < R && rounding; r++) (*rounding)(first + r, out + r * n_cols);
   }
 };
 
-template <class T>
+// The input or x_hat is saved in T, or x_hat in codes.
+template <class T, class Saved>
 struct Backward {
-  const T *dy, *saved, *dstream;
+  static constexpr bool CODES = std::is_same_v<Saved, int8_t>;
+
+  const T* dy;
+  const Saved* saved;
+  const T* dstream;
   int64_t dy_stride, saved_stride, dstream_stride, n_cols;
-  const float *rstd, *scale;
+  const float *rstd, *code_scale, *scale;
   bool centre, saved_is_normed, round_normed;
   Dropout dropout;
   T *dx, *dresidual;
@@ -178,7 +202,7 @@ struct Backward {
   };
 
   template <bool INPUT>
-  RowSums row_sums(float near, const T* dy, const T* saved) const {
+  RowSums row_sums(float near, const T* dy, const Saved* saved) const {
     double difference_total = 0, gradient_total = 0, product_total = 0;
     for_pieces(n_cols, [&](int64_t first, int64_t size) {
       Sum differences, gradients, products;
@@ -204,7 +228,8 @@ struct Backward {
   // Computes the gradients of `R` rows and adds their part to the sums over rows.
   template <int R, bool INPUT, bool DWEIGHT>
   void run(int64_t first, float* dweight, float* dbias) const {
-    const T *dy = at(this->dy, first, dy_stride), *saved = at(this->saved, first, saved_stride);
+    const T* dy = at(this->dy, first, dy_stride);
+    const Saved* saved = at(this->saved, first, saved_stride);
     const T* dstream = at(this->dstream, first, dstream_stride);
     T *dx = at(this->dx, first, n_cols), *dresidual = at(this->dresidual, first, n_cols);
     // x_hat = (saved - near) * factor + shifted; inner = g * rstds + constant + x_hat * slope
@@ -212,15 +237,20 @@ struct Backward {
     const uint16_t* numbers[R] = {};
     const bool drop = INPUT && dx && dropout.active();
     for (int r = 0; r < R && (INPUT || DWEIGHT); r++) {
-      const T *row_dy = dy + r * dy_stride, *row_saved = saved + r * saved_stride;
+      const T* row_dy = dy + r * dy_stride;
+      const Saved* row_saved = saved + r * saved_stride;
       rstds[r] = rstd[first + r];
-      factor[r] = saved_is_normed ? 1 : rstds[r];
+      factor[r] = CODES ? code_scale[first + r] : saved_is_normed ? 1 : rstds[r];
       RowSums sums;
-      if (centre && !saved_is_normed) {
-        sums = row_sums<INPUT>(near_mean(row_saved, n_cols), row_dy, row_saved);
-        if (is_far(sums.residual, 1 / (factor[r] * factor[r])))
-          sums = row_sums<INPUT>(sums.near + sums.residual, row_dy, row_saved);
-      } else if (INPUT) {
+      const bool needs_mean = !CODES && centre && !saved_is_normed;
+      if constexpr (!CODES) {
+        if (needs_mean) {
+          sums = row_sums<INPUT>(near_mean(row_saved, n_cols), row_dy, row_saved);
+          if (is_far(sums.residual, 1 / (factor[r] * factor[r])))
+            sums = row_sums<INPUT>(sums.near + sums.residual, row_dy, row_saved);
+        }
+      }
+      if (INPUT && !needs_mean) {
         sums = row_sums<INPUT>(0, row_dy, row_saved);
         sums.residual = 0;
       }
@@ -295,12 +325,13 @@ extern "C" {
 
 // The arguments are those of fastln_kernels.reference.norm_forward. Each row is contiguous. `threshold` is
 // reference.dropout_threshold(dropout). A null pointer means None, or a result that is not requested. `rounding` rounds the
-// rows of y to 8 bits too, if it is not null.
+// rows of y to 8 bits too, if it is not null. The scales of `codes` are `code_scale`.
 void fastln_norm_forward(int64_t dtype, int64_t n_threads, int64_t n_rows, int64_t n_cols, const void* x,
                          int64_t x_stride, const void* residual, int64_t residual_stride, const void* weight,
                          int64_t weight_dtype, const void* bias, int64_t bias_dtype, double eps, bool centre,
                          double offset, bool round_normed, int64_t threshold, const int64_t* seed, void* y,
-                         void* stream, void* normed, float* rstd, const Rounding* rounding) {
+                         void* stream, void* normed, int8_t* codes, float* rstd, float* code_scale,
+                         const Rounding* rounding) {
   thread_local Buffer<float> buffer;
   float* scale = buffer.at_least(2 * n_cols);
   float* shift = scale + n_cols;
@@ -310,8 +341,9 @@ void fastln_norm_forward(int64_t dtype, int64_t n_threads, int64_t n_rows, int64
     using T = decltype(type);
     const Forward<T> forward{static_cast<const T*>(x), static_cast<const T*>(residual), x_stride, residual_stride,
                              n_cols, scale, shift, static_cast<float>(eps), round_normed, Dropout(threshold, seed),
-                             static_cast<T*>(y), static_cast<T*>(stream), static_cast<T*>(normed), rstd, rounding};
-    const int64_t row_bytes = n_cols * sizeof(T) * count(x, residual, y, stream, normed);
+                             static_cast<T*>(y), static_cast<T*>(stream), static_cast<T*>(normed), codes, rstd,
+                             code_scale, rounding};
+    const int64_t row_bytes = n_cols * (sizeof(T) * count(x, residual, y, stream, normed) + count(codes));
     const int64_t rows_a_block = std::max<int64_t>(ELEMENTS_A_BLOCK / n_cols, 1);
     const int64_t n_blocks = (n_rows + rows_a_block - 1) / rows_a_block;
     for_blocks(n_blocks, useful_threads(n_threads, n_rows * n_cols), [&](int64_t block) {
@@ -323,11 +355,12 @@ void fastln_norm_forward(int64_t dtype, int64_t n_threads, int64_t n_rows, int64
   });
 }
 
-// The same for fastln_kernels.reference.norm_backward. `rounding` rounds the rows of dx.
+// The same for fastln_kernels.reference.norm_backward. `saved` holds codes if `code_scale` is not null. `rounding` rounds
+// the rows of dx.
 void fastln_norm_backward(int64_t dtype, int64_t n_threads, int64_t n_rows, int64_t n_cols, const void* dy,
                           int64_t dy_stride, const void* saved, int64_t saved_stride, const void* dstream,
                           int64_t dstream_stride, const void* weight, int64_t weight_dtype, const float* rstd,
-                          bool centre, double offset, bool round_normed, bool saved_is_normed, int64_t threshold,
+                          const float* code_scale, bool centre, double offset, bool round_normed, bool saved_is_normed, int64_t threshold,
                           const int64_t* seed, void* dx, void* dresidual, void* dweight, void* dbias,
                           int64_t grad_dtype, const Rounding* rounding) {
   thread_local Buffer<float> scale_buffer, partial_buffer;
@@ -347,28 +380,66 @@ void fastln_norm_backward(int64_t dtype, int64_t n_threads, int64_t n_rows, int6
 
   with_dtype(dtype, [&](auto type) {
     using T = decltype(type);
-    const Backward<T> backward{static_cast<const T*>(dy), static_cast<const T*>(saved), static_cast<const T*>(dstream),
-                               dy_stride, saved_stride, dstream_stride, n_cols, rstd, scale, centre, saved_is_normed,
-                               round_normed, Dropout(threshold, seed), static_cast<T*>(dx), static_cast<T*>(dresidual),
-                               rounding};
-    const int64_t row_bytes = n_cols * sizeof(T) * count(dy, saved, dstream, dx, dresidual);
-    with_constant(dx || dresidual, [&](auto input) {
-      with_constant(dweight, [&](auto has_dweight) {
-        for_blocks(n_blocks, useful_threads(n_threads, n_rows * n_cols), [&](int64_t block) {
-          float* dweight_sums = dweight ? dweights + block * n_cols : nullptr;
-          float* dbias_sums = dbias ? dbiases + block * n_cols : nullptr;
-          if (dweight) std::fill_n(dweight_sums, n_cols, 0.0f);
-          if (dbias) std::fill_n(dbias_sums, n_cols, 0.0f);
-          const int64_t end = std::min((block + 1) * rows_a_block, n_rows);
-          for_rows(block * rows_a_block, end, row_bytes, [&](int64_t row, auto rows) {
-            backward.template run<rows, input, has_dweight>(row, dweight_sums, dbias_sums);
+    const auto with_saved = [&](auto saved_type) {
+      using Saved = decltype(saved_type);
+      const Backward<T, Saved> backward{
+          static_cast<const T*>(dy), static_cast<const Saved*>(saved), static_cast<const T*>(dstream), dy_stride,
+          saved_stride, dstream_stride, n_cols, rstd, code_scale, scale, centre, saved_is_normed, round_normed,
+          Dropout(threshold, seed), static_cast<T*>(dx), static_cast<T*>(dresidual), rounding};
+      const int64_t row_bytes = n_cols * (sizeof(T) * count(dy, dstream, dx, dresidual) + sizeof(Saved) * count(saved));
+      with_constant(dx || dresidual, [&](auto input) {
+        with_constant(dweight, [&](auto has_dweight) {
+          for_blocks(n_blocks, useful_threads(n_threads, n_rows * n_cols), [&](int64_t block) {
+            float* dweight_sums = dweight ? dweights + block * n_cols : nullptr;
+            float* dbias_sums = dbias ? dbiases + block * n_cols : nullptr;
+            if (dweight) std::fill_n(dweight_sums, n_cols, 0.0f);
+            if (dbias) std::fill_n(dbias_sums, n_cols, 0.0f);
+            const int64_t end = std::min((block + 1) * rows_a_block, n_rows);
+            for_rows(block * rows_a_block, end, row_bytes, [&](int64_t row, auto rows) {
+              backward.template run<rows, input, has_dweight>(row, dweight_sums, dbias_sums);
+            });
           });
         });
       });
-    });
+    };
+    code_scale ? with_saved(int8_t{}) : with_saved(type);
   });
   if (dweight) add_partials(dweights, n_blocks, n_cols, dweight, grad_dtype);
   if (dbias) add_partials(dbiases, n_blocks, n_cols, dbias, grad_dtype);
+}
+
+// The same for fastln_kernels.reference.norm_again, from x_hat, in codes if `code_scale` is not null. `rounding` rounds the
+// rows of y.
+void fastln_norm_again(int64_t dtype, int64_t n_threads, int64_t n_rows, int64_t n_cols, const void* saved,
+                       int64_t saved_stride, const float* code_scale, const void* weight, int64_t weight_dtype,
+                       const void* bias, int64_t bias_dtype, double offset, bool round_normed, void* y,
+                       const Rounding* rounding) {
+  thread_local Buffer<float> buffer;
+  float* scale = buffer.at_least(2 * n_cols);
+  float* shift = scale + n_cols;
+  widen_parameter(weight, weight_dtype, static_cast<float>(offset), 1, n_cols, scale);
+  widen_parameter(bias, bias_dtype, 0, 0, n_cols, shift);
+  const int64_t rows_a_block = std::max<int64_t>(ELEMENTS_A_BLOCK / n_cols, 1);
+  with_dtype(dtype, [&](auto type) {
+    using T = decltype(type);
+    const auto with_saved = [&](auto saved_type) {
+      using Saved = decltype(saved_type);
+      for_blocks((n_rows + rows_a_block - 1) / rows_a_block, useful_threads(n_threads, n_rows * n_cols), [&](int64_t block) {
+        for (int64_t row = block * rows_a_block; row < std::min((block + 1) * rows_a_block, n_rows); row++) {
+          const Saved* from = at(static_cast<const Saved*>(saved), row, saved_stride);
+          T* to = at(static_cast<T*>(y), row, n_cols);
+          const float factor = code_scale ? code_scale[row] : 1;
+          for_columns(n_cols, [&](int64_t column, auto lanes) {
+            Float x_hat = load(from + column, lanes) * factor;
+            if (round_normed) x_hat = rounded(x_hat, T{});
+            store(to + column, x_hat * load(scale + column, lanes) + load(shift + column, lanes), lanes);
+          });
+          if (rounding) (*rounding)(row, to);
+        }
+      });
+    };
+    code_scale ? with_saved(int8_t{}) : with_saved(type);
+  });
 }
 
 }  // extern "C"

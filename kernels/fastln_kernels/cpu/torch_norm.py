@@ -2,7 +2,7 @@
 
 The functions take and return what those of `fastln_kernels.reference` do, with three differences: the mean is always
 subtracted, nothing comes before the norm, and in place of `rstd` are the two numbers per row that torch's backward
-reads: `(2, n_rows, 1)`, mean and rstd.
+reads: `(2, n_rows, 1)`, mean and rstd. torch knows no codes of x_hat; what they take is computed as the reference does.
 """
 
 import functools
@@ -10,7 +10,9 @@ import functools
 import torch
 from torch import Tensor
 
+from fastln_kernels import reference
 from fastln_kernels.reference import (
+    NormAgain,
     NormBackward,
     NormForward,
     NormGradients,
@@ -18,6 +20,7 @@ from fastln_kernels.reference import (
     NormOutputs,
     arithmetic_dtype,
 )
+from fastln_kernels.reference_codes import encode_rows
 
 _aten = torch.ops.aten
 _BLOCK_ROWS = 512
@@ -40,7 +43,17 @@ def norm_forward(request: NormForward) -> NormOutputs:
     else:
         weight = ones if weight is None else weight
         y, mean, rstd = _aten.native_layer_norm.default(x, x.shape[-1:], weight, bias, kind.eps)
-    return NormOutputs(y, None, None, torch.stack((mean, rstd)))
+    codes = scale = None
+    if request.want_codes:
+        codes, scale = encode_rows((x.to(dtype) - mean) * rstd)
+    return NormOutputs(y, None, codes, torch.stack((mean, rstd)), scale)
+
+
+def norm_again(request: NormAgain) -> Tensor:
+    """Return the forward's y from what was kept of it."""
+    if request.saved_is_normed:
+        return reference.norm_again(request)
+    return norm_forward(NormForward(request.saved, request.weight, request.bias, request.kind)).y
 
 
 def norm_backward(request: NormBackward) -> NormGradients:
@@ -49,6 +62,8 @@ def norm_backward(request: NormBackward) -> NormGradients:
     dtype = arithmetic_dtype(dy)
     if saved is None or stats is None:
         return NormGradients(None, None, None, dy.sum(0, dtype=dtype).to(request.grad_dtype))
+    if request.scale is not None:
+        return reference.norm_backward(request._replace(rstd=stats[1].flatten()))
     n_rows, n_cols = saved.shape
     ones = _ones(n_cols, dtype)  # torch asks for parameters, if only for their shape
     weight = _gain(request.weight, kind, dtype)

@@ -13,7 +13,7 @@ from fastln_kernels.cpu import (
     native_norm,
     products,
 )
-from fastln_kernels.reference import NormBackward, NormForward, NormKind
+from fastln_kernels.reference import NormAgain, NormBackward, NormForward, NormKind
 from fastln_kernels.reference_attention import AttentionBackward, AttentionForward
 
 WHY_NOT = products.why_not("int8") or next(
@@ -124,6 +124,15 @@ def test_norms_write_the_rows_that_a_pass_over_their_results_would(dtype, kind):
             dx = native_norm.norm_backward(back, rounding).dx
             assert_rounded(rows, dx, weight)
             assert_same(dx, native_norm.norm_backward(back).dx)
+        rows, rounding = into(n_cols)
+        made = native_norm.norm_forward(NormForward(x, weight, None, kind, want_codes=True), rounding)
+        assert_rounded(rows, made.y)
+        again = NormAgain(made.normed, weight, None, None, kind, True, made.scale, dtype)
+        rows, rounding = into(n_cols)
+        assert_rounded(rows, native_norm.norm_again(again, rounding))
+        back = NormBackward(dy, made.normed, weight, made.rstd, kind, True, scale=made.scale, need_dx=True)
+        rows, rounding = into(n_cols, weight)
+        assert_rounded(rows, native_norm.norm_backward(back, rounding).dx, weight)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
