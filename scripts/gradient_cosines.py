@@ -6,6 +6,9 @@ Each model is loaded in float32 and in bfloat16, and prepared to train its norms
 in 8 bits. All see the same batches, with dropout off. The exact gradients in float32 are what the others are compared
 with. A row for each model and form is written to benchmarks/results/cosines.json, where rows of other models stay.
 
+With `--storage` the forms are the storage modes that round what they keep, in float32, and the rows are written to
+benchmarks/results/storage_cosines.json.
+
 - `dual`: DINOv2-small and all-MiniLM-L6-v2 on images and questions of VQA-RAD, under a random head. FASTLN_DATA names
   the folder of both, and of the reports.
 - `smollm2`: SmolLM2-135M on the longest reports of IU X-ray, findings in and impression out, through its chat template,
@@ -19,7 +22,7 @@ import argparse
 import json
 import os
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -35,14 +38,19 @@ from fastln.methods import norm_parameters
 from fastln.models import load_task
 from fastln.models.shapes import make_shape
 from fastln.models.task import Task, VQATask
+from fastln.ops.settings import STORAGES
 from fastln.state import prepared
 
 RESULTS = Path(__file__).resolve().parent.parent / "benchmarks" / "results" / "cosines.json"
+STORAGE_RESULTS = RESULTS.with_name("storage_cosines.json")
 FORMS = {
-    "bfloat16, exact": (torch.bfloat16, "exact"),
-    "bfloat16, int8": (torch.bfloat16, "int8"),
-    "float32, int8": (torch.float32, "int8"),
+    "bfloat16, exact": (torch.bfloat16, {}),
+    "bfloat16, int8": (torch.bfloat16, {"products": "int8"}),
+    "float32, int8": (torch.float32, {"products": "int8"}),
 }
+STORAGE_FORMS = {
+    mode: (torch.float32, {"activations": mode}) for mode, storage in STORAGES.items() if storage.x_hat_bits
+} | {"int8, compressed-again": (torch.float32, {"activations": "compressed-again", "products": "int8"})}
 NAMES = {
     "dual": "DINOv2-S and MiniLM, VQA-RAD",
     "smollm2-answers": "SmolLM2-135M, reports, labels on answers",
@@ -139,13 +147,13 @@ def compare(found: Gradients, exact: Gradients) -> dict[str, Any]:
     }
 
 
-def measure(name: str, subject: Subject) -> Iterator[dict[str, Any]]:
+def measure(name: str, subject: Subject, forms: Mapping[str, Any] = FORMS) -> Iterator[dict[str, Any]]:
     """Yield a row for each form of a model."""
     task, batches = subject(torch.float32)
     exact, exact_loss = gradients(fastln.prepare(task.model), batches)
-    for form, (dtype, products) in FORMS.items():
+    for form, (dtype, arguments) in forms.items():
         task, batches = subject(dtype)
-        model = fastln.prepare(task.model, products=products)
+        model = fastln.prepare(task.model, **arguments)
         found, loss = gradients(model, batches)
         yield {
             "model": name,
@@ -190,14 +198,17 @@ def main() -> None:
     parser.add_argument("--models", nargs="+", choices=list(SUBJECTS), default=list(SUBJECTS))
     parser.add_argument("--smollm2", type=Path, help="the folder of SmolLM2-135M")
     parser.add_argument("--samples", type=int, default=32, help="reports, and pairs of image and question")
-    parser.add_argument("--out", type=Path, default=RESULTS, help="JSON file for the rows")
+    parser.add_argument("--storage", action="store_true", help="compare storage modes instead of products")
+    parser.add_argument("--out", type=Path, help="JSON file for the rows")
     options = parser.parse_args()
+    forms = STORAGE_FORMS if options.storage else FORMS
+    options.out = options.out or (STORAGE_RESULTS if options.storage else RESULTS)
     for name in options.models:
         provenance = settle("cpu", "bfloat16")[2] | {"started": datetime.now(UTC).isoformat(timespec="seconds")}
         provenance["argv"] = ["python", *sys.argv]
         others = json.loads(options.out.read_text(encoding="utf-8")) if options.out.exists() else []
         rows = [row for row in others if row["model"] != name]
-        rows += [row | {"provenance": provenance} for row in measure(name, SUBJECTS[name](options))]
+        rows += [row | {"provenance": provenance} for row in measure(name, SUBJECTS[name](options), forms)]
         rows.sort(key=lambda row: list(SUBJECTS).index(row["model"]))
         options.out.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
         print(table(rows), flush=True)
