@@ -143,5 +143,13 @@ CODE_CASES = {
             if bits != 2
             for backward in (False, True)
         ),
+        _activation("codes8-int8-gelu-forward-turned", "gelu", 8, backward=False, rounds=True),
+        _activation("codes2-int8-gelu-forward-turned", "gelu", 2, backward=False, rounds=True),
+        _activation("codes8-int8-gelu-backward", "gelu", 8, backward=True, rounds=True),
+        _activation("codes2-int8-gelu-backward", "gelu", 2, backward=True, rounds=True),
+        _gated("codes8-int8-swiglu-forward-turned", "silu", 8, backward=False, rounds=True),
+        _gated("codes4-int8-swiglu-forward-turned", "silu", 4, backward=False, rounds=True),
+        _gated("codes8-int8-swiglu-backward", "silu", 8, backward=True, rounds=True),
+        _gated("codes4-int8-swiglu-backward", "silu", 4, backward=True, rounds=True),
     )
 }

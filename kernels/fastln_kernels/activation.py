@@ -27,6 +27,7 @@ from fastln_kernels.activation_codes import (
     forward_gated_codes_kernel,
 )
 from fastln_kernels.activation_rows import backward_rows_kernel, forward_rows_kernel
+from fastln_kernels.activation_rows_codes import backward_rows_codes_kernel, forward_rows_codes_kernel
 from fastln_kernels.activation_values import times_slope, value
 from fastln_kernels.code_values import slope_constants
 from fastln_kernels.int8 import Rounding
@@ -128,8 +129,14 @@ def activation_forward(
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     codes = torch.empty(code_shape(x.shape, bits), dtype=torch.uint8, device=x.device)
     bounds = slope_constants(kind, bits)["BOUNDS"]
-    _launch_codes(forward_codes_kernel, (x,), (y,), (codes,), (), bits, KIND=kind, BOUNDS=bounds)
-    _round_after((y,), (rounding,))
+    if tile := _codes_tile((x,), (y,), (rounding,)):
+        assert rounding is not None
+        results = (y, *rounding.rows, codes, None, None, None)
+        constants = {"KIND": kind, "BITS": bits, "BOUNDS": bounds, "GROUP": 1, "TURN": rounding.turned}
+        _launch_rows(forward_rows_codes_kernel, tile, (x, None), results, **constants)
+    else:
+        _launch_codes(forward_codes_kernel, (x,), (y,), (codes,), (), bits, KIND=kind, BOUNDS=bounds)
+        _round_after((y,), (rounding,))
     return y, codes
 
 
@@ -142,8 +149,13 @@ def activation_backward(
         _backward((dy, saved, None), (dx, None), kind, (rounding, None))
     else:
         levels = slope_constants(kind, bits)["LEVELS"]
-        _launch_codes(backward_codes_kernel, (dy,), (dx,), (saved,), (), bits, KIND=kind, LEVELS=levels)
-        _round_after((dx,), (rounding,))
+        if tile := _codes_tile((dy,), (dx,), (rounding,)):
+            results = (dx, None, *_in_8_bits((rounding, None)), None, saved.contiguous(), None, None)
+            constants = {"KIND": kind, "BITS": bits, "LEVELS": levels, "GROUP": 1}
+            _launch_rows(backward_rows_codes_kernel, tile, (dy,), results, **constants)
+        else:
+            _launch_codes(backward_codes_kernel, (dy,), (dx,), (saved,), (), bits, KIND=kind, LEVELS=levels)
+            _round_after((dx,), (rounding,))
     return dx
 
 
@@ -171,8 +183,14 @@ def gated_forward(
     n_groups = triton.cdiv(gate.shape[-1], GROUPS[bits])
     value, slope = (torch.empty(shape, dtype=dtype, device=gate.device) for _ in range(2))
     scales = tuple(torch.empty((*gate.shape[:-1], n_groups), dtype=torch.float32, device=gate.device) for _ in range(2))
-    _launch_codes(forward_gated_codes_kernel, (gate, up), (y,), (value, slope), scales, bits, KIND=kind)
-    _round_after((y,), (rounding,))
+    if tile := _codes_tile((gate, up), (y,), (rounding,)):
+        assert rounding is not None
+        results = (y, *rounding.rows, value, slope, *scales)
+        constants = {"BITS": bits, "BOUNDS": (), "GROUP": min(GROUPS[bits], tile.piece), "TURN": rounding.turned}
+        _launch_rows(forward_rows_codes_kernel, tile, (gate, up), results, KIND=kind, **constants)
+    else:
+        _launch_codes(forward_gated_codes_kernel, (gate, up), (y,), (value, slope), scales, bits, KIND=kind)
+        _round_after((y,), (rounding,))
     return y, GatedCodes(value, slope, *scales)
 
 
@@ -203,8 +221,14 @@ def gated_backward(
             value, slope = gate.value if need_dup else None, gate.slope if need_dgate else None
             scales = (gate.value_scale if need_dup else None, gate.slope_scale if need_dgate else None)
             bits: Bits = 8 if gate.bits == 8 else 4
-            _launch_codes(backward_gated_codes_kernel, (dy,), (dgate, dup), (value, slope), scales, bits)
-            _round_after((dgate, dup), (round_dgate, round_dup))
+            if tile := _codes_tile((dy,), (dgate, dup), (round_dgate, round_dup)):
+                codes = [None if t is None else t.contiguous() for t in (value, slope, *scales)]
+                results = (dgate, dup, *_in_8_bits((round_dgate, round_dup)), *codes)
+                constants = {"KIND": kind, "BITS": bits, "LEVELS": (), "GROUP": min(GROUPS[bits], tile.piece)}
+                _launch_rows(backward_rows_codes_kernel, tile, (dy,), results, **constants)
+            else:
+                _launch_codes(backward_gated_codes_kernel, (dy,), (dgate, dup), (value, slope), scales, bits)
+                _round_after((dgate, dup), (round_dgate, round_dup))
         else:
             _backward((dy, gate, up if need_dgate else None), (dgate, dup), kind, (round_dgate, round_dup))
     return out
@@ -233,8 +257,22 @@ def _backward(
         _launch(backward_kernel, inputs, results, kind)
         _round_after(results, roundings)
     else:
-        in_8_bits = [t for by in roundings for t in ((by.factors, *by.rows) if by else (None,) * 3)]
-        _launch_rows(backward_rows_kernel, tile, inputs, (*results, *in_8_bits), KIND=kind)
+        _launch_rows(backward_rows_kernel, tile, inputs, (*results, *_in_8_bits(roundings)), KIND=kind)
+
+
+def _in_8_bits(roundings: tuple[Rounding | None, ...]) -> list[Tensor | None]:
+    """Return the factors and the places of results that are written in 8 bits too, three for each."""
+    return [t for by in roundings for t in ((by.factors, *by.rows) if by else (None,) * 3)]
+
+
+def _codes_tile(
+    inputs: tuple[Tensor, ...], results: tuple[Tensor | None, ...], roundings: tuple[Rounding | None, ...]
+) -> launch.RowTile | None:
+    """Return the tile of whole rows if anything is rounded to 8 bits beside codes, and the registers hold such rows."""
+    if not all(t is None or t.is_contiguous() for t in results):
+        return None
+    # Codes take as many registers as an input.
+    return _row_tile((*inputs, inputs[0]), roundings)
 
 
 def _row_tile(inputs: tuple[Tensor | None, ...], roundings: tuple[Rounding | None, ...]) -> launch.RowTile | None:
