@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Literal
 
 import torch
 from int8_cases import MLP_WIDTHS, Case8, Draw
@@ -12,7 +11,7 @@ from norm_cases import DROPOUT, LAYER_NORM, LLAMA_RMS_NORM
 from fastln_kernels import activation, int8, norm
 from fastln_kernels.reference import NormAgain, NormBackward, NormForward, NormKind
 from fastln_kernels.reference_activation import ActivationKind
-from fastln_kernels.reference_codes import GROUPS, Bits, GatedCodes
+from fastln_kernels.reference_codes import GROUPS, Bits, GatedBits, GatedCodes
 
 WIDTHS_OF_CODES: tuple[Bits, ...] = (8, 4, 2)
 
@@ -88,7 +87,7 @@ def _activation(name: str, kind: ActivationKind, bits: Bits, *, backward: bool, 
     return Case8(name, prepare, elements=2, rows8=bits / 8 + rounds, writes_rows=True, widths=MLP_WIDTHS)
 
 
-def _gated(name: str, kind: ActivationKind, bits: Literal[8, 4], *, backward: bool, rounds: bool = False) -> Case8:
+def _gated(name: str, kind: ActivationKind, bits: GatedBits, *, backward: bool, rounds: bool = False) -> Case8:
     """Return a gated activation; `rounds` as above, for both gradients."""
 
     def prepare(n_rows: int, n_cols: int, dtype: torch.dtype, draw: Draw) -> Callable[[], object]:

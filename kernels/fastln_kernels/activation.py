@@ -12,7 +12,7 @@ Results that are written in 8 bits too have kernels of their own, which process 
 
 # mypy: allow-untyped-defs, disable-error-code="assignment"
 from collections.abc import Sequence
-from typing import Any, Literal, overload
+from typing import Any, overload
 
 import torch
 import triton
@@ -32,7 +32,7 @@ from fastln_kernels.activation_values import times_slope, value
 from fastln_kernels.code_values import slope_constants
 from fastln_kernels.int8 import Rounding
 from fastln_kernels.reference_activation import ActivationKind, GatedGradients
-from fastln_kernels.reference_codes import GROUPS, Bits, GatedCodes, code_shape
+from fastln_kernels.reference_codes import GROUPS, Bits, GatedBits, GatedCodes, code_shape, scale_shape
 
 ROUNDED_BY = int8
 """The module whose `rounding` these functions take."""
@@ -165,7 +165,7 @@ def gated_forward(
 ) -> Tensor: ...
 @overload
 def gated_forward(
-    gate: Tensor, up: Tensor, kind: ActivationKind, rounding: Rounding | None = None, *, bits: Literal[8, 4]
+    gate: Tensor, up: Tensor, kind: ActivationKind, rounding: Rounding | None = None, *, bits: GatedBits
 ) -> tuple[Tensor, GatedCodes]: ...
 def gated_forward(
     gate: Tensor,
@@ -173,16 +173,17 @@ def gated_forward(
     kind: ActivationKind,
     rounding: Rounding | None = None,
     *,
-    bits: Literal[8, 4] | None = None,
+    bits: GatedBits | None = None,
 ) -> Tensor | tuple[Tensor, GatedCodes]:
     """Compute `activation(gate) * up`."""
     if bits is None:
         return _forward(gate, up, kind, rounding)
     y = torch.empty(gate.shape, dtype=gate.dtype, device=gate.device)
     dtype, shape = torch.int8 if bits == 8 else torch.uint8, code_shape(gate.shape, bits)
-    n_groups = triton.cdiv(gate.shape[-1], GROUPS[bits])
     value, slope = (torch.empty(shape, dtype=dtype, device=gate.device) for _ in range(2))
-    scales = tuple(torch.empty((*gate.shape[:-1], n_groups), dtype=torch.float32, device=gate.device) for _ in range(2))
+    scales = tuple(
+        torch.empty(scale_shape(gate.shape, bits), dtype=torch.float32, device=gate.device) for _ in range(2)
+    )
     if tile := _codes_tile((gate, up), (y,), (rounding,)):
         assert rounding is not None
         results = (y, *rounding.rows, value, slope, *scales)
@@ -271,17 +272,19 @@ def _codes_tile(
     """Return the tile of whole rows if anything is rounded to 8 bits beside codes, and the registers hold such rows."""
     if not all(t is None or t.is_contiguous() for t in results):
         return None
-    # Codes take as many registers as an input.
-    return _row_tile((*inputs, inputs[0]), roundings)
+    return _row_tile(inputs, roundings, codes=True)
 
 
-def _row_tile(inputs: tuple[Tensor | None, ...], roundings: tuple[Rounding | None, ...]) -> launch.RowTile | None:
+def _row_tile(
+    inputs: tuple[Tensor | None, ...], roundings: tuple[Rounding | None, ...], *, codes: bool = False
+) -> launch.RowTile | None:
     """Return the tile of whole rows if anything is rounded to 8 bits and the registers can hold such rows."""
     first = inputs[0]
     if first is None or not any(roundings) or first.numel() == 0:
         return None
     n_inputs = sum(t is not None for t in inputs)
-    return launch.activation_tile(first.shape[-1], first.element_size(), first.device, n_inputs=n_inputs)
+    where = (first.shape[-1], first.element_size(), first.device)
+    return launch.activation_tile(*where, n_inputs=n_inputs, codes=codes)
 
 
 def _round_after(results: tuple[Tensor | None, ...], roundings: tuple[Rounding | None, ...]) -> None:
@@ -348,7 +351,7 @@ def _launch_codes(
     first = inputs[0]
     if first.numel() == 0:
         return
-    group, n_cols = GROUPS[bits] if scales else GROUPS[8], first.shape[-1]
+    group, n_cols = GROUPS[bits] if scales else GROUPS[8], (first.shape or (1,))[-1]
     given = [t for t in (*inputs, *results, *codes, *scales) if t is not None]
     # One row, if no group or byte crosses the end of a row.
     whole_rows = n_cols % (group if scales else 8 // bits) == 0

@@ -373,7 +373,9 @@ def quantise_tile(n_cols: int, itemsize: int, device: torch.device, *, wider: bo
     return forward_tile(n_cols, itemsize, device, prologue=wider)
 
 
-def activation_tile(n_cols: int, itemsize: int, device: torch.device, *, n_inputs: int) -> RowTile | None:
+def activation_tile(
+    n_cols: int, itemsize: int, device: torch.device, *, n_inputs: int, codes: bool = False
+) -> RowTile | None:
     """Return the tile of whole rows of an activation whose results are rounded to 8 bits, or None if none holds them.
 
     Args:
@@ -381,8 +383,9 @@ def activation_tile(n_cols: int, itemsize: int, device: torch.device, *, n_input
         itemsize: Bytes per element.
         device: Where the kernel will run.
         n_inputs: How many tensors of rows are read.
+        codes: Whether codes are written or read. With 16 warps, which have 128 registers per lane, these spill.
     """
-    tile = _row_tile(n_cols, itemsize, LANES, 4, 32, 32, 32 if n_inputs < 3 else 24)
+    tile = _row_tile(n_cols, itemsize, LANES, 4, 32, 32, 0 if codes else 32 if n_inputs < 3 else 24)
     return None if tile is None else replace(tile, max_registers=_capped(min(168, 65536 // LANES // tile.warps)))
 
 

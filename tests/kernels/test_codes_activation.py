@@ -36,11 +36,12 @@ def check_plain(x, dy, kind, bits):
     shape = reference_codes.encode_slopes(slope, kind, bits).shape
     assert (codes.dtype, codes.shape) == (torch.uint8, shape)
     assert codes.is_contiguous()
-    got = decode_slopes(codes, kind, bits, x.shape[-1], torch.float64)
+    got = decode_slopes(codes, kind, bits, x.shape, torch.float64)
     table = reference_codes.slope_table(kind, bits)
     nearest = (slope[..., None] - table[~table.isnan()]).abs().amin(-1)
     assert ((got - slope).abs() <= nearest + OFF).all()
-    filled = reference_codes.pack(reference_codes.unpack(codes, bits, x.shape[-1]).to(torch.uint8), bits)
+    n_cols = x.shape[-1] if x.dim() else 1
+    filled = reference_codes.pack(reference_codes.unpack(codes, bits, n_cols).to(torch.uint8), bits)
     assert torch.equal(codes, filled), "bits beyond the last column are zeros"
 
     dx = activation.activation_backward(dy, codes, kind, bits=bits)
@@ -55,13 +56,13 @@ def check_gated(gate, up, dy, kind, bits):
     assert torch.equal(y, activation.gated_forward(gate, up, kind))
     wide, wide_up = gate.double(), up.double()
     value, slope = reference.activation_forward(wide, kind), reference.activation_backward(wide_up, wide, kind)
-    n_cols = gate.shape[-1]
+    n_cols = gate.shape[-1] if gate.dim() else 1
     for got, scale, right in ((codes.value, codes.value_scale, value), (codes.slope, codes.slope_scale, slope)):
         want = reference_codes.encode_groups(right, bits)
         assert (got.dtype, got.shape) == (want[0].dtype, want[0].shape)
         torch.testing.assert_close(scale, want[1], rtol=1e-5, atol=1e-35)
-        decoded = decode_groups(got, scale, n_cols, torch.float64)
-        steps = scale.double().repeat_interleave(GROUPS[bits], -1)[..., :n_cols]
+        decoded = decode_groups(got, scale, right.shape, torch.float64)
+        steps = scale.double().repeat_interleave(GROUPS[bits], -1)[..., :n_cols].view(right.shape)
         assert ((decoded - right).abs() <= STEPS * steps + 1e-30).all()
         if bits == 4 and n_cols % 2:
             assert not (got[..., -1] >> 4).any()
@@ -89,7 +90,9 @@ def test_every_kind_and_width_of_codes(kind):
 @pytest.mark.slow(take=6)
 @pytest.mark.parametrize("bits", BITS)
 @pytest.mark.parametrize(
-    "shape", [(0,), (3, 0), (0, 5), (1,), (1, 1), (3, 1), (7,), (2, 3, 5), (3, 66), (2, 64), (2, BLOCK + 4)], ids=str
+    "shape",
+    [(), (0,), (3, 0), (0, 5), (1,), (1, 1), (3, 1), (7,), (2, 3, 5), (3, 66), (2, 64), (2, BLOCK + 4)],
+    ids=str,
 )
 def test_shapes(shape, bits):
     x, up, dy = (normal(*shape, seed=seed) for seed in range(3))
