@@ -1,4 +1,4 @@
-"""Compile the kernels of norms and 8-bit linears, and Liger-Kernel's norms, for real GPUs; report their machine code.
+"""Compile the kernels of norms, 8-bit linears and codes, and Liger-Kernel's norms, for real GPUs; report their code.
 
 No GPU is needed.
 

@@ -14,6 +14,8 @@ RATCHET_WIDTH = 8192
 BY_ROWS = (
     *("forward_kernel", "backward_kernel", "forward_wide_kernel", "backward_wide_kernel"),
     *("product_kernel", "forward_rows_kernel", "backward_rows_kernel", "again_kernel"),
+    *("forward_codes_kernel", "backward_codes_kernel", "forward_gated_codes_kernel", "backward_gated_codes_kernel"),
+    *("forward_rows_codes_kernel", "backward_rows_codes_kernel"),
 )
 LOSSES: dict[str, Callable[[dict[str, Any]], int]] = {
     "registers": lambda kernel: kernel["registers"],
@@ -52,7 +54,7 @@ def _faults(row: Row, kernel: dict[str, Any]) -> Iterator[str]:
     if not kernel["loads_128"]:
         yield "no 128-bit loads"
     # Sums are written as single rows, so they are exempt. AMD's compiler writes 16-bit results 8 bytes at a time, which
-    # also fills whole lines. So do 8-bit results, of which a lane has 8 beside each other.
+    # also fills whole lines. So do 8-bit results, of which a lane has 8 beside each other, and codes in fewer bits.
     writes_rows = kernel["kernel"] in BY_ROWS and (CASES | CASES8 | CODE_CASES)[row.case].writes_rows
     if writes_rows and row.machine != "gfx942" and not kernel["stores_128"]:
         yield "no 128-bit stores"

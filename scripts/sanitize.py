@@ -46,7 +46,7 @@ WIDE_ROWS, WIDE = 7, (12000, 33000)
 INT8_WIDTHS = (1, 17, 192, WIDE[-1])
 DTYPES = (torch.float32, torch.bfloat16)
 
-BREAKS = {"column": (r"< (N_COLS|n_cols)\b", r"<= \1"), "row": (r"\brows < (n_\w+)", r"rows <= \1")}
+BREAKS = {"column": (r"< (N_COLS|n_cols|tl\.minimum)\b", r"<= \1"), "row": (r"\brows < (n_\w+)", r"rows <= \1")}
 """Substitutions that make every mask let through one more column or row."""
 
 
@@ -244,6 +244,41 @@ def check_elementwise(kernels: Kernels, tally: Tally, n_rows: int, n_cols: int, 
                 activation.gated_backward(dy, gate, up, "silu", need_dgate=need_dgate, need_dup=need_dup)
 
 
+def check_codes(kernels: Kernels, tally: Tally, n_rows: int, n_cols: int, dtype: torch.dtype) -> None:
+    """Run what keeps codes under the sanitizer, alone and where results are rounded to 8 bits, too."""
+    print(f"codes {n_rows} × {n_cols} {_name(dtype)}", file=sys.stderr)
+    reference, codes = (importlib.import_module(f"{PACKAGE}.{name}") for name in ("reference", "reference_codes"))
+    norm, activation, int8 = (kernels.module(name) for name in ("norm", "activation", "int8"))
+    rows, weight = torch.empty((n_rows, n_cols), dtype=dtype), torch.empty(n_cols)
+    kept = torch.empty((n_rows, n_cols), dtype=torch.int8), torch.empty(n_rows)
+    kind = reference.NormKind(1e-6)
+    with kernels.sanitized(tally, f"codes, {n_rows} × {n_cols} {_name(dtype)}"):
+        norm.norm_forward(reference.NormForward(rows, weight, weight, kind, want_codes=True))
+        request = reference.NormBackward(rows, kept[0], weight, kept[1], kind, saved_is_normed=True, scale=kept[1])
+        for need_dx, need_dweight, need_dbias in SUBSETS:
+            wanted = {"need_dx": need_dx, "need_dweight": need_dweight, "need_dbias": need_dbias}
+            norm.norm_backward(request._replace(**wanted))
+        norm.norm_again(reference.NormAgain(kept[0], weight, weight, kept[1], kind, True, kept[1], dtype))
+        for rounds in (False, True):
+            rounding = int8.rounding(rows)[1] if rounds else None
+            for bits in (8, 4, 2):
+                of_slopes = torch.empty(codes.code_shape(rows.shape, bits), dtype=torch.uint8)
+                activation.activation_forward(rows, "gelu", rounding, bits=bits)
+                activation.activation_backward(rows, of_slopes, "gelu", rounding, bits=bits)
+            for bits in (8, 4):
+                activation.gated_forward(rows, rows, "silu", rounding, bits=bits)
+                of_codes = torch.int8 if bits == 8 else torch.uint8
+                pair = [torch.empty(codes.code_shape(rows.shape, bits), dtype=of_codes) for _ in range(2)]
+                scales = [torch.empty(codes.scale_shape(rows.shape, bits)) for _ in range(2)]
+                activation.gated_backward(
+                    *(rows, codes.GatedCodes(*pair, *scales), None, "silu"),
+                    need_dgate=True,
+                    need_dup=True,
+                    round_dgate=rounding,
+                    round_dup=rounding,
+                )
+
+
 def _where(kernel: triton.JITFunction) -> str:
     """Return the kernel's module and name, because two modules may have kernels of the same name."""
     return f"{kernel.fn.__module__.removeprefix(f'{PACKAGE}.')}.{kernel.fn.__name__}"
@@ -265,6 +300,7 @@ def check_check() -> list[str]:
             for n_rows, n_cols in ((7, 17), (WIDE_ROWS, WIDE[-1])):
                 check_norms(broken, tally, n_rows, n_cols, torch.float32, [OPTIONS[-1]])
             check_elementwise(broken, tally, 7, 17, torch.float32)
+            check_codes(broken, tally, 7, 17, torch.float32)
             for n_cols, wide in ((17, False), (WIDE[-1], True)):
                 check_int8(broken, tally, 7, n_cols, torch.float32, wide)
         # Shared helpers mask the columns. Kernels with several rows mask the rows themselves, or do not mask them.
@@ -287,13 +323,15 @@ def main() -> int:
         check_elementwise(kernels, tally, n_rows, n_cols, dtype)
     for dtype, n_cols, n_rows in itertools.product(DTYPES, INT8_WIDTHS, ROWS):
         check_int8(kernels, tally, n_rows, n_cols, dtype, n_cols == WIDE[-1])
+    for dtype, n_cols, n_rows in itertools.product(DTYPES, INT8_WIDTHS, ROWS):
+        check_codes(kernels, tally, n_rows, n_cols, dtype)
     for n_cols, dtype in itertools.product(WIDE, DTYPES):
         check_norms(kernels, tally, WIDE_ROWS, n_cols, dtype, itertools.islice(turn, 4))
     print(f"checked all subsets of gradients in {' and '.join(map(_name, DTYPES))}; with, without dropout, residual,")
     print(
         f"  gaps between rows and mean: rows {ROWS} × columns {WIDTHS} and {WIDE_ROWS} × {WIDE}; dropout, activations;"
     )
-    print(f"  rows in 8 bits and their products: columns {INT8_WIDTHS}")
+    print(f"  rows in 8 bits and their products, codes: columns {INT8_WIDTHS}")
     for kernel in sorted(kernels.kernels):
         print(f"  {kernel}: {tally.accesses[kernel]} loads and stores in {tally.launches[kernel]} launches")
         if not tally.accesses[kernel]:

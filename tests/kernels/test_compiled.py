@@ -18,6 +18,8 @@ SAMPLE = (
     "dropout_add_layer_norm-forward",
     "dropout_add_layer_norm-backward",
     "int8-layer_norm-forward-turned",
+    "codes-layer_norm-forward",
+    "codes-layer_norm-dx-dweight-dbias",
 )
 
 

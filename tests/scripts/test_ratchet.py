@@ -75,6 +75,15 @@ def test_a_product_in_8_bits_without_its_instructions_is_told_and_rows_in_8_bits
     assert complaints(row(**rounding), row(**rounding)) == []
 
 
+def test_codes_may_be_narrow_but_no_narrower_than_before_and_beside_them_rows_are_written_by_128():
+    codes = {"case": "codes2-gelu-forward", "kernel": "forward_codes_kernel", "stores": 4, "stores_128": 2}
+    assert complaints(row(**codes), row(**codes)) == []
+    (complaint,) = complaints(row(**codes | {"stores": 10}), row(**codes))
+    assert "8 stores that are not of 128 bits, 2 before" in complaint
+    narrow = codes | {"stores_128": 0}
+    assert len(complaints(row(**narrow), row(**narrow))) == 1
+
+
 def test_missing_figures_are_told():
     others = [row(width=1024), row(case="rms_norm-forward"), row(kernel="forward_kernel 2"), row(library="liger")]
     (complaint,) = complaints(row(), *others)
