@@ -1,6 +1,6 @@
 """Codes: rows, derivatives and gated products in 8, 4 or 2 bits, as they may be kept for the backward.
 
-The definition in plain PyTorch. `kernels/README.md` derives the bounds of the errors. There are two sorts.
+The definition in plain PyTorch. `docs/kernels/codes.md` derives the bounds of the errors. There are two sorts.
 
 *Symmetric codes* are whole numbers times a scale: `value ≈ code * scale`, where the scale is the largest magnitude
 divided by 127 (8 bits) or 7 (4 bits). x_hat of a norm has a scale per row; what a gated activation keeps has one per

@@ -1,4 +1,4 @@
-"""The definition of codes against exact arithmetic. kernels/README.md derives the bounds."""
+"""The definition of codes against exact arithmetic. docs/kernels/codes.md derives the bounds."""
 
 import math
 
@@ -10,7 +10,7 @@ from fastln_kernels.reference import NormAgain, NormBackward, NormForward, NormK
 from fastln_kernels.reference_activation import ACTIVATION_KINDS
 from fastln_kernels.reference_codes import GROUPS, LARGEST, LEVELS, N_LEVELS, NAN_CODES, SLOPE_STEPS
 
-HALF = 0.5 + 2**-16
+HALF = 0.5 + 2**-15
 """Half a step, and float32's rounding of a number of at most 127 steps: at most 127 * 3 * 2^-24 steps."""
 
 

@@ -127,10 +127,42 @@ inline Int symmetric(Float value, float inverse) {
   return BITS == 4 ? codes + ZERO_4 : codes;
 }
 
+// Writes the symmetric codes of 64 numbers; with 4 bits the scales of their two halves differ.
+template <int BITS>
+inline void store_symmetric(const float* numbers, float first_inverse, float second_inverse, uint8_t* to) {
+#if defined(FASTLN_AVX512)
+  __m512i codes[4];
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; i++) {
+    const float inverse = i < 2 ? first_inverse : second_inverse;
+    codes[i] = bits_as<__m512i>(symmetric<8>(load(numbers + i * LANES, AllLanes{}), inverse));
+  }
+  __m512i bytes = pack(codes);
+  if constexpr (BITS == 8) {
+    _mm512_storeu_si512(to, bytes);
+  } else {
+    bytes = _mm512_add_epi8(bytes, _mm512_set1_epi8(ZERO_4));
+    const __m512i pairs = _mm512_maddubs_epi16(bytes, _mm512_set1_epi16(16 << 8 | 1));  // of neighbours
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), _mm512_cvtepi16_epi8(pairs));
+  }
+#else
+  for (int64_t column = 0; column < 64; column += LANES) {
+    const Int codes = symmetric<BITS>(load(numbers + column, AllLanes{}), column < 32 ? first_inverse : second_inverse);
+    store_codes<BITS>(to + column * BITS / 8, codes, AllLanes{});
+  }
+#endif
+}
+
 // Reads them as numbers without that.
 template <int BITS, class Lanes>
 inline Float load_symmetric(const uint8_t* from, Lanes lanes) {
   if constexpr (BITS == 8) return load_signed(reinterpret_cast<const int8_t*>(from), lanes);
+#if defined(FASTLN_AVX512)
+  // As in `load_codes`; the permutation looks at the lowest four bits alone.
+  const __m512i pairs = _mm512_cvtepu8_epi64(load_some(from, code_bytes(lanes.count, 4), 8));
+  const __m512 numbers = _mm512_set_ps(7, 6, 5, 4, 3, 2, 1, 0, -1, -2, -3, -4, -5, -6, -7, -8);
+  return bits_as<Float>(_mm512_permutexvar_ps(_mm512_or_si512(pairs, _mm512_slli_epi64(pairs, 28)), numbers));
+#endif
   return __builtin_convertvector(load_codes<BITS>(from, lanes) - ZERO_4, Float);
 }
 

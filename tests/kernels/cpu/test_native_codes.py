@@ -23,7 +23,7 @@ WHY_NOT = library.why_not("activation_codes")
 pytestmark = pytest.mark.skipif(WHY_NOT is not None, reason=f"{WHY_NOT}")
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-HALF = 0.5 + 2**-16
+HALF = 0.5 + 2**-15
 WIDTHS = [0, 1, 2, 3, 5, 15, 16, 17, 63, 64, 65, 127, 1000, 1025, 20001]
 
 

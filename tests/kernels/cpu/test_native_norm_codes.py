@@ -18,7 +18,7 @@ from fastln_kernels.reference import NormAgain, NormBackward, NormForward, NormK
 pytestmark = pytest.mark.skipif(library.why_not("norm") is not None, reason=f"{library.why_not('norm')}")
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-HALF = 0.5 + 2**-16
+HALF = 0.5 + 2**-15
 U = 2.0**-24
 SEED = torch.tensor([0x123456789ABCDEF])
 KINDS = {
