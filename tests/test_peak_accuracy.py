@@ -43,13 +43,13 @@ MODELS = {
 }
 
 
-def make(name, method, engine, dtype, products, device):
+def make(name, method, engine, dtype, products, activations, device):
     torch.manual_seed(0)
     with torch.device(device):
         model = MODELS[name]().to(getattr(torch, dtype)).train()
     settings = {"also": "classifier"} if method == "head" else {}
     if engine == "fastln":  # on the meta device nothing waits
-        settings |= {"products": products, "without": ("late_logits", "late_rows")}
+        settings |= {"products": products, "activations": activations, "without": ("late_logits", "late_rows")}
     return put_method(model, method, engine, **settings)
 
 
@@ -82,21 +82,28 @@ def measured(*combination):
 
 
 COMBINATIONS = [
-    ("vit", "layernorm", "fastln", "float32", "exact"),
-    ("vit", "layernorm", "fastln", "bfloat16", "int8"),
-    ("vit", "full", "torch", "float32", "exact"),
-    ("vit", "head", "fastln", "float32", "exact"),
-    ("bert", "layernorm", "fastln", "float32", "int8"),
-    ("bert", "layernorm", "torch", "bfloat16", "exact"),
-    ("bert", "full", "torch", "bfloat16", "exact"),
-    ("bert", "lora", "peft", "float32", "exact"),
-    ("llama", "layernorm", "fastln", "bfloat16", "exact"),
-    ("llama", "layernorm", "torch", "float32", "exact"),
-    ("llama", "lora", "fastln", "bfloat16", "int8"),
-    ("llama", "lora", "peft", "bfloat16", "exact"),
-    ("blip", "layernorm", "fastln", "float32", "exact"),
-    ("blip", "layernorm", "fastln", "bfloat16", "int8"),
-    ("blip", "full", "torch", "float32", "exact"),
+    ("vit", "layernorm", "fastln", "float32", "exact", "exact"),
+    ("vit", "layernorm", "fastln", "bfloat16", "int8", "exact"),
+    ("vit", "full", "torch", "float32", "exact", "exact"),
+    ("vit", "head", "fastln", "float32", "exact", "exact"),
+    ("bert", "layernorm", "fastln", "float32", "int8", "exact"),
+    ("bert", "layernorm", "torch", "bfloat16", "exact", "exact"),
+    ("bert", "full", "torch", "bfloat16", "exact", "exact"),
+    ("bert", "lora", "peft", "float32", "exact", "exact"),
+    ("llama", "layernorm", "fastln", "bfloat16", "exact", "exact"),
+    ("llama", "layernorm", "torch", "float32", "exact", "exact"),
+    ("llama", "lora", "fastln", "bfloat16", "int8", "exact"),
+    ("llama", "lora", "peft", "bfloat16", "exact", "exact"),
+    ("blip", "layernorm", "fastln", "float32", "exact", "exact"),
+    ("blip", "layernorm", "fastln", "bfloat16", "int8", "exact"),
+    ("blip", "full", "torch", "float32", "exact", "exact"),
+    ("vit", "layernorm", "fastln", "float32", "exact", "recompute"),
+    ("vit", "layernorm", "fastln", "bfloat16", "int8", "compressed-again"),
+    ("bert", "layernorm", "fastln", "float32", "int8", "again"),
+    ("bert", "layernorm", "fastln", "bfloat16", "exact", "compressed-2"),
+    ("llama", "layernorm", "fastln", "float32", "exact", "checkpoint"),
+    ("llama", "layernorm", "fastln", "bfloat16", "exact", "compressed"),
+    ("blip", "layernorm", "fastln", "float32", "exact", "compressed-recompute"),
 ]
 
 
@@ -131,5 +138,5 @@ def test_the_predicted_peak_is_what_the_allocator_measures(combination):
     dtype = combination[3]
     predicted = step_memory(make(*combination, "meta"), batch(combination[0], dtype))
     in_step = predicted.peak - predicted.weights - predicted.optimizer
-    assert in_step > 0.4 * predicted.peak  # activations count
+    assert in_step > 0.4 * predicted.peak or combination[5] != "exact"  # activations count
     assert predicted.peak == pytest.approx(measured(*combination), rel=0.01)

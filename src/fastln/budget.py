@@ -38,7 +38,7 @@ logger = logging.getLogger(__name__)
 Storages = Mapping[str, str]
 """The storage modes of blocks, by their names."""
 
-_WHOLE, _ROUNDING = 0.12, 0.02
+_WHOLE, _ROUNDING = 0.12, 0.01
 """What computing whole blocks again costs beside products, and what 8-bit storage does, as shares of an exact step."""
 
 

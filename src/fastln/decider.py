@@ -269,5 +269,5 @@ def describe_unused(without: tuple[str, ...], decided: Iterable[Change | Stay]) 
     if set(without) == set(TRICKS):
         return None
     reasons = {entry.reason for entry in decided}
-    unused = [name for name in without if name != RANDOM_HEADS and _left_out(name) not in reasons]
+    unused = [name for name in without if name not in (RANDOM_HEADS, "rounding") and _left_out(name) not in reasons]
     return f"without {', '.join(map(repr, unused))} has no effect on this model here" if unused else None

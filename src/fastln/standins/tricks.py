@@ -68,6 +68,11 @@ TRICKS: dict[str, Trick] = {
             "none known",
         ),
         Trick(
+            "rounding",
+            "a memory budget may have norms and activations keep 8 bits a number",
+            "gradients differ from exact ones by the rounding",
+        ),
+        Trick(
             "arena",
             "keeps the freed memory of large CPU tensors for the next step",
             "replaces torch's CPU allocator in the whole process while a model is prepared",
