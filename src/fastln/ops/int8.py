@@ -257,7 +257,8 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     ctx.save_for_backward(values, scale, row_sums, col_sums)
     arguments = _Arguments.of(*inputs[_N_TENSORS:])
     ctx.arguments = arguments._replace(dtype=x.dtype)
-    _note_how(ctx, x, arguments.settings, values, lambda x: _operator(x, *inputs[1:]))
+    others = inputs[1:]  # without x, which nothing must keep
+    _note_how(ctx, x, arguments.settings, values, lambda x: _operator(x, *others))
     ctx.bias_dtype = None if bias is None else bias.dtype
     ctx.set_materialize_grads(False)
 
