@@ -139,4 +139,5 @@ def test_the_predicted_peak_is_what_the_allocator_measures(combination):
     predicted = step_memory(make(*combination, "meta"), batch(combination[0], dtype))
     in_step = predicted.peak - predicted.weights - predicted.optimizer
     assert in_step > 0.4 * predicted.peak or combination[5] != "exact"  # activations count
-    assert predicted.peak == pytest.approx(measured(*combination), rel=0.01)
+    tolerance = 0.01 if combination[5] == "exact" else 0.02
+    assert predicted.peak == pytest.approx(measured(*combination), rel=tolerance)
