@@ -6,6 +6,8 @@ from dataclasses import dataclass
 
 from triton.backends.compiler import GPUTarget
 
+from fastln.devices import DEVICES, Device
+
 KB, MB = 1 << 10, 1 << 20
 
 
@@ -14,10 +16,9 @@ class Machine:
     """A GPU.
 
     Attributes:
-        name: Name of the product.
+        device: Bandwidth and rates, as `fastln plan` knows them.
         target: Triton's compilation target.
         sms: Streaming multiprocessors (compute units on AMD).
-        bandwidth: Memory bandwidth in bytes per second.
         clock: Cycles per second.
         l1: Bytes of L1 cache per SM. On NVIDIA, shared memory takes part of them.
         l2: Bytes of the last cache before memory, shared by all SMs. On AMD this is the Infinity Cache, with 17 TB/s.
@@ -26,15 +27,12 @@ class Machine:
         max_warps: Maximum number of warps per SM.
         max_programs: Maximum number of programs per SM.
         shared: Bytes of shared memory per SM.
-        int8: Operations per second of dense products in 8 bits, by the instructions that Triton compiles to; None if
-            the data sheet does not say.
-        bf16: Operations per second of dense products in bfloat16.
+        has_int8: Whether Triton compiles products in 8 bits to the instructions of the data sheet's rate.
     """
 
-    name: str
+    device: Device
     target: GPUTarget
     sms: int
-    bandwidth: float
     clock: float
     l1: int
     l2: int
@@ -43,8 +41,27 @@ class Machine:
     max_warps: int = 64
     max_programs: int = 32
     shared: int = 228 * KB
-    int8: float | None = None
-    bf16: float = 0.0
+    has_int8: bool = True
+
+    @property
+    def name(self) -> str:
+        """Name of the product."""
+        return self.device.name
+
+    @property
+    def bandwidth(self) -> float:
+        """Memory bandwidth in bytes per second."""
+        return self.device.bandwidth
+
+    @property
+    def int8(self) -> float | None:
+        """Operations per second of dense products in 8 bits; None if Triton makes others than the data sheet's."""
+        return self.device.rates["int8"] if self.has_int8 else None
+
+    @property
+    def bf16(self) -> float:
+        """Operations per second of dense products in bfloat16."""
+        return self.device.rates["bfloat16"]
 
     @property
     def lanes(self) -> int:
@@ -80,42 +97,33 @@ class Machine:
 
 MACHINES = {
     "sm_80": Machine(
-        *("A100 SXM 80 GB", GPUTarget("cuda", 80, 32)),
+        *(DEVICES["A100 SXM 80 GB"], GPUTarget("cuda", 80, 32)),
         sms=108,
-        bandwidth=2.04e12,
         clock=1.41e9,
         l1=192 * KB,
         l2=40 * MB,
         shared=164 * KB,
-        int8=624e12,
-        bf16=312e12,
     ),
     "sm_90": Machine(
-        *("H100 SXM", GPUTarget("cuda", 90, 32)),
+        *(DEVICES["H100 SXM"], GPUTarget("cuda", 90, 32)),
         sms=132,
-        bandwidth=3.35e12,
         clock=1.755e9,
         l1=256 * KB,
         l2=50 * MB,
-        int8=1979e12,
-        bf16=989e12,
     ),
     "sm_100": Machine(
-        *("B200", GPUTarget("cuda", 100, 32)),
+        *(DEVICES["B200"], GPUTarget("cuda", 100, 32)),
         sms=148,
-        bandwidth=8.0e12,
         clock=1.85e9,
         l1=256 * KB,
         l2=126 * MB,
-        # The data sheet's 4.5e15 in 8 bits are those of tcgen05. Triton 3.7 compiles to mma.sync here.
-        bf16=2250e12,
+        has_int8=False,  # the data sheet's rate is that of tcgen05; Triton 3.7 compiles to mma.sync here
     ),
     # Each compute unit has four SIMDs. A SIMD has 512 registers for each of 64 lanes and holds 8 waves. An instruction
     # takes four cycles for its 64 lanes.
     "gfx942": Machine(
-        *("MI300X", GPUTarget("hip", "gfx942", 64)),
+        *(DEVICES["MI300X"], GPUTarget("hip", "gfx942", 64)),
         sms=304,
-        bandwidth=5.3e12,
         clock=2.1e9,
         l1=32 * KB,
         l2=256 * MB,
@@ -123,7 +131,5 @@ MACHINES = {
         issue=1,
         max_warps=32,
         shared=64 * KB,
-        int8=2615e12,
-        bf16=1307e12,
     ),
 }

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import fastln_kernels
+from fastln import devices
 
 HERE = Path(__file__).resolve().parent
 RESULTS = HERE.parent / "benchmarks" / "results"
@@ -63,9 +64,9 @@ class Row:
 
 
 def source_digest() -> str:
-    """Return a digest of the kernels and of the imported scripts. Different code may give different figures."""
+    """Return a digest of the kernels, the imported scripts and the data sheets: others may give different figures."""
     modules = [getattr(module, "__file__", None) for module in list(sys.modules.values())]
-    scripts = {Path(name) for name in modules if name and Path(name).parent == HERE}
+    scripts = {Path(name) for name in modules if name and Path(name).parent == HERE} | {Path(devices.__file__)}
     digest = hashlib.sha256()
     for path in sorted([*scripts, *Path(fastln_kernels.__file__).parent.glob("*.py")], key=lambda path: path.name):
         digest.update(path.read_bytes())

@@ -16,7 +16,7 @@ SOURCES = (ROOT / "src" / "fastln", ROOT / "kernels" / "fastln_kernels")
 LAYERS = """
     fastln_kernels
     errors
-    changes files machine origin originals processes progress reading rounding sizes versions
+    changes devices files machine origin originals processes progress reading rounding sizes versions
     fingerprint ops
     decision families late
     fits methods standins
