@@ -136,12 +136,11 @@ def step_memory(model: nn.Module, batch: Mapping[str, Any], *, optimizer: bool =
     record.mark("batch", (leaf for leaf in tree_leaves(inputs) if isinstance(leaf, Tensor)))
     sizes = footprint(model, saved=0)
     sizes = sizes if optimizer else replace(sizes, optimizer=0)
-    with _without_gradients(trained), AsOnCPU() if is_meta else nullcontext(), record:
+    with without_gradients(trained), AsOnCPU() if is_meta else nullcontext(), record:
         with record.forward():
-            loss = _loss(model(**inputs))
+            loss = loss_of(model(**inputs))
         n_forward = len(record.events)
-        # As `loss.backward()`, which would suspend `AsOnCPU`. Layers that are computed again need that.
-        _engine_run_backward((loss,), (torch.ones_like(loss),), False, False, (), True, accumulate_grad=True)
+        run_backward(loss)
         gradients = [parameter.grad for parameter in trained if parameter.grad is not None]
         record.mark("gradients", gradients)
         n_backward = len(record.events)
@@ -152,15 +151,25 @@ def step_memory(model: nn.Module, batch: Mapping[str, Any], *, optimizer: bool =
     return _at_peak(record, n_forward, n_backward, sizes)
 
 
-def _loss(output: Any) -> Tensor:
+def loss_of(output: Any) -> Tensor:
+    """Return the loss of a model's output.
+
+    Raises:
+        FastLNError: If it has none.
+    """
     loss = output.get("loss") if isinstance(output, Mapping) else None
     if not isinstance(loss, Tensor):
         raise FastLNError("the model returns no loss for this batch, so it has no training step; give it labels")
     return loss
 
 
+def run_backward(loss: Tensor) -> None:
+    """Do as `loss.backward()`, which would suspend `AsOnCPU`. Layers that are computed again need that."""
+    _engine_run_backward((loss,), (torch.ones_like(loss),), False, False, (), True, accumulate_grad=True)
+
+
 @contextmanager
-def _without_gradients(parameters: list[nn.Parameter]) -> Iterator[None]:
+def without_gradients(parameters: list[nn.Parameter]) -> Iterator[None]:
     """Set gradients aside, as they are at the beginning of a step."""
     before = [parameter.grad for parameter in parameters]
     for parameter in parameters:
