@@ -26,7 +26,7 @@ LAYERS = """
     budget
     plan watch
     prepare rates settings
-    cost
+    cost step_time
     adapters
     engines
     data
@@ -34,6 +34,8 @@ LAYERS = """
     merge
     training
     bench configured doctor
+    planning
+    plan_command
     cli
     __main__
 """

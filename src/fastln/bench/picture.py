@@ -15,7 +15,7 @@ from matplotlib.transforms import Bbox
 from fastln.bench.results import Row, by_model, data_name, each
 
 # The Okabe-Ito palette, which is safe for colour-blind readers.
-_COLOURS = ("#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+COLOURS = ("#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 _MARKERS = {"fastln": "*", "peft": "s", "torch": "o"}
 _PANELS = 4  # per row
 _OFFSETS = [  # candidate offsets of a label from its point, in points, nearest first
@@ -36,7 +36,7 @@ def draw(rows: Sequence[Row], path: Path) -> None:
     n_columns = min(len(groups), _PANELS)
     n_lines = math.ceil(len(groups) / n_columns)
     methods = list(dict.fromkeys(row.method for row in rows))
-    colours = {method: _COLOURS[index % len(_COLOURS)] for index, method in enumerate(methods)}
+    colours = {method: COLOURS[index % len(COLOURS)] for index, method in enumerate(methods)}
     figure = Figure(figsize=(6.4 * n_columns, 4.8 * n_lines), layout="constrained")
     FigureCanvasAgg(figure)
     panels = [figure.add_subplot(n_lines, n_columns, place + 1) for place in range(len(groups))]
@@ -48,12 +48,14 @@ def draw(rows: Sequence[Row], path: Path) -> None:
     figure.canvas.draw()  # computes the layout; the labels are placed afterwards
     figure.set_layout_engine("none")
     for axes, own in zip(panels, points, strict=True):
-        _place_labels(axes, own)
+        place_labels(axes, own)
     figure.savefig(path, dpi=150)
 
 
 @dataclass(frozen=True, slots=True)
-class _Point:
+class Point:
+    """A point of a panel, with its label."""
+
     x: float
     y: float
     label: str
@@ -61,9 +63,9 @@ class _Point:
     marker: str
 
 
-def _point(row: Row, colour: str) -> _Point:
+def _point(row: Row, colour: str) -> Point:
     memory, throughput = row.peak_memory_bytes or 0, row.samples_per_second or 0
-    return _Point(memory / 2**20, throughput, row.label, colour, _MARKERS.get(row.engine, "o"))
+    return Point(memory / 2**20, throughput, row.label, colour, _MARKERS.get(row.engine, "o"))
 
 
 def _title(rows: Sequence[Row]) -> str:
@@ -74,7 +76,7 @@ def _title(rows: Sequence[Row]) -> str:
     return f"{cut_short}Measured: {where}; {dtypes}, batches of {sizes}; {data_name(rows)}"
 
 
-def _panel(axes: Axes, title: str, points: Sequence[_Point]) -> None:
+def _panel(axes: Axes, title: str, points: Sequence[Point]) -> None:
     axes.set_title(title)
     axes.set_xlabel("peak memory, MiB (left is better)")
     axes.set_ylabel("samples per second (up is better)")
@@ -88,7 +90,7 @@ def _panel(axes: Axes, title: str, points: Sequence[_Point]) -> None:
         axes.text(0.5, 0.5, "every run failed", ha="center", transform=axes.transAxes)
 
 
-def _place_labels(axes: Axes, points: Sequence[_Point]) -> None:
+def place_labels(axes: Axes, points: Sequence[Point]) -> None:
     """Put each label at the nearest place where it overlaps points and earlier labels least."""
     canvas = axes.figure.canvas
     assert isinstance(canvas, FigureCanvasAgg)
