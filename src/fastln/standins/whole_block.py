@@ -21,7 +21,8 @@ class _Whole(functools.partial):
     """A checkpointing function that fastln has put in place. The class identifies it."""
 
 
-def _offloaded(function: Callable[..., Any], *args: Any) -> Any:
+def _offloaded(function: Callable[..., Any], *args: Any, use_reentrant: bool = False) -> Any:
+    """Call a block. The other argument says, as for a checkpoint, that `NoReentry` has nothing to put right."""
     with save_on_cpu(pin_memory=True):
         return function(*args)
 
@@ -45,7 +46,7 @@ class WholeBlock:
         self.before = [
             {name: vars(layer)[name] for name in (_FLAG, _FUNCTION) if name in vars(layer)} for layer in self.layers
         ]
-        function = _Whole(checkpoint, use_reentrant=False) if self.how == "checkpoint" else _Whole(_offloaded)
+        function = _Whole(checkpoint if self.how == "checkpoint" else _offloaded, use_reentrant=False)
         for layer in self.layers:
             vars(layer).update({_FLAG: True, _FUNCTION: function})
 
