@@ -94,14 +94,14 @@ def combinations() -> Iterator[Combination]:
             yield Combination(model, n, size, method, engine, dtype, products=products)
 
 
-def _put(model: nn.Module, one: Combination) -> nn.Module:
+def put(model: nn.Module, one: Combination) -> nn.Module:
     settings: dict[str, Any] = {}
     if one.engine == "fastln":
         settings = {"activations": one.activations, "products": one.products, "without": LATE}
     return put_method(model.to(getattr(torch, one.dtype)).train(), one.method, one.engine, **settings)
 
 
-def _batch(family: Family, one: Combination) -> dict[str, Tensor]:
+def batch_of(family: Family, one: Combination) -> dict[str, Tensor]:
     batch = family.batch(one.batch_size, one.size)
     dtype = getattr(torch, one.dtype)
     return {name: t.to(dtype) if t.is_floating_point() else t for name, t in batch.items()}
@@ -115,12 +115,12 @@ def compare(one: Combination, n_steps: int) -> dict[str, Any]:
     start = time.perf_counter()
     with torch.device("meta"):
         on_paper = family.make(one.size, family.n_layers)
-    predicted = step_memory(_put(on_paper, one), _batch(family, one))
+    predicted = step_memory(put(on_paper, one), batch_of(family, one))
     seconds_to_predict = time.perf_counter() - start
     gc.collect()
     seconds = []
     with AllocatorPeak() as allocated:
-        model, batch = _put(family.make(one.size, family.n_layers), one), _batch(family, one)
+        model, batch = put(family.make(one.size, family.n_layers), one), batch_of(family, one)
         optimizer = MasterAdamW([parameter for parameter in model.parameters() if parameter.requires_grad])
         for step in range(1 + n_steps):
             if step == 1:
