@@ -73,7 +73,7 @@ def _work(row: dict[str, Any]) -> Work:
     products = row["products"] if row["engine"] == "fastln" else "exact"
     return Candidate(
         row["model"], MethodSettings.of(row["method"], row["engine"], products=products), row["dtype"]
-    ).work()
+    ).memory_and_work()[1]
 
 
 def best_rates(rows: Sequence[dict[str, Any]]) -> dict[str, float]:

@@ -29,7 +29,7 @@ from fastln.machine import cpu_model, memory_limit
 from fastln.memory import AsOnCPU
 from fastln.ops.linear_cross_entropy import IGNORE_INDEX
 from fastln.ops.rounded import forget_rows
-from fastln.peak import loss_of, run_backward, without_gradients
+from fastln.peak import StepMemory, loss_of, run_backward, step_memory, without_gradients
 from fastln.rates import floor_rate, has_bfloat16_units, int8_product_rate
 from fastln.state import prepared
 
@@ -220,10 +220,21 @@ def step_work(model: nn.Module, batch: Mapping[str, Any], *, optimizer: bool = T
         run_backward(loss)
     forget_rows()
     work = Work(counter.calls)
-    if not optimizer or not trained:
-        return work
+    return work.plus(_of_optimizer(trained)) if optimizer and trained else work
+
+
+def step_memory_and_work(model: nn.Module, batch: Mapping[str, Any]) -> tuple[StepMemory, Work]:
+    """Return what `step_memory` and `step_work` return, from one step on the meta device."""
+    counter = _Counter(_waiting(model, batch))
+    with counter, counter.watching():
+        memory = step_memory(model, batch)
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    return memory, Work(counter.calls).plus(_of_optimizer(trained))
+
+
+def _of_optimizer(trained: list[nn.Parameter]) -> Call:
     moved = sum(p.numel() * (OPTIMIZER_BYTES + MASTER_BYTES * (p.dtype != torch.float32)) for p in trained)
-    return work.plus(Call("other", "", 0.0, float(moved)))
+    return Call("other", "", 0.0, float(moved))
 
 
 @dataclass(frozen=True)
@@ -287,7 +298,8 @@ class _Counter(TorchDispatchMode):
             hook.remove()
 
     def _begin(self, *_: Any) -> None:
-        self._first = _get_sequence_nr()
+        if self._first is None:  # else it is computed again
+            self._first = _get_sequence_nr()
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None

@@ -24,7 +24,7 @@ from fastln.ops.settings import STORAGES
 from fastln.peak import StepMemory, step_memory
 from fastln.plan import apply, plan
 from fastln.settings import MethodSettings
-from fastln.step_time import Call, Work, step_work
+from fastln.step_time import Call, Work, step_memory_and_work
 
 OFFLOAD = "offload"
 """What `Storage.block` says where a block's tensors go to the host."""
@@ -87,27 +87,35 @@ class Candidate:
         Raises:
             FastLNError: If there is no such step.
         """
+        trained, batch = self._step(size)
+        return self._in_four_bits(step_memory(trained, batch), size)
+
+    def memory_and_work(self, size: BatchSize = USUAL) -> tuple[StepMemory, Work]:
+        """Predict the memory of a step, and count what it does.
+
+        Raises:
+            FastLNError: If there is no such step.
+        """
+        memory, done = step_memory_and_work(*self._step(size))
+        if self.four_bits:
+            # Forward and backward each read 4 bits of every number, and write it in the model's dtype.
+            layers = _frozen_linears(self._model(resized(self.spec, size))[1])
+            moved = sum(layer.weight.numel() * NF4_BITS / 8 + layer.weight.nbytes for layer in layers)
+            done = done.plus(Call("other", "", 0.0, 2.0 * moved))
+        return self._in_four_bits(memory, size), done
+
+    def _step(self, size: BatchSize) -> tuple[nn.Module, dict[str, Any]]:
         batch = self.batch(size)
-        trained, base = self._model(resized(self.spec, size))
-        found = step_memory(self._with_loss(trained, batch), batch.arguments)
+        return self._with_loss(self._model(resized(self.spec, size))[0], batch), dict(batch.arguments)
+
+    def _in_four_bits(self, found: StepMemory, size: BatchSize) -> StepMemory:
         if not self.four_bits:
             return found
-        layers = _frozen_linears(base)
+        layers = _frozen_linears(self._model(resized(self.spec, size))[1])
         lost = sum(layer.weight.nbytes - round(layer.weight.numel() * NF4_BITS / 8) for layer in layers)
         # The layer that runs needs its weight in the model's dtype, for the length of one product.
         largest = max((layer.weight.nbytes for layer in layers), default=0)
         return replace(found, weights=found.weights - lost, workspace=found.workspace + largest)
-
-    def work(self, size: BatchSize = USUAL) -> Work:
-        """Count what a step does."""
-        batch = self.batch(size)
-        trained, base = self._model(resized(self.spec, size))
-        done = step_work(self._with_loss(trained, batch), batch.arguments)
-        if not self.four_bits:
-            return done
-        # Forward and backward each read 4 bits of every number, and write it in the model's dtype.
-        moved = sum(layer.weight.numel() * NF4_BITS / 8 + layer.weight.nbytes for layer in _frozen_linears(base))
-        return done.plus(Call("other", "", 0.0, 2.0 * moved))
 
     def counts(self) -> tuple[int, int]:
         """Return the numbers of trained parameters and of all."""

@@ -18,12 +18,14 @@ from fastln.ops.settings import STORAGES
 from fastln.peak import StepMemory
 from fastln.planning.candidate import OFFLOAD, Candidate
 from fastln.planning.corpus import Corpus, clipped, read_corpus
-from fastln.planning.search import largest
+from fastln.planning.search import largest, on_the_line
 from fastln.settings import MethodSettings
 from fastln.step_time import Parts, Work, step_seconds, this_cpu
 
 MOST_SAMPLES = 1 << 16
 MOST_PIXELS = 1 << 13  # along an image's edge
+AS_FAST = 0.03
+"""The share by which predicted times of one model's modes must differ for one to count as faster."""
 
 
 @dataclass(frozen=True)
@@ -120,9 +122,13 @@ class Forecast:
 
     @property
     def best(self) -> Row | None:
-        """The fastest mode that fits; the fastest of all without a budget, None if none fits or there are no modes."""
+        """The fastest mode that fits; the fastest of all without a budget, None if none fits or there are no modes.
+
+        Of modes that are as fast, up to what can be predicted, it is the one that rounds least.
+        """
         fitting = [row for row in self.modes if self.budget is None or row.memory.peak <= self.budget]
-        return min(fitting, key=lambda row: row.time.total, default=None)
+        fastest = min((row.time.total for row in fitting), default=0.0)
+        return next((row for row in fitting if row.time.total <= (1 + AS_FAST) * fastest), None)
 
     @property
     def front(self) -> list[Row]:
@@ -239,21 +245,22 @@ class _Maker:
     usual: BatchSize
 
     def row(self, label: str, candidate: Candidate) -> Row:
-        memory, work = candidate.memory(self.size), candidate.work(self.size)
+        memory, work = candidate.memory_and_work(self.size)
         time = step_seconds(work, self.device)
-        return Row(label, candidate, memory, work, candidate.counts()[0], time, self.largest_batch(candidate))
+        return Row(label, candidate, memory, work, candidate.counts()[0], time, self.largest_batch(candidate, memory))
 
     def usual_work(self, row: Row) -> Work:
-        return row.work if self.usual == self.size else row.candidate.work(self.usual)
+        return row.work if self.usual == self.size else row.candidate.memory_and_work(self.usual)[1]
 
-    def largest_batch(self, candidate: Candidate) -> int | None:
+    def largest_batch(self, candidate: Candidate, memory: StepMemory) -> int | None:
         if self.budget is None:
             return None
-
-        def peak(n_samples: int) -> int:
-            return candidate.memory(replace(self.size, n_samples=n_samples)).peak
-
-        return largest(peak, self.budget, start=self.size.n_samples or 1, most=MOST_SAMPLES)
+        n_samples = self.size.n_samples or 1
+        if memory.phase != "optimizer":  # then all that does not grow with the batch is known
+            fixed = memory.weights + memory.gradients + memory.optimizer
+            return min(on_the_line((0, fixed), (n_samples, memory.peak), self.budget), MOST_SAMPLES)
+        twice = candidate.memory(replace(self.size, n_samples=2 * n_samples)).peak
+        return min(on_the_line((n_samples, memory.peak), (2 * n_samples, twice), self.budget), MOST_SAMPLES)
 
     def largest_image(self, candidate: Candidate, batch: Example) -> int | None:
         if self.budget is None or batch.image_size is None or batch.n_image_tokens:

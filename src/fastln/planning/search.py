@@ -29,12 +29,12 @@ def largest(peak: Callable[[int], int], budget: int, *, start: int, most: int) -
             too_large = guess
         widths.append(too_large - fitting)
         is_slow = len(widths) > 2 and too_large in known and widths[-1] > widths[-3] / 2
-        guess = (fitting + too_large) // 2 if is_slow else _on_the_line(known, budget, fitting)
+        guess = (fitting + too_large) // 2 if is_slow else _guess(known, budget, fitting)
         guess = max(fitting + 1, min(too_large - 1, guess))
     return fitting
 
 
-def _on_the_line(known: dict[int, int], budget: int, fitting: int) -> int:
+def _guess(known: dict[int, int], budget: int, fitting: int) -> int:
     """Return where the line through the two sizes nearest to the budget meets it, or a first guess."""
     nearest = sorted(known, key=lambda size: abs(known[size] - budget))[:2]
     if len(nearest) < 2:
@@ -43,5 +43,16 @@ def _on_the_line(known: dict[int, int], budget: int, fitting: int) -> int:
     slope = (known[other] - known[one]) / (other - one)
     if slope <= 0:
         return fitting * 2
-    guess = int(one + (budget - known[one]) / slope)
+    guess = on_the_line((one, known[one]), (other, known[other]), budget)
     return guess + (guess == fitting)  # the neighbour settles whether it is the last
+
+
+def on_the_line(one: tuple[int, int], other: tuple[int, int], budget: int) -> int:
+    """Return the size at which the line through two sizes with their peaks meets the budget, rounded down; 0 if none.
+
+    A peak is the sum of what does not depend on the batch and of what grows with it, so this is exact up to rounding,
+    if the peak is at the same time of the step.
+    """
+    (size, peak), (other_size, other_peak) = one, other
+    slope = (other_peak - peak) / (other_size - size)
+    return max(int(size + (budget - peak) / slope), 0) if slope > 0 else size
