@@ -33,7 +33,7 @@ LAYERS = """
     metrics models
     merge
     training
-    bench configured doctor
+    bench cli_options configured doctor
     planning
     plan_command
     cli

@@ -56,7 +56,7 @@ class Example:
     """A batch, and what it is.
 
     Attributes:
-        arguments: The model's arguments, on the CPU.
+        arguments: The model's arguments: images on the meta device, all else on the CPU, with values.
         image_size: Edge of its images; None without any.
         text_length: Tokens of each text, an image's apart; None without any.
         n_image_tokens: Tokens that an image takes in a text.
@@ -124,7 +124,7 @@ def example(model: PreTrainedModel, size: BatchSize, spec: str = "") -> Example:
     edge, n_image_tokens, step = None, 0, 1
     if has_images:
         edge, step, more = _image(model, vision, size)
-        arguments = {"pixel_values": torch.zeros(n_samples, 3, edge, edge), **more}
+        arguments = {"pixel_values": torch.empty(n_samples, 3, edge, edge, device="meta"), **more}
     if config.model_type == "llava":
         n_image_tokens = CHAT_VISION["llava"].n_tokens(config, torch.Size((1, 3, edge or 0, edge or 0)))
     text = getattr(config, "text_config", None) or config
@@ -147,7 +147,13 @@ def example(model: PreTrainedModel, size: BatchSize, spec: str = "") -> Example:
 
 def _of_shape(model: PreTrainedModel, n_samples: int, spec: str) -> Example:
     shape = parse_shape(spec)
-    arguments: dict[str, Any] = dict(FAMILIES[shape.family].batch(n_samples, shape.size))
+    one = FAMILIES[shape.family].batch(1, shape.size)
+    arguments: dict[str, Any] = {
+        name: torch.empty(n_samples, *x.shape[1:], dtype=x.dtype, device="meta")
+        if x.is_floating_point()
+        else x.repeat(n_samples, *(1,) * (x.ndim - 1))
+        for name, x in one.items()
+    }
     vision = getattr(model.config, "vision_config", None) or model.config
     is_image = "pixel_values" in arguments
     length = arguments["input_ids"].shape[1] if "input_ids" in arguments else None
