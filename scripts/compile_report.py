@@ -116,6 +116,11 @@ def work_of(one: Launch, n_cols: int) -> Kernel:
         `moved`: bytes of the tensors of rows and of partial sums. `read_twice`: bytes that it reads a second time.
         `row_tiles`: the number of tiles of whole rows. `turns`: the number of tiles.
     """
+    if "BITS" in one.given or "REPEATS" in one.given:
+        # Codes are narrower than rows, and rows may lie in one: so count every tensor, and each program as a tile.
+        tensors = [value for value in one.given.values() if isinstance(value, torch.Tensor)]
+        moved = sum(value.numel() * value.element_size() for value in tensors)
+        return {"moved": moved, "read_twice": 0, "row_tiles": one.programs, "turns": one.programs}
     twice = READ_TWICE.get(one.name, ())
     if one.given.get("stream_ptr") is not None:
         twice = tuple(name for name in twice if name == "stream_ptr")
