@@ -111,18 +111,29 @@ def test_a_budget_that_nothing_fits_names_the_least_and_the_largest_batch(bert, 
     assert "the largest batch that fits is" in out
 
 
-def test_images_are_of_the_size_asked_for_and_as_large_as_fits(tmp_path, monkeypatch, capsys):
+@pytest.fixture
+def blip(tmp_path):
     config = blip_config()
     config.architectures = ["BlipForQuestionAnswering"]
     config.to_json_file(tmp_path / "blip.json")
-    words = ["--model", tmp_path / "blip.json", "--batch-size", 2, "--image-size", 48, "--memory", "20MB"]
+    return tmp_path / "blip.json"
+
+
+def test_images_are_of_the_size_asked_for_and_data_gives_an_epoch(blip, monkeypatch, capsys):
     with pytest.raises(SystemExit):
-        run(monkeypatch, *words, "--data", "phantom", "--dtype", "float32")
+        run(monkeypatch, "--model", blip, "--batch-size", 2, "--image-size", 48, "--data", "phantom")
     out = capsys.readouterr().out
     assert "2 samples of an image of 48²" in out
-    assert "largest images that fit, predicted: " in out
     assert "minutes per epoch" in out
     assert "for want of a tokenizer" in out
+
+
+def test_images_grow_until_the_budget_is_reached(blip):
+    candidate, size = Candidate(str(blip), MethodSettings.of(), "float32"), BatchSize(2)
+    batch = candidate.batch(size)
+    wanted = candidate.memory(BatchSize(2, image_size=batch.image_size + 2 * batch.step)).peak
+    maker = forecasts._Maker(forecasts.find_device("T4"), wanted, size, size)
+    assert maker.largest_image(candidate, batch) == batch.image_size + 2 * batch.step
 
 
 def test_an_encoder_without_a_head_is_planned_by_all_that_it_returns(tmp_path):
