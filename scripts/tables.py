@@ -163,6 +163,11 @@ def cosines() -> str:
     return _rows_of("cosines", gradient_cosines.table)
 
 
+def storage_cosines() -> str:
+    """Return the cosines of norms' gradients with rounded storage with exact ones."""
+    return _rows_of("storage_cosines", gradient_cosines.table)
+
+
 def impressions() -> str:
     """Return the scores of trained language models, exact beside 8 bits."""
     return _rows_of("impressions", impressions_runs.table)
@@ -311,6 +316,7 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "cpu-zen4-predicted": zen4_predicted,
     "cpu-summary": cpu_summary,
     "cosines": cosines,
+    "storage-cosines": storage_cosines,
     "impressions": impressions,
     "quick": suite("quick"),
     "vqa-rad": suite("vqa-rad"),

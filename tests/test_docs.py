@@ -156,7 +156,7 @@ def test_every_method_and_layout_is_described():
 
 SWITCHES = [
     *("norms", "activations", "dropout", "post_norms", "gated_mlps", "attention", "rotary", "linears"),
-    *("late_logits", "late_rows", "cache", "checkpointing", "arena", "random_heads"),
+    *("late_logits", "late_rows", "cache", "checkpointing", "rounding", "arena", "random_heads"),
 ]
 
 

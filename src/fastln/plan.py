@@ -116,8 +116,7 @@ class _Asked:
         """How to choose storage modes for it."""
         # Codes of 4 and 2 bits change gradients so much that they must be asked for.
         modes = [mode for mode, kept in STORAGES.items() if mode != "exact" and kept.code_bits in (None, 8)]
-        if self.device is None or torch.device(self.device).type != "cuda":
-            modes.remove("offload")
+        modes.remove("offload")  # the meta device has no host to move to
         if "rounding" in self.without:
             modes = [mode for mode in modes if STORAGES[mode].x_hat_bits is None]
         return Planner(self.plan, apply, lambda model: _undone(model), modes)
