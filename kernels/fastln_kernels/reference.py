@@ -10,7 +10,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fastln_kernels.reference_codes import decode_rows, encode_rows
+from fastln_kernels.reference_codes import GROUPS, decode_rows, encode_rows
+
+CODES_GROUP = GROUPS[8]
+"""How many columns share a scale in codes of x_hat."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,7 +69,8 @@ class NormOutputs(NamedTuple):
         stream: `residual + dropout(x)`, likewise; None if not requested.
         normed: x_hat, likewise; or its codes, int8.
         rstd: `(n_rows,)`, `1 / sqrt(variance + eps)`, in the dtype of the arithmetic.
-        scale: `(n_rows,)`, float32, what the codes of a row are multiplied by; None without codes.
+        scale: `(n_rows, n_groups)`, float32, what the codes of a row's groups of columns are multiplied by, or
+            `(n_rows,)` where a backend has one scale for a row; None without codes.
     """
 
     y: Tensor

@@ -3,9 +3,9 @@
 The definition in plain PyTorch. `docs/kernels/codes.md` derives the bounds of the errors. There are two sorts.
 
 *Symmetric codes* are whole numbers times a scale: `value ≈ code * scale`, where the scale is the largest magnitude
-divided by 127 (8 bits) or 7 (4 bits). x_hat of a norm has a scale per row; what a gated activation keeps has one per
-group of neighbouring columns. Where all magnitudes are below 1e-30 the scale and the codes are 0. Where one is NaN or
-infinite the scale is NaN and the codes are 0, so that all decode to NaN.
+divided by 127 (8 bits) or 7 (4 bits). There is one scale per group of neighbouring columns. Where all magnitudes are
+below 1e-30 the scale and the codes are 0. Where one is NaN or infinite the scale is NaN and the codes are 0, so that
+all decode to NaN.
 
 *Codes of derivatives* number levels that are fixed for the kind of activation. With 8 bits the levels are uniform, 0
 and 1 among them, and code 255 means NaN. With 4 bits 15 levels are where derivatives are frequent, and code 15 means
@@ -175,13 +175,24 @@ class GatedCodes(NamedTuple):
 
 
 def encode_rows(rows: Tensor) -> tuple[Tensor, Tensor]:
-    """Return symmetric codes of 8 bits of `(n_rows, n_cols)`, int8, and the scales `(n_rows,)`, float32."""
-    return _symmetric(rows.to(torch.float32), 8)
+    """Return symmetric codes of 8 bits of `(n_rows, n_cols)`, int8, and a scale per group, as in `GatedCodes`.
+
+    A row with a few large numbers, as DINOv2's are, would lose the others with one scale for all of it.
+    """
+    return encode_groups(rows, 8)
 
 
 def decode_rows(codes: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return the rows that codes stand for, in the dtype of the arithmetic."""
-    return codes.to(dtype) * scale[:, None].to(dtype)
+    """Return the rows that codes stand for, in the dtype of the arithmetic.
+
+    Args:
+        codes: `(n_rows, n_cols)`, int8.
+        scale: `(n_rows, n_groups)`; or `(n_rows,)`, if a backend has one scale for a whole row.
+        dtype: That of the arithmetic.
+    """
+    if scale.ndim == 1:
+        return codes.to(dtype) * scale[:, None].to(dtype)
+    return decode_groups(codes, scale, codes.shape, dtype)
 
 
 def encode_groups(x: Tensor, bits: int) -> tuple[Tensor, Tensor]:

@@ -24,6 +24,7 @@ from fastln_kernels.reference import (
     NormOutputs,
     dropout_threshold,
 )
+from fastln_kernels.reference_codes import GROUPS
 
 TensorT = TypeVar("TensorT", Tensor, Tensor | None)
 
@@ -32,6 +33,9 @@ _PARAMETER = (c_void_p, c_int64)  # a vector and its dtype
 _SIZES = (c_int64, c_int64, c_int64, c_int64)  # dtype, threads, rows, columns
 _DROPOUT = (c_int64, c_void_p)  # threshold, seed
 _ROUNDING = ctypes.POINTER(Rounding)
+
+CODES_GROUP = GROUPS[8]
+"""How many columns share a scale in codes of x_hat."""
 
 ROUNDED_BY = native_int8
 """The module whose `rounding` these functions take."""
@@ -57,7 +61,7 @@ def norm_forward(request: NormForward, rounding: Rounding | None = None) -> Norm
     if request.want_codes:
         assert normed is None
         codes = torch.empty(n_rows, n_cols, dtype=torch.int8, device="cpu")
-        scale = torch.empty(n_rows, dtype=torch.float32, device="cpu")
+        scale = torch.empty(n_rows, -(-n_cols // CODES_GROUP), dtype=torch.float32, device="cpu")
     rstd = torch.empty(n_rows, dtype=torch.float32, device="cpu")
     _forward()(
         DTYPES[x.dtype],

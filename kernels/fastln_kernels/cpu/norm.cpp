@@ -94,6 +94,18 @@ Moments moments(const S* values, int64_t n_cols, float eps) {
   return moments_about<true>(found.near + found.residual, values, n_cols, eps);
 }
 
+// How many scales the codes of a row have.
+int64_t n_code_groups(int64_t n_cols) { return (n_cols + COLUMNS_A_GROUP<8> - 1) / COLUMNS_A_GROUP<8>; }
+
+// Loads what was saved of a row: numbers, or codes times the scale of their group. A vector is in one group.
+template <class Saved, class Lanes>
+inline Float load_saved(const Saved* row, const float* scales, int64_t column, Lanes lanes) {
+  if constexpr (std::is_same_v<Saved, int8_t>)
+    return load(row + column, lanes) * scales[column / COLUMNS_A_GROUP<8>];
+  else
+    return load(row + column, lanes);
+}
+
 template <class T>
 struct Forward {
   const T *x, *residual;
@@ -139,20 +151,26 @@ struct Forward {
     });
   }
 
-  // Writes the codes of x_hat.
+  // Writes the codes of x_hat, group by group.
   template <class S>
   void encode(int64_t row, const S* values, float near, float factor, float shifted) const {
     const auto x_hat = [&](int64_t column, auto lanes) __attribute__((always_inline)) {
       return (load(values + column, lanes) - near) * factor + shifted;
     };
-    Top top;
-    sum_columns(n_cols, [&](int64_t column, auto lanes, int part) { top.take(inside(x_hat(column, lanes), lanes), part); });
-    const Scale code(top.largest());
-    code_scale[row] = code.scale;
     auto* to = reinterpret_cast<uint8_t*>(at(codes, row, n_cols));
-    for_columns(n_cols, [&](int64_t column, auto lanes) {
-      store_codes<8>(to + column, symmetric<8>(x_hat(column, lanes), code.inverse), lanes);
-    });
+    float* scales = code_scale + row * n_code_groups(n_cols);
+    for (int64_t first = 0; first < n_cols; first += COLUMNS_A_GROUP<8>) {
+      const int64_t size = std::min(n_cols - first, COLUMNS_A_GROUP<8>);
+      Top top;
+      sum_columns(size, [&](int64_t column, auto lanes, int part) {
+        top.take(inside(x_hat(first + column, lanes), lanes), part);
+      });
+      const Scale code(top.largest());
+      *scales++ = code.scale;
+      for_columns(size, [&](int64_t column, auto lanes) {
+        store_codes<8>(to + first + column, symmetric<8>(x_hat(first + column, lanes), code.inverse), lanes);
+      });
+    }
   }
 
   template <int R, bool CENTRE, class S>
@@ -202,13 +220,13 @@ struct Backward {
   };
 
   template <bool INPUT>
-  RowSums row_sums(float near, const T* dy, const Saved* saved) const {
+  RowSums row_sums(float near, const T* dy, const Saved* saved, const float* scales) const {
     double difference_total = 0, gradient_total = 0, product_total = 0;
     for_pieces(n_cols, [&](int64_t first, int64_t size) {
       Sum differences, gradients, products;
       sum_columns(size, [&](int64_t column, auto lanes, int part) {
         column += first;
-        const Float difference = inside(load(saved + column, lanes) - near, lanes);
+        const Float difference = inside(load_saved(saved, scales, column, lanes) - near, lanes);
         differences.parts[part] += difference;
         if constexpr (INPUT) {
           const Float gradient = load(dy + column, lanes) * load(scale + column, lanes);
@@ -234,24 +252,26 @@ struct Backward {
     T *dx = at(this->dx, first, n_cols), *dresidual = at(this->dresidual, first, n_cols);
     // x_hat = (saved - near) * factor + shifted; inner = g * rstds + constant + x_hat * slope
     float near[R], factor[R], shifted[R], rstds[R], constant[R], slope[R];
+    const float* scales_of[R] = {};
     const uint16_t* numbers[R] = {};
     const bool drop = INPUT && dx && dropout.active();
     for (int r = 0; r < R && (INPUT || DWEIGHT); r++) {
       const T* row_dy = dy + r * dy_stride;
       const Saved* row_saved = saved + r * saved_stride;
       rstds[r] = rstd[first + r];
-      factor[r] = CODES ? code_scale[first + r] : saved_is_normed ? 1 : rstds[r];
+      factor[r] = saved_is_normed ? 1 : rstds[r];
+      if constexpr (CODES) scales_of[r] = code_scale + (first + r) * n_code_groups(n_cols);
       RowSums sums;
       const bool needs_mean = !CODES && centre && !saved_is_normed;
       if constexpr (!CODES) {
         if (needs_mean) {
-          sums = row_sums<INPUT>(near_mean(row_saved, n_cols), row_dy, row_saved);
+          sums = row_sums<INPUT>(near_mean(row_saved, n_cols), row_dy, row_saved, nullptr);
           if (is_far(sums.residual, 1 / (factor[r] * factor[r])))
-            sums = row_sums<INPUT>(sums.near + sums.residual, row_dy, row_saved);
+            sums = row_sums<INPUT>(sums.near + sums.residual, row_dy, row_saved, nullptr);
         }
       }
       if (INPUT && !needs_mean) {
-        sums = row_sums<INPUT>(0, row_dy, row_saved);
+        sums = row_sums<INPUT>(0, row_dy, row_saved, scales_of[r]);
         sums.residual = 0;
       }
       near[r] = sums.near;
@@ -271,7 +291,8 @@ struct Backward {
         const Float gradient = load(dy + r * dy_stride + column, lanes);
         dbiases += gradient;
         if constexpr (INPUT || DWEIGHT) {
-          const Float x_hat = (load(saved + r * saved_stride + column, lanes) - near[r]) * factor[r] + shifted[r];
+          const Float kept = load_saved(saved + r * saved_stride, scales_of[r], column, lanes);
+          const Float x_hat = (kept - near[r]) * factor[r] + shifted[r];
           if constexpr (DWEIGHT) dweights += gradient * (round_normed ? rounded(x_hat, T{}) : x_hat);
           if constexpr (INPUT) {
             Float inner = gradient * scales * rstds[r] + constant[r] + x_hat * slope[r];
@@ -428,9 +449,9 @@ void fastln_norm_again(int64_t dtype, int64_t n_threads, int64_t n_rows, int64_t
         for (int64_t row = block * rows_a_block; row < std::min((block + 1) * rows_a_block, n_rows); row++) {
           const Saved* from = at(static_cast<const Saved*>(saved), row, saved_stride);
           T* to = at(static_cast<T*>(y), row, n_cols);
-          const float factor = code_scale ? code_scale[row] : 1;
+          const float* scales = code_scale ? code_scale + row * n_code_groups(n_cols) : nullptr;
           for_columns(n_cols, [&](int64_t column, auto lanes) {
-            Float x_hat = load(from + column, lanes) * factor;
+            Float x_hat = load_saved(from, scales, column, lanes);
             if (round_normed) x_hat = rounded(x_hat, T{});
             store(to + column, x_hat * load(scale + column, lanes) + load(shift + column, lanes), lanes);
           });

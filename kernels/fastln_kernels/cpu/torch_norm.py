@@ -20,10 +20,12 @@ from fastln_kernels.reference import (
     NormOutputs,
     arithmetic_dtype,
 )
-from fastln_kernels.reference_codes import encode_rows
+from fastln_kernels.reference_codes import GROUPS, encode_rows
 
 _aten = torch.ops.aten
 _BLOCK_ROWS = 512
+CODES_GROUP = GROUPS[8]
+"""How many columns share a scale in codes of x_hat."""
 N_STATS = 2
 """How many numbers per row are in place of `rstd`."""
 

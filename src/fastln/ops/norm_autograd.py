@@ -128,7 +128,7 @@ class _Made(NamedTuple):
         stream: The sum.
         normed: x_hat as rows, or its codes.
         stats: The statistics.
-        scale: What codes are multiplied by, a number for each row.
+        scale: What codes are multiplied by.
     """
 
     y: Tensor
@@ -322,7 +322,9 @@ def _fake_forward(
         normed = x.new_empty(n_rows, x.shape[-1], dtype=torch.int8)
     else:
         normed = x.new_empty((n_rows, x.shape[-1]) if arguments.keep == "normed" else 0)
-    scale = x.new_empty(n_rows if arguments.in_codes else 0, dtype=torch.float32)
+    group = getattr(arguments.kernels_for(x), "CODES_GROUP", None)
+    scales = (n_rows,) if group is None else (n_rows, -(-x.shape[-1] // group))
+    scale = x.new_empty(scales if arguments.in_codes else 0, dtype=torch.float32)
     return x.new_empty(x.shape), stream, normed, stats, scale
 
 

@@ -220,7 +220,7 @@ def _arena(place: Place) -> None:
 
 
 def _norm_keeps(storage: Storage) -> str:
-    return "x_hat in 8 bits, two float32 per row" if storage.x_hat_bits else "its input, a float32 per row"
+    return "x_hat in 8 bits, some float32 per row" if storage.x_hat_bits else "its input, a float32 per row"
 
 
 def _post_norm_keeps(storage: Storage) -> str:

@@ -14,6 +14,7 @@ import torch
 from fastln_kernels import reference
 from fastln_kernels.cpu import library, native_norm
 from fastln_kernels.reference import NormAgain, NormBackward, NormForward, NormKind
+from fastln_kernels.reference_codes import GROUPS
 
 pytestmark = pytest.mark.skipif(library.why_not("norm") is not None, reason=f"{library.why_not('norm')}")
 
@@ -63,8 +64,13 @@ def awkward(n_rows, n_cols, dtype, seed=0):
     return torch.cat((x, torch.full((n_rows, 3), math.nan)), 1).to(dtype)[:, :n_cols]
 
 
+def steps(made):
+    """The step of each number: that of its group."""
+    return made.scale.double().repeat_interleave(GROUPS[8], 1)[:, : made.normed.shape[1]]
+
+
 def decoded(made):
-    return made.normed.double() * made.scale.double()[:, None]
+    return made.normed.double() * steps(made)
 
 
 def check_forward(request):
@@ -73,14 +79,14 @@ def check_forward(request):
     made = native_norm.norm_forward(request._replace(want_codes=True))
     assert made.normed.dtype == torch.int8
     assert made.normed.is_contiguous()
-    assert made.scale.shape == made.rstd.shape
+    assert made.scale.shape == (len(made.rstd), -(-request.x.shape[1] // GROUPS[8]))
     for name in ("y", "stream", "rstd"):
         if getattr(plain, name) is not None:
             assert_same(getattr(made, name), getattr(plain, name))
     stream = request.x.double() if made.stream is None else made.stream.double()
     want = reference.norm_forward(NormForward(stream, None, None, request.kind, want_normed=True))
     lost = 8 * U * ((stream.abs().amax(1) if stream.shape[1] else 0) * want.rstd + 1)
-    step = made.scale.double()[:, None]
+    step = steps(made)
     if made.stream is not None or not (request.dropout or request.residual is not None):
         assert ((decoded(made) - want.normed).abs() <= step * HALF + lost[:, None]).all()
         # A code differs from the definition's only where x_hat is nearly half way between two.
@@ -89,8 +95,9 @@ def check_forward(request):
         where = want.normed / step
         assert (((where - where.floor() - 0.5).abs() <= lost[:, None] / step + 2**-15)[differs]).all()
     assert (made.normed.int().abs() <= 127).all()
-    full = made.normed.int().abs().amax(1) == 127 if request.x.numel() else torch.ones(0)
-    assert (full | (made.scale == 0)).all()
+    for first in range(0, request.x.shape[1] if len(request.x) else 0, GROUPS[8]):
+        full = made.normed[:, first : first + GROUPS[8]].int().abs().amax(1) == 127
+        assert (full | (made.scale[:, first // GROUPS[8]] == 0)).all()
     return made
 
 
@@ -185,7 +192,7 @@ def test_widths(n_cols):
 def test_no_rows():
     x = torch.randn(0, 5)
     made = native_norm.norm_forward(NormForward(x, None, None, KINDS["layer"], want_codes=True))
-    assert (made.normed.shape, made.scale.shape) == ((0, 5), (0,))
+    assert (made.normed.shape, made.scale.shape) == ((0, 5), (0, 1))
     given = NormBackward(x, made.normed, None, made.rstd, KINDS["layer"], True, scale=made.scale, **EVERYTHING)
     got = native_norm.norm_backward(given)
     assert got.dx.shape == (0, 5)
@@ -202,18 +209,18 @@ def test_a_row_with_a_number_that_is_none_stays_alone(value, kind):
     kind, dy = KINDS[kind], normal(6, 70, seed=1)
     made = native_norm.norm_forward(NormForward(x, None, None, kind, want_codes=True))
     others = [0, 1, 3, 4, 5]
-    assert made.scale[2].isnan()
+    assert made.scale[2, 1].isnan()  # that of its group
     assert not made.scale[others].isnan().any()
-    assert not made.normed[2].any()
+    assert not made.normed[2, 64:].any()
     given = NormBackward(
         dy, made.normed, None, made.rstd, kind, True, scale=made.scale, need_dx=True, need_dweight=True
     )
     got = native_norm.norm_backward(given)
     assert got.dx[2].isnan().all()
-    assert got.dweight.isnan().all()
+    assert got.dweight[64:].isnan().all()
     assert got.dx[others].isfinite().all()
     y = native_norm.norm_again(NormAgain(made.normed, None, None, None, kind, True, made.scale, x.dtype))
-    assert y[2].isnan().all()
+    assert y[2, 64:].isnan().all()
     assert y[others].isfinite().all()
 
 
