@@ -15,7 +15,6 @@ from fastln.ops.settings import STORAGES
 from fastln.peak import step_memory
 from fastln.plan import apply
 from fastln.standins.whole_block import WholeBlock
-from fastln.state import prepared
 from fastln_kernels.cpu import library
 
 SIZES = {"hidden_size": 96, "intermediate_size": 384, "num_hidden_layers": 4, "num_attention_heads": 3}
@@ -156,8 +155,3 @@ def test_offload_needs_a_gpu_and_says_so():
     found = fastln.plan(make("meta"), activations="offload", device="cpu")
     assert any("host's memory already" in stay.reason for stay in found.stays)
     assert not any(isinstance(change, WholeBlock) for change in found.changes)
-
-
-def test_state_of_a_prepared_model_copies_without_waiting(ends):
-    model = fastln.prepare(make(), memory_budget=ends[0] * 2, without=LATE)
-    assert prepared(model).plan.n_bytes == ends[0] * 2

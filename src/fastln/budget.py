@@ -10,6 +10,7 @@ the budget, that with the fewest operations is taken. So a smaller budget never 
 from __future__ import annotations
 
 import copy
+import functools
 import inspect
 import itertools
 import logging
@@ -198,9 +199,10 @@ def fit(outline: nn.Module, batch: Mapping[str, Any], n_bytes: int, planner: Pla
             if memory.peak <= n_bytes:
                 return Fit(tuple(mix.storages.items()), memory, mix.extra)
             least = min(least, Step(memory, mix.storages, 0.0), key=lambda step: step.memory.peak)
+    known = "" if blocks else "no block of this model is known, so all of it keeps what 'exact' does; "
     raise FastLNError(
         f"memory_budget {_gib(n_bytes)} is too little for this batch: the least that training it takes is "
-        f"{_gib(least.memory.peak)} (weights {_gib(least.memory.weights)}); "
+        f"{_gib(least.memory.peak)} (weights {_gib(least.memory.weights)}); {known}"
         f"{_largest(outline, batch, n_bytes, planner, least.storages)}"
     )
 
@@ -301,7 +303,11 @@ class AtFirstBatch:
         model: The model.
         n_bytes: The budget.
         planner: How to plan.
-        modes: What each block does now.
+        outline: The stock model, without its values.
+        largest: The size of the largest batch so far.
+        storages: The modes that it decided on.
+        handle: The handle of the registered hook.
+        undo: What undoes the changes of whole blocks.
     """
 
     model: nn.Module
@@ -309,6 +315,7 @@ class AtFirstBatch:
     planner: Planner
     outline: nn.Module | None = None
     largest: int = 0
+    storages: dict[str, str] = field(default_factory=dict)
     handle: RemovableHandle | None = None
     undo: list[Any] = field(default_factory=list)
 
@@ -325,8 +332,41 @@ class AtFirstBatch:
             block.remove()
         self.undo, self.outline = [], None
 
+    @property
+    def decision(self) -> dict[str, Any]:
+        """What was decided, for a training that resumes: later batches may be smaller than those that decided."""
+        return {"n_bytes": self.n_bytes, "largest": self.largest, "storages": self.storages}
+
+    def decide_as(self, decision: Mapping[str, Any]) -> None:
+        """Decide as before.
+
+        Args:
+            decision: The `decision` of the training that resumes.
+        """
+        if decision["n_bytes"] != self.n_bytes:
+            logger.warning(
+                "the training to resume had a memory budget of %s, now it is %s: the next batch decides anew what "
+                "blocks keep",
+                _gib(decision["n_bytes"]),
+                _gib(self.n_bytes),
+            )
+            return
+        self.largest = decision["largest"]
+        self._put(decision["storages"])
+
+    def _put(self, storages: Mapping[str, str]) -> None:
+        assert self.outline is not None
+        for block in reversed(self.undo):
+            block.remove()
+        self.storages = dict(storages)
+        self.undo = set_storage(self.model, self.planner.plan(self.outline, self.storages))
+
     def _before_forward(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if not model.training or not torch.is_grad_enabled() or self.outline is None or torch.compiler.is_compiling():
+        if not model.training or not torch.is_grad_enabled() or self.outline is None:
+            return
+        if torch.compiler.is_compiling():
+            if not self.largest:
+                _say_that_nothing_decides()
             return
         batch = inspect.signature(type(model).forward).bind(model, *args, **kwargs).arguments
         batch = {name: value for name, value in batch.items() if name != "self"}
@@ -334,17 +374,24 @@ class AtFirstBatch:
         size = sum(value.numel() for value in batch.values() if isinstance(value, Tensor))
         if size <= self.largest:
             return
-        self.largest = size
         self.outline.train()
         found = fit(self.outline, batch, self.n_bytes, self.planner)
         logger.warning("%s", found.describe(self.n_bytes))
-        for block in reversed(self.undo):
-            block.remove()
-        self.undo = set_storage(model, self.planner.plan(self.outline, dict(found.storages)))
+        self._put(dict(found.storages))
+        self.largest = size
 
-    def __reduce__(self) -> tuple[Any, ...]:
-        """Copies wait for nothing: what was chosen stays."""
-        return AtFirstBatch, (self.model, self.n_bytes, self.planner)
+
+@torch.compiler.assume_constant_result  # so it is called while code is compiled, and is no part of that code
+def _say_that_nothing_decides() -> None:
+    _say()
+
+
+@functools.cache
+def _say() -> None:
+    logger.warning(
+        "memory_budget: the first batch cannot decide in compiled code, so all blocks keep what 'exact' does: give "
+        "fastln.prepare a `batch`, or run a step before torch.compile"
+    )
 
 
 def _gib(n_bytes: float) -> str:

@@ -271,3 +271,13 @@ def describe_unused(without: tuple[str, ...], decided: Iterable[Change | Stay]) 
     reasons = {entry.reason for entry in decided}
     unused = [name for name in without if name not in (RANDOM_HEADS, "rounding") and _left_out(name) not in reasons]
     return f"without {', '.join(map(repr, unused))} has no effect on this model here" if unused else None
+
+
+def describe_blocks(decided: Iterable[Change | Stay], settings: OpSettings) -> str | None:
+    """Say that a storage mode of whole blocks has no effect on a model without any; None if it has one."""
+    if settings.keeps.block is None or any(entry.kind == "block" for entry in decided):
+        return None
+    return (
+        f"activations {settings.storage!r} has no effect: no block of this model is known (an entry of a list of "
+        "modules, with attention in it), so all of it keeps what 'exact' does"
+    )

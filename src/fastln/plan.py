@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from fastln.budget import AtFirstBatch, Planner, fit, outline_of, settle_budget
 from fastln.changes import mark_buffers
-from fastln.decider import Decider, describe_unused
+from fastln.decider import Decider, describe_blocks, describe_unused
 from fastln.decision import Change, Plan, Stay
 from fastln.errors import FastLNError
 from fastln.fits import check_fits, check_values, joined
@@ -119,7 +119,7 @@ class _Asked:
         modes.remove("offload")  # the meta device has no host to move to
         if "rounding" in self.without:
             modes = [mode for mode in modes if STORAGES[mode].x_hat_bits is None]
-        return Planner(self.plan, apply, lambda model: _undone(model), modes)
+        return Planner(self.plan, apply, _undone, modes)
 
     def plan(
         self,
@@ -160,6 +160,7 @@ def _decide(
         random.note,
         describe_unused(left_out, decided),
         describe_int8(decided, settings, keep_weights, model, place),
+        describe_blocks(decided, settings),
         f"memory budget {n_bytes:,} bytes: the first batch decides what each block keeps" if n_bytes else note,
     )
     parameters = dict(model.named_parameters())
@@ -225,6 +226,8 @@ def _carry_out(plan: Plan, model: nn.Module) -> None:
             STAND_INS[change.stand_in].put(place)
         add_checks(model)
         state.others = state._others(model)
+        if plan.n_bytes is not None:
+            state.undo.append(state.undo.pop(0))  # what it puts into blocks comes last, and goes first
         rounded = [undo for undo in state.undo if isinstance(undo, Int8Weight)]
         for undo in rounded:
             undo.settle()

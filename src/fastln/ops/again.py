@@ -12,6 +12,8 @@ exists when its backward runs, and no tensor is kept twice.
 
 from __future__ import annotations
 
+import functools
+import logging
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
@@ -20,6 +22,8 @@ import torch
 from torch import Tensor, nn
 
 from fastln.errors import FastLNError
+
+logger = logging.getLogger(__name__)
 
 MOST_PRODUCTS = 1
 """How many products one after another may be made again for one tensor. With more, their cost would have no bound."""
@@ -79,7 +83,10 @@ def source_of(x: Tensor | None, most_products: int = MOST_PRODUCTS) -> Source | 
         x: The tensor.
         most_products: How many products one after another that may take.
     """
-    if x is None or type(x) not in (Tensor, nn.Parameter) or torch.compiler.is_compiling():
+    if torch.compiler.is_compiling():
+        _say_who_decides()
+        return None
+    if x is None or type(x) not in (Tensor, nn.Parameter):
         return None
     made = x if x._base is None or hasattr(x.grad_fn, "recipe") else x._base
     recipe: _Recipe | None = getattr(made.grad_fn, "recipe", None)
@@ -89,6 +96,19 @@ def source_of(x: Tensor | None, most_products: int = MOST_PRODUCTS) -> Source | 
         return None
     n_bytes = x.untyped_storage().nbytes()
     return Source(made.grad_fn, x.size(), x.stride(), x.storage_offset(), n_bytes, recipe.n_products)
+
+
+@torch.compiler.assume_constant_result  # so it is called while code is compiled, and is no part of that code
+def _say_who_decides() -> None:
+    _say()
+
+
+@functools.cache
+def _say() -> None:
+    logger.warning(
+        "torch.compile: the compiler decides itself what its code keeps and what it makes again, so in compiled code "
+        "activations='again' and 'recompute' keep what 'exact' does; 'compressed' and 'checkpoint' work there"
+    )
 
 
 def makes_again(ctx: Any, run: Callable[[Any, Memo], Tensor], *sources: Source, n_products: int = 0) -> None:

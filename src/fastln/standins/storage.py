@@ -29,7 +29,7 @@ def set_storage(model: nn.Module, plan: Plan) -> list[WholeBlock]:
         module = model.get_submodule(change.name)
         if change.stand_in == "block":
             how, layers = change.detail
-            undo.append(WholeBlock([model.get_submodule(name) for name in layers], how))
+            undo.append(WholeBlock([model.get_submodule(name) for name in layers], how, model))
             undo[-1].put()
             continue
         if is_stand_in(module):

@@ -204,7 +204,7 @@ def _no_reentry(place: Place) -> None:
 
 def _block(place: Place) -> None:
     how, layers = place.detail
-    made = WholeBlock([place.model.get_submodule(name) for name in layers], how)
+    made = WholeBlock([place.model.get_submodule(name) for name in layers], how, place.model)
     place.undo.append(made)
     made.put()
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import logging
+import weakref
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,6 +15,7 @@ from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from fastln.families.parts import CACHE
+from fastln.standins.whole_block import is_whole
 
 logger = logging.getLogger(__name__)
 
@@ -96,25 +98,32 @@ class NoReentry:
     def _before_forward(self, model: PreTrainedModel, args: tuple[Any, ...]) -> None:
         if not model.training or not torch.is_grad_enabled() or torch.compiler.is_compiling():
             return
-        layer = next((module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)), None)
-        if layer is None or not layer.gradient_checkpointing:
-            return
-        function = getattr(layer, _FUNCTION)
-        if not isinstance(function, functools.partial):
-            return
-        if function.keywords.get("use_reentrant", True):
-            logger.info(
-                "gradient checkpointing runs without reentry: reentrant checkpoints send no gradient to layers behind "
-                "frozen ones (without=('checkpointing',) keeps reentrant checkpoints)"
-            )
-            without = _Checkpoint(function, use_reentrant=False)
+        blocks = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+        checkpointed = [block for block in blocks if block.gradient_checkpointing]
+        functions = {getattr(block, _FUNCTION) for block in checkpointed if not is_whole(block)}
+        others = [function for function in functions if isinstance(function, functools.partial)]
+        reentrant = next((function for function in others if function.keywords.get("use_reentrant", True)), None)
+        if reentrant is not None:
+            without = _Checkpoint(reentrant, use_reentrant=False)
             for module in model.modules():
-                if _FUNCTION in vars(module):
+                if _FUNCTION in vars(module) and not is_whole(module):
                     self.replaced.append((module, vars(module)[_FUNCTION]))
                     vars(module)[_FUNCTION] = without
-        if getattr(model, "_require_grads_hooks", None):
+        if others and not _told.issuperset(checkpointed):  # models have others inside, with hooks like this
+            _told.update(checkpointed)
+            logger.warning(_MEANING, sum(not is_whole(block) for block in checkpointed), len(blocks))
+        if checkpointed and getattr(model, "_require_grads_hooks", None):
             self.asked = True
             model.disable_input_require_grads()
+
+
+_told: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+"""The blocks of which a line has said in which storage mode they are."""
+
+_MEANING = (
+    "gradient checkpointing is on: in %d of %d blocks that is the storage mode activations='checkpoint', without "
+    "reentry; activations='recompute' in its place computes less again, so that steps are faster"
+)
 
 
 class _Checkpoint(functools.partial):
