@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import shutil
@@ -9,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from peft import PeftModel
 from safetensors import SafetensorError
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
@@ -17,14 +19,16 @@ from transformers.trainer import OPTIMIZER_NAME, SCALER_NAME, SCHEDULER_NAME, TR
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from fastln.adapters import TRAINED, name_or_path
+from fastln.budget import AtFirstBatch
 from fastln.changes import Marks, frozen, mark_buffers, marks
 from fastln.engines import can_restore, is_on_prepared
 from fastln.errors import FastLNError
 from fastln.files import expanded
 from fastln.origin import ORIGIN, Origin, read_origin
+from fastln.state import prepared
 from fastln.training import adalora, checkpoints
 from fastln.training.internals import check_internals
-from fastln.training.trained import load_trained, products_of, save_trained, trained_parameters
+from fastln.training.trained import activations_of, load_trained, products_of, save_trained, trained_parameters
 from fastln.watch import check_finite
 
 logger = logging.getLogger(__name__)
@@ -103,17 +107,20 @@ class ResumableTrainer(Trainer):
                 "; ".join(states[name] for name in missing),
             )
 
-    def _tell_products(self, checkpoint: Path) -> None:
-        """Warn if the products of this training are others than those that a checkpoint was trained with."""
-        before, now = read_origin(checkpoint)[1].get("products"), products_of(self.model)
-        if before not in (None, now):  # earlier versions do not say it
-            logger.warning(
-                "%s was trained with products %r, and this training goes on with products %r: its losses and gradients "
-                "are those of other arithmetic",
-                checkpoint,
-                before,
-                now,
-            )
+    def _tell_arithmetic(self, checkpoint: Path) -> None:
+        """Warn if this training computes in another form than the one that a checkpoint is of."""
+        entries = read_origin(checkpoint)[1]
+        for name, now in (("products", products_of(self.model)), ("activations", activations_of(self.model))):
+            if entries.get(name) not in (None, now):  # earlier versions do not say it
+                logger.warning(
+                    "%s was trained with %s %r, and this training goes on with %s %r: its losses and gradients are "
+                    "those of other arithmetic",
+                    checkpoint,
+                    name,
+                    entries[name],
+                    name,
+                    now,
+                )
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         try:
@@ -189,6 +196,9 @@ class ResumableTrainer(Trainer):
             self.accelerator.wait_for_everyone()
             self._staging = staging
             super()._save_checkpoint(model, trial)
+            if (waiting := waits_for_batches(self.model)) is not None:
+                (staging / name).mkdir(parents=True, exist_ok=True)
+                self._decision_in(staging / name).write_text(json.dumps(waiting.decision), encoding="utf-8")
             self.state.best_model_checkpoint = best
             if self.args.should_save:
                 self.state.save_to_json(str(staging / name / TRAINER_STATE_NAME))
@@ -231,13 +241,20 @@ class ResumableTrainer(Trainer):
                     shutil.copy(Path(checkpoint_folder) / name, self.args.output_dir)
             super()._push_from_checkpoint(checkpoint_folder)
 
+    def _decision_in(self, checkpoint: Path) -> Path:
+        """The file of what a memory budget decided, one of each process, as each sees batches of its own."""
+        return checkpoint / f"memory_budget_{self.args.process_index}.json"
+
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        waiting, decision = waits_for_batches(self.model), self._decision_in(Path(resume_from_checkpoint))
+        if waiting is not None and decision.is_file():
+            waiting.decide_as(json.loads(decision.read_text(encoding="utf-8")))
         if self._sharded:
             super()._load_from_checkpoint(resume_from_checkpoint, model)
             return
         self._mark_start()
         load_trained(self.model, Path(resume_from_checkpoint))
-        self._tell_products(Path(resume_from_checkpoint))
+        self._tell_arithmetic(Path(resume_from_checkpoint))
         adalora.load_importance(self.model, Path(resume_from_checkpoint))
 
     def _load_best_model(self) -> None:
@@ -254,6 +271,17 @@ class ResumableTrainer(Trainer):
     @property
     def _sharded(self) -> bool:
         return self.is_fsdp_enabled or self.is_deepspeed_enabled
+
+
+def waits_for_batches(model: nn.Module) -> AtFirstBatch | None:
+    """Return what chooses storage modes by batches, for a memory budget; None if there is none.
+
+    Args:
+        model: A model, or peft's wrapper of it.
+    """
+    state = prepared(model.get_base_model() if isinstance(model, PeftModel) else model)
+    undo = () if state is None else state.undo
+    return next((change for change in undo if isinstance(change, AtFirstBatch)), None)
 
 
 def _set_step(scheduler: LambdaLR, step: int) -> None:

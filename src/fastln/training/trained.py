@@ -76,7 +76,7 @@ def save_trained(model: nn.Module, folder: Path, before: Marks, origin: Origin, 
     if (states := extra_states(model)) is not None:
         (folder / EXTRA).write_bytes(states)
     further = {"method": method, "trains": list(trains), "changed": list(others), "fingerprint": found}
-    further["products"] = products_of(model)
+    further |= {"products": products_of(model), "activations": activations_of(model)}
     (folder / ORIGIN).write_bytes(origin_bytes(origin, **further))
 
 
@@ -89,6 +89,16 @@ def products_of(model: nn.Module) -> str:
     state = prepared(model.get_base_model() if isinstance(model, PeftModel) else model)
     changes = () if state is None else state.plan.changes
     return "int8" if any("int8" in (change.products or "") for change in changes) else EXACT
+
+
+def activations_of(model: nn.Module) -> str:
+    """Return the storage mode that a model was prepared with; a memory budget's mixes are `exact` here.
+
+    Args:
+        model: a model, or peft's wrapper of it.
+    """
+    state = prepared(model.get_base_model() if isinstance(model, PeftModel) else model)
+    return EXACT if state is None else state.plan.settings.storage
 
 
 def load_trained(model: nn.Module, folder: Path) -> None:
