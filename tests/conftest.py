@@ -7,6 +7,7 @@ os.environ.setdefault("TRITON_INTERPRET", "1")
 # Warnings of the C++ compiler are errors for all tests, so that kernels are compiled once and not again to see them.
 os.environ.setdefault("FASTLN_CPU_WARNINGS", "1")
 
+import hashlib
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,10 @@ import torch
 from fastln.late.graph import Rows
 
 pytest_plugins = ["sampling"]
+
+# What torch.compile keeps on disk is known by the names of our operators, not by the shapes that these return.
+_OPERATORS = sorted((Path(__file__).parents[1] / "src" / "fastln" / "ops").glob("*.py"))
+torch.compiler.config.cache_key_tag = hashlib.sha256(b"".join(map(Path.read_bytes, _OPERATORS))).hexdigest()
 
 if "PYTEST_XDIST_WORKER" in os.environ:
     torch.set_num_threads(1)

@@ -170,8 +170,8 @@ def _compiled_anew():
     torch.compiler.reset()
 
 
-CASES = [
-    pytest.param(name, mode, backend, marks=pytest.mark.slow(pool=f"storage, {backend}"))
+CASES = [  # in the pools of tests/standins/test_compiled_models.py
+    pytest.param(name, mode, backend, marks=pytest.mark.slow(pool=backend))
     for backend in ("aot_eager", "inductor")
     for name in ("bert", "vit", "llama")
     for mode in ("again", "recompute", "compressed", "compressed-recompute", "checkpoint")
@@ -200,7 +200,7 @@ def test_compiled_steps(name, mode, backend, caplog):
 
 
 @pytest.mark.usefixtures("_compiled_anew")
-@pytest.mark.slow(pool="storage, aot_eager")
+@pytest.mark.slow(pool="aot_eager")
 def test_a_budget_waits_for_no_compiled_batch(caplog):
     model = fastln.prepare(make("vit"), memory_budget="8GiB")
     compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
