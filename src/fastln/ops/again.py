@@ -14,8 +14,8 @@ from __future__ import annotations
 
 import functools
 import logging
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -125,8 +125,10 @@ def makes_again(ctx: Any, run: Callable[[Any, Memo], Tensor], *sources: Source, 
 
 def make(tensors: Sequence[Tensor | None], sources: Sequence[Source | None]) -> list[Tensor | None]:
     """Return the tensors of an operation, those with a source made again. What two of them share is made once."""
+    if not any(sources):
+        return list(tensors)
     memo: Memo = {}
-    with torch.no_grad():
+    with _as_in_the_forward():
         return [x if source is None else source.make(memo) for x, source in zip(tensors, sources, strict=True)]
 
 
@@ -154,13 +156,24 @@ def without(*tensors: Tensor) -> AbstractContextManager[object]:
         if isinstance(kept, Tensor):
             return kept
         n_made += 1
-        with torch.no_grad():
+        with _as_in_the_forward():
             made = kept.make(memo)
         if n_made % n_dropped == 0:
             memo.clear()
         return made
 
     return torch.autograd.graph.saved_tensors_hooks(pack, unpack)
+
+
+@contextmanager
+def _as_in_the_forward() -> Iterator[None]:
+    """Without autograd, and without autocast: tensors are in the dtypes that it gave them, or had none around them."""
+    with ExitStack() as off:
+        off.enter_context(torch.no_grad())
+        for device in ("cpu", "cuda"):
+            if torch.is_autocast_enabled(device):
+                off.enter_context(torch.autocast(device, enabled=False))
+        yield
 
 
 def _place(x: Tensor) -> tuple[Any, ...]:
