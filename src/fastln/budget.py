@@ -308,6 +308,7 @@ class AtFirstBatch:
         storages: The modes that it decided on.
         handle: The handle of the registered hook.
         undo: What undoes the changes of whole blocks.
+        found: What was chosen last.
     """
 
     model: nn.Module
@@ -318,6 +319,7 @@ class AtFirstBatch:
     storages: dict[str, str] = field(default_factory=dict)
     handle: RemovableHandle | None = None
     undo: list[Any] = field(default_factory=list)
+    found: Fit | None = None
 
     def put(self) -> None:
         """Take the outline of the stock model, and wait for a batch."""
@@ -376,6 +378,7 @@ class AtFirstBatch:
             return
         self.outline.train()
         found = fit(self.outline, batch, self.n_bytes, self.planner)
+        self.found = found
         logger.warning("%s", found.describe(self.n_bytes))
         self._put(dict(found.storages))
         self.largest = size

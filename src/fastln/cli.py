@@ -104,6 +104,17 @@ def bench(
         list[str] | None,
         typer.Option(help="Products of engine fastln's rows: exact or int8; repeatable.", metavar="PRODUCTS"),
     ] = None,
+    activations: Annotated[
+        list[str] | None,
+        typer.Option(help="What engine fastln's rows keep for backward: exact, ...; repeatable.", metavar="STORAGE"),
+    ] = None,
+    memory_budget: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="A further row of engine fastln within this memory: 8GiB, a share of the device's (0.5), or 0.6x: "
+            "of what exact storage takes beside the weights; repeatable."
+        ),
+    ] = None,
     device: Annotated[str | None, typer.Option(help="cpu, cuda or auto.")] = None,
     seed: Annotated[int | None, typer.Option(help="Seed for weights, batches and dropout.")] = None,
     image_size: ImageSize = None,
@@ -128,6 +139,8 @@ def bench(
         "epochs": epochs,
         "dtypes": dtype or None,
         "products": products or None,
+        "activations": activations or None,
+        "memory_budgets": memory_budget or None,
         "device": device,
         "seed": seed,
         "image_size": image_size,

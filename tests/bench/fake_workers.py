@@ -22,6 +22,15 @@ def work(job: Job) -> Checked | Steps | Quality:
     return Steps((0.1 * job.round, 0.2 * job.round), 1000 + job.round, "process peak RSS", saved, 10, 1000, 1.5)
 
 
+def predicts(job: Job) -> Checked | Steps | Quality:
+    """End well, with a predicted peak and what a budget chose."""
+    outcome = work(job)
+    if not isinstance(outcome, Steps):
+        return outcome
+    note = "again in 2 blocks" if job.memory_budget else None
+    return dataclasses.replace(outcome, predicted_peak_bytes=1100, storage_note=note)
+
+
 def raises_in_round_2(job: Job) -> Checked | Steps | Quality:
     """Fail as a bug would, for one method."""
     if job.method == "lora" and job.round == 2:

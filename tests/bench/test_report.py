@@ -199,3 +199,51 @@ def test_rows_round_trip_through_json(tmp_path):
     assert read_rows(path) == ROWS
     assert set(json.loads(path.read_text())[0]) == {field.name for field in dataclasses.fields(Row)}
     assert list(tmp_path.iterdir()) == [path]
+
+
+MIXED = [
+    row("layernorm", "torch", [1.0, 2.0], 1000),
+    row("layernorm", "torch", [1.2, 2.4], 500, checkpointing=True),
+    row("layernorm", "torch", [0.9, 1.8], 900, compiled=0.5),
+    row("layernorm", "fastln", [0.8, 1.6], 800, predicted_peak_bytes=880 * 2**20),
+    row("layernorm", "fastln", [0.9, 1.8], 400, activations="again"),
+    row("layernorm", "fastln", [1.1, 1.7], 450, activations="recompute"),
+    row("layernorm", "fastln", [0.85], 600, memory_budget="0.6x", storage_note="memory budget 600 MiB: chosen"),
+    row("layernorm", "fastln", [], activations="checkpoint", error="round 1: MemoryError"),
+]
+
+
+def test_the_front_of_memory_against_time_is_compared_within_rounds():
+    (table,) = report.memory(MIXED)
+    assert table.columns[1] == "time over layernorm (torch)"
+    # The budget finished the fast round alone: its 0.85 s would otherwise beat the 1.2 s of exact storage's two rounds.
+    assert [(line[0], line[-1]) for line in table.cells] == [
+        ("layernorm (torch)", "no"),
+        ("layernorm (torch, checkpointing)", "no"),
+        ("layernorm (torch, compiled 0.5)", "no"),
+        ("layernorm (fastln)", "yes"),
+        ("layernorm (fastln, again)", "yes"),
+        ("layernorm (fastln, recompute)", "no"),
+        ("layernorm (fastln, budget 0.6x)", "yes"),
+    ]
+    assert table.cells[3][1:5] == ("0.80 (0.80–0.80)", "800", "880", "+10.0")
+    assert table.notes == (
+        "layernorm (fastln, recompute) is not on the front: layernorm (fastln, again) takes 0.92 of its time "
+        "(0.82–1.06) and 0.889 of its memory; the rounds do not agree which is faster.",
+        "layernorm (fastln, budget 0.6x): memory budget 600 MiB: chosen.",
+    )
+    assert not report.memory(ROWS)
+
+
+def test_rows_of_several_storage_modes_have_a_picture_of_their_fronts(tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(report, "draw", lambda *arguments: drawn.append("throughput"))
+    report.write(ROWS, tmp_path)
+    assert drawn == ["throughput"]
+    report.write(
+        [*MIXED, row("layernorm", "torch", [], model="blip", error="round 1: no", checkpointing=True)], tmp_path
+    )
+    assert drawn == ["throughput"]
+    with Image.open(tmp_path / "results.png") as image:
+        assert image.width > image.height
+    assert "## dual: peak memory against time" in (tmp_path / "results.md").read_text()

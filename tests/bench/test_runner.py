@@ -77,6 +77,30 @@ def test_each_products_mode_of_engine_fastln_has_its_row(tmp_path, monkeypatch):
     assert "| one in full, int8 |" in text
 
 
+def test_each_storage_mode_and_budget_has_its_row(tmp_path, monkeypatch):
+    monkeypatch.setattr(runner, "_call", lambda worker, job, expected, progress: worker(job))
+    changes = {"activations": ("exact", "again"), "memory_budgets": ("0.6x",), "checkpointing": True}
+    methods = ("layernorm/torch", "layernorm/fastln")
+    rows = run_suite(
+        suite(methods=methods, rounds=1, epochs=1, compile_budgets=(0.5,), **changes),
+        tmp_path,
+        worker=fake_workers.predicts,
+    )
+    assert [row.label for row in rows] == [
+        *("layernorm (torch)", "layernorm (torch, checkpointing)", "layernorm (torch, compiled 0.5)"),
+        *("layernorm (fastln)", "layernorm (fastln, again)", "layernorm (fastln, budget 0.6x)"),
+    ]
+    assert [row.predicted_peak_bytes for row in rows] == [1100] * 6
+    assert [row.storage_note for row in rows] == [None] * 5 + ["again in 2 blocks"]
+    assert [row.accuracy is None for row in rows] == [False, True, True, False, False, False]
+    assert rows[1].accuracy_note == "not counted: stock code gives the same answers without checkpointing"
+    assert read_rows(tmp_path / "results.json") == rows
+    stored = json.loads((tmp_path / "results.json").read_text())
+    assert [row["activations"] for row in stored[3:]] == ["exact", "again", "exact"]
+    assert [row["memory_budget"] for row in stored[3:]] == [None, None, "0.6x"]
+    assert "one in full: peak memory against time" in (tmp_path / "results.md").read_text()
+
+
 WHAT = [("look at", ""), ("round 1/1", " full/torch")]
 
 

@@ -22,6 +22,11 @@ EVERY_PAIR = {
 }
 
 
+def runs(suite, dtype="float32"):
+    """Return the method, engine and products of each row."""
+    return [row[:3] for row in suite.contenders(dtype)]
+
+
 def load(tmp_path, text, **overrides):
     path = tmp_path / "mine.yaml"
     path.write_text(text)
@@ -70,7 +75,7 @@ def test_shapes_need_no_data_and_others_do(tmp_path):
 def test_a_file_of_ones_own(tmp_path):
     suite = load(tmp_path, GOOD + "rounds: 7\n", steps=9)
     assert (suite.name, suite.rounds, suite.steps) == ("mine", 7, 9)
-    assert suite.contenders("float32") == [("layernorm", "torch", "exact")]
+    assert runs(suite) == [("layernorm", "torch", "exact")]
 
 
 def test_data_is_read_and_methods_are_named_as_for_training(tmp_path):
@@ -81,19 +86,19 @@ def test_data_is_read_and_methods_are_named_as_for_training(tmp_path):
         assert load(tmp_path, f"{text}skip_bad_rows: {limit}\nkeep_repeats: true\n").options == DataOptions(
             "slake", skip_bad_rows=same, keep_repeats=True
         )
-    assert suite.contenders("float32") == [("LN-F", "fastln", "exact"), ("F-T", "torch", "exact")]
+    assert runs(suite) == [("LN-F", "fastln", "exact"), ("F-T", "torch", "exact")]
     assert load(tmp_path, GOOD).options == DataOptions()
 
 
 def test_a_method_may_run_in_one_dtype_alone(tmp_path):
     text = GOOD.replace("layernorm/torch", "full/torch, layernorm/torch/float32")
     suite = load(tmp_path, text, dtypes=["bfloat16", "float32"])
-    assert suite.contenders("bfloat16") == [("full", "torch", "exact")]
-    assert suite.contenders("float32") == [("full", "torch", "exact"), ("layernorm", "torch", "exact")]
+    assert runs(suite, "bfloat16") == [("full", "torch", "exact")]
+    assert runs(suite) == [("full", "torch", "exact"), ("layernorm", "torch", "exact")]
     with pytest.raises(FastLNError, match=r"layernorm/torch/float32 would never run: its dtype is not one of auto"):
         load(tmp_path, text, dtypes=["auto"])
     both = load(tmp_path, GOOD.replace("torch", "torch, layernorm/torch/float32"), dtypes=["bfloat16", "float32"])
-    assert both.contenders("float32") == both.contenders("bfloat16") == [("layernorm", "torch", "exact")]
+    assert runs(both) == runs(both, "bfloat16") == [("layernorm", "torch", "exact")]
     with pytest.raises(FastLNError, match=r"layernorm/torch/auto names no dtype: auto becomes float32 or bfloat16"):
         load(tmp_path, GOOD.replace("torch", "torch/auto"))
 
@@ -102,13 +107,47 @@ def test_products_are_for_engine_fastln(tmp_path, caplog):
     text = GOOD.replace("layernorm/torch", "layernorm/fastln, layernorm/torch")
     suite = load(tmp_path, text + "products: [exact, int8]\n")
     ours = [("layernorm", "fastln", "exact"), ("layernorm", "fastln", "int8")]
-    assert suite.contenders("float32") == [*ours, ("layernorm", "torch", "exact")]
-    assert load(tmp_path, text, products=["int8"]).contenders("float32") == [ours[1], ("layernorm", "torch", "exact")]
+    assert runs(suite) == [*ours, ("layernorm", "torch", "exact")]
+    assert runs(load(tmp_path, text, products=["int8"])) == [ours[1], ("layernorm", "torch", "exact")]
     assert not caplog.text
     load(tmp_path, GOOD, products=["exact", "int8"])
     assert "products has no effect, as no method runs on engine fastln" in caplog.text
     with pytest.raises(FastLNError, match=r"unknown products 'int' \(did you mean 'int8'\?\): choose from exact, int8"):
         load(tmp_path, text, products=["int"])
+
+
+def test_storage_modes_and_budgets_are_rows_of_engine_fastln_and_checkpoints_of_others(tmp_path, caplog):
+    text = GOOD.replace("layernorm/torch", "layernorm/fastln, layernorm/torch, lora/peft")
+    keys = "activations: [exact, compressed-2]\nmemory_budgets: [0.5, 8GiB, 0.6x]\ncheckpointing: true\n"
+    suite = load(tmp_path, text + keys + "compile_budgets: [0.25, 1]\n")
+    labels = ["/".join((row.method, row.engine, *row.words)) for row in suite.contenders("float32")]
+    budgets = [f"layernorm/fastln/budget {budget}" for budget in ("0.5", "8GiB", "0.6x")]
+    assert labels == [
+        *("layernorm/fastln", "layernorm/fastln/compressed-2", *budgets),
+        *("layernorm/torch", "layernorm/torch/checkpointing"),
+        *("layernorm/torch/compiled 0.25", "layernorm/torch/compiled 1"),
+        *("lora/peft", "lora/peft/checkpointing"),
+    ]
+    assert [row.has_own_storage for row in suite.contenders("float32")][:3] == [False, True, True]
+    assert not caplog.text
+    load(tmp_path, GOOD, activations=["again"], memory_budgets=["1GiB"])
+    for key in ("activations", "memory_budgets"):
+        assert f"{key} has no effect, as no method runs on engine fastln" in caplog.text
+    load(tmp_path, GOOD.replace("layernorm/torch", "lora/peft") + "compile_budgets: [0.5]\n")
+    assert "compile_budgets has no effect, as no method runs on engine torch" in caplog.text
+
+
+def test_the_memory_suite_says_what_a_folder_of_real_data_lacks(tmp_path, monkeypatch, caplog):
+    monkeypatch.setenv("FASTLN_DATA", str(tmp_path))
+    suite = load_suite("memory")
+    assert all(map(is_shape, suite.models))
+    assert suite.peak == "allocator"
+    assert f"skipping chat:$FASTLN_DATA/models/smollm2: FASTLN_DATA ({tmp_path}) has no models/smollm2" in caplog.text
+    (tmp_path / "models" / "smollm2").mkdir(parents=True)
+    load_suite("memory")
+    assert "has no data/reports" in caplog.text
+    (tmp_path / "data" / "reports").mkdir(parents=True)
+    assert load_suite("memory").models[-1] == f"chat:{tmp_path}/models/smollm2"
 
 
 def test_the_suite_knows_every_products_mode():
@@ -132,7 +171,7 @@ def test_a_name_that_yaml_takes_for_a_date_is_text(tmp_path):
 
 
 def test_every_packaged_suite_is_listed():
-    assert suite_names() == ["cpu", "quick", "real"]
+    assert suite_names() == ["cpu", "memory", "quick", "real"]
 
 
 @pytest.mark.parametrize(
@@ -146,6 +185,13 @@ def test_every_packaged_suite_is_listed():
         (GOOD + "seed: -1\n", "seed must be a whole number of at least 0"),
         (GOOD + "head_epochs: -1\n", "head_epochs must be a whole number of at least 0"),
         (GOOD + "dtypes: [bflot16]\n", r"unknown dtype 'bflot16' \(did you mean 'bfloat16'.*auto, float32, bfloat16"),
+        (GOOD + "activations: [compresed]\n", r"unknown activations 'compresed' \(did you mean 'compressed'"),
+        (GOOD + "memory_budgets: 8GiB\n", "memory_budgets must be a list, not '8GiB'"),
+        (GOOD + "memory_budgets: [much]\n", "memory_budgets has 'much', which is none; give a size such as 8GiB"),
+        (GOOD + "memory_budgets: [0x]\n", "memory_budgets has '0x', which leaves nothing beside the weights"),
+        (GOOD + "compile_budgets: [2]\n", "compile_budgets must be a list of numbers from 0 to 1"),
+        (GOOD + "checkpointing: 1\n", "checkpointing must be true or false, not 1"),
+        (GOOD + "peak: rss\n", "unknown peak 'rss'.*process, allocator"),
         (GOOD + "device: tpu\n", "unknown device 'tpu'.*auto, cpu, cuda"),
         (GOOD + "layout: 3\n", "layout must be a name, not 3"),
         (GOOD + "image_size: large\n", "image_size must be a whole number of pixels, not 'large'"),
@@ -176,7 +222,7 @@ def test_what_is_wrong_is_said_with_the_file(tmp_path, text, message):
 
 
 def test_an_unknown_suite_is_answered_with_the_nearest():
-    with pytest.raises(FastLNError, match=r"no suite called 'quik' \(did you mean 'quick'.*cpu, quick, real"):
+    with pytest.raises(FastLNError, match=r"no suite called 'quik' \(did you mean 'quick'.*cpu, memory, quick, real"):
         load_suite("quik")
     with pytest.raises(FastLNError, match=r"nowhere\.yaml: cannot read"):
         load_suite("nowhere.yaml")

@@ -1,4 +1,4 @@
-"""Plot throughput against peak memory: one panel per model and dtype, one point per method and engine."""
+"""Plot throughput against peak memory, or peak memory against step time: one panel per model and dtype."""
 
 import math
 from collections.abc import Sequence
@@ -12,11 +12,14 @@ from matplotlib.figure import Figure
 from matplotlib.text import Annotation
 from matplotlib.transforms import Bbox
 
-from fastln.bench.results import Row, by_model, data_name, each
+from fastln.bench.front import Place
+from fastln.bench.results import Row, by_model, contender_of, data_name, each
 
 # The Okabe-Ito palette, which is safe for colour-blind readers.
 COLOURS = ("#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
-_MARKERS = {"fastln": "*", "peft": "s", "torch": "o"}
+_MARKERS = {"fastln": "*", "peft": "s", "torch": "o", "compiled": "D"}
+_ENGINES = {"fastln": COLOURS[0], "torch": COLOURS[1], "compiled": COLOURS[2], "peft": COLOURS[3]}
+_FRONT = "#999999"
 _PANELS = 4  # per row
 _OFFSETS = [  # candidate offsets of a label from its point, in points, nearest first
     (x * radius, y * radius)
@@ -33,18 +36,47 @@ def draw(rows: Sequence[Row], path: Path) -> None:
         path: The file to write.
     """
     groups = by_model(rows)
-    n_columns = min(len(groups), _PANELS)
-    n_lines = math.ceil(len(groups) / n_columns)
     methods = list(dict.fromkeys(row.method for row in rows))
     colours = {method: COLOURS[index % len(COLOURS)] for index, method in enumerate(methods)}
-    figure = Figure(figsize=(6.4 * n_columns, 4.8 * n_lines), layout="constrained")
-    FigureCanvasAgg(figure)
-    panels = [figure.add_subplot(n_lines, n_columns, place + 1) for place in range(len(groups))]
+    figure, panels = _panels(len(groups))
     points = []
     for axes, (title, group) in zip(panels, groups, strict=True):
         points.append([_point(row, colours[row.method]) for row in group if row.step_seconds is not None])
-        _panel(axes, title, points[-1])
-    figure.suptitle(_title(rows), fontsize=10)
+        _panel(axes, title, points[-1], "peak memory, MiB (left is better)", "samples per second (up is better)")
+    _finish(figure, panels, points, _title(rows), path)
+
+
+def draw_fronts(rows: Sequence[Row], found: Sequence[tuple[str, Sequence[Place]]], path: Path) -> None:
+    """Write a plot of peak memory against step time as a PNG file, with each panel's front as a line.
+
+    Args:
+        rows: All rows of the run.
+        found: The panels, as `fastln.bench.front.fronts` returns them.
+        path: The file to write.
+    """
+    figure, panels = _panels(len(found))
+    points = []
+    methods = {place.row.method for _, places in found for place in places}
+    for axes, (title, places) in zip(panels, found, strict=True):
+        points.append([_place_point(place, names_method=len(methods) > 1) for place in places])
+        _panel(axes, title, points[-1], "seconds of a step (left is better)", "peak memory, MiB (down is better)")
+        front = sorted((place.seconds, place.peak / 2**20) for place in places if place.better is None)
+        axes.step(*zip(*front, strict=True), where="post", color=_FRONT, linewidth=1, zorder=0) if front else None
+    _finish(figure, panels, points, f"{_title(rows)}. Line: the front. Hollow: behind it", path)
+
+
+def _panels(count: int) -> tuple[Figure, list[Axes]]:
+    n_columns = min(count, _PANELS)
+    n_lines = math.ceil(count / n_columns)
+    figure = Figure(figsize=(6.4 * n_columns, 4.8 * n_lines), layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure, [figure.add_subplot(n_lines, n_columns, place + 1) for place in range(count)]
+
+
+def _finish(
+    figure: Figure, panels: Sequence[Axes], points: Sequence[Sequence["Point"]], title: str, path: Path
+) -> None:
+    figure.suptitle(title, fontsize=10)
     figure.canvas.draw()  # computes the layout; the labels are placed afterwards
     figure.set_layout_engine("none")
     for axes, own in zip(panels, points, strict=True):
@@ -61,11 +93,21 @@ class Point:
     label: str
     colour: str
     marker: str
+    is_filled: bool = True
 
 
 def _point(row: Row, colour: str) -> Point:
     memory, throughput = row.peak_memory_bytes or 0, row.samples_per_second or 0
     return Point(memory / 2**20, throughput, row.label, colour, _MARKERS.get(row.engine, "o"))
+
+
+def _place_point(place: Place, *, names_method: bool) -> Point:
+    contender = contender_of(place.row)
+    words = contender.words or ["exact" if contender.engine == "fastln" else "stock code"]
+    label = ", ".join(([f"{contender.method}/{contender.engine}"] if names_method else []) + words)
+    kind = "compiled" if contender.compiled is not None else contender.engine
+    on_front = place.better is None
+    return Point(place.seconds, place.peak / 2**20, label, _ENGINES.get(kind, COLOURS[-1]), _MARKERS[kind], on_front)
 
 
 def _title(rows: Sequence[Row]) -> str:
@@ -76,16 +118,17 @@ def _title(rows: Sequence[Row]) -> str:
     return f"{cut_short}Measured: {where}; {dtypes}, batches of {sizes}; {data_name(rows)}"
 
 
-def _panel(axes: Axes, title: str, points: Sequence[Point]) -> None:
+def _panel(axes: Axes, title: str, points: Sequence[Point], x: str, y: str) -> None:
     axes.set_title(title)
-    axes.set_xlabel("peak memory, MiB (left is better)")
-    axes.set_ylabel("samples per second (up is better)")
+    axes.set_xlabel(x)
+    axes.set_ylabel(y)
     axes.grid(alpha=0.3, linewidth=0.6)
     axes.set_axisbelow(True)
     axes.margins(0.22, 0.15)
     for point in points:
         size = 13 if point.marker == "*" else 8
-        axes.plot(point.x, point.y, point.marker, color=point.colour, markersize=size, markeredgecolor="white")
+        inside, edge = (point.colour, "white") if point.is_filled else ("white", point.colour)
+        axes.plot(point.x, point.y, point.marker, color=inside, markersize=size, markeredgecolor=edge)
     if not points:
         axes.text(0.5, 0.5, "every run failed", ha="center", transform=axes.transAxes)
 

@@ -11,8 +11,9 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
-from fastln.bench.picture import draw
-from fastln.bench.results import Floor, Row, by_model, data_name, each
+from fastln.bench.front import Place, fronts, times_over
+from fastln.bench.picture import draw, draw_fronts
+from fastln.bench.results import Floor, Row, by_model, contender_of, data_name, each
 
 TABLE = "results.md"
 PICTURE = "results.png"
@@ -48,9 +49,12 @@ class Section:
 
 
 def write(rows: Sequence[Row], folder: Path) -> None:
-    """Write `results.md` and `results.png` into `folder`."""
+    """Write `results.md` and `results.png` into `folder`: with rows of several storage modes, a picture of fronts."""
     (folder / TABLE).write_text(to_markdown(rows), encoding="utf-8")
-    draw(rows, folder / PICTURE)
+    if found := fronts(rows):
+        draw_fronts(rows, found, folder / PICTURE)
+    else:
+        draw(rows, folder / PICTURE)
 
 
 def show(rows: Sequence[Row], console: Console | None = None) -> None:
@@ -58,7 +62,7 @@ def show(rows: Sequence[Row], console: Console | None = None) -> None:
     console = console or Console()
     for line in _header(rows):
         console.print(line, markup=False, highlight=False, soft_wrap=True)
-    for table in (*tables(rows), *peers(rows)):
+    for table in (*tables(rows), *peers(rows), *memory(rows)):
         grid = Table(title=table.title, title_justify="left", box=SIMPLE_HEAD, show_edge=False, padding=0)
         fold = _two_lines if console.width < _WIDE else str
         for index, column in enumerate(table.columns):
@@ -77,7 +81,7 @@ def _two_lines(cell: str) -> str:
 def to_markdown(rows: Sequence[Row]) -> str:
     """Return the tables as Markdown."""
     parts = ["\n\n".join(_header(rows))]
-    for table in (*tables(rows), *peers(rows)):
+    for table in (*tables(rows), *peers(rows), *memory(rows)):
         rule = ("---", *["---:"] * (len(table.columns) - 1))
         grid = "\n".join(f"| {' | '.join(line)} |" for line in (table.columns, rule, *table.cells))
         notes = "\n".join(f"- {_escape(note)}" for note in table.notes)
@@ -115,13 +119,13 @@ def peers(rows: Sequence[Row]) -> list[Section]:
         for ours in group:
             if f"{ours.method}/{ours.engine}" != OURS or ours.step_seconds is None or not others:
                 continue
-            is_exact = ours.products == "exact"
+            words = ", ".join(contender_of(ours).words)
             ratios = {row.label: speedups(ours, row) for row in group}
             floor = ours.provenance.get("floor")
             least = Floor(**floor).seconds(ours.products) if floor else None
             lines.append(
                 (
-                    title if is_exact else f"{title}, {ours.products}",
+                    f"{title}, {words}" if words else title,
                     _number(ours.step_seconds, "#.3g"),
                     "–" if least is None else f"{least:#.3g} ({100 * least / ours.step_seconds:.0f}%)",
                     *(_spread(ratios.get(other, []), ".2f") for other in others),
@@ -136,9 +140,55 @@ def peers(rows: Sequence[Row]) -> list[Section]:
     return [Section("fastln beside peft", tuple(lines), (note,), columns)] if lines else []
 
 
+def memory(rows: Sequence[Row]) -> list[Section]:
+    """Return a table of peak memory against step time for each model of which rows differ in what they keep."""
+    return [_memory(title, found) for title, found in fronts(rows)]
+
+
+def _memory(title: str, found: Sequence[Place]) -> Section:
+    first = found[0].row if found else None
+    columns = (
+        "method (engine)",
+        f"time over {first.label if first else '–'}",
+        "peak (MiB)",
+        "predicted (MiB)",
+        "over measured (%)",
+        "saved (MiB)",
+        "on the front",
+    )
+    lines, notes = [], []
+    for place in found:
+        row, predicted = place.row, place.row.predicted_peak_bytes
+        lines.append(
+            (
+                row.label,
+                _spread(times_over(row, first or row), ".2f"),
+                _number(place.peak, ",.0f", 2**20),
+                _number(predicted, ",.0f", 2**20),
+                "–" if predicted is None else f"{100 * (predicted / place.peak - 1):+.1f}",
+                _number(row.saved_activation_bytes, ",.1f", 2**20),
+                "no" if place.better else "yes",
+            )
+        )
+        if row.storage_note:
+            notes.append(f"{row.label}: {row.storage_note}.")
+        if place.better and row.engine == "fastln":
+            notes.append(_why_not(place, place.better))
+    return Section(f"{title}: peak memory against time", tuple(lines), tuple(notes), columns)
+
+
+def _why_not(place: Place, better: Place) -> str:
+    times = times_over(better.row, place.row)
+    noise = "; the rounds do not agree which is faster" if min(times) < 1 < max(times) else ""
+    return (
+        f"{place.row.label} is not on the front: {better.row.label} takes {better.seconds / place.seconds:.2f} of its "
+        f"time ({min(times):.2f}–{max(times):.2f}) and {better.peak / place.peak:.3f} of its memory{noise}."
+    )
+
+
 def _find(rows: Sequence[Row], pair: str | None) -> Row | None:
-    """Return the row of a method/engine pair with exact products."""
-    return next((row for row in rows if f"{row.method}/{row.engine}" == pair and row.products == "exact"), None)
+    """Return the row of a method/engine pair as it usually runs."""
+    return next((row for row in rows if f"{row.method}/{row.engine}" == pair and not contender_of(row).words), None)
 
 
 def _baseline(rows: Sequence[Row]) -> str | None:

@@ -11,7 +11,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any, Literal
 
-from fastln.bench.suite import Suite
+from fastln.bench.suite import Contender, Suite
 from fastln.files import json_text
 from fastln.models.shapes import is_shape, parse_shape
 
@@ -35,7 +35,11 @@ class Job:
     method: str = ""
     engine: str = ""
     round: int = 0  # from 1
-    products: str = "exact"  # of fastln's operations
+    products: str = "exact"  # this and the next four: as in `Contender`
+    activations: str = "exact"
+    memory_budget: str | None = None
+    checkpointing: bool = False
+    compiled: float | None = None
 
     def __str__(self) -> str:
         what = {"check": "look at", "speed": f"round {self.round}/{self.suite.rounds}", "quality": "quality"}
@@ -50,8 +54,13 @@ class Job:
 
     @property
     def pair(self) -> str:
-        """The method and engine, as in a suite file, and products that are not exact."""
-        return "/".join(filter(None, (self.method, self.engine, "" if self.products == "exact" else self.products)))
+        """The method and engine, as in a suite file, and what sets them apart."""
+        return "/".join(filter(None, (self.method, self.engine, *contender_of(self).words)))
+
+
+def contender_of(one: "Job | Row") -> Contender:
+    """Return what a job or a row runs."""
+    return Contender(*(getattr(one, name) for name in Contender._fields))
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,6 +102,8 @@ class Steps:
     total_parameters: int  # of the model as loaded, without what a method adds
     final_loss: float
     learning_rates: dict[str, float] = dataclasses.field(default_factory=dict)  # of the groups that train
+    predicted_peak_bytes: int | None = None  # None if not predicted in this round, or there is no prediction
+    storage_note: str | None = None  # what a memory budget chose
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,11 +149,16 @@ class Row:
     learning_rates: dict[str, float] | None = None  # of the groups that train; None in files of earlier versions
     activations: str = "exact"  # what fastln's operations kept for backward
     products: str = "exact"  # the form in which their matrix products ran
+    memory_budget: str | None = None  # what fastln fitted the storage of each block to; this and the next two: as in
+    checkpointing: bool = False  # `Contender`
+    compiled: float | None = None
+    predicted_peak_bytes: int | None = None  # what `fastln.peak` says of a step; libraries do not count
+    storage_note: str | None = None  # what the budget chose
 
     @property
     def label(self) -> str:
-        """The method, with the engine in brackets, and products that are not exact."""
-        return f"{self.method} ({', '.join((self.engine, *([] if self.products == 'exact' else [self.products])))})"
+        """The method, with the engine in brackets, and what sets it apart."""
+        return f"{self.method} ({', '.join((self.engine, *contender_of(self).words))})"
 
     def to_dict(self) -> dict[str, Any]:
         """Return the row as results.json stores it."""
@@ -193,7 +209,9 @@ def make_row(
         error=error,
         provenance=provenance | {"memory": rounds[0].memory_kind if rounds else None},
         learning_rates=rounds[0].learning_rates if rounds else None,
-        products=job.products,
+        predicted_peak_bytes=next(filter(None, (steps.predicted_peak_bytes for steps in rounds)), None),
+        storage_note=next(filter(None, (steps.storage_note for steps in rounds)), None),
+        **{name: getattr(job, name) for name in Contender._fields[2:]},
     )
 
 

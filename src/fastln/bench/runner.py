@@ -127,9 +127,9 @@ class _Table:
 
     def __init__(self, suite: Suite, origin: dict[str, Any], path: Path):
         self.entries = [
-            _Entry(Job(suite, "speed", model, dtype, method, engine, products=products))
+            _Entry(Job(suite, "speed", model, dtype, **contender._asdict()))
             for model, dtype in itertools.product(suite.models, suite.dtypes)
-            for method, engine, products in suite.contenders(dtype)
+            for contender in suite.contenders(dtype)
         ]
         self._checked: dict[tuple[str, str], Checked] = {}
         self._origin = origin
@@ -182,23 +182,26 @@ class _Table:
         return make_row(entry.job, self._name(entry.job), entry.rounds, accuracy, note, entry.error, provenance)
 
 
-def accuracy_means_nothing(suite: Suite, checked: Checked | None) -> str | None:
-    """Return why accuracy would mean nothing for a model; None if it is worth measuring."""
+def accuracy_means_nothing(job: Job, checked: Checked | None) -> str | None:
+    """Return why accuracy would mean nothing for a row; None if it is worth measuring."""
     if checked and checked.random_weights:
         return "random weights: accuracy means nothing"
     if checked and checked.synthetic:
         return "synthetic data: accuracy means nothing"
-    if suite.epochs == 0:
+    if job.suite.epochs == 0:
         return "not counted (--epochs N trains each method first)"
+    if job.checkpointing or job.compiled is not None:
+        how = "checkpointing" if job.checkpointing else "compilation"
+        return f"not counted: stock code gives the same answers without {how}"
     return None
 
 
 def _worth_training(entry: _Entry, table: _Table) -> bool:
-    return entry.error is None and accuracy_means_nothing(entry.job.suite, table.checked(entry.job)) is None
+    return entry.error is None and accuracy_means_nothing(entry.job, table.checked(entry.job)) is None
 
 
 def _accuracy_note(entry: _Entry, checked: Checked | None) -> str | None:
-    if reason := accuracy_means_nothing(entry.job.suite, checked):
+    if reason := accuracy_means_nothing(entry.job, checked):
         return reason
     if entry.quality:
         return f"test split, after {_training(entry.quality)}"

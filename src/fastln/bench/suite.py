@@ -4,12 +4,13 @@ import dataclasses
 import logging
 import math
 import os
-from collections.abc import Mapping
+import re
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from difflib import get_close_matches
 from importlib import resources
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import yaml
 
@@ -25,12 +26,50 @@ REAL_DATA = "$FASTLN_DATA"  # in a suite, stands for the folder in this environm
 DTYPES = ("auto", "float32", "bfloat16")
 PRODUCTS = ("exact", "int8")  # fastln.ops.settings.PRODUCTS, which takes torch to import
 DEVICES = ("auto", "cpu", "cuda")
+PEAKS = ("process", "allocator")
+_TIMES = re.compile(r"(\d+(?:\.\d+)?|\.\d+)x")
 
 
 def _head_epochs() -> int:
     from fastln.training import TrainConfig  # not at the top: it imports torch and transformers
 
     return TrainConfig.head_epochs
+
+
+class Contender(NamedTuple):
+    """What a row of a model runs.
+
+    Attributes:
+        method: A tuning method.
+        engine: Who runs it.
+        products: The form of fastln's matrix products.
+        activations: What fastln's operations keep for backward.
+        memory_budget: What fastln fits them to instead, as a suite names it; None for nothing.
+        checkpointing: Whether stock code computes its layers again in the backward.
+        compiled: The share of stock code's activations that torch.compile may keep; None if it is not compiled.
+    """
+
+    method: str
+    engine: str
+    products: str = "exact"
+    activations: str = "exact"
+    memory_budget: str | None = None
+    checkpointing: bool = False
+    compiled: float | None = None
+
+    @property
+    def words(self) -> list[str]:
+        """What sets it apart from its method and engine as they usually run."""
+        products, activations = ("" if name == "exact" else name for name in (self.products, self.activations))
+        budget = f"budget {self.memory_budget}" if self.memory_budget else ""
+        checkpointing = "checkpointing" if self.checkpointing else ""
+        compiled = "" if self.compiled is None else f"compiled {self.compiled:g}"
+        return [word for word in (products, activations, budget, checkpointing, compiled) if word]
+
+    @property
+    def has_own_storage(self) -> bool:
+        """Whether it keeps something else for backward than its method and engine usually do."""
+        return self._replace(products="exact") != Contender(self.method, self.engine)
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,6 +92,11 @@ class Suite:
     questions_per_image: int = 4  # per batch
     dtypes: tuple[str, ...] = ("auto",)  # auto: bfloat16 if the device has units for it, float32 otherwise
     products: tuple[str, ...] = ("exact",)  # a row of engine fastln for each; other engines run stock code
+    activations: tuple[str, ...] = ("exact",)  # likewise a row of engine fastln for each
+    memory_budgets: tuple[str, ...] = ()  # and one for each of these; "0.6x" of what exact storage takes beside weights
+    checkpointing: bool = False  # a further row of each other engine, whose layers run again in the backward
+    compile_budgets: tuple[float, ...] = ()  # and of engine torch for each share of activations to keep, compiled
+    peak: str = "process"  # of memory; allocator: on a CPU what torch's allocator gives the timed steps
     device: str = "auto"  # auto: cuda if there is a GPU, cpu otherwise
     rounds: int = 3
     warmup_steps: int = 2
@@ -67,15 +111,30 @@ class Suite:
         """The options for reading the data."""
         return DataOptions(self.layout, self.language, self.skip_bad_rows, self.keep_repeats)
 
-    def contenders(self, dtype: str) -> list[tuple[str, str, str]]:
-        """Return the rows of one model in a dtype, as (method, engine, products): each once, also if named twice."""
+    def contenders(self, dtype: str) -> list[Contender]:
+        """Return the rows of one model in a dtype: each once, also if named twice."""
         rows = (
-            (method, engine, products)
+            row
             for method, engine, only in map(parts_of_method, self.methods)
             if only in ("", dtype)
-            for products in (self.products if engine == "fastln" else ("exact",))
+            for row in (self._ours(method) if engine == "fastln" else self._stock(method, engine))
         )
         return list(dict.fromkeys(rows))
+
+    def _ours(self, method: str) -> Iterator[Contender]:
+        for products in self.products:
+            for activations in self.activations:
+                yield Contender(method, "fastln", products, activations)
+            for budget in self.memory_budgets:
+                yield Contender(method, "fastln", products, memory_budget=budget)
+
+    def _stock(self, method: str, engine: str) -> Iterator[Contender]:
+        yield Contender(method, engine)
+        if self.checkpointing:
+            yield Contender(method, engine, checkpointing=True)
+        if engine == "torch":
+            for share in self.compile_budgets:
+                yield Contender(method, engine, compiled=share)
 
 
 def parts_of_method(name: str) -> tuple[str, str, str]:
@@ -119,8 +178,16 @@ def _tell_unused(suite: Suite, given: Mapping[str, Any], where: str) -> None:
     """Log which keys that the user gave have no effect on any model of the suite."""
     usual = Suite("", (), ())
     changed = [key for key in given if getattr(suite, key) != getattr(usual, key)]
-    if "products" in changed and not any(parts_of_method(name)[1] == "fastln" for name in suite.methods):
-        logger.warning("%s: products has no effect, as no method runs on engine fastln", where)
+    engines = {parts_of_method(name)[1] for name in suite.methods}
+    for key, needed, who in (
+        ("products", {"fastln"}, "engine fastln"),
+        ("activations", {"fastln"}, "engine fastln"),
+        ("memory_budgets", {"fastln"}, "engine fastln"),
+        ("checkpointing", {"torch", "peft"}, "stock code (engine torch or peft)"),
+        ("compile_budgets", {"torch"}, "engine torch"),
+    ):
+        if key in changed and not engines & needed:
+            logger.warning("%s: %s has no effect, as no method runs on %s", where, key, who)
     if all(is_shape(model) for model in suite.models):
         if unused := [key for key in changed if key in _OF_DATA]:
             logger.warning(
@@ -146,11 +213,26 @@ def _with_real_data(values: dict[str, Any]) -> dict[str, Any]:
     if REAL_DATA in str(values.get("data")):
         filled["data"] = values["data"].replace(REAL_DATA, folder) if folder else ""
     if isinstance(models, list | tuple):
-        filled["models"] = [str(m).replace(REAL_DATA, folder or REAL_DATA) for m in models]
-        for model in [m for m in filled["models"] if REAL_DATA in m]:
-            logger.info("skipping %s: set FASTLN_DATA to a folder with real data and models to include it", model)
-            filled["models"].remove(model)
+        filled["models"] = []
+        for model in map(str, models):
+            if REAL_DATA in model and not folder:
+                logger.info("skipping %s: set FASTLN_DATA to a folder with real data and models to include it", model)
+            elif folder and (missing := _missing([model, values.get("data")], Path(folder))):
+                logger.warning("skipping %s: FASTLN_DATA (%s) has no %s", model, folder, missing)
+            else:
+                filled["models"].append(model.replace(REAL_DATA, folder or ""))
     return values | filled
+
+
+def _missing(names: list[Any], folder: Path) -> str | None:
+    """Return the first part that a folder lacks of those that `$FASTLN_DATA/...` in a model and its data names.
+
+    A folder that does not exist lacks nothing here: that is an error, which the models themselves raise.
+    """
+    if not folder.is_dir() or REAL_DATA not in names[0]:
+        return None
+    parts = [part for name in names for part in re.findall(re.escape(REAL_DATA) + r"/([^,]+)", str(name))]
+    return next((part for part in parts if not (folder / part).exists()), None)
 
 
 def _fields() -> list[str]:
@@ -191,19 +273,25 @@ def _checked(values: dict[str, Any], where: str) -> Suite:
         missing.insert(0, "data")
     if missing:
         raise FastLNError(f"{where}: missing {', '.join(missing)}")
-    for key in ("models", "methods", "dtypes", "products"):
+    for key in ("models", "methods", "dtypes", "products", "activations", "memory_budgets"):
         if key not in values:
             continue
-        if not isinstance(values[key], list | tuple) or not values[key]:
-            raise FastLNError(f"{where}: {key} must be a list with at least one entry, not {values[key]!r}")
+        least = "" if key == "memory_budgets" else " with at least one entry"
+        if not isinstance(values[key], list | tuple) or (least and not values[key]):
+            raise FastLNError(f"{where}: {key} must be a list{least}, not {values[key]!r}")
         values[key] = tuple(str(entry) for entry in values[key])
         if len(set(values[key])) < len(values[key]):
             raise FastLNError(f"{where}: {key} has the same entry twice: {', '.join(values[key])}")
     for key in ("layout", "language"):
         if not isinstance(values.get(key), str | None):
             raise FastLNError(f"{where}: {key} must be a name, not {values[key]!r}")
-    if not isinstance(values.get("keep_repeats", False), bool):
-        raise FastLNError(f"{where}: keep_repeats must be true or false, not {values['keep_repeats']!r}")
+    for key in ("keep_repeats", "checkpointing"):
+        if not isinstance(values.get(key, False), bool):
+            raise FastLNError(f"{where}: {key} must be true or false, not {values[key]!r}")
+    shares = values.get("compile_budgets", ())
+    if not isinstance(shares, list | tuple) or not all(_is_share(share) for share in shares):
+        raise FastLNError(f"{where}: compile_budgets must be a list of numbers from 0 to 1, not {shares!r}")
+    values["compile_budgets"] = tuple(map(float, shares))
     try:
         values["skip_bad_rows"] = skip_limit(values.get("skip_bad_rows", False))
     except FastLNError as error:
@@ -226,7 +314,12 @@ def _checked(values: dict[str, Any], where: str) -> Suite:
         raise FastLNError(f"{where}: timeout_seconds must be a positive number of seconds, not {timeout!r}")
     named: list[tuple[str, Any, tuple[str, ...]]] = [("dtype", dtype, DTYPES) for dtype in values.get("dtypes", ())]
     named += [("products", name, PRODUCTS) for name in values.get("products", ())]
-    for key, value, choices in (*named, ("device", values.get("device", "auto"), DEVICES)):
+    if "activations" in values:
+        from fastln.ops.settings import STORAGES  # not at the top: it imports torch
+
+        named += [("activations", name, tuple(STORAGES)) for name in values["activations"]]
+    named += [("peak", values.get("peak", "process"), PEAKS), ("device", values.get("device", "auto"), DEVICES)]
+    for key, value, choices in named:
         if value not in choices:
             near = _nearest(str(value), list(choices))
             raise FastLNError(f"{where}: unknown {key} {value!r}{near}: choose from {', '.join(choices)}")
@@ -235,9 +328,42 @@ def _checked(values: dict[str, Any], where: str) -> Suite:
             parse_shape(model)
         except FastLNError as error:
             raise FastLNError(f"{where}: {error}") from None
+    for budget in values.get("memory_budgets", ()):
+        _check_budget(budget, where)
     suite = Suite(**values)
     _check_methods(suite, where)
     return suite
+
+
+def _is_share(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value <= 1
+
+
+def times_exact(budget: str) -> float | None:
+    """Return what a budget such as "0.6x" multiplies the memory of a step with exact storage by, beside the weights.
+
+    None for other forms of budgets.
+    """
+    found = _TIMES.fullmatch(budget)
+    return float(found[1]) if found else None
+
+
+def _check_budget(budget: str, where: str) -> None:
+    if (times := times_exact(budget)) is not None:
+        if not times > 0:
+            raise FastLNError(f"{where}: memory_budgets has {budget!r}, which leaves nothing beside the weights")
+        return
+    import torch  # not at the top: it takes a second
+
+    from fastln.budget import settle_budget
+
+    try:
+        settle_budget(budget, torch.device("cpu"))
+    except FastLNError as error:
+        raise FastLNError(
+            f"{where}: memory_budgets has {budget!r}, which is none; give a size such as 8GiB, a share of the device's "
+            f"memory such as 0.5, or 0.6x for a share of what exact storage takes ({error})"
+        ) from None
 
 
 _SMALLEST = {
