@@ -8,6 +8,9 @@ the model writes. Two marks stand beside: the model before training, and the com
 reports as the answer to everything. Each row goes to benchmarks/results/impressions.json as it comes. A run that was
 stopped goes on where it was: rows that are there, with the same options, are not measured again.
 
+`python scripts/impressions.py --reports DIR --write DIR` writes the reports as questions and answers, a file for each
+split, as `fastln train --data` and `fastln bench --data` take them, and trains nothing.
+
 `--train N` and `--test N` take the first so many reports of a split, so that a run fits into its time.
 """
 
@@ -49,18 +52,23 @@ BEFORE, COMMONEST = "before training", "the commonest impression"
 Row = dict[str, Any]
 
 
-def reports(folder: Path, split: str) -> VQADataset:
-    """Return the reports of a split as questions and answers, without those that lack findings or impression."""
+def write_reports(folder: Path, out: Path) -> None:
+    """Write all reports as questions and answers, a file for each split, without those that lack either."""
     with (folder / "indiana_reports.csv").open(encoding="utf-8", newline="") as file:
         rows = [row for row in csv.DictReader(file) if all(len(row[key]) > n for key, n in SHORTEST.items())]
+    for name in dict.fromkeys(SPLITS):
+        lines = [
+            {"id": row["uid"], "question": QUESTION + row["findings"], "answer": row["impression"]}
+            for row in rows
+            if SPLITS[int(row["uid"]) % len(SPLITS)] == name
+        ]
+        Path(out, f"{name}.jsonl").write_text("\n".join(map(json.dumps, lines)), encoding="utf-8")
+
+
+def reports(folder: Path, split: str) -> VQADataset:
+    """Return the reports of a split as questions and answers."""
     with tempfile.TemporaryDirectory() as scratch:
-        for name in dict.fromkeys(SPLITS):
-            lines = [
-                {"id": row["uid"], "question": QUESTION + row["findings"], "answer": row["impression"]}
-                for row in rows
-                if SPLITS[int(row["uid"]) % len(SPLITS)] == name
-            ]
-            Path(scratch, f"{name}.jsonl").write_text("\n".join(map(json.dumps, lines)), encoding="utf-8")
+        write_reports(folder, Path(scratch))
         return load_dataset(scratch, split)
 
 
@@ -185,7 +193,8 @@ def main() -> None:
     """Train and score, write the rows and print the table."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--reports", type=Path, required=True, help="the folder of indiana_reports.csv")
-    parser.add_argument("--model", required=True, help="chat:SOURCE")
+    parser.add_argument("--model", help="chat:SOURCE")
+    parser.add_argument("--write", type=Path, metavar="DIR", help="write the reports as questions there, and end")
     parser.add_argument("--products", nargs="+", default=["exact", "int8"])
     parser.add_argument("--seeds", type=int, default=2)
     parser.add_argument("--epochs", type=int, default=1)
@@ -194,7 +203,14 @@ def main() -> None:
     parser.add_argument("--train", type=int, help="the first N training reports; all by default")
     parser.add_argument("--test", type=int, help="the first N test reports; all by default")
     parser.add_argument("--out", type=Path, default=RESULTS, help="JSON file for the rows")
-    print(table(measure(parser.parse_args())))
+    options = parser.parse_args()
+    if options.write:
+        options.write.mkdir(parents=True, exist_ok=True)
+        write_reports(options.reports, options.write)
+        return
+    if not options.model:
+        parser.error("give --model, or --write")
+    print(table(measure(options)))
 
 
 if __name__ == "__main__":

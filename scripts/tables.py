@@ -30,8 +30,9 @@ from int8_cases import CASES8
 from machines import MACHINES
 from prediction import in_flight
 
-from fastln.bench.report import speedups, to_markdown
-from fastln.bench.results import Floor, Row, read_rows
+from fastln.bench.report import memory as report_of_memory
+from fastln.bench.report import section, speedups, to_markdown
+from fastln.bench.results import Floor, Row, each, read_rows
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
@@ -185,6 +186,16 @@ def suite(name: str) -> Callable[[], str]:
     return lambda: to_markdown(read_rows(RESULTS / f"{name}.json")).replace("\n## ", "\n### ").rstrip("\n")
 
 
+def memory() -> str:
+    """Return the suite `memory`: peak memory against step time, a table for each model."""
+    file = RESULTS / "memory.json"
+    if not file.exists():
+        return "Not measured yet."
+    rows = read_rows(file)
+    parts = [f"#{section(table)}" for table in report_of_memory(rows)]
+    return "\n\n".join([f"{_measured_rows(rows)} Numbers in {each(row.dtype for row in rows)}.", *parts])
+
+
 def quality() -> str:
     """Return the answer quality of every method, with the time and memory of its steps."""
     runs = json.loads((RESULTS / "quality.json").read_text())["runs"]
@@ -320,6 +331,7 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "impressions": impressions,
     "quick": suite("quick"),
     "vqa-rad": suite("vqa-rad"),
+    "memory": memory,
     "quality": quality,
     "stored": stored,
     "compiled-backward": compiled_backward,

@@ -9,7 +9,7 @@ import torch
 from layouts import LAYOUTS
 from torch import nn
 
-from fastln.bench import worker
+from fastln.bench import storage, worker
 from fastln.bench.results import Job, Quality, Steps, read_rows
 from fastln.bench.runner import run_suite
 from fastln.bench.suite import load_suite
@@ -20,6 +20,7 @@ from fastln.models import load_task
 from fastln.models.shapes import is_shape
 from fastln.ops import OpSettings
 from fastln.ops.backends import resolve
+from fastln.settings import MethodSettings
 from fastln.training import train
 
 TINY = {"batch_size": 2, "questions_per_image": 2, "rounds": 1, "warmup_steps": 0, "steps": 2, "device": "cpu"}
@@ -109,6 +110,65 @@ def test_products_reach_the_model():
     assert int8.trainable_parameters == exact.trainable_parameters
     is_here = resolve("int8_linear", torch.device("cpu"), OpSettings()).backend == "cpu"
     assert (int8.final_loss != exact.final_loss) == is_here
+
+
+LAYERS = "ViTForImageClassification:4x96:2"
+
+
+def test_storage_reaches_the_model_and_its_peak_is_measured_as_predicted():
+    # Late rows are not predicted, so that exact storage takes a little less.
+    base = job(model=LAYERS, engine="fastln", peak="allocator")
+    exact, again, within = (
+        worker.work(dataclasses.replace(base, **changes))
+        for changes in ({}, {"activations": "again"}, {"memory_budget": "0.8x"})
+    )
+    assert again.final_loss == pytest.approx(exact.final_loss, rel=1e-5)
+    assert again.saved_activation_bytes < 0.7 * exact.saved_activation_bytes
+    assert within.storage_note.startswith("memory budget ")
+    assert again.storage_note is None
+    for steps in (exact, again, within):
+        assert steps.memory_kind == "CPU allocator peak"
+        assert 0.94 < steps.peak_memory_bytes / steps.predicted_peak_bytes <= 1
+    assert within.predicted_peak_bytes < exact.predicted_peak_bytes
+    second = worker.work(dataclasses.replace(base, memory_budget="0.8x", round=2))
+    assert second.predicted_peak_bytes == within.predicted_peak_bytes
+    assert worker.work(job(model=LAYERS, engine="fastln")).predicted_peak_bytes is None
+
+
+def test_stock_code_with_checkpoints_is_measured_as_predicted():
+    base = job(model=LAYERS, peak="allocator", warmup_steps=1)
+    stock, checkpointed = (worker.work(dataclasses.replace(base, checkpointing=on)) for on in (False, True))
+    assert checkpointed.final_loss == pytest.approx(stock.final_loss, rel=1e-5)
+    assert checkpointed.saved_activation_bytes < 0.2 * stock.saved_activation_bytes
+    for steps in (stock, checkpointed):
+        assert steps.peak_memory_bytes == pytest.approx(steps.predicted_peak_bytes, rel=0.02)
+    dual = load_task("dual", load_dataset("phantom", "train"))
+    dual.model.supports_gradient_checkpointing = False
+    with pytest.raises(FastLNError, match="checkpointing: "):
+        storage.set_up(dataclasses.replace(base, checkpointing=True), dual, MethodSettings.of(engine="torch"), None)
+
+
+@pytest.mark.slow
+def test_a_budget_on_data_is_for_the_largest_batch_of_a_round():
+    one = job(engine="fastln", batch_size=2, warmup_steps=1, steps=1)
+    steps = worker.work(dataclasses.replace(one, memory_budget="0.9x"))
+    assert steps.predicted_peak_bytes > 0
+    assert steps.memory_kind.startswith("process peak RSS")
+
+
+@pytest.mark.slow
+def test_compiled_stock_code_takes_steps():
+    functorch = torch._functorch.config
+    before = functorch.activation_memory_budget
+    try:
+        base = job(model="ViTForImageClassification:2x32:1", peak="allocator", warmup_steps=1)
+        compiled = worker.work(dataclasses.replace(base, compiled=0.5))
+        assert functorch.activation_memory_budget == 0.5
+    finally:
+        functorch.activation_memory_budget = before
+    assert compiled.final_loss == pytest.approx(worker.work(base).final_loss, rel=1e-4)
+    assert compiled.predicted_peak_bytes is None
+    assert compiled.saved_activation_bytes > 0
 
 
 def test_codes_of_sub_models_on_data_with_bad_rows(tmp_path):

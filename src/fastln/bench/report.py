@@ -82,11 +82,16 @@ def to_markdown(rows: Sequence[Row]) -> str:
     """Return the tables as Markdown."""
     parts = ["\n\n".join(_header(rows))]
     for table in (*tables(rows), *peers(rows), *memory(rows)):
-        rule = ("---", *["---:"] * (len(table.columns) - 1))
-        grid = "\n".join(f"| {' | '.join(line)} |" for line in (table.columns, rule, *table.cells))
-        notes = "\n".join(f"- {_escape(note)}" for note in table.notes)
-        parts.append(f"## {table.title}\n\n{grid}" + (f"\n\n{notes}" if notes else ""))
+        parts.append(section(table))
     return "\n\n".join(parts) + "\n"
+
+
+def section(table: Section) -> str:
+    """Return one table as Markdown, with its title and notes."""
+    rule = ("---", *["---:"] * (len(table.columns) - 1))
+    grid = "\n".join(f"| {' | '.join(line)} |" for line in (table.columns, rule, *table.cells))
+    notes = "\n".join(f"- {_escape(note)}" for note in table.notes)
+    return f"## {table.title}\n\n{grid}" + (f"\n\n{notes}" if notes else "")
 
 
 def tables(rows: Sequence[Row]) -> list[Section]:
@@ -149,6 +154,7 @@ def _memory(title: str, found: Sequence[Place]) -> Section:
     first = found[0].row if found else None
     columns = (
         "method (engine)",
+        "step s",
         f"time over {first.label if first else '–'}",
         "peak (MiB)",
         "predicted (MiB)",
@@ -162,6 +168,7 @@ def _memory(title: str, found: Sequence[Place]) -> Section:
         lines.append(
             (
                 row.label,
+                f"{place.seconds:#.3g}",
                 _spread(times_over(row, first or row), ".2f"),
                 _number(place.peak, ",.0f", 2**20),
                 _number(predicted, ",.0f", 2**20),

@@ -12,6 +12,7 @@ from fastln.bench.suite import times_exact
 from fastln.budget import AtFirstBatch, outline_of
 from fastln.errors import FastLNError
 from fastln.models import Task
+from fastln.models.shapes import is_shape
 from fastln.peak import StepMemory, step_memory
 from fastln.settings import MethodSettings
 from fastln.state import prepared
@@ -58,7 +59,8 @@ def set_up(job: Job, task: Task, settings: MethodSettings, batch: Batch | None) 
         import torch._functorch.config as functorch  # not at the top: runs that compile nothing do not need it
 
         functorch.activation_memory_budget = job.compiled
-        model.compile()
+        # The lengths of texts differ from batch to batch. Code for any length is compiled once, not again while timed.
+        model.compile(dynamic=None if is_shape(job.model) else True)
     return SetUp(model, predicted)
 
 
