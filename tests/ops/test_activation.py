@@ -216,6 +216,7 @@ def test_only_the_wanted_gradients_are_computed(subset, backend, monkeypatch):
     assert asked == [subset]
 
 
+@pytest.mark.slow(take=5)
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("bits", [0, 8, 4, 2])
 @pytest.mark.parametrize("kind", ["gelu", "relu"])

@@ -24,12 +24,14 @@ def settings(backend, kind=LAYER_NORM, dropout=0.0, keep="x"):
     return kind.eps, kind.centre, kind.offset, kind.round_normed, dropout, keep, *OpSettings(backend).flat
 
 
+@pytest.mark.slow(take=6)
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("subset", TELLING, ids=str)
 def test_operator_passes_opcheck(subset, backend):
     torch.library.opcheck(OPERATOR, (*leaves(subset), None, None, *settings(backend)))
 
 
+@pytest.mark.slow(take=6)
 @pytest.mark.parametrize("keep", ["stream", "normed", "nothing", "codes", "stream, codes"])
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("dropout", [0.0, 0.25])
@@ -40,6 +42,7 @@ def test_operator_with_a_prologue_passes_opcheck(dropout, backend, keep):
     torch.library.opcheck(OPERATOR, (x, weight, bias, residual, seed, *settings(backend, LLAMA, dropout, keep)))
 
 
+@pytest.mark.slow(take=4)
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("keep", ["stream", "normed", "codes", "stream, codes"])
 def test_results_share_no_memory(keep, backend):
@@ -47,6 +50,7 @@ def test_results_share_no_memory(keep, backend):
     torch.library.opcheck(OPERATOR, (x, None, None, None, None, *settings(backend, LAYER_NORM, 0.0, keep)))
 
 
+@pytest.mark.slow(take=6)
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("subset", TELLING, ids=str)
 def test_backward_operator_passes_opcheck(subset, backend):
@@ -60,6 +64,7 @@ def test_backward_operator_passes_opcheck(subset, backend):
     torch.library.opcheck(BACKWARD, args)
 
 
+@pytest.mark.slow(take=4)
 @pytest.mark.parametrize("keep", ["stream", "stream, codes"])
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("dropout", [0.0, 0.25])
