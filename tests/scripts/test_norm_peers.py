@@ -49,7 +49,7 @@ class InPlaceRMSNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, eps, offset, casting_mode):
         ctx.kind = NormKind(eps, centre=False, offset=offset, round_normed=casting_mode == "llama")
-        y, _, _, rstd = reference.norm_forward(NormForward(x, weight, None, ctx.kind))
+        y, _, _, rstd, _ = reference.norm_forward(NormForward(x, weight, None, ctx.kind))
         ctx.save_for_backward(x, weight, rstd)
         return y
 
