@@ -1,5 +1,7 @@
 """A memory budget: the mix of storage modes that fits, what it costs, and what is said where nothing fits."""
 
+import copy
+import dataclasses
 import gc
 
 import pytest
@@ -155,3 +157,22 @@ def test_offload_needs_a_gpu_and_says_so():
     found = fastln.plan(make("meta"), activations="offload", device="cpu")
     assert any("host's memory already" in stay.reason for stay in found.stays)
     assert not any(isinstance(change, WholeBlock) for change in found.changes)
+
+
+def test_a_block_after_a_checkpointed_one_keeps_what_it_cannot_make_again():
+    """A post-norm block's queries come from a norm in the block before, whose memory is read once in a checkpoint."""
+    torch.manual_seed(0)
+    config = transformers.BertConfig(**SIZES, vocab_size=64, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
+    model = transformers.BertForSequenceClassification(config).train()
+    inputs = {"input_ids": IDS, "labels": torch.zeros(8, dtype=torch.int64)}
+    want = fastln.prepare(copy.deepcopy(model))
+    want(**inputs).loss.backward()
+    found = fastln.plan(model, activations="again")
+    mixed = fastln.plan(model, activations="checkpoint")
+    first = [change for change in mixed.changes if change.stand_in == "block" and change.name.endswith(".0")]
+    assert first
+    apply(dataclasses.replace(found, changes=(*found.changes, *first)), model)
+    model(**inputs).loss.backward()
+    for name, parameter in want.named_parameters():
+        if parameter.grad is not None:
+            torch.testing.assert_close(model.get_parameter(name).grad, parameter.grad, rtol=1e-4, atol=1e-5)

@@ -120,6 +120,8 @@ def makes_again(ctx: Any, run: Callable[[Any, Memo], Tensor], *sources: Source, 
         sources: What it makes again first.
         n_products: The products that it takes besides.
     """
+    if _is_checkpointed():  # what the node keeps can be read once there, by its own backward
+        return
     ctx.recipe = _Recipe(run, n_products + max((source.n_products for source in sources), default=0))
 
 
