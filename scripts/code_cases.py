@@ -11,7 +11,7 @@ from norm_cases import DROPOUT, LAYER_NORM, LLAMA_RMS_NORM
 from fastln_kernels import activation, int8, norm
 from fastln_kernels.reference import NormAgain, NormBackward, NormForward, NormKind
 from fastln_kernels.reference_activation import ActivationKind
-from fastln_kernels.reference_codes import GROUPS, Bits, GatedBits, GatedCodes
+from fastln_kernels.reference_codes import GROUPS, Bits, GatedBits, GatedCodes, scale_shape
 
 WIDTHS_OF_CODES: tuple[Bits, ...] = (8, 4, 2)
 
@@ -42,7 +42,7 @@ def _backward(
         request = NormBackward(
             *(dy, codes, weight if rows else None, draw((n_rows,), torch.float32), kind),
             saved_is_normed=True,
-            scale=draw((n_rows,), torch.float32),
+            scale=draw(scale_shape((n_rows, n_cols), 8), torch.float32),
             dropout=dropout,
             seed=draw((1,), torch.int64) if dropout else None,
             need_dx="dx" in results,
@@ -61,7 +61,7 @@ def _again(name: str, kind: NormKind, *, codes: bool) -> Case8:
     def prepare(n_rows: int, n_cols: int, dtype: torch.dtype, draw: Draw) -> Callable[[], object]:
         saved = draw((n_rows, n_cols), torch.int8 if codes else dtype)
         weight, bias = (draw((n_cols,), torch.float32) for _ in range(2))
-        rstd, scale = (draw((n_rows,), torch.float32) for _ in range(2))
+        rstd, scale = draw((n_rows,), torch.float32), draw(scale_shape((n_rows, n_cols), 8), torch.float32)
         request = NormAgain(
             *(saved, weight, bias if kind.centre else None, rstd, kind),
             saved_is_normed=True,

@@ -250,15 +250,16 @@ def check_codes(kernels: Kernels, tally: Tally, n_rows: int, n_cols: int, dtype:
     reference, codes = (importlib.import_module(f"{PACKAGE}.{name}") for name in ("reference", "reference_codes"))
     norm, activation, int8 = (kernels.module(name) for name in ("norm", "activation", "int8"))
     rows, weight = torch.empty((n_rows, n_cols), dtype=dtype), torch.empty(n_cols)
-    kept = torch.empty((n_rows, n_cols), dtype=torch.int8), torch.empty(n_rows)
+    kept, rstd = torch.empty((n_rows, n_cols), dtype=torch.int8), torch.empty(n_rows)
+    scale = torch.empty(codes.scale_shape(rows.shape, 8))
     kind = reference.NormKind(1e-6)
     with kernels.sanitized(tally, f"codes, {n_rows} × {n_cols} {_name(dtype)}"):
         norm.norm_forward(reference.NormForward(rows, weight, weight, kind, want_codes=True))
-        request = reference.NormBackward(rows, kept[0], weight, kept[1], kind, saved_is_normed=True, scale=kept[1])
+        request = reference.NormBackward(rows, kept, weight, rstd, kind, saved_is_normed=True, scale=scale)
         for need_dx, need_dweight, need_dbias in SUBSETS:
             wanted = {"need_dx": need_dx, "need_dweight": need_dweight, "need_dbias": need_dbias}
             norm.norm_backward(request._replace(**wanted))
-        norm.norm_again(reference.NormAgain(kept[0], weight, weight, kept[1], kind, True, kept[1], dtype))
+        norm.norm_again(reference.NormAgain(kept, weight, weight, rstd, kind, True, scale, dtype))
         for rounds in (False, True):
             rounding = int8.rounding(rows)[1] if rounds else None
             for bits in (8, 4, 2):

@@ -46,19 +46,6 @@ def magnitude(x):
 
 
 @triton.jit
-def place(x):
-    """Return whole numbers, int32, in the order of the numbers `x`. They order infinities too, and drop no NaN."""
-    bits = x.to(tl.float32).to(tl.int32, bitcast=True)
-    return bits ^ ((bits >> 31) & 0x7FFFFFFF)
-
-
-@triton.jit
-def at_place(placed):
-    """Return the numbers, float32, whose `place` is given."""
-    return (placed ^ ((placed >> 31) & 0x7FFFFFFF)).to(tl.float32, bitcast=True)
-
-
-@triton.jit
 def scales(top, LARGEST: tl.constexpr = LARGEST):
     """Return the factor that makes whole numbers of a row (0 if it has none), and the row's scale.
 
@@ -140,31 +127,4 @@ def _store_kept(
     for k in tl.static_range(PIECES):
         values += (whole(_times(kept[k], factors_ptr, in_rows, cols, k, N_COLS), inverse),)
     store_tile(values_ptr, values, rows, in_rows, cols, N_COLS, PIECES)
-    tl.store(scale_ptr + rows, scale, mask=in_rows)
-
-
-@triton.jit
-def normed_piece(x, statistics, k: tl.constexpr):
-    """Return piece `k` of x_hat, in float32, given the rows' means, what these leave over, and rstd."""
-    mean, residual_mean, rstd = statistics
-    return (x[k].to(tl.float32) - mean[:, None] - residual_mean[:, None]) * rstd[:, None]
-
-
-@triton.jit
-def store_normed_codes(
-    codes_ptr, scale_ptr, x, statistics, rows, in_rows, cols, N_COLS: tl.constexpr, PIECES: tl.constexpr
-):
-    """Store x_hat in 8 bits. It is computed twice from `x`, which takes fewer registers than to keep it in float32."""
-    PIECE: tl.constexpr = cols.shape[0]
-    top = tl.zeros((rows.shape[0], PIECE), tl.int32)
-    for k in tl.static_range(PIECES):
-        size = magnitude(normed_piece(x, statistics, k))
-        if (k + 1) * PIECE > N_COLS:
-            size = tl.where((cols + k * PIECE < N_COLS)[None, :], size, 0)
-        top = tl.maximum(top, size)
-    inverse, scale = scales(tl.max(top, axis=1))
-    codes = ()
-    for k in tl.static_range(PIECES):
-        codes += (whole(normed_piece(x, statistics, k), inverse),)
-    store_tile(codes_ptr, codes, rows, in_rows, cols, N_COLS, PIECES)
     tl.store(scale_ptr + rows, scale, mask=in_rows)

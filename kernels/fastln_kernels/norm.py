@@ -31,6 +31,7 @@ from fastln_kernels.reference import (
     NormOutputs,
     dropout_threshold,
 )
+from fastln_kernels.reference_codes import scale_shape
 
 TensorT = TypeVar("TensorT", Tensor, Tensor | None)
 
@@ -60,11 +61,10 @@ def norm_forward(request: NormForward, rounding: Rounding | None = None) -> Norm
     )
     assert y is not None
     assert normed is None or codes is None
-    rstd, scale = (
-        torch.empty((n_rows,), dtype=torch.float32, device=x.device) if wanted else None
-        for wanted in (True, request.want_codes)
-    )
-    assert rstd is not None
+    rstd = torch.empty((n_rows,), dtype=torch.float32, device=x.device)
+    scale = None
+    if request.want_codes:
+        scale = torch.empty(scale_shape(x.shape, 8), dtype=torch.float32, device=x.device)
     normed = normed if codes is None else codes
     outputs = NormOutputs(y, stream, normed, rstd, scale)
     if n_rows == 0:
@@ -105,6 +105,7 @@ def norm_backward(request: NormBackward, rounding: Rounding | None = None) -> No
     kind, rstd = request.kind, request.rstd
     dy, saved = _unit_columns(request.dy), _unit_columns(request.saved)
     dstream, weight = _unit_columns(request.dstream), _unit_columns(request.weight)
+    scale = _contiguous(request.scale)
     n_rows, n_cols = dy.shape
     need_rows, need = request.need_dx or request.need_dresidual, (request.need_dweight, request.need_dbias)
     new = functools.partial(torch.zeros if n_rows == 0 else torch.empty, device=dy.device)
@@ -140,7 +141,7 @@ def norm_backward(request: NormBackward, rounding: Rounding | None = None) -> No
     constants = _constants(n_cols, kind, request.dropout)
     of_saved = {"ROUND_NORMED": kind.round_normed, "SAVED_IS_NORMED": request.saved_is_normed}
     strides = (_row_stride(dy), _row_stride(saved))
-    rows = (dy, saved, weight, rstd, request.scale, dstream, request.seed, dx, dresidual)
+    rows = (dy, saved, weight, rstd, scale, dstream, request.seed, dx, dresidual)
     numbers = (n_rows, *strides, _row_stride(dstream))
     with launch.on_device(dy.device):
         if by_rows:
@@ -165,7 +166,7 @@ def norm_backward(request: NormBackward, rounding: Rounding | None = None) -> No
             n_programs = triton.cdiv(launch.summing_programs(dy.device, launch.COLUMN_TILE), n_col_blocks)
             n_programs = min(triton.cdiv(n_rows, launch.COLUMN_TILE.rows), n_programs)
             partials = _partials(apart, n_programs, n_cols, dy.device)
-            tensors = (dy, saved if apart[0] else None, rstd, request.scale, means, *partials)
+            tensors = (dy, saved if apart[0] else None, rstd, scale, means, *partials)
             sizes = {"N_COLS": n_cols, "ROWS": launch.COLUMN_TILE.rows, **_block_options(launch.COLUMN_TILE)}
             grid = (n_col_blocks, n_programs)
             backward_parameters_kernel[grid](*tensors, n_rows, *strides, **of_saved, **sizes)
@@ -192,7 +193,7 @@ def norm_again(request: NormAgain) -> Tensor:
     tile = launch.again_tile(n_cols, y.element_size())
     sizes = {"N_COLS": n_cols, "ROWS": tile.rows, "REPEATS": launch.AGAIN_REPEATS, **_block_options(tile)}
     n_programs = triton.cdiv(n_rows, launch.AGAIN_REPEATS * tile.rows) * triton.cdiv(n_cols, tile.cols)
-    tensors = (saved, request.scale, weight, bias, y, n_rows, _row_stride(saved))
+    tensors = (saved, _contiguous(request.scale), weight, bias, y, n_rows, _row_stride(saved))
     with launch.on_device(saved.device):
         again_kernel[(n_programs,)](*tensors, **sizes, OFFSET=kind.offset, ROUND_NORMED=kind.round_normed)
     return y
@@ -239,3 +240,7 @@ def _row_stride(x: Tensor | None) -> int:
 
 def _unit_columns(x: TensorT) -> TensorT:
     return x if x is None or x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
+
+
+def _contiguous(x: Tensor | None) -> Tensor | None:
+    return None if x is None else x.contiguous()

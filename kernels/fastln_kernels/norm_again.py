@@ -7,6 +7,7 @@ No sum along a row is left, so any program takes any columns. `norm.py` has the 
 import triton
 import triton.language as tl
 
+from fastln_kernels.norm_codes import decoded, load_scales
 from fastln_kernels.tiles import load_vector_piece
 
 
@@ -30,7 +31,8 @@ def again_kernel(
     BLOCKS_A_ROW: tl.constexpr = (N_COLS + COLS - 1) // COLS
     dtype: tl.constexpr = y_ptr.dtype.element_ty
     first = (tl.program_id(0) // BLOCKS_A_ROW).to(tl.int64) * (REPEATS * ROWS) + tl.arange(0, ROWS)
-    cols = tl.program_id(0) % BLOCKS_A_ROW * COLS + tl.arange(0, COLS)
+    first_col = tl.program_id(0) % BLOCKS_A_ROW * COLS
+    cols = first_col + tl.arange(0, COLS)
     tiles = ()
     scales = ()
     for k in tl.static_range(REPEATS):
@@ -38,16 +40,14 @@ def again_kernel(
         inside = _inside(rows < n_rows, cols, N_COLS, COLS)
         tiles += (tl.load(saved_ptr + rows[:, None] * saved_stride + cols[None, :], mask=inside, other=0.0),)
         if codes_scale_ptr is not None:
-            scales += (tl.load(codes_scale_ptr + rows, mask=rows < n_rows, other=0.0),)
+            scales += (load_scales(codes_scale_ptr, rows, rows < n_rows, first_col, N_COLS, COLS),)
     if weight_ptr is not None:
         weight = load_vector_piece(weight_ptr, first < n_rows, cols, 0, N_COLS).to(tl.float32) + OFFSET
     if bias_ptr is not None:
         bias = load_vector_piece(bias_ptr, first < n_rows, cols, 0, N_COLS).to(tl.float32)
     for k in tl.static_range(REPEATS):
         rows = first + k * ROWS
-        y = tiles[k].to(tl.float32)
-        if codes_scale_ptr is not None:
-            y *= scales[k][:, None]
+        y = tiles[k].to(tl.float32) if codes_scale_ptr is None else decoded(tiles[k], scales[k])
         if ROUND_NORMED:
             y = y.to(dtype).to(tl.float32)
         if weight_ptr is not None:

@@ -8,7 +8,8 @@ import triton
 import triton.language as tl
 
 from fastln_kernels.dropout import dropped_out
-from fastln_kernels.int8_rows import store_normed_codes, store_rounded
+from fastln_kernels.int8_rows import store_rounded
+from fastln_kernels.norm_codes import decoded, load_scales, store_tile_codes
 from fastln_kernels.tiles import about_the_mean, centred, load_tile, load_vector, store_tile, two_means
 
 
@@ -64,7 +65,7 @@ def forward_kernel(
 ):
     """Normalise one tile of rows: read it once, normalise it in registers, write it once (and once in 8 bits).
 
-    x_hat is written as codes of 8 bits if there is room for their scale.
+    x_hat is written as codes of 8 bits if there is room for their scales.
     """
     rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     in_rows = rows < n_rows
@@ -131,7 +132,7 @@ def forward_kernel(
         store_tile(normed_ptr, normed, rows, in_rows, cols, N_COLS, PIECES)
     if codes_scale_ptr is not None:
         statistics = (mean, residual_mean, rstd)
-        store_normed_codes(normed_ptr, codes_scale_ptr, x, statistics, rows, in_rows, cols, N_COLS, PIECES)
+        store_tile_codes(normed_ptr, codes_scale_ptr, x, statistics, rows, in_rows, cols, N_COLS, PIECES)
     if values_ptr is not None:
         store_rounded(values_ptr, scale_ptr, None, y, rows, in_rows, cols, N_COLS, PIECES, TURN, dtype)
 
@@ -162,7 +163,7 @@ def _load_inputs(
     N_COLS: tl.constexpr,
     PIECES: tl.constexpr,
 ):
-    """Return the inputs for a tile of rows: dy, the saved tensor, rstd, the codes' scale and dstream.
+    """Return the inputs for a tile of rows: dy, the saved tensor, rstd, the scales of its codes and dstream.
 
     Missing ones are empty.
     """
@@ -170,7 +171,7 @@ def _load_inputs(
     in_rows = rows < n_rows
     saved = ()
     rstd = tl.zeros((ROWS,), tl.float32)
-    codes_scale = tl.full((ROWS,), 1.0, tl.float32)
+    codes_scale = ()
     dstream = ()
     # Zeros in dy beyond the width keep those columns out of every sum.
     dy = load_tile(dy_ptr, rows, dy_stride, in_rows, cols, N_COLS, PIECES)
@@ -178,10 +179,24 @@ def _load_inputs(
         saved = load_tile(saved_ptr, rows, saved_stride, in_rows, cols, N_COLS, PIECES)
         rstd = tl.load(rstd_ptr + rows, mask=in_rows, other=0.0)
         if codes_scale_ptr is not None:
-            codes_scale = tl.load(codes_scale_ptr + rows, mask=in_rows, other=0.0)
+            PIECE: tl.constexpr = cols.shape[0]
+            for k in tl.static_range(PIECES):
+                codes_scale += (load_scales(codes_scale_ptr, rows, in_rows, k * PIECE, N_COLS, PIECE),)
     if dstream_ptr is not None:
         dstream = load_tile(dstream_ptr, rows, dstream_stride, in_rows, cols, N_COLS, PIECES)
     return dy, saved, rstd, codes_scale, dstream
+
+
+@triton.jit
+def _decoded_tile(saved, codes_scale, PIECES: tl.constexpr):
+    """Return a saved tile, in float32 if it holds codes, which have scales."""
+    if len(codes_scale) > 0:
+        tile = ()
+        for k in tl.static_range(PIECES):
+            tile += (decoded(saved[k], codes_scale[k]),)
+        return tile
+    else:
+        return saved
 
 
 @triton.jit(do_not_specialize=["n_rows"])
@@ -218,7 +233,7 @@ def backward_kernel(
     """Compute dx (also in 8 bits, times factors) and dresidual of tiles of rows and, from the same loads, partial sums
     of dweight and dbias.
 
-    `saved` is codes of x_hat if these have a scale, which then is the factor between `saved` and x_hat.
+    `saved` is codes of x_hat if these have scales.
     """
     program = tl.program_id(0)
     cols = tl.arange(0, PIECE)
@@ -284,7 +299,8 @@ def backward_kernel(
         along_ones = tl.zeros((ROWS,), tl.float32)
         scale = rstd
         if SAVED_IS_NORMED:
-            scale = codes_scale
+            scale = tl.full((ROWS,), 1.0, tl.float32)
+        kept = _decoded_tile(saved, codes_scale, PIECES)
 
         # First do what needs no mean, so that both inputs are requested before anything waits.
         if dbias_ptr is not None:
@@ -297,7 +313,7 @@ def backward_kernel(
             with_ones = tl.zeros((ROWS, PIECE), tl.float32)
             for k in tl.static_range(PIECES):
                 if FIND_MEAN:
-                    total += saved[k].to(tl.float32)
+                    total += kept[k].to(tl.float32)
                 if NEED_ROWS:
                     with_ones += _dnormed(dy, weight, k, OFFSET)
             if FIND_MEAN and NEED_ROWS:
@@ -310,7 +326,7 @@ def backward_kernel(
             left = tl.zeros((ROWS, PIECE), tl.float32)
             with_difference = tl.zeros((ROWS, PIECE), tl.float32)
             for k in tl.static_range(PIECES):
-                difference = centred(saved, mean, k, cols, N_COLS)
+                difference = centred(kept, mean, k, cols, N_COLS)
                 if FIND_MEAN:
                     left += difference
                 if NEED_ROWS:
@@ -329,7 +345,7 @@ def backward_kernel(
         dx = ()
         for k in tl.static_range(PIECES):
             if NEED_NORMED:
-                normed = (saved[k].to(tl.float32) - mean[:, None] - residual_mean[:, None]) * scale[:, None]
+                normed = (kept[k].to(tl.float32) - mean[:, None] - residual_mean[:, None]) * scale[:, None]
             if NEED_ROWS:
                 dnormed = _dnormed(dy, weight, k, OFFSET)
                 inner = (dnormed - along_ones[:, None] - normed * along_normed[:, None]) * rstd[:, None]

@@ -8,6 +8,8 @@ A last kernel adds the partial sums.
 import triton
 import triton.language as tl
 
+from fastln_kernels.norm_codes import decoded, load_scales
+
 
 @triton.jit(do_not_specialize=["n_rows"])
 def backward_parameters_kernel(
@@ -53,7 +55,8 @@ def backward_parameters_kernel(
                     normed = normed - mean[:, None] - residual_mean[:, None]
                 normed *= tl.load(rstd_ptr + rows, mask=in_rows, other=0.0)[:, None]
             if codes_scale_ptr is not None:
-                normed *= tl.load(codes_scale_ptr + rows, mask=in_rows, other=0.0)[:, None]
+                scales = load_scales(codes_scale_ptr, rows, in_rows, tl.program_id(0) * COLS, N_COLS, COLS)
+                normed = decoded(normed, scales)
             if ROUND_NORMED:
                 normed = normed.to(dtype).to(tl.float32)
             dweight += dy * normed

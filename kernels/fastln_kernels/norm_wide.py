@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 
 from fastln_kernels.dropout import dropped_out
-from fastln_kernels.int8_rows import at_place, magnitude, place, scales, whole
+from fastln_kernels.norm_codes import decoded, load_scales, store_codes
 from fastln_kernels.tiles import about_the_mean
 
 
@@ -46,6 +46,44 @@ def _store(ptr, row, start, cols, block, N_COLS: tl.constexpr, FULL: tl.constexp
         tl.store(at, block)
     else:
         tl.store(at, block, mask=start + cols < N_COLS)
+
+
+@triton.jit
+def _store_codes(codes_ptr, scale_ptr, row, start, cols, x_hat, N_COLS: tl.constexpr, FULL: tl.constexpr):
+    """Store the codes of the block of x_hat at `start`, and their scales."""
+    flat: tl.constexpr = [1, x_hat.numel]
+    rows = tl.full((1,), 0, tl.int64) + row
+    in_rows = rows >= 0
+    mask = in_rows[:, None] if FULL else tl.reshape(start + cols < N_COLS, flat)
+    store_codes(codes_ptr, scale_ptr, tl.reshape(x_hat, flat), rows, in_rows, start, mask, N_COLS)
+
+
+@triton.jit
+def _load_saved(
+    ptr,
+    scale_ptr,
+    row,
+    stride,
+    start,
+    cols,
+    GROUP: tl.constexpr,
+    COLS: tl.constexpr,
+    N_COLS: tl.constexpr,
+    FULL: tl.constexpr,
+):
+    """Load `GROUP` neighbouring blocks of what is saved of a row. The first begins at `start`; codes are decoded."""
+    blocks = _load_group(ptr, row, stride, start, cols, GROUP, COLS, N_COLS, FULL)
+    if scale_ptr is None:
+        return blocks
+    else:
+        rows = tl.full((1,), 0, tl.int64) + row
+        scales = ()
+        for k in tl.static_range(GROUP):
+            scales += (load_scales(scale_ptr, rows, rows >= 0, start + k * COLS, N_COLS, COLS),)
+        x_hat = ()
+        for k in tl.static_range(GROUP):
+            x_hat += (decoded(blocks[k], scales[k]),)
+        return x_hat
 
 
 @triton.jit
@@ -144,8 +182,7 @@ def forward_wide_kernel(
 ):
     """Normalise rows: one pass over a row's blocks for its statistics, a second pass for the results.
 
-    x_hat is written as codes of 8 bits if there is room for their scale. Its largest magnitude is that of the row's
-    largest or smallest number, which the first pass finds.
+    x_hat is written as codes of 8 bits if there is room for their scales.
     """
     dtype: tl.constexpr = y_ptr.dtype.element_ty
     # Normalise the rounded sum, because that is what the next layers see.
@@ -164,9 +201,6 @@ def forward_wide_kernel(
         pivot = tl.zeros((LANES,), tl.float32)
         differences = tl.zeros((LANES,), tl.float32)
         squares = tl.zeros((LANES,), tl.float32)
-        if codes_scale_ptr is not None:
-            lowest = tl.full((LANES,), 0x7FFFFFFF, tl.int32)
-            highest = tl.full((LANES,), -0x7FFFFFFF, tl.int32)
         for start in range(0, N_COLS, GROUP * COLS):
             blocks = _stream_group(
                 x_ptr,
@@ -192,11 +226,6 @@ def forward_wide_kernel(
                 difference = _difference(blocks[k], pivot, start + k * COLS + cols, N_COLS, FULL)
                 differences += tl.sum(difference, axis=1)
                 squares += tl.sum(difference * difference, axis=1)
-                if codes_scale_ptr is not None:
-                    inside = start + k * COLS + cols < N_COLS
-                    placed = place(blocks[k])
-                    lowest = tl.minimum(lowest, tl.min(tl.where(inside, placed, 0x7FFFFFFF), axis=1))
-                    highest = tl.maximum(highest, tl.max(tl.where(inside, placed, -0x7FFFFFFF), axis=1))
         mean = 0.0
         residual_mean = 0.0
         if CENTRE:
@@ -209,12 +238,6 @@ def forward_wide_kernel(
             variance = about_the_mean(variance, residual_mean)
         rstd = tl.rsqrt(variance + eps)
         tl.store(rstd_ptr + row, rstd)
-        if codes_scale_ptr is not None:
-            ends = at_place(tl.join(tl.min(lowest, axis=0), tl.max(highest, axis=0)))
-            top = tl.max(magnitude((ends - mean - residual_mean) * rstd), axis=0)
-            inverse, codes_scale = scales(top)
-            tl.store(codes_scale_ptr + row, codes_scale)
-            inverse = tl.full((LANES,), 0.0, tl.float32) + inverse
 
         for start in range(0, N_COLS, GROUP * COLS):
             if stream_ptr is not None:
@@ -240,7 +263,7 @@ def forward_wide_kernel(
                 here = start + k * COLS
                 y = (blocks[k].to(tl.float32) - mean - residual_mean) * rstd
                 if codes_scale_ptr is not None:
-                    _store(normed_ptr, row, here, cols, whole(y, inverse), N_COLS, FULL)
+                    _store_codes(normed_ptr, codes_scale_ptr, row, here, cols, y, N_COLS, FULL)
                 elif normed_ptr is not None:
                     _store(normed_ptr, row, here, cols, y, N_COLS, FULL)
                 if ROUND_NORMED:
@@ -352,7 +375,7 @@ def backward_wide_kernel(
             # No load moves across the barrier. Otherwise the compiler would load more than fits into the registers
             # in addition to the sums.
             tl.debug_barrier()
-            saved = _load_group(saved_ptr, row, saved_stride, start, cols, GROUP, COLS, N_COLS, FULL)
+            saved = _load_saved(saved_ptr, codes_scale_ptr, row, saved_stride, start, cols, GROUP, COLS, N_COLS, FULL)
             if NEED_ROWS:
                 dy = _load_group(dy_ptr, row, dy_stride, start, cols, GROUP, COLS, N_COLS, FULL)
             if FIND_MEAN:
@@ -368,11 +391,7 @@ def backward_wide_kernel(
                     if CENTRE:
                         with_ones += tl.sum(dnormed, axis=1)
         rstd = tl.load(rstd_ptr + row)
-        scale = rstd
-        if codes_scale_ptr is not None:
-            scale = tl.load(codes_scale_ptr + row)
-        elif SAVED_IS_NORMED:
-            scale = 1.0
+        scale = 1.0 if SAVED_IS_NORMED else rstd
         mean = 0.0
         residual_mean = 0.0
         if FIND_MEAN:
@@ -401,7 +420,9 @@ def backward_wide_kernel(
                 # the sums to the end of the row, holds dy and x_hat of every block until then, and spills.
                 if dy_stride >= 0:
                     dy = _load(dy_ptr, row, dy_stride, start, cols, N_COLS, FULL)
-                    saved = _load(saved_ptr, row, saved_stride, start, cols, N_COLS, FULL)
+                    saved = _load_saved(
+                        saved_ptr, codes_scale_ptr, row, saved_stride, start, cols, 1, COLS, N_COLS, FULL
+                    )[0]
                     normed = (saved.to(tl.float32) - mean - residual_mean) * scale
                     if NEED_ROWS:
                         dnormed = _dnormed(dy, weight_ptr, row, start, cols, N_COLS, FULL, OFFSET)
@@ -436,7 +457,9 @@ def backward_wide_kernel(
         elif NEED_ROWS:
             for start in range(0, N_COLS, GROUP * COLS):
                 dy = _load_group(dy_ptr, row, dy_stride, start, cols, GROUP, COLS, N_COLS, FULL)
-                saved = _load_group(saved_ptr, row, saved_stride, start, cols, GROUP, COLS, N_COLS, FULL)
+                saved = _load_saved(
+                    saved_ptr, codes_scale_ptr, row, saved_stride, start, cols, GROUP, COLS, N_COLS, FULL
+                )
                 for k in tl.static_range(GROUP):
                     here = start + k * COLS
                     normed = (saved[k].to(tl.float32) - mean - residual_mean) * scale

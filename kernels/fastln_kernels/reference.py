@@ -10,10 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fastln_kernels.reference_codes import GROUPS, decode_rows, encode_rows
-
-CODES_GROUP = GROUPS[8]
-"""How many columns share a scale in codes of x_hat."""
+from fastln_kernels.reference_codes import decode_groups, encode_groups
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,8 +66,8 @@ class NormOutputs(NamedTuple):
         stream: `residual + dropout(x)`, likewise; None if not requested.
         normed: x_hat, likewise; or its codes, int8.
         rstd: `(n_rows,)`, `1 / sqrt(variance + eps)`, in the dtype of the arithmetic.
-        scale: `(n_rows, n_groups)`, float32, what the codes of a row's groups of columns are multiplied by, or
-            `(n_rows,)` where a backend has one scale for a row; None without codes.
+        scale: `(n_rows, ceil(n_cols / 64))`, float32, what the codes of 64 neighbouring columns are multiplied by; None
+            without codes.
     """
 
     y: Tensor
@@ -183,7 +180,7 @@ def norm_forward(request: NormForward) -> NormOutputs:
     scale = None
     if request.want_codes:
         assert kept is None
-        kept, scale = encode_rows(normed)
+        kept, scale = encode_groups(normed, 8)
     return NormOutputs(y, rounded, kept, rstd, scale)
 
 
@@ -194,7 +191,7 @@ def norm_again(request: NormAgain) -> Tensor:
     """
     saved, kind, dtype = request.saved, request.kind, request.dtype
     wide = torch.float64 if dtype == torch.float64 else torch.float32
-    normed = saved.to(wide) if request.scale is None else decode_rows(saved, request.scale, wide)
+    normed = saved.to(wide) if request.scale is None else decode_groups(saved, request.scale, saved.shape, wide)
     if not request.saved_is_normed:
         assert request.rstd is not None
         normed = (_centred(normed) if kind.centre else normed) * request.rstd[:, None]
@@ -214,7 +211,7 @@ def norm_backward(request: NormBackward) -> NormGradients:
         if request.scale is None:
             normed = request.saved.to(dy_wide.dtype)
         else:
-            normed = decode_rows(request.saved, request.scale, dy_wide.dtype)
+            normed = decode_groups(request.saved, request.scale, dy.shape, dy_wide.dtype)
         if not request.saved_is_normed:
             normed = (_centred(normed) if kind.centre else normed) * rstd
         if need_rows:

@@ -3,9 +3,9 @@
 The definition in plain PyTorch. `docs/kernels/codes.md` derives the bounds of the errors. There are two sorts.
 
 *Symmetric codes* are whole numbers times a scale: `value ≈ code * scale`, where the scale is the largest magnitude
-divided by 127 (8 bits) or 7 (4 bits). There is one scale per group of neighbouring columns. Where all magnitudes are
-below 1e-30 the scale and the codes are 0. Where one is NaN or infinite the scale is NaN and the codes are 0, so that
-all decode to NaN.
+divided by 127 (8 bits) or 7 (4 bits). x_hat of a norm and what a gated activation keeps have a scale per group of
+neighbouring columns. Where all magnitudes are below 1e-30 the scale and the codes are 0. Where one is NaN or infinite
+the scale is NaN and the codes are 0, so that all of the group decodes to NaN.
 
 *Codes of derivatives* number levels that are fixed for the kind of activation. With 8 bits the levels are uniform, 0
 and 1 among them, and code 255 means NaN. With 4 bits 15 levels are where derivatives are frequent, and code 15 means
@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import torch
@@ -35,7 +36,7 @@ GatedBits = Literal[8, 4]
 """The widths of the codes of a gated activation."""
 
 GROUPS = {8: 64, 4: 32}
-"""How many neighbouring columns share a scale in the codes of a gated activation, by the width of a code."""
+"""How many neighbouring columns share a scale, by the width of a symmetric code. The last group may have fewer."""
 
 LARGEST = {8: 127, 4: 7}
 """The largest symmetric code; its negative is the smallest."""
@@ -44,7 +45,7 @@ ZERO = 8
 """What is added to symmetric codes of 4 bits, so that they are 1 to 15."""
 
 SMALLEST = 1e-30
-"""A row or group without larger magnitudes counts as zero."""
+"""A group without larger magnitudes counts as zero."""
 
 
 class SlopeSteps(NamedTuple):
@@ -174,27 +175,6 @@ class GatedCodes(NamedTuple):
         return 8 if self.value.dtype == torch.int8 else 4
 
 
-def encode_rows(rows: Tensor) -> tuple[Tensor, Tensor]:
-    """Return symmetric codes of 8 bits of `(n_rows, n_cols)`, int8, and a scale per group, as in `GatedCodes`.
-
-    A row with a few large numbers, as DINOv2's are, would lose the others with one scale for all of it.
-    """
-    return encode_groups(rows, 8)
-
-
-def decode_rows(codes: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return the rows that codes stand for, in the dtype of the arithmetic.
-
-    Args:
-        codes: `(n_rows, n_cols)`, int8.
-        scale: `(n_rows, n_groups)`; or `(n_rows,)`, if a backend has one scale for a whole row.
-        dtype: That of the arithmetic.
-    """
-    if scale.ndim == 1:
-        return codes.to(dtype) * scale[:, None].to(dtype)
-    return decode_groups(codes, scale, codes.shape, dtype)
-
-
 def encode_groups(x: Tensor, bits: int) -> tuple[Tensor, Tensor]:
     """Return the symmetric codes of `(..., n_cols)` and a scale per group; shapes as in `GatedCodes`."""
     x = torch.atleast_1d(x)
@@ -252,8 +232,8 @@ def code_shape(shape: torch.Size, bits: int) -> tuple[int, ...]:
     return (*rows, -(-n_cols * bits // 8))
 
 
-def scale_shape(shape: torch.Size, bits: int) -> tuple[int, ...]:
-    """Return the shape of the scales of a gated activation's codes of so many bits."""
+def scale_shape(shape: Sequence[int], bits: int) -> tuple[int, ...]:
+    """Return the shape of the scales of symmetric codes of so many bits."""
     *rows, n_cols = shape or (1,)
     return (*rows, -(-n_cols // GROUPS[bits]))
 

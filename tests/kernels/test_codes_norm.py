@@ -22,9 +22,9 @@ from norm_bounds import (
     storage_bound,
 )
 
-from fastln_kernels import int8, norm, reference, reference_int8
+from fastln_kernels import int8, norm, reference
 from fastln_kernels.reference import NormAgain, NormBackward, NormForward
-from fastln_kernels.reference_codes import decode_rows
+from fastln_kernels.reference_codes import decode_groups, scale_shape
 
 pytestmark = pytest.mark.usefixtures("guarded_buffers")
 
@@ -42,6 +42,10 @@ def shape(request):
 
 def of_shapes(*shapes):
     return pytest.mark.parametrize("shape", shapes, indirect=True, ids=str)
+
+
+def decoded(kept, dtype):
+    return decode_groups(kept.normed, kept.scale, kept.normed.shape, dtype)
 
 
 def forward(given, kind, prologue, **wanted):
@@ -63,19 +67,17 @@ def test_codes_are_of_x_hat_and_all_else_is_as_without_them(shape, kind, prologu
     assert torch.equal(got.rstd, plain.rstd)
     assert got.normed.dtype == torch.int8
     assert got.scale.dtype == torch.float32
+    assert got.scale.shape == scale_shape(given.x.shape, 8)
     exact = forward(given.double(), kind, prologue, want_normed=True)
     x_hat = reference.norm_forward(exact).normed
-    steps = 0.5 + 2**-16 + 127 * 3 * arithmetic_bound(*shape)
-    off = (decode_rows(got.normed, got.scale, torch.float64) - x_hat).abs()
-    assert (off <= steps * got.scale[:, None] + 1e-30).all()
-    top = x_hat.abs().amax(1) if len(x_hat) else x_hat[:, 0]
-    torch.testing.assert_close(got.scale.double() * 127, top, rtol=1e-5, atol=0)
-
-
-def in_codes(outputs):
-    """The definition's results with x_hat in codes that have one scale for a row, as these kernels have them."""
-    codes, scale = reference_int8.quantise(outputs.normed.float())
-    return outputs._replace(normed=codes, scale=scale)
+    # x_hat is off relative to the row's largest, a code relative to its group's.
+    lost = 3 * arithmetic_bound(*shape) * (x_hat.abs().amax(1, keepdim=True) if len(x_hat) else 0)
+    off = (decoded(got, torch.float64) - x_hat).abs()
+    for group, (columns, exact) in enumerate(zip(off.split(64, 1), x_hat.split(64, 1), strict=True)):
+        scale = got.scale[:, group].double()
+        assert (columns <= (0.5 + 2**-16) * scale[:, None] + lost + 1e-30).all()
+        if len(x_hat):
+            torch.testing.assert_close(scale * 127, exact.abs().amax(1), rtol=1e-5, atol=1e-5)
 
 
 @of_shapes((6, 200), (6, 200, "wide"))
@@ -85,18 +87,18 @@ def test_outliers_constant_rows_and_bad_ones(shape, kind):
     given, kind = inputs(*shape, torch.float32), KINDS[kind]
     given.x[1, 7], given.x[2], given.x[3], given.x[4, 199], given.x[5, 0] = 1e4, 3.0, 0.0, math.nan, -math.inf
     request = forward(given, kind, PROLOGUES["none"], want_codes=True)
-    got = norm.norm_forward(request)
-    want = in_codes(reference.norm_forward(request._replace(want_codes=False, want_normed=True)))
-    assert got.scale.isnan().tolist() == [False] * 4 + [True] * 2
+    got, want = norm.norm_forward(request), reference.norm_forward(request)
+    assert torch.equal(got.scale.isnan(), want.scale.isnan())
+    assert got.scale.isnan().any(1).tolist() == [False] * 4 + [True] * 2
     assert not got.normed[3:].any()
-    assert got.scale[3] == 0
+    assert not got.scale[3].any()
     assert got.normed[1, 7] == 127
     torch.testing.assert_close(got.scale[:2], want.scale[:2])
     # One step, where both are near the middle between two codes.
     steps = (got.normed.int() - want.normed.int())[:2].abs()
     assert steps.max() <= 1
     assert (steps == 0).double().mean() > 0.98
-    constant = decode_rows(got.normed, got.scale, torch.float32)[2:4]
+    constant = decoded(got, torch.float32)[2:4]
     torch.testing.assert_close(constant, want.y[2:4].sub(given.bias).div(given.weight), rtol=1e-2, atol=1e-3)
     dx = norm.norm_backward(backward(given, got, kind, (True, False, False))).dx
     assert dx.isnan().all(1).tolist() == [False] * 4 + [True] * 2
@@ -134,7 +136,7 @@ def backward(given, kept, kind, subset, prologue=PROLOGUES["none"]):
 )
 def test_gradients_from_codes(shape, subset, kind, prologue, dtype):
     given, kind, prologue = inputs(*shape, dtype), KINDS[kind], PROLOGUES[prologue]
-    kept = in_codes(reference.norm_forward(forward(given, kind, prologue, want_normed=True)))
+    kept = reference.norm_forward(forward(given, kind, prologue, want_codes=True))
     got = norm.norm_backward(backward(given, kept, kind, subset, prologue))
     exact = given.double()
     of_exact = kept._replace(rstd=kept.rstd.double(), scale=kept.scale.double())
@@ -147,7 +149,7 @@ def test_gradients_from_codes(shape, subset, kind, prologue, dtype):
         if getattr(want, name) is not None:
             assert getattr(got, name).dtype == dtype
             assert_close(getattr(got, name), getattr(want, name), arithmetic + storage, scale)
-    normed = decode_rows(kept.normed, kept.scale, torch.float64)
+    normed = decoded(kept, torch.float64)
     sums = math.sqrt(shape[0] / 2) * 2**-24 + arithmetic
     rounded = storage if kind.round_normed else 0.0
     for name, summands, extra in (("dweight", exact.dy * normed, rounded), ("dbias", exact.dy, 0.0)):
@@ -185,7 +187,7 @@ def test_without_weight_and_bias_or_with_strided_ones(shape):
     given = inputs(*shape, torch.float32)
     kept = norm.norm_forward(NormForward(every_other(given.x), None, None, LAYER_NORM, want_codes=True))
     again = NormAgain(kept.normed, None, None, kept.rstd, LAYER_NORM, True, kept.scale, torch.float32)
-    torch.testing.assert_close(norm.norm_again(again), decode_rows(kept.normed, kept.scale, torch.float32))
+    torch.testing.assert_close(norm.norm_again(again), decoded(kept, torch.float32))
     weight, bias = every_other(given.weight), every_other(given.bias)
     got = norm.norm_again(again._replace(weight=weight, bias=bias))
     torch.testing.assert_close(got, reference.norm_again(again._replace(weight=given.weight, bias=given.bias)))

@@ -37,17 +37,8 @@ struct Groups {
   }
 };
 
-// Calls `body(column, lanes)` for the vectors of a group of which `count` columns or more are inside the row.
-template <int BITS, class Body>
-FASTLN_INLINE void for_group(int64_t count, Body&& body) {
-  constexpr int64_t GROUP = COLUMNS_A_GROUP<BITS>;
-  if (count < GROUP) return for_columns(count, body);
-#pragma GCC unroll 16
-  for (int64_t column = 0; column < GROUP; column += LANES) body(column, AllLanes{});
-}
-
 constexpr int64_t PIECE = 1024;  // columns whose slopes stay in the L1 cache until they are encoded
-static_assert(PIECE % 64 == 0);
+static_assert(PIECE % COLUMNS_TOGETHER<8> == 0);
 
 struct Piece {
   float values[PIECE], slopes[PIECE];
@@ -70,75 +61,6 @@ void evaluate(const T* gate, const T* up, T* y, int64_t n_cols, Piece& piece) {
       store(piece.slopes + column, slope, AllLanes{});
     }
   });
-}
-
-constexpr int GROUPS = 16;  // whose scales are computed together
-
-// Writes the largest magnitude of each of 16 groups.
-template <int BITS>
-void find_tops(const float* numbers, float* tops) {
-  constexpr int64_t GROUP = COLUMNS_A_GROUP<BITS>;
-#if defined(FASTLN_AVX512)
-  // The largest lanes of 16 vectors: each step joins two vectors and halves the lanes that belong to one of them.
-  __m512i top[GROUPS];
-  const __m512i magnitude = _mm512_set1_epi32(0x7FFFFFFF);
-#pragma GCC unroll 16
-  for (int group = 0; group < GROUPS; group++) {
-    top[group] = _mm512_setzero_si512();
-#pragma GCC unroll 4
-    for (int64_t column = 0; column < GROUP; column += LANES)
-      top[group] = _mm512_max_epi32(
-          top[group], _mm512_and_si512(_mm512_loadu_si512(numbers + group * GROUP + column), magnitude));
-  }
-#pragma GCC unroll 8
-  for (int i = 0; i < 8; i++)
-    top[i] = _mm512_max_epi32(_mm512_unpacklo_epi32(top[i], top[i + 8]), _mm512_unpackhi_epi32(top[i], top[i + 8]));
-#pragma GCC unroll 4
-  for (int i = 0; i < 4; i++)
-    top[i] = _mm512_max_epi32(_mm512_unpacklo_epi64(top[i], top[i + 4]), _mm512_unpackhi_epi64(top[i], top[i + 4]));
-  const auto join = [](__m512i a, __m512i b) {
-    return _mm512_max_epi32(_mm512_shuffle_i32x4(a, b, 0x88), _mm512_shuffle_i32x4(a, b, 0xDD));
-  };
-  const __m512i all = join(join(top[0], top[1]), join(top[2], top[3]));
-  const __m512i places = _mm512_set_epi32(15, 11, 7, 3, 13, 9, 5, 1, 14, 10, 6, 2, 12, 8, 4, 0);
-  _mm512_storeu_si512(tops, _mm512_permutexvar_epi32(places, all));
-#else
-  for (int group = 0; group < GROUPS; group++) tops[group] = largest(numbers + group * GROUP, GROUP);
-#endif
-}
-
-// Encodes numbers in groups. What is behind the last column, up to a multiple of 16 groups, is overwritten with zeros.
-template <int BITS>
-void encode_groups(float* numbers, int64_t n_cols, uint8_t* codes, float* scales) {
-  constexpr int64_t GROUP = COLUMNS_A_GROUP<BITS>, TOGETHER = GROUPS * GROUP;
-  static_assert(PIECE % TOGETHER == 0);
-  std::fill(numbers + n_cols, numbers + (n_cols + TOGETHER - 1) / TOGETHER * TOGETHER, 0.0f);
-  for (int64_t start = 0; start < n_cols; start += TOGETHER) {
-    float scale[GROUPS], inverse[GROUPS];
-    find_tops<BITS>(numbers + start, scale);
-    for_columns(GROUPS, [&](int64_t group, auto lanes) {
-      const Float top = load(scale + group, lanes), infinity = broadcast(std::numeric_limits<float>::infinity());
-      const Int is_zero = top < SMALLEST, is_finite = top < infinity;
-      store(inverse + group, select(is_finite & ~is_zero, LARGEST_CODE<BITS> / top, Float{}), lanes);
-      const Float nan = broadcast(std::numeric_limits<float>::quiet_NaN());
-      store(scale + group, select(is_finite, select(is_zero, Float{}, top / LARGEST_CODE<BITS>), nan), lanes);
-    });
-    const int64_t n_groups = std::min<int64_t>((n_cols - start + GROUP - 1) / GROUP, GROUPS);
-    std::copy_n(scale, n_groups, scales + start / GROUP);
-    const int64_t size = std::min(n_cols - start, TOGETHER);
-    int64_t group = 0;
-    for (; (group * GROUP + 64) <= size; group += 64 / GROUP) {
-      const int64_t first = start + group * GROUP;
-      store_symmetric<BITS>(numbers + first, inverse[group], inverse[group + 64 / GROUP - 1], codes + first * BITS / 8);
-    }
-    for (; group < n_groups; group++) {
-      const int64_t first = start + group * GROUP;
-      for_group<BITS>(n_cols - first, [&](int64_t column, auto lanes) {
-        const Int whole = symmetric<BITS>(load(numbers + first + column, AllLanes{}), inverse[group]);
-        store_codes<BITS>(codes + (first + column) * BITS / 8, whole, lanes);
-      });
-    }
-  }
 }
 
 }  // namespace

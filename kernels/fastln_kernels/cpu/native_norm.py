@@ -24,7 +24,7 @@ from fastln_kernels.reference import (
     NormOutputs,
     dropout_threshold,
 )
-from fastln_kernels.reference_codes import GROUPS
+from fastln_kernels.reference_codes import scale_shape
 
 TensorT = TypeVar("TensorT", Tensor, Tensor | None)
 
@@ -33,9 +33,6 @@ _PARAMETER = (c_void_p, c_int64)  # a vector and its dtype
 _SIZES = (c_int64, c_int64, c_int64, c_int64)  # dtype, threads, rows, columns
 _DROPOUT = (c_int64, c_void_p)  # threshold, seed
 _ROUNDING = ctypes.POINTER(Rounding)
-
-CODES_GROUP = GROUPS[8]
-"""How many columns share a scale in codes of x_hat."""
 
 ROUNDED_BY = native_int8
 """The module whose `rounding` these functions take."""
@@ -61,7 +58,7 @@ def norm_forward(request: NormForward, rounding: Rounding | None = None) -> Norm
     if request.want_codes:
         assert normed is None
         codes = torch.empty(n_rows, n_cols, dtype=torch.int8, device="cpu")
-        scale = torch.empty(n_rows, -(-n_cols // CODES_GROUP), dtype=torch.float32, device="cpu")
+        scale = torch.empty(scale_shape(x.shape, 8), dtype=torch.float32, device="cpu")
     rstd = torch.empty(n_rows, dtype=torch.float32, device="cpu")
     _forward()(
         DTYPES[x.dtype],
@@ -104,13 +101,14 @@ def norm_again(request: NormAgain, rounding: Rounding | None = None) -> Tensor:
         return norm_forward(NormForward(saved, request.weight, request.bias, kind), rounding).y
     assert saved.dtype == (request.dtype if request.scale is None else torch.int8)
     saved, weight, bias = _unit_columns(saved), _parameter(request.weight), _parameter(request.bias)
+    scale = _contiguous(request.scale)
     y = torch.empty(saved.shape, dtype=request.dtype, device="cpu")
     _again()(
         DTYPES[request.dtype],
         torch.get_num_threads(),
         *saved.shape,
         *_rows(saved),
-        _pointer(request.scale),
+        _pointer(scale),
         *_vector(weight),
         *_vector(bias),
         kind.offset,
@@ -132,7 +130,7 @@ def norm_backward(request: NormBackward, rounding: Rounding | None = None) -> No
     """
     kind, grad_dtype = request.kind, request.grad_dtype
     dy, saved, dstream = _unit_columns(request.dy), _unit_columns(request.saved), _unit_columns(request.dstream)
-    weight, scale = _parameter(request.weight), request.scale if saved is not None else None
+    weight, scale = _parameter(request.weight), _contiguous(request.scale if saved is not None else None)
     assert scale is None or request.saved_is_normed
     n_rows, n_cols = dy.shape
     dx = _rows_like(dy) if request.need_dx else None
@@ -219,6 +217,10 @@ def _rows_like(x: Tensor) -> Tensor:
 
 def _unit_columns(x: TensorT) -> TensorT:
     return x if x is None or x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
+
+
+def _contiguous(x: Tensor | None) -> Tensor | None:
+    return None if x is None else x.contiguous()
 
 
 def _parameter(parameter: Tensor | None) -> Tensor | None:

@@ -60,6 +60,18 @@ struct Moments {
   float variance;  // variance + eps
 };
 
+// How many groups of columns a row has, each with a scale of its codes of x_hat.
+constexpr int64_t n_groups(int64_t n_cols) { return (n_cols + COLUMNS_A_GROUP<8> - 1) / COLUMNS_A_GROUP<8>; }
+
+// Loads what is saved of a row: its numbers, or what their codes stand for. A vector lies in one group.
+template <class Saved, class Lanes>
+inline Float load_saved(const Saved* saved, const float* scales, int64_t column, Lanes lanes) {
+  static_assert(COLUMNS_A_GROUP<8> % LANES == 0);
+  const Float value = load(saved + column, lanes);
+  if constexpr (std::is_same_v<Saved, int8_t>) return value * scales[column / COLUMNS_A_GROUP<8>];
+  return value;
+}
+
 // Calls `body(first, size)` for pieces of a row. Float32 sums over more columns would lose digits.
 template <class Body>
 void for_pieces(int64_t n_cols, Body&& body) {
@@ -92,18 +104,6 @@ Moments moments(const S* values, int64_t n_cols, float eps) {
   const Moments found = moments_about<true>(near_mean(values, n_cols), values, n_cols, eps);
   if (!is_far(found.residual, found.variance)) return found;
   return moments_about<true>(found.near + found.residual, values, n_cols, eps);
-}
-
-// How many scales the codes of a row have.
-int64_t n_code_groups(int64_t n_cols) { return (n_cols + COLUMNS_A_GROUP<8> - 1) / COLUMNS_A_GROUP<8>; }
-
-// Loads what was saved of a row: numbers, or codes times the scale of their group. A vector is in one group.
-template <class Saved, class Lanes>
-inline Float load_saved(const Saved* row, const float* scales, int64_t column, Lanes lanes) {
-  if constexpr (std::is_same_v<Saved, int8_t>)
-    return load(row + column, lanes) * scales[column / COLUMNS_A_GROUP<8>];
-  else
-    return load(row + column, lanes);
 }
 
 template <class T>
@@ -151,26 +151,19 @@ struct Forward {
     });
   }
 
-  // Writes the codes of x_hat, group by group.
+  // Writes the codes of x_hat.
   template <class S>
   void encode(int64_t row, const S* values, float near, float factor, float shifted) const {
-    const auto x_hat = [&](int64_t column, auto lanes) __attribute__((always_inline)) {
-      return (load(values + column, lanes) - near) * factor + shifted;
-    };
+    static_assert(PIECE % COLUMNS_TOGETHER<8> == 0);
+    float x_hat[PIECE];
     auto* to = reinterpret_cast<uint8_t*>(at(codes, row, n_cols));
-    float* scales = code_scale + row * n_code_groups(n_cols);
-    for (int64_t first = 0; first < n_cols; first += COLUMNS_A_GROUP<8>) {
-      const int64_t size = std::min(n_cols - first, COLUMNS_A_GROUP<8>);
-      Top top;
-      sum_columns(size, [&](int64_t column, auto lanes, int part) {
-        top.take(inside(x_hat(first + column, lanes), lanes), part);
-      });
-      const Scale code(top.largest());
-      *scales++ = code.scale;
+    float* scales = at(code_scale, row, n_groups(n_cols));
+    for_pieces(n_cols, [&](int64_t first, int64_t size) {
       for_columns(size, [&](int64_t column, auto lanes) {
-        store_codes<8>(to + first + column, symmetric<8>(x_hat(first + column, lanes), code.inverse), lanes);
+        store(x_hat + column, (load(values + first + column, lanes) - near) * factor + shifted, lanes);
       });
-    }
+      encode_groups<8>(x_hat, size, to + first, scales + n_groups(first));
+    });
   }
 
   template <int R, bool CENTRE, class S>
@@ -214,7 +207,7 @@ struct Backward {
   T *dx, *dresidual;
   const Rounding* rounding;
 
-  // Means along a row: of saved - near, of g and of g * (saved - near), where g = dy * scale.
+  // Means along a row: of saved - near, of g and of g * (saved - near), where g = dy * scale. What codes stand for is saved.
   struct RowSums {
     float near = 0, residual = 0, gradient = 0, product = 0;
   };
@@ -248,30 +241,30 @@ struct Backward {
   void run(int64_t first, float* dweight, float* dbias) const {
     const T* dy = at(this->dy, first, dy_stride);
     const Saved* saved = at(this->saved, first, saved_stride);
+    const float* scales = at(code_scale, first, n_groups(n_cols));
     const T* dstream = at(this->dstream, first, dstream_stride);
     T *dx = at(this->dx, first, n_cols), *dresidual = at(this->dresidual, first, n_cols);
     // x_hat = (saved - near) * factor + shifted; inner = g * rstds + constant + x_hat * slope
     float near[R], factor[R], shifted[R], rstds[R], constant[R], slope[R];
-    const float* scales_of[R] = {};
     const uint16_t* numbers[R] = {};
     const bool drop = INPUT && dx && dropout.active();
     for (int r = 0; r < R && (INPUT || DWEIGHT); r++) {
       const T* row_dy = dy + r * dy_stride;
       const Saved* row_saved = saved + r * saved_stride;
+      const float* row_scales = at(scales, r, n_groups(n_cols));
       rstds[r] = rstd[first + r];
       factor[r] = saved_is_normed ? 1 : rstds[r];
-      if constexpr (CODES) scales_of[r] = code_scale + (first + r) * n_code_groups(n_cols);
       RowSums sums;
       const bool needs_mean = !CODES && centre && !saved_is_normed;
       if constexpr (!CODES) {
         if (needs_mean) {
-          sums = row_sums<INPUT>(near_mean(row_saved, n_cols), row_dy, row_saved, nullptr);
+          sums = row_sums<INPUT>(near_mean(row_saved, n_cols), row_dy, row_saved, row_scales);
           if (is_far(sums.residual, 1 / (factor[r] * factor[r])))
-            sums = row_sums<INPUT>(sums.near + sums.residual, row_dy, row_saved, nullptr);
+            sums = row_sums<INPUT>(sums.near + sums.residual, row_dy, row_saved, row_scales);
         }
       }
       if (INPUT && !needs_mean) {
-        sums = row_sums<INPUT>(0, row_dy, row_saved, scales_of[r]);
+        sums = row_sums<INPUT>(0, row_dy, row_saved, row_scales);
         sums.residual = 0;
       }
       near[r] = sums.near;
@@ -282,8 +275,8 @@ struct Backward {
       if (drop) numbers[r] = dropout.draw(first + r, n_cols, r);
     }
     for_columns(n_cols, [&](int64_t column, auto lanes) {
-      Float scales{}, dweights{}, dbiases{};
-      if constexpr (INPUT) scales = load(scale + column, lanes);
+      Float gains{}, dweights{}, dbiases{};
+      if constexpr (INPUT) gains = load(scale + column, lanes);
       if constexpr (DWEIGHT) dweights = load(dweight + column, lanes);
       if (dbias) dbiases = load(dbias + column, lanes);
 #pragma GCC unroll 4
@@ -291,11 +284,11 @@ struct Backward {
         const Float gradient = load(dy + r * dy_stride + column, lanes);
         dbiases += gradient;
         if constexpr (INPUT || DWEIGHT) {
-          const Float kept = load_saved(saved + r * saved_stride, scales_of[r], column, lanes);
-          const Float x_hat = (kept - near[r]) * factor[r] + shifted[r];
+          const Float value = load_saved(saved + r * saved_stride, at(scales, r, n_groups(n_cols)), column, lanes);
+          const Float x_hat = CODES ? value : (value - near[r]) * factor[r] + shifted[r];
           if constexpr (DWEIGHT) dweights += gradient * (round_normed ? rounded(x_hat, T{}) : x_hat);
           if constexpr (INPUT) {
-            Float inner = gradient * scales * rstds[r] + constant[r] + x_hat * slope[r];
+            Float inner = gradient * gains * rstds[r] + constant[r] + x_hat * slope[r];
             if (dstream) inner += load(dstream + r * dstream_stride + column, lanes);
             if (dresidual) store(dresidual + r * n_cols + column, inner, lanes);
             if (dx) store(dx + r * n_cols + column, drop ? dropout.apply(inner, numbers[r] + column) : inner, lanes);
@@ -449,7 +442,7 @@ void fastln_norm_again(int64_t dtype, int64_t n_threads, int64_t n_rows, int64_t
         for (int64_t row = block * rows_a_block; row < std::min((block + 1) * rows_a_block, n_rows); row++) {
           const Saved* from = at(static_cast<const Saved*>(saved), row, saved_stride);
           T* to = at(static_cast<T*>(y), row, n_cols);
-          const float* scales = code_scale ? code_scale + row * n_code_groups(n_cols) : nullptr;
+          const float* scales = at(code_scale, row, n_groups(n_cols));
           for_columns(n_cols, [&](int64_t column, auto lanes) {
             Float x_hat = load_saved(from, scales, column, lanes);
             if (round_normed) x_hat = rounded(x_hat, T{});

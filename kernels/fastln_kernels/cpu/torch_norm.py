@@ -20,12 +20,10 @@ from fastln_kernels.reference import (
     NormOutputs,
     arithmetic_dtype,
 )
-from fastln_kernels.reference_codes import GROUPS, encode_rows
+from fastln_kernels.reference_codes import encode_groups
 
 _aten = torch.ops.aten
 _BLOCK_ROWS = 512
-CODES_GROUP = GROUPS[8]
-"""How many columns share a scale in codes of x_hat."""
 N_STATS = 2
 """How many numbers per row are in place of `rstd`."""
 
@@ -47,7 +45,7 @@ def norm_forward(request: NormForward) -> NormOutputs:
         y, mean, rstd = _aten.native_layer_norm.default(x, x.shape[-1:], weight, bias, kind.eps)
     codes = scale = None
     if request.want_codes:
-        codes, scale = encode_rows((x.to(dtype) - mean) * rstd)
+        codes, scale = encode_groups((x.to(dtype) - mean) * rstd, 8)
     return NormOutputs(y, None, codes, torch.stack((mean, rstd)), scale)
 
 

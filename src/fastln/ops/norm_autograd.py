@@ -10,7 +10,8 @@ Only this file decides which gradients are computed (those that the inputs need)
 
 The rows are one of three tensors: `x` itself if nothing comes before the norm; the new residual stream if the caller
 gets that (it exists anyway); or x_hat if the caller gets only the normed sum, so that the sum is never stored. The
-statistics are one float32 per row, or two with torch's CPU kernel. Dropout keeps only its seed, eight bytes.
+statistics are one float32 per row, or two with torch's CPU kernel; x_hat in 8 bits has another per 64 columns. Dropout
+keeps only its seed, eight bytes.
 """
 
 import math
@@ -35,6 +36,7 @@ from fastln_kernels.reference import (
     NormKind,
     arithmetic_dtype,
 )
+from fastln_kernels.reference_codes import scale_shape
 
 _unsafe_view = torch.ops.aten._unsafe_view.default
 
@@ -128,7 +130,7 @@ class _Made(NamedTuple):
         stream: The sum.
         normed: x_hat as rows, or its codes.
         stats: The statistics.
-        scale: What codes are multiplied by.
+        scale: What codes are multiplied by, a number for each group of 64 columns of each row.
     """
 
     y: Tensor
@@ -322,9 +324,8 @@ def _fake_forward(
         normed = x.new_empty(n_rows, x.shape[-1], dtype=torch.int8)
     else:
         normed = x.new_empty((n_rows, x.shape[-1]) if arguments.keep == "normed" else 0)
-    group = getattr(arguments.kernels_for(x), "CODES_GROUP", None)
-    scales = (n_rows,) if group is None else (n_rows, -(-x.shape[-1] // group))
-    scale = x.new_empty(scales if arguments.in_codes else 0, dtype=torch.float32)
+    scales = scale_shape((n_rows, x.shape[-1]), 8) if arguments.in_codes else 0
+    scale = x.new_empty(scales, dtype=torch.float32)
     return x.new_empty(x.shape), stream, normed, stats, scale
 
 

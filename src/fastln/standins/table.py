@@ -220,7 +220,11 @@ def _arena(place: Place) -> None:
 
 
 def _norm_keeps(storage: Storage) -> str:
-    return "x_hat in 8 bits, some float32 per row" if storage.x_hat_bits else "its input, a float32 per row"
+    return (
+        "x_hat in 8 bits, a float32 per 64 columns and one per row"
+        if storage.x_hat_bits
+        else "its input, a float32 per row"
+    )
 
 
 def _post_norm_keeps(storage: Storage) -> str:
