@@ -176,3 +176,33 @@ def test_a_block_after_a_checkpointed_one_keeps_what_it_cannot_make_again():
     for name, parameter in want.named_parameters():
         if parameter.grad is not None:
             torch.testing.assert_close(model.get_parameter(name).grad, parameter.grad, rtol=1e-4, atol=1e-5)
+
+
+def test_a_budget_takes_batches_whose_loss_the_user_computes(ends, caplog):
+    model = fastln.prepare(make(), memory_budget=int(ends[1] + 0.5 * (ends[0] - ends[1])), without=LATE)
+    logits = model(IDS).logits  # by position
+    torch.nn.functional.cross_entropy(logits.flatten(0, 1), IDS.flatten()).backward()
+    assert caplog.text.count("predicted peak") == 1
+
+
+def test_a_larger_batch_that_still_fits_changes_nothing(ends, caplog):
+    model = fastln.prepare(make(), memory_budget=ends[0], without=LATE)
+    for n_samples in (2, 4, 8):
+        model(**{name: value[:n_samples] for name, value in BATCH.items()})
+    assert caplog.text.count("predicted peak") == 1
+
+
+@pytest.mark.parametrize("products", ["exact", "int8"])
+def test_a_parameter_that_changes_before_the_backward_is_an_error_as_with_exact_storage(products):
+    """Also a bias, which exact storage does not read again."""
+    torch.manual_seed(0)
+    config = transformers.ViTConfig(**SIZES | {"hidden_size": 192}, image_size=32, patch_size=8, num_labels=4)
+    model = transformers.ViTForImageClassification(config).train()
+    fastln.prepare(model, "bitfit", activations="recompute", products=products)
+    loss = model(pixel_values=torch.randn(2, 3, 32, 32), labels=torch.zeros(2, dtype=torch.int64)).loss
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.01)
+    with pytest.raises((FastLNError, RuntimeError), match=r"changed between forward and backward|inplace operation"):
+        loss.backward()

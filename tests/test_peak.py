@@ -142,9 +142,26 @@ def test_nothing_is_left_behind():
     assert not nn.modules.module._global_forward_pre_hooks
 
 
+class Returns(torch.nn.Module):
+    """A model whose result has nothing to do with what trains."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.ones(2))
+
+    def forward(self, x):
+        return x, {"more": x + 1}
+
+
+def test_without_labels_the_loss_reads_what_the_model_returns():
+    model, ids = make("bert"), batch("bert")["input_ids"]
+    two, one = (step_memory(model, {"input_ids": part}).footprint.saved for part in (ids, ids[:1]))
+    assert two > 1.9 * one
+
+
 def test_errors_say_what_is_missing():
-    with pytest.raises(FastLNError, match="give it labels"):
-        step_memory(make("bert"), {"input_ids": batch("bert")["input_ids"]})
+    with pytest.raises(FastLNError, match="depends on what trains"):
+        step_memory(Returns(), {"x": torch.ones(2, 2)})
     with pytest.raises(FastLNError, match="nothing in this model trains"):
         step_memory(Chain().requires_grad_(False), {"x": torch.ones(10, 10)})
 

@@ -21,12 +21,13 @@ LAYERS = """
     decision families late
     fits methods standins
     int8_rules memory state workspace
-    decider lifetimes
+    decider lifetimes rates
     peak
+    step_time
     budget
     plan watch
-    prepare rates settings
-    cost step_time
+    prepare settings
+    cost
     adapters
     engines
     data

@@ -1,10 +1,10 @@
 """Activations fitted to a budget of memory: for each block the storage mode that costs least time, so that a step fits.
 
 All is predicted on the meta device, by the code that runs: the model's outline is prepared with a mode, and
-`fastln.peak.step_memory` runs a step of it. One such run per mode says what each block keeps and how many operations
-the mode adds. From these, paths lead from exact storage in every block to the least memory: each of their steps gives
-one block another mode, first where a byte that is saved costs the fewest operations. Of the points whose peak is below
-the budget, that with the fewest operations is taken. So a smaller budget never gives a larger peak.
+`fastln.peak` follows a step of it. One such run per mode says what each block keeps, and how much time the mode adds
+(`fastln.step_time`). From these, paths lead from exact storage in every block to the least memory: each of their steps
+gives one block another mode, first where a byte that is saved costs the least time. Of the points whose peak is below
+the budget, the fastest is taken. So a smaller budget never gives a larger peak.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ import functools
 import inspect
 import itertools
 import logging
-import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -22,46 +21,23 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
 from torch.utils.hooks import RemovableHandle
 
 from fastln.decision import Plan
+from fastln.devices import Device
 from fastln.errors import FastLNError
 from fastln.families.parts import block_name, blocks_of
 from fastln.machine import memory_limit
 from fastln.ops.settings import STORAGES
-from fastln.peak import StepMemory, by_layer, step_memory
+from fastln.peak import StepMemory, by_layer
 from fastln.sizes import parse_bytes
 from fastln.standins.storage import set_storage
+from fastln.step_time import step_memory_and_work, step_seconds
 
 logger = logging.getLogger(__name__)
 
 Storages = Mapping[str, str]
 """The storage modes of blocks, by their names."""
-
-_WHOLE, _ROUNDING = 0.12, 0.01
-"""What computing whole blocks again costs beside products, and what 8-bit storage does, as shares of an exact step."""
-
-
-def _in_8_bits(x: list[int], weight: list[int], *_: Any, out_shape: Any = None, **__: Any) -> int:
-    return 2 * math.prod(x[:-1]) * math.prod(weight)
-
-
-def _of_attention(q: list[int], k: list[int], v: list[int], *_: Any, out_shape: Any = None, **__: Any) -> int:
-    return 2 * math.prod(q[:3]) * k[2] * (q[3] + v[3])
-
-
-def _of_attention_backward(dout: list[int], q: list[int], k: list[int], v: list[int], *_: Any, **__: Any) -> int:
-    return 2 * math.prod(q[:3]) * k[2] * (3 * q[3] + 2 * v[3])
-
-
-_OPERATIONS: dict[Any, Callable[..., int]] = {
-    torch.ops.fastln.int8_linear: _in_8_bits,
-    torch.ops.fastln.int8_linear_backward: _in_8_bits,
-    torch.ops.fastln.attention: _of_attention,
-    torch.ops.fastln.attention_backward: _of_attention_backward,
-}
-"""The operations of fastln's own products; torch counts its own."""
 
 
 def settle_budget(given: float | str, device: torch.device) -> int:
@@ -111,7 +87,7 @@ class Fit:
     Attributes:
         storages: The blocks whose storage is not exact, each with its mode.
         memory: The memory of a step with it.
-        extra: The operations that it adds, as a share of those of a step with exact storage.
+        extra: The time that it adds, as a share of that of a step with exact storage.
     """
 
     storages: tuple[tuple[str, str], ...]
@@ -127,7 +103,7 @@ class Fit:
         mix = mix or "exact storage everywhere"
         return (
             f"memory budget {_gib(n_bytes)}: {mix}; predicted peak {_gib(self.memory.peak)}, "
-            f"{100 * self.extra:.0f}% more operations than with exact storage"
+            f"{100 * self.extra:.0f}% more time than with exact storage"
         )
 
 
@@ -137,12 +113,12 @@ class Step(NamedTuple):
     Attributes:
         memory: Its memory.
         storages: The storage modes of blocks.
-        operations: The operations of its products.
+        seconds: Its predicted time.
     """
 
     memory: StepMemory
     storages: dict[str, str]
-    operations: float
+    seconds: float
 
 
 @dataclass(frozen=True)
@@ -154,22 +130,23 @@ class Planner:
         apply: Carries a plan out.
         restore: Undoes it.
         modes: The storage modes to choose from.
+        device: What a step's time is predicted for.
     """
 
     plan: Callable[[nn.Module, Storages], Plan]
     apply: Callable[[Plan, nn.Module], None]
     restore: Callable[[nn.Module], object]
     modes: Sequence[str]
+    device: Device
 
     def measure(self, outline: nn.Module, batch: Mapping[str, Any], storages: Storages) -> Step:
         """Count a step with these storage modes of blocks."""
         self.apply(self.plan(outline, storages), outline)
         try:
-            with FlopCounterMode(display=False, custom_mapping=_OPERATIONS) as counter:
-                memory = step_memory(outline, batch)
+            memory, work = step_memory_and_work(outline, batch)
         finally:
             self.restore(outline)
-        return Step(memory, dict(storages), float(counter.get_total_flops()))
+        return Step(memory, dict(storages), step_seconds(work, self.device).total)
 
 
 def fit(outline: nn.Module, batch: Mapping[str, Any], n_bytes: int, planner: Planner) -> Fit:
@@ -177,7 +154,7 @@ def fit(outline: nn.Module, batch: Mapping[str, Any], n_bytes: int, planner: Pla
 
     Args:
         outline: The stock model, on the meta device, in training mode.
-        batch: The model's arguments, with labels.
+        batch: The model's arguments.
         n_bytes: The budget.
         planner: How to plan.
 
@@ -213,7 +190,7 @@ class _Mix(NamedTuple):
     Attributes:
         storages: The modes of blocks.
         peak: About what a step with them takes.
-        extra: The operations that they add, as a share of those of a step with exact storage.
+        extra: The time that they add, as a share of that of a step with exact storage.
     """
 
     storages: dict[str, str]
@@ -234,7 +211,7 @@ def _path(blocks: Sequence[str], uniform: Mapping[str, Step], exact: Step) -> It
     options: dict[str, list[tuple[int, float, str]]] = {block: [(0, 0.0, "exact")] for block in blocks}
     above = {}  # how much more the peak is than what is kept accounts for
     for mode, step in uniform.items():
-        extra = max(step.operations / exact.operations - 1, 0.0) + _beside(mode)
+        extra = max(step.seconds / exact.seconds - 1, 0.0)
         left = _per_block(step.memory, blocks)
         above[mode] = max(step.memory.peak - (exact.memory.peak - total + sum(left.values())), 0)
         for block in blocks:
@@ -250,11 +227,6 @@ def _path(blocks: Sequence[str], uniform: Mapping[str, Step], exact: Step) -> It
         storages[blocks[index]] = mode
         peak, all_extra = peak - saved, all_extra + cost
         yield _Mix(dict(storages), peak + max(above[mode] for mode in storages.values()), all_extra)
-
-
-def _beside(mode: str) -> float:
-    storage = STORAGES[mode]
-    return _WHOLE * (storage.block is not None) + _ROUNDING * (storage.x_hat_bits is not None)
 
 
 def _hull(options: list[tuple[int, float, str]]) -> list[tuple[int, float, str]]:
@@ -377,6 +349,9 @@ class AtFirstBatch:
         if size <= self.largest:
             return
         self.outline.train()
+        if self.largest and self.planner.measure(self.outline, batch, self.storages).memory.peak <= self.n_bytes:
+            self.largest = size  # what was decided is enough
+            return
         found = fit(self.outline, batch, self.n_bytes, self.planner)
         self.found = found
         logger.warning("%s", found.describe(self.n_bytes))

@@ -117,11 +117,12 @@ def step_memory(model: nn.Module, batch: Mapping[str, Any], *, optimizer: bool =
     Args:
         model: Stock, peft's or prepared, in training mode, on any device. Its parameters, gradients and mode are the
             same afterwards; on a real device it draws random numbers and updates running statistics, as a step does.
-        batch: The model's arguments, with labels. For a model on the meta device they may be on any device.
+        batch: The model's arguments. Without labels the loss is the mean of the first tensor that the model returns.
+            For a model on the meta device they may be on any device.
         optimizer: Whether `fastln.training`'s AdamW trains the parameters that require a gradient; else nothing does.
 
     Raises:
-        FastLNError: If the model returns no loss, or nothing trains.
+        FastLNError: If nothing trains, or nothing that the model returns depends on it.
     """
     forget_rows()  # other models'
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
@@ -152,15 +153,18 @@ def step_memory(model: nn.Module, batch: Mapping[str, Any], *, optimizer: bool =
 
 
 def loss_of(output: Any) -> Tensor:
-    """Return the loss of a model's output.
+    """Return the loss of a model's output; else the mean of its first tensor, as a caller's own loss would read it.
 
     Raises:
-        FastLNError: If it has none.
+        FastLNError: If there is no such tensor through which a gradient could pass.
     """
     loss = output.get("loss") if isinstance(output, Mapping) else None
-    if not isinstance(loss, Tensor):
-        raise FastLNError("the model returns no loss for this batch, so it has no training step; give it labels")
-    return loss
+    if isinstance(loss, Tensor):
+        return loss
+    for x in tree_leaves(output):
+        if isinstance(x, Tensor) and x.requires_grad:
+            return x.float().mean()
+    raise FastLNError("the model returns nothing that depends on what trains, so this batch makes no training step")
 
 
 def run_backward(loss: Tensor) -> None:

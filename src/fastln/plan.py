@@ -38,6 +38,7 @@ from fastln.standins.table import STAND_INS, Place
 from fastln.standins.tricks import TRICKS
 from fastln.standins.values import add_checks
 from fastln.state import STATE, Prepared, prepared
+from fastln.step_time import nominal
 
 logger = logging.getLogger(__name__)
 
@@ -90,6 +91,8 @@ def plan(
     n_bytes = settle_budget(memory_budget, _settle_place(model, device))
     if batch is None:
         return asked.plan(model, n_bytes=n_bytes)
+    # What a plan says of heads without a checkpoint, an outline on the meta device cannot.
+    asked = _Asked.by(asked.plan(model))
     found = fit(outline_of(model).train(), batch, n_bytes, asked.planner)
     return asked.plan(model, dict(found.storages), note=found.describe(n_bytes))
 
@@ -119,7 +122,8 @@ class _Asked:
         modes.remove("offload")  # the meta device has no host to move to
         if "rounding" in self.without:
             modes = [mode for mode in modes if STORAGES[mode].x_hat_bits is None]
-        return Planner(self.plan, apply, _undone, modes)
+        assert self.device is not None  # it is a plan's
+        return Planner(self.plan, apply, _undone, modes, nominal(torch.device(self.device)))
 
     def plan(
         self,

@@ -24,7 +24,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.flop_counter import flop_registry
 
-from fastln.devices import THIS_CPU, Device
+from fastln.devices import THIS_CPU, Device, find_device
+from fastln.errors import FastLNError
 from fastln.machine import cpu_model, memory_limit
 from fastln.memory import AsOnCPU
 from fastln.ops.linear_cross_entropy import IGNORE_INDEX
@@ -32,6 +33,7 @@ from fastln.ops.rounded import forget_rows
 from fastln.peak import StepMemory, loss_of, run_backward, step_memory, without_gradients
 from fastln.rates import floor_rate, has_bfloat16_units, int8_product_rate
 from fastln.state import prepared
+from fastln_kernels.cpu import units
 
 OPTIMIZER_BYTES = 28
 """Bytes that AdamW moves for each trained number, in float32: it reads value, gradient and both moments, and writes
@@ -182,6 +184,28 @@ def this_cpu() -> Device:
     return Device(THIS_CPU, memory_limit().n_bytes, _copy_rate(), known, source, kind="cpu")
 
 
+def nominal(device: torch.device) -> Device:
+    """Return figures of a device that are the same in every run, for choices that must be, too.
+
+    Args:
+        device: A GPU, whose name decides (an A100 if it is not known); or a CPU, whose products have the rates that
+            this machine keeps in a file.
+    """
+    if device.type == "cuda":
+        try:
+            return find_device(torch.cuda.get_device_name(device))
+        except (FastLNError, RuntimeError, AssertionError):  # another GPU, or none here
+            return find_device("A100")
+    rates = {name: torch.get_num_threads() * rate for name, rate in units.rates().items()}
+    return Device(
+        THIS_CPU, 0, NOMINAL_BANDWIDTH, {"float32": NOMINAL_RATE} | rates, "this machine's file of rates", kind="cpu"
+    )
+
+
+NOMINAL_RATE, NOMINAL_BANDWIDTH = 1e11, 1e10
+"""Of a CPU: operations per second where no rate is known, and bytes per second. Both are only orders of magnitude."""
+
+
 def _copy_rate(n_bytes: int = 1 << 27, repeats: int = 5) -> float:
     """Measure the bytes per second of a copy, which are read and written."""
     source, target = (torch.ones(n_bytes, dtype=torch.uint8) for _ in range(2))
@@ -206,7 +230,7 @@ def step_work(model: nn.Module, batch: Mapping[str, Any], *, optimizer: bool = T
         optimizer: Whether to add AdamW's step over the trained parameters.
 
     Raises:
-        FastLNError: If the model returns no loss.
+        FastLNError: If nothing that the model returns depends on what trains.
     """
     forget_rows()  # other models'
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]

@@ -285,7 +285,7 @@ def _xray_knee(pen: _Pen) -> None:
 
 
 @dataclass(frozen=True, slots=True)
-class _View:
+class View:
     """How one kind of image is drawn.
 
     Attributes:
@@ -310,9 +310,9 @@ def _both_sides(left: tuple[tuple[int, int], ...]) -> dict[str, tuple[tuple[int,
 
 
 _VIEWS = {
-    ("ct", "head"): _View(_ct_head, 205, (9, 12), 7, **_both_sides(((168, 72), (182, 112), (178, 156), (156, 194)))),
-    ("ct", "chest"): _View(_ct_chest, 160, (9, 12), 8, **_both_sides(((186, 84), (206, 116), (200, 150), (176, 176)))),
-    ("ct", "abdomen"): _View(
+    ("ct", "head"): View(_ct_head, 205, (9, 12), 7, **_both_sides(((168, 72), (182, 112), (178, 156), (156, 194)))),
+    ("ct", "chest"): View(_ct_chest, 160, (9, 12), 8, **_both_sides(((186, 84), (206, 116), (200, 150), (176, 176)))),
+    ("ct", "abdomen"): View(
         _ct_abdomen,
         20,
         (9, 11),
@@ -320,10 +320,10 @@ _VIEWS = {
         left=((204, 100), (205, 136), (180, 150), (180, 178)),
         right=((58, 92), (92, 82), (60, 124), (100, 120)),
     ),
-    ("x-ray", "chest"): _View(
+    ("x-ray", "chest"): View(
         _xray_chest, 190, (10, 13), 4, **_both_sides(((178, 66), (198, 100), (200, 138), (196, 172)))
     ),
-    ("x-ray", "knee"): _View(_xray_knee, 60, (9, 11), 4, **_both_sides(((188, 30), (176, 96), (190, 172), (186, 214)))),
+    ("x-ray", "knee"): View(_xray_knee, 60, (9, 11), 4, **_both_sides(((188, 30), (176, 96), (190, 172), (186, 214)))),
 }
 
 _SIDES = ("left", "right")

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from fastln.errors import FastLNError
-from fastln.ops.again import Source, make, source_of
+from fastln.ops.again import make, sources_of
 from fastln.ops.backends import implementation
 from fastln.ops.dispatch import Ways, call, define, overridable, wants_gradient
 from fastln.ops.rounded import Reader, for_reader, for_successor
@@ -230,12 +230,8 @@ def _gated_backward(
     return [one.of(gradient) for one, gradient in zip(rounds, gradients, strict=True) if gradient is not None]
 
 
-def _source(x: Tensor | None, arguments: _Arguments) -> Source | None:
-    return source_of(x) if arguments.settings.keeps.hidden == "again" else None
-
-
 def _keep_activation(ctx: Any, y: Tensor, codes: Tensor | None, x: Tensor, arguments: _Arguments) -> None:
-    ctx.sources = [_source(x, arguments)]
+    ctx.sources, _ = sources_of((x,), arguments.settings.keeps.hidden == "again")
     saved = codes if arguments.bits else y if arguments.kind == "relu" else x
     ctx.save_for_backward(saved if ctx.sources == [None] else None)
     ctx.arguments = arguments
@@ -256,8 +252,8 @@ def _keep_gated(
     kept: tuple[Tensor | None, ...] = (gate if need_dgate or need_dup else None, up if need_dgate else None)
     if arguments.bits:
         kept = None, None, *codes
-    ctx.sources = [_source(x, arguments) for x in kept]
-    ctx.save_for_backward(*(x if source is None else None for x, source in zip(kept, ctx.sources, strict=True)))
+    ctx.sources, saved = sources_of(kept, arguments.settings.keeps.hidden == "again")
+    ctx.save_for_backward(*saved)
     ctx.packed = up is None
     ctx.arguments = arguments
     ctx.set_materialize_grads(False)

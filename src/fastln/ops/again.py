@@ -40,10 +40,21 @@ class _Recipe(NamedTuple):
     Attributes:
         run: Takes the node and the memo; returns the result.
         n_products: The products that it takes, one after another.
+        reads: What it reads besides what autograd keeps for it and checks, with the versions of the forward.
     """
 
     run: Callable[[Any, Memo], Tensor]
     n_products: int
+    reads: tuple[tuple[Tensor, int | None], ...]
+
+    def check(self) -> None:
+        """Raise a `FastLNError` if a tensor that the node reads was written to since the forward."""
+        for tensor, version in self.reads:
+            if version != _version(tensor):
+                raise FastLNError(
+                    f"a parameter of shape {(*tensor.shape,)} was changed between forward and backward, which makes a "
+                    "result with it again: run backward before the optimizer's step"
+                )
 
 
 class Source(NamedTuple):
@@ -69,7 +80,9 @@ class Source(NamedTuple):
         """Return the tensor."""
         whole = memo.get(id(self.node))
         if whole is None:
-            whole = memo[id(self.node)] = self.node.recipe.run(self.node, memo)
+            recipe: _Recipe = self.node.recipe
+            recipe.check()
+            whole = memo[id(self.node)] = recipe.run(self.node, memo)
         assert whole.untyped_storage().nbytes() == self.n_bytes, "a result was made again with another layout"
         return whole.as_strided(self.size, self.stride, self.offset)
 
@@ -111,7 +124,24 @@ def _say() -> None:
     )
 
 
-def makes_again(ctx: Any, run: Callable[[Any, Memo], Tensor], *sources: Source, n_products: int = 0) -> None:
+def sources_of(tensors: Sequence[Tensor | None], wanted: bool) -> tuple[list[Source | None], list[Tensor | None]]:
+    """Return how the backward makes tensors again, and those of them that must be kept; `make` puts both together.
+
+    Args:
+        tensors: The tensors.
+        wanted: Whether any is to be made again.
+    """
+    sources = [source_of(x) if wanted else None for x in tensors]
+    return sources, [x if source is None else None for x, source in zip(tensors, sources, strict=True)]
+
+
+def makes_again(
+    ctx: Any,
+    run: Callable[[Any, Memo], Tensor],
+    *sources: Source,
+    n_products: int = 0,
+    reads: tuple[Tensor | None, ...] = (),
+) -> None:
     """Note in a node that it can make its first result again.
 
     Args:
@@ -119,10 +149,16 @@ def makes_again(ctx: Any, run: Callable[[Any, Memo], Tensor], *sources: Source, 
         run: Makes the result: takes the node and the memo.
         sources: What it makes again first.
         n_products: The products that it takes besides.
+        reads: The parameters that `run` reads without `save_for_backward`: they exist anyway, but may be written to.
     """
     if _is_checkpointed():  # what the node keeps can be read once there, by its own backward
         return
-    ctx.recipe = _Recipe(run, n_products + max((source.n_products for source in sources), default=0))
+    n_products += max([source.n_products for source in sources], default=0)
+    ctx.recipe = _Recipe(run, n_products, tuple([(x, _version(x)) for x in reads if x is not None]))
+
+
+def _version(x: Tensor) -> int | None:
+    return None if x.is_inference() else x._version
 
 
 def make(tensors: Sequence[Tensor | None], sources: Sequence[Source | None]) -> list[Tensor | None]:

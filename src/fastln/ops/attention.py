@@ -36,7 +36,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fastln.errors import FastLNError
-from fastln.ops.again import Source, make, source_of, without
+from fastln.ops.again import make, sources_of, without
 from fastln.ops.backends import resolve
 from fastln.ops.dispatch import Ways, call, define, is_transformed, wants_gradient
 from fastln.ops.rounded import Reader, for_reader, for_successor, has_rows, rows_of
@@ -316,19 +316,11 @@ def _backward(request: AttentionBackward, arguments: _Arguments, ctx: Any = None
     return AttentionGradients(*(None if gradient is None else one.of(gradient) for one, gradient in made))
 
 
-def _sources(
-    tensors: tuple[Tensor | None, ...], settings: OpSettings
-) -> tuple[list[Source | None], list[Tensor | None]]:
-    """Return how queries, keys and values are made again, and those that must be kept."""
-    sources = [source_of(x) if settings.keeps.again else None for x in tensors]
-    return sources, [x if source is None else None for x, source in zip(tensors, sources, strict=True)]
-
-
 def _keep(ctx: Any, tensors: tuple[Any, ...], arguments: _Arguments, out: Tensor, lse: Tensor) -> None:
     q, k, v, mask, seed = tensors
     need_scores = ctx.needs_input_grad[0] or ctx.needs_input_grad[1]
     # dv needs only the shape of v, which follows from the shapes of k and dout.
-    ctx.sources, (q, k, v) = _sources((q, k, v if need_scores else None), arguments.settings)
+    ctx.sources, (q, k, v) = sources_of((q, k, v if need_scores else None), arguments.settings.keeps.again)
     ctx.save_for_backward(q, k, v, out if need_scores else None, lse, mask, seed)
     ctx.arguments = arguments
     ctx.set_materialize_grads(False)

@@ -221,7 +221,7 @@ class _EagerInt8Linear(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         if ctx.needs_input_grad[0]:
             ctx.takes = _form_of_gradients(x, scale, layer.settings)
-        _note_how(ctx, x, layer.settings, values, lambda x: _linear(x, bias, layer))
+        _note_how(ctx, x, layer.settings, values, bias, lambda x: _linear(x, bias, layer))
         return _linear(x, bias, layer)
 
     @staticmethod
@@ -239,7 +239,14 @@ class _EagerInt8Linear(torch.autograd.Function):
         return dx, bias_gradient(dy, bias_dtype) if need_dbias else None, None
 
 
-def _note_how(ctx: Any, x: Tensor, settings: OpSettings, values: Tensor, layer: Callable[[Tensor], Tensor]) -> None:
+def _note_how(
+    ctx: Any,
+    x: Tensor,
+    settings: OpSettings,
+    values: Tensor,
+    bias: Tensor | None,
+    layer: Callable[[Tensor], Tensor],
+) -> None:
     """Note in a node how the layer makes its result again, if what it was given can be made again."""
     source = source_of(x, MOST_PRODUCTS - 1) if settings.keeps.again else None
     if source is None:
@@ -249,7 +256,7 @@ def _note_how(ctx: Any, x: Tensor, settings: OpSettings, values: Tensor, layer: 
         check_weight(values)
         return layer(source.make(memo))
 
-    makes_again(ctx, run, source, n_products=1)
+    makes_again(ctx, run, source, n_products=1, reads=(values, bias))
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -258,7 +265,7 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     arguments = _Arguments.of(*inputs[_N_TENSORS:])
     ctx.arguments = arguments._replace(dtype=x.dtype)
     others = inputs[1:]  # without x, which nothing must keep
-    _note_how(ctx, x, arguments.settings, values, lambda x: _operator(x, *others))
+    _note_how(ctx, x, arguments.settings, values, bias, lambda x: _operator(x, *others))
     ctx.bias_dtype = None if bias is None else bias.dtype
     ctx.set_materialize_grads(False)
 

@@ -111,7 +111,7 @@ class _FrozenLinear(torch.autograd.Function):
                 return cls.compute(source.make(memo).to(dtype), weight, bias, transpose)
 
             dtype = x.dtype
-            makes_again(ctx, run, source, n_products=1)
+            makes_again(ctx, run, source, n_products=1, reads=(bias,))
         return cls.compute(x, weight, bias, transpose)
 
     @classmethod

@@ -1,7 +1,5 @@
 """Norms, with or without dropout and a residual before them: the functions for users, which check their arguments."""
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
@@ -34,7 +32,8 @@ def layer_norm(
     Raises:
         FastLNError: If shapes, dtypes or devices do not fit, or the backend cannot run on the device of `x`.
     """
-    return _norm(x, weight, bias, None, None, Arguments(NormKind(eps), 0.0, "x", settings))[0]
+    _check(x, weight, bias)
+    return norm(x, weight, bias, None, None, Arguments(NormKind(eps), 0.0, "x", settings))[0]
 
 
 @overridable
@@ -64,7 +63,8 @@ def rms_norm(
         FastLNError: If shapes, dtypes or devices do not fit, or the backend cannot run on the device of `x`.
     """
     kind = NormKind(eps, False, offset, round_normed)
-    return _norm(x, weight, None, None, None, Arguments(kind, 0.0, "x", settings))[0]
+    _check(x, weight, None)
+    return norm(x, weight, None, None, None, Arguments(kind, 0.0, "x", settings))[0]
 
 
 @overridable
@@ -108,6 +108,7 @@ def dropout_add_norm(
     """
     if not 0 <= dropout < 1:
         raise FastLNError(f"dropout is {dropout}; it must be from 0 to below 1")
+    _check(x, weight, bias)
     if residual is not None:
         _check_input("residual", residual, x)
         if residual.shape != x.shape:
@@ -123,26 +124,14 @@ def dropout_add_norm(
     if dropout == 0:
         seed = None
         if residual is None:
-            y, _ = _norm(x, weight, bias, None, None, Arguments(kind, 0.0, "x", settings, reader))
+            y, _ = norm(x, weight, bias, None, None, Arguments(kind, 0.0, "x", settings, reader))
             return (y, x) if return_stream else y
     elif seed is None:
         seed = torch.randint(2**63 - 1, (1,), dtype=torch.int64, device=x.device)
     # The backward reads x_hat instead of the sum. Without a backward it is not stored.
     keep = "stream" if return_stream else "normed" if wants_gradient(x, residual, weight) else "nothing"
-    y, stream = _norm(x, weight, bias, residual, seed, Arguments(kind, dropout, keep, settings, reader))
+    y, stream = norm(x, weight, bias, residual, seed, Arguments(kind, dropout, keep, settings, reader))
     return (y, stream) if return_stream else y
-
-
-def _norm(
-    x: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    residual: Tensor | None,
-    seed: Tensor | None,
-    arguments: Arguments,
-) -> tuple[Tensor, Any]:
-    _check(x, weight, bias)
-    return norm(x, weight, bias, residual, seed, arguments)
 
 
 def _check(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> None:

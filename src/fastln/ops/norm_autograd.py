@@ -212,7 +212,7 @@ def _keep(ctx: Any, tensors: tuple[Tensor | None, ...], arguments: Arguments, ma
     ctx.stream_is_differentiable = arguments.returns_stream and need_input
     if need_rows and x is not None:
         ctx.result = x.shape, x.dtype, weight, bias  # the parameters exist anyway
-        makes_again(ctx, _make_again, *(() if ctx.source is None else (ctx.source,)))
+        makes_again(ctx, _make_again, *(() if ctx.source is None else (ctx.source,)), reads=(weight, bias))
 
 
 def _make_again(node: Any, memo: Memo) -> Tensor:

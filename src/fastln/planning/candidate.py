@@ -33,18 +33,6 @@ OFFLOAD = "offload"
 NF4_BITS = 4.127
 
 
-class _Scored(nn.Module):
-    """A bare encoder with a loss that reads all that it returns: the mean of its last hidden states."""
-
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(self, **batch: Any) -> dict[str, Tensor]:
-        """Return the loss."""
-        return {"loss": self.model(**batch)[0].float().mean()}
-
-
 @dataclass
 class Candidate:
     """A model, a method, and how its operations run.
@@ -105,8 +93,7 @@ class Candidate:
         return self._in_four_bits(memory, size), done
 
     def _step(self, size: BatchSize) -> tuple[nn.Module, dict[str, Any]]:
-        batch = self.batch(size)
-        return self._with_loss(self._model(resized(self.spec, size))[0], batch), dict(batch.arguments)
+        return self._model(resized(self.spec, size))[0], dict(self.batch(size).arguments)
 
     def _in_four_bits(self, found: StepMemory, size: BatchSize) -> StepMemory:
         if not self.four_bits:
@@ -124,10 +111,6 @@ class Candidate:
     def settled(self, size: BatchSize) -> BatchSize:
         """Return a size with what it leaves open."""
         return size.settled(self.spec)
-
-    def _with_loss(self, trained: nn.Module, batch: Example) -> nn.Module:
-        has_loss = "labels" in batch.arguments or "return_loss" in batch.arguments
-        return trained if has_loss else _Scored(trained).train()
 
     def _model(self, spec: str) -> tuple[nn.Module, PreTrainedModel]:
         """Return the module to train and the model in it; a shape's positions need a model for each size."""

@@ -121,7 +121,7 @@ class ViewSpec:
     inner: tuple[tuple[str, ViewSpec], ...] = ()
 
 
-class _View:
+class View:
     """A view of a configuration that changes the attention name. It shares all attributes with the original.
 
     A write to one shows in the other. If the user later sets the name to something other than "sdpa", the view returns
@@ -169,7 +169,7 @@ def view_of(config: PreTrainedConfig, spec: ViewSpec, settings: OpSettings = DEF
     }
     for key, inner in spec.inner:
         namespace[key] = _inner_view(key, view_of(vars(config)[key], inner, settings))
-    made: PreTrainedConfig = object.__new__(type(cls.__name__, (_View, cls), namespace))
+    made: PreTrainedConfig = object.__new__(type(cls.__name__, (View, cls), namespace))
     made.__dict__ = config.__dict__
     return made
 
@@ -204,7 +204,7 @@ class AttentionSwitch:
     def remove(self) -> None:
         """Give the module its own configuration back, unless someone has replaced the view since."""
         held = vars(self.module).get("config")
-        if isinstance(held, _View) and held._fastln_original is self.original:
+        if isinstance(held, View) and held._fastln_original is self.original:
             self.module.config = self.original
 
 

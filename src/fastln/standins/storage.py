@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 
 from fastln.decision import Plan
-from fastln.standins.attention import _View, view_of
+from fastln.standins.attention import View, view_of
 from fastln.standins.part import ATTRIBUTE, Part, is_stand_in
 from fastln.standins.rotary import Turning
 from fastln.standins.whole_block import WholeBlock
@@ -40,7 +40,7 @@ def set_storage(model: nn.Module, plan: Plan) -> list[WholeBlock]:
                 kind = Turning(kind.stock, kind.name, settings)
             setattr(module, ATTRIBUTE, dataclasses.replace(part, settings=settings, kind=kind))
         view: Any = vars(module).get("config")
-        if isinstance(view, _View):
+        if isinstance(view, View):
             settings = dataclasses.replace(view._fastln_settings, storage=change.storage)
             module.config = view_of(view._fastln_original, view._fastln_spec, settings)
     return undo
